@@ -1,0 +1,35 @@
+# Two commands do all set-up: `make demo` and `make test`.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help env demo test test-slow lint clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(VENV)/.ready  ## make the environment (.venv)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@for p in $(PYTHON) python3.13 python3.12 python3.11 python3 python; do \
+	  "$$p" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && found=$$p && break; \
+	done; test -n "$$found" || { echo "make: needs Python 3.11, 3.12 or 3.13 with venv; name one with make PYTHON=..." >&2; exit 2; }; \
+	test -x $(PY) || "$$found" -m venv $(VENV)
+	@echo "installing into $(VENV) (about five minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: env  ## adapt a bundled model to a demo task, about a minute
+	$(PY) train.py
+
+test: env  ## the test suite, under 15 minutes on 2 cores
+	$(PY) -m pytest
+
+test-slow: env  ## the minutes-long tests
+	$(PY) -m pytest -m slow
+
+lint: env  ## style checks
+	$(VENV)/bin/ruff check .
+
+clean:  ## remove the environment and caches, never runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,151 @@
+"""What a task is: rows to train on, rows to be measured on, and the rule that turns outputs into scores.
+
+A row is a dictionary. Its columns depend on the task's `form`:
+
+    classification   id, text, text_pair ("" for single sentences), label (index into `labels`)
+    regression       id, text, text_pair, label (float)
+    generation       id, prompt, target (the text to learn), references (every accepted text)
+
+Tasks know nothing of models, methods or torch: they see rows and outputs (a class index, a number, or a text).
+"""
+
+import csv
+import gzip
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from datasets import Dataset, Features, List, Value
+
+Row = dict[str, Any]
+Output = int | float | str
+
+CLASSIFICATION = Features(
+    {"id": Value("string"), "text": Value("string"), "text_pair": Value("string"), "label": Value("int64")}
+)
+REGRESSION = Features({**CLASSIFICATION, "label": Value("float64")})
+GENERATION = Features(
+    {
+        "id": Value("string"),
+        "prompt": Value("string"),
+        "target": Value("string"),
+        "references": List(Value("string")),
+    }
+)
+
+
+class TaskError(ValueError):
+    """Data that is missing, damaged or not what its name says; the message names the file and the mend."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one split and where they came from (`origin` names a file or a hub revision, for the run's record)."""
+
+    rows: Dataset
+    origin: str
+
+    def sha256(self) -> str:
+        """Content hash of the rows, equal for equal examples whatever their source."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr(sorted(row.items())).encode())
+        return digest.hexdigest()
+
+
+class Task:
+    """One task. Subclasses set the attributes and give `split` and `score`; `judge` may add per-example columns.
+
+    Attributes:
+        name: as the user types it, e.g. "glue/sst2".
+        version: raised whenever data, prompt or scoring change a number; part of every run's identity.
+        form: what a model must produce, see the module's table.
+        labels: class names in index order; empty unless `form` is "classification".
+        eval_splits: the splits whose predictions are scored, in order.
+        metric: key of the score a table shows first.
+    """
+
+    name: str
+    version: int
+    form: Literal["classification", "regression", "generation"]
+    labels: tuple[str, ...] = ()
+    eval_splits: tuple[str, ...] = ("validation",)
+    metric: str
+
+    features: ClassVar[dict[str, Features]] = {
+        "classification": CLASSIFICATION,
+        "regression": REGRESSION,
+        "generation": GENERATION,
+    }
+
+    def split(self, name: str, data_dir: str | None = None) -> Split:
+        """Return the rows of split `name`, from the hub or from the official files below `data_dir`.
+
+        Raises:
+            TaskError: a file is missing or damaged.
+        """
+        raise NotImplementedError
+
+    def source(self, data_dir: str | None = None) -> dict[str, str]:
+        """Return what identifies the data before any of it is parsed: file hashes, or a hub id with its revision."""
+        raise NotImplementedError
+
+    def judge(self, row: Row, output: Output) -> Row:
+        """Return what the predictions file keeps of one example beside its id and raw output."""
+        gold = row["target"] if self.form == "generation" else row["label"]
+        return {"answer": output, "gold": gold}
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return metrics (fractions, not percent) from the judged rows of every evaluation split."""
+        raise NotImplementedError
+
+    def dataset(self, rows: list[Row]) -> Dataset:
+        """Return `rows` as a Dataset with exactly the columns and types of this task's form."""
+        return Dataset.from_list(rows, features=self.features[self.form])
+
+
+def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
+    """Return the first existing `data_dir/folder/name`, each name plain or gzipped, or as a glob pattern.
+
+    Raises:
+        TaskError: none exists; the message lists what was looked for.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise TaskError(f"data_dir={data_dir}: no such folder")
+    for folder in folders:
+        for name in names:
+            for candidate in (name, name + ".gz"):
+                found = sorted((root / folder).glob(candidate))
+                if found:
+                    return found[0]
+    looked = " or ".join(f"{folder}/{names[0]}" for folder in folders)
+    raise TaskError(f"data_dir={data_dir}: no {looked} (plain or .gz) below it")
+
+
+def read_tsv(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[dict[str, str]]:
+    """Yield the rows of an official TSV: no quoting, optional byte-order mark, `columns` where the file has no header.
+
+    Raises:
+        TaskError: the file is no readable text, or a row has another number of fields than the header.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+            header = columns or tuple(next(reader, ()))
+            for number, fields in enumerate(reader, start=1 if columns else 2):
+                if len(fields) != len(header):
+                    raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}")
+                yield dict(zip(header, fields, strict=True))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise TaskError(f"{path}: cannot be read ({error}); fetch the file again") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's unpacked content, so that a file and its .gz are the same data."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
