@@ -1,0 +1,117 @@
+"""The Dual LoRA map: four low-rank factors to one weight update.
+
+    W' = W0 + dW,    dW = scale * ReLU(B A) ⊙ Sign(D C),    scale = f * alpha / sqrt(r1 * r2)
+
+Source: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 2512.03402, method section.
+
+    A  r1 x in     B  out x r1     magnitude group
+    C  r2 x in     D  out x r2     direction group
+    f  factor that ramps from 0 to 1 over the first optimizer steps
+
+Sign(x) is +1 for x > 0, else -1, so Sign(0) = -1. Its gradient is straight-through, dL/dx = clip(dL/dSign, -1, 1).
+
+Where we depart from the paper: every other value of `magnitude`, `direction` and `ste` than the first of its table
+below; the rule for the initial sigma (`init_std`), which the paper does not give; factors with leading dimensions,
+each index of which is an update of its own.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialisation; beta = 1 would turn each
+# of them into ln 2, a hundred times the size of a pretrained weight.
+SOFTPLUS_BETA = 1000.0
+# Root mean square of a fresh dW at f = 1, in units of 1 / sqrt(fan_in), the usual size of a pretrained weight.
+INIT_RELATIVE_SIZE = 0.02
+
+MAGNITUDES = {
+    "relu": torch.relu,
+    "abs": torch.abs,
+    "softplus": lambda x: F.softplus(x, beta=SOFTPLUS_BETA),
+    "identity": lambda x: x,
+}
+DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, ste: str) -> Tensor:
+        one = torch.ones((), dtype=x.dtype, device=x.device)
+        return torch.where(x > 0, one, -one)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.ste = inputs
+        if ctx.ste == "hardtanh":
+            ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if ctx.ste == "clip":
+            grad = grad.clamp(-1, 1)
+        elif ctx.ste == "hardtanh":
+            (x,) = ctx.saved_tensors
+            grad = grad * (x.abs() <= 1)
+        return grad, None
+
+
+STRAIGHT_THROUGH = ("clip", "identity", "hardtanh")
+
+
+def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
+    """Sign of x with a straight-through gradient; Sign(0) = -1.
+
+    x: any shape. ste, with g = dL/dSign: "clip" gives dL/dx = clip(g, -1, 1) (the paper), "identity" gives g (as
+    DoReFa-Net, arXiv 1606.06160), "hardtanh" gives g where |x| <= 1, else 0 (as XNOR-Net, arXiv 1603.05279).
+    Raises ValueError on another ste.
+    """
+    if ste not in STRAIGHT_THROUGH:
+        raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
+    return _Sign.apply(x, ste)
+
+
+def _autocast_off(device_type: str):
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # the meta device
+
+
+def delta_weight(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor | float,
+    magnitude: str = "relu",
+    direction: str = "sign",
+    ste: str = "clip",
+) -> Tensor:
+    """dW = scale * magnitude(B A) ⊙ direction(D C), out x in.
+
+    A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, each with the same leading dimensions, if any. The products are
+    taken in float32 (float64 factors stay float64) with autocast off, because rounding B A or D C to 16 bits flips
+    signs. Raises KeyError on an unknown magnitude or direction and ValueError on an unknown ste.
+    """
+    with _autocast_off(A.device.type):
+        A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
+        size = MAGNITUDES[magnitude](B @ A)
+        sign = sign_ste(D @ C, ste) if direction == "sign" else DIRECTIONS[direction](D @ C)
+        return scale * size * sign
+
+
+def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu", direction: str = "sign") -> float:
+    """The sigma at which a fresh dW at f = 1 has root mean square INIT_RELATIVE_SIZE / sqrt(fan_in).
+
+    With all four factors from N(0, sigma^2), an entry of B A has variance r1 sigma^4, ReLU keeps half of its mean
+    square and the sign has mean square 1, so dW has root mean square alpha / sqrt(r1 r2) * sqrt(r1 / 2) * sigma^2.
+    A direction other than the sign contributes sqrt(r2) * sigma^2 more. Softplus counts as ReLU.
+    """
+    kept = 1.0 if magnitude in ("abs", "identity") else 0.5
+    target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
+    if direction == "sign":
+        return math.sqrt(target / (alpha * math.sqrt(kept / r2)))
+    return (target / (alpha * math.sqrt(kept))) ** 0.25

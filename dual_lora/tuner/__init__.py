@@ -1,0 +1,11 @@
+"""Dual LoRA as a PEFT tuner; importing this package registers it."""
+
+from .config import DualLoraConfig
+from .layer import DualLoraLayer
+from .model import DualLoraModel
+from .register import register
+from .warmup import set_update_scale
+
+__all__ = ["DualLoraConfig", "DualLoraLayer", "DualLoraModel", "set_update_scale"]
+
+register(DualLoraConfig, DualLoraModel)

@@ -1,0 +1,143 @@
+"""DualLoraConfig: what a user may choose about the method."""
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from ..functional import DIRECTIONS, MAGNITUDES, STRAIGHT_THROUGH
+from .register import NAME, add_peft_type
+
+KERNELS = ("auto", "eager")
+
+
+@dataclass
+class DualLoraConfig(PeftConfig):
+    """Configuration of Dual LoRA (arXiv 2512.03402).
+
+    The update of a weight W0 (out x in) is dW = f * lora_alpha / sqrt(r1 * r2) * ReLU(B A) ⊙ Sign(D C), with A: r1 x in,
+    B: out x r1, C: r2 x in, D: out x r2. It has as many parameters as LoRA of rank r = r1 + r2.
+
+    Args:
+        r: the whole budget r1 + r2, at least 2. Default 16, or r1 + r2 where both are given.
+        magnitude_ratio: r1 / r, between 0 and 1; r1 = round(r * magnitude_ratio), at least 1 and at most r - 1.
+            Default 0.5.
+        r1, r2: the two ranks outright. Where only one is given the other is the rest of r.
+        lora_alpha: numerator of the scale. Note that alpha / sqrt(r1 r2) is twice LoRA's alpha / r at r1 = r2 = r / 2.
+        lora_dropout: probability of dropout on the adapter's input, as in LoRA; not applied to embeddings.
+        init_weights: True starts at f = 0, so that the model computes what its base computes; False starts at f = 1.
+        init_std: sigma of the Gaussian all four factors are drawn from. None takes it, layer by layer, such that dW at
+            f = 1 has a root mean square of 0.02 / sqrt(fan_in), 2 % of a usual pretrained weight, whatever the width,
+            ranks and alpha: sigma^2 = 0.02 * sqrt(2 * r2 / fan_in) / lora_alpha (`dual_lora.init_std`). fan_in is
+            in_features, or in_channels / groups * kernel size, or embedding_dim.
+        scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1.
+        ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
+        magnitude: "relu" (paper), "abs", "softplus" or "identity" of B A.
+        direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
+        kernel: how dW is computed: "eager", or "auto" for the best there is.
+        target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
+            the architecture.
+        exclude_modules: names, suffixes or a regex of modules to leave out.
+        fused_slices: for layers that hold several projections in one weight: {module name or regex: [n, [i, ...]]}
+            splits the output in n equal blocks and adapts the blocks i, each with four factors of its own. LoRA's q
+            and v of GPT-2: {"c_attn": [3, [0, 2]]}.
+        rank_pattern: {module name or regex: budget r}, split by magnitude_ratio.
+        alpha_pattern: {module name or regex: lora_alpha}.
+        layers_to_transform, layers_pattern: restrict target_modules to these layer indexes, as in LoRA.
+        modules_to_save: further modules to train and save whole.
+
+    Raises:
+        ValueError: on impossible or contradictory values.
+    """
+
+    r: int | None = field(default=None, metadata={"help": "Parameter budget r1 + r2 (default 16)."})
+    magnitude_ratio: float | None = field(default=None, metadata={"help": "r1 / r (default 0.5)."})
+    r1: int | None = field(default=None, metadata={"help": "Rank of the magnitude group."})
+    r2: int | None = field(default=None, metadata={"help": "Rank of the direction group."})
+    lora_alpha: float = field(default=16, metadata={"help": "Scale numerator: alpha / sqrt(r1 * r2)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    init_weights: bool = field(default=True, metadata={"help": "True: f starts at 0; False: at 1."})
+    init_std: float | None = field(default=None, metadata={"help": "Sigma of all four factors; None: by the rule."})
+    scale_warmup_steps: int = field(default=100, metadata={"help": "Optimizer steps over which f goes from 0 to 1."})
+    ste: str = field(default="clip", metadata={"help": "Gradient of Sign: clip, identity or hardtanh."})
+    magnitude: str = field(default="relu", metadata={"help": "relu, abs, softplus or identity."})
+    direction: str = field(default="sign", metadata={"help": "sign, tanh or identity."})
+    kernel: str = field(default="auto", metadata={"help": "auto or eager."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
+    fused_slices: dict[str, list] = field(default_factory=dict, metadata={"help": "Blocks of fused layers to adapt."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Budgets of single modules."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas of single modules."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indexes to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_peft_type(NAME)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self.fused_slices, self.rank_pattern, self.alpha_pattern = (
+            dict(p or {}) for p in (self.fused_slices, self.rank_pattern, self.alpha_pattern)
+        )
+        self._resolve_ranks()
+        self._check_values()
+        self._check_targets()
+
+    def split(self, r: int) -> tuple[int, int]:
+        """The budget r as (r1, r2)."""
+        r1 = min(max(round(r * self.magnitude_ratio), 1), r - 1)
+        return r1, r - r1
+
+    def _resolve_ranks(self) -> None:
+        if self.r is None:
+            given = self.r1 is not None and self.r2 is not None
+            self.r = self.r1 + self.r2 if given else 16
+        r1 = self.r1 if self.r1 is not None or self.r2 is None else self.r - self.r2
+        if r1 is not None and (r1 < 1 or r1 >= self.r or self.r2 not in (None, self.r - r1)):
+            raise ValueError(f"r1={self.r1}, r2={self.r2}: need r1 >= 1, r2 >= 1 and r1 + r2 = r, which is {self.r}")
+        if self.magnitude_ratio is None:
+            self.magnitude_ratio = 0.5 if r1 is None else r1 / self.r
+        _require(
+            0 < self.magnitude_ratio < 1, "magnitude_ratio", self.magnitude_ratio, "between 0 and 1, both excluded"
+        )
+        for name, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            _require(isinstance(r, int) and r >= 2, name, r, "an integer of at least 2, a rank for either group")
+        if r1 is not None and self.split(self.r)[0] != r1:
+            raise ValueError(f"magnitude_ratio={self.magnitude_ratio} of r={self.r} contradicts r1={r1}")
+
+    def _check_values(self) -> None:
+        for name, kinds in (
+            ("ste", STRAIGHT_THROUGH),
+            ("magnitude", MAGNITUDES),
+            ("direction", DIRECTIONS),
+            ("kernel", KERNELS),
+        ):
+            _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(kinds)}")
+        steps, std = self.scale_warmup_steps, self.init_std
+        _require(isinstance(steps, int) and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
+        _require(std is None or std > 0, "init_std", std, "None or above 0")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        for name, alpha in alphas.items():
+            _require(alpha > 0, name, alpha, "above 0")
+
+    def _check_targets(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        for key, value in self.fused_slices.items():
+            try:
+                n, blocks = value
+                good = n >= 2 and 0 < len(set(blocks)) == len(blocks) and all(b in range(n) for b in blocks)
+            except (TypeError, ValueError):
+                good = False
+            _require(good, f"fused_slices[{key!r}]", value, "[n, [i, ...]]: n >= 2 blocks and distinct indexes below n")
+
+
+def _require(condition: bool, name: str, value, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: expected {expected}")

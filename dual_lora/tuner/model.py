@@ -1,0 +1,72 @@
+"""DualLoraModel: puts Dual LoRA layers into a model."""
+
+from collections import Counter
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import DualLoraConfig
+from .layer import DualLoraLayer, layer_class
+
+try:
+    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+except ImportError:  # peft < 0.20 has no quantisation backends
+
+    def get_quantization_kwargs(model):
+        return {}
+
+    def resolve_quantization_backend(base_layer, **kwargs):
+        return None
+
+
+class DualLoraModel(BaseTuner):
+    """A model with Dual LoRA layers (arXiv 2512.03402); made by `peft.get_peft_model(model, DualLoraConfig(...))`."""
+
+    prefix = "dual_lora_"
+    tuner_layer_cls = DualLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+
+    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        self._tied = {parameter for parameter, count in holders.items() if count > 1}
+
+    def _create_and_replace(
+        self,
+        config: DualLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs,
+    ) -> None:
+        def of_this_module(pattern: dict, default):
+            return pattern.get(get_pattern_key(pattern.keys(), current_key), default)
+
+        layer = target if isinstance(target, DualLoraLayer) else self._create_layer(target)
+        layer.update_layer(
+            adapter_name,
+            config,
+            r=of_this_module(config.rank_pattern, config.r),
+            alpha=of_this_module(config.alpha_pattern, config.lora_alpha),
+            fused=of_this_module(config.fused_slices, None),
+        )
+        if layer is not target:
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # a further adapter is not trained before it is made active
+            self._replace_module(parent, target_name, layer, target)
+
+    def _create_layer(self, target: nn.Module) -> DualLoraLayer:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
+        cls = layer_class(base, backend)
+        if cls is None:
+            raise TypeError(
+                f"Target module {target} is not supported: Dual LoRA adapts Linear (plain or quantised), "
+                "transformers' Conv1D, Embedding and Conv1d/2d/3d."
+            )
+        return cls(target, quantization_backend=backend, tied=id(getattr(base, "weight", None)) in self._tied)
