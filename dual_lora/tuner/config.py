@@ -14,8 +14,8 @@ KERNELS = ("auto", "eager")
 class DualLoraConfig(PeftConfig):
     """Configuration of Dual LoRA (arXiv 2512.03402).
 
-    The update of a weight W0 (out x in) is dW = f * lora_alpha / sqrt(r1 * r2) * ReLU(B A) ⊙ Sign(D C), with A: r1 x in,
-    B: out x r1, C: r2 x in, D: out x r2. It has as many parameters as LoRA of rank r = r1 + r2.
+    The update of a weight W0 (out x in) is dW = f * lora_alpha / sqrt(r1 * r2) * ReLU(B A) ⊙ Sign(D C), with
+    A: r1 x in, B: out x r1, C: r2 x in, D: out x r2. It has as many parameters as LoRA of rank r = r1 + r2.
 
     Args:
         r: the whole budget r1 + r2, at least 2. Default 16, or r1 + r2 where both are given.

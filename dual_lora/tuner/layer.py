@@ -64,10 +64,19 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device only: the factors stay float32 on a 16-bit base."""
-        factors = self.dual_lora_factors[adapter_name] if adapter_name in self.dual_lora_factors else None
+        if adapter_name not in self.dual_lora_factors:
+            return
+        factors = self.dual_lora_factors[adapter_name]
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if factors is not None and device is not None and not factors.A.is_meta:
+        if device is not None and not factors.A.is_meta:
             factors.to(device)
+
+    def cast_to_base_dtype(self, adapter_name: str) -> None:
+        """Cast the factors to the dtype of the base weight, if that is a floating one."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        if adapter_name in self.dual_lora_factors and dtype is not None and dtype.is_floating_point:
+            for factor in self.dual_lora_factors[adapter_name].parameters():
+                factor.data = factor.data.to(dtype)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -79,7 +88,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         dW = factors.delta_weight()
         if factors.update_scale > 0 and not dW.any():
             warnings.warn(
-                "A Dual LoRA layer is dead: no entry of its magnitude B A is positive, so dW is 0 and gets no gradient.",
+                "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it gets no gradient any more.",
                 stacklevel=2,
             )
         return self._like_base_weight(dW, adapter)
@@ -104,9 +113,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self._unmerged = before if self.tied or self._quantized() else before.cpu()
         self._set_base_weight(target.to(before.dtype))
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
+            kind = "quantised" if self._quantized() else before.dtype
             warnings.warn(
-                f"Merging Dual LoRA into {before.dtype if not self._quantized() else 'a quantised'} base weights rounds "
-                f"away more than {MAX_ROUNDING:.0%} of dW; merge into a base of higher precision to keep it.",
+                f"Merging Dual LoRA into {kind} base weights rounds away more than {MAX_ROUNDING:.0%} of dW; "
+                "merge into a base of higher precision to keep it.",
                 stacklevel=2,
             )
         self.merged_adapters.extend(names)

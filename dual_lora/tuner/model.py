@@ -33,6 +33,14 @@ class DualLoraModel(BaseTuner):
         holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         self._tied = {parameter for parameter, count in holders.items() if count > 1}
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """True: factors in float32, whatever the base is in. False, at the user's risk: in the dtype of the base."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, DualLoraLayer):
+                    module.cast_to_base_dtype(adapter_name)
+
     def _create_and_replace(
         self,
         config: DualLoraConfig,
