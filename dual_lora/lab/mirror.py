@@ -1,0 +1,166 @@
+"""Weights & Biases as the mirror of a run's local record.
+
+The local record is the truth and is written first; what goes here is a copy that is never read back. A mirror may
+therefore fail, but it never stops, delays or crashes the run: opening it online takes at most some ten seconds (then it
+is an offline one), so does finishing it, and the first error of W&B is told in one line and ends the mirroring.
+W&B itself is imported only when a mirror is opened.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODES = ("online", "offline", "disabled")
+INIT_SECONDS = 5.0  # for the server to accept the run; W&B waits 90 by default
+FINISH_SECONDS = 8.0  # for the last upload; W&B waits for ever by default
+
+
+class NoApiKey(Exception):
+    """There is no key for the W&B server."""
+
+
+class Mirror:
+    """The W&B copy of one run; without a W&B run (`Mirror()`) every call does nothing. No call raises."""
+
+    def __init__(self, run: Any = None, warn: Callable[[str], None] = print):
+        self._run, self._warn, self._failed = run, warn, False
+
+    def log(self, row: dict) -> None:
+        """Send one row of metrics; charts are drawn over `row["step"]`, the optimizer step, in any order."""
+        if self._run is not None and not self._failed:
+            self._try(self._run.log, row)
+
+    def summary(self, values: dict) -> None:
+        """Set the run's final values; a key not named here keeps its last logged value."""
+        if self._run is not None and not self._failed:
+            self._try(self._run.summary.update, values)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, marked failed if `exit_code` is not 0; what could not be uploaded stays on disk."""
+        run, self._run = self._run, None
+        if run is not None:
+            self._try(run.finish, exit_code=exit_code, where=_upload_hint(run))
+            _end_session()
+
+    def _try(self, call: Callable, *args: Any, where: str = "", **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except Exception as error:
+            if not self._failed:
+                where = where or _upload_hint(self._run)
+                self._warn(f"W&B stopped mirroring this run ({_reason(error)}); {where}")
+            self._failed = True
+
+
+def open_mirror(
+    mode: str,
+    *,
+    project: str,
+    entity: str | None,
+    run_id: str,
+    name: str,
+    group: str | None,
+    job_type: str | None,
+    tags: list[str],
+    config: dict,
+    folder: str | Path,
+    warn: Callable[[str], None] = print,
+) -> Mirror:
+    """Open the mirror of one run; its files go to `folder`/wandb.
+
+    mode: "online" sends to WANDB_BASE_URL or W&B's default server, with the key of WANDB_API_KEY, ~/.netrc or W&B's
+    settings, and becomes "offline" if there is no key or no server; "offline" uses no network; "disabled" does nothing.
+    run_id: a rerun or a later `wandb sync` with the same id goes to the same run on the server.
+    warn: gets one line if the mirror is not what `mode` asked for.
+    Other W&B runs of this process are finished first. Raises ValueError for an unknown mode, nothing else.
+    """
+    if mode not in MODES:
+        raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(MODES)}")
+    if mode == "disabled":
+        return Mirror()
+    facts = {
+        "project": project,
+        "entity": entity,
+        "id": run_id,
+        "name": name,
+        "group": group,
+        "job_type": job_type,
+        "tags": list(tags),
+        "config": config,
+        "dir": os.path.abspath(folder),
+    }
+    try:
+        return Mirror(_start(mode, facts, warn), warn)
+    except Exception as error:
+        warn(f"W&B is off for this run ({_reason(error)})")
+        return Mirror()
+
+
+def _start(mode: str, facts: dict, warn: Callable[[str], None]) -> Any:
+    """Return a W&B run of the mode, an offline one if online does not succeed."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while W&B is imported
+    import wandb
+
+    if mode == "offline":
+        return _init(wandb, mode, facts)
+    try:
+        return _init(wandb, mode, facts)
+    except Exception as error:
+        run = _init(wandb, "offline", facts)
+        warn(f"W&B is offline for this run ({_reason(error)}); {_upload_hint(run)}")
+        return run
+
+
+def _init(wandb: Any, mode: str, facts: dict) -> Any:
+    """Start a run in a fresh W&B session: an old one keeps its environment, its server and its unfinished runs."""
+    _end_session()
+    wandb.setup(_settings(wandb, mode))
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise NoApiKey("set WANDB_API_KEY or run `wandb login`")
+    run = wandb.init(mode=mode, **facts)
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _end_session() -> None:
+    """Finish what still runs and end W&B's helper process, which may be dead or report a run's exit code as its own."""
+    wandb = sys.modules["wandb"]
+    with contextlib.suppress(Exception):
+        if wandb.run is not None:
+            wandb.run.finish()
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
+    wandb.run = None  # a run that could not be finished would forbid the next log-in
+
+
+def _settings(wandb: Any, mode: str) -> Any:
+    """Bounded waits, no chatter, and nothing recorded but what the run logs."""
+    return wandb.Settings(
+        mode=mode,
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+        finish_timeout_raises=True,
+        silent=True,
+        console="off",
+        symlink=False,
+        disable_git=True,
+        disable_code=True,
+        save_code=False,
+        disable_job_creation=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+    )
+
+
+def _upload_hint(run: Any) -> str:
+    folder = shlex.quote(str(Path(run.dir).parent))
+    return f"upload it later with: wandb sync --include-online {folder}"  # the flag: a run begun online is skipped else
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
