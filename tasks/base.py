@@ -47,12 +47,12 @@ class Split:
     rows: Dataset
     origin: str
 
-    def sha256(self) -> str:
-        """Content hash of the rows, equal for equal examples whatever their source."""
+    def facts(self) -> dict[str, Any]:
+        """Return origin, number of rows and a hash of their content, equal for equal examples whatever their source."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr(sorted(row.items())).encode())
-        return digest.hexdigest()
+        return {"origin": self.origin, "rows": len(self.rows), "sha256": digest.hexdigest()}
 
 
 class Task:
@@ -125,8 +125,10 @@ def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Pat
     raise TaskError(f"data_dir={data_dir}: no {looked} (plain or .gz) below it")
 
 
-def read_tsv(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[dict[str, str]]:
+def read_tsv(path: Path, columns: tuple[str, ...] | None = None, skip_short: bool = False) -> Iterator[dict[str, str]]:
     """Yield the rows of an official TSV: no quoting, optional byte-order mark, `columns` where the file has no header.
+
+    `skip_short` drops rows with missing fields instead of refusing them.
 
     Raises:
         TaskError: the file is no readable text, or a row has another number of fields than the header.
@@ -137,6 +139,8 @@ def read_tsv(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[dic
             reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
             header = columns or tuple(next(reader, ()))
             for number, fields in enumerate(reader, start=1 if columns else 2):
+                if skip_short and len(fields) < len(header):
+                    continue
                 if len(fields) != len(header):
                     raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}")
                 yield dict(zip(header, fields, strict=True))

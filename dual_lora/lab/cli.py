@@ -1,0 +1,246 @@
+"""From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import tasks
+from dual_lora.lab.runs import ROOT, Record
+from dual_lora.lab.settings import Settings, UserError, nearest, require
+
+CONF = ROOT / "conf"
+EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
+HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
+
+
+def schema(cls: type) -> type:
+    """Return a dataclass like `cls` that is not frozen: OmegaConf merges values into nothing frozen."""
+    return make_dataclass(
+        cls.__name__, [(f.name, schema(f.type) if is_dataclass(f.type) else f.type) for f in fields(cls)]
+    )
+
+
+def typed(cls: type, values: dict) -> object:
+    """Return the frozen dataclass `cls` from plain values of the right types."""
+    return cls(
+        **{f.name: typed(f.type, values[f.name]) if is_dataclass(f.type) else values[f.name] for f in fields(cls)}
+    )
+
+
+SCHEMA = schema(Settings)
+ConfigStore.instance().store(name="schema", node=SCHEMA)
+
+
+def choices(group: str) -> list[str]:
+    """Return the choices of a config group, e.g. "glue/rte" of "task"."""
+    return sorted(p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("*.yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(p.name for p in CONF.iterdir() if p.is_dir())
+
+
+def keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield every setting's full name, nested ones and their parents."""
+    for field in fields(cls):
+        yield prefix + field.name
+        if is_dataclass(field.type):
+            yield from keys(field.type, f"{prefix}{field.name}.")
+
+
+def open_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield the settings that are dictionaries: below them any key may be given."""
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            yield from open_keys(field.type, f"{prefix}{field.name}.")
+        elif any(getattr(t, "__origin__", t) is dict for t in (field.type, *get_args(field.type))):
+            yield prefix + field.name
+
+
+def check_names(override: Override) -> None:
+    """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
+    key = override.key_or_group
+    if key in groups():
+        values = [override.value()] if not override.is_sweep_override() else list(override.sweep_string_iterator())
+        for value in values:
+            hint = nearest(str(value), choices(key))
+            require(str(value) in choices(key), f"{key}={value}: no such {key}.{hint} Known: {', '.join(choices(key))}")
+    elif key.split(".")[0] != "hydra" and not key.startswith("hydra/"):
+        opened = any(key.startswith(parent + ".") for parent in open_keys())
+        known = [*keys(), *groups()]
+        require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
+
+
+def parse(overrides: list[str]) -> list[list[str]]:
+    """Return the overrides of every job that a command line (with sweeps) asks for, names checked."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(f"{' '.join(overrides)}: not of the form KEY=VALUE ({str(error).splitlines()[0]})") from error
+    for override in parsed:
+        check_names(override)
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
+    """Return typed settings from a composed config.
+
+    Raises:
+        UserError: a value is missing, of the wrong type or impossible.
+    """
+    method = config.method
+    if method.r1 is not None and method.r2 is not None:
+        total = method.r1 + method.r2
+        named = any(o.startswith("method.rank=") for o in overrides)
+        require(
+            not named or method.rank == total, f"method.rank={method.rank}: method.r1 + method.r2 is {total}; drop one"
+        )
+        method.rank, method.magnitude_ratio = total, method.r1 / total
+    try:
+        config = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    result = typed(Settings, values)
+    check_pair(result)
+    return result
+
+
+def check_pair(settings: Settings) -> None:
+    """Refuse a task the model cannot do."""
+    writes = tasks.load(settings.task.name).form == "generation"
+    able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
+    require(
+        settings.model.generates or not writes,
+        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}",
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Return an OmegaConf or Hydra error as one line with the setting's full name in front."""
+    cause = error
+    while isinstance(cause, HydraException) and cause.__cause__:
+        cause = cause.__cause__
+    text = str(cause).splitlines()[0]
+    full_key = getattr(cause, "full_key", None)
+    return f"{full_key}: {text}" if full_key else text
+
+
+def load(overrides: list[str]) -> Settings:
+    """Compose and check one job's settings from its overrides."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return settings(compose("config", overrides=overrides), overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(one_line(error)) from error
+
+
+def check(argv: list[str]) -> list[Settings]:
+    """Return the settings of every job a command line asks for; nothing heavy is loaded.
+
+    Raises:
+        UserError: a name, a value or a file is wrong.
+    """
+    jobs = parse([a for a in argv if not a.startswith("-")])
+    many = bool({"-m", "--multirun"} & set(argv))
+    require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
+    found = [load(job) for job in jobs]
+    for settings in found:
+        Record.of(settings)  # reads what names the run: data and weights must be there
+    return found
+
+
+def attempt(config: DictConfig) -> None:
+    """Do one job; whatever goes wrong is kept in its record for `conclude`, so that other jobs go on."""
+    from dual_lora.lab import training
+
+    chosen = settings(config)
+    try:
+        training.run(chosen)
+    except UserError:
+        return
+    except Exception:
+        traceback.print_exc()
+        return
+
+
+def conclude(jobs: list[Settings]) -> int:
+    """Print every job that did not finish, with the reason, and return the exit code."""
+    codes = [EXIT_OK]
+    for settings in jobs:
+        record = Record.of(settings)
+        failure = record.failure()
+        if failure is None and record.result():
+            continue
+        failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
+        print(f"failed: {record.shown()}\n  {failure['error']}: {failure['message']}", file=sys.stderr)
+        codes.append(EXIT_USER if failure["error"] == UserError.__name__ else EXIT_FAILED)
+    if len(jobs) > 1:
+        print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
+    return min(codes[1:], default=EXIT_OK)
+
+
+def train(run: Callable[[], None]) -> int:
+    """Check the command line, let Hydra run its jobs, say what failed."""
+    argv = sys.argv[1:]
+    jobs = [] if HYDRA_FLAGS & set(argv) else check(argv)
+    run()
+    return conclude(jobs)
+
+
+def recorded(run: Path) -> Settings:
+    """Return the settings a run's record holds.
+
+    Raises:
+        UserError: there is no record, or one that today's settings cannot hold.
+    """
+    path = run / "config.yaml"
+    require(path.is_file(), f"run={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
+    try:
+        stored = OmegaConf.merge(OmegaConf.structured(SCHEMA), OmegaConf.load(path))
+    except (OmegaConfBaseException, OSError, YAMLError) as error:
+        raise UserError(f"{path}: not a run's settings ({one_line(error)})") from error
+    return settings(stored)
+
+
+def evaluate_again(argv: list[str]) -> int:
+    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones."""
+    known = ("run", "data_dir", "model.path", "eval.batch_size")
+    given = dict(a.partition("=")[::2] for a in argv)
+    for key in given:
+        require(key in known, f"{key}: no such setting of eval.py.{nearest(key, known)}")
+    require("run" in given, "run=runs/STUDY/ID is needed: which run?")
+    run = Path(given.pop("run"))
+    chosen = recorded(run)
+    changes = {key: int(value) if key == "eval.batch_size" else value for key, value in given.items()}
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        part = replace(getattr(chosen, group), **{name: value}) if group else value
+        chosen = replace(chosen, **{group or name: part})
+    from dual_lora.lab import reevaluation
+
+    return reevaluation.run(chosen, Record(run.resolve()))
+
+
+def guard(do: Callable[..., int], *args: object) -> None:
+    """Exit with what `do` returns; a `UserError` becomes one line. Exit code 2: the user's to mend; 1: ours."""
+    try:
+        sys.exit(do(*args))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)

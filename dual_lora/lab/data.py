@@ -1,0 +1,52 @@
+"""From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
+
+from collections.abc import Callable
+
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from dual_lora.lab.settings import Settings
+from tasks import Task
+from tasks.base import Row
+
+IGNORED = -100  # label of a token without loss
+
+
+def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+    """Return the rows as model inputs with labels, truncated to `task.max_length` tokens."""
+    columns = generation(tokenizer, settings) if task.form == "generation" else sentences(tokenizer, settings)
+    return Dataset.from_list([columns(row) for row in rows])
+
+
+def sentences(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
+    def columns(row: Row) -> dict:
+        pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
+        return {**tokenizer(*pair, truncation=True, max_length=settings.task.max_length), "labels": row["label"]}
+
+    return columns
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return a prompt's tokens with the special tokens the model expects in front, and none behind."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def generation(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
+    """Return the encoder of prompt, target and end of text; the prompt carries loss only if the task says so."""
+
+    def columns(row: Row) -> dict:
+        prompt = prompt_ids(tokenizer, row["prompt"])
+        target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = (prompt + target)[: settings.task.max_length]
+        labels = (prompt if settings.task.loss_on_prompt else [IGNORED] * len(prompt)) + target
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[: len(ids)]}
+
+    return columns
+
+
+def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable:
+    """Return the function that pads a batch to its longest example."""
+    if task.form == "generation":
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    return DataCollatorWithPadding(tokenizer)

@@ -1,0 +1,114 @@
+"""Outputs of a model on a task's evaluation splits, judged and scored by the task.
+
+The outputs do not depend on the batch size: rows are padded on the side the model expects with the attention mask set,
+and put back into their own order.
+"""
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dual_lora.lab import data
+from dual_lora.lab.settings import Settings, UserError
+from tasks import Split, Task, TaskError
+from tasks.base import Output, Row
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    splits: dict[str, Split],
+    settings: Settings,
+    title: str = "evaluate",
+) -> tuple[dict[str, float], list[Row]]:
+    """Return the task's scores (fractions) and one prediction row an example: split, id, output, and what it was judged."""
+    judged: dict[str, list[Row]] = {}
+    predictions: list[Row] = []
+    for name, split in splits.items():
+        rows = split.rows
+        given = outputs(model, tokenizer, task, list(rows), settings, title)
+        judged[name] = [task.judge(row, output) for row, output in zip(rows, given, strict=True)]
+        for row, output, verdict in zip(rows, given, judged[name], strict=True):
+            predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
+    return task.score(judged), predictions
+
+
+@torch.inference_mode()
+def outputs(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: list[Row],
+    settings: Settings,
+    title: str,
+) -> list[Output]:
+    """Return the model's output for every row: a class index, a number or a text."""
+    training = model.training
+    model.eval()
+    ask = generate if task.form == "generation" else classify
+    order = sorted(
+        range(len(rows)), key=lambda i: -len(rows[i].get("prompt") or rows[i]["text"] + rows[i]["text_pair"])
+    )
+    found: dict[int, Output] = {}
+    size = settings.eval.batch_size
+    for start in tqdm(range(0, len(order), size), desc=title, unit="batch", leave=False):
+        batch = order[start : start + size]
+        found.update(zip(batch, ask(model, tokenizer, task, [rows[i] for i in batch], settings), strict=True))
+    model.train(training)
+    return [found[i] for i in range(len(rows))]
+
+
+def classify(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> list[int] | list[float]:
+    columns = data.sentences(tokenizer, settings)
+    features = [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
+    batch = tokenizer.pad(features, return_tensors="pt").to(model.device)
+    logits = model(**batch).logits.float()
+    return logits.squeeze(-1).tolist() if task.form == "regression" else logits.argmax(-1).tolist()
+
+
+def generate(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> list[str]:
+    """Return the text after each prompt, decoded as the task's protocol says (greedy or beam search, no sampling)."""
+    room = settings.task.max_length
+    prompts = [{"input_ids": data.prompt_ids(tokenizer, row["prompt"])[-room:]} for row in rows]
+    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    protocol = settings.task
+    beams = {"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}
+    made = model.generate(
+        **batch,
+        max_new_tokens=protocol.max_new_tokens,
+        num_beams=protocol.num_beams,
+        no_repeat_ngram_size=protocol.no_repeat_ngram,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **beams,
+    )
+    return tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def load_split(task: Task, name: str, settings: Settings) -> Split:
+    """Return a split. Where a number of rows is set, training takes a sample drawn with the run's seed and evaluation
+    the first rows, the same for every run.
+
+    Raises:
+        UserError: the data is missing, damaged or cannot be fetched.
+    """
+    try:
+        split = task.split(name, settings.data_dir)
+    except TaskError as error:
+        raise UserError(str(error)) from error
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"task={task.name}: the hub cannot be reached ({reason}); give data_dir=DIR") from error
+    limit = (settings.train if name == "train" else settings.eval).max_examples
+    if limit is None or limit >= len(split.rows):
+        return split
+    rows = split.rows.shuffle(seed=settings.seed) if name == "train" else split.rows
+    return Split(rows.select(range(limit)), split.origin)

@@ -1,0 +1,35 @@
+"""Peak memory of a stretch of work: the accelerator's where there is one, else the process's resident set."""
+
+import contextlib
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Context manager; `peak` is bytes. On Linux the kernel's high-water mark is reset first, so that runs sharing a
+    process do not inherit each other's; elsewhere the mark is the process's since its start."""
+
+    def __enter__(self) -> "PeakMemory":
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):
+                RESET.write_text("5")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak()
+
+
+def resident_peak() -> int:
+    """Return the high-water mark of the resident set in bytes."""
+    if STATUS.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,79 @@
+"""Methods: an adapter configuration as PEFT stores it, put on a model; and the optimizer a method asks for.
+
+No method is known here by name. A method that PEFT has needs its yaml in conf/method/ and nothing else.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.optimizers import create_loraplus_optimizer
+from transformers import PreTrainedModel
+
+import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
+from dual_lora.lab import models
+from dual_lora.lab.settings import Settings, UserError, nearest
+
+TASK_TYPES = {
+    "classification": TaskType.SEQ_CLS,
+    "regression": TaskType.SEQ_CLS,
+    "generation": TaskType.CAUSAL_LM,
+}
+
+
+def config(settings: Settings, form: str) -> PeftConfig:
+    """Return the PEFT configuration of an adapter method for a task of `form`.
+
+    Raises:
+        UserError: PEFT knows no such method, or refuses a field.
+    """
+    fields: dict[str, Any] = dict(settings.method.peft)
+    kind = fields.pop("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        hint = nearest(kind, map(str, PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise UserError(f"method.peft.peft_type={kind}: PEFT has no such method.{hint}")
+    fields.setdefault("target_modules", models.target_pattern(settings.model))
+    if settings.model.head and form != "generation":
+        fields.setdefault("modules_to_save", list(settings.model.head))
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type=TASK_TYPES[form], **fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method.peft ({settings.method.name}): {error}") from error
+
+
+def attach(model: PreTrainedModel, settings: Settings, form: str) -> torch.nn.Module:
+    """Return the model with the method on it and exactly its weights trainable.
+
+    Raises:
+        UserError: the method refuses its settings or finds nothing to adapt.
+    """
+    if settings.method.peft is None:
+        return model.requires_grad_(True)
+    adapter = config(settings, form)
+    try:
+        return get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"method={settings.method.name} on model={settings.model.name}: {error}") from error
+
+
+def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer | None:
+    """Return the optimizer the method asks for, or None for the Trainer's own AdamW."""
+    ratio = settings.method.lr_ratio
+    if ratio is None:
+        return None
+    lr, decay = settings.train.lr, settings.train.weight_decay
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
+    )
+
+
+def parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Return how many weights there are, how many train, and how many of those are the adapter's (without heads)."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    heads = sum(n for name, n in trained.items() if "modules_to_save" in name)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(trained.values()),
+        "adapter_parameters": sum(trained.values()) - heads if hasattr(model, "peft_config") else 0,
+    }

@@ -1,0 +1,47 @@
+"""A finished run evaluated again, from its record alone."""
+
+import torch
+from peft import PeftModel
+
+import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
+import tasks
+from dual_lora.lab import evaluation, models
+from dual_lora.lab.runs import Record
+from dual_lora.lab.settings import Settings, UserError, require
+from dual_lora.lab.summary import compared
+from dual_lora.lab.training import quiet
+
+
+def run(settings: Settings, record: Record) -> int:
+    """Print the scores now beside the recorded ones, keep them as evaluation.json, return 0 if they are equal, else 1.
+
+    Raises:
+        UserError: the run is not finished, or its data or base weights are not those it was trained with.
+    """
+    stored = record.result()
+    require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
+    quiet()
+    task = tasks.load(settings.task.name)
+    splits = {name: evaluation.load_split(task, name, settings) for name in task.eval_splits}
+    for name, split in splits.items():
+        same = split.facts()["sha256"] == stored["data"][name]["sha256"]
+        require(
+            same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
+        )
+    model, tokenizer = load_trained(settings, record, task)
+    metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
+    record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
+    print(compared(stored["metrics"], metrics, record))
+    return 0 if metrics == stored["metrics"] else 1
+
+
+def load_trained(settings: Settings, record: Record, task: tasks.Task) -> tuple[torch.nn.Module, object]:
+    """Return the model as it was when the run ended, and its tokenizer."""
+    if settings.method.peft is None:
+        model = models.head_class(task).from_pretrained(record.folder / "model", use_safetensors=True)
+        return model, models.load_tokenizer(settings)
+    base, tokenizer = models.load(settings, task)
+    try:
+        return PeftModel.from_pretrained(base, record.folder / "adapter"), tokenizer
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{record.folder / 'adapter'}: cannot be loaded ({error})") from error

@@ -1,0 +1,202 @@
+"""Run records: one folder a run, named by what the run is; `result.json`, written last and whole, means finished.
+
+    runs/<study>/<identity>/
+        config.yaml          every setting, resolved
+        environment.json     versions, machine, code commit
+        metrics.jsonl        one line a log step
+        predictions.jsonl    one line an example: id, raw output, answer, gold
+        adapter/ or model/   what was trained
+        result.json          metrics, parameters, time, memory, identity
+
+The identity is a hash of the facts that can change a digit of the result (settings, task version, data and weights),
+so the same facts find the same folder. Where the files are, and what is logged where, is not among them.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import tasks
+from dual_lora.lab.settings import Settings, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs"
+BUNDLED = Path(__file__).parent / "bundled"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "scipy", "sacrebleu")
+NOT_IDENTITY = {"model": {"path"}, "train": {"save_steps", "log_steps"}}
+
+
+def model_folder(settings: Settings) -> Path | None:
+    """Return the folder the model is read from, or None for the hub.
+
+    Raises:
+        UserError: `model.path` holds no model.
+    """
+    model = settings.model
+    path = (
+        BUNDLED / model.name if model.bundled and model.path is None else model.path and Path(model.path).expanduser()
+    )
+    if path and not (path / "config.json").is_file():
+        raise UserError(f"model.path={path}: no config.json there; give the folder of a saved Hugging Face model")
+    if path and not list(path.glob("*.safetensors")):
+        raise UserError(f"model.path={path}: no *.safetensors there; other weight formats are not loaded")
+    return path or None
+
+
+def model_facts(settings: Settings) -> dict[str, str]:
+    """Return what identifies the weights: hub id and revision, or a hash over the start and end of every weight file."""
+    folder = model_folder(settings)
+    if folder is None:
+        return {"hub": f"{settings.model.hub}@{settings.model.revision}"}
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(1 << 20))
+            stream.seek(max(0, file.stat().st_size - (1 << 20)))
+            digest.update(stream.read())
+    return {"sha256": digest.hexdigest()}
+
+
+def facts(settings: Settings) -> dict[str, Any]:
+    """Return everything that can change a digit of the result."""
+    values = asdict(settings)
+    chosen = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
+    for group, keys in NOT_IDENTITY.items():
+        chosen[group] = {k: v for k, v in chosen[group].items() if k not in keys}
+    task = tasks.load(settings.task.name)
+    try:
+        data = task.source(settings.data_dir)
+    except tasks.TaskError as error:
+        raise UserError(str(error)) from error
+    return {**chosen, "weights": model_facts(settings), "data": data, "task_version": task.version}
+
+
+def identity(settings: Settings) -> str:
+    """Return the run's name: what a reader wants to see, then ten hexadecimal digits over all facts."""
+    text = json.dumps(facts(settings), sort_keys=True)
+    names = (settings.model.name, settings.task.name.replace("/", "-"), settings.method.name, f"s{settings.seed}")
+    return "_".join(names) + "_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run's folder."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Record":
+        return cls(RUNS / settings.study / identity(settings))
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def shown(self) -> str:
+        """Return the folder as a user would type it."""
+        return os.path.relpath(self.folder) if self.folder.is_relative_to(Path.cwd()) else str(self.folder)
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the finished run's result, or None while there is none."""
+        return self.read("result.json") if (self.folder / "result.json").is_file() else None
+
+    def failure(self) -> dict[str, Any] | None:
+        """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
+        return self.read("failure.json") if (self.folder / "failure.json").is_file() else None
+
+    def fail(self, error: BaseException) -> None:
+        self.write("failure.json", {"error": type(error).__name__, "message": str(error)})
+
+    def read(self, name: str) -> Any:
+        """Return a JSON file of the record.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: not there; is {self.folder} the folder of a finished run?") from error
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); run the same command with force=true") from error
+
+    def start(self, settings: Settings) -> None:
+        """Make the folder afresh for a run: config and environment, no result, no metrics."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in ("result.json", "failure.json", "metrics.jsonl", "predictions.jsonl"):
+            (self.folder / stale).unlink(missing_ok=True)
+        if settings.force:
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+        self.write("environment.json", environment())
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, on disk when this returns."""
+        with (self.folder / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def write_lines(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a file whole or not at all: to a temporary name first, then renamed."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        partial = self.folder / f".{name}.partial"
+        with partial.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self.folder / name)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git(*args: str) -> str | None:
+    done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment() -> dict[str, Any]:
+    """Return what beside the facts may explain a result: versions, machine, code."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "packages": {p: installed(p) for p in PACKAGES},
+        "platform": platform.platform(),
+        "processor": processor(),
+        "accelerator": torch.cuda.get_device_name() if cuda else None,
+        "threads": torch.get_num_threads(),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": sys.argv,
+    }
+
+
+def processor() -> str:
+    """Return the processor's name as Linux tells it, or Python's word for it elsewhere."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor()

@@ -1,0 +1,189 @@
+"""The types of every setting; their values live in conf/ alone.
+
+`Settings` is the schema Hydra composes against, so an unknown key or a wrong type is refused while the command line is
+read. Checks that need more than a type are in `__post_init__`; they raise `UserError` with the culprit and the mend.
+Importing this module loads neither torch nor transformers.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, without a traceback, exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" for the closest known word, or ""."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    hint = nearest(value, choices)
+    require(value in choices, f"{key}={value}: not one of {', '.join(choices)}.{hint}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model and the names of its parts.
+
+    `roles` maps q, k, v, o, gate, up, down to a regular expression that ends a module's name; `adapt` lists the roles
+    a method changes; `head` names modules trained in full beside it because the base model does not bring them.
+    `generates` tells whether the model writes text (a causal language model).
+    """
+
+    name: str
+    hub: str | None
+    revision: str | None
+    path: str | None
+    bundled: bool
+    dtype: str
+    generates: bool
+    roles: dict[str, str]
+    adapt: list[str]
+    head: list[str]
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        for role in self.adapt:
+            require(
+                role in self.roles,
+                f"model.adapt: {self.name} has no role {role!r}; its roles are {', '.join(self.roles)}",
+            )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The protocol of a task, the same for every method (paper protocols: see the task's module in tasks/)."""
+
+    name: str
+    epochs: float
+    batch_size: int
+    max_length: int
+    warmup_ratio: float
+    checkpoint: str
+    loss_on_prompt: bool
+    label_smoothing: float
+    max_new_tokens: int
+    num_beams: int
+    length_penalty: float
+    no_repeat_ngram: int
+
+    def __post_init__(self) -> None:
+        one_of("task.checkpoint", self.checkpoint, ("last", "best"))
+        require(0 <= self.warmup_ratio < 1, f"task.warmup_ratio={self.warmup_ratio}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a model.
+
+    `rank` is the parameter budget in LoRA's unit: a method at rank r trains as many weights as LoRA of rank r. `peft` is
+    the adapter configuration as PEFT stores it (`peft_type` and the fields of that type's config class); null trains
+    every weight of the model. `lr_ratio` is LoRA+'s rate of the B matrices over that of A (arXiv 2402.12354).
+    """
+
+    name: str
+    lr: float
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
+    magnitude_ratio: float | None
+    r1: int | None
+    r2: int | None
+    lr_ratio: float | None
+    peft: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
+            value = getattr(self, key)
+            used = self.peft is not None and value is not None
+            require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
+        if self.peft is not None:
+            require("peft_type" in self.peft, f"method.peft: {self.name} names no peft_type")
+            for key in ("magnitude_ratio", "r1", "r2"):
+                require(
+                    getattr(self, key) is None or key in self.peft, f"method.{key}: method {self.name} has no {key}"
+                )
+        require(self.rank is None or self.rank >= 1, f"method.rank={self.rank}: must be at least 1")
+        require((self.r1 is None) == (self.r2 is None), "method.r1 and method.r2: give both or neither")
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and how fast to train. `save_steps` null keeps no checkpoint beside the final adapter."""
+
+    lr: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    accumulation: int
+    weight_decay: float
+    schedule: str
+    max_grad_norm: float
+    save_steps: int | None
+    log_steps: int
+    max_examples: int | None
+
+    def __post_init__(self) -> None:
+        one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
+        require(self.lr > 0, f"train.lr={self.lr}: must be positive")
+        for key in ("epochs", "max_steps", "batch_size", "accumulation", "save_steps", "log_steps", "max_examples"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"train.{key}={value}: must be positive")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluation: rows at a time, whether the base is scored before training, rows of each split at most (null: all)."""
+
+    batch_size: int
+    before: bool
+    max_examples: int | None
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "max_examples"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"eval.{key}={value}: must be positive")
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """The mirror of the local record; never read back."""
+
+    mode: str
+    project: str
+    entity: str | None
+
+    def __post_init__(self) -> None:
+        one_of("wandb.mode", self.mode, ("online", "offline", "disabled"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. `study` names the folder below runs/; `force` runs again what is finished."""
+
+    model: Model
+    task: Task
+    method: Method
+    train: Train
+    eval: Evaluate
+    wandb: Wandb
+    seed: int
+    study: str
+    data_dir: str | None
+    deterministic: bool
+    force: bool
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed={self.seed}: must not be negative")
+        clean = self.study and all(c.isalnum() or c in "-_." for c in self.study) and not self.study.startswith(".")
+        require(clean, f"study={self.study}: only letters, digits, '-', '_' and '.', it names a folder below runs/")

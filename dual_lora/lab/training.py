@@ -1,0 +1,231 @@
+"""One run from settings to its record: load, evaluate, train, evaluate again, write down."""
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import tasks
+from dual_lora.lab import data, evaluation, methods, models
+from dual_lora.lab.memory import PeakMemory
+from dual_lora.lab.mirror import Mirror, open_mirror
+from dual_lora.lab.runs import Record
+from dual_lora.lab.settings import Settings, UserError
+from dual_lora.lab.summary import summary
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with the newest loss beside it, instead of a line for every log step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+
+class Log(TrainerCallback):
+    """Every logged row into metrics.jsonl and from there to the mirror; a loss that is no number ends the run."""
+
+    NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
+
+    def __init__(self, record: Record, mirror: Mirror) -> None:
+        self.record, self.mirror = record, mirror
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        row = {"step": step, **row}
+        self.record.log(row)
+        self.mirror.log(row)
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        self.write(step, {f"eval/{name}": value for name, value in scores.items()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES}
+        self.write(state.global_step, {"epoch": round(state.epoch, 4), **row})
+        if not isfinite(row["train/loss"]):
+            raise UserError(
+                f"the loss is {row['train/loss']} at step {state.global_step}; "
+                f"take a lower train.lr (it was {args.learning_rate:g}) or model.dtype=float32"
+            )
+
+
+class BestEpoch(TrainerCallback):
+    """Scores every epoch and keeps the trained weights of the best one, for tasks whose protocol says so."""
+
+    def __init__(self, measure: Callable[[str], tuple[dict, list]], metric: str, log: Log) -> None:
+        self.measure, self.metric, self.log = measure, metric, log
+        self.best, self.epoch, self.weights = -float("inf"), None, {}
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        scores, _ = self.measure("epoch")
+        self.log.scores(state.global_step, scores)
+        if scores[self.metric] > self.best:
+            self.best, self.epoch = scores[self.metric], round(state.epoch, 4)
+            self.weights = {name: value.to("cpu", copy=True) for name, value in trained_state(model).items()}
+
+    def restore(self, model: torch.nn.Module) -> None:
+        model.load_state_dict(self.weights, strict=False)
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return everything training may change: trained weights and buffers."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value.detach() for name, value in model.state_dict().items() if name not in frozen}
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train and evaluate one run, or find it finished; print what it came to and return its result.
+
+    Raises:
+        UserError: something the user can mend. `failure.json` keeps the reason of any failed run.
+    """
+    record = Record.of(settings)
+    result = None if settings.force else record.result()
+    if result:
+        print(f"finished: {record.shown()} (force=true runs it anew)")
+    else:
+        quiet()
+        record.start(settings)
+        mirror = mirror_of(settings, record)
+        try:
+            result = work(settings, record, mirror)
+            mirror.summary({name: value for name, value in result.items() if name != "data"})
+            mirror.finish(0)
+        except BaseException as error:
+            record.fail(error)
+            mirror.finish(1)
+            raise
+    print(summary(result, record))
+    return result
+
+
+def quiet() -> None:
+    """Keep the libraries' chatter off the screen; errors still show."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def mirror_of(settings: Settings, record: Record) -> Mirror:
+    names = (settings.model.name, settings.task.name, settings.method.name)
+    return open_mirror(
+        settings.wandb.mode,
+        project=settings.wandb.project,
+        entity=settings.wandb.entity,
+        run_id=record.name.rsplit("_", 1)[1],
+        name=record.name,
+        group="/".join(names),
+        job_type="train",
+        tags=[settings.study, *names],
+        config=asdict(settings),
+        folder=record.folder,
+    )
+
+
+def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
+    """Do the run: everything between an empty record and its result."""
+    task = tasks.load(settings.task.name)
+    train = evaluation.load_split(task, "train", settings)
+    held_out = {name: evaluation.load_split(task, name, settings) for name in task.eval_splits}
+    set_seed(settings.seed)
+    base, tokenizer = models.load(settings, task)
+    set_seed(settings.seed)  # so that the adapter's draw does not depend on what loading drew
+    model = methods.attach(base, settings, task.form)
+    log = Log(record, mirror)
+
+    def measure(title: str) -> tuple[dict, list]:
+        return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
+
+    best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
+    loop = Trainer(
+        model=model,
+        args=arguments(settings, record),
+        train_dataset=data.encode(train.rows, task, tokenizer, settings),
+        data_collator=data.collator(task, tokenizer),
+        processing_class=tokenizer,
+        optimizers=(methods.optimizer(model, settings), None),
+        callbacks=[log, best] if best else [log],
+    )
+    loop.remove_callback(ProgressCallback)
+    loop.add_callback(Progress())
+    before = measure("before")[0] if settings.eval.before else None
+    if before:
+        log.scores(0, before)
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        trained = loop.train(resume_from_checkpoint=last_checkpoint(Path(loop.args.output_dir)))
+    seconds = time.perf_counter() - started
+    if best:
+        best.restore(model)
+    model.save_pretrained(record.folder / ("model" if settings.method.peft is None else "adapter"))
+    metrics, predictions = measure("after")
+    log.scores(trained.global_step, metrics)
+    record.write_lines("predictions.jsonl", predictions)
+    result = {
+        "identity": record.name,
+        "model": settings.model.name,
+        "task": task.name,
+        "method": settings.method.name,
+        "seed": settings.seed,
+        "metric": task.metric,
+        "metrics": metrics,
+        "metrics_before": before,
+        "best_epoch": best.epoch if best else None,
+        **methods.parameters(model),
+        "steps": trained.global_step,
+        "train_loss": trained.training_loss,
+        "train_seconds": seconds,
+        "tokens_per_second": loop.state.num_input_tokens_seen / seconds,
+        "peak_memory_bytes": memory.peak,
+        "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
+    }
+    record.write("result.json", result)
+    shutil.rmtree(loop.args.output_dir, ignore_errors=True)
+    return result
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def arguments(settings: Settings, record: Record) -> TrainingArguments:
+    """Return the Trainer's arguments: the task's protocol and the run's settings, nothing left to a default that matters."""
+    train, task, cuda = settings.train, settings.task, torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(record.folder / "checkpoints"),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=task.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        label_smoothing_factor=task.label_smoothing,
+        optim="adamw_torch",
+        bf16=settings.model.dtype == "bfloat16",
+        fp16=settings.model.dtype == "float16" and cuda,
+        use_cpu=not cuda,
+        seed=settings.seed,
+        full_determinism=settings.deterministic,
+        logging_steps=train.log_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if train.save_steps else "no",
+        save_steps=train.save_steps or 500,
+        save_total_limit=2,
+        report_to="none",
+    )

@@ -1,0 +1,20 @@
+"""Evaluate a finished run again, from its record alone.
+
+    python eval.py run=runs/STUDY/ID
+    python eval.py run=runs/STUDY/ID data_dir=DIR model.path=DIR eval.batch_size=8
+
+The scores are printed beside the recorded ones and kept as evaluation.json in the run's folder. data_dir and model.path
+tell where the files are now, if they moved; another eval.batch_size must not change a score.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
+
+from dual_lora.lab import cli
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv) or len(sys.argv) == 1:
+        sys.exit(__doc__)
+    cli.guard(cli.evaluate_again, sys.argv[1:])

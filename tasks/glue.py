@@ -1,0 +1,167 @@
+"""The eight GLUE tasks that LoRA's table 2 reports (arXiv 1804.07461; columns: arXiv 2106.09685, table 2).
+
+Every metric of a column is stored; `metric` is the one LoRA's table prints: matched accuracy for MNLI, Matthews
+correlation for CoLA, Pearson for STS-B, accuracy for the rest. Scores are of the development sets, whose labels are
+public. Sources: the hub's `nyu-mll/glue`, or the official TSV files below `data_dir` (plain or gzipped, in `glue/SST-2`
+or `SST-2`). One difference is known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+from tasks import base
+from tasks.base import Output, Row, Split, Task, TaskError
+
+VERSION = 1
+HUB, REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where the columns of one task are: official folder, text columns of the files and of the hub, label column."""
+
+    folder: str
+    text: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...]
+    hub_text: tuple[str, ...]
+    metric: str
+    named: bool = False  # labels are words in the official files, not indices
+    header: tuple[str, ...] | None = None
+    holes: bool = False  # the official file has rows with missing fields, which are dropped
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+SPECS = {
+    "cola": Spec(
+        "CoLA",
+        ("sentence",),
+        "label",
+        ("unacceptable", "acceptable"),
+        ("sentence",),
+        "matthews",
+        header=("source", "label", "mark", "sentence"),
+    ),
+    "sst2": Spec("SST-2", ("sentence",), "label", ("negative", "positive"), ("sentence",), "accuracy"),
+    "mrpc": Spec(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        ("not_equivalent", "equivalent"),
+        ("sentence1", "sentence2"),
+        "accuracy",
+    ),
+    "stsb": Spec("STS-B", ("sentence1", "sentence2"), "score", (), ("sentence1", "sentence2"), "pearson"),
+    "qqp": Spec(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        ("not_duplicate", "duplicate"),
+        ("question1", "question2"),
+        "accuracy",
+        holes=True,
+    ),
+    "mnli": Spec(
+        "MNLI",
+        ("sentence1", "sentence2"),
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        ("premise", "hypothesis"),
+        "accuracy",
+        named=True,
+    ),
+    "qnli": Spec(
+        "QNLI", ("question", "sentence"), "label", ENTAILMENT, ("question", "sentence"), "accuracy", named=True
+    ),
+    "rte": Spec(
+        "RTE", ("sentence1", "sentence2"), "label", ENTAILMENT, ("sentence1", "sentence2"), "accuracy", named=True
+    ),
+}
+
+
+def task(subset: str) -> "Glue":
+    """Return one GLUE task by its hub name, e.g. "sst2"."""
+    if subset not in SPECS:
+        raise TaskError(f"glue/{subset}: no such GLUE task; known: {', '.join(SPECS)}")
+    return Glue(subset)
+
+
+class Glue(Task):
+    """A sentence or sentence-pair task; `classification`, but `regression` for STS-B."""
+
+    version = VERSION
+
+    def __init__(self, subset: str) -> None:
+        self.subset, self.spec = subset, SPECS[subset]
+        self.name = f"glue/{subset}"
+        self.form = "classification" if self.spec.labels else "regression"
+        self.labels, self.metric = self.spec.labels, self.spec.metric
+        if subset == "mnli":
+            self.eval_splits = ("validation_matched", "validation_mismatched")
+
+    def path(self, split: str, data_dir: str) -> Path:
+        """Return the official file of a split; a file named "sample" stands in where the full one is absent."""
+        stem = {"train": "train", "validation": "dev"}.get(split, split.replace("validation", "dev"))
+        folders = (f"glue/{self.spec.folder}", self.spec.folder)
+        return base.find(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv"))
+
+    def source(self, data_dir: str | None = None) -> dict[str, str]:
+        if data_dir is None:
+            return {"hub": f"{HUB}@{REVISION}"}
+        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *self.eval_splits)}
+
+    def split(self, name: str, data_dir: str | None = None) -> Split:
+        if data_dir is None:
+            rows = load_dataset(HUB, self.subset, revision=REVISION, split=name)
+            return Split(self.from_hub(rows, name), f"{HUB}/{self.subset}@{REVISION[:8]}")
+        path = self.path(name, data_dir)
+        return Split(self.from_file(path, name), f"{path.parent.name}/{path.name}")
+
+    def from_hub(self, rows: Dataset, split: str) -> Dataset:
+        """Return the hub's rows in this project's columns."""
+        texts = [[row[c] for c in self.spec.hub_text] for row in rows]
+        return self.dataset(
+            [self.row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True))]
+        )
+
+    def from_file(self, path: Path, split: str) -> Dataset:
+        """Return the rows of an official TSV in this project's columns."""
+        spec, rows = self.spec, []
+        for number, row in enumerate(base.read_tsv(path, spec.header, skip_short=spec.holes), start=1):
+            try:
+                label = self.parse_label(row[spec.label])
+                rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
+            except (KeyError, ValueError) as error:
+                raise TaskError(f"{path}: row {number}: {error!r} where GLUE's {spec.folder} was expected") from error
+        return self.dataset(rows)
+
+    def parse_label(self, word: str) -> int | float:
+        if self.form == "regression":
+            return float(word)
+        return self.labels.index(word) if self.spec.named else range(len(self.labels)).index(int(word))
+
+    @staticmethod
+    def row(split: str, number: int, texts: list[str], label: int | float) -> Row:
+        return {
+            "id": f"{split}-{number}",
+            "text": texts[0],
+            "text_pair": texts[1] if len(texts) == 2 else "",
+            "label": label,
+        }
+
+    def judge(self, row: Row, output: Output) -> Row:
+        return {"answer": output, "gold": row["label"]}
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return every metric of the column; MNLI's mismatched set stands beside the matched one as "mismatched_..."."""
+        from tasks import metrics
+
+        measure = metrics.regression if self.form == "regression" else metrics.classification
+        scores = {}
+        for split, rows in results.items():
+            prefix = "mismatched_" if split.endswith("mismatched") else ""
+            found = measure([r["answer"] for r in rows], [r["gold"] for r in rows])
+            scores.update({prefix + key: value for key, value in found.items()})
+        return scores
