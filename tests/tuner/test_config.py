@@ -1,0 +1,114 @@
+"""DualLoraConfig: the meaning of the budget, contradictions, and that every field is saved."""
+
+import dataclasses
+
+import pytest
+from peft import PeftConfig
+
+from dual_lora import DualLoraConfig
+
+
+def test_defaults_are_the_paper_s_map():
+    c = DualLoraConfig()
+    assert (c.r, c.magnitude_ratio, c.r1, c.r2, c.split(c.r)) == (16, 0.5, None, None, (8, 8))
+    assert (c.lora_alpha, c.ste, c.magnitude, c.direction, c.kernel) == (16, "clip", "relu", "sign", "auto")
+
+
+@pytest.mark.parametrize(
+    "given, r, split",
+    [
+        ({"r": 8}, 8, (4, 4)),
+        ({"r": 16, "magnitude_ratio": 0.25}, 16, (4, 12)),
+        ({"r": 2, "magnitude_ratio": 0.01}, 2, (1, 1)),
+        ({"r": 3, "magnitude_ratio": 0.99}, 3, (2, 1)),
+        ({"r1": 3, "r2": 9}, 12, (3, 9)),
+        ({"r": 12, "r1": 3, "r2": 9}, 12, (3, 9)),
+        ({"r": 12, "r1": 3}, 12, (3, 9)),
+        ({"r2": 9}, 16, (7, 9)),
+    ],
+)
+def test_budget_and_split(given, r, split):
+    c = DualLoraConfig(**given)
+    assert c.r == r and c.split(c.r) == split
+
+
+def test_rank_pattern_is_split_by_the_ratio_of_r1_and_r2():
+    c = DualLoraConfig(r1=4, r2=12, rank_pattern={"q": 8})
+    assert c.split(8) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"r": 1}, "r=1"),
+        ({"r": 8.0}, "r=8.0"),
+        ({"magnitude_ratio": 0.0}, "magnitude_ratio"),
+        ({"magnitude_ratio": 1.0}, "magnitude_ratio"),
+        ({"r": 16, "r1": 4, "r2": 4}, "r1 \\+ r2 = r"),
+        ({"r": 8, "r1": 8}, "r1=8"),
+        ({"r1": 0, "r2": 8}, "r1=0"),
+        ({"r1": 4, "r2": 12, "magnitude_ratio": 0.5}, "contradicts"),
+        ({"scale_warmup_steps": -1}, "scale_warmup_steps"),
+        ({"scale_warmup_steps": 1.5}, "scale_warmup_steps"),
+        ({"init_std": 0.0}, "init_std"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"ste": "bnn"}, "clip, identity, hardtanh"),
+        ({"magnitude": "gelu"}, "relu, abs, softplus, identity"),
+        ({"direction": "cos"}, "sign, tanh, identity"),
+        ({"kernel": "fpga"}, "kernel='fpga'"),
+        ({"rank_pattern": {"q": 1}}, "rank_pattern"),
+        ({"alpha_pattern": {"q": -1}}, "alpha_pattern"),
+        ({"fused_slices": {"c_attn": [3, [0, 3]]}}, "fused_slices"),
+        ({"fused_slices": {"c_attn": [3, [0, 0]]}}, "fused_slices"),
+        ({"fused_slices": {"c_attn": [3, []]}}, "fused_slices"),
+        ({"fused_slices": {"c_attn": 3}}, "fused_slices"),
+        ({"layers_pattern": "h"}, "layers_to_transform"),
+        ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"task_type": "SORTING"}, "task type"),
+    ],
+)
+def test_impossible_values_are_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DualLoraConfig(**fields)
+
+
+EVERY_FIELD = {
+    "r": 12,
+    "magnitude_ratio": 0.25,
+    "r1": 3,
+    "r2": 9,
+    "lora_alpha": 7.5,
+    "lora_dropout": 0.1,
+    "init_weights": False,
+    "init_std": 0.03,
+    "scale_warmup_steps": 17,
+    "ste": "hardtanh",
+    "magnitude": "abs",
+    "direction": "tanh",
+    "kernel": "eager",
+    "target_modules": {"q_proj", "v_proj"},
+    "exclude_modules": {"lm_head"},
+    "fused_slices": {"c_attn": [3, [0, 2]]},
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"v_proj": 2.0},
+    "layers_to_transform": [0, 2],
+    "layers_pattern": ["h"],
+    "modules_to_save": ["score"],
+}
+
+
+def test_every_field_survives_saving(tmp_path):
+    own = {f.name for f in dataclasses.fields(DualLoraConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
+    assert own == set(EVERY_FIELD)
+    config = DualLoraConfig(**EVERY_FIELD)
+    default = DualLoraConfig()
+    assert all(getattr(config, name) == value != getattr(default, name) for name, value in EVERY_FIELD.items())
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DualLoraConfig and loaded.to_dict() == config.to_dict()
+
+
+def test_a_saved_default_loads_as_the_same(tmp_path):
+    DualLoraConfig(magnitude_ratio=0.3).save_pretrained(tmp_path)
+    assert DualLoraConfig.from_pretrained(tmp_path).to_dict() == DualLoraConfig(magnitude_ratio=0.3).to_dict()
