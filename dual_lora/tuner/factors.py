@@ -107,10 +107,16 @@ class EmbeddingFactors(DualLoraFactors):
     """Factors of an embedding table; dW is embedding_dim x num_embeddings."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape of int -> ids.shape x embedding_dim; only these columns of dW are computed."""
+        """ids: any shape of int -> ids.shape x embedding_dim; only these columns of dW are computed.
+
+        An id that occurs several times is looked up at its last place, where its gradients meet before the
+        straight-through clip, as they do in a whole dW.
+        """
         flat = ids.flatten()
+        places = torch.arange(flat.numel(), device=ids.device)
+        last = places.new_zeros(self.A.shape[-1]).scatter_reduce(0, flat, places, "amax")
         columns = delta_weight(self.A[:, flat], self.B, self.C[:, flat], self.D, self.scale, **self.kinds)
-        return columns.T.unflatten(0, ids.shape)
+        return F.embedding(last[ids], columns.T)
 
 
 class ConvFactors(DualLoraFactors):

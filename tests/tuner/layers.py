@@ -1,7 +1,7 @@
 """The kinds of layer under test: how to build one, feed it, and apply a weight update to it by hand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,313 @@
+"""The adapted layers against functional.delta_weight applied by hand in float64."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dual_lora import DualLoraConfig, delta_weight, set_update_scale
+
+from .layers import IN, KINDS, OUT, Net, adapted, config, factors_of, layer_of, named_factors, relative_error
+
+F_NOW = 0.8
+SCALE = F_NOW * 7 / 8**0.5  # f * alpha / sqrt(r1 * r2) of layers.config
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def reference(kind, model, x, mask=1.0, **kinds):
+    """The adapter's own term in float64, and the factors it was computed from."""
+    f = {n: t.detach().double().requires_grad_() for n, t in named_factors(factors_of(model)).items()}
+    x = x.double() * mask if x.is_floating_point() else x
+    return kind.term(x, delta_weight(**f, scale=SCALE, **kinds)), f
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", KINDS)
+def test_output_and_gradients_equal_float64_autograd(name, dropout):
+    kind = KINDS[name]
+    base, x = kind.base(), kind.inputs()
+    model = adapted(copy.deepcopy(base), F_NOW, lora_dropout=dropout)
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    mask = F.dropout(torch.ones_like(x), dropout).double() if kind.dropout else 1.0
+    term, f = reference(kind, model, x, mask)
+    expected = base.double()(x.double() if x.is_floating_point() else x) + term
+    assert relative_error(y, expected) < 1e-5
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (expected * weight.double()).sum().backward()
+    for factor, grad in ((t, f[n].grad) for n, t in named_factors(factors_of(model)).items()):
+        assert grad.norm() > 0 and relative_error(factor.grad, grad) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"ste": "identity"},
+        {"ste": "hardtanh"},
+        {"magnitude": "abs"},
+        {"magnitude": "softplus"},
+        {"magnitude": "identity"},
+        {"direction": "tanh"},
+        {"magnitude": "identity", "direction": "identity"},
+    ],
+    ids=str,
+)
+def test_variants_reach_the_layer(kinds):
+    kind, base = KINDS["linear"], KINDS["linear"].base()
+    x = 10 * kind.inputs()
+    model = adapted(base, F_NOW, **kinds)
+    term, f = reference(kind, model, x, **kinds)
+    model(x).sum().backward()
+    term.sum().backward()
+    paper_term, paper = reference(kind, model, x)
+    paper_term.sum().backward()
+    for n, t in named_factors(factors_of(model)).items():
+        assert relative_error(t.grad, f[n].grad) < 1e-5
+    assert any(relative_error(f[n].grad, paper[n].grad) > 1e-2 for n in "ABCD")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_merged_equals_unmerged_and_unmerge_is_exact(name):
+    kind = KINDS[name]
+    base, x = kind.base(), kind.inputs()
+    before = base.weight.detach().clone()
+    model = adapted(base, F_NOW).eval()
+    y, y_base = model(x), base(x)
+    assert relative_error(y, y_base) > 0.01
+    model.merge_adapter(safe_merge=True)
+    assert relative_error(model(x), y) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(layer_of(model).get_base_layer().weight, before) and torch.equal(model(x), y)
+    merged = model.merge_and_unload()
+    assert type(merged.layer) is type(base) and relative_error(merged(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_get_delta_weight_is_shaped_like_the_weight(name):
+    model = adapted(KINDS[name].base(), F_NOW)
+    dW = layer_of(model).get_delta_weight("default")
+    assert dW.shape == layer_of(model).weight.shape
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged.layer.weight, layer_of(model).weight + dW)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_merging_ignores_dropout(training):
+    model = adapted(KINDS["linear"].base(), lora_dropout=0.5).train(training)
+    expected = layer_of(model).weight + factors_of(model).delta_weight()
+    model.merge_adapter()
+    assert torch.equal(layer_of(model).weight, expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_adapters_merge_together(name):
+    kind = KINDS[name]
+    base, x = kind.base(), kind.inputs()
+    before = base.weight.detach().clone()
+    model = adapted(base, F_NOW)
+    model.add_adapter("other", config(r1=1, r2=1))
+    set_update_scale(model, F_NOW)
+    layer_of(model).set_adapter(["default", "other"])
+    model.eval()
+    y = model(x)
+    apart = sum(layer_of(model).get_delta_weight(a) for a in ("default", "other"))
+    model.merge_adapter(["default", "other"])
+    torch.testing.assert_close(layer_of(model).weight, before + apart)
+    assert relative_error(model(x), y) < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(layer_of(model).weight, before)
+
+
+def test_safe_merge_finds_nan_in_any_factor_and_leaves_the_weight_alone():
+    for name in "ABCD":
+        model = adapted(KINDS["linear"].base())
+        before = layer_of(model).weight.detach().clone()
+        getattr(factors_of(model), name).data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems"):
+            model.merge_adapter(safe_merge=True)
+        assert torch.equal(layer_of(model).weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", KINDS)
+def test_16_bit_base_keeps_float32_factors_and_unmerges_exactly(name, dtype):
+    kind = KINDS[name]
+    x = kind.inputs()
+    x = x.to(dtype) if x.is_floating_point() else x
+    model = adapted(kind.base(), F_NOW, dtype=dtype).eval()
+    before = layer_of(model).weight.detach().clone()
+    assert all(p.dtype == torch.float32 for p in factors_of(model).parameters())
+    assert factors_of(model).update_scale.dtype == torch.float32
+    y = model(x)
+    assert y.dtype == dtype
+    term, _ = reference(kind, model, x)
+    with model.disable_adapter():
+        y_base = model(x)
+    assert relative_error(y, y_base.double() + term) < 0.01
+    model.merge_adapter()
+    assert relative_error(model(x), y) < 0.02
+    model.unmerge_adapter()
+    assert torch.equal(layer_of(model).weight, before)
+
+
+def small_update_on_bf16_base():
+    """A bf16 Linear of 256 x 256, its input, and a Dual LoRA model whose dW is 1/1000 of |W0|."""
+    layer, x = nn.Linear(256, 256, bias=False), torch.randn(64, 256).bfloat16()
+    model = adapted(layer, 1.0, dtype=torch.bfloat16, init_std=None, r1=8, r2=8).eval()
+    dW = layer_of(model).get_delta_weight("default")
+    factors_of(model).update_scale.mul_(1e-3 * layer.weight.float().norm() / dW.norm())
+    return layer, x, model
+
+
+def test_bf16_base_does_not_swallow_dW():
+    layer, x, model = small_update_on_bf16_base()
+    dW = layer_of(model).get_delta_weight("default")
+    assert dW.norm() / layer.weight.float().norm() == pytest.approx(1e-3, rel=1e-3)
+    exact = x.double() @ dW.double().T
+    assert relative_error(factors_of(model)(x), exact) < 0.01
+
+    lora = get_peft_model(Net(copy.deepcopy(layer)), LoraConfig(r=16, lora_alpha=16, target_modules=["layer"])).eval()
+    pair = lora.base_model.model.layer
+    nn.init.normal_(pair.lora_B["default"].weight)
+    lora_dW = pair.get_delta_weight("default")
+    pair.scaling["default"] *= (dW.norm() / lora_dW.norm()).item()
+    lora_exact = x.double() @ pair.get_delta_weight("default").double().T
+
+    base = x.double() @ layer.weight.double().T
+    lost = (model(x).double() - base - exact).norm()
+    lora_lost = (lora(x).double() - base - lora_exact).norm()
+    assert lost < 1.05 * lora_lost
+
+
+def test_merging_a_small_dW_into_bf16_warns():
+    _, _, model = small_update_on_bf16_base()
+    with pytest.warns(UserWarning, match="rounds away more than 10% of dW"):
+        model.merge_adapter()
+
+
+def test_merging_into_float32_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(KINDS["linear"].base()).merge_adapter()
+
+
+def test_signs_are_the_same_in_forward_merge_and_after_reload(tmp_path):
+    """Forward on a bf16 base under autocast uses the very dW that merging and a reloaded adapter use."""
+    base = nn.Linear(256, 256, bias=False)
+    model = adapted(copy.deepcopy(base), 1.0, dtype=torch.bfloat16)
+    eye = torch.eye(256).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        in_forward = factors_of(model)(eye).T
+    dW = layer_of(model).get_delta_weight("default")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Net(base).bfloat16(), tmp_path)
+    assert torch.equal(layer_of(again).get_delta_weight("default"), dW)
+    assert torch.equal(in_forward, dW.bfloat16())
+
+
+def test_explicit_16_bit_factors_are_honoured():
+    model = get_peft_model(Net(nn.Linear(IN, OUT)).bfloat16(), config(), autocast_adapter_dtype=False)
+    factors = factors_of(model)
+    assert {p.dtype for p in factors.parameters()} == {torch.bfloat16}
+    assert factors.update_scale.dtype == torch.float32 and factors.delta_weight().dtype == torch.float32
+
+
+def test_float64_base_gets_float64_factors():
+    model = adapted(nn.Linear(IN, OUT), dtype=torch.float64)
+    assert factors_of(model).A.dtype == layer_of(model).get_delta_weight("default").dtype == torch.float64
+
+
+def test_dead_draw_is_drawn_again():
+    """P(every entry of BA <= 0) is about 1/32 on 5 inputs and 1 output, so that 500 layers would hold some 15."""
+    for seed in range(500):
+        torch.manual_seed(seed)
+        factors = factors_of(adapted(nn.Linear(5, 1)))
+        assert (factors.B @ factors.A > 0).any()
+
+
+def test_layer_that_dies_later_warns():
+    model = adapted(nn.Linear(IN, OUT))
+    factors_of(model).A.data.abs_()
+    factors_of(model).B.data.abs_().neg_()
+    with pytest.warns(UserWarning, match="layer is dead"):
+        model.merge_adapter()
+
+
+def test_no_warning_at_the_start_of_the_ramp():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not layer_of(adapted(nn.Linear(IN, OUT), 0.0)).get_delta_weight("default").any()
+
+
+def test_every_factor_has_a_gradient_at_the_declared_init():
+    for name, kind in KINDS.items():
+        model = get_peft_model(Net(kind.base()), DualLoraConfig(r=4, target_modules=["layer"]))
+        x = kind.inputs()
+        set_update_scale(model, 0.01)
+        model(x).square().sum().backward()
+        assert all(f.grad.any() for f in factors_of(model).parameters()), name
+
+
+def fused(blocks=(0, 2), base=None):
+    return adapted(base or Conv1D(3 * OUT, IN), F_NOW, fused_slices={"layer": [3, list(blocks)]})
+
+
+@pytest.mark.parametrize(
+    "base", [lambda: Conv1D(3 * OUT, IN), lambda: nn.Linear(IN, 3 * OUT)], ids=["Conv1D", "Linear"]
+)
+@pytest.mark.parametrize("blocks", [(0, 2), (2, 0), (1,)])
+def test_fused_slices_adapt_only_their_blocks(base, blocks):
+    x = torch.randn(4, 5, IN)
+    model = fused(blocks, base())
+    with model.disable_adapter():
+        y_base = model(x)
+    update = (model(x) - y_base).unflatten(-1, (3, OUT))
+    f = factors_of(model)
+    for block in range(3):
+        if block in blocks:
+            i = blocks.index(block)
+            dW = delta_weight(*(t[i] for t in (f.A, f.B, f.C, f.D)), SCALE)
+            torch.testing.assert_close(update[..., block, :], x @ dW.T, rtol=1e-4, atol=1e-5)
+        else:
+            assert not update[..., block, :].any()
+    y = model(x)
+    assert relative_error(model.merge_and_unload()(x), y) < 1e-5
+
+
+def test_fused_slices_have_lora_s_parameter_count_on_q_and_v():
+    trained = sum(p.numel() for p in fused().parameters() if p.requires_grad)
+    assert trained == 2 * 6 * (IN + OUT)  # LoRA of rank 6 = r1 + r2 on two IN -> OUT projections
+
+
+def test_fused_slices_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match="3 equal blocks do not fit 10"):
+        fused(base=nn.Linear(IN, 10))
+    with pytest.raises(ValueError, match="Embedding is not a linear layer"):
+        fused(base=nn.Embedding(IN, 3 * OUT))
+
+
+def test_unsupported_layer_is_an_error():
+    with pytest.raises(TypeError, match="not supported"):
+        adapted(nn.LSTM(3, 3))
+
+
+def test_deepcopy_trains_on_its_own():
+    model = adapted(nn.Linear(IN, OUT))
+    twin = copy.deepcopy(model)
+    twin(torch.randn(2, IN)).sum().backward()
+    assert factors_of(twin).A.grad is not None and factors_of(model).A.grad is None
+
+
+def test_repr_names_the_method():
+    assert repr(layer_of(adapted(nn.Linear(IN, OUT)))).startswith("dual_lora.Linear(")
