@@ -1,7 +1,7 @@
 """Tasks as data and scoring rules, readable and testable without torch.
 
-`load("glue/sst2")` gives the `Task` that `tasks/glue.py` builds for its subset "sst2"; the name of a task is the name of
-its file in tasks/ and of its settings in conf/task/.
+`load("glue/sst2")` gives the `Task` that `tasks/glue.py` builds for its subset "sst2"; the name of a task is the name
+of its file in tasks/ and of its settings in conf/task/.
 """
 
 import importlib

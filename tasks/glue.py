@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from tasks import base
-from tasks.base import Output, Row, Split, Task, TaskError
+from tasks.base import Row, Split, Task, TaskError
 
 VERSION = 1
 HUB, REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
@@ -135,6 +135,8 @@ class Glue(Task):
                 rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
             except (KeyError, ValueError) as error:
                 raise TaskError(f"{path}: row {number}: {error!r} where GLUE's {spec.folder} was expected") from error
+        if not rows:
+            raise TaskError(f"{path}: no rows; fetch the file again")
         return self.dataset(rows)
 
     def parse_label(self, word: str) -> int | float:
@@ -151,11 +153,8 @@ class Glue(Task):
             "label": label,
         }
 
-    def judge(self, row: Row, output: Output) -> Row:
-        return {"answer": output, "gold": row["label"]}
-
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
-        """Return every metric of the column; MNLI's mismatched set stands beside the matched one as "mismatched_..."."""
+        """Return every metric of the column; MNLI's mismatched set stands beside as "mismatched_..."."""
         from tasks import metrics
 
         measure = metrics.regression if self.form == "regression" else metrics.classification

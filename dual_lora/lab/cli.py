@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 import tasks
@@ -74,6 +74,7 @@ def open_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
 def check_names(override: Override) -> None:
     """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
     key = override.key_or_group
+    require(not override.is_delete(), f"~{key}: settings cannot be removed")
     if key in groups():
         values = [override.value()] if not override.is_sweep_override() else list(override.sweep_string_iterator())
         for value in values:
@@ -85,12 +86,16 @@ def check_names(override: Override) -> None:
         require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
 
 
+def parse_one(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"{override}: not of the form KEY=VALUE") from error
+
+
 def parse(overrides: list[str]) -> list[list[str]]:
     """Return the overrides of every job that a command line (with sweeps) asks for, names checked."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(f"{' '.join(overrides)}: not of the form KEY=VALUE ({str(error).splitlines()[0]})") from error
+    parsed = [parse_one(override) for override in overrides]
     for override in parsed:
         check_names(override)
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
@@ -135,9 +140,10 @@ def one_line(error: Exception) -> str:
     cause = error
     while isinstance(cause, HydraException) and cause.__cause__:
         cause = cause.__cause__
-    text = str(cause).splitlines()[0]
-    full_key = getattr(cause, "full_key", None)
-    return f"{full_key}: {text}" if full_key else text
+    text, key = str(cause).splitlines()[0], getattr(cause, "full_key", None)
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return f"{key}: not among the method's; write +{key}=VALUE to add it"
+    return f"{key}: {text}" if key else text
 
 
 def load(overrides: list[str]) -> Settings:

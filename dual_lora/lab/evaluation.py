@@ -23,7 +23,7 @@ def evaluate(
     settings: Settings,
     title: str = "evaluate",
 ) -> tuple[dict[str, float], list[Row]]:
-    """Return the task's scores (fractions) and one prediction row an example: split, id, output, and what it was judged."""
+    """Return the task's scores (fractions) and one row an example: split, id, output, and how it was judged."""
     judged: dict[str, list[Row]] = {}
     predictions: list[Row] = []
     for name, split in splits.items():

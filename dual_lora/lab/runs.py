@@ -31,7 +31,7 @@ import tasks
 from dual_lora.lab.settings import Settings, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "runs"
+RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "scipy", "sacrebleu")
 NOT_IDENTITY = {"model": {"path"}, "train": {"save_steps", "log_steps"}}
@@ -55,7 +55,7 @@ def model_folder(settings: Settings) -> Path | None:
 
 
 def model_facts(settings: Settings) -> dict[str, str]:
-    """Return what identifies the weights: hub id and revision, or a hash over the start and end of every weight file."""
+    """Return what identifies the weights: hub id and revision, or a hash over both ends of every weight file."""
     folder = model_folder(settings)
     if folder is None:
         return {"hub": f"{settings.model.hub}@{settings.model.revision}"}

@@ -86,9 +86,9 @@ class Task:
 class Method:
     """A way to adapt a model.
 
-    `rank` is the parameter budget in LoRA's unit: a method at rank r trains as many weights as LoRA of rank r. `peft` is
-    the adapter configuration as PEFT stores it (`peft_type` and the fields of that type's config class); null trains
-    every weight of the model. `lr_ratio` is LoRA+'s rate of the B matrices over that of A (arXiv 2402.12354).
+    `rank` is the parameter budget in LoRA's unit: a method at rank r trains as many weights as LoRA of rank r. `peft`
+    is the adapter configuration as PEFT stores it (`peft_type` and the fields of that type's config class); null
+    trains every weight of the model. `lr_ratio` is LoRA+'s rate of the B matrices over that of A (arXiv 2402.12354).
     """
 
     name: str
@@ -143,7 +143,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluation: rows at a time, whether the base is scored before training, rows of each split at most (null: all)."""
+    """Rows at a time, whether the base is scored before training, rows of each split at most (null: all)."""
 
     batch_size: int
     before: bool

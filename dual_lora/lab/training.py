@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import tasks
@@ -158,7 +158,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         optimizers=(methods.optimizer(model, settings), None),
         callbacks=[log, best] if best else [log],
     )
-    loop.remove_callback(ProgressCallback)
+    loop.remove_callback(PrinterCallback)
     loop.add_callback(Progress())
     before = measure("before")[0] if settings.eval.before else None
     if before:
@@ -201,7 +201,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def arguments(settings: Settings, record: Record) -> TrainingArguments:
-    """Return the Trainer's arguments: the task's protocol and the run's settings, nothing left to a default that matters."""
+    """Return the Trainer's arguments: the task's protocol and the run's settings."""
     train, task, cuda = settings.train, settings.task, torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(record.folder / "checkpoints"),
@@ -228,4 +228,5 @@ def arguments(settings: Settings, record: Record) -> TrainingArguments:
         save_steps=train.save_steps or 500,
         save_total_limit=2,
         report_to="none",
+        disable_tqdm=True,  # for `Progress`
     )

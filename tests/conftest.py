@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests: run records go to a temporary folder; official data files are optional."""
+
+import os
+from pathlib import Path
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("DUAL_LORA_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def official_data() -> Path:
+    """The folder of official GLUE files; the test is skipped where there is none (name one with DUAL_LORA_DATA)."""
+    if not (DATA / "glue").is_dir():
+        pytest.skip("official data files are not here; name their folder with DUAL_LORA_DATA")
+    return DATA
+
+
+@pytest.fixture
+def runs_folder(tmp_path, monkeypatch) -> Path:
+    """Run records of this test alone, in this process and in those it starts."""
+    from dual_lora.lab import runs
+
+    folder = tmp_path / "runs"
+    monkeypatch.setattr(runs, "RUNS", folder)
+    monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
+    return folder

@@ -1,0 +1,143 @@
+"""The command line: every mistake one line with a mend, before torch is imported; every shipped choice composes."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dual_lora.lab import cli, runs
+from dual_lora.lab.settings import UserError
+
+ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
+
+MISTAKES = {
+    "mehtod=lora": "mehtod: no such setting. Did you mean method?",
+    "method=lorra": "method=lorra: no such method. Did you mean lora?",
+    "model=lama3-8b": "model=lama3-8b: no such model. Did you mean llama3-8b?",
+    "task=glue/sst": "task=glue/sst: no such task. Did you mean glue/sst2?",
+    "method.rnk=8": "method.rnk: no such setting. Did you mean method.rank?",
+    "train.epoch=2": "train.epoch: no such setting. Did you mean train.epochs?",
+    "+train.warmup=3": "train.warmup: no such setting.",
+    "train.lr=fast": "train.lr: Value 'fast' of type 'str' could not be converted to Float",
+    "method.rank=2.5": "method.rank: Value '2.5' of type 'float' could not be converted to Integer",
+    "train.lr=0": "train.lr=0.0: must be positive",
+    "train.lr=null": "train.lr: field 'train.lr' is not Optional",
+    "train.max_steps=0": "train.max_steps=0: must be positive",
+    "seed=-1": "seed=-1: must not be negative",
+    "study=../x": "study=../x: only letters",
+    "train.schedule=linera": "train.schedule=linera: not one of linear, cosine, constant, constant_with_warmup. Did",
+    "wandb.mode=onlin": "wandb.mode=onlin: not one of online, offline, disabled. Did you mean online?",
+    "model.dtype=float8": "model.dtype=float8: not one of float32",
+    "model.adapt=[q,z]": "model.adapt: tiny-roberta has no role 'z'",
+    "model.path=/nowhere": "model.path=/nowhere: no config.json there",
+    "method.r1=4": "method.r1 and method.r2: give both or neither",
+    "method.peft.zzz=1": "method.peft.zzz: not among the method's; write +method.peft.zzz=VALUE to add it",
+    "~method": "~method: settings cannot be removed",
+    "rank": "rank: not of the form KEY=VALUE",
+}
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        cli.check(list(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistake_is_one_line_with_the_mend(override):
+    message, expected = refused(*ENCODER, override), MISTAKES[override]
+    assert message.startswith(expected), message
+
+
+def test_settings_of_another_method_are_refused():
+    assert refused(*ENCODER, "method=lora", "method.magnitude_ratio=0.3") == (
+        "method.magnitude_ratio: method lora has no magnitude_ratio"
+    )
+    assert "method full has no adapter" in refused(*ENCODER, "method=full", "method.rank=4")
+
+
+def test_ranks_of_the_two_groups():
+    ours = cli.load([*ENCODER, "method.r1=4", "method.r2=12"]).method
+    assert (ours.rank, ours.magnitude_ratio, ours.peft["r"]) == (16, 0.25, 16)
+    assert "method.r1 + method.r2 is 16; drop one" in refused(*ENCODER, "method.rank=8", "method.r1=4", "method.r2=12")
+
+
+def test_a_model_that_writes_no_text_cannot_do_a_generation_task():
+    message = refused("model=tiny-roberta", "task=demo/restaurants")
+    assert "tiny-roberta writes no text" in message and "tiny-llama" in message
+
+
+def test_a_sweep_needs_the_multirun_flag():
+    assert refused("seed=0,1", "method=lora,dora") == "4 runs asked for: add -m to run them all"
+    jobs = cli.check(["-m", "seed=0,1", "method=lora,dora"])
+    assert [(s.method.name, s.seed) for s in jobs] == [("lora", 0), ("lora", 1), ("dora", 0), ("dora", 1)]
+
+
+def test_one_bad_value_in_a_sweep_stops_it_before_the_first_run():
+    assert "Did you mean tiny-llama?" in refused("-m", "model=tiny-lama,tiny-gpt2")
+
+
+@pytest.mark.parametrize("model", cli.choices("model"))
+@pytest.mark.parametrize("task", cli.choices("task"))
+def test_every_model_task_and_method_composes(model, task, monkeypatch):
+    for method in cli.choices("method"):
+        try:
+            found = cli.load([f"model={model}", f"task={task}", f"method={method}"])
+        except UserError as error:
+            assert "writes no text" in str(error)
+        else:
+            assert (found.model.name, found.task.name, found.method.name) == (model, task, method)
+
+
+def python(code: str, *argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+CODE_AND_TORCH = """
+import runpy, sys
+script = sys.argv[1]
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as error:
+    print("exit", error.code, "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [
+        ("train.py", "method=dualora", "train.py: method=dualora: no such method. Did you mean dual_lora?"),
+        ("train.py", "train.lr=fast", "train.py: train.lr: Value 'fast'"),
+        ("train.py", "data_dir=/nowhere task=glue/rte", "train.py: data_dir=/nowhere: no such folder"),
+        ("eval.py", "run=/nowhere", "eval.py: run=/nowhere: no config.yaml there"),
+        ("eval.py", "rum=x", "eval.py: rum: no such setting of eval.py. Did you mean run?"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_before_torch_is_imported(script, argument, message):
+    done = python(CODE_AND_TORCH, script, *argument.split())
+    assert done.stderr.startswith(message), done.stderr
+    assert done.stderr.splitlines()[-1] == "exit 2 False"
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_help_shows_every_choice_and_lines_to_paste():
+    shown = python(CODE_AND_TORCH, "train.py", "--help").stdout
+    for group in cli.groups():
+        for choice in cli.choices(group):
+            assert choice.rsplit("/", 1)[-1] in shown
+    assert "python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2" in shown
+
+
+def test_identity_is_a_hash_of_typed_facts(tmp_path):
+    def name(*overrides):
+        return runs.identity(cli.load([*ENCODER, *overrides]))
+
+    plain = name()
+    assert plain.startswith("tiny-roberta_demo-sentiment_dual_lora_s0_")
+    assert plain == name("method.alpha=16") == name("method.alpha=16.0") == name("train.lr=5e-3")
+    assert plain == name("wandb.mode=disabled", "train.save_steps=7", "train.log_steps=3", "study=other", "force=true")
+    different = ["seed=1", "method.alpha=8", "train.lr=1e-3", "eval.batch_size=8", "train.max_steps=9", "method=lora"]
+    assert len({plain, *(name(d) for d in different)}) == 1 + len(different)

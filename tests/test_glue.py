@@ -1,0 +1,164 @@
+"""GLUE: the official files and the hub's rows give identical examples; counts, labels and metrics are GLUE's."""
+
+import gzip
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+import tasks
+from tasks import TaskError, glue
+
+HEADERS = {
+    "cola": None,
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "mnli": "index\tpromptID\tpairID\tgenre\tparse1\tparse2\tparse3\tparse4\tsentence1\tsentence2\tlabel1\tgold_label",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "rte": "index\tsentence1\tsentence2\tlabel",
+}
+# One row that breaks careless readers (lone quote, words that mean "missing" to pandas), and one of another label.
+TEXTS = [('a "lone quote', "N/A"), ("null", "none ' of it")]
+
+
+def official_line(subset: str, number: int) -> str:
+    first, second = TEXTS[number]
+    spec = glue.SPECS[subset]
+    label = spec.labels[number] if spec.named else ("2.5", "5.000")[number] if subset == "stsb" else str(number)
+    return {
+        "cola": f"gj04\t{label}\t*\t{first}",
+        "sst2": f"{first}\t{label}",
+        "mrpc": f"{label}\t7\t8\t{first}\t{second}",
+        "stsb": f"{number}\tg\tf\ty\to\ts\ts\t{first}\t{second}\t{label}",
+        "qqp": f"{number}\t1\t2\t{first}\t{second}\t{label}",
+        "mnli": f"{number}\tp\tp\tg\tx\tx\tx\tx\t{first}\t{second}\t{label}\t{label}",
+        "qnli": f"{number}\t{first}\t{second}\t{label}",
+        "rte": f"{number}\t{first}\t{second}\t{label}",
+    }[subset]
+
+
+def write_official(root, subset: str, packed: bool = False) -> None:
+    folder = root / "glue" / glue.SPECS[subset].folder
+    folder.mkdir(parents=True)
+    lines = [HEADERS[subset]] if HEADERS[subset] else []
+    lines += [official_line(subset, i) for i in range(2)]
+    if subset == "qqp":
+        lines.append("9\t9\t9\tonly one question")
+    for split in ("train", "dev", "dev_matched", "dev_mismatched"):
+        data = ("\n".join(lines) + "\n").encode()
+        name = f"{split}.tsv" + (".gz" if packed else "")
+        (folder / name).write_bytes(gzip.compress(data) if packed else data)
+
+
+def hub_rows(subset: str) -> Dataset:
+    """The same two rows as the hub's parquet files hold them."""
+    spec = glue.SPECS[subset]
+    label = Value("float32") if subset == "stsb" else ClassLabel(names=list(spec.labels))
+    features = Features({**{c: Value("string") for c in spec.hub_text}, "label": label, "idx": Value("int32")})
+    labels = [2.5, 5.0] if subset == "stsb" else [0, 1]
+    rows = [{**dict(zip(spec.hub_text, TEXTS[i], strict=False)), "label": labels[i], "idx": i} for i in range(2)]
+    return Dataset.from_list(rows, features=features)
+
+
+@pytest.mark.parametrize("subset", glue.SPECS)
+def test_files_and_hub_give_identical_examples(subset, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(hub, config, revision, split):
+        asked.append((hub, config, split))
+        return hub_rows(subset)
+
+    monkeypatch.setattr(glue, "load_dataset", load_dataset)
+    write_official(tmp_path, subset)
+    write_official(tmp_path / "packed", subset, packed=True)
+    task = tasks.load(f"glue/{subset}")
+    for split in ("train", *task.eval_splits):
+        hub = task.split(split).rows
+        for where in (tmp_path, tmp_path / "glue", tmp_path / "packed"):
+            files = task.split(split, str(where)).rows
+            assert files.features == hub.features
+            assert files.to_list() == hub.to_list()
+    assert asked == [("nyu-mll/glue", subset, split) for split in ("train", *task.eval_splits)]
+    assert hub[0]["text"] == 'a "lone quote' and hub[1]["text"] == "null"
+    assert task.source(str(tmp_path)) == task.source(str(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: f.unlink(), "no glue/RTE/dev.tsv"),
+        (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\n"), "line 2 has 3 fields, not 4"),
+        (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n"), "row 1: ValueError"),
+        (lambda f: f.write_bytes(b"index\tsentence\tlabel\n0\ta\tentailment\n"), "row 1: KeyError"),
+        (lambda f: f.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+        (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n"), "no rows"),
+    ],
+)
+def test_a_missing_or_damaged_file_names_itself(damage, message, tmp_path):
+    write_official(tmp_path, "rte")
+    damage(tmp_path / "glue/RTE/dev.tsv")
+    with pytest.raises(TaskError, match=message) as caught:
+        tasks.load("glue/rte").split("validation", str(tmp_path))
+    assert "dev.tsv" in str(caught.value)
+
+
+def test_a_half_downloaded_gz_names_itself(tmp_path):
+    write_official(tmp_path, "rte", packed=True)
+    path = tmp_path / "glue/RTE/dev.tsv.gz"
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(TaskError, match=r"dev\.tsv\.gz: cannot be read"):
+        tasks.load("glue/rte").split("validation", str(tmp_path))
+
+
+# name: (rows of train, rows of every evaluation split, share of label 1 in the first evaluation split)
+OFFICIAL = {
+    "cola": (8551, [1043], 721 / 1043),
+    "sst2": (67349, [872], 444 / 872),
+    "mrpc": (3668, [408], 279 / 408),
+    "stsb": (5749, [1500], None),
+    "qqp": (32946, [1000], None),
+    "mnli": (15130, [1000, 1000], None),
+    "qnli": (9833, [5463], 2761 / 5463),
+    "rte": (2490, [277], 131 / 277),
+}
+
+
+@pytest.mark.parametrize("subset", OFFICIAL)
+def test_official_files(subset, official_data):
+    task = tasks.load(f"glue/{subset}")
+    train, held_out, share = OFFICIAL[subset]
+    splits = [task.split(s, str(official_data)).rows for s in task.eval_splits]
+    assert len(task.split("train", str(official_data)).rows) == train
+    assert [len(rows) for rows in splits] == held_out
+    if share:
+        assert sum(splits[0]["label"]) / len(splits[0]) == share
+
+
+@pytest.mark.parametrize(
+    ("subset", "metric", "others"),
+    [
+        ("cola", "matthews", {"accuracy", "f1"}),
+        ("mrpc", "accuracy", {"f1", "matthews"}),
+        ("stsb", "pearson", {"spearman", "pearson_spearman_mean"}),
+        ("mnli", "accuracy", {"mismatched_accuracy"}),
+    ],
+)
+def test_metric_of_the_column_and_the_others_beside_it(subset, metric, others):
+    task = tasks.load(f"glue/{subset}")
+    gold = [0.0, 2.5, 5.0, 1.0] if subset == "stsb" else [0, 1, 1, 2] if subset == "mnli" else [0, 1, 1, 0]
+    rows = [{"answer": g, "gold": g} for g in gold]
+    scores = task.score(dict.fromkeys(task.eval_splits, rows))
+    assert task.metric == metric and scores[metric] == pytest.approx(1.0)
+    assert others <= set(scores)
+
+
+def test_metrics_against_hand_made_values():
+    from tasks import metrics
+
+    scores = metrics.classification([1, 1, 0, 0, 1], [1, 0, 0, 1, 1])
+    assert scores["accuracy"] == pytest.approx(3 / 5)
+    assert scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert scores["matthews"] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
+    assert metrics.regression([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])["spearman"] == pytest.approx(1.0)
+    assert metrics.regression([1.0, 1.0], [1.0, 2.0])["pearson"] == 0.0

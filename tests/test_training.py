@@ -1,0 +1,245 @@
+"""Whole runs on the bundled models: every method and family, the record, finishing, re-evaluation, failures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import tasks
+from dual_lora import set_update_scale
+from dual_lora.lab import cli, evaluation, methods, models, training
+from dual_lora.lab.runs import Record
+from dual_lora.lab.settings import UserError
+
+FAMILIES = {
+    "tiny-gpt2": "demo/choice",
+    "tiny-llama": "demo/restaurants",
+    "tiny-roberta": "demo/sentiment",
+    "tiny-deberta": "demo/sentiment",
+}
+SHORT = ["train.max_steps=4", "eval.max_examples=8", "train.log_steps=1", "wandb.mode=disabled"]
+
+
+def settings(model: str, *overrides: str):
+    return cli.load([f"model={model}", f"task={FAMILIES[model]}", *SHORT, *overrides])
+
+
+def attached(model: str, method: str, *overrides: str):
+    """Return settings, task, base-with-method and tokenizer, untrained."""
+    chosen = settings(model, f"method={method}", *overrides)
+    task = tasks.load(chosen.task.name)
+    torch.manual_seed(0)
+    base, tokenizer = models.load(chosen, task)
+    return chosen, task, methods.attach(base, chosen, task.form), tokenizer
+
+
+def inputs(model: str, tokenizer) -> dict[str, torch.Tensor]:
+    rows = tasks.load(FAMILIES[model]).split("validation").rows
+    texts = [row.get("prompt") or row["text"] for row in rows.select(range(4))]
+    return tokenizer(texts, return_tensors="pt", padding=True)
+
+
+@pytest.mark.parametrize("method", cli.choices("method"))
+def test_a_run_leaves_a_whole_record(method, runs_folder):
+    chosen = settings("tiny-roberta", f"method={method}")
+    result = training.run(chosen)
+    folder = runs_folder / "adhoc" / result["identity"]
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "predictions.jsonl",
+        "result.json",
+        "model" if method == "full" else "adapter",
+    }
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert {"metrics", "trainable_parameters", "train_seconds", "peak_memory_bytes", "identity"} <= result.keys()
+    assert result["peak_memory_bytes"] > 50e6 and result["tokens_per_second"] > 0 and result["steps"] == 4
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4, 4]
+    assert len((folder / "predictions.jsonl").read_text().splitlines()) == 8
+    assert cli.recorded(folder) == chosen
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("method", ["dual_lora", "full"])
+def test_evaluation_from_the_record_alone_gives_every_digit_again(model, method, runs_folder, capsys):
+    result = training.run(settings(model, f"method={method}", "train.max_steps=8"))
+    folder = runs_folder / "adhoc" / result["identity"]
+    assert cli.evaluate_again([f"run={folder}"]) == 0
+    assert "reproduced exactly" in capsys.readouterr().out
+    assert json.loads((folder / "evaluation.json").read_text())["metrics"] == result["metrics"]
+
+
+def test_the_same_command_again_finds_the_run_finished(runs_folder, capsys):
+    chosen = settings("tiny-roberta")
+    first = training.run(chosen)
+    stamp = (runs_folder / "adhoc" / first["identity"] / "result.json").stat().st_mtime_ns
+    assert training.run(chosen) == first
+    assert "finished: " in capsys.readouterr().out
+    assert (runs_folder / "adhoc" / first["identity"] / "result.json").stat().st_mtime_ns == stamp
+    again = training.run(settings("tiny-roberta", "force=true"))
+    assert again["metrics"] == first["metrics"] and again["train_loss"] == first["train_loss"]
+    assert (runs_folder / "adhoc" / first["identity"] / "result.json").stat().st_mtime_ns > stamp
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_equal_budgets_train_equally_many_weights(model):
+    counted = {}
+    for method in ("lora", "dual_lora"):
+        _, _, adapted, _ = attached(model, method, "method.rank=8")
+        counted[method] = methods.parameters(adapted)
+    assert counted["lora"]["trainable_parameters"] == counted["dual_lora"]["trainable_parameters"]
+    assert counted["lora"]["adapter_parameters"] == counted["dual_lora"]["adapter_parameters"] > 0
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_adapted_model_starts_as_its_base(model):
+    _, _, adapted, tokenizer = attached(model, "dual_lora")
+    adapted.eval()
+    batch = inputs(model, tokenizer)
+    with torch.no_grad():
+        ours = adapted(**batch).logits
+        with adapted.disable_adapter():
+            base = adapted(**batch).logits
+        set_update_scale(adapted, 1.0)
+        full = adapted(**batch).logits
+    if adapted.modules_to_save:
+        assert torch.allclose(ours, base)
+    else:
+        assert torch.equal(ours, base)
+    assert not torch.allclose(full, base)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_at_any_positive_ramp_every_factor_has_a_gradient(model):
+    _, _, adapted, tokenizer = attached(model, "dual_lora")
+    set_update_scale(adapted, 0.05)
+    adapted(**inputs(model, tokenizer)).logits.square().sum().backward()
+    factors = {n: p for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" not in n}
+    assert {n.rsplit(".", 1)[1] for n in factors} == {"A", "B", "C", "D"}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in factors.values())
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_outputs_do_not_depend_on_the_batch_size(model):
+    _, task, adapted, tokenizer = attached(model, "lora")
+    rows = list(task.split("validation").rows.select(range(24)))
+    given = {}
+    for size in (1, 8):
+        chosen = settings(model, f"eval.batch_size={size}")
+        given[size] = evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test")
+    assert given[1] == given[8]
+
+
+def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypatch):
+    scores = iter([0.1, 0.3, 0.9, 0.2, 0.9])  # before, three epochs, after
+    kept = []
+    real = evaluation.evaluate
+
+    def evaluate(model, *args):
+        _, predictions = real(model, *args)
+        kept.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        return {"accuracy": next(scores)}, predictions
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
+    result = training.run(settings("tiny-roberta", "task.checkpoint=best", *few))
+    assert result["best_epoch"] == 2.0
+    assert all(torch.equal(kept[2][name], kept[4][name]) for name in kept[2])
+    assert any(not torch.equal(kept[3][name], kept[4][name]) for name in kept[2])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
+    chosen = settings("tiny-roberta", "method=full", "train.lr=1e30", "train.max_grad_norm=1e30")
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; take a lower train.lr"):
+        training.run(chosen)
+    record = Record.of(chosen)
+    assert record.result() is None and record.failure()["error"] == "UserError"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+method.peft.nonsense=1", "nonsense"),
+        ("method.peft.peft_type=LORRA", "PEFT has no such method. Did you mean LORA?"),
+        ("method.rank=1", "r=1"),
+        ("model.roles={q: nothing_like_it}", "method=dual_lora on model=tiny-roberta: Target modules"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_told_in_one_line(override, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        attached("tiny-roberta", "dual_lora", override)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folder, monkeypatch):
+    chosen = settings("tiny-roberta", "train.max_steps=6", "train.save_steps=2", "eval.before=false")
+    whole = training.run(chosen)
+    record = Record.of(chosen)
+    weights = (record.folder / "adapter/adapter_model.safetensors").read_bytes()
+    (record.folder / "result.json").unlink()
+
+    class Killed(BaseException):
+        pass
+
+    def die(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Progress, "on_log", die)
+        with pytest.raises(Killed):
+            training.run(chosen)
+    assert (record.folder / "checkpoints/checkpoint-4").is_dir() and record.result() is None
+    resumed = training.run(chosen)
+    assert resumed["metrics"] == whole["metrics"] and resumed["steps"] == 6
+    assert (record.folder / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert not (record.folder / "checkpoints").exists()
+
+
+def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path):
+    result = training.run(settings("tiny-roberta"))
+    folder = runs_folder / "adhoc" / result["identity"]
+    with pytest.raises(UserError, match="no config.yaml there"):
+        cli.evaluate_again([f"run={tmp_path}"])
+    stored = json.loads((folder / "result.json").read_text())
+    stored["data"]["validation"]["sha256"] = "0"
+    (folder / "result.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="not the validation rows this run was evaluated on"):
+        cli.evaluate_again([f"run={folder}"])
+
+
+def command(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs_folder):
+    sweep = ["train.py", "-m", "model=tiny-roberta", "task=demo/sentiment", *SHORT, "method=lora,dual_lora", "seed=0,1"]
+    broken = [*sweep, "method.rank=1"]  # Dual LoRA needs at least 2
+    done = command(*broken)
+    assert done.returncode == 2
+    assert "2 of 4 runs finished" in done.stderr
+    assert done.stderr.count("failed: ") == 2 and "r=1" in done.stderr
+    finished = sorted(p.parent.name for p in runs_folder.glob("adhoc/*/result.json"))
+    assert len(finished) == 2 and all("_lora_" in name for name in finished)
+    again = command(*sweep, "method.rank=1", "method=lora")
+    assert again.returncode == 0 and again.stdout.count("finished: ") == 2
+
+
+def test_the_demo_run_shows_before_after_parameters_time_and_the_record(runs_folder):
+    done = command("train.py", "train.max_steps=3", "eval.max_examples=4")
+    assert done.returncode == 0, done.stderr
+    for word in ("before", "after", "parameters", "tokens/s", "record"):
+        assert word in done.stdout
+    assert "tiny-llama  demo/restaurants  dual_lora  seed 0" in done.stdout
+    assert list(runs_folder.glob("adhoc/*/wandb/offline-run-*"))
+
+
+def test_reevaluation_is_what_eval_runs(runs_folder):
+    result = training.run(settings("tiny-roberta"))
+    done = command("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", "eval.batch_size=3")
+    assert done.returncode == 0, done.stderr
+    assert "reproduced exactly" in done.stdout
