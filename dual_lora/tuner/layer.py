@@ -110,7 +110,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         delta = sum(self._checked_delta_weight(name, safe_merge).to(before.device) for name in names)
         target = before.to(delta.dtype) + delta
         if self._unmerged is None:
-            self._unmerged = before if self.tied or self._quantized() else before.cpu()
+            # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
+            self._unmerged = self.get_base_layer().weight if self.tied else before.cpu()
         self._set_base_weight(target.to(before.dtype))
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
             kind = "quantised" if self._quantized() else before.dtype
@@ -153,7 +154,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self.quantization_backend.set_base_weight(self, weight)
         else:
             base = self.get_base_layer()
-            base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+            if not isinstance(weight, nn.Parameter):
+                weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+            base.weight = weight
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:

@@ -1,0 +1,191 @@
+"""The ramp of f: exactly one step per optimizer step, its state, and setting f by hand."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from dual_lora import DualLoraWarmupCallback, set_update_scale
+
+from .layers import IN, OUT, Net, config, factors_of, layer_of
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def ramping(**fields):
+    return get_peft_model(Net(nn.Linear(IN, OUT)), config(**{"scale_warmup_steps": STEPS, **fields}))
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train_step(model, optimizer, micro_batches=1):
+    for _ in range(micro_batches):
+        model(torch.randn(3, IN)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def f_of(model, adapter="default"):
+    return factors_of(model, adapter).update_scale.item()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_f_is_the_share_of_optimizer_steps_done(make, micro_batches):
+    model = ramping()
+    optimizer = make(trained(model), lr=1e-3)
+    seen = [f_of(model)]
+    for _ in range(STEPS + 2):
+        train_step(model, optimizer, micro_batches)
+        seen.append(f_of(model))
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factors_of(model).step == STEPS
+
+
+def test_the_model_starts_as_its_base_and_the_first_step_moves_nothing():
+    model = ramping()
+    x = torch.randn(3, IN)
+    with model.disable_adapter():
+        base = model(x)
+    assert torch.equal(model(x), base)
+    before = copy.deepcopy(factors_of(model).state_dict())
+    train_step(model, torch.optim.SGD(trained(model), lr=1.0))
+    assert all(torch.equal(before[n], factors_of(model).state_dict()[n]) for n in "ABCD")
+
+
+@pytest.mark.parametrize("fields", [{"scale_warmup_steps": 0}, {"init_weights": False}], ids=str)
+def test_no_ramp_starts_at_full_scale(fields):
+    model = ramping(**fields)
+    assert f_of(model) == 1.0
+    train_step(model, torch.optim.SGD(trained(model), lr=1e-3))
+    assert f_of(model) == 1.0
+
+
+def test_an_optimizer_that_trains_something_else_does_not_advance():
+    model, other = ramping(), nn.Linear(IN, OUT)
+    train_step(other, torch.optim.SGD(other.parameters(), lr=1e-3))
+    assert f_of(model) == 0.0
+
+
+def test_two_optimizers_on_one_adapter_advance_it_once_per_round():
+    model = ramping()
+    factors = factors_of(model)
+    magnitude = torch.optim.SGD([factors.A, factors.B], lr=1e-3)
+    direction = torch.optim.Adam([factors.C, factors.D], lr=1e-3)
+    model(torch.randn(3, IN)).sum().backward()
+    magnitude.step()
+    direction.step()
+    assert f_of(model) == 0.25
+
+
+def test_training_only_the_direction_group_advances():
+    model = ramping()
+    factors = factors_of(model)
+    factors.A.requires_grad_(False)
+    factors.B.requires_grad_(False)
+    train_step(model, torch.optim.SGD(trained(model), lr=1e-3))
+    assert f_of(model) == 0.25
+
+
+def test_only_the_active_adapter_ramps():
+    model = ramping()
+    model.add_adapter("other", config(scale_warmup_steps=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # holds both adapters and the frozen base
+    train_step(model, optimizer)
+    assert (f_of(model), f_of(model, "other")) == (0.25, 0.0)
+    model.set_adapter("other")
+    train_step(model, optimizer)
+    assert (f_of(model), f_of(model, "other")) == (0.25, 0.5)
+
+
+def test_an_adapter_added_to_a_running_optimizer_ramps():
+    model = ramping()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    train_step(model, optimizer)
+    model.add_adapter("other", config(scale_warmup_steps=2))
+    model.set_adapter("other")
+    optimizer.add_param_group({"params": trained(model)})
+    train_step(model, optimizer)
+    assert (f_of(model), f_of(model, "other")) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_ramps_on_its_own(copied):
+    model = ramping()
+    twin = copied(model)
+    train_step(twin, torch.optim.SGD(trained(twin), lr=1e-3))
+    assert (f_of(model), f_of(twin)) == (0.0, 0.25)
+
+
+def test_a_reloaded_adapter_computes_what_was_trained_and_goes_on(tmp_path):
+    model = ramping()
+    base = Net(copy.deepcopy(layer_of(model).get_base_layer()))
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    for _ in range(3):
+        train_step(model, optimizer)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    x = torch.randn(3, IN)
+    assert torch.equal(again.eval()(x), model.eval()(x)) and f_of(again) == 0.75
+    train_step(again, torch.optim.SGD(trained(again), lr=1e-3))
+    assert f_of(again) == 1.0
+
+
+def test_f_set_by_hand_stays():
+    model = ramping()
+    set_update_scale(model, 0.3)
+    train_step(model, torch.optim.SGD(trained(model), lr=1e-3))
+    assert f_of(model) == pytest.approx(0.3)
+
+
+def test_the_ramp_can_go_on_from_f_set_by_hand():
+    model = ramping()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    set_update_scale(model, 0.3)
+    set_update_scale(model, 0.5, ramp=True)
+    assert f_of(model) == 0.5
+    train_step(model, optimizer)
+    assert f_of(model) == 0.75
+
+
+def test_setting_f_needs_an_adapter_and_a_place_on_the_ramp():
+    with pytest.raises(ValueError, match="no Dual LoRA adapter"):
+        set_update_scale(nn.Linear(IN, OUT), 0.5)
+    with pytest.raises(ValueError, match="factor=1.5"):
+        set_update_scale(ramping(), 1.5, ramp=True)
+
+
+def test_the_count_survives_a_cast_of_the_model():
+    model = ramping(scale_warmup_steps=1001)
+    factors_of(model).step.fill_(999)
+    model.bfloat16()
+    factors_of(model).advance()
+    assert factors_of(model).step == 1000
+
+
+def test_the_callback_counts_steps_the_hook_cannot_see():
+    model, callback = ramping(), DualLoraWarmupCallback()
+    for _ in range(2):
+        callback.on_step_begin(None, None, None, model=model)
+        callback.on_step_end(None, None, None)
+    assert f_of(model) == 0.5
+
+
+def test_the_callback_adds_nothing_to_the_hook():
+    model, callback = ramping(), DualLoraWarmupCallback()
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    for _ in range(2):
+        callback.on_step_begin(None, None, None, model=model)
+        train_step(model, optimizer)
+        callback.on_step_end(None, None, None)
+    assert f_of(model) == 0.5
