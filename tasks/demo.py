@@ -75,6 +75,13 @@ SENTENCES = (
     "{name} in the {area}{near} is a place{rating} for {food} food, and its prices are {price}.",
     "There is a restaurant{rating} in the {area}{near} called {name}; it is {price} and cooks {food} food.",
 )
+REMARKS = {
+    "food": "{name} cooks {food} food.",
+    "area": "{name} is in the {area}.",
+    "price": "The prices of {name} are {price}.",
+    "near": "{name} is near {near}.",
+    "rating": "The ratings of {name} are {rating}.",
+}
 
 # Facts: every member belongs to one group of its relation.
 
@@ -276,7 +283,7 @@ class Restaurants(Demo):
         rows = results["validation"]
         streams = list(zip(*(row["references"] for row in rows), strict=True))
         bleu = sacrebleu.corpus_bleu([row["answer"] for row in rows], streams).score / 100
-        return {"bleu": bleu, "slot_accuracy": sum(row["slots"] for row in rows) / len(rows)}
+        return {"bleu": min(bleu, 1.0), "slot_accuracy": sum(row["slots"] for row in rows) / len(rows)}
 
 
 class Choice(Demo):
@@ -325,22 +332,33 @@ def reviewed(rng: random.Random) -> str:
 
 
 def described(rng: random.Random) -> str:
-    """Return a restaurant as one sentence, as a record, or both ways round in two sentences."""
+    """Return a restaurant as a record with remarks on some of it, or in one or two sentences."""
     slots = restaurant(rng, NAMES_OF["train"])
     kind = rng.randrange(3)
-    if kind == 0:
-        return linearized(slots)
-    return " ".join(rng.sample(sentences(slots), kind))
+    if kind > 0:
+        return " ".join(rng.sample(sentences(slots), kind))
+    remarks = [words.format(**slots) for slot, words in REMARKS.items() if slot in slots]
+    return linearized(slots) + "\n" + " ".join(rng.sample(remarks, rng.randint(1, 3)))
 
 
 def stated(rng: random.Random) -> str:
-    """Return one to three facts, or one fact after two names of which it settles the right one."""
-    facts = rng.sample(FACTS, rng.randint(1, 3))
-    if rng.random() < 0.5:
-        return ". ".join(statement(rng, fact) for fact in facts) + "."
-    _, right, wrong = question(rng, facts[0])
-    first, second = rng.sample((right, wrong), 2)
-    return f"{first} or {second}? {statement(rng, facts[0])}."
+    """Return one to three facts."""
+    return ". ".join(statement(rng, fact) for fact in rng.sample(FACTS, rng.randint(1, 3))) + "."
+
+
+def settled(rng: random.Random) -> str:
+    """Return two names with the fact that settles between them, a question with its answer, or a list looked up."""
+    fact = rng.choice(FACTS)
+    asked, right, wrong = question(rng, fact)
+    first, second = names = rng.sample((right, wrong), 2)
+    number = rng.randint(1, 2)
+    return rng.choice(
+        (
+            f"{first} or {second}? {statement(rng, fact)}.",
+            f"{asked} the correct answer is {right}.",
+            f"Solution1: {first}\n\nSolution2: {second}\n\n{names[number - 1]} is solution{number}.",
+        )
+    )
 
 
 def corpus(size: int = 60_000, seed: int = SEED) -> Iterator[str]:
@@ -349,7 +367,7 @@ def corpus(size: int = 60_000, seed: int = SEED) -> Iterator[str]:
     seen = set()
     kept_back = set(Sentiment().split("validation").rows["text"])
     while len(seen) < size:
-        text = rng.choice((reviewed, described, stated))(rng)
+        text = rng.choice((reviewed, described, stated, settled))(rng)
         if text not in seen and text.split(".")[0] not in kept_back:
             seen.add(text)
             yield text

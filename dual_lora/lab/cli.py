@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-import tasks
-from dual_lora.lab.runs import ROOT, Record
+from dual_lora.lab.runs import ROOT, Record, task_of
 from dual_lora.lab.settings import Settings, UserError, nearest, require
 
 CONF = ROOT / "conf"
@@ -127,7 +126,7 @@ def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
 
 def check_pair(settings: Settings) -> None:
     """Refuse a task the model cannot do."""
-    writes = tasks.load(settings.task.name).form == "generation"
+    writes = task_of(settings).form == "generation"
     able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
     require(
         settings.model.generates or not writes,

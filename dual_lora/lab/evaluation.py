@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dual_lora.lab import data
+from dual_lora.lab.runs import told
 from dual_lora.lab.settings import Settings, UserError
-from tasks import Split, Task, TaskError
+from tasks import Split, Task
 from tasks.base import Output, Row
 
 
@@ -101,9 +102,8 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
         UserError: the data is missing, damaged or cannot be fetched.
     """
     try:
-        split = task.split(name, settings.data_dir)
-    except TaskError as error:
-        raise UserError(str(error)) from error
+        with told():
+            split = task.split(name, settings.data_dir)
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"task={task.name}: the hub cannot be reached ({reason}); give data_dir=DIR") from error

@@ -4,12 +4,12 @@ import torch
 from peft import PeftModel
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
-import tasks
 from dual_lora.lab import evaluation, models
-from dual_lora.lab.runs import Record
+from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, UserError, require
 from dual_lora.lab.summary import compared
 from dual_lora.lab.training import quiet
+from tasks import Task
 
 
 def run(settings: Settings, record: Record) -> int:
@@ -21,7 +21,7 @@ def run(settings: Settings, record: Record) -> int:
     stored = record.result()
     require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
     quiet()
-    task = tasks.load(settings.task.name)
+    task = task_of(settings)
     splits = {name: evaluation.load_split(task, name, settings) for name in task.eval_splits}
     for name, split in splits.items():
         same = split.facts()["sha256"] == stored["data"][name]["sha256"]
@@ -35,7 +35,7 @@ def run(settings: Settings, record: Record) -> int:
     return 0 if metrics == stored["metrics"] else 1
 
 
-def load_trained(settings: Settings, record: Record, task: tasks.Task) -> tuple[torch.nn.Module, object]:
+def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.nn.Module, object]:
     """Return the model as it was when the run ended, and its tokenizer."""
     if settings.method.peft is None:
         model = models.head_class(task).from_pretrained(record.folder / "model", use_safetensors=True)

@@ -19,7 +19,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,25 @@ RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "scipy", "sacrebleu")
 NOT_IDENTITY = {"model": {"path"}, "train": {"save_steps", "log_steps"}}
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn a task's error into the user's one line."""
+    try:
+        yield
+    except tasks.TaskError as error:
+        raise UserError(str(error)) from error
+
+
+def task_of(settings: Settings) -> tasks.Task:
+    """Return the task a run is about.
+
+    Raises:
+        UserError: its options are wrong.
+    """
+    with told():
+        return tasks.load(settings.task.name, settings.task.options)
 
 
 def model_folder(settings: Settings) -> Path | None:
@@ -74,11 +94,9 @@ def facts(settings: Settings) -> dict[str, Any]:
     chosen = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
     for group, keys in NOT_IDENTITY.items():
         chosen[group] = {k: v for k, v in chosen[group].items() if k not in keys}
-    task = tasks.load(settings.task.name)
-    try:
+    task = task_of(settings)
+    with told():
         data = task.source(settings.data_dir)
-    except tasks.TaskError as error:
-        raise UserError(str(error)) from error
     return {**chosen, "weights": model_facts(settings), "data": data, "task_version": task.version}
 
 

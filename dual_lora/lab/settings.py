@@ -62,7 +62,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """The protocol of a task, the same for every method (paper protocols: see the task's module in tasks/)."""
+    """The protocol of a task, the same for every method; `options` are the task's own (see its module in tasks/)."""
 
     name: str
     epochs: float
@@ -76,6 +76,7 @@ class Task:
     num_beams: int
     length_penalty: float
     no_repeat_ngram: int
+    options: dict[str, Any]
 
     def __post_init__(self) -> None:
         one_of("task.checkpoint", self.checkpoint, ("last", "best"))

@@ -15,11 +15,10 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import tasks
 from dual_lora.lab import data, evaluation, methods, models
 from dual_lora.lab.memory import PeakMemory
 from dual_lora.lab.mirror import Mirror, open_mirror
-from dual_lora.lab.runs import Record
+from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, UserError
 from dual_lora.lab.summary import summary
 
@@ -136,7 +135,7 @@ def mirror_of(settings: Settings, record: Record) -> Mirror:
 
 def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     """Do the run: everything between an empty record and its result."""
-    task = tasks.load(settings.task.name)
+    task = task_of(settings)
     train = evaluation.load_split(task, "train", settings)
     held_out = {name: evaluation.load_split(task, name, settings) for name in task.eval_splits}
     set_seed(settings.seed)
