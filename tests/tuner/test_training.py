@@ -7,10 +7,12 @@ import torch
 import torch._dynamo.testing
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from dual_lora import DualLoraConfig, DualLoraWarmupCallback
 from dual_lora.tuner.warmup import factors_of
+
+from .tiny_llama import adapted, batches, llama, trained
 
 transformers.logging.set_verbosity_error()
 
@@ -18,38 +20,6 @@ transformers.logging.set_verbosity_error()
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def llama(**fields):
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **{
-                "vocab_size": 64,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 32,
-                "pad_token_id": 0,
-                **fields,
-            }
-        )
-    )
-
-
-def adapted(model=None, **fields):
-    fields = {"r": 8, "scale_warmup_steps": 3, "target_modules": "all-linear", **fields}
-    return get_peft_model(model or llama(), DualLoraConfig(**fields))
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def batches(n, seed=7):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, 64, (4, 12), generator=generator) for _ in range(n)]
 
 
 def train(model, data, context=None, lr=1e-2):

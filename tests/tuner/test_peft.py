@@ -1,0 +1,235 @@
+"""What users do with LoRA in PEFT, and how the package enters PEFT."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.utils.peft_types import PeftType
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from dual_lora import DualLoraConfig, DualLoraModel, set_update_scale
+from dual_lora.tuner.register import add_peft_type, register
+
+from .tiny_llama import llama
+
+IDS = torch.arange(1, 25).reshape(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def nontrivial(model, seed=0):
+    """Factors that matter, at f = 0.7."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "dual_lora_factors" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    set_update_scale(model, 0.7)
+    return model
+
+
+def adapted(base, **fields):
+    return nontrivial(get_peft_model(base, DualLoraConfig(r=4, task_type="CAUSAL_LM", **fields))).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_switching_and_deleting_adapters():
+    base = llama()
+    expected = logits(base)
+    model = adapted(base)
+    first = logits(model)
+    model.add_adapter("second", DualLoraConfig(r=6, magnitude_ratio=0.3, target_modules=["o_proj"]))
+    torch.manual_seed(1)
+    for layer in model.base_model.model.model.layers:
+        for factor in layer.self_attn.o_proj.dual_lora_factors["second"].parameters():
+            torch.nn.init.normal_(factor, std=0.2)
+    set_update_scale(model, 0.7)
+    model.set_adapter("second")
+    second = logits(model)
+    assert not torch.allclose(first, second, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+    assert not [name for name in model.state_dict() if "default" in name]
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_save_and_load(tmp_path):
+    base = llama()
+    model = adapted(copy.deepcopy(base), modules_to_save=["lm_head"], rank_pattern={"v_proj": 8})
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    q_proj = "base_model.model.model.layers.0.self_attn.q_proj.dual_lora_factors."
+    assert {k.removeprefix(q_proj) for k in saved if k.startswith(q_proj)} == {*"ABCD", "step", "update_scale"}
+    for low_cpu_mem_usage in (False, True):
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(again), expected)
+        again.load_adapter(tmp_path, "twice", low_cpu_mem_usage=low_cpu_mem_usage)
+        again.set_adapter("twice")
+        assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_on_a_bf16_base_keeps_every_bit_of_the_factors(tmp_path, low_cpu_mem_usage):
+    base = llama().bfloat16()
+    model = adapted(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    trained = {k: v for k, v in model.state_dict().items() if "dual_lora" in k}
+    assert len(trained) == 2 * 2 * 6 and all(torch.equal(again.state_dict()[k], v) for k, v in trained.items())
+
+
+def test_adapters_on_a_meta_model_take_no_memory_and_load(tmp_path):
+    model = adapted(llama())
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = llama()
+    shapes = get_peft_model(empty, DualLoraConfig(r=4))
+    assert {p.device.type for p in shapes.parameters()} == {"meta"}
+    assert shapes.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+def test_transformers_and_auto_classes_load_the_adapter(tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), expected)
+
+
+def test_merge_and_unload_of_a_whole_model(tmp_path):
+    model = adapted(llama(), target_modules="all-linear")
+    expected = logits(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert (logits(merged) - expected).norm() < 1e-5 * expected.norm()
+    assert not [name for name, _ in merged.named_modules() if "dual_lora" in name]
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(merged))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2))
+
+
+def test_gpt2_default_targets_are_its_fused_conv1d():
+    model = adapted(gpt2())
+    expected = logits(model)
+    assert model.base_model.targeted_module_names == [f"transformer.h.{i}.attn.c_attn" for i in range(2)]
+    assert (logits(model.merge_and_unload()) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_gpt2_query_and_value_slices(tmp_path):
+    base = gpt2()
+    model = adapted(copy.deepcopy(base), fused_slices={"c_attn": [3, [0, 2]]})
+    # LoRA of rank 4 on a 32 -> 32 query and a 32 -> 32 value in each of 2 layers
+    assert model.get_nb_trainable_parameters()[0] == 2 * 2 * 4 * (32 + 32)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "targets, n",
+    [({"target_modules": ["q_proj", "mlp.up_proj"]}, 4), ({"target_modules": r".*layers\.1\..*_proj"}, 7)]
+    + [({"target_modules": "all-linear"}, 14), ({"target_modules": "all-linear", "exclude_modules": ["q_proj"]}, 12)]
+    + [({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1)],
+)
+def test_targets(targets, n):
+    assert len(adapted(llama(), **targets).base_model.targeted_module_names) == n
+
+
+def test_rank_and_alpha_patterns_hold_for_every_adapter():
+    fields = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 6}, "alpha_pattern": {"v_proj": 3}}
+    model = adapted(llama(), **fields)
+    model.add_adapter("second", DualLoraConfig(r=4, lora_alpha=8, **fields))
+    attention = model.base_model.model.model.layers[0].self_attn
+    for name, alpha in (("default", 16), ("second", 8)):
+        q, v = attention.q_proj.dual_lora_factors[name], attention.v_proj.dual_lora_factors[name]
+        assert (q.A.shape[0], v.A.shape[0]) == (2, 3)
+        assert q.scaling == alpha / 2 and v.scaling == 3 / 3
+
+
+@pytest.mark.parametrize("r, ratio", [(2, 0.5), (7, 0.3), (16, 0.75)])
+def test_budget_is_lora_s_parameter_count(r, ratio):
+    targets = ["q_proj", "down_proj", "lm_head", "embed_tokens"]
+    dual = get_peft_model(llama(), DualLoraConfig(r=r, magnitude_ratio=ratio, target_modules=targets))
+    lora = get_peft_model(llama(), LoraConfig(r=r, target_modules=targets))
+    assert dual.get_nb_trainable_parameters()[0] == lora.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this peft has no convert_to_lora")
+def test_conversion_to_lora_is_lossy_below_full_rank():
+    """dW has full rank: LoRA of the same budget keeps a part of it, only LoRA of the layer's rank keeps it all."""
+    model = adapted(llama(), target_modules=["q_proj"])
+    dW = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+    assert torch.linalg.matrix_rank(dW) > 28  # of 32, from r = 4
+    errors = {}
+    for rank in (4, 32):
+        _, state = peft.convert_to_lora(model, rank=rank)
+        A, B = (state[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight"] for n in "AB")
+        errors[rank] = ((B @ A - dW).norm() / dW.norm()).item()
+    assert errors[4] > 0.3 and errors[32] < 1e-3
+
+
+def test_registration_is_idempotent():
+    before = list(PeftType)
+    register(DualLoraConfig, DualLoraModel)
+    assert list(PeftType) == before and before.count("DUAL_LORA") == 1
+    member = add_peft_type("DUAL_LORA")
+    assert member is PeftType.DUAL_LORA is PeftType("DUAL_LORA") and member.value == "DUAL_LORA"
+    assert copy.deepcopy(member) is member
+
+
+def test_a_foreign_method_of_that_name_is_an_error():
+    with pytest.raises(RuntimeError, match="already knows a method DUAL_LORA: dual_lora.tuner.config.DualLoraConfig"):
+        register(LoraConfig, DualLoraModel)
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_importing_the_package_registers():
+    assert python("import dual_lora, peft; print('DUAL_LORA' in list(peft.PeftType))", DUAL_LORA_LAZY="") == "True"
+
+
+def test_lazy_import_loads_neither_torch_nor_peft():
+    code = "import sys, dual_lora; print('torch' in sys.modules, 'peft' in sys.modules); "
+    code += "from dual_lora import DualLoraConfig; print(DualLoraConfig().peft_type.value)"
+    assert python(code, DUAL_LORA_LAZY="1").split() == ["False", "False", "DUAL_LORA"]
+
+
+def test_every_public_name_resolves():
+    import dual_lora
+
+    for name in dual_lora.__all__:
+        assert getattr(dual_lora, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        dual_lora.no_such_name  # noqa: B018
+
+
+def test_import_costs_little_more_than_peft():
+    code = "import time, peft; t = time.perf_counter(); import dual_lora; print(time.perf_counter() - t)"
+    assert min(float(python(code, DUAL_LORA_LAZY="")) for _ in range(2)) < 0.2
