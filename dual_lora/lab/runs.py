@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "scipy", "sacrebleu")
-NOT_IDENTITY = {"model": {"path"}, "train": {"save_steps", "log_steps"}}
+NOT_IDENTITY = {"model": {"path"}, "train": {"save_steps", "log_steps"}, "eval": {"before"}}
 
 
 @contextmanager
@@ -89,15 +89,23 @@ def model_facts(settings: Settings) -> dict[str, str]:
 
 
 def facts(settings: Settings) -> dict[str, Any]:
-    """Return everything that can change a digit of the result."""
+    """Return everything that can change a digit of the result. What is null or empty is left out, so that a setting
+    added later does not rename the runs that were done without it."""
     values = asdict(settings)
     chosen = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
     for group, keys in NOT_IDENTITY.items():
         chosen[group] = {k: v for k, v in chosen[group].items() if k not in keys}
+    chosen = given(chosen)
     task = task_of(settings)
     with told():
         data = task.source(settings.data_dir)
     return {**chosen, "weights": model_facts(settings), "data": data, "task_version": task.version}
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values without those that are null or empty."""
+    kept = {key: given(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value not in (None, {}, [])}
 
 
 def identity(settings: Settings) -> str:
