@@ -175,6 +175,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _add_term(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         return result + self.dual_lora_factors[adapter](x)
 
+    def extra_repr(self) -> str:
+        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._quantized() else ""
+
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()
 

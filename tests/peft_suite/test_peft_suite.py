@@ -1,0 +1,22 @@
+"""PEFT's own test matrix on DualLoraConfig, group by group."""
+
+import pytest
+
+from . import runner
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("peft")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("group", runner.GROUPS)
+def test_group_has_no_unexpected_failure(group, work):
+    if not (runner.fetch_tests(work) / f"{runner.GROUPS[group]}.py").exists():
+        pytest.skip(f"this PEFT has no {runner.GROUPS[group]}.py")
+    outcomes = runner.run([group], work)
+    if group == "quantization" and not outcomes:
+        pytest.skip("no quantisation library is installed")
+    assert "passed" in outcomes.values() and runner.unexpected(outcomes) == []
