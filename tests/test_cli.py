@@ -71,7 +71,7 @@ def test_a_model_that_writes_no_text_cannot_do_a_generation_task():
 
 def test_a_sweep_needs_the_multirun_flag():
     assert refused("seed=0,1", "method=lora,dora") == "4 runs asked for: add -m to run them all"
-    jobs = cli.check(["-m", "seed=0,1", "method=lora,dora"])
+    jobs = cli.check(["-m", "method=lora,dora", "seed=0,1"])
     assert [(s.method.name, s.seed) for s in jobs] == [("lora", 0), ("lora", 1), ("dora", 0), ("dora", 1)]
 
 
@@ -125,7 +125,7 @@ def test_a_mistake_ends_with_code_2_before_torch_is_imported(script, argument, m
 
 def test_help_shows_every_choice_and_lines_to_paste():
     shown = python(CODE_AND_TORCH, "train.py", "--help").stdout
-    for group in cli.groups():
+    for group in cli.GROUPS:
         for choice in cli.choices(group):
             assert choice.rsplit("/", 1)[-1] in shown
     assert "python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2" in shown

@@ -31,7 +31,7 @@ def config(settings: Settings, form: str) -> PeftConfig:
     fields: dict[str, Any] = dict(settings.method.peft)
     kind = fields.pop("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        hint = nearest(kind, map(str, PEFT_TYPE_TO_CONFIG_MAPPING))
+        hint = nearest(kind, [k.value for k in PEFT_TYPE_TO_CONFIG_MAPPING])
         raise UserError(f"method.peft.peft_type={kind}: PEFT has no such method.{hint}")
     fields.setdefault("target_modules", models.target_pattern(settings.model))
     if settings.model.head and form != "generation":
