@@ -1,0 +1,109 @@
+"""The demo tasks: the same rows everywhere and always, fair splits, and scores that follow from the outputs."""
+
+import pytest
+
+import tasks
+from tasks import TaskError, demo
+
+NAMES = [f"demo/{subset}" for subset in demo.SUBSETS]
+GOLDEN = {}
+
+
+def rows(name: str, split: str) -> list[dict]:
+    return list(tasks.load(name).split(split).rows)
+
+
+def shown(row: dict) -> str:
+    return row.get("prompt") or row["text"]
+
+
+def scores(name: str, outputs: list, of: list[dict]) -> dict[str, float]:
+    task = tasks.load(name)
+    return task.score({"validation": [task.judge(row, output) for row, output in zip(of, outputs, strict=True)]})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rows_are_the_same_on_every_machine(name, split):
+    assert tasks.load(name).split(split).facts()["sha256"][:16] == GOLDEN[name, split]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_prompt_is_used_twice(name):
+    every = [shown(row) for split in ("train", "validation") for row in rows(name, split)]
+    assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize("name", ["demo/sentiment", "demo/choice"])
+def test_labels_are_balanced(name):
+    for split in ("train", "validation"):
+        drawn = rows(name, split)
+        ones = sum(row.get("label") == 1 or row.get("target", "").endswith("1") for row in drawn)
+        assert abs(ones / len(drawn) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("name", ["demo/restaurants", "demo/choice"])
+def test_the_target_is_an_accepted_text(name):
+    for split in ("train", "validation"):
+        assert all(row["target"] in row["references"] for row in rows(name, split))
+
+
+def test_validation_restaurants_are_new_and_every_word_of_them_is_not():
+    names = {}
+    for split in ("train", "validation"):
+        names[split] = {row["prompt"].split(" | ")[0] for row in rows("demo/restaurants", split)}
+    assert not names["train"] & names["validation"]
+    words = {split: {word for name in names[split] for word in name.split()} for split in names}
+    assert words["validation"] <= words["train"]
+
+
+def test_validation_asks_about_other_facts_than_training():
+    assert not set(map(str, demo.FACTS_OF["train"])) & set(map(str, demo.FACTS_OF["validation"]))
+    assert len(demo.FACTS) == len(demo.FACTS_OF["train"]) + len(demo.FACTS_OF["validation"])
+
+
+def test_no_single_word_of_a_review_tells_its_label():
+    drawn = rows("demo/sentiment", "train")
+    words = {word for row in drawn for word in row["text"].split()}
+    for word in words:
+        labels = [row["label"] for row in drawn if word in row["text"].split()]
+        assert len(labels) < 30 or 0.15 < sum(labels) / len(labels) < 0.85, word
+
+
+def test_sentiment_score():
+    drawn = rows("demo/sentiment", "validation")
+    assert scores("demo/sentiment", [row["label"] for row in drawn], drawn) == {"accuracy": 1.0}
+    assert scores("demo/sentiment", [1] * len(drawn), drawn) == {"accuracy": 0.5}
+
+
+def test_restaurants_score():
+    drawn = rows("demo/restaurants", "validation")[:10]
+    every_form = [row["references"][i % len(row["references"])] for i, row in enumerate(drawn)]
+    assert scores("demo/restaurants", every_form, drawn) == {"bleu": 1.0, "slot_accuracy": 1.0}
+    assert scores("demo/restaurants", [""] * 10, drawn) == {"bleu": 0.0, "slot_accuracy": 0.0}
+    wrong_food = scores("demo/restaurants", [row["target"].replace(" food", " meals") for row in drawn], drawn)
+    assert 0.5 < wrong_food["bleu"] < 1 and wrong_food["slot_accuracy"] == 1.0
+    one_name_missing = [drawn[0]["target"].replace("The ", "A "), *every_form[1:]]
+    assert scores("demo/restaurants", one_name_missing, drawn)["slot_accuracy"] == 0.9
+
+
+def test_choice_score():
+    drawn = rows("demo/choice", "validation")[:4]  # solutions 1, 2, 1, 2
+    outputs = ["the correct answer is solution1", "solution2 or solution1", "solution2", "I do not know"]
+    assert scores("demo/choice", outputs, drawn) == {"accuracy": 0.5, "unanswered": 0.25}
+
+
+def test_errors_name_what_there_is():
+    with pytest.raises(TaskError, match="sentiment, restaurants, choice"):
+        tasks.load("demo/poems")
+    with pytest.raises(TaskError, match="no split 'test', only train and validation"):
+        tasks.load("demo/choice").split("test")
+
+
+def test_corpus_keeps_validation_back():
+    texts = list(demo.corpus(3000))
+    assert len(set(texts)) == 3000
+    assert texts == list(demo.corpus(3000))
+    together = "\n".join(texts)
+    assert not any(row["text"] in together for row in rows("demo/sentiment", "validation"))
+    assert not any(name in together for name in demo.NAMES_OF["validation"])
