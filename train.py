@@ -17,7 +17,7 @@ from dual_lora.lab import cli
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="config")
 def job(config: DictConfig) -> None:
-    cli.attempt(config)
+    cli.attempt(cli.settings(config))
 
 
 if __name__ == "__main__":

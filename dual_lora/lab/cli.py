@@ -22,6 +22,7 @@ from dual_lora.lab.runs import ROOT, Record, task_of
 from dual_lora.lab.settings import Settings, UserError, nearest, require
 
 CONF = ROOT / "conf"
+GROUPS = ("model", "task", "method")
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
 
@@ -49,10 +50,6 @@ def choices(group: str) -> list[str]:
     return sorted(p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("*.yaml"))
 
 
-def groups() -> list[str]:
-    return sorted(p.name for p in CONF.iterdir() if p.is_dir())
-
-
 def keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
     """Yield every setting's full name, nested ones and their parents."""
     for field in fields(cls):
@@ -74,14 +71,14 @@ def check_names(override: Override) -> None:
     """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
     key = override.key_or_group
     require(not override.is_delete(), f"~{key}: settings cannot be removed")
-    if key in groups():
+    if key in GROUPS:
         values = [override.value()] if not override.is_sweep_override() else list(override.sweep_string_iterator())
         for value in values:
             hint = nearest(str(value), choices(key))
             require(str(value) in choices(key), f"{key}={value}: no such {key}.{hint} Known: {', '.join(choices(key))}")
     elif key.split(".")[0] != "hydra" and not key.startswith("hydra/"):
         opened = any(key.startswith(parent + ".") for parent in open_keys())
-        known = [*keys(), *groups()]
+        known = [*keys(), *GROUPS]
         require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
 
 
@@ -170,18 +167,16 @@ def check(argv: list[str]) -> list[Settings]:
     return found
 
 
-def attempt(config: DictConfig) -> None:
+def attempt(settings: Settings) -> None:
     """Do one job; whatever goes wrong is kept in its record for `conclude`, so that other jobs go on."""
     from dual_lora.lab import training
 
-    chosen = settings(config)
     try:
-        training.run(chosen)
+        training.run(settings)
     except UserError:
         return
     except Exception:
         traceback.print_exc()
-        return
 
 
 def conclude(jobs: list[Settings]) -> int:

@@ -88,18 +88,22 @@ def model_facts(settings: Settings) -> dict[str, str]:
     return {"sha256": digest.hexdigest()}
 
 
-def facts(settings: Settings) -> dict[str, Any]:
-    """Return everything that can change a digit of the result. What is null or empty is left out, so that a setting
+def chosen(settings: Settings) -> dict[str, Any]:
+    """Return the settings that can change a digit of the result. What is null or empty is left out, so that a setting
     added later does not rename the runs that were done without it."""
     values = asdict(settings)
-    chosen = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
+    kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
     for group, keys in NOT_IDENTITY.items():
-        chosen[group] = {k: v for k, v in chosen[group].items() if k not in keys}
-    chosen = given(chosen)
+        kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
+    return given(kept)
+
+
+def facts(settings: Settings) -> dict[str, Any]:
+    """Return everything that can change a digit of the result: settings, task version, data and weights."""
     task = task_of(settings)
     with told():
         data = task.source(settings.data_dir)
-    return {**chosen, "weights": model_facts(settings), "data": data, "task_version": task.version}
+    return {**chosen(settings), "weights": model_facts(settings), "data": data, "task_version": task.version}
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,20 @@
+"""Run what a table or figure needs, then write its report below runs/NAME/report/.
+
+    python sweep.py experiment=NAME                 every missing run, then the report
+    python sweep.py experiment=NAME run=false       the report again, from the records alone
+    python sweep.py experiment=NAME KEY=VALUE ...   with further settings for every run, as for train.py
+
+conf/experiment/ holds the experiments; each file says what it asks, the command, how long it takes and what to expect.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
+
+from dual_lora.lab import cli, grid
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv) or len(sys.argv) == 1:
+        sys.exit(f"{__doc__}\nKnown experiments: {', '.join(cli.choices('experiment'))}")
+    cli.guard(grid.sweep, sys.argv[1:])
