@@ -161,7 +161,11 @@ MODELS = {
         "tiny-Roberta": ("RobertaForTokenClassification", "RobertaConfig", {**WIDE, **IDS}),
     },
     "test_quantization": {
-        "opt-125m": ("OPTForCausalLM", "OPTConfig", {**OPT, "num_hidden_layers": 12, "hidden_size": 64, "ffn_dim": 64}),
+        "opt-125m": (
+            "OPTForCausalLM",
+            "OPTConfig",
+            {**OPT, "num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64},
+        ),
     },
 }
 

@@ -82,6 +82,8 @@ def run(groups: list[str], work: Path, expression: str | None = None) -> dict[st
         *(["-k", expression] if expression else []),
     ]
     subprocess.run([*command, *(f for f in files if f.exists())], env=env, cwd=work)
+    if not outcomes.exists():
+        raise RuntimeError("pytest did not get as far as running tests; see its output above")
     return json.loads(outcomes.read_text())
 
 
