@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

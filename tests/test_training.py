@@ -1,12 +1,14 @@
 """Whole runs on the bundled models: every method and family, the record, finishing, re-evaluation, failures."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from wandb_stub import WandbStub
 
 import tasks
 from dual_lora import set_update_scale
@@ -243,3 +245,35 @@ def test_reevaluation_is_what_eval_runs(runs_folder):
     done = command("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", "eval.batch_size=3")
     assert done.returncode == 0, done.stderr
     assert "reproduced exactly" in done.stdout
+
+
+def test_an_online_mirror_gets_the_run_while_the_record_stays_whole(runs_folder, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+    with WandbStub() as stub:
+        monkeypatch.setenv("WANDB_BASE_URL", stub.url)
+        result = training.run(settings("tiny-roberta", "wandb.mode=online"))
+    (mirrored,) = stub.runs.values()
+    recorded = (runs_folder / "adhoc" / result["identity"] / "metrics.jsonl").read_text().splitlines()
+    assert [row["step"] for row in mirrored["rows"]] == [json.loads(line)["step"] for line in recorded]
+    assert mirrored["displayName"] == result["identity"] and mirrored["exit_code"] == 0
+    assert mirrored["summary"]["metrics"]["accuracy"] == result["metrics"]["accuracy"]
+
+
+def test_a_mirror_without_a_server_does_not_harm_the_run(runs_folder, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    result = training.run(settings("tiny-roberta", "wandb.mode=online"))
+    assert "wandb sync" in capsys.readouterr().out
+    assert list((runs_folder / "adhoc" / result["identity"]).glob("wandb/offline-run-*"))
+
+
+@pytest.mark.parametrize("method", cli.choices("method"))
+def test_twenty_steps_have_the_golden_losses(method, runs_folder):
+    """DUAL_LORA_GOLDEN=write writes the files anew, for a change that is meant to change the losses."""
+    result = training.run(settings("tiny-roberta", f"method={method}", "train.max_steps=20", "eval.before=false"))
+    log = (runs_folder / "adhoc" / result["identity"] / "metrics.jsonl").read_text().splitlines()
+    losses = [row["train/loss"] for row in map(json.loads, log) if "train/loss" in row]
+    golden = ROOT / "tests" / "golden" / f"{method}.json"
+    if os.environ.get("DUAL_LORA_GOLDEN") == "write":
+        golden.write_text(json.dumps(losses, indent=1) + "\n")
+    assert losses == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
