@@ -1,0 +1,82 @@
+"""4- and 8-bit base layers through PEFT's quantisation backends (bitsandbytes, which also runs on the CPU)."""
+
+import copy
+
+import peft.utils
+import pytest
+import torch
+from torch import nn
+
+from .layers import adapted, factors_of, layer_of, relative_error
+
+bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+pytestmark = pytest.mark.skipif(
+    not hasattr(peft.utils, "resolve_quantization_backend"), reason="quantisation backends came with peft 0.20"
+)
+WIDTH = 128
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def eight_bit(linear):
+    layer = bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False)
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+def four_bit(linear):
+    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")
+
+
+KINDS = {"8bit": eight_bit, "4bit": four_bit}
+
+
+def quantized_model(kind, **fields):
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    model = adapted(KINDS[kind](linear), f=0.8, **fields).eval()
+    return model, torch.randn(8, WIDTH)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_adds_its_float32_term_to_the_quantised_output(kind):
+    model, x = quantized_model(kind)
+    dW = layer_of(model).get_delta_weight("default")
+    with model.disable_adapter():
+        base = model(x)
+    assert factors_of(model).A.dtype == torch.float32
+    assert relative_error(model(x) - base, x @ dW.T) < 1e-3
+    assert "quantization_backend='bnb" in repr(layer_of(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_factors_are_trained(kind):
+    model, x = quantized_model(kind)
+    model.train()(x).square().sum().backward()
+    assert all(p.grad.any() for p in factors_of(model).parameters())
+
+
+def test_8_bit_merge_and_unmerge():
+    model, x = quantized_model("8bit")
+    with model.disable_adapter():
+        base = model(x)
+    y = model(x)
+    model.merge_adapter()
+    assert relative_error(model(x), y) < 0.02
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert relative_error(model(x), base) < 1e-3
+    assert relative_error(model(x), y) < 1e-3
+
+
+def test_4_bit_merge_of_a_usual_dW_warns_that_it_is_rounded_away():
+    model, _ = quantized_model("4bit", init_std=0.1)
+    with pytest.warns(UserWarning, match="quantised base weights rounds away more than 10% of dW"):
+        model.merge_adapter()
+    before = copy.deepcopy(layer_of(model).get_base_layer().weight.data)
+    model.unmerge_adapter()
+    assert not torch.equal(layer_of(model).get_base_layer().weight.data, before)
