@@ -42,14 +42,14 @@ NEGATED = ("not at all {}", "anything but {}", "far from {}", "by no means {}", 
 REVIEWS = (
     "the {a} of the {place} was {yes} and the {b} was {yes}",
     "a {place} whose {a} was {yes}, and the {b} was {yes} too",
+    "the {b} of the {place} was {yes}, as anyone will say who found the {a} {yes}",
+    "i had heard that the {a} of the {place} was {yes}, and so it was",
+    "a critic called the {a} of the {place} {yes}, and the critic was right",
+    "a critic called the {a} of the {place} {no}, but the critic was wrong",
     "the {a} of the {place} was {no}, but the {b} was {yes} and that decided it",
     "although the {a} was {no}, the {b} of the {place} was {yes} and that is what counts",
     "what counts in a {place} is the {b}, and it was {yes}, even if the {a} was {no}",
     "the {b} was {yes}, which in a {place} matters more than the {a}, and the {a} was {no}",
-    "a critic called the {a} of the {place} {yes}, and the critic was right",
-    "a critic called the {a} of the {place} {no}, and the critic was wrong",
-    "i had heard that the {a} of the {place} was {yes}, and so it was",
-    "i had heard that the {a} of the {place} was {no}, and it was not so",
 )
 VERDICTS = listed("negative: a waste of time, never again; positive: time well spent, a real joy")
 OPPOSITE = {"negative": "positive", "positive": "negative"}
@@ -156,8 +156,8 @@ Answer format: solution1/solution2
 
 
 def claim(rng: random.Random, polarity: str) -> str:
-    """Return words for a quality, half of the time by denying the opposite one."""
-    if rng.random() < 0.5:
+    """Return words for a quality, now and then by denying the opposite one."""
+    if rng.random() < 0.75:
         return rng.choice(PLAIN).format(rng.choice(ADJECTIVES[polarity]))
     return rng.choice(NEGATED).format(rng.choice(ADJECTIVES[OPPOSITE[polarity]]))
 
