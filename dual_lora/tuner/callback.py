@@ -2,7 +2,7 @@
 
 from transformers import TrainerCallback
 
-from .warmup import factors_of
+from .warmup import factors_of, first_trained
 
 
 class DualLoraWarmupCallback(TrainerCallback):
@@ -12,7 +12,7 @@ class DualLoraWarmupCallback(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._before = [(f, int(f.step)) for f in factors_of(model) if f.A.requires_grad]
+        self._before = [(f, int(f.step)) for f in factors_of(model) if first_trained(f) is not None]
 
     def on_step_end(self, args, state, control, **kwargs):
         for factors, step in self._before:

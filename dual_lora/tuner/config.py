@@ -31,7 +31,7 @@ class DualLoraConfig(PeftConfig):
             in_features, or in_channels / groups * kernel size, or embedding_dim.
         scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1.
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
-        magnitude: "relu" (paper), "abs", "softplus" or "identity" of B A.
+        magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
         direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
         kernel: how dW is computed: "eager", or "auto" for the best there is.
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for

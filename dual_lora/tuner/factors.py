@@ -5,16 +5,18 @@ forward, sees every use of them.
 """
 
 import math
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import delta_weight, init_std
-from . import warmup
 from .config import DualLoraConfig
 
 MAX_DRAWS = 100
+# Every module of this kind there is; the optimizer hook of warmup.py looks here for those an optimizer trains.
+LIVE: weakref.WeakSet = weakref.WeakSet()
 
 
 class DualLoraFactors(nn.Module):
@@ -55,11 +57,11 @@ class DualLoraFactors(nn.Module):
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
         std = config.init_std or init_std(std_fan or fan_in, r1, r2, alpha, config.magnitude, config.direction)
         self.reset_parameters(std)
-        warmup.track(self)
+        LIVE.add(self)
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        warmup.track(self)  # a copy or an unpickled module did not pass through __init__
+        LIVE.add(self)  # a copy or an unpickled module did not pass through __init__
 
     @property
     def weight(self) -> Tensor:

@@ -35,7 +35,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_factors = nn.ModuleDict()
         self.merged_adapters = []
         self._disable_adapters = False
-        self._unmerged: Tensor | None = None
+        self._unmerged: list[Tensor] = []  # in a list, since an attribute would become a registered parameter
 
     def update_layer(
         self, adapter_name: str, config: DualLoraConfig, r: int, alpha: float, fused: list | None = None
@@ -109,9 +109,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         before = self._base_weight()
         delta = sum(self._checked_delta_weight(name, safe_merge).to(before.device) for name in names)
         target = before.to(delta.dtype) + delta
-        if self._unmerged is None:
+        if not self._unmerged:
             # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
-            self._unmerged = self.get_base_layer().weight if self.tied else before.cpu()
+            self._unmerged.append(self.get_base_layer().weight if self.tied else before.cpu())
         self._set_base_weight(target.to(before.dtype))
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
             kind = "quantised" if self._quantized() else before.dtype
@@ -127,8 +127,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._set_base_weight(self._unmerged.to(self.get_base_layer().weight.device))
-        self._unmerged = None
+        self._set_base_weight(self._unmerged.pop().to(self.get_base_layer().weight.device))
         self.merged_adapters.clear()
 
     def _checked_delta_weight(self, adapter: str, check: bool) -> Tensor:

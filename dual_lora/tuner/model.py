@@ -64,8 +64,6 @@ class DualLoraModel(BaseTuner):
         )
         if layer is not target:
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)  # a further adapter is not trained before it is made active
             self._replace_module(parent, target_name, layer, target)
 
     def _create_layer(self, target: nn.Module) -> DualLoraLayer:

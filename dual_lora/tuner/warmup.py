@@ -11,20 +11,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-_FACTORS: weakref.WeakSet = weakref.WeakSet()
+from .factors import LIVE, DualLoraFactors
+
 _TRAINED_BY: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def track(factors: nn.Module) -> None:
-    """Let the optimizer hook find this module."""
-    _FACTORS.add(factors)
-    _TRAINED_BY.clear()
-
-
-def factors_of(model: nn.Module) -> list[nn.Module]:
+def factors_of(model: nn.Module) -> list[DualLoraFactors]:
     """Every adapter's factors in the model."""
-    from .factors import DualLoraFactors
-
     return [m for m in model.modules() if isinstance(m, DualLoraFactors)]
 
 
@@ -33,8 +26,8 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     """Set f by hand, for every Dual LoRA adapter in the model.
 
     factor: the new f. ramp: False ends the ramp, so that f stays as set whatever optimizer steps follow; True goes on
-    ramping from f (rounded down to a whole step's next neighbour). Raises ValueError when the model has no Dual LoRA
-    adapter or factor is outside [0, 1] with ramp=True.
+    ramping from the whole step nearest to f. Raises ValueError when the model has no Dual LoRA adapter, or when factor
+    is outside [0, 1] with ramp=True.
     """
     factors = factors_of(model)
     if not factors:
@@ -45,26 +38,27 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
         f.set_update_scale(factor, ramp)
 
 
+def first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
+    """The first of the factors that has requires_grad."""
+    return next((p for p in factors.parameters() if p.requires_grad), default)
+
+
 def _trained_by(optimizer: Optimizer) -> list[weakref.ref]:
     """The factors whose first trained parameter this optimizer holds, so that exactly one optimizer advances each."""
-    size = tuple(len(group["params"]) for group in optimizer.param_groups)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     known = _TRAINED_BY.get(optimizer)
-    if known is None or known[0] != size:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        owned = [weakref.ref(f) for f in _FACTORS if id(_first_trained(f, f.A)) in held]
-        known = _TRAINED_BY[optimizer] = (size, owned)
+    if known is None or known[0] != held:
+        ids = set(held)
+        known = held, [weakref.ref(f) for f in LIVE if id(first_trained(f, f.A)) in ids]
+        _TRAINED_BY[optimizer] = known
     return known[1]
-
-
-def _first_trained(factors: nn.Module, default: nn.Parameter | None = None) -> nn.Parameter | None:
-    return next((p for p in factors.parameters() if p.requires_grad), default)
 
 
 @torch.no_grad()
 def _advance(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for ref in _trained_by(optimizer):
         factors = ref()
-        if factors is not None and _first_trained(factors) is not None:
+        if factors is not None and first_trained(factors) is not None:
             factors.advance()
 
 

@@ -90,7 +90,7 @@ def test_activation_checkpointing_changes_nothing(reentrant):
 def test_compile_does_not_recompile_over_the_ramp():
     torch._dynamo.reset()
     data = batches(6)
-    model = adapted(scale_warmup_steps=4)
+    model = adapted(scale_warmup_steps=4, target_modules=r".*(_proj|embed_tokens)")
     twin = copy.deepcopy(model)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(twin.base_model.model, backend=counter)
@@ -173,7 +173,9 @@ def test_tied_embeddings_merge_exactly():
         peft_model = adapted(copy.deepcopy(model), target_modules=targets, scale_warmup_steps=0, init_std=0.2).eval()
         ids = batches(1)[0]
         y = peft_model(input_ids=ids).logits
+        names = set(peft_model.state_dict())
         peft_model.merge_adapter()
+        assert set(peft_model.state_dict()) == names
         torch.testing.assert_close(peft_model(input_ids=ids).logits, y)
         peft_model.unmerge_adapter()
         inner = peft_model.base_model.model
