@@ -27,7 +27,6 @@ class DualLoraFactors(nn.Module):
         r: the budget r1 + r2.
         alpha: numerator of the scale.
         blocks: None, or the number of updates of that shape to hold: every factor then has this leading dimension.
-        std_fan: the fan_in that the rule for sigma sees, where it is not that of dW.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class DualLoraFactors(nn.Module):
         r: int,
         alpha: float,
         blocks: int | None = None,
-        std_fan: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -55,13 +53,18 @@ class DualLoraFactors(nn.Module):
         ramp_over = not config.init_weights or self.warmup_steps == 0
         self.register_buffer("step", torch.tensor(self.warmup_steps if ramp_over else 0))
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
-        std = config.init_std or init_std(std_fan or fan_in, r1, r2, alpha, config.magnitude, config.direction)
-        self.reset_parameters(std)
+        fan = self.usual_fan(fan_in, fan_out)
+        self.reset_parameters(config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction))
         LIVE.add(self)
 
     def __setstate__(self, state):
         super().__setstate__(state)
         LIVE.add(self)  # a copy or an unpickled module did not pass through __init__
+
+    @staticmethod
+    def usual_fan(fan_in: int, fan_out: int) -> int:
+        """n where pretrained weights of this kind are usually of size 1 / sqrt(n)."""
+        return fan_in
 
     @property
     def weight(self) -> Tensor:
@@ -107,6 +110,10 @@ class DualLoraFactors(nn.Module):
 
 class EmbeddingFactors(DualLoraFactors):
     """Factors of an embedding table; dW is embedding_dim x num_embeddings."""
+
+    @staticmethod
+    def usual_fan(fan_in: int, fan_out: int) -> int:
+        return fan_out
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: any shape of int -> ids.shape x embedding_dim; only these columns of dW are computed.

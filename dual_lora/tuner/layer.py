@@ -49,14 +49,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _create_factors(self, config: DualLoraConfig, r: int, alpha: float, fused: list | None) -> DualLoraFactors:
         if fused is not None:
             raise ValueError(f"fused_slices: {type(self.get_base_layer()).__name__} is not a linear layer")
-        return self.factors_cls(config, *self._delta_shape(), r, alpha, std_fan=self._std_fan(), dtype=self._dtype())
+        return self.factors_cls(config, *self._delta_shape(), r, alpha, dtype=self._dtype())
 
     def _delta_shape(self) -> tuple[int, int]:
         """fan_in, fan_out of dW."""
         return self.in_features, self.out_features
-
-    def _std_fan(self) -> int | None:
-        return None
 
     def _dtype(self) -> torch.dtype:
         weight = getattr(self.get_base_layer(), "weight", None)
@@ -107,12 +104,16 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         before = self._base_weight()
-        delta = sum(self._checked_delta_weight(name, safe_merge).to(before.device) for name in names)
+        delta = sum(self.get_delta_weight(name).to(before.device) for name in names)
         target = before.to(delta.dtype) + delta
+        merged = target.to(before.dtype)
+        if safe_merge:
+            self._check_finite(names, merged)
         if not self._unmerged:
             # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
             self._unmerged.append(self.get_base_layer().weight if self.tied else before.cpu())
-        self._set_base_weight(target.to(before.dtype))
+        self._set_base_weight(merged)
+        self.merged_adapters.extend(names)
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
             kind = "quantised" if self._quantized() else before.dtype
             warnings.warn(
@@ -120,7 +121,6 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
                 "merge into a base of higher precision to keep it.",
                 stacklevel=2,
             )
-        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the weight from before the first merge back."""
@@ -130,12 +130,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._set_base_weight(self._unmerged.pop().to(self.get_base_layer().weight.device))
         self.merged_adapters.clear()
 
-    def _checked_delta_weight(self, adapter: str, check: bool) -> Tensor:
-        delta = self.get_delta_weight(adapter)
-        # Sign(NaN) is -1, so a NaN in C or D does not show in dW.
-        if check and not all(t.isfinite().all() for t in (delta, *self.dual_lora_factors[adapter].parameters())):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        return delta
+    def _check_finite(self, names: list[str], merged: Tensor) -> None:
+        for name in names:
+            # Sign(NaN) is -1, so a NaN in C or D does not show in dW.
+            if not all(t.isfinite().all() for t in (merged, *self.dual_lora_factors[name].parameters())):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def _quantized(self) -> bool:
         return self.quantization_backend is not None
@@ -233,14 +232,11 @@ class Embedding(DualLoraLayer):
 
     factors_cls = EmbeddingFactors
 
-    def _std_fan(self):
-        return self.out_features
-
     def _like_base_weight(self, dW, adapter):
         return dW.T
 
     def _add_term(self, result, x, adapter):
-        term = super()._add_term(0, x, adapter)
+        term = self.dual_lora_factors[adapter](x)
         scale = self._get_embed_scale()
         return result + (term if scale is None else term * scale.to(term.dtype))
 

@@ -41,6 +41,13 @@ class DualLoraModel(BaseTuner):
                 if isinstance(module, DualLoraLayer):
                     module.cast_to_base_dtype(adapter_name)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """As in PEFT. Raises ValueError when fused_slices names a layer that is not adapted."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for pattern in self.peft_config[adapter_name].fused_slices:
+            if all(get_pattern_key([pattern], name) == name != pattern for name in self.targeted_module_names):
+                raise ValueError(f"fused_slices: no adapted module is called {pattern!r}")
+
     def _create_and_replace(
         self,
         config: DualLoraConfig,

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora import DualLoraConfig, delta_weight, set_update_scale
+from dual_lora import DualLoraConfig, delta_weight, init_std, set_update_scale
 
 from .layers import IN, KINDS, OUT, Net, adapted, config, factors_of, layer_of, named_factors, relative_error
 
@@ -137,6 +137,26 @@ def test_safe_merge_finds_nan_in_any_factor_and_leaves_the_weight_alone():
         with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems"):
             model.merge_adapter(safe_merge=True)
         assert torch.equal(layer_of(model).weight, before)
+
+
+def test_safe_merge_finds_overflow():
+    model = adapted(nn.Linear(IN, OUT), dtype=torch.float16, init_std=300.0)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_scaled_embeddings_scale_the_update():
+    """As Gemma 3 does: its embedding multiplies what it looks up by `embed_scale`."""
+
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    model, ids = adapted(Scaled(IN, OUT)).eval(), torch.arange(IN)
+    y = model(ids)
+    assert relative_error(model.merge_and_unload()(ids), y) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -291,6 +311,8 @@ def test_fused_slices_have_lora_s_parameter_count_on_q_and_v():
 
 
 def test_fused_slices_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match="no adapted module is called 'c_atn'"):
+        adapted(Conv1D(3 * OUT, IN), fused_slices={"c_atn": [3, [0, 2]]})
     with pytest.raises(ValueError, match="3 equal blocks do not fit 10"):
         fused(base=nn.Linear(IN, 10))
     with pytest.raises(ValueError, match="Embedding is not a linear layer"):
@@ -300,6 +322,14 @@ def test_fused_slices_that_do_not_fit_are_errors():
 def test_unsupported_layer_is_an_error():
     with pytest.raises(TypeError, match="not supported"):
         adapted(nn.LSTM(3, 3))
+
+
+@pytest.mark.parametrize("name, fan", [("linear", IN), ("embedding", OUT), ("conv2d", 4 * 9), ("conv2d_groups", 2 * 9)])
+def test_the_rule_for_sigma_sees_the_layer_s_fan_in(name, fan):
+    draws = []
+    for _ in range(200):
+        draws += [p.flatten() for p in factors_of(adapted(KINDS[name].base(), init_std=None)).parameters()]
+    assert torch.cat(draws).detach().std().item() == pytest.approx(init_std(fan, 2, 4, 7), rel=0.02)
 
 
 def test_deepcopy_trains_on_its_own():
