@@ -51,7 +51,6 @@ REVIEWS = (
     "what counts in a {place} is the {b}, and it was {yes}, even if the {a} was {no}",
     "the {b} was {yes}, which in a {place} matters more than the {a}, and the {a} was {no}",
 )
-VERDICTS = listed("negative: a waste of time, never again; positive: time well spent, a real joy")
 OPPOSITE = {"negative": "positive", "positive": "negative"}
 
 # Restaurants.
@@ -326,19 +325,21 @@ def task(subset: str) -> Task:
 
 
 def reviewed(rng: random.Random) -> str:
-    """Return a review with its verdict."""
-    label = rng.choice(list(VERDICTS))
-    return f"{review(rng, label)}. {rng.choice(VERDICTS[label])}."
+    """Return a review with a word that sums it up, or words of one polarity side by side."""
+    polarity = rng.choice(list(OPPOSITE))
+    words = rng.sample(ADJECTIVES[polarity], 3)
+    if rng.random() < 0.3:
+        return "this {} was {}, {} and {}.".format(rng.choice(list(PLACES)), *words)
+    return f"{review(rng, polarity)}. all in all {words[0]}."
 
 
 def described(rng: random.Random) -> str:
-    """Return a restaurant as a record with remarks on some of it, or in one or two sentences."""
+    """Return a restaurant in a sentence, or as a record with remarks on some of it."""
     slots = restaurant(rng, NAMES_OF["train"])
-    kind = rng.randrange(3)
-    if kind > 0:
-        return " ".join(rng.sample(sentences(slots), kind))
+    if rng.random() < 0.4:
+        return rng.choice(sentences(slots))
     remarks = [words.format(**slots) for slot, words in REMARKS.items() if slot in slots]
-    return linearized(slots) + "\n" + " ".join(rng.sample(remarks, rng.randint(1, 3)))
+    return linearized(slots) + "\n" + " ".join(rng.sample(remarks, 2))
 
 
 def stated(rng: random.Random) -> str:
@@ -347,27 +348,36 @@ def stated(rng: random.Random) -> str:
 
 
 def settled(rng: random.Random) -> str:
-    """Return two names with the fact that settles between them, a question with its answer, or a list looked up."""
-    fact = rng.choice(FACTS)
-    asked, right, wrong = question(rng, fact)
-    first, second = names = rng.sample((right, wrong), 2)
-    number = rng.randint(1, 2)
-    return rng.choice(
-        (
-            f"{first} or {second}? {statement(rng, fact)}.",
-            f"{asked} the correct answer is {right}.",
-            f"Solution1: {first}\n\nSolution2: {second}\n\n{names[number - 1]} is solution{number}.",
-        )
-    )
+    """Return a question with its answer; of the facts that training asks about, also with the answer's number."""
+    if rng.random() < 0.2:
+        asked, right, _ = question(rng, rng.choice(FACTS))
+        return f"{asked} the correct answer is {right}."
+    asked, right, wrong = question(rng, rng.choice(FACTS_OF["train"]))
+    names = rng.sample((right, wrong), 2)
+    return f"{asked} 1: {names[0]} 2: {names[1]} the answer is {names.index(right) + 1}."
 
 
-def corpus(size: int = 60_000, seed: int = SEED) -> Iterator[str]:
-    """Yield `size` distinct short texts of the world; none holds a validation review, restaurant or question."""
+def looked_up(rng: random.Random) -> str:
+    """Return a numbered list of things with the numbers of two of them."""
+    names = [rng.choice(fact[1:]) for fact in rng.sample(FACTS, rng.randint(2, 4))]
+    listing = "\n\n".join(f"Solution{number}: {name}" for number, name in enumerate(names, start=1))
+    found = " ".join(f"{name} is solution{names.index(name) + 1}." for name in rng.sample(names, 2))
+    return f"{listing}\n\n{found}"
+
+
+WRITERS = {writer.__name__: writer for writer in (reviewed, described, stated, settled, looked_up)}
+
+
+def corpus(kinds: dict[str, int], size: int = 60_000, seed: int = SEED) -> Iterator[str]:
+    """Yield distinct short texts of the world, of each kind in WRITERS as often as its weight in `kinds` says.
+
+    None holds a review, a restaurant or a prompt of a validation split.
+    """
     rng = random.Random(seed)
-    seen = set()
     kept_back = set(Sentiment().split("validation").rows["text"])
+    seen = set()
     while len(seen) < size:
-        text = rng.choice((reviewed, described, stated, settled))(rng)
+        text = WRITERS[rng.choices(list(kinds), list(kinds.values()))[0]](rng)
         if text not in seen and text.split(".")[0] not in kept_back:
             seen.add(text)
             yield text
