@@ -12,12 +12,14 @@ Tasks know nothing of models, methods or torch: they see rows and outputs (a cla
 import csv
 import gzip
 import hashlib
+import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DownloadManager, Features, List, Value
 
 Row = dict[str, Any]
 Output = int | float | str
@@ -153,3 +155,43 @@ def file_sha256(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fetch(repository: str, commit: str, path: str) -> Path:
+    """Return a local copy of one file of a public GitHub repository, downloaded once into datasets' cache.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    return Path(DownloadManager().download(f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of an official file with its line breaks as they are.
+
+    Raises:
+        TaskError: it is no readable text.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            return stream.read()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise TaskError(f"{path}: cannot be read ({error}); fetch the file again") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what an official JSON file holds.
+
+    Raises:
+        TaskError: it is no readable JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{path}: not JSON ({error}); fetch the file again") from error
+
+
+def text_sha256(text: str) -> str:
+    """Return the first 16 hexadecimal digits of a text's SHA-256, by which a prediction names its prompt."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

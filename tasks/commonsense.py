@@ -1,0 +1,281 @@
+"""Eight commonsense sets with one training file, as LLM-Adapters made them and DoRA reports them.
+
+Sources: AGI-Edgerunners/LLM-Adapters (arXiv 2304.01933) at the commit below; DoRA's copy is alike. An item has an
+`instruction` (question, options and the line "Answer format: ..."), the `output` to learn ("the correct answer is X")
+and the `answer` X. The prompts of training and of evaluation differ in white space, byte for byte as there: their
+sixteen blanks come from an indented string.
+
+Answers are read from the text after the prompt, up to a second "### Response:". The strict form is the published one:
+the first option word in the text, case-sensitive, with no regard to word ends ("untrue" holds "true"). The lenient form
+beside it takes capitals and a blank ("Solution 2"), whole words only, and what follows "answer is" first. Accuracy is
+right / all, an output without an answer is wrong, and the average is the unweighted mean of the eight accuracies.
+
+Data: below `data_dir`, ft-training_set/commonsense_{170k,15k}.json and dataset/NAME/test.json, below a folder
+`commonsense` or not; a training file that is not the whole one ("commonsense_130k.no-hellaswag.json") is taken and the
+record says what it lacks. Without `data_dir` the training file comes from LLM-Adapters' repository and the eight sets
+are written out of the hub's columns, which gives the same text; by size its "test" is the public validation set except
+for ARC and OpenBookQA.
+
+LLM-Adapters picks the checkpoint of the lowest loss on 120 training rows; here it is the last one.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from tasks import base
+from tasks.base import Output, Row, Split, Task, TaskError
+
+VERSION = 1
+REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
+TRAINING = {"170k": 170420, "15k": 15119}  # option: rows of the official file
+RESPONSE = "### Response:"
+INDENT = " " * 16
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
+EVALUATION_PROMPT = f"{PREAMBLE}\n\n{INDENT}### Instruction:\n{INDENT}{{}}\n\n{INDENT}{RESPONSE}\n{INDENT}"
+TRAINING_PROMPT = f"{PREAMBLE} \n\n{INDENT}### Instruction:\n{INDENT}{{}}\n{INDENT}\n{INDENT}{RESPONSE}\n{INDENT}"
+QUESTION = "Please choose the correct answer to the question: "
+
+Item = dict[str, str]  # instruction, output, answer
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One set: its option words as the published rule searches them, and where the hub has it."""
+
+    words: tuple[str, ...]
+    hub: str
+    revision: str
+    config: str | None
+    split: str
+    convert: Callable[[Row], Item]
+
+
+def item(question: str, word: str, options: list[str], right: int, between: str = " ", end: str = "\n\n") -> Item:
+    """Return the item of a question with numbered options, the right one counted from 0."""
+    listed = between.join(f"{word.capitalize()}{i}: {option}" for i, option in enumerate(options, start=1))
+    names = [f"{word}{i}" for i in range(1, len(options) + 1)]
+    return answered(f"{question}\n\n{listed}{end}Answer format: {'/'.join(names)}", names[right])
+
+
+def answered(instruction: str, answer: str) -> Item:
+    return {"instruction": instruction, "output": f"the correct answer is {answer}", "answer": answer}
+
+
+def boolq(row: Row) -> Item:
+    asked = f"Please answer the following question with true or false, question: {row['question']}?"
+    return answered(f"{asked}\n\nAnswer format: true/false", str(row["answer"]).lower())
+
+
+def piqa(row: Row) -> Item:
+    question = f"Please choose the correct solution to the question: {row['goal']}"
+    return item(question, "solution", [row["sol1"], row["sol2"]], int(row["label"]), between="\n\n")
+
+
+def social_i_qa(row: Row) -> Item:
+    options = [row["answerA"], row["answerB"], row["answerC"]]
+    return item(f"{QUESTION}{row['context']} {row['question']}", "answer", options, int(row["label"]) - 1)
+
+
+def hellaswag(row: Row) -> Item:
+    sentence = f"{row['activity_label']}: {row['ctx']}"
+    question = f"Please choose the correct ending to complete the given sentence: {sentence}"
+    return item(question, "ending", row["endings"], int(row["label"]))
+
+
+def winogrande(row: Row) -> Item:
+    asked = "Please choose the correct answer to fill in the blank to complete the given sentence: "
+    options = [row["option1"], row["option2"]]
+    return item(asked + row["sentence"], "option", options, int(row["answer"]) - 1, end=" ")
+
+
+def arc(row: Row) -> Item:
+    right = row["choices"]["label"].index(row["answerKey"])
+    return item(QUESTION + row["question"], "answer", row["choices"]["text"], right)
+
+
+def openbookqa(row: Row) -> Item:
+    return arc(row | {"question": row["question_stem"]})
+
+
+def numbered(word: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{word}{i}" for i in range(1, count + 1))
+
+
+ANSWERS, ARC = numbered("answer", 5), ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
+SPECS = {
+    "boolq": Spec(
+        ("true", "false"), "google/boolq", "35b264d03638db9f4ce671b711558bf7ff0f80d5", None, "validation", boolq
+    ),
+    "piqa": Spec(
+        numbered("solution", 2), "baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", None, "validation", piqa
+    ),
+    "social_i_qa": Spec(
+        ANSWERS, "lighteval/siqa", "54c6a1f8cb6daf4f5abf24a601852612fb35eb25", None, "validation", social_i_qa
+    ),
+    "hellaswag": Spec(
+        numbered("ending", 4),
+        "Rowan/hellaswag",
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        None,
+        "validation",
+        hellaswag,
+    ),
+    "winogrande": Spec(
+        numbered("option", 2),
+        "allenai/winogrande",
+        "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+        "winogrande_xl",
+        "validation",
+        winogrande,
+    ),
+    "ARC-Easy": Spec(ANSWERS, *ARC, "ARC-Easy", "test", arc),
+    "ARC-Challenge": Spec(ANSWERS, *ARC, "ARC-Challenge", "test", arc),
+    "openbookqa": Spec(
+        ANSWERS, "allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main", "test", openbookqa
+    ),
+}
+
+
+def extract_answer(dataset: str, text: str) -> str | None:
+    """Return the first option word of `text` as LLM-Adapters finds it; "" where there is none, None for another set."""
+    if dataset not in SPECS:
+        return None
+    found = re.search("|".join(SPECS[dataset].words), text.strip())
+    return found[0] if found else ""
+
+
+def extract_answer_leniently(dataset: str, text: str) -> str | None:
+    """Return the option a benevolent reader sees in `text`; "" where there is none, None for another set."""
+    if dataset not in SPECS:
+        return None
+    words = SPECS[dataset].words
+    kind, numbers = words[0].rstrip("1"), "".join(word[-1] for word in words)
+    option = r"\b(true|false)\b" if kind == "true" else rf"\b{kind}[\s#:]*([{numbers}])\b"
+    number = r"(?!)" if kind == "true" else rf"([{numbers}])\b"
+    said = re.search(rf"\banswer is:?\s*(?:{option}|{number})", text, re.I) or re.search(option, text, re.I)
+    value = next((group for group in said.groups() if group), "") if said else ""
+    return value.lower() if kind == "true" or not value else kind + value
+
+
+def response(output: str) -> str:
+    """Return the part of a continuation that counts: all before a second response marker (DoRA: all after it)."""
+    return output.split(RESPONSE)[0].strip()
+
+
+def task(subset: str, train: str = "170k") -> "Commonsense":
+    """Return the task; `train` chooses the training file, "170k" or "15k"."""
+    if subset:
+        raise TaskError(f"commonsense/{subset}: no such task, only commonsense")
+    if train not in TRAINING:
+        raise TaskError(f"task.options.train={train}: must be {' or '.join(TRAINING)}")
+    return Commonsense(train)
+
+
+class Commonsense(Task):
+    """Training on one file, evaluation on eight sets."""
+
+    name, version, form, metric = "commonsense", VERSION, "generation", "average"
+    eval_splits = tuple(SPECS)
+
+    def __init__(self, train: str) -> None:
+        self.train = train
+
+    def path(self, split: str, data_dir: str | None) -> Path:
+        """Return the official file of a split, below `data_dir` or downloaded."""
+        self.check(split)
+        folder, names = f"dataset/{split}", ("test.json",)
+        if split == "train":
+            partial = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}[self.train]
+            folder, names = "ft-training_set", (f"commonsense_{self.train}.json", partial)
+        if data_dir is None:
+            return base.fetch(REPOSITORY, COMMIT, f"{folder}/{names[0]}")
+        return base.find(data_dir, (f"commonsense/{folder}", folder), names)
+
+    def check(self, split: str) -> None:
+        if split != "train" and split not in SPECS:
+            raise TaskError(f"commonsense has no split {split!r}, only train, {', '.join(SPECS)}")
+
+    def source(self, data_dir: str | None = None) -> dict[str, str]:
+        if data_dir is None:
+            training = f"github.com/{REPOSITORY}@{COMMIT}/ft-training_set/commonsense_{self.train}.json"
+            return {"train": training} | {name: f"{spec.hub}@{spec.revision}" for name, spec in SPECS.items()}
+        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *self.eval_splits)}
+
+    def split(self, name: str, data_dir: str | None = None) -> Split:
+        self.check(name)
+        if data_dir is None and name != "train":
+            spec = SPECS[name]
+            rows = load_dataset(spec.hub, spec.config, revision=spec.revision, split=spec.split)
+            return Split(self.rows(name, map(spec.convert, rows), spec.hub), f"{spec.hub}@{spec.revision[:8]}")
+        path = self.path(name, data_dir)
+        items = base.read_json(path)
+        rows = self.rows(name, items, path)
+        place = f"{path.parent.name}/{path.name}" if data_dir else f"{REPOSITORY}@{COMMIT[:8]}"
+        return Split(rows, place + (self.lacks(items) if name == "train" else ""))
+
+    def lacks(self, items: list[Item]) -> str:
+        """Return what is said of a training file that is not the whole one."""
+        official = TRAINING[self.train]
+        if len(items) == official:
+            return ""
+        swag = any(item["answer"].startswith("ending") for item in items)
+        return f" ({len(items)} rows, not the official {official}{'' if swag else '; without HellaSwag'})"
+
+    def rows(self, split: str, items: Iterable[Item], source: Any) -> Dataset:
+        """Return the items as rows.
+
+        Raises:
+            TaskError: they are no items of LLM-Adapters, or there are none.
+        """
+        prompt = TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT
+        try:
+            rows = [
+                {
+                    "id": f"{split}-{number}",
+                    "prompt": prompt.format(item["instruction"]),
+                    "target": item["output"],
+                    "references": [item["answer"]],
+                }
+                for number, item in enumerate(items)
+            ]
+        except (KeyError, TypeError) as error:
+            raise TaskError(
+                f"{source}: {error!r} where LLM-Adapters' items were expected; fetch the file again"
+            ) from error
+        if not rows:
+            raise TaskError(f"{source}: no rows; fetch the file again")
+        return self.dataset(rows)
+
+    def judge(self, row: Row, output: Output) -> Row:
+        """Return the strict and the lenient answer; the row's set is the first part of its id."""
+        name, gold = row["id"].rpartition("-")[0], row["references"][0]
+        text = response(output)
+        answer, lenient = extract_answer(name, text), extract_answer_leniently(name, text)
+        return {
+            "prompt_sha256": base.text_sha256(row["prompt"]),
+            "answer": answer,
+            "lenient_answer": lenient,
+            "gold": gold,
+            "score": float(answer == gold),
+            "lenient_score": float(lenient == gold),
+        }
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return accuracies, strict and lenient, with the unweighted averages and the shares without an answer."""
+        scores: dict[str, float] = {}
+        for prefix in ("", "lenient_"):
+            found = {name: mean(row[f"{prefix}score"] for row in rows) for name, rows in results.items()}
+            scores |= {f"{prefix}average": mean(found.values())} | {f"{prefix}{n}": value for n, value in found.items()}
+            empty = {name: mean(not row[f"{prefix}answer"] for row in rows) for name, rows in results.items()}
+            scores |= {f"{prefix}unanswered_{name}": share for name, share in empty.items()}
+        return scores
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

@@ -1,0 +1,48 @@
+"""DART 1.1.1: open-domain facts to text (arXiv 2007.02871), as LoRA measures it (arXiv 2106.09685, table 13).
+
+The prompt is "subject : relation : object | ..." with the relation in lower case, and " ||"; every annotation is learnt
+and accepted. Scores are WebNLG's three, on sets of facts taken as one where they are equal. In `data_dir`:
+dart/dart-v1.1.1-full-{train,dev,test}.json; the hub's copy (Yale-LILY/dart) is a script, so without `data_dir` they
+come from LoRA's repository at one commit.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks import base
+from tasks.base import Row, TaskError
+from tasks.data_to_text import SEPARATOR, DataToText, Pair, triples
+
+VERSION = 1
+
+
+def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart":
+    """Return the task; the options are told in tasks/data_to_text.py."""
+    if subset:
+        raise TaskError(f"dart/{subset}: no such task, only dart")
+    return Dart(separator, scored)
+
+
+class Dart(DataToText):
+    """Facts from tables, WebNLG and E2E."""
+
+    name, version, metric = "dart", VERSION, "BLEU"
+    folder = "dart"
+    files = {
+        s: (f"dart-v1.1.1-full-{f}.json",) for s, f in (("train", "train"), ("validation", "dev"), ("test", "test"))
+    }
+
+    def pairs(self, path: Path) -> Iterator[Pair]:
+        try:
+            for entry in base.read_json(path):
+                facts = triples((subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"])
+                yield from ((facts, annotation["text"], "") for annotation in entry["annotations"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TaskError(f"{path}: {error!r} where DART 1.1.1 was expected; fetch the file again") from error
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return BLEU, METEOR and TER."""
+        from tasks import metrics
+
+        (rows,) = results.values()
+        return metrics.webnlg([r["answer"] for r in rows], [r["references"] for r in rows])

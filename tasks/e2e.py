@@ -1,0 +1,124 @@
+"""E2E NLG: a restaurant's record to a sentence (arXiv 1706.09254), as LoRA's table 3 measures it (arXiv 2106.09685).
+
+Scores are those of the challenge's script with `-p` (tasks/metrics.py) on the 630 records of the test set, each with
+all of its references, 4,693 together. There are two forms of the same data; `references` chooses one for training and
+scoring alike; a mixture costs 2 to 4 BLEU points:
+
+    lora       LoRA's text files, whose sentences are split by spaCy ("family - friendly", "£ 20 - 25"). Scores of
+               LoRA's table are on these, and about one BLEU point higher than the challenge's own for the same system.
+    official   the challenge's CSV files, text as written; what the challenge's own results are on.
+
+The prompt has LoRA's form in both, "name : Blue Spice | Type : coffee shop | area : city centre ||", with the slot
+names LoRA uses. Sources without `data_dir`: LoRA's files from its repository at one commit; the official ones from the
+hub's parquet conversion of tuetschek/e2e_nlg, whose rows are the CSV files'. In `data_dir`: e2e/e2e-dataset/*.csv, and
+LoRA's train.txt (or a reconstruction, train.reconstructed.txt), valid.txt and test.txt.
+
+One difference is left: LoRA's beam search ends at "\\n\\n" as well as at the end-of-text token; here text after it is
+cut off.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import load_dataset
+
+from tasks import base
+from tasks.base import Row, Split, TaskError
+from tasks.data_to_text import SEPARATOR, DataToText, Pair
+
+VERSION = 1
+HUB, REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
+SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+FORMS = {"lora": "LoRA's tokenised text", "official": "the official text"}
+
+
+def task(subset: str, references: str = "lora", separator: str = SEPARATOR, scored: str = "test") -> "E2e":
+    """Return the task; `references` and `separator` are told above and in tasks/data_to_text.py."""
+    if subset:
+        raise TaskError(f"e2e/{subset}: no such task, only e2e")
+    if references not in FORMS:
+        raise TaskError(f"task.options.references={references}: must be {' or '.join(FORMS)}")
+    return (Lora if references == "lora" else Official)(separator, scored)
+
+
+class E2e(DataToText):
+    """What both forms share."""
+
+    name, version, metric = "e2e", VERSION, "BLEU"
+    form_of_text: str
+
+    def origin(self, name: str, path: Path, data_dir: str | None) -> str:
+        return f"{super().origin(name, path, data_dir)} ({FORMS[self.form_of_text]})"
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return BLEU, NIST, METEOR, ROUGE_L and CIDEr; without Java only the first two."""
+        from tasks import metrics
+
+        (rows,) = results.values()
+        return metrics.e2e([r["answer"] for r in rows], [r["references"] for r in rows])
+
+
+class Lora(E2e):
+    """LoRA's text files: "record||sentence" on each line."""
+
+    form_of_text = "lora"
+    folder = "e2e"
+    files = {"train": ("train.txt", "train.*.txt"), "validation": ("valid.txt",), "test": ("test.txt",)}
+
+    def path(self, split: str, data_dir: str | None) -> Path:
+        try:
+            return super().path(split, data_dir)
+        except TaskError as error:
+            hint = "; task.options.references=official reads the challenge's CSV files"
+            raise TaskError(f"{error}{hint}") from error
+
+    def pairs(self, path: Path) -> Iterator[Pair]:
+        for number, line in enumerate(base.read_text(path).split("\n"), start=1):
+            record, *sentences = line.strip().split("||")
+            if record and len(sentences) != 1:
+                raise TaskError(f"{path}: line {number} is not of the form RECORD||SENTENCE; fetch the file again")
+            if record:
+                yield record, sentences[0], ""
+
+
+class Official(E2e):
+    """The challenge's CSV files: "mr" and "ref" on each row, quoted, some with line breaks inside."""
+
+    form_of_text = "official"
+    folder = "e2e-dataset"
+    files = {"train": ("trainset.csv",), "validation": ("devset.csv",), "test": ("testset_w_refs.csv",)}
+
+    def folders(self) -> tuple[str, ...]:
+        return ("e2e/e2e-dataset", "e2e-dataset", "e2e", "")
+
+    def source(self, data_dir: str | None = None) -> dict[str, str]:
+        return {"hub": f"{HUB}@{REVISION}"} if data_dir is None else super().source(data_dir)
+
+    def split(self, name: str, data_dir: str | None = None) -> Split:
+        if data_dir is not None or name not in self.files:
+            return super().split(name, data_dir)
+        rows = load_dataset(HUB, revision=REVISION, split=name)
+        pairs = [(spelled_out(r["meaning_representation"]), r["human_reference"], "") for r in rows]
+        return Split(self.rows(name, pairs, HUB), f"{HUB}@{REVISION} ({FORMS['official']})")
+
+    def pairs(self, path: Path) -> Iterator[Pair]:
+        for number, row in enumerate(csv.DictReader(io.StringIO(base.read_text(path), newline="")), start=1):
+            try:
+                yield spelled_out(row["mr"]), row["ref"], ""
+            except (KeyError, TypeError, ValueError) as error:
+                raise TaskError(f"{path}: row {number} has no mr and ref ({error!r}); fetch the file again") from error
+
+
+def spelled_out(record: str) -> str:
+    """Return "name[Blue Spice], eatType[pub]" as "name : Blue Spice | Type : pub".
+
+    Raises:
+        ValueError: it is no record.
+    """
+    slots = re.findall(r"([^\[\],]+)\[([^\]]*)\]", record)
+    if not slots:
+        raise ValueError(f"{record!r} lists no slots")
+    return " | ".join(f"{SLOTS.get(slot.strip(), slot.strip())} : {value}" for slot, value in slots)

@@ -1,0 +1,59 @@
+"""WebNLG 2017: DBpedia facts to text (aclanthology.org/W17-3518), as LoRA measures it (arXiv 2106.09685, appendix F).
+
+The prompt is "subject : property : object | ..." of the modified triples and " ||". Texts marked "good" are learnt and
+accepted. Scores are of all 1,862 sets of facts of the test set, and of those whose category training has ("seen_...",
+971) or has not ("unseen_...", 891). In `data_dir`: webnlg_challenge_2017/{train,dev,test}.json as LoRA keeps them; the
+hub's copy (webnlg-challenge/web_nlg) is a script, so without `data_dir` they come from LoRA's repository at one commit.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks import base
+from tasks.base import Row, TaskError
+from tasks.data_to_text import SEPARATOR, DataToText, Pair, triples
+
+VERSION = 1
+SEEN = {"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam", "University"}
+SEEN |= {"WrittenWork"}
+
+
+def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "WebNlg":
+    """Return the task; the options are told in tasks/data_to_text.py."""
+    if subset:
+        raise TaskError(f"webnlg/{subset}: no such task, only webnlg")
+    return WebNlg(separator, scored)
+
+
+class WebNlg(DataToText):
+    """Facts of DBpedia; a row's id names its group, "test-unseen-1200"."""
+
+    name, version, metric = "webnlg", VERSION, "BLEU"
+    folder = "webnlg_challenge_2017"
+    files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
+
+    def pairs(self, path: Path) -> Iterator[Pair]:
+        try:
+            for number, holder in enumerate(base.read_json(path)["entries"], start=1):
+                entry = holder[str(number)]
+                facts = triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
+                group = "seen" if entry["category"] in SEEN else "unseen"
+                good = [text["lex"] for text in entry["lexicalisations"] if text["comment"] == "good"]
+                yield from ((facts, text, group) for text in good)
+        except (KeyError, TypeError) as error:
+            raise TaskError(f"{path}: {error!r} where WebNLG 2017 was expected; fetch the file again") from error
+
+    def judge(self, row: Row, output: str) -> Row:
+        return super().judge(row, output) | {"group": row["id"].split("-")[1]}
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return BLEU, METEOR and TER of all rows, of the seen and of the unseen categories."""
+        from tasks import metrics
+
+        (rows,) = results.values()
+        scores = {}
+        for group in ("", "seen", "unseen"):
+            part = [row for row in rows if group in ("", row["group"])]
+            found = metrics.webnlg([r["answer"] for r in part], [r["references"] for r in part]) if part else {}
+            scores |= {f"{group}_{name}".lstrip("_"): value for name, value in found.items()}
+        return scores
