@@ -32,7 +32,7 @@ from tasks.base import Output, Row, Split, Task, TaskError
 
 VERSION = 1
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
-TRAINING = {"170k": 170420, "15k": 15119}  # option: rows of the official file
+TRAINING = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}  # what may stand in for each file
 RESPONSE = "### Response:"
 INDENT = " " * 16
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -190,8 +190,7 @@ class Commonsense(Task):
         self.check(split)
         folder, names = f"dataset/{split}", ("test.json",)
         if split == "train":
-            partial = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}[self.train]
-            folder, names = "ft-training_set", (f"commonsense_{self.train}.json", partial)
+            folder, names = "ft-training_set", (f"commonsense_{self.train}.json", TRAINING[self.train])
         if data_dir is None:
             return base.fetch(REPOSITORY, COMMIT, f"{folder}/{names[0]}")
         return base.find(data_dir, (f"commonsense/{folder}", folder), names)
@@ -215,16 +214,16 @@ class Commonsense(Task):
         path = self.path(name, data_dir)
         items = base.read_json(path)
         rows = self.rows(name, items, path)
-        place = f"{path.parent.name}/{path.name}" if data_dir else f"{REPOSITORY}@{COMMIT[:8]}"
-        return Split(rows, place + (self.lacks(items) if name == "train" else ""))
+        if data_dir is None:
+            return Split(rows, f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json")
+        return Split(rows, f"{path.parent.name}/{path.name}{self.lacks(path, items) if name == 'train' else ''}")
 
-    def lacks(self, items: list[Item]) -> str:
-        """Return what is said of a training file that is not the whole one."""
-        official = TRAINING[self.train]
-        if len(items) == official:
+    def lacks(self, path: Path, items: list[Item]) -> str:
+        """Return what is said of a training file that stands in for the official one."""
+        if path.name.removesuffix(".gz") == f"commonsense_{self.train}.json":
             return ""
         swag = any(item["answer"].startswith("ending") for item in items)
-        return f" ({len(items)} rows, not the official {official}{'' if swag else '; without HellaSwag'})"
+        return f" ({len(items)} rows, not the official file{'' if swag else '; without HellaSwag'})"
 
     def rows(self, split: str, items: Iterable[Item], source: Any) -> Dataset:
         """Return the items as rows.

