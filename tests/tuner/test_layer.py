@@ -279,6 +279,23 @@ def test_every_factor_has_a_gradient_at_the_declared_init():
         assert all(f.grad.any() for f in factors_of(model).parameters()), name
 
 
+def test_adam_moves_both_groups_alike_and_sgd_does_not():
+    """What the equal sigma of all four factors means: the direction group's gradient is smaller by the size of B A."""
+    moved = {}
+    for make in (torch.optim.Adam, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = get_peft_model(Net(nn.Linear(64, 64)), DualLoraConfig(r=16, target_modules=["layer"]))
+        set_update_scale(model, 1.0)
+        before = copy.deepcopy(named_factors(factors_of(model)))
+        optimizer = make(factors_of(model).parameters(), lr=1e-3)
+        model(torch.randn(32, 64)).square().sum().backward()
+        optimizer.step()
+        moved[make] = {n: (t - before[n]).abs().mean().item() for n, t in named_factors(factors_of(model)).items()}
+    adam, sgd = moved[torch.optim.Adam], moved[torch.optim.SGD]
+    assert all(step == pytest.approx(1e-3, rel=0.1) for step in adam.values())
+    assert max(sgd["C"], sgd["D"]) < 0.02 * min(sgd["A"], sgd["B"])
+
+
 def fused(blocks=(0, 2), base=None):
     return adapted(base or Conv1D(3 * OUT, IN), F_NOW, fused_slices={"layer": [3, list(blocks)]})
 
