@@ -67,6 +67,7 @@ class Task:
         labels: class names in index order; empty unless `form` is "classification".
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
+        plain: keys of scores that are no fractions and are shown as they are, not in percent.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Task:
     labels: tuple[str, ...] = ()
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
+    plain: tuple[str, ...] = ()
 
     features: ClassVar[dict[str, Features]] = {
         "classification": CLASSIFICATION,

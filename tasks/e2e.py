@@ -47,7 +47,7 @@ def task(subset: str, references: str = "tokenised", separator: str = SEPARATOR,
 class E2e(DataToText):
     """What both forms share."""
 
-    name, version, metric = "e2e", VERSION, "BLEU"
+    name, version, metric, plain = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
     form_of_text: str
 
     def origin(self, name: str, path: Path, data_dir: str | None) -> str:

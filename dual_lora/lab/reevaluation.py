@@ -31,7 +31,7 @@ def run(settings: Settings, record: Record) -> int:
     model, tokenizer = load_trained(settings, record, task)
     metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
     record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
-    print(compared(stored["metrics"], metrics, record))
+    print(compared(stored, metrics, record))
     return 0 if metrics == stored["metrics"] else 1
 
 

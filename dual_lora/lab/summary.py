@@ -4,17 +4,15 @@ from typing import Any
 
 from tabulate import tabulate
 
+import tasks
 from dual_lora.lab.runs import Record
 
 
 def summary(result: dict[str, Any], record: Record) -> str:
     """Return a finished run as a small table of scores (in percent), and what it trained, how long, and where it is."""
     before = result["metrics_before"] or {}
-    rows = [
-        [name, percent(before.get(name)), percent(value)]
-        for name, value in sorted(result["metrics"].items(), key=lambda item: item[0] != result["metric"])
-    ]
-    table = scores(rows, "before", "after")
+    ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
+    table = scores(result["task"], ordered, before=before, after=result["metrics"])
     share = result["trainable_parameters"] / result["parameters"]
     facts = [
         ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
@@ -29,18 +27,22 @@ def summary(result: dict[str, Any], record: Record) -> str:
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
 
 
-def scores(rows: list[list[str]], *columns: str) -> str:
-    aligned = ("left", "right", "right")
+def compared(result: dict[str, Any], now: dict[str, float], record: Record) -> str:
+    """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
+    table = scores(result["task"], list(now), recorded=result["metrics"], now=now)
+    verdict = "reproduced exactly" if result["metrics"] == now else "NOT reproduced"
+    return f"{table}\n\n{verdict}: {record.shown()}"
+
+
+def scores(task: str, names: list[str], **columns: dict[str, float]) -> str:
+    """Return a table of the named scores: in percent, but as they are where the task says so."""
+    plain = tasks.load(task).plain
+    rows = [[name, *(shown(column.get(name), name in plain) for column in columns.values())] for name in names]
+    aligned = ("left", *("right" for _ in columns))
     return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def compared(recorded: dict[str, float], now: dict[str, float], record: Record) -> str:
-    """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
-    rows = [[name, percent(recorded.get(name)), percent(value)] for name, value in now.items()]
-    table = scores(rows, "recorded", "now")
-    verdict = "reproduced exactly" if recorded == now else "NOT reproduced"
-    return f"{table}\n\n{verdict}: {record.shown()}"
+def shown(value: float | None, plain: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if plain else f"{100 * value:.1f}"

@@ -1,0 +1,59 @@
+"""Every command of the README is executed, made short: few steps and examples, small files in place of DIR."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_glue import write_official
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(("    python ", "    make "))]
+SHORT = ["train.max_steps=2", "eval.max_examples=4", "wandb.mode=disabled"]
+
+
+def words(command: str) -> list[str]:
+    """Return a command's words without the explanation that two blanks set off."""
+    return shlex.split(command.split("   ")[0])
+
+
+def test_the_readme_has_commands_and_no_placeholder():
+    assert len(COMMANDS) > 8 and "@@" not in README
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(command):
+    done = subprocess.run(["make", "-n", *words(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def small_bert(tmp_path_factory):
+    """An untrained BERT of MiniLM's form, with the tokenizer of a bundled model."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "dual_lora/lab/bundled/tiny-deberta")
+    tokenizer.save_pretrained(folder)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **size)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_commands_run(command, runs_folder, small_bert, tmp_path):
+    write_official(tmp_path, "sst2")
+    script, *arguments = words(command)[1:]
+    places = {"model.path=DIR": f"model.path={small_bert}", "data_dir=DIR": f"data_dir={tmp_path}"}
+    arguments = [places.get(a, a) for a in arguments]
+    run = [sys.executable, script]
+    if script == "eval.py":
+        first = subprocess.run([sys.executable, "train.py", *SHORT], cwd=ROOT, capture_output=True, text=True)
+        assert first.returncode == 0, first.stderr
+        (folder,) = runs_folder.glob("adhoc/*")
+        arguments = [a.replace("runs/adhoc/ID", str(folder)) for a in arguments]
+    elif "--help" not in arguments:
+        arguments += [a for a in SHORT if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
+    done = subprocess.run([*run, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
