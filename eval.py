@@ -15,6 +15,7 @@ os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torc
 from dual_lora.lab import cli
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv) or len(sys.argv) == 1:
-        sys.exit(__doc__)
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit()
     cli.guard(cli.evaluate_again, sys.argv[1:])

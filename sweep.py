@@ -15,6 +15,7 @@ os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torc
 from dual_lora.lab import cli, grid
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv) or len(sys.argv) == 1:
-        sys.exit(f"{__doc__}\nKnown experiments: {', '.join(cli.choices('experiment'))}")
+    if {"-h", "--help"} & set(sys.argv):
+        print(f"{__doc__}\nKnown experiments: {', '.join(cli.choices('experiment'))}")
+        sys.exit()
     cli.guard(grid.sweep, sys.argv[1:])

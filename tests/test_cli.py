@@ -34,6 +34,7 @@ MISTAKES = {
     "method.r1=4": "method.r1 and method.r2: give both or neither",
     "method.peft.zzz=1": "method.peft.zzz: not among the method's; write +method.peft.zzz=VALUE to add it",
     "~method": "~method: settings cannot be removed",
+    "experiment=demo": "experiment: experiments are run by sweep.py",
     "rank": "rank: not of the form KEY=VALUE",
 }
 
@@ -113,6 +114,8 @@ except SystemExit as error:
         ("train.py", "train.lr=fast", "train.py: train.lr: Value 'fast'"),
         ("train.py", "data_dir=/nowhere task=glue/rte", "train.py: data_dir=/nowhere: no such folder"),
         ("eval.py", "run=/nowhere", "eval.py: run=/nowhere: no config.yaml there"),
+        ("eval.py", "", "eval.py: run=runs/STUDY/ID is needed"),
+        ("sweep.py", "", "sweep.py: experiment=NAME is needed"),
         ("eval.py", "rum=x", "eval.py: rum: no such setting of eval.py. Did you mean run?"),
     ],
 )

@@ -71,6 +71,7 @@ def check_names(override: Override) -> None:
     """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
     key = override.key_or_group
     require(not override.is_delete(), f"~{key}: settings cannot be removed")
+    require(key != "experiment", "experiment: experiments are run by sweep.py: python sweep.py experiment=NAME")
     if key in GROUPS:
         values = [override.value()] if not override.is_sweep_override() else list(override.sweep_string_iterator())
         for value in values:
