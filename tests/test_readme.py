@@ -1,5 +1,6 @@
 """Every command of the README is executed, made short: few steps and examples, small files in place of DIR."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -57,3 +58,14 @@ def test_commands_run(command, runs_folder, small_bert, tmp_path):
         arguments += [a for a in SHORT if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
     done = subprocess.run([*run, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_python_example_adapts_any_model():
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "dual_lora/lab/bundled/tiny-llama")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"base": base}
+    exec(code, names)
+    trained = {n.rsplit(".", 1)[1] for n, p in names["model"].named_parameters() if p.requires_grad}
+    assert trained == {"A", "B", "C", "D"}
