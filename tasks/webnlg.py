@@ -51,9 +51,5 @@ class WebNlg(DataToText):
         from tasks import metrics
 
         (rows,) = results.values()
-        scores = {}
-        for group in ("", "seen", "unseen"):
-            part = [row for row in rows if group in ("", row["group"])]
-            found = metrics.webnlg([r["answer"] for r in part], [r["references"] for r in part]) if part else {}
-            scores |= {f"{group}_{name}".lstrip("_"): value for name, value in found.items()}
-        return scores
+        texts = [r["answer"] for r in rows], [r["references"] for r in rows]
+        return metrics.webnlg(*texts, groups=[r["group"] for r in rows])
