@@ -81,15 +81,15 @@ def test_one_bad_value_in_a_sweep_stops_it_before_the_first_run():
 
 
 @pytest.mark.parametrize("model", cli.choices("model"))
+@pytest.mark.parametrize("method", cli.choices("method"))
+def test_every_model_composes_with_every_method(model, method):
+    found = cli.load([f"model={model}", "task=glue/rte", f"method={method}"])
+    assert (found.model.name, found.method.name) == (model, method)
+
+
 @pytest.mark.parametrize("task", cli.choices("task"))
-def test_every_model_task_and_method_composes(model, task, monkeypatch):
-    for method in cli.choices("method"):
-        try:
-            found = cli.load([f"model={model}", f"task={task}", f"method={method}"])
-        except UserError as error:
-            assert "writes no text" in str(error)
-        else:
-            assert (found.model.name, found.task.name, found.method.name) == (model, task, method)
+def test_every_task_composes(task):
+    assert cli.load(["model=tiny-llama", f"task={task}"]).task.name == task
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess:
