@@ -140,7 +140,7 @@ def test_identity_is_a_hash_of_typed_facts(tmp_path):
 
     plain = name()
     assert plain.startswith("tiny-roberta_demo-sentiment_dual_lora_s0_")
-    assert plain == name("method.alpha=16") == name("method.alpha=16.0") == name("train.lr=5e-3")
+    assert plain == name("method.alpha=16") == name("method.alpha=16.0") == name("train.lr=2e-3")
     assert plain == name("wandb.mode=disabled", "train.save_steps=7", "train.log_steps=3", "study=other", "force=true")
     different = ["seed=1", "method.alpha=8", "train.lr=1e-3", "eval.batch_size=8", "train.max_steps=9", "method=lora"]
     assert len({plain, *(name(d) for d in different)}) == 1 + len(different)
