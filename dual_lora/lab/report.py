@@ -61,7 +61,10 @@ def figure(runs: pd.DataFrame, experiment: Experiment, path: Path) -> None:
         mean, std = scores.mean(), scores.std(ddof=1).fillna(0)
         axes.errorbar(mean.index, mean, yerr=std, marker="o", capsize=3, label=name)
     if pd.api.types.is_numeric_dtype(runs["column"]) and runs["column"].gt(0).all():
+        values = sorted(set(runs["column"]))
         axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(values, [f"{value:g}" for value in values], rotation=45)
     axes.set(xlabel=experiment.columns, ylabel="score, %", title=experiment.name)
     axes.grid(alpha=0.3)
     axes.legend()

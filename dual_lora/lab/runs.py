@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "scipy", "sacrebleu")
-NOT_IDENTITY = {"model": {"path"}, "train": {"save_steps", "log_steps"}, "eval": {"before"}}
+# method.lr is where train.lr has its value from, if it has no other.
+NOT_IDENTITY = {"model": {"path"}, "method": {"lr"}, "train": {"save_steps", "log_steps"}, "eval": {"before"}}
 
 
 @contextmanager
