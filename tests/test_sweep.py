@@ -42,13 +42,13 @@ def test_a_deleted_run_is_counted_and_an_empty_cell_is_a_dash(experiment, runs_f
     grid.sweep([f"experiment={experiment}", *SMALL])
     table = runs_folder / experiment / "report" / "table.md"
     assert table.read_text().count("(2)") == 2
-    gone = sorted((runs_folder / experiment).glob("*_lora_s*/result.json"))
+    gone = sorted((runs_folder / experiment).glob("*_dual_lora_s*/result.json"))
     gone[0].unlink()
     grid.sweep([f"experiment={experiment}", "run=false", *SMALL])
     assert table.read_text().count("(1)") == 1
     gone[1].unlink()
     grid.sweep([f"experiment={experiment}", "run=false", *SMALL])
-    assert "–" in [c.strip() for line in table.read_text().splitlines() if "| lora" in line for c in line.split("|")]
+    assert "–" in [c.strip() for line in table.read_text().splitlines() if "| dual_lora" in line for c in line.split("|")]
 
 
 def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_folder, capsys):
