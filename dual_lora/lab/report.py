@@ -15,18 +15,17 @@ MISSING = "–"
 
 
 def frame(experiment: Experiment, cells: list[tuple[Settings, dict | None]]) -> pd.DataFrame:
-    """Return one row a run: its place in the table, its main score in percent (none while missing), and its cost."""
+    """Return one row a run: its place in the table, its main score in percent (none while missing), its size."""
     rows = []
     for settings, result in cells:
         row = {"row": setting(settings, experiment.rows), "column": setting(settings, experiment.columns)}
         if result:
             row |= {
                 "score": 100 * result["metrics"][result["metric"]],
-                "seconds_per_step": result["train_seconds"] / result["steps"],
                 "trained": result["trainable_parameters"],
             }
         rows.append({**row, "seed": settings.seed})
-    return pd.DataFrame(rows, columns=["row", "column", "seed", "score", "seconds_per_step", "trained"])
+    return pd.DataFrame(rows, columns=["row", "column", "seed", "score", "trained"])
 
 
 def cell(scores: pd.Series) -> str:
@@ -39,17 +38,16 @@ def cell(scores: pd.Series) -> str:
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of `cell`s, rows and columns in the experiment's order, with the cost of each row."""
+    """Return the table of `cell`s, rows and columns in the experiment's order, with the number of trained weights."""
     cells = runs.groupby(["row", "column"], sort=False)["score"].agg(cell).unstack(sort=False).fillna("")
     columns = (
         sorted(cells.columns, key=lambda c: (isinstance(c, str), c))
         if pd.api.types.is_numeric_dtype(runs["column"])
         else cells.columns
     )
-    cost = runs.groupby("row", sort=False).agg(trained=("trained", "max"), seconds=("seconds_per_step", "median"))
+    trained = runs.groupby("row", sort=False)["trained"].max()
     cells = cells[columns].rename(columns=lambda c: f"{c:g}" if isinstance(c, float) else str(c))
-    cells["trained"] = cost["trained"].map(lambda v: MISSING if pd.isna(v) else f"{v:,.0f}")
-    cells["s/step"] = cost["seconds"].map(lambda v: MISSING if pd.isna(v) else f"{v:.2f}")
+    cells["trained"] = trained.map(lambda n: MISSING if pd.isna(n) else f"{n:,.0f}")
     return cells
 
 
