@@ -48,7 +48,8 @@ def test_a_deleted_run_is_counted_and_an_empty_cell_is_a_dash(experiment, runs_f
     assert table.read_text().count("(1)") == 1
     gone[1].unlink()
     grid.sweep([f"experiment={experiment}", "run=false", *SMALL])
-    assert "–" in [c.strip() for line in table.read_text().splitlines() if "| dual_lora" in line for c in line.split("|")]
+    (line,) = (line for line in table.read_text().splitlines() if "| dual_lora" in line)
+    assert "–" in [c.strip() for c in line.split("|")]
 
 
 def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_folder, capsys):
