@@ -31,6 +31,12 @@ def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(value in choices, f"{key}={value}: not one of {', '.join(choices)}.{hint}")
 
 
+def positive(group: str, values: object, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        require(value is None or value > 0, f"{group}.{name}={value}: must be positive")
+
+
 @dataclass(frozen=True)
 class Model:
     """A base model and the names of its parts.
@@ -136,10 +142,8 @@ class Train:
 
     def __post_init__(self) -> None:
         one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
-        require(self.lr > 0, f"train.lr={self.lr}: must be positive")
-        for key in ("epochs", "max_steps", "batch_size", "accumulation", "save_steps", "log_steps", "max_examples"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"train.{key}={value}: must be positive")
+        positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
+        positive("train", self, "save_steps", "log_steps", "max_examples")
 
 
 @dataclass(frozen=True)
@@ -151,9 +155,7 @@ class Evaluate:
     max_examples: int | None
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "max_examples"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"eval.{key}={value}: must be positive")
+        positive("eval", self, "batch_size", "max_examples")
 
 
 @dataclass(frozen=True)
