@@ -1,13 +1,17 @@
 """E2E NLG: both forms of the data, and the five metrics against the scores of the official script."""
 
 import gzip
+import importlib
+import inspect
 import json
 import math
 import warnings
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from datasets import Dataset
+from omegaconf import OmegaConf
 
 import tasks
 from tasks import TaskError, base, e2e, metrics
@@ -97,6 +101,13 @@ def test_options_are_checked_and_change_what_they_say(files):
     for options in ({"references": "mixed"}, {"scored": "train"}, {"form": "x"}):
         with pytest.raises(TaskError, match=f"task.options.{next(iter(options))}"):
             tasks.load("e2e", options)
+
+
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense"])
+def test_the_settings_hold_the_options_with_their_defaults(name):
+    build = importlib.import_module(f"tasks.{name}").task
+    defaults = {p.name: p.default for p in list(inspect.signature(build).parameters.values())[1:]}
+    assert OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/task/{name}.yaml").options) == defaults
 
 
 @pytest.mark.parametrize(
