@@ -178,6 +178,11 @@ def test_a_method_that_does_not_fit_is_told_in_one_line(override, message):
         attached("tiny-roberta", "dual_lora", *override.split())
 
 
+def test_inputs_longer_than_the_model_are_refused_with_its_limit(runs_folder):
+    with pytest.raises(UserError, match="tiny-gpt2 takes 256 tokens, the data needs .* lower task.max_length"):
+        training.run(settings("tiny-gpt2", "task.max_new_tokens=250"))
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folder, monkeypatch):
     chosen = settings("tiny-roberta", "train.max_steps=6", "train.save_steps=2", "eval.before=false")
     whole = training.run(chosen)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from dual_lora.lab.settings import Settings
+from dual_lora.lab.settings import Settings, require
 from tasks import Task
 from tasks.base import Row
 
@@ -16,6 +16,20 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, settin
     """Return the rows as model inputs with labels, truncated to `task.max_length` tokens."""
     columns = generation(tokenizer, settings) if task.form == "generation" else sentences(tokenizer, settings)
     return Dataset.from_list([columns(row) for row in rows])
+
+
+def check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
+    """Refuse inputs longer than the model has positions for.
+
+    Raises:
+        UserError: with the model's limit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or tokens
+    require(
+        tokens <= limit,
+        f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, the data needs "
+        f"{tokens} with task.max_new_tokens; lower task.max_length or take another model",
+    )
 
 
 def sentences(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:

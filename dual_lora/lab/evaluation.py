@@ -79,6 +79,7 @@ def generate(
     prompts = [{"input_ids": data.prompt_ids(tokenizer, row["prompt"])[-room:]} for row in rows]
     batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
     protocol = settings.task
+    data.check_room(model, batch["input_ids"].shape[1] + protocol.max_new_tokens, settings)
     beams = {"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}
     made = model.generate(
         **batch,

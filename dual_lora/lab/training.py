@@ -142,6 +142,8 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     base, tokenizer = models.load(settings, task)
     set_seed(settings.seed)  # so that the adapter's draw does not depend on what loading drew
     model = methods.attach(base, settings, task.form)
+    examples = data.encode(train.rows, task, tokenizer, settings)
+    data.check_room(base, max(map(len, examples["input_ids"])), settings)
     log = Log(record, mirror)
 
     def measure(title: str) -> tuple[dict, list]:
@@ -151,7 +153,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     loop = Trainer(
         model=model,
         args=arguments(settings, record),
-        train_dataset=data.encode(train.rows, task, tokenizer, settings),
+        train_dataset=examples,
         data_collator=data.collator(task, tokenizer),
         processing_class=tokenizer,
         optimizers=(methods.optimizer(model, settings), None),
