@@ -41,9 +41,10 @@ def sentences(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callabl
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return a prompt's tokens with the special tokens the model expects in front, and none behind."""
+    """Return a prompt's tokens with the special tokens the model expects in front, and none behind but its own."""
     ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    added = ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids
 
 
 def generation(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:

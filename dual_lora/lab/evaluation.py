@@ -74,9 +74,8 @@ def classify(
 def generate(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
-    """Return the text after each prompt, decoded as the task's protocol says (greedy or beam search, no sampling)."""
-    room = settings.task.max_length
-    prompts = [{"input_ids": data.prompt_ids(tokenizer, row["prompt"])[-room:]} for row in rows]
+    """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
+    prompts = [{"input_ids": data.prompt_ids(tokenizer, row["prompt"])} for row in rows]
     batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
     protocol = settings.task
     data.check_room(model, batch["input_ids"].shape[1] + protocol.max_new_tokens, settings)

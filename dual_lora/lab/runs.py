@@ -34,7 +34,8 @@ from dual_lora.lab.settings import Settings, UserError
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn", "scipy", "sacrebleu")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap")
 # method.lr is where train.lr has its value from, if it has no other.
 NOT_IDENTITY = {"model": {"path"}, "method": {"lr"}, "train": {"save_steps", "log_steps"}, "eval": {"before"}}
 
