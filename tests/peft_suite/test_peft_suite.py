@@ -17,6 +17,6 @@ def test_group_has_no_unexpected_failure(group, work):
     if not (runner.fetch_tests(work) / f"{runner.GROUPS[group]}.py").exists():
         pytest.skip(f"this PEFT has no {runner.GROUPS[group]}.py")
     outcomes = runner.run([group], work)
-    if group == "quantization" and not outcomes:
+    if group == "quantization" and set(outcomes.values()) <= {"skipped"}:
         pytest.skip("no quantisation library is installed")
     assert "passed" in outcomes.values() and runner.unexpected(outcomes) == []
