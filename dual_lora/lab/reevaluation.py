@@ -16,7 +16,7 @@ def run(settings: Settings, record: Record) -> int:
     """Print the scores now beside the recorded ones, keep them as evaluation.json, return 0 if they are equal, else 1.
 
     Raises:
-        UserError: the run is not finished, or its data or base weights are not those it was trained with.
+        UserError: the run is not finished, or the rows are not those it was evaluated on.
     """
     stored = record.result()
     require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
