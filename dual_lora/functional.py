@@ -74,7 +74,7 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
     return _Sign.apply(x, ste)
 
 
-def _autocast_off(device_type: str):
+def autocast_off(device_type: str):
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # the meta device
@@ -96,7 +96,7 @@ def delta_weight(
     taken in float32 (float64 factors stay float64) with autocast off, because rounding B A or D C to 16 bits flips
     signs. Raises KeyError on an unknown magnitude or direction and ValueError on an unknown ste.
     """
-    with _autocast_off(A.device.type):
+    with autocast_off(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
         sign = sign_ste(D @ C, ste) if direction == "sign" else DIRECTIONS[direction](D @ C)

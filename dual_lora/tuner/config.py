@@ -7,7 +7,7 @@ from peft.config import PeftConfig
 from ..functional import DIRECTIONS, MAGNITUDES, STRAIGHT_THROUGH
 from .register import NAME, add_peft_type
 
-KERNELS = ("auto", "eager")
+KERNELS = ("auto", "eager", "recompute", "triton")
 
 
 @dataclass
@@ -33,7 +33,9 @@ class DualLoraConfig(PeftConfig):
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
         magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
         direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
-        kernel: how dW is computed: "eager", or "auto" for the best there is.
+        kernel: how dW is computed, to the same result: "eager" is plain autograd, "recompute" rebuilds dW in backward
+            instead of keeping it, "triton" does so with Triton kernels (plain torch where there is no Triton), "auto"
+            takes the best that was measured, now "recompute". Variants of magnitude and direction are always "eager".
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
             the architecture.
         exclude_modules: names, suffixes or a regex of modules to leave out.
@@ -61,7 +63,7 @@ class DualLoraConfig(PeftConfig):
     ste: str = field(default="clip", metadata={"help": "Gradient of Sign: clip, identity or hardtanh."})
     magnitude: str = field(default="relu", metadata={"help": "relu, abs, softplus or identity."})
     direction: str = field(default="sign", metadata={"help": "sign, tanh or identity."})
-    kernel: str = field(default="auto", metadata={"help": "auto or eager."})
+    kernel: str = field(default="auto", metadata={"help": "auto, eager, recompute or triton."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
     fused_slices: dict[str, list] = field(default_factory=dict, metadata={"help": "Blocks of fused layers to adapt."})

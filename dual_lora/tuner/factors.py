@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..functional import delta_weight, init_std
 from .config import DualLoraConfig
 
@@ -48,6 +49,7 @@ class DualLoraFactors(nn.Module):
         self.D = nn.Parameter(torch.empty(*lead, fan_out, r2, dtype=dtype))
         self.scaling = alpha / math.sqrt(r1 * r2)
         self.kinds = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
+        self.kernel = config.kernel
         self.dropout = config.lora_dropout
         self.warmup_steps = config.scale_warmup_steps
         ramp_over = not config.init_weights or self.warmup_steps == 0
@@ -55,7 +57,11 @@ class DualLoraFactors(nn.Module):
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
         fan = self.usual_fan(fan_in, fan_out)
         self.reset_parameters(config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction))
+        self._kept: tuple[tuple, Tensor] | None = None
         LIVE.add(self)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -84,15 +90,43 @@ class DualLoraFactors(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """f * alpha / sqrt(r1 * r2) at the present f."""
-        return self.update_scale.to(self.A.dtype) * self.scaling
+        """f * alpha / sqrt(r1 * r2) at the present f, in the dtype dW is computed in."""
+        return self.update_scale.to(self._product_dtype) * self.scaling
+
+    @property
+    def _product_dtype(self) -> torch.dtype:
+        return torch.float64 if self.A.dtype == torch.float64 else torch.float32
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether dW is rebuilt in backward. Kernels know the paper's map; its variants are left to autograd."""
+        return self.kernel != "eager" and self.kinds["magnitude"] == "relu" and self.kinds["direction"] == "sign"
 
     def delta_weight(self) -> Tensor:
         """dW at the present f, (blocks x) fan_out x fan_in, float32 or float64."""
-        return delta_weight(self.A, self.B, self.C, self.D, self.scale, **self.kinds)
+        return self._delta_weight(self.A, self.B, self.C, self.D)
+
+    def _delta_weight(self, *factors: Tensor) -> Tensor:
+        if not self.recomputes:
+            return delta_weight(*factors, self.scale, **self.kinds)
+        if factors[0].ndim == 3:
+            return torch.stack([self._delta_weight(*block) for block in zip(*factors, strict=True)])
+        return kernels.delta_weight(*self._upcast(*factors), **self._kernel_options)
+
+    def _upcast(self, *factors: Tensor) -> list[Tensor]:
+        return [factor.to(self._product_dtype) for factor in factors]
+
+    @property
+    def _kernel_options(self) -> dict:
+        return {
+            "scale": self.scale,
+            "ste": self.kinds["ste"],
+            "ops": kernels.ops_for(self.kernel, self.A.device),
+        }
 
     def advance(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device."""
+        self._kept = None  # sharded parameters are gathered again without a trace in their version
         ramping = self.step < self.warmup_steps
         self.step += ramping
         self.update_scale.copy_(torch.where(ramping, self.step.float() / max(self.warmup_steps, 1), self.update_scale))
@@ -102,10 +136,53 @@ class DualLoraFactors(nn.Module):
         self.step.fill_(step)
         self.update_scale.fill_(factor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: ... x fan_in -> ... x (blocks *) fan_out, in x's dtype or autocast's."""
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts on the input now."""
+        return self.training and self.dropout > 0
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x dW^T, or x (weight + dW)^T + bias: ... x fan_in -> ... x (blocks *) fan_out, in x's dtype or autocast's.
+
+        weight: fan_out x fan_in, and bias: fan_out, both constants; only without blocks, where `recomputes` and not
+        `drops`, since the base is not dropped from.
+        """
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        if not self.training and not torch.is_grad_enabled():
+            return self._infer(x, weight, bias)
+        x = F.dropout(x, self.dropout, self.training)
+        if not self.recomputes:
+            return F.linear(x, self.delta_weight().flatten(0, -2).to(x.dtype))
+        factors, options = self._upcast(self.A, self.B, self.C, self.D), self._kernel_options
+        if self.A.ndim == 2:
+            return kernels.dual_linear(x, *factors, **options, weight=weight, bias=bias)
+        terms = [kernels.dual_linear(x, *block, **options) for block in zip(*factors, strict=True)]
+        return torch.cat(terms, -1)
+
+    def _infer(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if weight is not None and x.dtype != self._product_dtype:
+            # Rounding weight + dW to 16 bits would lose dW.
+            base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return base + F.linear(x, self._matrix(None, x.dtype))
+        return F.linear(x, self._matrix(weight, x.dtype), bias)
+
+    def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """dW, or weight + dW; kept between the calls of an evaluation as long as nothing it is made of changes."""
+        parts = [t for t in (self.A, self.B, self.C, self.D, self.update_scale, weight) if t is not None]
+        keepable = not torch.compiler.is_compiling() and not any(t.is_inference() for t in parts)
+        made_of = [(t.data_ptr(), t._version) for t in parts] + [dtype] if keepable else None
+        if keepable and self._kept is not None and self._kept[0] == made_of:
+            return self._kept[1]
         dW = self.delta_weight().flatten(0, -2)
-        return F.linear(F.dropout(x, self.dropout, self.training), dW.to(x.dtype))
+        matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
+        self._kept = (made_of, matrix) if keepable else None
+        return matrix
+
+    def train(self, mode: bool = True):
+        self._kept = None
+        return super().train(mode)
 
 
 class EmbeddingFactors(DualLoraFactors):
@@ -124,7 +201,7 @@ class EmbeddingFactors(DualLoraFactors):
         flat = ids.flatten()
         places = torch.arange(flat.numel(), device=ids.device)
         last = places.new_zeros(self.A.shape[-1]).scatter_reduce(0, flat, places, "amax")
-        columns = delta_weight(self.A[:, flat], self.B, self.C[:, flat], self.D, self.scale, **self.kinds)
+        columns = self._delta_weight(self.A[:, flat], self.B, self.C[:, flat], self.D)
         return F.embedding(last[ids], columns.T)
 
 

@@ -18,8 +18,8 @@ MAX_ROUNDING = 0.1
 class DualLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer with any number of Dual LoRA adapters.
 
-    y = base(x) + the sum over the active adapters of x dW^T. The base output and the adapter's own term are computed
-    apart, since W0 + dW rounded to a 16-bit base would swallow most of dW.
+    y = base(x) + the sum over the active adapters of x dW^T. In 16 bits the base output and the adapter's own term are
+    computed apart, since rounding W0 + dW would swallow most of dW.
     """
 
     adapter_layer_names = ("dual_lora_factors",)
@@ -188,6 +188,34 @@ class Linear(DualLoraLayer):
     def __init__(self, base_layer: nn.Module, **kwargs) -> None:
         super().__init__(base_layer, **kwargs)
         self.fused_slices: dict[str, list] = {}
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        factors = None if args or kwargs else self._fusable()
+        if factors is None or factors.drops:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        return factors(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
+
+    def _fusable(self) -> DualLoraFactors | None:
+        """The active adapter's factors where one product with W0 + dW can serve for base and adapter: one adapter, a
+        plain base layer whose weights are constants, and nobody listening to it."""
+        names = [name for name in self.active_adapters if name in self.dual_lora_factors]
+        base = self.base_layer
+        if (
+            self.disable_adapters
+            or self.merged
+            or len(names) != 1
+            or names[0] in self.fused_slices
+            or type(base) not in (nn.Linear, Conv1D)
+            or "forward" in base.__dict__
+            or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+        ):
+            return None
+        constants = [base.weight] if base.bias is None else [base.weight, base.bias]
+        if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
+            return None
+        factors = self.dual_lora_factors[names[0]]
+        return factors if factors.recomputes else None
 
     def _create_factors(self, config, r, alpha, fused):
         if fused is None:

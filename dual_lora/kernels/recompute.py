@@ -1,0 +1,225 @@
+"""The adapted linear map as one autograd function that keeps its input and the factors and rebuilds dW in backward.
+
+With M = B A, S = D C and dW = scale * ReLU(M) ⊙ Sign(S) (arXiv 2512.03402, method section), y = x (W0 + dW)^T has
+
+    dL/dx = g (W0 + dW),  G = g^T x,  dL/dM = scale * Sign(S) [M > 0] G,  dL/dSign = scale * ReLU(M) G
+
+for g = dL/dy. Plain autograd keeps M, S and their images, each out x in, until backward. This keeps none of them; what
+it holds in passing is bounded by BLOCK, and the elementwise work stays in a CPU's cache, TILE entries at a time.
+
+In units of 2 N out in operations for N rows of x, one step takes 3 + 4 (r1 + r2) / N: forward, dL/dx, G, and the four
+thin products twice. Where the products are taken in 16 bits, rounding W0 + dW would lose dW, so forward adds x W0^T and
+x dW^T, 4 units; dL/dx takes the rounded sum, whose error is the rounding of W0 itself.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import STRAIGHT_THROUGH, autocast_off
+
+# Entries of an out x in matrix held in passing (64 MB of float32), and worked on at once where caches are small.
+BLOCK = 2**24
+TILE = 2**18
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Ops(NamedTuple):
+    """The two operations on an out x in matrix that an implementation provides; `rebuild` and `project` say what."""
+
+    rebuild: Callable[..., Tensor]
+    project: Callable[..., Factors]
+
+
+def dual_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    ste: str = "clip",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ops: Ops | None = None,
+) -> Tensor:
+    """x (weight + dW)^T + bias, or x dW^T where there is no weight: ... x in -> ... x out, in x's dtype.
+
+    A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
+    weight, out x in, and bias, out. ops: None for plain torch. Differentiable once. ValueError on an unknown ste.
+    """
+    _check(ste)
+    return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH)
+
+
+def delta_weight(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, ste: str = "clip", ops: Ops | None = None
+) -> Tensor:
+    """dW, out x in, as `dual_lora.functional.delta_weight` has it, keeping the factors only. Differentiable once."""
+    _check(ste)
+    return _DeltaWeight.apply(A, B, C, D, scale, ste, ops or TORCH)
+
+
+def rebuild(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """weight + dW, or dW without a weight; out x in, rounded once to dtype (None: the factors') or into `out`."""
+    size, sign = scale.abs(), _sign(scale)
+    W = A.new_empty(B.shape[0], A.shape[1], dtype=dtype or A.dtype) if out is None else out
+    with autocast_off(A.device.type):
+        for rows in _tiles(W):
+            M = ((B[rows] * size) @ A).relu_()
+            S = _sign_(D[rows] @ C).mul_(sign)
+            _add_product(weight, rows, M, S, out=W[rows])
+    return W
+
+
+def project(
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    ste: str,
+    weight: Tensor | None = None,
+    rebuilt: Tensor | None = None,
+) -> Factors:
+    """dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype.
+
+    rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself.
+    """
+    size, sign = scale.abs(), _sign(scale)
+    dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
+    with autocast_off(A.device.type):
+        for rows in _tiles(G):
+            scaled_B = B[rows] * size
+            M, S, g = scaled_B @ A, D[rows] @ C, G[rows].to(A.dtype)
+            passes = S.abs() <= 1 if ste == "hardtanh" else None
+            S = _sign_(S).mul_(sign)
+            P = g * S
+            torch.ops.aten.threshold_backward.grad_input(P, M, 0, grad_input=P)
+            torch.mm(P, A.T, out=dB[rows])
+            torch.addmm(dA, scaled_B.T, P, out=dA)
+            Q = torch.mul(g, M.relu_(), out=P)
+            if ste == "clip":
+                Q.clamp_(-1, 1)
+            elif ste == "hardtanh":
+                Q.mul_(passes)
+            torch.mm(Q, C.T, out=dD[rows])
+            torch.addmm(dC, D[rows].T, Q, out=dC)
+            if rebuilt is not None:
+                _add_product(weight, rows, M, S, out=rebuilt[rows])
+    return dA, dB.mul_(size), dC.mul_(sign), dD.mul_(sign)
+
+
+TORCH = Ops(rebuild, project)
+
+
+class _DualLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops):
+        ctx.save_for_backward(x, A, B, C, D, scale, weight)
+        ctx.ste, ctx.ops = ste, ops
+        apart = weight is not None and x.dtype != A.dtype
+        flat = x.reshape(-1, x.shape[-1])
+        y = x.new_empty(flat.shape[0], B.shape[0])
+        with autocast_off(x.device.type):
+            for rows in _blocks(B.shape[0], A.shape[1]):
+                base = None if weight is None else weight[rows]
+                W = ops.rebuild(A, B[rows], C, D[rows], scale, None if apart else base, x.dtype)
+                _linear(flat, W, bias, rows, out=y[:, rows])
+                if apart:
+                    torch.addmm(y[:, rows], flat, base.to(x.dtype).T, out=y[:, rows])
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, A, B, C, D, scale, weight = ctx.saved_tensors
+        flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        needs_dx, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
+        dx = torch.zeros_like(flat) if needs_dx else None
+        dA, dB, dC, dD = grads = [torch.zeros_like(t) if trained else None for t in (A, B, C, D)]
+        with autocast_off(x.device.type):
+            for rows in _blocks(B.shape[0], A.shape[1]):
+                factors = A, B[rows], C, D[rows], scale
+                base = None if weight is None else weight[rows]
+                if trained:
+                    W = g[:, rows].T @ flat
+                    part = ctx.ops.project(W, *factors, ctx.ste, base, rebuilt=W if needs_dx else None)
+                    for whole, piece in zip((dA, dB[rows], dC, dD[rows]), part, strict=True):
+                        whole += piece
+                else:
+                    W = ctx.ops.rebuild(*factors, base, x.dtype)
+                if needs_dx:
+                    torch.addmm(dx, g[:, rows], W, out=dx)
+        return (dx.view(x.shape) if needs_dx else None), *grads, None, None, None, None, None
+
+
+class _DeltaWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, A, B, C, D, scale, ste, ops):
+        ctx.save_for_backward(A, B, C, D, scale)
+        ctx.ste, ctx.ops = ste, ops
+        return ops.rebuild(A, B, C, D, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *ctx.ops.project(grad, *ctx.saved_tensors, ctx.ste), None, None, None
+
+
+def _check(ste: str) -> None:
+    if ste not in STRAIGHT_THROUGH:
+        raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, of about BLOCK entries each."""
+    return _slices(rows, max(1, BLOCK // width))
+
+
+def _tiles(matrix: Tensor) -> Iterator[slice]:
+    """Slices of about TILE entries on a CPU; all rows where the device or the compiler does the tiling."""
+    small = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _slices(matrix.shape[0], max(1, TILE // matrix.shape[1]) if small else matrix.shape[0])
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _sign(scale: Tensor) -> Tensor:
+    one = torch.ones_like(scale)
+    return torch.where(scale < 0, -one, one)
+
+
+def _sign_(S: Tensor) -> Tensor:
+    """Sign in place, with Sign(0) = -1; on a CPU these three passes take a tenth of `torch.where` with scalars."""
+    return S.sign_().sub_(0.5).sign_()
+
+
+def _add_product(weight: Tensor | None, rows: slice, M: Tensor, S: Tensor, out: Tensor) -> None:
+    if weight is None:
+        torch.mul(M, S, out=out)
+    else:
+        torch.addcmul(weight[rows].to(M.dtype), M, S, out=out)
+
+
+def _linear(x: Tensor, W: Tensor, bias: Tensor | None, rows: slice, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, W.T, out=out)
+    else:
+        torch.addmm(bias[rows].to(x.dtype), x, W.T, out=out)

@@ -1,0 +1,156 @@
+"""`rebuild` and `project` of `recompute` as Triton kernels: one pass over the out x in matrix, nothing of that size
+beside what is read and written.
+
+M = B A and S = D C are made tile by tile in registers, in IEEE float32 (TF32 would flip signs). The two gradients of
+the out-side factors come from one sweep along the rows of G, those of the in-side factors from the same kernel on the
+transposed problem, so that no sum depends on the order in which programs run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import recompute
+from .recompute import Factors, Ops
+
+ROWS, COLUMNS = 32, 64
+STE = {"clip": 0, "identity": 1, "hardtanh": 2}
+
+
+@triton.jit
+def _load(start, rows, columns, n_rows, n_columns, row_step, column_step):
+    """The tile rows x columns of a matrix with these steps between rows and columns, 0 beyond its edge, in float32."""
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
+    at = start + rows[:, None].to(tl.int64) * row_step + columns[None, :].to(tl.int64) * column_step
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rebuild(
+    A, B, C, D, scale, weight, W, n_out, n_in, r1, r2,
+    weight_row, weight_column, a_row, a_column, b_row, b_column, c_row, c_column, d_row, d_column,
+    HAS_WEIGHT: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    k1, k2 = tl.arange(0, R1), tl.arange(0, R2)
+    b = _load(B, rows, k1, n_out, r1, b_row, b_column)
+    a = _load(A, k1, columns, r1, n_in, a_row, a_column)
+    d = _load(D, rows, k2, n_out, r2, d_row, d_column)
+    c = _load(C, k2, columns, r2, n_in, c_row, c_column)
+    M = tl.dot(b, a, input_precision="ieee")
+    S = tl.dot(d, c, input_precision="ieee")
+    size = tl.load(scale) * tl.maximum(M, 0.0)
+    out = tl.where(S > 0, size, -size)
+    if HAS_WEIGHT:
+        out += _load(weight, rows, columns, n_out, n_in, weight_row, weight_column)
+    inside = (rows[:, None] < n_out) & (columns[None, :] < n_in)
+    at = W + rows[:, None].to(tl.int64) * n_in + columns[None, :]
+    tl.store(at, out.to(W.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _project(
+    G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2,
+    g_row, g_column, a_row, a_column, b_row, b_column, c_row, c_column, d_row, d_column,
+    STE: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k1, k2 = tl.arange(0, R1), tl.arange(0, R2)
+    s = tl.load(scale)
+    b = _load(B, rows, k1, n_out, r1, b_row, b_column)
+    d = _load(D, rows, k2, n_out, r2, d_row, d_column)
+    sum_b = tl.zeros((ROWS, R1), tl.float32)
+    sum_d = tl.zeros((ROWS, R2), tl.float32)
+    for start in range(0, n_in, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        a = _load(A, k1, columns, r1, n_in, a_row, a_column)
+        c = _load(C, k2, columns, r2, n_in, c_row, c_column)
+        g = s * _load(G, rows, columns, n_out, n_in, g_row, g_column)
+        M = tl.dot(b, a, input_precision="ieee")
+        S = tl.dot(d, c, input_precision="ieee")
+        P = tl.where(M > 0, tl.where(S > 0, g, -g), 0.0)
+        Q = g * tl.maximum(M, 0.0)
+        if STE == 0:
+            Q = tl.minimum(tl.maximum(Q, -1.0), 1.0)
+        if STE == 2:
+            Q = tl.where(tl.abs(S) <= 1, Q, 0.0)
+        sum_b = tl.dot(P, tl.trans(a), sum_b, input_precision="ieee")
+        sum_d = tl.dot(Q, tl.trans(c), sum_d, input_precision="ieee")
+    edge = rows[:, None] < n_out
+    tl.store(dB + rows[:, None] * r1 + k1[None, :], sum_b, mask=edge & (k1[None, :] < r1))
+    tl.store(dD + rows[:, None] * r2 + k2[None, :], sum_d, mask=edge & (k2[None, :] < r2))
+
+
+def _padded(r: int) -> int:
+    """A rank as the inner size of a product: a power of two of at least 16."""
+    return max(16, triton.next_power_of_2(r))
+
+
+def _steps(*matrices: Tensor) -> list[int]:
+    return [step for matrix in matrices for step in matrix.stride()]
+
+
+def _fits(A: Tensor, C: Tensor) -> bool:
+    """Whether a tile of these ranks fits in registers and the dtype is the kernels'."""
+    return A.dtype == torch.float32 and max(A.shape[0], C.shape[0]) <= 128
+
+
+def rebuild(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `recompute.rebuild`; float64 factors and ranks above 128 are left to it."""
+    if not _fits(A, C):
+        return recompute.rebuild(A, B, C, D, scale, weight, dtype, out)
+    n_out, n_in = B.shape[0], A.shape[1]
+    W = A.new_empty(n_out, n_in, dtype=dtype or A.dtype) if out is None else out
+    kept = A if weight is None else weight
+    grid = triton.cdiv(n_out, ROWS), triton.cdiv(n_in, COLUMNS)
+    _rebuild[grid](
+        A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_steps(kept, A, B, C, D),
+        HAS_WEIGHT=weight is not None, R1=_padded(A.shape[0]), R2=_padded(C.shape[0]), ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    return W
+
+
+def project(
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    ste: str,
+    weight: Tensor | None = None,
+    rebuilt: Tensor | None = None,
+) -> Factors:
+    """As `recompute.project`; float64 factors and ranks above 128 are left to it."""
+    if not _fits(A, C):
+        return recompute.project(G, A, B, C, D, scale, ste, weight, rebuilt)
+    dB, dD = _out_side(G, A, B, C, D, scale, ste)
+    dAt, dCt = _out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)
+    if rebuilt is not None:
+        rebuild(A, B, C, D, scale, weight, out=rebuilt)
+    return dAt.T, dB, dCt.T, dD
+
+
+def _out_side(G, A, B, C, D, scale, ste) -> tuple[Tensor, Tensor]:
+    """dL/dB and dL/dD."""
+    dB, dD = A.new_empty(B.shape), A.new_empty(D.shape)
+    n_out, n_in, r1, r2 = *G.shape, A.shape[0], C.shape[0]
+    _project[triton.cdiv(n_out, ROWS),](
+        G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_steps(G, A, B, C, D),
+        STE=STE[ste], R1=_padded(r1), R2=_padded(r2), ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    return dB, dD
+
+
+TRITON = Ops(rebuild, project)
