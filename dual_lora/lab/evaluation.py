@@ -6,10 +6,11 @@ and put back into their own order.
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dual_lora.lab import data
+from dual_lora.lab import cache, data
 from dual_lora.lab.runs import told
 from dual_lora.lab.settings import Settings, UserError
 from tasks import Split, Task
@@ -75,13 +76,14 @@ def generate(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
     """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
-    prompts = [{"input_ids": data.prompt_ids(tokenizer, row["prompt"])} for row in rows]
-    batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    prompts = [data.prompt_ids(tokenizer, row["prompt"]) for row in rows]
     protocol = settings.task
-    data.check_room(model, batch["input_ids"].shape[1] + protocol.max_new_tokens, settings)
+    data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     beams = {"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}
-    made = model.generate(
-        **batch,
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inputs = cache.read(base, prompts, tokenizer.pad_token_id, protocol.num_beams, protocol.max_new_tokens)
+    made = base.generate(
+        **inputs,
         max_new_tokens=protocol.max_new_tokens,
         num_beams=protocol.num_beams,
         no_repeat_ngram_size=protocol.no_repeat_ngram,
@@ -91,7 +93,7 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         **beams,
     )
-    return tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:
