@@ -10,6 +10,7 @@ Tasks know nothing of models, methods or torch: they see rows and outputs (a cla
 """
 
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -96,6 +97,14 @@ class Task:
         """Return what identifies the data before any of it is parsed: file hashes, or a hub id with its revision."""
         raise NotImplementedError
 
+    def choices(self, row: Row) -> list[str]:
+        """Return the texts a likelihood decides between, as continuations of the prompt; none where it has no say."""
+        return []
+
+    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
+        """Return what the predictions file keeps of the log-likelihoods of `choices`."""
+        raise NotImplementedError
+
     def judge(self, row: Row, output: Output) -> Row:
         """Return what the predictions file keeps of one example beside its id and raw output."""
         gold = row["target"] if self.form == "generation" else row["label"]
@@ -154,6 +163,11 @@ def read_tsv(path: Path, columns: tuple[str, ...] | None = None, skip_short: boo
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's unpacked content, so that a file and its .gz are the same data."""
+    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, changed: int) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -30,7 +30,7 @@ from datasets import Dataset, load_dataset
 from tasks import base
 from tasks.base import Output, Row, Split, Task, TaskError
 
-VERSION = 1
+VERSION = 2
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
 TRAINING = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}  # what may stand in for each file
 RESPONSE = "### Response:"
@@ -38,6 +38,7 @@ INDENT = " " * 16
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
 EVALUATION_PROMPT = f"{PREAMBLE}\n\n{INDENT}### Instruction:\n{INDENT}{{}}\n\n{INDENT}{RESPONSE}\n{INDENT}"
 TRAINING_PROMPT = f"{PREAMBLE} \n\n{INDENT}### Instruction:\n{INDENT}{{}}\n{INDENT}\n{INDENT}{RESPONSE}\n{INDENT}"
+TARGET = "the correct answer is {}"
 QUESTION = "Please choose the correct answer to the question: "
 
 Item = dict[str, str]  # instruction, output, answer
@@ -63,7 +64,12 @@ def item(question: str, word: str, options: list[str], right: int, between: str 
 
 
 def answered(instruction: str, answer: str) -> Item:
-    return {"instruction": instruction, "output": f"the correct answer is {answer}", "answer": answer}
+    return {"instruction": instruction, "output": TARGET.format(answer), "answer": answer}
+
+
+def offered(prompt: str) -> list[str]:
+    """Return the answers a prompt offers, which stand in its line of the answer format."""
+    return prompt.rpartition("Answer format: ")[2].partition("\n")[0].strip().split("/")
 
 
 def boolq(row: Row) -> Item:
@@ -167,13 +173,15 @@ def response(output: str) -> str:
     return output.split(RESPONSE)[0].strip()
 
 
-def task(subset: str, train: str = "170k") -> "Commonsense":
-    """Return the task; `train` chooses the training file, "170k" or "15k"."""
+def task(subset: str, train: str = "170k", likelihood: bool = True) -> "Commonsense":
+    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too."""
     if subset:
         raise TaskError(f"commonsense/{subset}: no such task, only commonsense")
     if train not in TRAINING:
         raise TaskError(f"task.options.train={train}: must be {' or '.join(TRAINING)}")
-    return Commonsense(train)
+    if not isinstance(likelihood, bool):
+        raise TaskError(f"task.options.likelihood={likelihood}: must be true or false")
+    return Commonsense(train, likelihood)
 
 
 class Commonsense(Task):
@@ -182,8 +190,8 @@ class Commonsense(Task):
     name, version, form, metric = "commonsense", VERSION, "generation", "average"
     eval_splits = tuple(SPECS)
 
-    def __init__(self, train: str) -> None:
-        self.train = train
+    def __init__(self, train: str, likelihood: bool) -> None:
+        self.train, self.likelihood = train, likelihood
 
     def path(self, split: str, data_dir: str | None) -> Path:
         """Return the official file of a split, below `data_dir` or downloaded."""
@@ -250,6 +258,17 @@ class Commonsense(Task):
             raise TaskError(f"{source}: no rows; fetch the file again")
         return self.dataset(rows)
 
+    def choices(self, row: Row) -> list[str]:
+        """Return the target for every answer the prompt offers."""
+        return [TARGET.format(word) for word in offered(row["prompt"])] if self.likelihood else []
+
+    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
+        """Return the likeliest answer. The targets differ in the answer's name alone, so lengths need no correction."""
+        best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+        answer = offered(row["prompt"])[best]
+        right = answer == row["references"][0]
+        return {"log_likelihoods": likelihoods, "likelihood_answer": answer, "likelihood_score": float(right)}
+
     def judge(self, row: Row, output: Output) -> Row:
         """Return the strict and the lenient answer; the row's set is the first part of its id."""
         name, gold = row["id"].rpartition("-")[0], row["references"][0]
@@ -265,11 +284,15 @@ class Commonsense(Task):
         }
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
-        """Return accuracies, strict and lenient, with the unweighted averages and the shares without an answer."""
+        """Return accuracies, strict, lenient and by likelihood, with their unweighted averages, and the shares without
+        an answer of the former two."""
         scores: dict[str, float] = {}
-        for prefix in ("", "lenient_"):
+        ranked = all("likelihood_score" in row for rows in results.values() for row in rows)
+        for prefix in ("", "lenient_", "likelihood_")[: 3 if ranked else 2]:
             found = {name: mean(row[f"{prefix}score"] for row in rows) for name, rows in results.items()}
             scores |= {f"{prefix}average": mean(found.values())} | {f"{prefix}{n}": value for n, value in found.items()}
+            if prefix == "likelihood_":
+                continue
             empty = {name: mean(not row[f"{prefix}answer"] for row in rows) for name, rows in results.items()}
             scores |= {f"{prefix}unanswered_{name}": share for name, share in empty.items()}
         return scores

@@ -228,6 +228,8 @@ def evaluate_again(argv: list[str]) -> int:
     require("run" in given, "run=runs/STUDY/ID is needed: which run?")
     run = Path(given.pop("run"))
     chosen = recorded(run)
+    size = given.get("eval.batch_size", "1")
+    require(size.isdigit(), f"eval.batch_size={size}: must be a whole number")
     changes = {key: int(value) if key == "eval.batch_size" else value for key, value in given.items()}
     for key, value in changes.items():
         group, _, name = key.rpartition(".")

@@ -4,11 +4,13 @@ The outputs do not depend on the batch size: rows are padded on the side the mod
 and put back into their own order.
 """
 
+from collections.abc import Callable
+
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dual_lora.lab import cache, data
 from dual_lora.lab.runs import told
@@ -32,6 +34,9 @@ def evaluate(
         rows = split.rows
         given = outputs(model, tokenizer, task, list(rows), settings, title)
         judged[name] = [task.judge(row, output) for row, output in zip(rows, given, strict=True)]
+        if task.choices(rows[0]):
+            ranked = outputs(model, tokenizer, task, list(rows), settings, f"{title}, likelihoods", likelihoods)
+            judged[name] = [v | task.judge_choice(row, s) for v, row, s in zip(judged[name], rows, ranked, strict=True)]
         for row, output, verdict in zip(rows, given, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
     return task.score(judged), predictions
@@ -45,11 +50,12 @@ def outputs(
     rows: list[Row],
     settings: Settings,
     title: str,
+    ask: Callable | None = None,
 ) -> list[Output]:
-    """Return the model's output for every row: a class index, a number or a text."""
+    """Return the model's output for every row: a class index, a number or a text; or what `ask` asks for."""
     training = model.training
     model.eval()
-    ask = generate if task.form == "generation" else classify
+    ask = ask or (generate if task.form == "generation" else classify)
     order = sorted(
         range(len(rows)), key=lambda i: -len(rows[i].get("prompt") or rows[i]["text"] + rows[i]["text_pair"])
     )
@@ -80,7 +86,8 @@ def generate(
     protocol = settings.task
     data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     beams = {"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = plain(model)
+    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
     inputs = cache.read(base, prompts, tokenizer.pad_token_id, protocol.num_beams, protocol.max_new_tokens)
     made = base.generate(
         **inputs,
@@ -89,11 +96,42 @@ def generate(
         no_repeat_ngram_size=protocol.no_repeat_ngram,
         do_sample=False,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
         pad_token_id=tokenizer.pad_token_id,
         **beams,
     )
     return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def likelihoods(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> list[list[float]]:
+    """Return the log-likelihood of each of `task.choices` after a row's prompt, summed over its tokens."""
+    prompts = [data.prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
+    many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
+    data.check_room(model, max(map(len, prompts)) + longest, settings)
+    base = plain(model)
+    inputs = cache.read(base, prompts, tokenizer.pad_token_id, many, longest)
+    texts = [ids for options in choices for ids in (options + options[:1] * many)[:many]]
+    ids = torch.tensor([text + [tokenizer.pad_token_id] * (longest - len(text)) for text in texts], device=base.device)
+    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=base.device)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(many, 0), real], 1)
+    last = inputs["input_ids"][:, -1:].repeat_interleave(many, 0)
+    logits = base(
+        input_ids=torch.cat([last, ids], 1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1)[:, -longest - 1 :],
+        past_key_values=inputs.get("past_key_values"),
+        use_cache=True,
+    ).logits[:, :-1]
+    found = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mul(real).sum(-1).view(-1, many)
+    return [scores[: len(options)] for scores, options in zip(found.tolist(), choices, strict=True)]
+
+
+def plain(model: torch.nn.Module) -> PreTrainedModel:
+    """Return the model without PEFT's wrapper, its adapters in place."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:

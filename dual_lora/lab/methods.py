@@ -6,13 +6,15 @@ No method is known here by name. A method that PEFT has needs its yaml in conf/m
 from typing import Any
 
 import torch
-from peft import PeftConfig, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
 from dual_lora.lab import models
+from dual_lora.lab.runs import init_file
 from dual_lora.lab.settings import Settings, UserError, nearest
 
 TASK_TYPES = {
@@ -49,12 +51,42 @@ def attach(model: PreTrainedModel, settings: Settings, form: str) -> torch.nn.Mo
         UserError: the method refuses its settings or finds nothing to adapt.
     """
     if settings.method.peft is None:
+        if settings.init_from:
+            start_from(model, settings)
         return model.requires_grad_(True)
     adapter = config(settings, form)
     try:
-        return get_peft_model(model, adapter)
+        adapted = get_peft_model(model, adapter)
     except ValueError as error:
         raise UserError(f"method={settings.method.name} on model={settings.model.name}: {error}") from error
+    if settings.init_from:
+        start_from(adapted, settings)
+    return adapted
+
+
+def start_from(model: torch.nn.Module, settings: Settings) -> None:
+    """Give the model the weights of the run `init_from` names, all but those of its head, which stay fresh.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    weights = load_file(init_file(settings))
+    heads = {"classifier", "score", *settings.model.head}
+    kept = {name: t for name, t in weights.items() if not heads & set(name.split("."))}
+    try:
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, kept)
+        else:
+            model.load_state_dict(kept, strict=False)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"init_from={settings.init_from}: {str(error).splitlines()[0]}; take equal ranks") from error
+
+
+def merge(model: torch.nn.Module) -> None:
+    """Merge the adapter where that loses nothing, so that evaluation runs at the base model's speed; in 16 bits the
+    base weights would round much of an update away."""
+    if isinstance(model, PeftModel) and model.dtype == torch.float32:
+        model.merge_adapter()
 
 
 def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer | None:

@@ -4,7 +4,7 @@ import torch
 from peft import PeftModel
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
-from dual_lora.lab import evaluation, models
+from dual_lora.lab import evaluation, methods, models
 from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, UserError, require
 from dual_lora.lab.summary import compared
@@ -29,6 +29,7 @@ def run(settings: Settings, record: Record) -> int:
             same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
         )
     model, tokenizer = load_trained(settings, record, task)
+    methods.merge(model)
     metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
     record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
     print(compared(stored, metrics, record))

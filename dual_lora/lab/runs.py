@@ -90,11 +90,29 @@ def model_facts(settings: Settings) -> dict[str, str]:
     return {"sha256": digest.hexdigest()}
 
 
+def init_file(settings: Settings) -> Path:
+    """Return the weights file of the run `init_from` names.
+
+    Raises:
+        UserError: there is none, or another method or model trained it.
+    """
+    folder = Path(settings.init_from).expanduser()
+    file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
+    if not (folder / "result.json").is_file() or not file.is_file():
+        raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
+    result = Record(folder).read("result.json")
+    for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
+        if result[part] != mine:
+            raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
+    return file
+
+
 def chosen(settings: Settings) -> dict[str, Any]:
     """Return the settings that can change a digit of the result. What is null or empty is left out, so that a setting
     added later does not rename the runs that were done without it."""
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
+    kept["init_from"] = Path(settings.init_from).name if settings.init_from else None
     for group, keys in NOT_IDENTITY.items():
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
     return given(kept)
@@ -105,7 +123,8 @@ def facts(settings: Settings) -> dict[str, Any]:
     task = task_of(settings)
     with told():
         data = task.source(settings.data_dir)
-    return {**chosen(settings), "weights": model_facts(settings), "data": data, "task_version": task.version}
+    found = {**chosen(settings), "weights": model_facts(settings), "data": data, "task_version": task.version}
+    return found | ({"init_weights": tasks.base.file_sha256(init_file(settings))} if settings.init_from else {})
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
@@ -165,14 +184,34 @@ class Record:
             raise UserError(f"{path}: damaged ({error}); run the same command with force=true") from error
 
     def start(self, settings: Settings) -> None:
-        """Make the folder afresh for a run: config and environment, no result, no metrics."""
+        """Make the folder ready for a run: config and environment, no result, and of the metrics of an earlier try
+        those up to its newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in ("result.json", "failure.json", "metrics.jsonl", "predictions.jsonl"):
-            (self.folder / stale).unlink(missing_ok=True)
         if settings.force:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        checkpoint = self.checkpoint()
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        rows = [row for row in self.logged() if row["step"] <= done]
+        for stale in ("result.json", "failure.json", "predictions.jsonl"):
+            (self.folder / stale).unlink(missing_ok=True)
+        self.write_lines("metrics.jsonl", rows)
         self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
         self.write("environment.json", environment())
+
+    def checkpoint(self) -> Path | None:
+        """Return the newest checkpoint of an unfinished try."""
+        found = [path for path in self.folder.glob("checkpoints/checkpoint-*") if path.name[11:].isdigit()]
+        return max(found, key=lambda path: int(path.name[11:]), default=None)
+
+    def logged(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl; one that a kill cut short ends them."""
+        path, rows = self.folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, on disk when this returns."""

@@ -68,7 +68,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Task:
-    """The protocol of a task, the same for every method; `options` are the task's own (see its module in tasks/)."""
+    """The protocol of a task, the same for every method; `options` are the task's own (see its module in tasks/).
+
+    `stop` are texts that end an output where they are one token of the model's vocabulary.
+    """
 
     name: str
     epochs: float
@@ -82,6 +85,7 @@ class Task:
     num_beams: int
     length_penalty: float
     no_repeat_ngram: int
+    stop: list[str]
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -126,7 +130,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Train:
-    """How long and how fast to train. `save_steps` null keeps no checkpoint beside the final adapter."""
+    """How long and how fast to train.
+
+    `save_steps` null keeps no checkpoint beside the final adapter. `group_by_length` puts examples of like length into
+    a batch, at random beyond that, which saves padding.
+    """
 
     lr: float
     epochs: float
@@ -139,6 +147,7 @@ class Train:
     save_steps: int | None
     log_steps: int
     max_examples: int | None
+    group_by_length: bool
 
     def __post_init__(self) -> None:
         one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
@@ -172,7 +181,8 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. `study` names the folder below runs/; `force` runs again what is finished."""
+    """One run. `study` names the folder below runs/; `force` runs again what is finished; `init_from` is the folder of
+    a finished run of the same method, whose adapter (but not its head) training starts from."""
 
     model: Model
     task: Task
@@ -183,6 +193,7 @@ class Settings:
     seed: int
     study: str
     data_dir: str | None
+    init_from: str | None
     deterministic: bool
     force: bool
 

@@ -6,14 +6,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from dual_lora.lab import data, evaluation, methods, models
 from dual_lora.lab.memory import PeakMemory
@@ -24,11 +22,16 @@ from dual_lora.lab.summary import summary
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar with the newest loss beside it, instead of a line for every log step."""
+    """The Trainer's progress bar with the newest loss and the speed beside it, instead of a line for every log step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.started, self.seen = time.perf_counter(), state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+            speed = (state.num_input_tokens_seen - self.seen) / (time.perf_counter() - self.started)
+            self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": f"{speed:,.0f}"})
 
 
 class Log(TrainerCallback):
@@ -64,10 +67,11 @@ class BestEpoch(TrainerCallback):
 
     def __init__(self, measure: Callable[[str], tuple[dict, list]], metric: str, log: Log) -> None:
         self.measure, self.metric, self.log = measure, metric, log
-        self.best, self.epoch, self.weights = -float("inf"), None, {}
+        self.best, self.epoch, self.weights, self.last = -float("inf"), None, {}, None
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         scores, _ = self.measure("epoch")
+        self.last = scores
         self.log.scores(state.global_step, scores)
         if scores[self.metric] > self.best:
             self.best, self.epoch = scores[self.metric], round(state.epoch, 4)
@@ -161,16 +165,19 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     )
     loop.remove_callback(PrinterCallback)
     loop.add_callback(Progress())
-    before = measure("before")[0] if settings.eval.before else None
-    if before:
+    before = scores_before(record)
+    if before is None and settings.eval.before:
+        before = measure("before")[0]
         log.scores(0, before)
+    checkpoint = record.checkpoint()
     started = time.perf_counter()
     with PeakMemory() as memory:
-        trained = loop.train(resume_from_checkpoint=last_checkpoint(Path(loop.args.output_dir)))
+        trained = loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
     if best:
         best.restore(model)
     model.save_pretrained(record.folder / ("model" if settings.method.peft is None else "adapter"))
+    methods.merge(model)
     metrics, predictions = measure("after")
     log.scores(trained.global_step, metrics)
     record.write_lines("predictions.jsonl", predictions)
@@ -184,6 +191,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "metrics": metrics,
         "metrics_before": before,
         "best_epoch": best.epoch if best else None,
+        "metrics_last_epoch": best.last if best else metrics,
         **methods.parameters(model),
         "steps": trained.global_step,
         "train_loss": trained.training_loss,
@@ -197,8 +205,13 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     return result
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+def scores_before(record: Record) -> dict[str, float] | None:
+    """Return the scores before training that an earlier try of this run has logged."""
+    for row in record.logged():
+        scores = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
+        if row["step"] == 0 and scores:
+            return scores
+    return None
 
 
 def arguments(settings: Settings, record: Record) -> TrainingArguments:
@@ -220,6 +233,7 @@ def arguments(settings: Settings, record: Record) -> TrainingArguments:
         bf16=settings.model.dtype == "bfloat16",
         fp16=settings.model.dtype == "float16" and cuda,
         use_cpu=not cuda,
+        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         seed=settings.seed,
         full_determinism=settings.deterministic,
         logging_steps=train.log_steps,
