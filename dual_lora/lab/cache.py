@@ -69,7 +69,7 @@ def read(model: PreTrainedModel, prompts: list[list[int]], pad: int, beams: int,
         model.base_model(
             input_ids=ids[:, shared:-1],
             attention_mask=mask[:, :-1],
-            position_ids=(mask.cumsum(-1) - 1)[:, shared:-1],
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:-1],
             past_key_values=cache,
             use_cache=True,
         )

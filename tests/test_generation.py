@@ -1,0 +1,122 @@
+"""Outputs at any batch size, from the shared cache and from plain `generate`, and the likelihood of given texts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dual_lora.lab import cache, cli, data, evaluation, methods, models
+from dual_lora.lab.runs import task_of
+
+WRITERS = ("tiny-gpt2", "tiny-llama")
+READERS = ("tiny-roberta", "tiny-deberta")
+TASKS = cli.choices("task")
+
+
+def loaded(model: str, task: str, *overrides: str):
+    chosen = cli.load([f"model={model}", f"task={task}", *overrides])
+    task = task_of(chosen)
+    torch.manual_seed(0)
+    base, tokenizer = models.load(chosen, task)
+    return chosen, task, base, tokenizer
+
+
+def some(task, name: str, chosen, count: int = 9) -> list[dict]:
+    return list(evaluation.load_split(task, name, chosen).rows)[:count]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("model", WRITERS + READERS)
+def test_predictions_are_the_same_at_batch_1_and_8(model, name, request):
+    chosen = cli.load(["model=tiny-llama", f"task={name}"])
+    writes = task_of(chosen).form == "generation"
+    if writes and model in READERS:
+        pytest.skip(f"{model} writes no text")
+    where = [] if name.startswith("demo/") else [f"data_dir={request.getfixturevalue('official_data')}"]
+    where += (
+        ["task.options.scored=validation"] if name == "dart" else []
+    )  # its test file is not among the official ones
+    short = ["task.max_new_tokens=12"] if writes else []
+    chosen, task, base, tokenizer = loaded(model, name, "method=dual_lora", *where, *short)
+    adapted = methods.attach(base, chosen, task.form)
+    for split in task.eval_splits[:2]:
+        rows = sorted(
+            some(task, split, chosen, 60), key=lambda row: len(row.get("prompt") or row["text"] + row["text_pair"])
+        )[:9]
+        given = {}
+        for size in (1, 8):
+            sized = cli.load([f"model={model}", f"task={name}", "method=dual_lora", f"eval.batch_size={size}", *short])
+            given[size] = evaluation.outputs(adapted, tokenizer, task, rows, sized, "test")
+        assert given[1] == (pytest.approx(given[8], rel=1e-5) if task.form == "regression" else given[8])
+
+
+@pytest.mark.parametrize("model", WRITERS)
+@pytest.mark.parametrize("beams", [1, 4])
+def test_outputs_are_those_of_plain_generate(model, beams):
+    chosen, task, base, tokenizer = loaded(
+        model, "demo/restaurants", f"task.num_beams={beams}", "task.max_new_tokens=20", "eval.batch_size=5"
+    )
+    rows = some(task, "validation", chosen, 10)
+    found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test")
+    for row, text in zip(rows, found, strict=True):
+        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"])])
+        with torch.inference_mode():
+            made = base.eval().generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=20,
+                num_beams=beams,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        assert text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("model", WRITERS)
+@pytest.mark.parametrize(
+    "prompts",
+    [[[7]], [[7], [8, 9]], [[5, 6, 7], [5, 6, 7]], [[5, 6, 7, 8, 9], [5, 6, 4], [5, 6]], [[5, 6], [7, 8, 9]]],
+    ids=["one token", "nothing shared", "equal", "one begins another", "different lengths"],
+)
+def test_prompts_of_any_shape_are_read(model, prompts):
+    _, _, base, tokenizer = loaded(model, "demo/restaurants")
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    with torch.inference_mode():
+        inputs = cache.read(base.eval(), prompts, tokenizer.pad_token_id, 3, 6)
+        made = base.generate(**inputs, **options)[:, max(map(len, prompts)) :]
+        for prompt, tokens in zip(prompts, made, strict=True):
+            ids = torch.tensor([prompt])
+            alone = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
+            assert tokens[: len(alone)].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("model", WRITERS)
+def test_a_stop_text_of_one_token_ends_the_output(model):
+    chosen, task, base, tokenizer = loaded(model, "demo/restaurants", "task.max_new_tokens=20")
+    rows = some(task, "validation", chosen, 3)
+    text = evaluation.outputs(base, tokenizer, task, rows, chosen, "test")[0]
+    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    place = next(i for i in range(2, len(words)) if words[i] not in words[:i])
+    stop = tokenizer.decode(words[place])
+    assert tokenizer(stop, add_special_tokens=False)["input_ids"] == [words[place]]
+    chosen = replace(chosen, task=replace(chosen.task, stop=[stop]))
+    assert evaluation.outputs(base, tokenizer, task, rows, chosen, "test")[0] == tokenizer.decode(words[: place + 1])
+
+
+@pytest.mark.parametrize("model", WRITERS)
+def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch):
+    chosen, task, base, tokenizer = loaded(model, "demo/restaurants", "eval.batch_size=3")
+    rows = some(task, "validation", chosen, 7)
+    texts = [[" the", " a restaurant near it", " it serves"], [" one", " two three"]]
+    monkeypatch.setattr(task, "choices", lambda row: texts[len(row["prompt"]) % 2])
+    found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test", evaluation.likelihoods)
+    for row, scores in zip(rows, found, strict=True):
+        prompt = data.prompt_ids(tokenizer, row["prompt"])
+        for text, score in zip(task.choices(row), scores, strict=True):
+            choice = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                logits = base.eval()(input_ids=torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) + len(choice) - 1)
+            expected = sum(logits[place, token].item() for place, token in zip(places, choice, strict=True))
+            assert score == pytest.approx(expected, abs=1e-4)
