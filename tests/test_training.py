@@ -151,7 +151,7 @@ def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypa
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
     result = training.run(settings("tiny-roberta", "task.checkpoint=best", *few))
-    assert result["best_epoch"] == 2.0
+    assert result["best_epoch"] == 2.0 and result["metrics_last_epoch"] == {"accuracy": 0.2}
     assert all(torch.equal(kept[2][name], kept[4][name]) for name in kept[2])
     assert any(not torch.equal(kept[3][name], kept[4][name]) for name in kept[2])
 
@@ -184,9 +184,10 @@ def test_inputs_longer_than_the_model_are_refused_with_its_limit(runs_folder):
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folder, monkeypatch):
-    chosen = settings("tiny-roberta", "train.max_steps=6", "train.save_steps=2", "eval.before=false")
+    chosen = settings("tiny-roberta", "train.max_steps=6", "train.save_steps=2")
     whole = training.run(chosen)
     record = Record.of(chosen)
+    logged = record.logged()
     weights = (record.folder / "adapter/adapter_model.safetensors").read_bytes()
     (record.folder / "result.json").unlink()
 
@@ -202,8 +203,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folde
         with pytest.raises(Killed):
             training.run(chosen)
     assert (record.folder / "checkpoints/checkpoint-4").is_dir() and record.result() is None
+    with (record.folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "tra')  # the line a kill cut short
     resumed = training.run(chosen)
     assert resumed["metrics"] == whole["metrics"] and resumed["steps"] == 6
+    assert resumed["metrics_before"] == whole["metrics_before"]
+    assert record.logged() == logged
     assert (record.folder / "adapter/adapter_model.safetensors").read_bytes() == weights
     assert not (record.folder / "checkpoints").exists()
 
@@ -218,6 +223,47 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path):
     (folder / "result.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="not the validation rows this run was evaluated on"):
         cli.evaluate_again([f"run={folder}"])
+
+
+def test_another_batch_size_must_be_a_number(runs_folder):
+    with pytest.raises(UserError, match="eval.batch_size=abc: must be a whole number"):
+        cli.evaluate_again(["run=nowhere", "eval.batch_size=abc"])
+
+
+@pytest.mark.parametrize("method", ["lora", "dual_lora", "full"])
+def test_training_starts_from_another_runs_weights_with_a_fresh_head(method, runs_folder):
+    first = training.run(settings("tiny-deberta", f"method={method}"))
+    folder = runs_folder / "adhoc" / first["identity"]
+    chosen = settings("tiny-deberta", f"method={method}", f"init_from={folder}")
+    assert Record.of(chosen).name != first["identity"]
+    task = tasks.load(chosen.task.name)
+
+    def weights(chosen):
+        torch.manual_seed(1)
+        base, _ = models.load(chosen, task)
+        model = methods.attach(base, chosen, task.form)
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    started, fresh = weights(chosen), weights(settings("tiny-deberta", f"method={method}"))
+    changed = {name for name in fresh if not torch.equal(started[name], fresh[name])}
+    heads = {name for name in fresh if {"pooler", "classifier"} & set(name.split("."))}
+    assert changed and heads and not changed & heads
+    assert len(changed) > 0.5 * (len(fresh) - len(heads))
+    assert training.run(chosen)["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("init_from=nowhere", "init_from=nowhere: no finished run with adapter_model.safetensors"),
+        ("init_from={run} method=lora", "trained with method=dual_lora, this run has method=lora"),
+        ("init_from={run} method.rank=4", "take equal ranks"),
+    ],
+)
+def test_a_run_to_start_from_must_fit(override, message, runs_folder):
+    run = runs_folder / "adhoc" / training.run(settings("tiny-roberta"))["identity"]
+    with pytest.raises(UserError, match=message):
+        training.run(settings("tiny-roberta", *override.format(run=run).split()))
 
 
 def command(*argv: str) -> subprocess.CompletedProcess:

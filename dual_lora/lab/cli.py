@@ -226,10 +226,10 @@ def evaluate_again(argv: list[str]) -> int:
     for key in given:
         require(key in known, f"{key}: no such setting of eval.py.{nearest(key, known)}")
     require("run" in given, "run=runs/STUDY/ID is needed: which run?")
+    size = given.get("eval.batch_size", "1")
+    require(size.isdigit() and int(size) > 0, f"eval.batch_size={size}: must be a whole number above 0")
     run = Path(given.pop("run"))
     chosen = recorded(run)
-    size = given.get("eval.batch_size", "1")
-    require(size.isdigit(), f"eval.batch_size={size}: must be a whole number")
     changes = {key: int(value) if key == "eval.batch_size" else value for key, value in given.items()}
     for key, value in changes.items():
         group, _, name = key.rpartition(".")

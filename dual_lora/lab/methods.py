@@ -6,7 +6,14 @@ No method is known here by name. A method that PEFT has needs its yaml in conf/m
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
@@ -72,12 +79,13 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
     """
     weights = load_file(init_file(settings))
     heads = {"classifier", "score", *settings.model.head}
-    kept = {name: t for name, t in weights.items() if not heads & set(name.split("."))}
+    own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    chosen = {name: own[name] if heads & set(name.split(".")) else t for name, t in weights.items()}
     try:
         if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, kept)
+            set_peft_model_state_dict(model, chosen)
         else:
-            model.load_state_dict(kept, strict=False)
+            model.load_state_dict(chosen, strict=False)
     except (RuntimeError, KeyError) as error:
         raise UserError(f"init_from={settings.init_from}: {str(error).splitlines()[0]}; take equal ranks") from error
 
