@@ -1,12 +1,14 @@
 """Outputs at any batch size, from the shared cache and from plain `generate`, and the likelihood of given texts."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dual_lora.lab import cache, cli, data, evaluation, methods, models
+from dual_lora.lab import cache, cli, data, evaluation, methods, models, throughput, training
 from dual_lora.lab.runs import task_of
+from dual_lora.lab.settings import UserError
 
 WRITERS = ("tiny-gpt2", "tiny-llama")
 READERS = ("tiny-roberta", "tiny-deberta")
@@ -120,3 +122,15 @@ def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch)
             places = range(len(prompt) - 1, len(prompt) + len(choice) - 1)
             expected = sum(logits[place, token].item() for place, token in zip(places, choice, strict=True))
             assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_throughput_compares_with_single_prompts_at_equal_outputs(runs_folder, capsys):
+    overrides = ["model=tiny-llama", "task=demo/restaurants", "train.max_steps=2", "eval.max_examples=5"]
+    result = training.run(cli.load([*overrides, "wandb.mode=disabled", "task.max_new_tokens=8"]))
+    run = f"run={runs_folder / 'adhoc' / result['identity']}"
+    capsys.readouterr()
+    assert throughput.main([run, "split=validation", "eval.max_examples=6"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompts"] == found["equal_outputs"] == 6 and found["ratio"] > 0
+    with pytest.raises(UserError, match="split=test: demo/restaurants has validation"):
+        throughput.main([run, "split=test"])

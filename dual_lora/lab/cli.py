@@ -219,25 +219,39 @@ def recorded(run: Path) -> Settings:
     return settings(stored)
 
 
+def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
+    """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`.
+
+    Raises:
+        UserError: another setting, an impossible value, or no run.
+    """
+    known = {"run": str, "data_dir": str, "model.path": str, "eval.batch_size": int, **more}
+    given = dict(a.partition("=")[::2] for a in argv)
+    for key, value in given.items():
+        require(key in known, f"{key}: no such setting of {Path(sys.argv[0]).name}.{nearest(key, list(known))}")
+        whole = known[key] is str or (value.isdigit() and int(value) > 0)
+        require(whole, f"{key}={value}: must be a whole number above 0")
+        given[key] = known[key](value)
+    require("run" in given, "run=runs/STUDY/ID is needed: which run?")
+    return Path(given.pop("run")), given
+
+
+def changed(settings: Settings, values: dict[str, str | int]) -> Settings:
+    """Return the settings with other values, by their full names."""
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        part = replace(getattr(settings, group), **{name: value}) if group else value
+        settings = replace(settings, **{group or name: part})
+    return settings
+
+
 def evaluate_again(argv: list[str]) -> int:
     """Evaluate the finished run that `argv` names and print its scores beside the recorded ones."""
-    known = ("run", "data_dir", "model.path", "eval.batch_size")
-    given = dict(a.partition("=")[::2] for a in argv)
-    for key in given:
-        require(key in known, f"{key}: no such setting of eval.py.{nearest(key, known)}")
-    require("run" in given, "run=runs/STUDY/ID is needed: which run?")
-    size = given.get("eval.batch_size", "1")
-    require(size.isdigit() and int(size) > 0, f"eval.batch_size={size}: must be a whole number above 0")
-    run = Path(given.pop("run"))
-    chosen = recorded(run)
-    changes = {key: int(value) if key == "eval.batch_size" else value for key, value in given.items()}
-    for key, value in changes.items():
-        group, _, name = key.rpartition(".")
-        part = replace(getattr(chosen, group), **{name: value}) if group else value
-        chosen = replace(chosen, **{group or name: part})
+    run, values = read_again(argv)
+    settings = changed(recorded(run), values)
     from dual_lora.lab import reevaluation
 
-    return reevaluation.run(chosen, Record(run.resolve()))
+    return reevaluation.run(settings, Record(run.resolve()))
 
 
 def guard(do: Callable[..., int], *args: object) -> None:

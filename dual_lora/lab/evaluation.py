@@ -85,22 +85,25 @@ def generate(
     prompts = [data.prompt_ids(tokenizer, row["prompt"]) for row in rows]
     protocol = settings.task
     data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
-    beams = {"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}
     base = plain(model)
-    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
     inputs = cache.read(base, prompts, tokenizer.pad_token_id, protocol.num_beams, protocol.max_new_tokens)
-    made = base.generate(
-        **inputs,
-        max_new_tokens=protocol.max_new_tokens,
-        num_beams=protocol.num_beams,
-        no_repeat_ngram_size=protocol.no_repeat_ngram,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=[tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
-        pad_token_id=tokenizer.pad_token_id,
-        **beams,
-    )
+    made = base.generate(**inputs, max_new_tokens=protocol.max_new_tokens, **decoding(tokenizer, settings))
     return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict:
+    """Return the protocol's way of decoding, as `generate` takes it."""
+    protocol = settings.task
+    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
+    return {
+        "num_beams": protocol.num_beams,
+        "no_repeat_ngram_size": protocol.no_repeat_ngram,
+        "do_sample": False,
+        "use_cache": True,
+        "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
+        "pad_token_id": tokenizer.pad_token_id,
+        **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
+    }
 
 
 def likelihoods(
