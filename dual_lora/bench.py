@@ -108,7 +108,10 @@ def layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device
 
 
 def model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     known = AutoConfig.from_pretrained(path)
     causal = known.architectures and known.architectures[0].endswith(("CausalLM", "LMHeadModel"))

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from dual_lora.lab import cli, runs
@@ -144,3 +146,11 @@ def test_identity_is_a_hash_of_typed_facts(tmp_path):
     assert plain == name("wandb.mode=disabled", "train.save_steps=7", "train.log_steps=3", "study=other", "force=true")
     different = ["seed=1", "method.alpha=8", "train.lr=1e-3", "eval.batch_size=8", "train.max_steps=9", "method=lora"]
     assert len({plain, *(name(d) for d in different)}) == 1 + len(different)
+
+
+def test_a_record_from_before_a_setting_existed_is_read_as_it_was_run(tmp_path):
+    chosen = asdict(cli.load([]))
+    del chosen["init_from"], chosen["train"]["group_by_length"], chosen["task"]["stop"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(chosen))
+    read = cli.recorded(tmp_path)
+    assert (read.init_from, read.train.group_by_length, read.task.stop) == (None, None, [])

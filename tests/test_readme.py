@@ -1,5 +1,6 @@
 """Every command of the README is executed, made short: few steps and examples, small files in place of DIR."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 from test_glue import write_official
+
+from dual_lora import bench
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(("    python ", "    make "))]
@@ -42,7 +45,7 @@ def small_bert(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ") and " -m dual" not in c])
 def test_commands_run(command, runs_folder, small_bert, tmp_path):
     write_official(tmp_path, "sst2")
     script, *arguments = words(command)[1:]
@@ -58,6 +61,17 @@ def test_commands_run(command, runs_folder, small_bert, tmp_path):
         arguments += [a for a in SHORT if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
     done = subprocess.run([*run, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_benchmark_runs_as_written_and_its_tables_are_the_newest(tmp_path, monkeypatch):
+    (command,) = [c for c in COMMANDS if c.startswith("python -m dual_lora.bench")]
+    monkeypatch.chdir(tmp_path)
+    short = ["--width", "32", "--tokens", "8", "--repeats", "1"]
+    bench.main([*words(command)[3:], *short])
+    assert len(list((tmp_path / "benchmarks").glob("*.json"))) == 1
+    newest = json.loads(max((ROOT / "benchmarks").glob("*.json")).read_text())
+    for case in ("layer 2048 x 2048, 1024 tokens, float32", "smollm2, batch 8 x 72, float32"):
+        assert bench.table([bench.Row(**row) for row in newest["cases"][case]]) in README
 
 
 def test_the_python_example_adapts_any_model():

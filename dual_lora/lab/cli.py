@@ -204,6 +204,10 @@ def train(run: Callable[[], None]) -> int:
     return conclude(jobs)
 
 
+# What runs from before a setting was added did.
+ADDED = {"init_from": None, "task": {"stop": []}, "train": {"group_by_length": None}}
+
+
 def recorded(run: Path) -> Settings:
     """Return the settings a run's record holds.
 
@@ -213,7 +217,7 @@ def recorded(run: Path) -> Settings:
     path = run / "config.yaml"
     require(path.is_file(), f"run={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
-        stored = OmegaConf.merge(OmegaConf.structured(SCHEMA), OmegaConf.load(path))
+        stored = OmegaConf.merge(OmegaConf.structured(SCHEMA), ADDED, OmegaConf.load(path))
     except (OmegaConfBaseException, OSError, YAMLError) as error:
         raise UserError(f"{path}: not a run's settings ({one_line(error)})") from error
     return settings(stored)

@@ -133,7 +133,7 @@ class Train:
     """How long and how fast to train.
 
     `save_steps` null keeps no checkpoint beside the final adapter. `group_by_length` puts examples of like length into
-    a batch, at random beyond that, which saves padding.
+    a batch, at random beyond that, which saves padding; null draws batches at random altogether.
     """
 
     lr: float
@@ -147,7 +147,7 @@ class Train:
     save_steps: int | None
     log_steps: int
     max_examples: int | None
-    group_by_length: bool
+    group_by_length: bool | None
 
     def __post_init__(self) -> None:
         one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
