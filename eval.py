@@ -2,9 +2,12 @@
 
     python eval.py run=runs/STUDY/ID
     python eval.py run=runs/STUDY/ID data_dir=DIR model.path=DIR eval.batch_size=8
+    python eval.py run=runs/STUDY/ID export=DIR [model.dtype=bfloat16]
 
 The scores are printed beside the recorded ones and kept as evaluation.json in the run's folder. data_dir and model.path
 tell where the files are now, if they moved; another eval.batch_size must not change a score.
+With export=DIR nothing is evaluated: the model is written there with its adapter merged, for plain transformers to
+load, and the adapter alone below DIR/adapter; how much the merge changed the logits is printed.
 """
 
 import os

@@ -49,7 +49,11 @@ def small_bert(tmp_path_factory):
 def test_commands_run(command, runs_folder, small_bert, tmp_path):
     write_official(tmp_path, "sst2")
     script, *arguments = words(command)[1:]
-    places = {"model.path=DIR": f"model.path={small_bert}", "data_dir=DIR": f"data_dir={tmp_path}"}
+    places = {
+        "export=DIR": f"export={tmp_path / 'exported'}",
+        "model.path=DIR": f"model.path={small_bert}",
+        "data_dir=DIR": f"data_dir={tmp_path}",
+    }
     arguments = [places.get(a, a) for a in arguments]
     run = [sys.executable, script]
     if script == "eval.py":

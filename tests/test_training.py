@@ -225,6 +225,40 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path):
         cli.evaluate_again([f"run={folder}"])
 
 
+@pytest.mark.parametrize(("model", "method"), [(m, "dual_lora") for m in FAMILIES] + [("tiny-llama", "full")])
+def test_an_exported_run_is_loaded_by_transformers_alone(model, method, runs_folder, tmp_path, capsys):
+    result = training.run(settings(model, f"method={method}"))
+    run = f"run={runs_folder / 'adhoc' / result['identity']}"
+    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}"]) == 0
+    said = re.search(r"differ from the unmerged run's by (\S+) of", capsys.readouterr().out)
+    assert float(said[1]) < 1e-5
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file() == (method != "full")
+    head = "CausalLM" if FAMILIES[model] in ("demo/choice", "demo/restaurants") else "SequenceClassification"
+    code = f"""
+import sys
+from transformers import AutoModelFor{head} as Model, AutoTokenizer
+model = Model.from_pretrained({str(tmp_path / "out")!r})
+AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
+assert "dual_lora" not in sys.modules and "peft" not in type(model).__module__
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_an_export_in_16_bits_loses_is_said(runs_folder, tmp_path, capsys):
+    run = f"run={runs_folder / 'adhoc' / training.run(settings('tiny-roberta'))['identity']}"
+    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}", "model.dtype=bfloat16"]) == 0
+    said = re.search(r"bfloat16\); its logits differ .* by (\S+) of", capsys.readouterr().out)
+    assert 1e-4 < float(said[1]) < 0.1
+    for arguments, message in (
+        ([f"export={tmp_path / 'out'}"], "not empty; give a new folder"),
+        ([f"export={tmp_path / 'b'}", "model.dtype=int8"], "model.dtype=int8"),
+        (["model.dtype=bfloat16"], "only with export=DIR"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.evaluate_again([run, *arguments])
+
+
 def test_another_batch_size_must_be_a_number(runs_folder):
     with pytest.raises(UserError, match="eval.batch_size=abc: must be a whole number"):
         cli.evaluate_again(["run=nowhere", "eval.batch_size=abc"])

@@ -250,12 +250,28 @@ def changed(settings: Settings, values: dict[str, str | int]) -> Settings:
 
 
 def evaluate_again(argv: list[str]) -> int:
-    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones."""
-    run, values = read_again(argv)
+    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export it."""
+    run, values = read_again(argv, **{"export": str, "model.dtype": str})
+    folder, dtype = values.pop("export", None), values.pop("model.dtype", None)
+    require(folder or not dtype, "model.dtype: only with export=DIR; a run is evaluated in its own dtype")
     settings = changed(recorded(run), values)
+    record = Record(run.resolve())
+    if folder:
+        return export_run(settings, record, Path(folder).expanduser(), dtype or settings.model.dtype)
     from dual_lora.lab import reevaluation
 
-    return reevaluation.run(settings, Record(run.resolve()))
+    return reevaluation.run(settings, record)
+
+
+def export_run(settings: Settings, record: Record, folder: Path, dtype: str) -> int:
+    """Check where a run is to be exported to, and export it."""
+    replace(settings.model, dtype=dtype)  # checks its name
+    require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
+    from dual_lora.lab import export
+
+    print(export.write(settings, record, folder, dtype))
+    return EXIT_OK
 
 
 def guard(do: Callable[..., int], *args: object) -> None:

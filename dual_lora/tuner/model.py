@@ -4,7 +4,7 @@ from collections import Counter
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from .config import DualLoraConfig
@@ -72,6 +72,13 @@ class DualLoraModel(BaseTuner):
         if layer is not target:
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in PEFT, which on unloading looks for a weight even in a trained head of several layers."""
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _create_layer(self, target: nn.Module) -> DualLoraLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -45,6 +45,29 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
+def test_unloading_keeps_a_trained_head_of_several_layers():
+    """RoBERTa's classification head is one: a module with layers but no weight of its own."""
+
+    class WithHead(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6)
+            self.head = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.head(self.layer(x))
+
+    model = get_peft_model(WithHead(), DualLoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"]))
+    with torch.no_grad():
+        [p.add_(0.3) for p in model.parameters() if p.requires_grad]
+    set_update_scale(model, 1.0)
+    x = torch.randn(3, 6)
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.head, torch.nn.Sequential)
+    assert torch.allclose(merged(x), expected, atol=1e-5)
+
+
 def test_switching_and_deleting_adapters():
     base = llama()
     expected = logits(base)

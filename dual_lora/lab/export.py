@@ -1,0 +1,50 @@
+"""A finished run as a checkpoint that plain transformers loads, without this package."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from dual_lora.lab import models, reevaluation, training
+from dual_lora.lab.runs import Record, task_of
+from dual_lora.lab.settings import Settings, UserError
+
+SHARD = "5GB"
+# Ids of a made-up text; what they are does not matter to a comparison of logits.
+PROBE = (4, 32)
+
+
+def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
+    """Write the merged model, its tokenizer and, below adapter/, the adapter; return what to tell the user.
+
+    The merge is done in float32 and rounded once to `dtype`; what is told is the relative difference (norm over norm)
+    between the logits of the checkpoint as loaded again and those of the unmerged run.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    training.quiet()
+    task = task_of(settings)
+    model, tokenizer = reevaluation.load_trained(settings, record, task)
+    model = model.float().eval()
+    unmerged = logits(model)
+    merged: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    try:
+        merged.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD)
+        tokenizer.save_pretrained(folder)
+        if (record.folder / "adapter").is_dir():
+            shutil.copytree(record.folder / "adapter", folder / "adapter")
+    except OSError as error:
+        raise UserError(f"export={folder}: cannot be written ({error})") from error
+    loaded = models.head_class(task).from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+    found = logits(loaded.eval())
+    error = ((found - unmerged).norm() / unmerged.norm()).item()
+    return f"exported: {folder} ({dtype}); its logits differ from the unmerged run's by {error:.1e} of their norm"
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(0, model.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double()
