@@ -12,7 +12,7 @@ FlopCounterMode. "Kept" is what autograd holds for backward between the two, eac
 Every method has the parameters of LoRA at the given rank: Dual LoRA r1 + r2 = rank, LoHa rank / 2. `floor` is the
 least a step of Dual LoRA can cost, in units of 2 N out in operations: 3 + 4 (r1 + r2) / N with the fused weight, 4
 and 5 for 3 in 16 bits and with dropout (see `dual_lora.kernels.recompute`); for a model, LoRA's count with its thin
-products exchanged for those.
+products exchanged for those. It is the count of this way of computing the step, not a bound on every way.
 """
 
 import argparse
@@ -89,6 +89,7 @@ class Case:
     targets: list[str] | str
     step: Callable[[nn.Module], Callable[[], None]]
     dropout: bool
+    inputs: tuple[Tensor, ...] = ()
 
 
 def layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -97,14 +98,13 @@ def layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device
 
     def step(model: nn.Module) -> Callable[[], None]:
         def forward_and_backward():
-            x.grad = None
             y = model(x)
             return lambda: y.backward(g)
 
         return forward_and_backward
 
     name = f"layer {width} x {width}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
-    return Case(name, lambda: Layer(width, dtype).to(device), ["layer"], step, True)
+    return Case(name, lambda: Layer(width, dtype).to(device), ["layer"], step, True, (x,))
 
 
 def model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
@@ -135,8 +135,14 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(model: nn.Module, step: Callable, device: torch.device) -> float:
+def forget(case: Case, model: nn.Module) -> None:
+    """Drop the gradients of an earlier step."""
     model.zero_grad(set_to_none=True)
+    for x in case.inputs:
+        x.grad = None
+
+
+def timed(step: Callable, device: torch.device) -> float:
     synchronise(device)
     start = time.perf_counter()
     step()()
@@ -161,8 +167,8 @@ def kept_bytes(model: nn.Module, step: Callable) -> int:
     return found
 
 
-def peak_bytes(model: nn.Module, step: Callable, device: torch.device) -> int:
-    model.zero_grad(set_to_none=True)
+def peak_bytes(step: Callable, device: torch.device) -> int:
+    """Return the most a step holds beyond what is there before it; no gradients may be there."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -180,7 +186,7 @@ def peak_bytes(model: nn.Module, step: Callable, device: torch.device) -> int:
     return highest
 
 
-def count(model: nn.Module, step: Callable) -> int:
+def count(step: Callable) -> int:
     with FlopCounterMode(display=False) as counter:
         step()()
     return counter.get_total_flops()
@@ -228,21 +234,24 @@ def measure(case: Case, rank: int, repeats: int, device: torch.device) -> list[R
             if isinstance(config, DualLoraConfig):
                 set_update_scale(models[name], 1.0)
             steps[name] = case.step(models[name])
-            timed(models[name], steps[name], device)
+            timed(steps[name], device)
         except (ValueError, TypeError) as error:
             print(f"{name} left out: {str(error).splitlines()[0]}")
             models.pop(name, None)
     taken: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 2):
         for name, model in models.items():
-            seconds = timed(model, steps[name], device)
+            forget(case, model)
+            seconds = timed(steps[name], device)
             if turn >= 2:  # the first turns warm caches and allocators
                 taken[name].append(seconds)
     dtype = next(models["LoRA"].parameters()).dtype
-    lora_flops = count(models["LoRA"], steps["LoRA"])
+    lora_flops = count(steps["LoRA"])
     rows = []
     for name, model in models.items():
-        flops = count(model, steps[name])
+        forget(case, model)
+        peak = peak_bytes(steps[name], device)
+        flops = count(steps[name])
         units = {"Dual LoRA": 1 if dtype == torch.float32 else 2, "Dual LoRA, dropout": 3}.get(name)
         floor = floor_of(models["LoRA"], steps["LoRA"], lora_flops, rank, units) if units else None
         rows.append(
@@ -253,7 +262,7 @@ def measure(case: Case, rank: int, repeats: int, device: torch.device) -> list[R
                 flops=flops,
                 flops_over_floor=flops / floor if floor else None,
                 kept_bytes=kept_bytes(model, steps[name]),
-                peak_bytes=peak_bytes(model, steps[name], device),
+                peak_bytes=peak,
                 adapter_bytes=sum(t.nbytes for t in get_peft_model_state_dict(model).values()),
                 merge_seconds=merge_seconds(model, device),
             )
@@ -288,10 +297,11 @@ def table(rows: list[Row]) -> str:
 
 def shown(record: dict) -> str:
     """Return a finished benchmark as Markdown."""
-    versions = f"torch {record['torch']}, PEFT {record['peft']}"
-    head = f"{record['hardware']}, {versions}, rank {record['rank']}, {record['date']}"
-    parts = [f"{case}\n\n{table([Row(**row) for row in rows])}" for case, rows in record["cases"].items()]
-    return "\n\n".join([head, *parts])
+    parts = [f"{record['hardware']}, {record['date']}"]
+    for name, case in record["cases"].items():
+        parts.append(f"{name}; rank {case['rank']}, torch {case['torch']}, PEFT {case['peft']}")
+        parts.append(table([Row(**row) for row in case["rows"]]))
+    return "\n\n".join(parts)
 
 
 def batch_shape(text: str) -> tuple[int, int]:
@@ -331,26 +341,20 @@ def main(arguments: list[str] | None = None) -> None:
         cases = [model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
     else:
         cases = [layer_case(width, tokens, dtype, device) for width in given.width for tokens in given.tokens]
-    record = {
-        "hardware": hardware(device),
-        "load": os.getloadavg()[0],
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "rank": given.rank,
-        "cases": {},
-    }
-    print(f"{record['hardware']}; load before the start {record['load']:.1f}\n", flush=True)
+    record = {"hardware": hardware(device), "date": date.today().isoformat(), "cases": {}}
+    print(f"{record['hardware']}\n", flush=True)
     for case in cases:
+        conditions = {"rank": given.rank, "repeats": given.repeats, "load_before": os.getloadavg()[0]}
+        conditions |= {"torch": torch.__version__, "peft": peft.__version__}
         rows = measure(case, given.rank, given.repeats, device)
-        record["cases"][case.name] = [asdict(row) for row in rows]
+        record["cases"][case.name] = {**conditions, "rows": [asdict(row) for row in rows]}
         print(f"{case.name}\n\n{table(rows)}\n", flush=True)
         if given.out:
             write(record, given.out)
 
 
 def write(record: dict, folder: Path) -> None:
-    """Write the record, keeping the cases a file of the same day and hardware already has."""
+    """Write the record, keeping the other cases a file of the same day and hardware already has."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in record["hardware"].lower()).split())
     path = folder / f"{record['date']}-{slug}.json"
     earlier = json.loads(path.read_text())["cases"] if path.exists() else {}

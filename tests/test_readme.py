@@ -75,7 +75,7 @@ def test_the_benchmark_runs_as_written_and_its_tables_are_the_newest(tmp_path, m
     assert len(list((tmp_path / "benchmarks").glob("*.json"))) == 1
     newest = json.loads(max((ROOT / "benchmarks").glob("*.json")).read_text())
     for case in ("layer 2048 x 2048, 1024 tokens, float32", "smollm2, batch 8 x 72, float32"):
-        assert bench.table([bench.Row(**row) for row in newest["cases"][case]]) in README
+        assert bench.table([bench.Row(**row) for row in newest["cases"][case]["rows"]]) in README
 
 
 def test_the_python_example_adapts_any_model():

@@ -291,7 +291,8 @@ def test_training_starts_from_another_runs_weights_with_a_fresh_head(method, run
     [
         ("init_from=nowhere", "init_from=nowhere: no finished run with adapter_model.safetensors"),
         ("init_from={run} method=lora", "trained with method=dual_lora, this run has method=lora"),
-        ("init_from={run} method.rank=4", "take equal ranks"),
+        ("init_from={run} method.rank=4", "take the run's own model.adapt and method.rank"),
+        ("init_from={run} model.adapt=[q]", "does not fit at"),
     ],
 )
 def test_a_run_to_start_from_must_fit(override, message, runs_folder):

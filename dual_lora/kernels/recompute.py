@@ -141,7 +141,7 @@ class _DualLinear(torch.autograd.Function):
                 _linear(flat, W, bias, rows, out=y[:, rows])
                 if apart:
                     torch.addmm(y[:, rows], flat, base.to(x.dtype).T, out=y[:, rows])
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -114,10 +114,11 @@ def rebuild(
     W = A.new_empty(n_out, n_in, dtype=dtype or A.dtype) if out is None else out
     kept = A if weight is None else weight
     grid = triton.cdiv(n_out, ROWS), triton.cdiv(n_in, COLUMNS)
-    _rebuild[grid](
-        A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_steps(kept, A, B, C, D),
-        HAS_WEIGHT=weight is not None, R1=_padded(A.shape[0]), R2=_padded(C.shape[0]), ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
+    with torch.cuda.device_of(A):
+        _rebuild[grid](
+            A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_steps(kept, A, B, C, D),
+            HAS_WEIGHT=weight is not None, R1=_padded(A.shape[0]), R2=_padded(C.shape[0]), ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
     return W
 
 
@@ -146,10 +147,11 @@ def _out_side(G, A, B, C, D, scale, ste) -> tuple[Tensor, Tensor]:
     """dL/dB and dL/dD."""
     dB, dD = A.new_empty(B.shape), A.new_empty(D.shape)
     n_out, n_in, r1, r2 = *G.shape, A.shape[0], C.shape[0]
-    _project[triton.cdiv(n_out, ROWS),](
-        G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_steps(G, A, B, C, D),
-        STE=STE[ste], R1=_padded(r1), R2=_padded(r2), ROWS=ROWS, COLUMNS=COLUMNS,
-    )  # fmt: skip
+    with torch.cuda.device_of(A):
+        _project[triton.cdiv(n_out, ROWS),](
+            G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_steps(G, A, B, C, D),
+            STE=STE[ste], R1=_padded(r1), R2=_padded(r2), ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
     return dB, dD
 
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
 from dual_lora.lab import models
 from dual_lora.lab.runs import init_file
-from dual_lora.lab.settings import Settings, UserError, nearest
+from dual_lora.lab.settings import Settings, UserError, nearest, require
+from dual_lora.tuner.warmup import factors_of
 
 TASK_TYPES = {
     "classification": TaskType.SEQ_CLS,
@@ -80,21 +81,28 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
     weights = load_file(init_file(settings))
     heads = {"classifier", "score", *settings.model.head}
     own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
-    chosen = {name: own[name] if heads & set(name.split(".")) else t for name, t in weights.items()}
-    try:
-        if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, chosen)
-        else:
-            model.load_state_dict(chosen, strict=False)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"init_from={settings.init_from}: {str(error).splitlines()[0]}; take equal ranks") from error
+    chosen = {name: t if heads & set(name.split(".")) else weights.pop(name, None) for name, t in own.items()}
+    left = [name for name in weights if not heads & set(name.split("."))]
+    other = left + [name for name, t in chosen.items() if t is None or t.shape != own[name].shape]
+    require(
+        not other,
+        f"init_from={settings.init_from}: does not fit at {other[:1]}; take the run's own model.adapt and method.rank",
+    )
+    if not isinstance(model, PeftModel):
+        model.load_state_dict(chosen)
+        return
+    set_peft_model_state_dict(model, chosen)
+    for factors in factors_of(model):  # a ramp of another length must not start anew in its middle
+        factors.set_update_scale(1.0, ramp=False)
 
 
-def merge(model: torch.nn.Module) -> None:
-    """Merge the adapter where that loses nothing, so that evaluation runs at the base model's speed; in 16 bits the
-    base weights would round much of an update away."""
-    if isinstance(model, PeftModel) and model.dtype == torch.float32:
+def merge(model: torch.nn.Module) -> bool:
+    """Merge the adapter where that loses nothing, so that evaluation runs at the base model's speed, and return whether
+    it was done; in 16 bits the base weights would round much of an update away."""
+    able = isinstance(model, PeftModel) and model.dtype == torch.float32
+    if able:
         model.merge_adapter()
+    return able
 
 
 def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer | None:

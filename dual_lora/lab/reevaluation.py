@@ -29,7 +29,8 @@ def run(settings: Settings, record: Record) -> int:
             same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
         )
     model, tokenizer = load_trained(settings, record, task)
-    methods.merge(model)
+    if stored.get("merged"):
+        methods.merge(model)
     metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
     record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
     print(compared(stored, metrics, record))

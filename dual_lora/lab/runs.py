@@ -115,6 +115,7 @@ def chosen(settings: Settings) -> dict[str, Any]:
     kept["init_from"] = Path(settings.init_from).name if settings.init_from else None
     for group, keys in NOT_IDENTITY.items():
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
+    kept["train"]["group_by_length"] = settings.train.group_by_length or None
     return given(kept)
 
 

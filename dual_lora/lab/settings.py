@@ -198,6 +198,10 @@ class Settings:
     force: bool
 
     def __post_init__(self) -> None:
+        forgets = self.task.checkpoint == "best" and self.train.save_steps
+        require(
+            not forgets, "train.save_steps: with task.checkpoint=best a resumed run would forget its earlier epochs"
+        )
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         clean = self.study and all(c.isalnum() or c in "-_." for c in self.study) and not self.study.startswith(".")
         require(clean, f"study={self.study}: only letters, digits, '-', '_' and '.', it names a folder below runs/")

@@ -164,7 +164,8 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         callbacks=[log, best] if best else [log],
     )
     loop.remove_callback(PrinterCallback)
-    loop.add_callback(Progress())
+    progress = Progress()
+    loop.add_callback(progress)
     before = scores_before(record)
     if before is None and settings.eval.before:
         before = measure("before")[0]
@@ -177,7 +178,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     if best:
         best.restore(model)
     model.save_pretrained(record.folder / ("model" if settings.method.peft is None else "adapter"))
-    methods.merge(model)
+    merged = methods.merge(model)
     metrics, predictions = measure("after")
     log.scores(trained.global_step, metrics)
     record.write_lines("predictions.jsonl", predictions)
@@ -189,6 +190,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "seed": settings.seed,
         "metric": task.metric,
         "metrics": metrics,
+        "merged": merged,
         "metrics_before": before,
         "best_epoch": best.epoch if best else None,
         "metrics_last_epoch": best.last if best else metrics,
@@ -196,7 +198,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "steps": trained.global_step,
         "train_loss": trained.training_loss,
         "train_seconds": seconds,
-        "tokens_per_second": loop.state.num_input_tokens_seen / seconds,
+        "tokens_per_second": (loop.state.num_input_tokens_seen - progress.seen) / seconds,
         "peak_memory_bytes": memory.peak,
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }

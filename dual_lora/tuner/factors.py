@@ -126,7 +126,7 @@ class DualLoraFactors(nn.Module):
 
     def advance(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device."""
-        self._kept = None  # sharded parameters are gathered again without a trace in their version
+        self.release()  # sharded parameters are gathered again without a trace in their version
         ramping = self.step < self.warmup_steps
         self.step += ramping
         self.update_scale.copy_(torch.where(ramping, self.step.float() / max(self.warmup_steps, 1), self.update_scale))
@@ -172,7 +172,7 @@ class DualLoraFactors(nn.Module):
         """dW, or weight + dW; kept between the calls of an evaluation as long as nothing it is made of changes."""
         parts = [t for t in (self.A, self.B, self.C, self.D, self.update_scale, weight) if t is not None]
         keepable = not torch.compiler.is_compiling() and not any(t.is_inference() for t in parts)
-        made_of = [(t.data_ptr(), t._version) for t in parts] + [dtype] if keepable else None
+        made_of = [(t.data_ptr(), t._version) for t in parts] + [dtype, self.scaling] if keepable else None
         if keepable and self._kept is not None and self._kept[0] == made_of:
             return self._kept[1]
         dW = self.delta_weight().flatten(0, -2)
@@ -180,8 +180,12 @@ class DualLoraFactors(nn.Module):
         self._kept = (made_of, matrix) if keepable else None
         return matrix
 
-    def train(self, mode: bool = True):
+    def release(self) -> None:
+        """Let go of what evaluation has kept."""
         self._kept = None
+
+    def train(self, mode: bool = True):
+        self.release()
         return super().train(mode)
 
 

@@ -42,7 +42,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add the adapter, of budget r. fused: see `DualLoraConfig.fused_slices`; ValueError where it does not fit."""
         factors = self._create_factors(config, r, alpha, fused)
-        self.dual_lora_factors[adapter_name] = factors
+        self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -93,6 +93,13 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _like_base_weight(self, dW: Tensor, adapter: str) -> Tensor:
         return dW
 
+    def set_adapter(self, adapter_names: str | list[str], *args, **kwargs) -> None:
+        """As in PEFT; what evaluation has kept of the other adapters is released."""
+        super().set_adapter(adapter_names, *args, **kwargs)
+        for name, factors in self.dual_lora_factors.items():
+            if name not in self.active_adapters:
+                factors.release()
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
@@ -103,6 +110,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.dual_lora_factors]
         if not names:
             return
+        for factors in self.dual_lora_factors.values():
+            factors.release()
         before = self._base_weight()
         delta = sum(self.get_delta_weight(name).to(before.device) for name in names)
         target = before.to(delta.dtype) + delta
@@ -190,15 +199,15 @@ class Linear(DualLoraLayer):
         self.fused_slices: dict[str, list] = {}
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        factors = None if args or kwargs else self._fusable()
+        factors = None if args or kwargs else self._fusable(x)
         if factors is None or factors.drops:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         return factors(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
 
-    def _fusable(self) -> DualLoraFactors | None:
+    def _fusable(self, x: Tensor) -> DualLoraFactors | None:
         """The active adapter's factors where one product with W0 + dW can serve for base and adapter: one adapter, a
-        plain base layer whose weights are constants, and nobody listening to it."""
+        plain base layer that takes x and whose weights are constants, and nobody listening to it."""
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
         base = self.base_layer
         if (
@@ -214,6 +223,8 @@ class Linear(DualLoraLayer):
         constants = [base.weight] if base.bias is None else [base.weight, base.bias]
         if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
             return None
+        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None  # the base layer has its own say on that
         factors = self.dual_lora_factors[names[0]]
         return factors if factors.recomputes else None
 

@@ -88,9 +88,27 @@ def test_backward_keeps_the_input_alone(base):
 )
 def test_the_base_layer_is_called_wherever_its_call_matters(change):
     model = adapted(nn.Linear(IN, OUT))
-    assert layer_of(model)._fusable() is not None
+    x = torch.ones(3, IN)
+    assert layer_of(model)._fusable(x) is not None
     change(model)
-    assert layer_of(model)._fusable() is None
+    assert layer_of(model)._fusable(x) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_the_base_layer_refuses_is_refused(training):
+    model = adapted(nn.Linear(IN, OUT), dtype=torch.bfloat16).train(training)
+    with pytest.raises(RuntimeError, match="dtype"), torch.set_grad_enabled(training):
+        model(torch.ones(3, IN))
+
+
+@pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)])
+def test_an_input_without_rows(shape):
+    """An expert that no token was sent to."""
+    model = adapted(nn.Linear(IN, OUT))
+    y = model(torch.ones(shape))
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], OUT)
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_dropout_acts_on_the_adapter_alone():
@@ -126,9 +144,10 @@ class TestEvaluation:
             lambda model: set_update_scale(model, 0.3),
             lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
             lambda model: factors_of(model).reset_parameters(0.9),
+            lambda model: setattr(factors_of(model), "scaling", 3.0),
             lambda model: layer_of(model).base_layer.weight.mul_(2),
         ],
-        ids=["in place", "data", "ramp", "load", "reset", "base"],
+        ids=["in place", "data", "ramp", "load", "reset", "scaling", "base"],
     )
     def test_any_change_shows(self, model, change):
         with torch.no_grad():
@@ -158,6 +177,17 @@ class TestEvaluation:
         assert pickle.loads(pickle.dumps(factors_of(model)))._kept is None
         model.train()
         assert factors_of(model)._kept is None
+
+    def test_other_adapters_and_merging_release_what_is_kept(self, model):
+        model.add_adapter("second", config())
+        with torch.no_grad():
+            model(self.x(model))
+            model.set_adapter("second")
+            assert factors_of(model)._kept is None
+            model(self.x(model))
+            assert factors_of(model, "second")._kept is not None
+            model.merge_adapter()
+            assert factors_of(model, "second")._kept is None
 
     def test_with_gradients_on_the_gradient_is_there(self, model):
         with torch.no_grad():
