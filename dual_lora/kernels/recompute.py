@@ -149,7 +149,7 @@ class _DualLinear(torch.autograd.Function):
         x, A, B, C, D, scale, weight = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs_dx, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
-        dx = torch.zeros_like(flat) if needs_dx else None
+        dx = torch.empty_like(flat) if needs_dx else None
         dA, dB, dC, dD = grads = [torch.zeros_like(t) if trained else None for t in (A, B, C, D)]
         with autocast_off(x.device.type):
             for rows in _blocks(B.shape[0], A.shape[1]):
@@ -162,7 +162,9 @@ class _DualLinear(torch.autograd.Function):
                         whole += piece
                 else:
                     W = ctx.ops.rebuild(*factors, base, x.dtype)
-                if needs_dx:
+                if needs_dx and rows.start == 0:
+                    torch.mm(g[:, rows], W, out=dx)
+                elif needs_dx:
                     torch.addmm(dx, g[:, rows], W, out=dx)
         return (dx.view(x.shape) if needs_dx else None), *grads, None, None, None, None, None
 
