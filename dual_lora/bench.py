@@ -9,10 +9,10 @@ all of them; times are medians of the ratio to LoRA's step of the same turn. Ope
 FlopCounterMode. "Kept" is what autograd holds for backward between the two, each storage once, parameters left out;
 "peak" is the most a step has allocated at once, its output and gradients included.
 
-Every method has the parameters of LoRA at the given rank: Dual LoRA r1 + r2 = rank, LoHa rank / 2. `floor` is the
-least a step of Dual LoRA can cost, in units of 2 N out in operations: 3 + 4 (r1 + r2) / N with the fused weight, 4
-and 5 for 3 in 16 bits and with dropout (see `dual_lora.kernels.recompute`); for a model, LoRA's count with its thin
-products exchanged for those. It is the count of this way of computing the step, not a bound on every way.
+Every method has the parameters of LoRA at the given rank: Dual LoRA r1 + r2 = rank, LoHa rank / 2. `floor` is what
+this way of computing Dual LoRA must take, not a bound on every way, in units of 2 N out in operations: 3 + 4 (r1 + r2) /
+N with the fused weight, 4 and 5 for 3 in 16 bits and with dropout (see `dual_lora.kernels.recompute`); for a model,
+LoRA's count with its thin products exchanged for those.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def merge_seconds(model: nn.Module, device: torch.device) -> float:
 
 
 def floor_of(model: nn.Module, step: Callable, counted: int, rank: int, rest: int) -> int:
-    """The least operations of a Dual LoRA step where LoRA, this model, counts so many; rest: units beyond LoRA's 2."""
+    """The floor of a Dual LoRA step where LoRA, this model, counts so many operations; rest: units beyond LoRA's 2."""
     thin = own = 0
 
     def add(layer: nn.Module, inputs: tuple) -> None:

@@ -8,10 +8,9 @@ import importlib
 from inspect import signature
 from typing import Any
 
-from tasks import base
 from tasks.base import Split, Task, TaskError
 
-__all__ = ["Split", "Task", "TaskError", "base", "load"]
+__all__ = ["Split", "Task", "TaskError", "load"]
 
 
 def load(name: str, options: dict[str, Any] | None = None) -> Task:

@@ -87,7 +87,7 @@ def generate(
     data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = plain(model)
     inputs = cache.read(base, prompts, tokenizer.pad_token_id, protocol.num_beams, protocol.max_new_tokens)
-    made = base.generate(**inputs, max_new_tokens=protocol.max_new_tokens, **decoding(tokenizer, settings))
+    made = base.generate(**inputs, **decoding(tokenizer, settings))
     return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -96,6 +96,7 @@ def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict:
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
     return {
+        "max_new_tokens": protocol.max_new_tokens,
         "num_beams": protocol.num_beams,
         "no_repeat_ngram_size": protocol.no_repeat_ngram,
         "do_sample": False,

@@ -49,7 +49,6 @@ def measure(settings: Settings, record: Record, name: str) -> dict[str, Any]:
             made = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=protocol.max_new_tokens,
                 **evaluation.decoding(tokenizer, settings),
             )
         alone.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))

@@ -125,8 +125,11 @@ class DualLoraFactors(nn.Module):
         }
 
     def advance(self) -> None:
-        """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device."""
-        self.release()  # sharded parameters are gathered again without a trace in their version
+        """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device.
+
+        f is written at every step, also after the ramp: that is how `_matrix` learns of a step on sharded parameters,
+        which are gathered again without a trace in their version.
+        """
         ramping = self.step < self.warmup_steps
         self.step += ramping
         self.update_scale.copy_(torch.where(ramping, self.step.float() / max(self.warmup_steps, 1), self.update_scale))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora import functional, set_update_scale
+from dual_lora import bench, functional, set_update_scale
 from dual_lora.tuner import factors as factors_module
 
 from .layers import IN, KINDS, OUT, adapted, config, factors_of, layer_of, relative_error
@@ -50,21 +50,7 @@ def test_variants_of_the_map_are_left_to_autograd(fields):
 
 
 def saved_bytes(model, x):
-    """Bytes autograd keeps beyond the parameters, each storage once."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-        held = sum(kept.values())
-    del y
-    return held
+    return bench.kept_bytes(model, lambda: model(x).sum().backward)
 
 
 @pytest.mark.parametrize("base", [lambda: nn.Linear(256, 256), lambda: Conv1D(256, 256)])
@@ -158,13 +144,16 @@ class TestEvaluation:
         assert torch.equal(kept, fresh)
 
     def test_an_optimizer_step_shows_even_where_no_version_tells(self, model):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        class Gathered(torch.optim.SGD):
+            """Changes parameters as sharded ones are gathered: their version stays what it was."""
+
+            def step(self):
+                for p in self.param_groups[0]["params"]:
+                    p.data.add_(1.0)
+
         with torch.no_grad():
             before = model(self.x(model))
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.ones_like(p)
-            p.data.add_(1.0)  # as a sharded parameter is gathered: its version stays what it was
-        optimizer.step()
+        Gathered([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
         with torch.no_grad():
             assert not torch.equal(model(self.x(model)), before)
 
