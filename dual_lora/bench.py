@@ -10,8 +10,8 @@ FlopCounterMode. "Kept" is what autograd holds for backward between the two, eac
 "peak" is the most a step has allocated at once, its output and gradients included.
 
 Every method has the parameters of LoRA at the given rank: Dual LoRA r1 + r2 = rank, LoHa rank / 2. `floor` is what
-this way of computing Dual LoRA must take, not a bound on every way, in units of 2 N out in operations: 3 + 4 (r1 + r2) /
-N with the fused weight, 4 and 5 for 3 in 16 bits and with dropout (see `dual_lora.kernels.recompute`); for a model,
+this way of computing Dual LoRA must take, not a bound on every way, in units of 2 N out in operations: 3 + 4 (r1 + r2)
+/ N with the fused weight, 4 and 5 for 3 in 16 bits and with dropout (see `dual_lora.kernels.recompute`); for a model,
 LoRA's count with its thin products exchanged for those.
 """
 
