@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dual_lora.lab import cache, cli, data, evaluation, methods, models, throughput, training
+from dual_lora.lab import beam_search, cache, cli, data, evaluation, methods, models, throughput, training
 from dual_lora.lab.runs import task_of
 from dual_lora.lab.settings import UserError
 
@@ -85,8 +85,8 @@ def test_prompts_of_any_shape_are_read(model, prompts):
     _, _, base, tokenizer = loaded(model, "demo/restaurants")
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     with torch.inference_mode():
-        inputs = cache.read(base.eval(), prompts, tokenizer.pad_token_id, 3, 6)
-        made = base.generate(**inputs, **options)[:, max(map(len, prompts)) :]
+        inputs = cache.read(base.eval(), prompts, tokenizer.pad_token_id)
+        made = base.generate(**inputs, **options, custom_generate=beam_search.search)[:, max(map(len, prompts)) :]
         for prompt, tokens in zip(prompts, made, strict=True):
             ids = torch.tensor([prompt])
             alone = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]

@@ -1,4 +1,4 @@
-"""The keys and values `generate` works on: prompts are read once, not once a beam, and nothing is copied to grow."""
+"""The keys and values of a decoding: prompts are read once, not once a beam, and nothing is copied to grow."""
 
 from os.path import commonprefix
 
@@ -18,10 +18,11 @@ class BeamLayer(DynamicLayer):
     def __init__(self, prompt: DynamicLayer, beams: int, room: int) -> None:
         super().__init__()
         self.prompt = self.length = prompt.get_seq_length()
-        self.space = [
-            torch.nn.functional.pad(t.repeat_interleave(beams, dim=0), (0, 0, 0, room))
-            for t in (prompt.keys, prompt.values)
-        ]
+        self.space = []
+        for held in (prompt.keys, prompt.values):
+            space = held.new_empty(len(held), beams, *held.shape[1:-2], self.length + room, held.shape[-1])
+            space[..., : self.length, :] = held[:, None]
+            self.space.append(space.flatten(0, 1))
         self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
         self._show()
 
@@ -37,17 +38,27 @@ class BeamLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        if len(beam_idx) < len(self.keys):  # some prompts are done
+            self.space = [space.index_select(0, beam_idx) for space in self.space]
+            return self._show()
         for space in self.space:
             generated = space[..., self.prompt : self.length, :]
             generated.copy_(generated.index_select(0, beam_idx))
 
 
-def read(model: PreTrainedModel, prompts: list[list[int]], pad: int, beams: int, room: int) -> dict:
-    """Return what `generate` takes for these prompts: token ids, mask, and the cache of all tokens but the last.
+def expand(cache: DynamicCache, beams: int, room: int) -> None:
+    """Give each prompt of a cache as many rows as it has beams, with room for that many tokens more."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[i] = BeamLayer(layer, beams, room)
+        else:  # a sliding window shifts what it holds
+            layer.batch_repeat_interleave(beams)
 
-    What all prompts begin with is read once for all of them, the rest once a prompt; then the cache is copied for each
-    beam, where `generate` by itself would read every prompt once a beam. Padding stands between the two parts. room:
-    how many tokens will be generated.
+
+def read(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> dict:
+    """Return token ids, mask and the cache of all tokens but the last for these prompts, one row each.
+
+    What all prompts begin with is read once for all of them. Padding stands between that and the rest.
     """
     width = max(map(len, prompts))
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -57,10 +68,7 @@ def read(model: PreTrainedModel, prompts: list[list[int]], pad: int, beams: int,
         mask[row, :shared] = 1
         mask[row, width - len(prompt) + shared :] = 1
         ids[row, mask[row].bool()] = torch.tensor(prompt)
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    if width < 2:
-        return inputs
-    ids, mask = inputs.values()
+    ids, mask = ids.to(model.device), mask.to(model.device)
     cache = DynamicCache(config=model.config)
     if shared:
         model.base_model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
@@ -73,9 +81,4 @@ def read(model: PreTrainedModel, prompts: list[list[int]], pad: int, beams: int,
             past_key_values=cache,
             use_cache=True,
         )
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[i] = BeamLayer(layer, beams, room + 1)
-        else:  # a sliding window shifts what it holds
-            layer.batch_repeat_interleave(beams)
-    return {**inputs, "past_key_values": cache}
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}

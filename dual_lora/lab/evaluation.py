@@ -12,7 +12,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dual_lora.lab import cache, data
+from dual_lora.lab import beam_search, cache, data
+from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
 from dual_lora.lab.settings import Settings, UserError
 from tasks import Split, Task
@@ -53,12 +54,13 @@ def outputs(
     ask: Callable | None = None,
 ) -> list[Output]:
     """Return the model's output for every row: a class index, a number or a text; or what `ask` asks for."""
+    keep_freed()
     training = model.training
     model.eval()
     ask = ask or (generate if task.form == "generation" else classify)
-    order = sorted(
-        range(len(rows)), key=lambda i: -len(rows[i].get("prompt") or rows[i]["text"] + rows[i]["text_pair"])
-    )
+    texts = [row.get("prompt") or row["text"] + row["text_pair"] for row in rows]
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     found: dict[int, Output] = {}
     size = settings.eval.batch_size
     for start in tqdm(range(0, len(order), size), desc=title, unit="batch", leave=False):
@@ -86,7 +88,11 @@ def generate(
     protocol = settings.task
     data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = plain(model)
-    inputs = cache.read(base, prompts, tokenizer.pad_token_id, protocol.num_beams, protocol.max_new_tokens)
+    inputs = cache.read(base, prompts, tokenizer.pad_token_id)
+    if protocol.num_beams > 1:
+        inputs["custom_generate"] = beam_search.search
+    else:
+        cache.expand(inputs["past_key_values"], 1, protocol.max_new_tokens + 1)
     made = base.generate(**inputs, **decoding(tokenizer, settings))
     return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -116,7 +122,8 @@ def likelihoods(
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
     data.check_room(model, max(map(len, prompts)) + longest, settings)
     base = plain(model)
-    inputs = cache.read(base, prompts, tokenizer.pad_token_id, many, longest)
+    inputs = cache.read(base, prompts, tokenizer.pad_token_id)
+    cache.expand(inputs["past_key_values"], many, longest + 1)
     texts = [ids for options in choices for ids in (options + options[:1] * many)[:many]]
     ids = torch.tensor([text + [tokenizer.pad_token_id] * (longest - len(text)) for text in texts], device=base.device)
     real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=base.device)
@@ -126,7 +133,7 @@ def likelihoods(
         input_ids=torch.cat([last, ids], 1),
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1)[:, -longest - 1 :],
-        past_key_values=inputs.get("past_key_values"),
+        past_key_values=inputs["past_key_values"],
         use_cache=True,
     ).logits[:, :-1]
     found = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mul(real).sum(-1).view(-1, many)

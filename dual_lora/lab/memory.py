@@ -1,6 +1,7 @@
 """Peak memory of a stretch of work: the accelerator's where there is one, else the process's resident set."""
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -33,3 +34,15 @@ def resident_peak() -> int:
         return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed() -> None:
+    """Have glibc keep freed blocks under 256 MiB instead of returning them to the system and clearing them anew.
+
+    A fifth of the time of a batched beam search on a CPU went into that. Without glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 2**28)
+        libc.mallopt(trim_threshold, 2**31 - 1)
