@@ -25,6 +25,7 @@ def imported(path: Path) -> set[str]:
 FORBIDDEN = {
     "tasks": ("dual_lora", "torch", "transformers", "peft"),
     "dual_lora/tuner": ("dual_lora.lab", "tasks", "hydra", "datasets", "wandb"),
+    "dual_lora/paper": ("dual_lora", "tasks", "torch", "peft", "hydra", "omegaconf"),
     "dual_lora/kernels": ("dual_lora", "tasks", "peft", "transformers", "hydra", "datasets", "wandb"),
     "dual_lora/functional.py": ("dual_lora", "tasks", "peft", "transformers", "hydra"),
     "dual_lora/lab": ("train", "eval", "sweep"),

@@ -1,0 +1,235 @@
+"""Published numbers as data: one YAML a table, every value with its source and how it is known.
+
+    tables()                                         the names of all tables
+    load("dora_table1_commonsense")                  one table
+    find(["avg"], model="llama3-8b", method="dora")  rows of any table, to set beside a result of ours
+
+A file gives what identifies a row (`keys`), its values (`columns`, each with its metric), and `rows` as lists in that
+order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note` and `average_note` (where
+the printed average is not that of the printed cells). Models and methods have this project's names where it has one; a
+Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is no value. `average` says
+which columns an average is over, `ours` what the harness calls a column (TASK:METRIC). DEVIATIONS.md beside the files
+says what the paper leaves open and what is done here.
+
+It needs PyYAML only: with DUAL_LORA_LAZY=1 importing it loads neither torch nor PEFT.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+STATUSES = ("published", "digitized", "third_party_listing", "review_quote", "inferred", "own")
+MISSING = "–"
+PROTOCOL = ("measures", "checkpoint", "seeds")
+REQUIRED = ("id", "title", "source", "version", "status", "protocol", "keys", "columns", "rows")
+OPTIONAL = ("average", "ours", "note")
+ROW_EXTRAS = ("status", "source", "note", "average_note")
+NUMBER = re.compile(r"([+-]?\d*\.?\d+(?:e[+-]?\d+)?)(?:±(\d*\.?\d+))?")
+
+Key = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A printed value. `number` and `spread` (the printed ±) are None where the text has none, e.g. in "4036-4063"."""
+
+    text: str
+    status: str
+    number: float | None
+    spread: float | None
+
+    @property
+    def decimals(self) -> int:
+        """Digits printed after the point."""
+        return len(self.text.partition("±")[0].partition(".")[2])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: what identifies it and its values by column, without those that are missing.
+
+    `average_note` is there where the printed average is not that of the printed cells: (printed, recomputed).
+    """
+
+    table: str
+    keys: Mapping[str, Key]
+    values: Mapping[str, Value]
+    source: tuple[str, ...]
+    note: str
+    average_note: tuple[Decimal, Decimal] | None
+
+    def matches(self, keys: Mapping[str, Key]) -> bool:
+        """Whether the row has these keys with these values."""
+        return all(name in self.keys and self.keys[name] == value for name, value in keys.items())
+
+
+@dataclass(frozen=True)
+class Table:
+    """One published table or figure.
+
+    `columns` maps a column to its metric and unit, `average` a column of averages to the columns averaged, `ours` a
+    column to TASK:METRIC of the harness (its score times `scale` has the unit printed).
+    """
+
+    id: str
+    title: str
+    source: tuple[str, ...]
+    version: str
+    status: str
+    protocol: Mapping[str, str]
+    keys: tuple[str, ...]
+    columns: Mapping[str, str]
+    average: Mapping[str, tuple[str, ...]]
+    ours: Mapping[str, str]
+    note: str
+    rows: tuple[Row, ...]
+
+    def select(self, columns: Iterable[str] = (), **keys: Key) -> list[Row]:
+        """Return the rows with these keys that have a value in each of `columns`."""
+        return [row for row in self.rows if row.matches(keys) and set(columns) <= set(row.values)]
+
+    def row(self, **keys: Key) -> Row:
+        """Return the one row with these keys.
+
+        Raises:
+            KeyError: there is none, or more than one.
+        """
+        found = self.select(**keys)
+        if len(found) != 1:
+            raise KeyError(f"{self.id}: {len(found)} rows with {keys}; its keys are {', '.join(self.keys)}")
+        return found[0]
+
+    def scale(self, column: str) -> int:
+        """Return 100 for a column in percent, else 1: the harness keeps such scores as fractions."""
+        return 100 if self.columns[column].endswith("%") else 1
+
+    def recomputed(self, row: Row, column: str) -> Decimal | None:
+        """Return the mean of the printed cells a column averages; None where one of them is missing."""
+        cells = [row.values[name].text.partition("±")[0] for name in self.average[column] if name in row.values]
+        return sum(map(Decimal, cells)) / len(cells) if len(cells) == len(self.average[column]) else None
+
+
+def tables() -> list[str]:
+    """Return the names of all tables."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+@cache
+def load(name: str) -> Table:
+    """Return a table by its name.
+
+    Raises:
+        ValueError: there is no such table, or its file is wrong; names file and field.
+    """
+    if name not in tables():
+        raise ValueError(f"{name}: no such table; known: {', '.join(tables())}")
+    return read(FOLDER / f"{name}.yaml")
+
+
+def find(columns: Iterable[str] = (), **keys: Key) -> list[Row]:
+    """Return the rows of all tables with these keys and a value in each of `columns`."""
+    columns = list(columns)
+    return [row for name in tables() for row in load(name).select(columns, **keys)]
+
+
+def read(path: Path) -> Table:
+    """Return the table of a file.
+
+    Raises:
+        ValueError: a field is missing or wrong; names file and field.
+    """
+    # BaseLoader keeps every scalar as the text that was written, so that 8.50 stays 8.50
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: file: {error}") from error
+    require(isinstance(raw, dict), path, "file", "must be a mapping")
+    for name in REQUIRED:
+        require(raw.get(name), path, name, "is missing")
+    for name in raw:
+        require(name in REQUIRED + OPTIONAL, path, name, "is no field of a table")
+    require(raw["id"] == path.stem, path, "id", f"is {raw['id']}, but names are files")
+    require(isinstance(raw["source"], list), path, "source", "must be a list")
+    for name in PROTOCOL:
+        require(raw["protocol"].get(name), path, f"protocol.{name}", "is missing")
+    check_status(path, "status", raw["status"])
+    average = raw.get("average", {})
+    for field, names in {"ours": raw.get("ours", {}), **{f"average.{k}": [k, *v] for k, v in average.items()}}.items():
+        for name in names:
+            require(name in raw["columns"], path, field, f"names {name}, which is no column")
+    rows = tuple(read_row(path, raw, number, list(row)) for number, row in enumerate(raw["rows"]))
+    for number, row in enumerate(rows):
+        require(row.keys not in [r.keys for r in rows[:number]], path, f"rows[{number}]", f"repeats {dict(row.keys)}")
+    return Table(
+        **{name: raw[name] for name in ("id", "title", "version", "status")},
+        **{name: MappingProxyType(raw.get(name, {})) for name in ("protocol", "columns", "ours")},
+        source=tuple(raw["source"]),
+        keys=tuple(raw["keys"]),
+        average=MappingProxyType({name: tuple(parts) for name, parts in average.items()}),
+        note=raw.get("note", ""),
+        rows=rows,
+    )
+
+
+def read_row(path: Path, table: dict[str, Any], number: int, cells: list[Any]) -> Row:
+    """Return one row of a file: its keys, its values and what the mapping at its end says."""
+    field, keys, columns = f"rows[{number}]", table["keys"], table["columns"]
+    extras = cells.pop() if cells and isinstance(cells[-1], dict) else {}
+    names = [*keys, *columns]
+    for name in extras:
+        require(name in ROW_EXTRAS, path, field, f"{name} is none of {', '.join(ROW_EXTRAS)}")
+    require(len(cells) >= len(names), path, field, f"has no {', '.join(names[len(cells) :])}")
+    require(len(cells) == len(names), path, field, f"has {len(cells)} cells for {len(names)} keys and columns")
+    given = extras.get("status", table["status"])
+    statuses = given if isinstance(given, dict) else dict.fromkeys(columns, given)
+    for name, status in statuses.items():
+        require(name in columns, path, f"{field}.status", f"names {name}, which is no column")
+        check_status(path, f"{field}.status", status)
+    values = {
+        name: parse(text, statuses.get(name, table["status"]))
+        for name, text in zip(columns, cells[len(keys) :], strict=True)
+        if text != MISSING
+    }
+    noted = extras.get("average_note")
+    require(noted is None or set(noted) == {"printed", "recomputed"}, path, field, "average_note: printed, recomputed")
+    return Row(
+        table=table["id"],
+        keys=MappingProxyType(dict(zip(keys, map(parse_key, cells), strict=False))),
+        values=MappingProxyType(values),
+        source=tuple(extras.get("source", table["source"])),
+        note=extras.get("note", ""),
+        average_note=(Decimal(noted["printed"]), Decimal(noted["recomputed"])) if noted else None,
+    )
+
+
+def parse(text: str, status: str) -> Value:
+    """Return a cell as a value."""
+    found = NUMBER.fullmatch(text)
+    number, spread = found.groups() if found else (None, None)
+    return Value(text, status, float(number) if number else None, float(spread) if spread else None)
+
+
+def parse_key(text: str) -> Key:
+    """Return a cell that identifies a row: a number where it is one, None where there is none."""
+    if text == MISSING:
+        return None
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"\d*\.\d+", text) else text
+
+
+def check_status(path: Path, field: str, status: str) -> None:
+    require(status in STATUSES, path, field, f"{status} is none of {', '.join(STATUSES)}")
+
+
+def require(condition: object, path: Path, field: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{path.name}: {field}: {message}")
