@@ -151,13 +151,14 @@ def timed(step: Callable, device: torch.device) -> float:
 
 
 def kept_bytes(model: nn.Module, step: Callable) -> int:
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Return what autograd holds between `step` and the backward it returns; on the meta device, too."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

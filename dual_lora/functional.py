@@ -74,6 +74,11 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
     return _Sign.apply(x, ste)
 
 
+def autocasts(device_type: str) -> bool:
+    """Return whether autocast is on for a device type; the meta device has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_off(device_type: str):
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -200,12 +200,30 @@ def train(run: Callable[[], None]) -> int:
     """Check the command line, let Hydra run its jobs, say what failed."""
     argv = sys.argv[1:]
     jobs = [] if HYDRA_FLAGS & set(argv) else check(argv)
+    if any(settings.plan for settings in jobs):
+        return draw_plans(jobs)
     run()
     return conclude(jobs)
 
 
+def draw_plans(jobs: list[Settings]) -> int:
+    """Plan every job; the first that does not fit ends it."""
+    from dual_lora.lab import plan
+
+    for settings in jobs:
+        plan.run(settings)
+    return EXIT_OK
+
+
 # What runs from before a setting was added did.
-ADDED = {"init_from": None, "task": {"stop": []}, "train": {"group_by_length": None}}
+ADDED = {
+    "init_from": None,
+    "plan": False,
+    "model": {"architecture": {}},
+    "task": {"stop": [], "train_rows": None},
+    "train": {"group_by_length": None},
+    "hardware": {"accelerator": "a100-80gb", "devices": 1, "sharding": "none"},
+}
 
 
 def recorded(run: Path) -> Settings:

@@ -37,7 +37,13 @@ BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap")
 # method.lr is where train.lr has its value from, if it has no other.
-NOT_IDENTITY = {"model": {"path"}, "method": {"lr"}, "train": {"save_steps", "log_steps"}, "eval": {"before"}}
+NOT_IDENTITY = {
+    "model": {"path", "architecture"},
+    "task": {"train_rows"},
+    "method": {"lr"},
+    "train": {"save_steps", "log_steps"},
+    "eval": {"before"},
+}
 
 
 @contextmanager

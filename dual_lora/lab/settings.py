@@ -43,7 +43,8 @@ class Model:
 
     `roles` maps q, k, v, o, gate, up, down to a regular expression that ends a module's name; `adapt` lists the roles
     a method changes; `head` names modules trained in full beside it because the base model does not bring them.
-    `generates` tells whether the model writes text (a causal language model).
+    `generates` tells whether the model writes text (a causal language model). `architecture` is its configuration as
+    far as it differs from transformers' defaults, for plans made without a download.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Model:
     roles: dict[str, str]
     adapt: list[str]
     head: list[str]
+    architecture: dict[str, Any]
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -70,7 +72,8 @@ class Model:
 class Task:
     """The protocol of a task, the same for every method; `options` are the task's own (see its module in tasks/).
 
-    `stop` are texts that end an output where they are one token of the model's vocabulary.
+    `stop` are texts that end an output where they are one token of the model's vocabulary. `train_rows` is the official
+    number of training examples, for plans made without the data.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Task:
     no_repeat_ngram: int
     stop: list[str]
     options: dict[str, Any]
+    train_rows: int | None
 
     def __post_init__(self) -> None:
         one_of("task.checkpoint", self.checkpoint, ("last", "best"))
@@ -180,9 +184,28 @@ class Wandb:
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """What a plan is made for. `sharding`: none, replicas (every device holds all) or full (every device its part)."""
+
+    accelerator: str
+    devices: int
+    sharding: str
+
+    def __post_init__(self) -> None:
+        one_of("hardware.sharding", self.sharding, ("none", "replicas", "full"))
+        positive("hardware", self, "devices")
+        require(
+            (self.devices == 1) == (self.sharding == "none"),
+            f"hardware.devices={self.devices} with hardware.sharding={self.sharding}: several devices need replicas or "
+            "full, one device none",
+        )
+
+
+@dataclass(frozen=True)
 class Settings:
     """One run. `study` names the folder below runs/; `force` runs again what is finished; `init_from` is the folder of
-    a finished run of the same method, whose adapter (but not its head) training starts from."""
+    a finished run of the same method, whose adapter (but not its head) training starts from; `plan` says what the run
+    would take instead of doing it."""
 
     model: Model
     task: Task
@@ -190,18 +213,22 @@ class Settings:
     train: Train
     eval: Evaluate
     wandb: Wandb
+    hardware: Hardware
     seed: int
     study: str
     data_dir: str | None
     init_from: str | None
     deterministic: bool
     force: bool
+    plan: bool
 
     def __post_init__(self) -> None:
         forgets = self.task.checkpoint == "best" and self.train.save_steps
         require(
             not forgets, "train.save_steps: with task.checkpoint=best a resumed run would forget its earlier epochs"
         )
+        alone = self.plan or self.hardware.devices == 1
+        require(alone, f"hardware.devices={self.hardware.devices}: only plan=true knows several devices so far")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         clean = self.study and all(c.isalnum() or c in "-_." for c in self.study) and not self.study.startswith(".")
         require(clean, f"study={self.study}: only letters, digits, '-', '_' and '.', it names a folder below runs/")

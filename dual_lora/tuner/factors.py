@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import delta_weight, init_std
+from ..functional import autocasts, delta_weight, init_std
 from .config import DualLoraConfig
 
 MAX_DRAWS = 100
@@ -151,7 +151,7 @@ class DualLoraFactors(nn.Module):
         `drops`, since the base is not dropped from.
         """
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if autocasts(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if not self.training and not torch.is_grad_enabled():
             return self._infer(x, weight, bias)

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..functional import autocasts
 from .config import DualLoraConfig
 from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
 
@@ -223,7 +224,7 @@ class Linear(DualLoraLayer):
         constants = [base.weight] if base.bias is None else [base.weight, base.bias]
         if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
             return None
-        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != base.weight.dtype and not autocasts(x.device.type):
             return None  # the base layer has its own say on that
         factors = self.dual_lora_factors[names[0]]
         return factors if factors.recomputes else None

@@ -1,0 +1,292 @@
+"""What a run would take, from the model's architecture alone: nothing is downloaded, no weight is loaded.
+
+The run's own model, with the run's own method on it, stands on torch's meta device, where tensors have shapes and no
+numbers. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
+operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does, and time and
+activations are those of full-length batches, an upper bound.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from dual_lora import paper
+from dual_lora.bench import kept_bytes
+from dual_lora.lab import evaluation, methods, models
+from dual_lora.lab.runs import Record, model_folder, task_of
+from dual_lora.lab.settings import Settings, require
+from dual_lora.lab.training import quiet
+from tasks import Task
+
+GB = 1e9
+UTILISATION = 0.4  # of the accelerator's peak, which training of such models reaches at best; assumed, not measured
+RESERVE = 0.1  # of the sum of all parts, for what is temporary and for fragments; assumed
+ADAM = 2  # AdamW's two moments, as large as the weight
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Memory in GB, peak in 1e12 operations a second without sparsity, as the vendor states them."""
+
+    memory: float
+    bfloat16: float
+    float32: float
+
+
+# NVIDIA's data sheets; float32 without TF32.
+ACCELERATORS = {
+    "a100-40gb": Accelerator(40, 312, 19.5),
+    "a100-80gb": Accelerator(80, 312, 19.5),
+    "h100-80gb": Accelerator(80, 989, 67),
+    "h200-141gb": Accelerator(141, 989, 67),
+    "l4-24gb": Accelerator(24, 121, 30.3),
+    "rtx4090-24gb": Accelerator(24, 165, 82.6),
+}
+
+
+def run(settings: Settings) -> None:
+    """Print the plan of a run and write it to plan.json in the run's folder.
+
+    Raises:
+        UserError: the model's architecture is not known, or the run does not fit; the message says what would.
+    """
+    known = settings.hardware.accelerator in ACCELERATORS
+    require(known, f"hardware.accelerator={settings.hardware.accelerator}: known are {', '.join(ACCELERATORS)}")
+    quiet()
+    record = Record.of(settings)
+    found = draw(replace(settings, init_from=None))
+    record.folder.mkdir(parents=True, exist_ok=True)
+    record.write("plan.json", found)
+    print(shown(found, record))
+    check_fit(settings, found)
+
+
+def draw(settings: Settings) -> dict[str, Any]:
+    """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
+    included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
+    task = task_of(settings)
+    model = methods.attach(skeleton(settings, task), settings, task.form)
+    counts = methods.parameters(model)
+    step = trace(settings, task, layers(model))
+    train, hardware = settings.train, settings.hardware
+    rows, counted = training_rows(settings, task)
+    an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * hardware.devices))
+    steps = train.max_steps or math.ceil(an_epoch * train.epochs)
+    flops = {part: step[part] * train.accumulation for part in ("forward", "backward")}
+    device = ACCELERATORS[hardware.accelerator]
+    speed = device.float32 if settings.model.dtype == "float32" else device.bfloat16
+    return {
+        "model": settings.model.name,
+        "task": settings.task.name,
+        "method": settings.method.name,
+        "modules": adapted(model),
+        **counts,
+        "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
+        "published": published(settings),
+        "memory": memory(sizes(model), step["kept"], hardware.devices, hardware.sharding),
+        "tokens_per_device_and_step": step["tokens"] * train.accumulation,
+        "flops": {**flops, "step": sum(flops.values())},
+        "train_rows": rows,
+        "train_rows_from": "the data" if counted else "the task's configuration",
+        "steps": steps,
+        "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILISATION) / 3600,
+        "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilisation": UTILISATION},
+    }
+
+
+def skeleton(settings: Settings, task: Task, layers: int | None = None) -> PreTrainedModel:
+    """Return the base model on the meta device, with all its layers or so many.
+
+    Raises:
+        UserError: neither the model's YAML nor a folder tells its architecture.
+    """
+    values = settings.model.architecture
+    folder = model_folder(settings)
+    require(
+        folder or values,
+        f"model={settings.model.name}: no architecture in its YAML; give model.path=DIR or architecture there",
+    )
+    options = models.head_options(task)
+    if task.form == "classification":
+        options["problem_type"] = "single_label_classification"  # else some models look into the labels
+    config = AutoConfig.from_pretrained(folder, **options) if folder else AutoConfig.for_model(**values, **options)
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    if models.head_class(task)._model_mapping[type(config)]._supports_sdpa:
+        config._attn_implementation = "planned"
+    with torch.device("meta"):
+        return models.head_class(task).from_config(config, dtype=getattr(torch, settings.model.dtype))
+
+
+def layers(model: torch.nn.Module) -> int:
+    return evaluation.plain(model).config.num_hidden_layers
+
+
+def published(settings: Settings) -> list[dict[str, str]]:
+    """Return what papers print as the trained weights of this model with this method at this rank, with the table."""
+    keys = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
+    found = []
+    for row in paper.find(**keys):
+        text = f"{row.values['params'].text} %" if "params" in row.values else row.keys.get("params")
+        if text and {"params": text, "table": row.table} not in found:
+            found.append({"params": text, "table": row.table})
+    return found
+
+
+def adapted(model: torch.nn.Module) -> dict[str, int]:
+    """Return how many modules the method changes, by the last part of their names."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            key = name.rpartition(".")[2]
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def flash_attention(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling=None, **_) -> tuple[Tensor, None]:
+    """Attention as accelerators compute it, which keeps no score for backward; on the meta device torch itself would
+    choose the way that keeps them all."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    causal = getattr(module, "is_causal", True)
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)[0]
+    return found.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("planned", flash_attention)
+AttentionMaskInterface.register("planned", lambda *args, **kwargs: None)
+
+
+def trace(settings: Settings, task: Task, layers: int) -> dict[str, int]:
+    """Return what a step of one batch takes: tokens, operations forward and backward, bytes kept for backward.
+
+    Each is measured with one layer and with two; the layers are alike, so the rest is a straight line.
+    """
+    one, two = (take_step(settings, task, count) for count in (1, 2))
+    return {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one}
+
+
+def take_step(settings: Settings, task: Task, layers: int) -> dict[str, int]:
+    """Take one step on the meta device with so many layers."""
+    model = methods.attach(skeleton(settings, task, layers), settings, task.form).train()
+    limit = getattr(evaluation.plain(model).config, "max_position_embeddings", settings.task.max_length)
+    ids = torch.zeros(settings.train.batch_size, min(settings.task.max_length, limit), dtype=torch.long, device="meta")
+    labels = {"generation": ids, "classification": ids[:, 0], "regression": ids[:, 0].float()}[task.form]
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+
+    def step() -> Callable[[], None]:
+        with forward:
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+        def back() -> None:
+            with backward:
+                loss.backward()
+
+        return back
+
+    kept = kept_bytes(model, step)
+    found = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    return {"tokens": ids.numel(), "kept": kept, **found}
+
+
+def training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
+    """Return how many examples training sees an epoch, and whether they were counted in the data."""
+    limit, known = settings.train.max_examples, settings.task.train_rows
+    counted = known is None or settings.data_dir is not None
+    rows = len(evaluation.load_split(task, "train", settings).rows) if counted else min(known, limit or known)
+    return rows, counted
+
+
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Return bytes of all weights, of those that train, and of one layer's."""
+    found = [(p.numel() * p.itemsize, p.requires_grad) for p in model.parameters()]
+    weights = sum(size for size, _ in found)
+    return {
+        "weights": weights,
+        "trained": sum(size for size, train in found if train),
+        "layer": weights // layers(model),
+    }
+
+
+def memory(size: dict[str, int], kept: float, devices: int, sharding: str) -> dict[str, float]:
+    """Return bytes a device: weights, gradients, AdamW's moments, what is kept for backward, a reserve, and the peak.
+
+    Sharded in full (FSDP2), a device holds its part of the first three and two layers gathered.
+    """
+    full = sharding == "full"
+    shards = devices if full else 1
+    parts = {
+        "weights": size["weights"] / shards,
+        "gradients": size["trained"] / shards,
+        "optimizer": ADAM * size["trained"] / shards,
+        "activations": kept,
+        "gathered": 2 * size["layer"] if full else 0,
+    }
+    reserve = RESERVE * sum(parts.values())
+    return {"size": size, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
+
+
+def check_fit(settings: Settings, found: dict[str, Any]) -> None:
+    """Refuse a plan that needs more than the device has, saying what would fit.
+
+    Raises:
+        UserError: with those settings.
+    """
+    train, hardware, parts = settings.train, settings.hardware, found["memory"]
+    room = found["hardware"]["memory"]
+
+    def fits(batch: int, devices: int, sharding: str) -> bool:
+        kept = parts["activations"] * batch / train.batch_size
+        return memory(parts["size"], kept, devices, sharding)["peak"] <= room
+
+    batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
+    more = [2**i for i in range(1, 11) if 2**i > hardware.devices]
+    same = [(b, hardware.devices, hardware.sharding) for b in batches]
+    wide = [(train.batch_size, devices, "full") for devices in more]
+    both = [(b, devices, "full") for devices in (hardware.devices, *more) if devices > 1 for b in batches]
+    chosen = {next((option for option in group if fits(*option)), None) for group in (same, wide)} - {None}
+    chosen = chosen or {next((option for option in both if fits(*option)), None)} - {None}
+    mends = []
+    for batch, devices, sharding in sorted(chosen, key=lambda option: option[1]):
+        mend = []
+        if batch != train.batch_size:
+            accumulation = train.accumulation * train.batch_size // batch
+            mend += [f"train.batch_size={batch} train.accumulation={accumulation}"]
+        if (devices, sharding) != (hardware.devices, hardware.sharding):
+            mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
+        mends.append(" ".join(mend))
+    require(
+        parts["peak"] <= room,
+        f"plan: {settings.model.name} with {settings.method.name} needs {parts['peak'] / GB:.1f} GB a device, "
+        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(mends) or 'a larger accelerator'}",
+    )
+
+
+def shown(found: dict[str, Any], record: Record) -> str:
+    """Return the plan as a few lines."""
+    parts, hardware = found["memory"], found["hardware"]
+    modules = ", ".join(f"{count} {name}" for name, count in found["modules"].items()) or "all weights"
+    held = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size and name not in ("size", "peak"))
+    lines = {
+        "plan": f"{found['model']} + {found['method']} on {found['task']}",
+        "adapts": modules,
+        "trains": f"{found['trainable_parameters']:,} of {found['parameters']:,} ({found['trainable_percent']:.2f} %), "
+        f"{found['adapter_parameters']:,} of them the adapter's",
+        "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
+        "memory": f"{parts['peak'] / GB:.2f} GB a device at most: {held}",
+        "step": f"{found['flops']['step'] / 1e12:.2f} TFLOP, {found['tokens_per_device_and_step']:,} tokens a device",
+        "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours at most on {hardware['devices']} x "
+        f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak",
+        "written": f"{record.shown()}/plan.json",
+    }
+    return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
