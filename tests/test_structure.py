@@ -26,6 +26,7 @@ FORBIDDEN = {
     "tasks": ("dual_lora", "torch", "transformers", "peft"),
     "dual_lora/tuner": ("dual_lora.lab", "tasks", "hydra", "datasets", "wandb"),
     "dual_lora/kernels": ("dual_lora", "tasks", "peft", "transformers", "hydra", "datasets", "wandb"),
+    "dual_lora/analysis": ("dual_lora", "tasks", "peft", "transformers", "hydra", "pandas"),
     "dual_lora/functional.py": ("dual_lora", "tasks", "peft", "transformers", "hydra"),
     "dual_lora/lab": ("train", "eval", "sweep"),
 }
