@@ -156,7 +156,8 @@ def analysed(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
 
 
 def base_weight(module: str) -> np.ndarray:
-    return load_file(ROOT / "dual_lora/lab/bundled/tiny-llama/model.safetensors")[f"{module}.weight"]
+    weights = load_file(ROOT / "dual_lora/lab/bundled/tiny-llama/model.safetensors")
+    return weights[f"{module}.weight"].astype(np.float64)
 
 
 def adapter_weights(folder, module: str) -> dict[str, np.ndarray]:
@@ -216,7 +217,7 @@ def test_lora_is_of_its_rank_and_dora_is_more_than_its_product(trained):
     for row in dora.values():
         assert (row["product_rank"], row["product_rank_null"]) == (16, 16) and row["overall_rank"] > 16
         assert row["relative_size_null"] == pytest.approx(row["relative_size"], rel=0.5)
-    weights, W0 = adapter_weights(trained["dora"], Q0), base_weight(Q0).astype(np.float64)
+    weights, W0 = adapter_weights(trained["dora"], Q0), base_weight(Q0)
     adapted = W0 + weights["lora_B.weight"].astype(np.float64) @ weights["lora_A.weight"]
     magnitude = next(v for k, v in weights.items() if "magnitude" in k).reshape(-1, 1)
     dW = magnitude * adapted / np.linalg.norm(adapted, axis=1, keepdims=True) - W0
@@ -298,7 +299,7 @@ def attached(method: str, *overrides: str):
     return chosen, model
 
 
-FUSED = '+method.peft.fused_slices={"attn.c_attn": [3, [0, 2]]}'
+FUSED = "+method.peft.fused_slices={c_attn: [3, [0, 2]]}"
 
 
 @pytest.mark.parametrize("case", [("dual_lora",), ("dual_lora", FUSED), ("lora",), ("dora",)])
@@ -307,11 +308,12 @@ def test_dw_is_what_merging_adds_also_in_transposed_and_fused_layers(case):
     found = list(updates.adapted(model, chosen))
     before = {u.name: u.weight().clone() for u in found}
     changes = {u.name: u.change().clone() for u in found}
+    nulls = {u.name: u.drawn("cpu")[0] for u in found}
     fused = {n.partition("c_attn")[2] for n in changes if "c_attn" in n}
     assert fused == ({"[0]", "[2]"} if FUSED in case else {""})
     model.merge_adapter()
     for update in found:
-        assert update.weight().shape == changes[update.name].shape == update.drawn("cpu")[0].shape
+        assert update.weight().shape == changes[update.name].shape == nulls[update.name].shape
         torch.testing.assert_close(update.weight() - before[update.name], changes[update.name], atol=1e-6, rtol=1e-3)
         assert changes[update.name].any()
     some = next(u for u in found if "c_attn" in u.name)
@@ -347,6 +349,8 @@ def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_p
     only_o = train("method=lora", "model.adapt=[o]")
     broken = shutil.copytree(lora, tmp_path / "broken")
     (broken / "adapter/adapter_model.safetensors").write_bytes(b"nothing")
+    gone = shutil.copytree(trained["full"], tmp_path / "gone")
+    shutil.rmtree(gone / "model")
     for arguments, message in (
         ([run, "analyse=yes"], "analyse=yes: must be true or false"),
         ([run, f"against={lora}"], "against: only with analyse=true"),
@@ -360,6 +364,7 @@ def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_p
         ([run, "analyse=true", f"against={other_model}"], "its model is tiny-roberta, this run's is tiny-llama"),
         ([run, "analyse=true", f"against={only_o}"], "changed none of the weights that this run changed"),
         ([f"run={broken}", "analyse=true"], "adapter: cannot be loaded"),
+        ([f"run={gone}", "analyse=true"], "model: cannot be loaded"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             cli.evaluate_again(arguments)
