@@ -333,8 +333,7 @@ def test_published_points_are_drawn_only_at_their_shape():
     def drawn(out: int) -> list[str]:
         axes = Figure().subplots()
         frame = pd.DataFrame({"layer": [0, 1], "magnitude_rank": [9, 9], "magnitude_rank_null": [8, 8]})
-        published = yaml.safe_load(rank_figure.PUBLISHED.read_text())
-        rank_figure.panel(axes, ("q", out, 4096), frame, {"magnitude": "ReLU(BA)"}, published)
+        rank_figure.numerical(axes, ("q", out, 4096), frame, {"magnitude": "ReLU(BA)"})
         return [line.get_label() for line in axes.get_lines()]
 
     assert drawn(1024) == ["ReLU(BA)", "ReLU(BA), random", "full rank"]

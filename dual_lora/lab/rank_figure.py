@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dual_lora import analysis
@@ -14,35 +15,46 @@ METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None
 
 
 def draw(rows: pd.DataFrame, labels: dict[str, str], folder: Path, title: str) -> None:
-    """Write ranks.png and ranks.pdf: a line for each part of `labels`, its null dashed in the same colour. The
-    published points are drawn in where matrices have their shape, and nowhere else."""
+    """Write ranks.png and ranks.pdf: a line for each part of `labels`, its null dashed in the same colour; numerical
+    ranks above, stable ranks, which tell more, below. The published points are drawn in where matrices have their
+    shape, and nowhere else."""
     groups = list(rows.groupby(["role", "out", "in"], sort=False))
-    figure = Figure(figsize=(1.2 + 3.6 * len(groups), 3.8), layout="constrained")
-    published = yaml.safe_load(PUBLISHED.read_text())
-    for axes, (key, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        panel(axes, key, group.sort_values("layer", kind="stable"), labels, published)
-    figure.axes[0].set_ylabel("numerical rank")
-    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(lines), 7), fontsize="small")
+    figure = Figure(figsize=(1.2 + 3.6 * len(groups), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(groups), squeeze=False, sharex=True)
+    for column, (key, group) in enumerate(groups):
+        group = group.sort_values("layer", kind="stable")
+        numerical(axes[0, column], key, group, labels)
+        lines(axes[1, column], group, labels, "stable_rank")
+        axes[1, column].set(ylim=(0, None), xlabel="layer")
+    axes[0, 0].set_ylabel("numerical rank")
+    axes[1, 0].set_ylabel("stable rank")
+    known = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    figure.legend(known.values(), known, loc="outside lower center", ncols=min(len(known), 7), fontsize="small")
     figure.suptitle(title)
     for kind, metadata in METADATA.items():
         figure.savefig(folder / f"ranks.{kind}", dpi=150, metadata=metadata)
 
 
-def panel(axes, key: tuple[str, int, int], group: pd.DataFrame, labels: dict[str, str], published: dict) -> None:
-    """Draw one role. key: its name, out and in."""
-    role, *shape = key
+def lines(axes: Axes, group: pd.DataFrame, labels: dict[str, str], kind: str) -> None:
     for number, (part, label) in enumerate(labels.items()):
-        colour = f"C{number}"
-        axes.plot(group["layer"], group[f"{part}_rank"], ".-", color=colour, label=label)
-        axes.plot(group["layer"], group[f"{part}_rank_null"], "--", color=colour, label=f"{label}, random")
+        axes.plot(group["layer"], group[f"{part}_{kind}"], ".-", color=f"C{number}", label=label)
+        axes.plot(group["layer"], group[f"{part}_{kind}_null"], "--", color=f"C{number}", label=f"{label}, random")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+
+
+def numerical(axes: Axes, key: tuple[str, int, int], group: pd.DataFrame, labels: dict[str, str]) -> None:
+    """Draw the numerical ranks of one role. key: its name, out and in."""
+    role, *shape = key
+    lines(axes, group, labels, "rank")
+    published = yaml.safe_load(PUBLISHED.read_text())
+    for number, (part, label) in enumerate(labels.items()):
         points = published["parts"].get(part) if shape == published["shape"] else None
         if points:
-            axes.plot(*zip(*points.items(), strict=True), "x", color=colour, label=f"{label}, {published['title']}")
+            name = f"{label}, {published['title']}"
+            axes.plot(*zip(*points.items(), strict=True), "x", color=f"C{number}", label=name)
     full = min(shape)
     axes.axhline(full, color="gray", linewidth=0.8, linestyle=":", label="full rank")
     lowest = min(min(line.get_ydata()) for line in axes.get_lines())
     room = max(full - lowest, full / 20) / 10
-    axes.set(title=f"{role}, {shape[0]} x {shape[1]}", xlabel="layer", ylim=(lowest - room, full + room))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
+    axes.set(title=f"{role}, {shape[0]} x {shape[1]}", ylim=(lowest - room, full + room))
