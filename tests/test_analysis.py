@@ -257,7 +257,14 @@ def test_likeness_to_full_tuning_is_that_of_numpy(trained):
     assert full[Q0]["relative_size"] == pytest.approx(np.linalg.norm(dW) / np.linalg.norm(base_weight(Q0)), rel=1e-4)
 
 
-def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_folder):
+def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_folder, monkeypatch):
+    load, drawn = models.load, iter(range(1, 99))
+
+    def load_and_draw(*arguments):
+        torch.rand(next(drawn))  # a fresh head would draw too; how much must not matter
+        return load(*arguments)
+
+    monkeypatch.setattr(models, "load", load_and_draw)
     folder = train("method=dual_lora", "train.lr=1e-30", "seed=3")
     first = updates.redrawn(cli.recorded(folder))
     weights = adapter_weights(folder, Q0)
@@ -319,6 +326,20 @@ def test_dw_is_what_merging_adds_also_in_transposed_and_fused_layers(case):
     some = next(u for u in found if "c_attn" in u.name)
     assert some.weight().shape == ((128, 128) if FUSED in case else (384, 128))
     assert updates.role_of(some.module, chosen) == "q/k/v"
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "lora", "dora"])
+def test_a_null_is_drawn_by_its_module_alone(method):
+    chosen, model = attached(method)
+    first, second = [u for u in updates.adapted(model, chosen) if "c_attn" in u.name][:2]
+    nulls = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        nulls.append(first.drawn("cpu")[0])
+        state = torch.get_rng_state()
+        assert torch.equal(state, torch.manual_seed(seed).get_state())
+    assert torch.equal(*nulls)
+    assert abs(analysis.likeness(nulls[0], second.drawn("cpu")[0])) < 0.1
 
 
 def test_a_method_it_cannot_take_apart_is_told():
