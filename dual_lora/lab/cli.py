@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from dual_lora.lab.runs import ROOT, Record, task_of
+from dual_lora.lab.runs import ROOT, Record, model_facts, task_of
 from dual_lora.lab.settings import Settings, UserError, nearest, require
 
 CONF = ROOT / "conf"
@@ -226,14 +226,14 @@ ADDED = {
 }
 
 
-def recorded(run: Path) -> Settings:
-    """Return the settings a run's record holds.
+def recorded(run: Path, key: str = "run") -> Settings:
+    """Return the settings a run's record holds. key: what the command line calls that run.
 
     Raises:
         UserError: there is no record, or one that today's settings cannot hold.
     """
     path = run / "config.yaml"
-    require(path.is_file(), f"run={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
+    require(path.is_file(), f"{key}={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
         stored = OmegaConf.merge(OmegaConf.structured(SCHEMA), ADDED, OmegaConf.load(path))
     except (OmegaConfBaseException, OSError, YAMLError) as error:
@@ -268,17 +268,42 @@ def changed(settings: Settings, values: dict[str, str | int]) -> Settings:
 
 
 def evaluate_again(argv: list[str]) -> int:
-    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export it."""
-    run, values = read_again(argv, **{"export": str, "model.dtype": str})
+    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export or analyse
+    it."""
+    run, values = read_again(argv, **{"export": str, "model.dtype": str, "analyse": str, "against": str})
     folder, dtype = values.pop("export", None), values.pop("model.dtype", None)
+    analyse, against = values.pop("analyse", "false"), values.pop("against", None)
     require(folder or not dtype, "model.dtype: only with export=DIR; a run is evaluated in its own dtype")
+    require(analyse in ("true", "false"), f"analyse={analyse}: must be true or false")
+    require(analyse == "true" or not against, "against: only with analyse=true")
+    require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
     settings = changed(recorded(run), values)
     record = Record(run.resolve())
     if folder:
         return export_run(settings, record, Path(folder).expanduser(), dtype or settings.model.dtype)
+    if analyse == "true":
+        return analyse_run(settings, record, Path(against) if against else None, values)
     from dual_lora.lab import reevaluation
 
     return reevaluation.run(settings, record)
+
+
+def analyse_run(settings: Settings, record: Record, against: Path | None, values: dict[str, str | int]) -> int:
+    """Check that a run, and the one it is compared to, can be analysed, and do it."""
+    require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    other = None
+    if against:
+        other = changed(recorded(against, "against"), values), Record(against.resolve())
+        require(other[1].result() is not None, f"against={against}: not finished, it has no result.json")
+        require(
+            other[0].model.name == settings.model.name and model_facts(other[0]) == model_facts(settings),
+            f"against={against}: its model is {other[0].model.name}, this run's is {settings.model.name}; "
+            "only changes of the same weights compare",
+        )
+    from dual_lora.lab import analysing
+
+    print(analysing.run(settings, record, other))
+    return EXIT_OK
 
 
 def export_run(settings: Settings, record: Record, folder: Path, dtype: str) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
 from dual_lora.lab import evaluation, methods, models
@@ -38,12 +39,17 @@ def run(settings: Settings, record: Record) -> int:
 
 
 def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.nn.Module, object]:
-    """Return the model as it was when the run ended, and its tokenizer."""
-    if settings.method.peft is None:
-        model = models.head_class(task).from_pretrained(record.folder / "model", use_safetensors=True)
-        return model, models.load_tokenizer(settings)
-    base, tokenizer = models.load(settings, task)
+    """Return the model as it was when the run ended, and its tokenizer.
+
+    Raises:
+        UserError: the base model or what was trained cannot be loaded.
+    """
+    tuned = settings.method.peft is None
+    base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else models.load(settings, task)
+    folder = record.folder / ("model" if tuned else "adapter")
     try:
-        return PeftModel.from_pretrained(base, record.folder / "adapter"), tokenizer
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{record.folder / 'adapter'}: cannot be loaded ({error})") from error
+        if tuned:
+            return models.head_class(task).from_pretrained(folder, use_safetensors=True), tokenizer
+        return PeftModel.from_pretrained(base, folder), tokenizer
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error

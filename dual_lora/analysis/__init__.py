@@ -1,0 +1,31 @@
+"""What an adapter did to a weight: from matrices to plain numbers. Leaf modules: torch and the method's own map."""
+
+from .entries import (
+    DIRECTION_EDGES,
+    MAGNITUDE_EDGES,
+    agreement,
+    dead_rows,
+    flipped,
+    histogram,
+    likeness,
+    relative_size,
+    zeros,
+)
+from .spectrum import TOLERANCES, spectrum
+from .update import dual, overall
+
+__all__ = [
+    "DIRECTION_EDGES",
+    "MAGNITUDE_EDGES",
+    "TOLERANCES",
+    "agreement",
+    "dead_rows",
+    "dual",
+    "flipped",
+    "histogram",
+    "likeness",
+    "overall",
+    "relative_size",
+    "spectrum",
+    "zeros",
+]

@@ -1,0 +1,57 @@
+"""What the entries of an update tell: zeros, size, where they lie, and likeness to another update."""
+
+import torch
+from torch import Tensor
+
+from ..functional import sign_ste
+
+# Bins of half a decade, the same for every model. Bin i holds edges[i - 1] < x <= edges[i]; the first and the last are
+# open, so the first bin of a magnitude is its exact zeros, and the bin that ends in 0 has the sign -1.
+_DECADES = tuple(10 ** (k / 2) for k in range(-12, 3))
+MAGNITUDE_EDGES = (0.0, *_DECADES)
+DIRECTION_EDGES = (*(-e for e in reversed(_DECADES)), 0.0, *_DECADES)
+
+
+def zeros(dW: Tensor) -> float:
+    """Share of entries that are exactly 0."""
+    return (dW == 0).double().mean().item()
+
+
+def dead_rows(dW: Tensor) -> int:
+    """How many rows (outputs) of dW: out x in have no entry other than 0."""
+    return int((~dW.bool().any(1)).sum())
+
+
+def relative_size(dW: Tensor, W0: Tensor) -> float | None:
+    """||dW||_F / ||W0||_F; None where W0 is 0."""
+    return _ratio(dW.double().norm(), W0.double().norm())
+
+
+def histogram(x: Tensor, edges: tuple[float, ...]) -> list[int]:
+    """Counts of the entries of x in len(edges) + 1 bins; bin i holds edges[i - 1] < x <= edges[i]."""
+    bounds = torch.tensor(edges, dtype=x.dtype, device=x.device)
+    return torch.bincount(torch.bucketize(x.flatten(), bounds), minlength=len(edges) + 1).tolist()
+
+
+@torch.no_grad()
+def flipped(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float:
+    """Share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2."""
+    return (sign_ste(D.float() @ C.float()) != sign_ste(D0.float() @ C0.float())).double().mean().item()
+
+
+def agreement(a: Tensor, b: Tensor) -> dict[str, float | None]:
+    """Likeness of two updates of one shape. Keys: cosine, of the entries as one vector, None where either is 0;
+    sign_agreement, the share of equal signs among the entries that are 0 in neither (chance: 0.5), None without any."""
+    both = (a != 0) & (b != 0)
+    equal = ((a > 0) == (b > 0)) & both
+    return {"cosine": likeness(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
+
+
+def likeness(a: Tensor, b: Tensor) -> float | None:
+    """Cosine between two tensors of one shape as vectors, None where either is 0."""
+    a, b = a.double(), b.double()
+    return _ratio((a * b).sum(), a.norm() * b.norm())
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float | None:
+    return (part / whole).item() if whole > 0 else None

@@ -1,0 +1,391 @@
+"""Analysis of a run's weights: known matrices, an independent numpy computation, whole runs, what is refused."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from matplotlib.figure import Figure
+from peft import LoHaConfig, get_peft_model
+from safetensors.numpy import load_file
+
+import tasks
+from dual_lora import analysis, delta_weight
+from dual_lora.lab import cli, methods, models, rank_figure, runs, training, updates
+from dual_lora.lab.settings import UserError
+from dual_lora.tuner.warmup import factors_of
+
+ROLES = {"q", "k", "v", "up", "down"}
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+def factors(out: int = 96, fan_in: int = 64, r1: int = 3, r2: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((r1, fan_in), (out, r1), (r2, fan_in), (out, r2))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def by_numpy(A, B, C, D, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Return ReLU(B A), Sign(D C) and dW in float64, written anew."""
+    A, B, C, D = (np.asarray(t, np.float64) for t in (A, B, C, D))
+    size, sign = np.maximum(B @ A, 0), np.where(D @ C > 0, 1.0, -1.0)
+    return {"magnitude": size, "direction": sign, "overall": scale * size * sign}
+
+
+def soft_ranks(W: np.ndarray) -> tuple[float, float]:
+    s = np.linalg.svd(W, compute_uv=False)
+    p = s / s.sum()
+    p = p[p > 0]
+    return (s**2).sum() / s[0] ** 2, math.exp(-(p * np.log(p)).sum())
+
+
+@pytest.mark.parametrize("n", [1, 7, 64])
+def test_every_rank_of_the_identity_is_its_size(n):
+    found = analysis.spectrum(3 * torch.eye(n))
+    assert {found[key] for key in found if key.startswith("rank")} == {n}
+    assert found["stable_rank"] == pytest.approx(n) and found["effective_rank"] == pytest.approx(n)
+
+
+def test_ranks_of_known_singular_values():
+    found = analysis.spectrum(torch.diag(torch.tensor([2.0, 1.0, 0.1, 0.01, 1e-3, 1e-9])))
+    ranks = [found[key] for key in ("rank", "rank_0.001", "rank_0.01", "rank_0.1")]
+    assert ranks == [5, 4, 3, 2]
+    assert found["stable_rank"] == pytest.approx((4 + 1 + 0.01 + 1e-4 + 1e-6) / 4)
+    two = analysis.spectrum(torch.diag(torch.tensor([3.0, 1.0])))
+    assert two["effective_rank"] == pytest.approx(4 / 3**0.75)
+
+
+def test_a_zero_matrix_has_rank_nought_and_no_nan():
+    zero = torch.zeros(5, 3)
+    found = analysis.overall(zero, torch.ones(5, 3))
+    assert {v for k, v in found.items() if "rank" in k} == {0}
+    assert (found["zeros"], found["dead_rows"], found["relative_size"]) == (1.0, 5, 0.0)
+    assert analysis.relative_size(torch.ones(2, 2), torch.zeros(2, 2)) is None
+    assert analysis.agreement(zero, torch.ones(5, 3)) == {"cosine": None, "sign_agreement": None}
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (40, 64), (64, 64)])
+def test_ranks_of_random_factors_are_those_of_numpy(shape):
+    four = factors(*shape)
+    found = analysis.dual(*four) | analysis.overall(delta_weight(*four, 0.25), None)
+    for part, W in by_numpy(*four, scale=0.25).items():
+        stable, effective = soft_ranks(W)
+        assert found[f"{part}_stable_rank"] == pytest.approx(stable, rel=1e-5)
+        assert found[f"{part}_effective_rank"] == pytest.approx(effective, rel=1e-5)
+        assert found[f"{part}_rank"] == np.linalg.matrix_rank(W.astype(np.float32))
+        s = np.linalg.svd(W, compute_uv=False)
+        assert found[f"{part}_rank_0.1"] == (s > 0.1 * s[0]).sum() < min(shape)
+    assert found["overall_rank"] > 8  # r1 + r2
+
+
+def test_the_rank_is_torchs_where_it_is_not_full():
+    A, B, _, _ = factors()
+    W = B @ A
+    assert analysis.spectrum(W)["rank"] == torch.linalg.matrix_rank(W) == 3
+    wide = torch.randn(40, 400, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -7, 40)[:, None]
+    assert 10 < analysis.spectrum(wide)["rank"] == torch.linalg.matrix_rank(wide) < 40
+
+
+def test_variants_of_the_map_are_followed():
+    A, B, C, D = factors()
+    found = analysis.dual(A, B, C, D, "identity", "identity")
+    assert (found["magnitude_rank"], found["direction_rank"]) == (3, 5)
+    assert analysis.dual(A, B, C, D, "abs", "tanh")["magnitude_rank"] > 3
+
+
+def test_histograms_count_every_entry_in_its_bin():
+    assert analysis.histogram(torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.5, 9.0]), (0.0, 1.0)) == [2, 2, 2]
+    A, B, C, D = factors()
+    found, by_hand = analysis.dual(A, B, C, D), by_numpy(A, B, C, D)
+    assert sum(found["magnitude_histogram"]) == sum(found["direction_histogram"]) == 96 * 64
+    assert found["magnitude_histogram"][0] == (by_hand["magnitude"] == 0).sum()
+    negative = analysis.DIRECTION_EDGES.index(0.0)
+    assert sum(found["direction_histogram"][: negative + 1]) == (by_hand["direction"] < 0).sum()
+    assert len(found["direction_histogram"]) == len(analysis.DIRECTION_EDGES) + 1
+    tenth = analysis.MAGNITUDE_EDGES.index(0.1)
+    below = (by_hand["magnitude"] <= 0.1).sum()
+    assert sum(found["magnitude_histogram"][: tenth + 1]) == below
+
+
+def test_zeros_dead_rows_and_flipped_signs_are_counted():
+    W = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, -1.0, 2.0]])
+    assert (analysis.zeros(W), analysis.dead_rows(W), analysis.dead_rows(W.T)) == (5 / 8, 1, 1)
+    _, _, C, D = factors()
+    turned = D.clone()
+    turned[:24] *= -1
+    assert analysis.flipped(C, D, C, D) == 0
+    assert analysis.flipped(C, turned, C, D) == 0.25
+    assert analysis.flipped(2 * C, D, C, 3 * D) == 0  # of the size of a draw no sign depends
+
+
+def test_agreement_of_known_updates():
+    a = torch.tensor([[3.0, 0.0, -4.0, 1.0]])
+    assert analysis.agreement(a, a) == {"cosine": pytest.approx(1), "sign_agreement": 1.0}
+    assert analysis.agreement(a, -2 * a) == {"cosine": pytest.approx(-1), "sign_agreement": 0.0}
+    b = torch.tensor([[4.0, 7.0, 3.0, 0.0]])
+    assert analysis.agreement(a, b) == {"cosine": 0.0, "sign_agreement": 0.5}
+
+
+METHODS = ("dual_lora", "lora", "dora", "full")
+SHORT = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of one short run of each method on tiny-llama."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RUNS", tmp_path_factory.mktemp("runs"))
+        yield {m: train(f"method={m}") for m in METHODS}
+
+
+def train(*overrides: str):
+    chosen = cli.load(["model=tiny-llama", "task=demo/restaurants", *SHORT, *overrides])
+    return runs.RUNS / "adhoc" / training.run(chosen)["identity"]
+
+
+def analysed(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
+    """Return analysis.json and its rows by module."""
+    assert cli.evaluate_again([f"run={folder}", "analyse=true", *arguments]) == 0
+    content = json.loads((folder / "analysis.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    return content, {row["module"]: row for row in content["rows"]}
+
+
+def base_weight(module: str) -> np.ndarray:
+    weights = load_file(ROOT / "dual_lora/lab/bundled/tiny-llama/model.safetensors")
+    return weights[f"{module}.weight"].astype(np.float64)
+
+
+def adapter_weights(folder, module: str) -> dict[str, np.ndarray]:
+    weights = load_file(folder / "adapter/adapter_model.safetensors")
+    return {name.partition(f"{module}.")[2]: value for name, value in weights.items() if f"{module}." in name}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_analysed_into_files_and_a_table(method, trained, capsys):
+    content, rows = analysed(trained[method])
+    roles = ROLES | {"o", "gate"} if method == "full" else ROLES
+    assert {row["role"] for row in rows.values()} == roles
+    assert [row["layer"] for row in rows.values() if row["role"] == "q"] == [0, 1, 2]
+    csv = pd.read_csv(trained[method] / "analysis.csv")
+    assert list(csv["module"]) == list(rows) and len(rows) == 3 * len(roles)
+    assert {"overall_rank", "overall_rank_null", "overall_rank_0.01", "zeros_null", "signs_flipped"} <= set(csv)
+    for row in rows.values():
+        full = min(row["out"], row["in"])
+        for part in content["labels"]:
+            for null in ("", "_null"):
+                assert 1 <= row[f"{part}_stable_rank{null}"] <= row[f"{part}_rank{null}"] <= full
+        assert row["overall_stable_rank"] != row["overall_stable_rank_null"]
+        assert row["relative_size"] > 0 and row["cosine"] is None
+    assert (trained[method] / "ranks.png").stat().st_size > 5000
+    assert (trained[method] / "ranks.pdf").read_bytes().startswith(b"%PDF")
+    said = capsys.readouterr().out
+    assert "trained | null" in said and content["null"] in said and "analysed: " in said
+
+
+def test_dual_lora_rows_are_those_of_numpy(trained):
+    content, rows = analysed(trained["dual_lora"])
+    row, weights = rows[Q0], adapter_weights(trained["dual_lora"], Q0)
+    four = [next(v for k, v in weights.items() if k.rpartition(".")[2] == name) for name in "ABCD"]
+    assert row["ranks"] == "8+8" and content["update_scale"] == pytest.approx(2 / 20)
+    by_hand = by_numpy(*four, scale=2 / 20 * 16 / 8)
+    for part, W in by_hand.items():
+        stable, effective = soft_ranks(W)
+        assert row[f"{part}_stable_rank"] == pytest.approx(stable, rel=1e-3)
+        assert row[f"{part}_effective_rank"] == pytest.approx(effective, rel=1e-3)
+    size = np.linalg.norm(by_hand["overall"]) / np.linalg.norm(base_weight(Q0))
+    assert row["relative_size"] == pytest.approx(size, rel=1e-4)
+    assert row["zeros"] == pytest.approx((by_hand["overall"] == 0).mean(), abs=1e-3)
+    nulls = [r["relative_size_null"] * np.linalg.norm(base_weight(m)) / math.sqrt(r["out"]) for m, r in rows.items()]
+    assert np.median(nulls) == pytest.approx(0.02, rel=0.1)  # the rule of `init_std`, at full scale
+
+
+def test_lora_is_of_its_rank_and_dora_is_more_than_its_product(trained):
+    _, lora = analysed(trained["lora"])
+    _, dora = analysed(trained["dora"])
+    for row in lora.values():
+        assert (row["ranks"], row["overall_rank"], row["overall_rank_null"]) == ("16", 16, 16)
+        assert row["relative_size_null"] is None and row["signs_flipped"] is None
+    weights = adapter_weights(trained["lora"], Q0)
+    BA = weights["lora_B.weight"].astype(np.float64) @ weights["lora_A.weight"]
+    assert lora[Q0]["relative_size"] == pytest.approx(np.linalg.norm(BA) / np.linalg.norm(base_weight(Q0)), rel=1e-4)
+    assert lora[Q0]["overall_effective_rank"] == pytest.approx(soft_ranks(BA)[1], rel=1e-4)
+    for row in dora.values():
+        assert (row["product_rank"], row["product_rank_null"]) == (16, 16) and row["overall_rank"] > 16
+        assert row["relative_size_null"] == pytest.approx(row["relative_size"], rel=0.5)
+    weights, W0 = adapter_weights(trained["dora"], Q0), base_weight(Q0)
+    adapted = W0 + weights["lora_B.weight"].astype(np.float64) @ weights["lora_A.weight"]
+    magnitude = next(v for k, v in weights.items() if "magnitude" in k).reshape(-1, 1)
+    dW = magnitude * adapted / np.linalg.norm(adapted, axis=1, keepdims=True) - W0
+    assert dora[Q0]["overall_stable_rank"] == pytest.approx(soft_ranks(dW)[0], rel=1e-3)
+    assert dora[Q0]["relative_size"] == pytest.approx(np.linalg.norm(dW) / np.linalg.norm(W0), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_analyses_are_identical_byte_for_byte(method, trained):
+    kept = []
+    for seed in (1, 2):  # whatever was drawn before
+        torch.manual_seed(seed)
+        analysed(trained[method])
+        kept.append([(trained[method] / f).read_bytes() for f in ("analysis.json", "analysis.csv", "ranks.png")])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_agrees_with_itself_and_its_null_does_not(method, trained):
+    content, rows = analysed(trained[method], f"against={trained[method]}")
+    assert content["against"] == trained[method].name
+    for row in rows.values():
+        assert row["cosine"] == pytest.approx(1) and row["sign_agreement"] == 1
+        assert abs(row["cosine_null"]) < 0.2 and row["sign_agreement_null"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_likeness_to_full_tuning_is_that_of_numpy(trained):
+    _, lora = analysed(trained["lora"], f"against={trained['full']}")
+    _, full = analysed(trained["full"], f"against={trained['lora']}")
+    weights = adapter_weights(trained["lora"], Q0)
+    BA = weights["lora_B.weight"].astype(np.float64) @ weights["lora_A.weight"]
+    dW = load_file(trained["full"] / "model/model.safetensors")[f"{Q0}.weight"].astype(np.float64) - base_weight(Q0)
+    cosine = (BA * dW).sum() / np.linalg.norm(BA) / np.linalg.norm(dW)
+    assert lora[Q0]["cosine"] == pytest.approx(cosine, rel=1e-4) == full[Q0]["cosine"]
+    assert cosine > 0.05  # both descend the same loss
+    assert full["model.layers.0.self_attn.o_proj"]["cosine"] is None  # which LoRA did not adapt
+    assert full[Q0]["relative_size"] == pytest.approx(np.linalg.norm(dW) / np.linalg.norm(base_weight(Q0)), rel=1e-4)
+
+
+def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_folder, monkeypatch):
+    load, drawn = models.load, iter(range(1, 99))
+
+    def load_and_draw(*arguments):
+        torch.rand(next(drawn))  # a fresh head would draw too; how much must not matter
+        return load(*arguments)
+
+    monkeypatch.setattr(models, "load", load_and_draw)
+    folder = train("method=dual_lora", "train.lr=1e-30", "seed=3")
+    first = updates.redrawn(cli.recorded(folder))
+    weights = adapter_weights(folder, Q0)
+    for name in "ABCD":
+        stored = next(v for k, v in weights.items() if k.rpartition(".")[2] == name)
+        assert np.array_equal(stored, getattr(first[Q0], name).detach().numpy())
+    content, rows = analysed(folder)
+    assert content["beginning"]["rebuilt"] and content["beginning"]["least_cosine"] == pytest.approx(1)
+    assert {row["signs_flipped"] for row in rows.values()} == {0}
+
+
+def test_signs_flipped_are_told_only_where_the_beginning_is_known(trained, tmp_path, capsys):
+    _, rows = analysed(trained["dual_lora"])
+    assert all(0 < row["signs_flipped"] < 0.2 for row in rows.values())
+    other = shutil.copytree(trained["dual_lora"], tmp_path / "run")
+    stored = yaml.safe_load((other / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump(stored | {"seed": 1}))
+    capsys.readouterr()
+    content, rows = analysed(other)
+    assert {row["signs_flipped"] for row in rows.values()} == {None}
+    assert not content["beginning"]["rebuilt"] and content["beginning"]["least_over_chance"] < updates.SURE
+    assert "Signs flipped: not told, the factors drawn again from the seed are not seen" in capsys.readouterr().out
+
+
+def attached(method: str, *overrides: str):
+    """Return settings and tiny-gpt2, whose linear layers keep their weights in x out, with random factors on it."""
+    chosen = cli.load(["model=tiny-gpt2", "task=demo/choice", f"method={method}", *overrides])
+    task = tasks.load(chosen.task.name)
+    base, _ = models.load(chosen, task)
+    torch.manual_seed(0)
+    model = methods.attach(base, chosen, task.form)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+        elif "magnitude" in name:
+            parameter.data *= 1.1
+    for dual in factors_of(model):
+        dual.set_update_scale(0.5, ramp=False)
+    return chosen, model
+
+
+FUSED = "+method.peft.fused_slices={c_attn: [3, [0, 2]]}"
+
+
+@pytest.mark.parametrize("case", [("dual_lora",), ("dual_lora", FUSED), ("lora",), ("dora",)])
+def test_dw_is_what_merging_adds_also_in_transposed_and_fused_layers(case):
+    chosen, model = attached(*case)
+    found = list(updates.adapted(model, chosen))
+    before = {u.name: u.weight().clone() for u in found}
+    changes = {u.name: u.change().clone() for u in found}
+    nulls = {u.name: u.drawn("cpu")[0] for u in found}
+    fused = {n.partition("c_attn")[2] for n in changes if "c_attn" in n}
+    assert fused == ({"[0]", "[2]"} if FUSED in case else {""})
+    model.merge_adapter()
+    for update in found:
+        assert update.weight().shape == changes[update.name].shape == nulls[update.name].shape
+        torch.testing.assert_close(update.weight() - before[update.name], changes[update.name], atol=1e-6, rtol=1e-3)
+        assert changes[update.name].any()
+    some = next(u for u in found if "c_attn" in u.name)
+    assert some.weight().shape == ((128, 128) if FUSED in case else (384, 128))
+    assert updates.role_of(some.module, chosen) == "q/k/v"
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "lora", "dora"])
+def test_a_null_is_drawn_by_its_module_alone(method):
+    chosen, model = attached(method)
+    first, second = [u for u in updates.adapted(model, chosen) if "c_attn" in u.name][:2]
+    nulls = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        nulls.append(first.drawn("cpu")[0])
+        state = torch.get_rng_state()
+        assert torch.equal(state, torch.manual_seed(seed).get_state())
+    assert torch.equal(*nulls)
+    assert abs(analysis.likeness(nulls[0], second.drawn("cpu")[0])) < 0.1
+
+
+def test_a_method_it_cannot_take_apart_is_told():
+    chosen = cli.load(["model=tiny-llama", "task=demo/restaurants"])
+    base, _ = models.load(chosen, tasks.load(chosen.task.name))
+    model = get_peft_model(base, LoHaConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"dual_lora \(LOHA\): not known how to take its dW apart"):
+        list(updates.adapted(model, chosen))
+
+
+def test_published_points_are_drawn_only_at_their_shape():
+    def drawn(out: int) -> list[str]:
+        axes = Figure().subplots()
+        frame = pd.DataFrame({"layer": [0, 1], "magnitude_rank": [9, 9], "magnitude_rank_null": [8, 8]})
+        rank_figure.numerical(axes, ("q", out, 4096), frame, {"magnitude": "ReLU(BA)"})
+        return [line.get_label() for line in axes.get_lines()]
+
+    assert drawn(1024) == ["ReLU(BA)", "ReLU(BA), random", "full rank"]
+    assert "ReLU(BA), published, LLaMA2-7B (digitized)" in drawn(4096)
+
+
+def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_path):
+    run, lora = f"run={trained['dual_lora']}", trained["lora"]
+    other_model = train("model=tiny-roberta", "task=demo/sentiment", "method=lora")
+    unfinished = shutil.copytree(lora, tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    only_o = train("method=lora", "model.adapt=[o]")
+    broken = shutil.copytree(lora, tmp_path / "broken")
+    (broken / "adapter/adapter_model.safetensors").write_bytes(b"nothing")
+    gone = shutil.copytree(trained["full"], tmp_path / "gone")
+    shutil.rmtree(gone / "model")
+    for arguments, message in (
+        ([run, "analyse=yes"], "analyse=yes: must be true or false"),
+        ([run, f"against={lora}"], "against: only with analyse=true"),
+        ([run, "analyse=false", f"against={lora}"], "against: only with analyse=true"),
+        ([run, "analyse=true", f"export={tmp_path / 'out'}"], "analyse=true and export=DIR: one at a time"),
+        ([run, "analise=true"], "analise: no such setting of .* Did you mean analyse?"),
+        (["run=/nowhere", "analyse=true"], "run=/nowhere: no config.yaml there"),
+        ([run, "analyse=true", "against=/nowhere"], "against=/nowhere: no config.yaml there"),
+        ([f"run={unfinished}", "analyse=true"], "run=.*: not finished"),
+        ([run, "analyse=true", f"against={unfinished}"], "against=.*: not finished"),
+        ([run, "analyse=true", f"against={other_model}"], "its model is tiny-roberta, this run's is tiny-llama"),
+        ([run, "analyse=true", f"against={only_o}"], "changed none of the weights that this run changed"),
+        ([f"run={broken}", "analyse=true"], "adapter: cannot be loaded"),
+        ([f"run={gone}", "analyse=true"], "model: cannot be loaded"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            cli.evaluate_again(arguments)
+        assert "\n" not in str(caught.value)
