@@ -11,6 +11,8 @@ from conftest import ROOT
 from test_glue import write_official
 
 from dual_lora import bench
+from dual_lora.lab import cli, plan
+from dual_lora.lab.runs import Record
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(("    python ", "    make "))]
@@ -76,6 +78,15 @@ def test_the_benchmark_runs_as_written_and_its_tables_are_the_newest(tmp_path, m
     newest = json.loads(max((ROOT / "benchmarks").glob("*.json")).read_text())
     for case in ("layer 2048 x 2048, 1024 tokens, float32", "smollm2, batch 8 x 72, float32"):
         assert bench.table([bench.Row(**row) for row in newest["cases"][case]["rows"]]) in README
+
+
+def test_the_plan_is_as_shown(runs_folder):
+    (command,) = [c for c in COMMANDS if "plan=true" in c]
+    settings = cli.load(words(command)[2:])
+    lines = plan.shown(plan.draw(settings), Record.of(settings)).splitlines()
+    assert len(lines) == 7
+    for line in lines[:-1]:
+        assert line in README
 
 
 def test_the_python_example_adapts_any_model():

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dual_lora import analysis
+from dual_lora import paper
 
-PUBLISHED = Path(analysis.__file__).parent / "figure_3.yaml"
+PUBLISHED, PUBLISHED_SHAPE = "dual_lora_fig3_rank_per_layer", [4096, 4096]
 # Else the files would hold the time they were made at, and matplotlib's version.
 METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
@@ -35,6 +34,13 @@ def draw(rows: pd.DataFrame, labels: dict[str, str], folder: Path, title: str) -
         figure.savefig(folder / f"ranks.{kind}", dpi=150, metadata=metadata)
 
 
+def published(part: str) -> dict[int, float]:
+    """Return the published ranks of a part of dW by layer, those that could be read off the figure."""
+    table = paper.load(PUBLISHED)
+    known = {row.keys["layer"]: row.values[part] for row in table.rows if part in row.values}
+    return {layer: value.number for layer, value in known.items() if isinstance(layer, int)}
+
+
 def lines(axes: Axes, group: pd.DataFrame, labels: dict[str, str], kind: str) -> None:
     for number, (part, label) in enumerate(labels.items()):
         axes.plot(group["layer"], group[f"{part}_{kind}"], ".-", color=f"C{number}", label=label)
@@ -47,12 +53,11 @@ def numerical(axes: Axes, key: tuple[str, int, int], group: pd.DataFrame, labels
     """Draw the numerical ranks of one role. key: its name, out and in."""
     role, *shape = key
     lines(axes, group, labels, "rank")
-    published = yaml.safe_load(PUBLISHED.read_text())
     for number, (part, label) in enumerate(labels.items()):
-        points = published["parts"].get(part) if shape == published["shape"] else None
+        points = published(part) if "magnitude" in labels and shape == PUBLISHED_SHAPE else {}
         if points:
-            name = f"{label}, {published['title']}"
-            axes.plot(*zip(*points.items(), strict=True), "x", color=f"C{number}", label=name)
+            name = f"{label}, published, LLaMA2-7B (digitized)"
+            axes.plot(points.keys(), points.values(), "x", color=f"C{number}", label=name)
     full = min(shape)
     axes.axhline(full, color="gray", linewidth=0.8, linestyle=":", label="full rank")
     lowest = min(min(line.get_ydata()) for line in axes.get_lines())

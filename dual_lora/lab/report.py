@@ -70,13 +70,23 @@ def figure(runs: pd.DataFrame, experiment: Experiment, path: Path) -> None:
     plt.close(fig)
 
 
+def sources(cells: list[tuple[Settings, dict | None]]) -> str:
+    """Return a footnote with the files the finished runs read, as they name themselves, and how many rows of them."""
+    found = {
+        f"{name} {facts['origin']}, {facts['rows']:,} rows"
+        for _, result in cells
+        for name, facts in (result["data"].items() if result else ())
+    }
+    return f"\n\nData: {'; '.join(sorted(found))}." if found else ""
+
+
 def write(experiment: Experiment, cells: list[tuple[Settings, dict | None]], folder: Path) -> str:
     """Write table.md, table.csv and figure.png below `folder`; return the table as Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = frame(experiment, cells)
     seeds = ", ".join(map(str, sorted(set(runs["seed"]))))
     note = f"Main score in percent: mean ± sample standard deviation (runs); seeds {seeds}; {MISSING}: not finished."
-    text = f"{table(runs).rename_axis(None).rename_axis(None, axis=1).to_markdown()}\n\n{note}\n"
+    text = f"{table(runs).rename_axis(None).rename_axis(None, axis=1).to_markdown()}\n\n{note}{sources(cells)}\n"
     (folder / "table.md").write_text(text)
     runs.to_csv(folder / "table.csv", index=False)
     if runs["score"].notna().any():
