@@ -85,7 +85,9 @@ def write(experiment: Experiment, cells: list[tuple[Settings, dict | None]], fol
     folder.mkdir(parents=True, exist_ok=True)
     runs = frame(experiment, cells)
     seeds = ", ".join(map(str, sorted(set(runs["seed"]))))
-    note = f"Main score in percent: mean ± sample standard deviation (runs); seeds {seeds}; {MISSING}: not finished."
+    metrics = ", ".join(sorted({result["metric"] for _, result in cells if result})) or "none yet"
+    note = f"Main score ({metrics}) in percent: mean ± sample standard deviation (runs); seeds {seeds}; "
+    note += f"{MISSING}: not finished."
     text = f"{table(runs).rename_axis(None).rename_axis(None, axis=1).to_markdown()}\n\n{note}{sources(cells)}\n"
     (folder / "table.md").write_text(text)
     runs.to_csv(folder / "table.csv", index=False)
