@@ -22,6 +22,7 @@ import os
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -150,20 +151,27 @@ def timed(step: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+class Held:
+    """A tensor as autograd holds it: it dies with the graph that holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept_bytes(model: nn.Module, step: Callable) -> int:
     """Return what autograd holds between `step` and the backward it returns; on the meta device, too."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> Held:
+        kept = Held(tensor.detach())
+        held.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         backward = step()
-        found = sum(kept.values())
+        storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in held}
+    found = sum(size for storage, size in storages.items() if storage not in parameters)
     backward()
     return found
 

@@ -13,7 +13,7 @@ from tasks import base
 from tasks.base import Row, TaskError
 from tasks.data_to_text import SEPARATOR, DataToText, Pair, triples
 
-VERSION = 1
+VERSION = 2  # 1: no output repeated an n-gram of its prompt
 
 
 def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart":

@@ -29,7 +29,7 @@ from tasks import base
 from tasks.base import Row, Split, TaskError
 from tasks.data_to_text import SEPARATOR, DataToText, Pair
 
-VERSION = 1
+VERSION = 2  # 1: no output repeated an n-gram of its prompt
 HUB, REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
 SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 FORMS = {"tokenised": "LoRA's tokenised text", "official": "the official text"}

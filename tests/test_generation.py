@@ -75,6 +75,33 @@ def test_outputs_are_those_of_plain_generate(model, beams):
         assert text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("model", WRITERS)
+def test_only_what_was_generated_is_not_repeated(model, beams):
+    options = [f"task.num_beams={beams}", "task.max_new_tokens=30"]
+    chosen, task, base, tokenizer = loaded(model, "demo/restaurants", *options)
+    rows = some(task, "validation", chosen, 10)
+
+    def outputs(ngram: int, size: int = 10) -> list[list[int]]:
+        changed = replace(chosen, task=replace(chosen.task, no_repeat_ngram=ngram))
+        changed = replace(changed, eval=replace(changed.eval, batch_size=size))
+        texts = evaluation.outputs(base, tokenizer, task, rows, changed, "test")
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    def repeats(ids: list[int]) -> bool:
+        pairs = list(zip(ids, ids[1:], strict=False))
+        return len(set(pairs)) < len(pairs)
+
+    free, bound = outputs(0), outputs(2)
+    assert any(map(repeats, free)) and not any(map(repeats, bound))
+    assert outputs(2, size=1) == bound
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    shared = [
+        set(zip(p, p[1:], strict=False)) & set(zip(o, o[1:], strict=False)) for p, o in zip(prompts, bound, strict=True)
+    ]
+    assert any(shared)  # an output may copy from its prompt
+
+
 @pytest.mark.parametrize("model", WRITERS)
 @pytest.mark.parametrize(
     "prompts",

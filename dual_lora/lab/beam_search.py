@@ -21,8 +21,9 @@ def search(
     """Return the best sequence of each prompt, prompts x tokens, padded behind its end.
 
     To be given to `generate` as `custom_generate`; the sequences are those of its own beam search, which computes on
-    for all prompts of a batch until the last of them is done. input_ids: (prompts * beams) x tokens, of which
-    `inputs["past_key_values"]` holds all but the last, one row a prompt.
+    for all prompts of a batch until the last of them is done (they may differ where early_stopping meets more beams
+    than there are tokens to choose from). input_ids: (prompts * beams) x tokens, of which `inputs["past_key_values"]`
+    holds all but the last, one row a prompt.
     """
     config, beams = generation_config, generation_config.num_beams
     start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id

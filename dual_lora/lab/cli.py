@@ -207,11 +207,21 @@ def train(run: Callable[[], None]) -> int:
 
 
 def draw_plans(jobs: list[Settings]) -> int:
-    """Plan every job; the first that does not fit ends it."""
+    """Plan every job, and say in the end which do not fit.
+
+    Raises:
+        UserError: what one refused plan, or several, would need.
+    """
     from dual_lora.lab import plan
 
+    require(all(settings.plan for settings in jobs), "plan: true for all runs or for none")
+    refused = []
     for settings in jobs:
-        plan.run(settings)
+        try:
+            plan.run(settings)
+        except UserError as error:
+            refused.append(str(error))
+    require(not refused, "\n".join(refused))
     return EXIT_OK
 
 
@@ -251,6 +261,7 @@ def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int
     given = dict(a.partition("=")[::2] for a in argv)
     for key, value in given.items():
         require(key in known, f"{key}: no such setting of {Path(sys.argv[0]).name}.{nearest(key, list(known))}")
+        require(value, f"{key}=: needs a value")
         whole = known[key] is str or (value.isdigit() and int(value) > 0)
         require(whole, f"{key}={value}: must be a whole number above 0")
         given[key] = known[key](value)

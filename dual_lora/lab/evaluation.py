@@ -10,7 +10,12 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dual_lora.lab import beam_search, cache, data
 from dual_lora.lab.memory import keep_freed
@@ -93,22 +98,34 @@ def generate(
         inputs["custom_generate"] = beam_search.search
     else:
         cache.expand(inputs["past_key_values"], 1, protocol.max_new_tokens + 1)
-    made = base.generate(**inputs, **decoding(tokenizer, settings))
-    return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    start = inputs["input_ids"].shape[1]
+    made = base.generate(**inputs, **decoding(tokenizer, settings, start))
+    return tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
 
 
-def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict:
-    """Return the protocol's way of decoding, as `generate` takes it."""
+class NoRepeat(LogitsProcessor):
+    """Bans a token that would repeat an n-gram of the output, as LoRA's gpt2_beam.py does. transformers' own rule bans
+    those of the prompt, too, padding included, so that no name of n tokens could be copied from it."""
+
+    def __init__(self, size: int, start: int) -> None:
+        self.rule, self.start = NoRepeatNGramLogitsProcessor(size), start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.rule(input_ids[:, self.start :], scores)
+
+
+def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int) -> dict:
+    """Return the protocol's way of decoding, as `generate` takes it. start: the prompts' length with padding."""
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
     return {
         "max_new_tokens": protocol.max_new_tokens,
         "num_beams": protocol.num_beams,
-        "no_repeat_ngram_size": protocol.no_repeat_ngram,
         "do_sample": False,
         "use_cache": True,
         "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
         "pad_token_id": tokenizer.pad_token_id,
+        "logits_processor": [NoRepeat(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else [],
         **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
     }
 

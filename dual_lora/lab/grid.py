@@ -86,6 +86,8 @@ def sweep(argv: list[str]) -> int:
     require(run in ("true", "false"), f"run={run}: true or false")
     extra = [a for a in argv if a.partition("=")[0] not in ("experiment", "run")]
     jobs = experiment.jobs(extra)
+    if any(settings.plan for settings in jobs):
+        return cli.draw_plans(jobs)
     code = run_missing(jobs) if run == "true" else cli.EXIT_OK
     from dual_lora.lab import report
 

@@ -121,7 +121,8 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     heads = sum(n for name, n in trained.items() if "modules_to_save" in name)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        # beside a head that trains PEFT keeps the original
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if ".original_module." not in name),
         "trainable_parameters": sum(trained.values()),
         "adapter_parameters": sum(trained.values()) - heads if hasattr(model, "peft_config") else 0,
     }

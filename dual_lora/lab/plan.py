@@ -91,7 +91,7 @@ def draw(settings: Settings) -> dict[str, Any]:
         **counts,
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": published(settings),
-        "memory": memory(sizes(model), step["kept"], hardware.devices, hardware.sharding),
+        "memory": memory(sizes(model, settings, task), step["kept"], hardware.devices, hardware.sharding),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
@@ -179,6 +179,7 @@ def trace(settings: Settings, task: Task, layers: int) -> dict[str, int]:
 def take_step(settings: Settings, task: Task, layers: int) -> dict[str, int]:
     """Take one step on the meta device with so many layers."""
     model = methods.attach(skeleton(settings, task, layers), settings, task.form).train()
+    model.to(getattr(torch, settings.model.dtype))  # as autocast does in training, which the meta device does not know
     limit = getattr(evaluation.plain(model).config, "max_position_embeddings", settings.task.max_length)
     ids = torch.zeros(settings.train.batch_size, min(settings.task.max_length, limit), dtype=torch.long, device="meta")
     labels = {"generation": ids, "classification": ids[:, 0], "regression": ids[:, 0].float()}[task.form]
@@ -207,21 +208,22 @@ def training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
     return rows, counted
 
 
-def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Return bytes of all weights, of those that train, and of one layer's."""
+def sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
+    """Return bytes of all weights, of those that train, and of what is gathered at once when all is sharded: two of the
+    base model's layers, or all that is in none of them (embeddings, head), whichever is more."""
     found = [(p.numel() * p.itemsize, p.requires_grad) for p in model.parameters()]
-    weights = sum(size for size, _ in found)
+    one, two = (sum(p.nbytes for p in skeleton(settings, task, count).parameters()) for count in (1, 2))
     return {
-        "weights": weights,
+        "weights": sum(size for size, _ in found),
         "trained": sum(size for size, train in found if train),
-        "layer": weights // layers(model),
+        "gathered": max(2 * (two - one), 2 * one - two),
     }
 
 
 def memory(size: dict[str, int], kept: float, devices: int, sharding: str) -> dict[str, float]:
     """Return bytes a device: weights, gradients, AdamW's moments, what is kept for backward, a reserve, and the peak.
 
-    Sharded in full (FSDP2), a device holds its part of the first three and two layers gathered.
+    Sharded in full (FSDP2), a device holds its part of the first three, and what it gathers at once.
     """
     full = sharding == "full"
     shards = devices if full else 1
@@ -230,7 +232,7 @@ def memory(size: dict[str, int], kept: float, devices: int, sharding: str) -> di
         "gradients": size["trained"] / shards,
         "optimizer": ADAM * size["trained"] / shards,
         "activations": kept,
-        "gathered": 2 * size["layer"] if full else 0,
+        "gathered": size["gathered"] if full else 0,
     }
     reserve = RESERVE * sum(parts.values())
     return {"size": size, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
@@ -251,9 +253,11 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
 
     batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
     more = [2**i for i in range(1, 11) if 2**i > hardware.devices]
+    if hardware.sharding == "replicas":
+        more = [hardware.devices, *more]
     same = [(b, hardware.devices, hardware.sharding) for b in batches]
     wide = [(train.batch_size, devices, "full") for devices in more]
-    both = [(b, devices, "full") for devices in (hardware.devices, *more) if devices > 1 for b in batches]
+    both = [(b, devices, "full") for devices in more for b in batches]
     chosen = {next((option for option in group if fits(*option)), None) for group in (same, wide)} - {None}
     chosen = chosen or {next((option for option in both if fits(*option)), None)} - {None}
     mends = []
@@ -264,6 +268,8 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
             mend += [f"train.batch_size={batch} train.accumulation={accumulation}"]
         if (devices, sharding) != (hardware.devices, hardware.sharding):
             mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
+        if devices > hardware.devices:
+            mend += [f"(for {devices // hardware.devices} times as many examples a step)"]
         mends.append(" ".join(mend))
     require(
         parts["peak"] <= room,

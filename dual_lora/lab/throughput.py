@@ -49,7 +49,7 @@ def measure(settings: Settings, record: Record, name: str) -> dict[str, Any]:
             made = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                **evaluation.decoding(tokenizer, settings),
+                **evaluation.decoding(tokenizer, settings, ids.shape[1]),
             )
         alone.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     one_by_one, started = time.perf_counter() - started, time.perf_counter()
