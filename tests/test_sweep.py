@@ -30,7 +30,7 @@ def test_missing_runs_are_done_and_the_report_is_the_same_from_the_records(exper
     assert grid.sweep([f"experiment={experiment}", *SMALL]) == 0
     shown = capsys.readouterr().out
     assert "4 runs, 0 finished, 4 to do" in shown and "| lora" in shown
-    assert "Main score (bleu) in percent" in shown
+    assert "Main score (accuracy) in percent" in shown
     assert shown.count("Data: train tasks/demo.py v") == 1
     report = runs_folder / experiment / "report"
     first = {p.name: p.read_bytes() for p in report.iterdir()}
