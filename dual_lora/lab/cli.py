@@ -232,6 +232,7 @@ ADDED = {
     "model": {"architecture": {}},
     "task": {"stop": [], "train_rows": None},
     "train": {"group_by_length": None},
+    "eval": {"holdout": None},
     "hardware": {"accelerator": "a100-80gb", "devices": 1, "sharding": "none"},
 }
 

@@ -20,9 +20,12 @@ from transformers import (
 from dual_lora.lab import beam_search, cache, data
 from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
-from dual_lora.lab.settings import Settings, UserError
+from dual_lora.lab.settings import Settings, UserError, require
 from tasks import Split, Task
 from tasks.base import Output, Row
+
+# Which training rows `eval.holdout` sets apart.
+HOLDOUT_SEED = 2512
 
 
 def evaluate(
@@ -167,16 +170,49 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     the first rows, the same for every run.
 
     Raises:
+        UserError: the data is missing, damaged, cannot be fetched, or too little to set rows of it apart.
+    """
+    split, train = read_split(task, name, settings), name == "train"
+    if train and settings.eval.holdout:
+        split = set_apart(split, settings.eval.holdout)[0]
+    limit = (settings.train if train else settings.eval).max_examples
+    if limit is None or limit >= len(split.rows):
+        return split
+    rows = split.rows.shuffle(seed=settings.seed) if train else split.rows
+    return Split(rows.select(range(limit)), split.origin)
+
+
+def load_scored(task: Task, settings: Settings) -> dict[str, Split]:
+    """Return the rows a run is evaluated on, by split: the task's own, or training rows set apart.
+
+    Raises:
+        UserError: as `load_split`.
+    """
+    if not settings.eval.holdout:
+        return {name: load_split(task, name, settings) for name in task.eval_splits}
+    apart = set_apart(read_split(task, "train", settings), settings.eval.holdout)[1]
+    limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
+    return {task.eval_splits[0]: Split(apart.rows.select(range(limit)), apart.origin)}
+
+
+def set_apart(train: Split, number: int) -> tuple[Split, Split]:
+    """Return the training rows without `number` of them, and these, the same for every run."""
+    rows = train.rows
+    require(number < len(rows), f"eval.holdout={number}: {train.origin} has {len(rows)} rows; set fewer apart")
+    mixed = rows.shuffle(seed=HOLDOUT_SEED)
+    rest, apart = mixed.select(range(number, len(rows))), mixed.select(range(number))
+    return Split(rest, train.origin), Split(apart, f"{train.origin} (set apart)")
+
+
+def read_split(task: Task, name: str, settings: Settings) -> Split:
+    """Return a whole split of the task.
+
+    Raises:
         UserError: the data is missing, damaged or cannot be fetched.
     """
     try:
         with told():
-            split = task.split(name, settings.data_dir)
+            return task.split(name, settings.data_dir)
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"task={task.name}: the hub cannot be reached ({reason}); give data_dir=DIR") from error
-    limit = (settings.train if name == "train" else settings.eval).max_examples
-    if limit is None or limit >= len(split.rows):
-        return split
-    rows = split.rows.shuffle(seed=settings.seed) if name == "train" else split.rows
-    return Split(rows.select(range(limit)), split.origin)

@@ -1,45 +1,27 @@
-"""Experiments: the runs a table or figure needs, found finished or run, and then the report."""
+"""`sweep.py`: an experiment's runs, found finished or run, and then its report."""
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-
-from omegaconf import OmegaConf
+from dataclasses import asdict, dataclass, replace
 
 from dual_lora.lab import cli, runs
+from dual_lora.lab.experiments import Cell, Experiment
 from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import Settings, UserError, nearest, require
+from dual_lora.lab.settings import Settings, UserError, require
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A named set of runs. `run` are overrides all cells share, each cell adds its own; both may sweep (a=1,2).
+class Done:
+    """One cell of a table and what is known of it: the run's record and result, or why there is none."""
 
-    `rows` and `columns` are the settings whose values head the table's rows and columns.
-    """
+    cell: Cell
+    record: Record | None
+    result: dict | None
+    reason: str | None
 
-    name: str
-    run: list[str]
-    cells: list[list[str]]
-    rows: str
-    columns: str
-
-    @classmethod
-    def load(cls, name: str) -> "Experiment":
-        known = cli.choices("experiment")
-        hint = nearest(name, known)
-        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
-        return cls(name, **OmegaConf.to_container(OmegaConf.load(cli.CONF / "experiment" / f"{name}.yaml")))
-
-    def jobs(self, extra: list[str]) -> list[Settings]:
-        """Return the settings of every run, all composed and checked. `extra` overrides come last.
-
-        Raises:
-            UserError: one of them is wrong.
-        """
-        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.name}"]
-        return [cli.load(job) for cell in self.cells for job in cli.parse([*self.run, *cell, *study, *extra])]
+    @property
+    def settings(self) -> Settings:
+        return self.cell.settings
 
 
 def asked(settings: Settings) -> str:
@@ -47,11 +29,14 @@ def asked(settings: Settings) -> str:
     return json.dumps(runs.chosen(settings), sort_keys=True)
 
 
-def finished(study: str) -> Iterator[tuple[Settings, dict]]:
-    """Yield settings and result of every finished run of a study, from the records alone."""
-    for path in sorted((runs.RUNS / study).glob("*/result.json")):
-        record = Record(path.parent)
-        yield cli.recorded(record.folder), record.result()
+def kept(study: str) -> dict[str, Record]:
+    """Return the records of a study by what was asked for, finished ones before others, from the records alone."""
+    found: dict[str, Record] = {}
+    for path in sorted((runs.RUNS / study).glob("*/config.yaml")):
+        record, key = Record(path.parent), asked(cli.recorded(path.parent))
+        if key not in found or record.result():
+            found[key] = record
+    return found
 
 
 def setting(settings: Settings, key: str) -> object:
@@ -62,42 +47,79 @@ def setting(settings: Settings, key: str) -> object:
     return value
 
 
-def run_missing(jobs: list[Settings]) -> int:
+def tuned(cell: Cell, study: dict[str, Record]) -> Cell | None:
+    """Return the cell with the learning rate that did best among its trials, the lower one of equals; None while a
+    trial is missing. The rates it chose from stay in `tuning`."""
+    if not cell.tuning:
+        return cell
+    scores = []
+    for trial in cell.tuning:
+        result = study[asked(trial)].result() if asked(trial) in study else None
+        if result is None:
+            return None
+        scores.append((-result["metrics"][result["metric"]], trial.train.lr))
+    rate = min(scores)[1]
+    return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=rate)))
+
+
+def look_up(cells: list[Cell], study: str) -> list[Done]:
+    """Return what is known of every cell, from the records alone."""
+    found, done = kept(study), []
+    for cell in cells:
+        chosen = tuned(cell, found)
+        record = found.get(asked(chosen.settings)) if chosen else None
+        result = record.result() if record else None
+        failure = record.failure() if record and not result else None
+        reason = None if result else "learning rate not chosen yet" if chosen is None else "not run"
+        if failure:
+            reason = f"failed: {failure['message']}"
+        done.append(Done(chosen or cell, record, result, reason))
+    return done
+
+
+def distinct(jobs: list[Settings]) -> list[Settings]:
+    """Return the jobs without those that ask for the same run as an earlier one."""
+    return list({Record.of(job).folder: job for job in reversed(jobs)}.values())[::-1]
+
+
+def run_missing(jobs: list[Settings], what: str = "runs") -> int:
     """Run every job that is not finished, saying how long the rest may take, and return the exit code."""
     missing = [job for job in jobs if job.force or Record.of(job).result() is None]
-    print(f"{len(jobs)} runs, {len(jobs) - len(missing)} finished, {len(missing)} to do")
+    print(f"{len(jobs)} {what}, {len(jobs) - len(missing)} finished, {len(missing)} to do")
     started = time.monotonic()
     for number, job in enumerate(missing):
-        left = (
-            f", about {(time.monotonic() - started) / number * (len(missing) - number) / 60:.0f} min left"
-            if number
-            else ""
-        )
-        print(f"\n[{number + 1}/{len(missing)}] {Record.of(job).name}{left}")
+        spent = time.monotonic() - started
+        left = f", about {spent / number * (len(missing) - number) / 60:.0f} min left" if number else ""
+        print(f"\n[{number + 1}/{len(missing)}] {Record.of(job).name}{left}", flush=True)
         cli.attempt(job)
     return cli.conclude(jobs)
+
+
+def run_all(cells: list[Cell], study: str) -> int:
+    """Run what is missing of an experiment: first the runs that choose learning rates, then the table's own."""
+    trials = distinct([trial for cell in cells for trial in cell.tuning])
+    code = run_missing(trials, "runs to choose learning rates") if trials else cli.EXIT_OK
+    found = kept(study) if trials else {}
+    ready = [chosen.settings for cell in cells if (chosen := tuned(cell, found))]
+    return run_missing(distinct(ready)) or code
 
 
 def sweep(argv: list[str]) -> int:
     """Do what `sweep.py` is asked: run the missing cells (unless run=false), then write the report."""
     given = dict(a.partition("=")[::2] for a in argv)
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(cli.choices('experiment'))}")
-    experiment, run = Experiment.load(given["experiment"]), given.get("run", "true")
+    experiment, run = Experiment.load(given["experiment"], given.get("scale")), given.get("run", "true")
     require(run in ("true", "false"), f"run={run}: true or false")
-    extra = [a for a in argv if a.partition("=")[0] not in ("experiment", "run")]
-    jobs = experiment.jobs(extra)
-    if any(settings.plan for settings in jobs):
-        return cli.draw_plans(jobs)
-    code = run_missing(jobs) if run == "true" else cli.EXIT_OK
+    cells = experiment.compose([a for a in argv if a.partition("=")[0] not in ("experiment", "scale", "run")])
+    study = cells[0].settings.study
+    if any(cell.settings.plan for cell in cells):
+        return cli.draw_plans(distinct([cell.settings for cell in cells]))
+    code = run_all(cells, study) if run == "true" else cli.EXIT_OK
     from dual_lora.lab import report
 
-    found = {asked(settings): result for settings, result in finished(jobs[0].study)}
+    folder = runs.RUNS / study / "report"
     try:
-        print(
-            report.write(
-                experiment, [(job, found.get(asked(job))) for job in jobs], runs.RUNS / jobs[0].study / "report"
-            )
-        )
+        print(report.write(experiment, look_up(cells, study), folder))
     except OSError as error:
-        raise UserError(f"{runs.RUNS / jobs[0].study / 'report'}: cannot be written ({error})") from error
+        raise UserError(f"{folder}: cannot be written ({error})") from error
     return code

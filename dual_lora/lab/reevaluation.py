@@ -23,7 +23,7 @@ def run(settings: Settings, record: Record) -> int:
     require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
     quiet()
     task = task_of(settings)
-    splits = {name: evaluation.load_split(task, name, settings) for name in task.eval_splits}
+    splits = evaluation.load_scored(task, settings)
     for name, split in splits.items():
         same = split.facts()["sha256"] == stored["data"][name]["sha256"]
         require(

@@ -8,7 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from dual_lora.lab.grid import Experiment, setting
+from dual_lora.lab.experiments import Experiment
+from dual_lora.lab.grid import setting
 from dual_lora.lab.settings import Settings
 
 MISSING = "–"

@@ -161,14 +161,19 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Rows at a time, whether the base is scored before training, rows of each split at most (null: all)."""
+    """Rows at a time, whether the base is scored before training, rows of each split at most (null: all).
+
+    `holdout` sets so many training rows apart, the same for every run, and evaluates on them instead of on the task's
+    own splits: to choose settings by, without looking at what is reported.
+    """
 
     batch_size: int
     before: bool
     max_examples: int | None
+    holdout: int | None
 
     def __post_init__(self) -> None:
-        positive("eval", self, "batch_size", "max_examples")
+        positive("eval", self, "batch_size", "max_examples", "holdout")
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     """Do the run: everything between an empty record and its result."""
     task = task_of(settings)
     train = evaluation.load_split(task, "train", settings)
-    held_out = {name: evaluation.load_split(task, name, settings) for name in task.eval_splits}
+    held_out = evaluation.load_scored(task, settings)
     set_seed(settings.seed)
     base, tokenizer = models.load(settings, task)
     set_seed(settings.seed)  # so that the adapter's draw does not depend on what loading drew
@@ -186,6 +186,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "identity": record.name,
         "model": settings.model.name,
         "task": task.name,
+        "task_version": task.version,
         "method": settings.method.name,
         "seed": settings.seed,
         "metric": task.metric,

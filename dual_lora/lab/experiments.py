@@ -1,0 +1,153 @@
+"""Experiments as data: conf/experiment/NAME.yaml, at one of three scales, as the runs a table or figure needs.
+
+    scale=full     the paper's models and protocol
+    scale=small    small real models, hours on two CPU cores
+    scale=smoke    bundled models, seconds; shows that the harness works and nothing else
+
+A file gives, for all scales and again (in place of it; `run` and `seeds` aside) below the name of a scale:
+
+    run       overrides that every run shares; those of the scale come after
+    seeds     the seeds every cell is run with
+    blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
+    cells     a row's label: its overrides, or several lists of them
+    rows      settings whose values head rows beside the label
+    columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
+              from headings to fields of a run's result
+    mean      a setting over whose values a mean is added
+    baselines labels of the rows the others are compared to
+    published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
+    tune      how each row's learning rate is chosen: see `Tune`
+    analyse   true: what each run did to its weights is part of the report
+
+conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dual_lora import paper
+from dual_lora.lab import cli
+from dual_lora.lab.settings import Settings, nearest, require
+
+SCALES = ("full", "small", "smoke")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """The choice of the learning rate, the same for every label: `grid` holds each label's rates, all grids have as
+    many. A rate is chosen by the main score on `holdout` training examples that are set apart from training and are
+    not the set reported, with the seed `seed` of its own."""
+
+    grid: dict[str, list[float]]
+    holdout: int
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table: its row's label and settings; `tuning` are the runs its learning rate is chosen by."""
+
+    label: str
+    settings: Settings
+    tuning: tuple[Settings, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment at one scale; the fields are told at the head of this module."""
+
+    name: str
+    scale: str
+    study: str
+    title: str
+    cells: dict[str, list]
+    columns: str | dict[str, str]
+    run: list[str]
+    seeds: list[int]
+    blocks: list[list[str]] = field(default_factory=lambda: [[]])
+    rows: list[str] = field(default_factory=list)
+    mean: str | None = None
+    baselines: list[str] = field(default_factory=list)
+    published: list[str] = field(default_factory=list)
+    tune: Tune | None = None
+    analyse: bool = False
+
+    @classmethod
+    def load(cls, name: str, scale: str | None = None) -> "Experiment":
+        """Return an experiment at a scale, by default the first its file has.
+
+        Raises:
+            UserError: there is no such experiment or scale, or its file is wrong.
+        """
+        known = cli.choices("experiment")
+        require(name in known, f"experiment={name}: no such experiment.{nearest(name, known)} Known: {', '.join(known)}")
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(cli.CONF / "experiment" / f"{name}.yaml"))
+        except OmegaConfBaseException as error:
+            require(False, f"conf/experiment/{name}.yaml: {cli.one_line(error)}")
+        return cls.read(name, content, scale)
+
+    @classmethod
+    def read(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
+        """Return the experiment a file's content describes."""
+        has = [key for key in content if key in SCALES]
+        scale = scale or has[0]
+        require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+        common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale]
+        shared = OmegaConf.to_container(OmegaConf.load(cli.CONF / "scale" / f"{scale}.yaml"))
+        run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
+        values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
+        allowed = [f.name for f in fields(cls) if f.name not in ("name", "scale", "study")]
+        for key in values:
+            require(key in allowed, f"conf/experiment/{name}.yaml: {key}: no such field.{nearest(key, allowed)}")
+        if values.get("tune"):
+            values["tune"] = Tune(**values["tune"])
+        study = name if scale == has[0] else f"{name}_{scale}"
+        return cls(name, scale, study, **values)
+
+    def __post_init__(self) -> None:
+        where = f"conf/experiment/{self.name}.yaml"
+        for label in (*self.baselines, *(self.tune.grid if self.tune else ())):
+            require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
+        for table in self.published:
+            require(table in paper.tables(), f"{where}: {table}: no such table of dual_lora/paper")
+        if self.tune:
+            sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
+            require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
+
+    def compose(self, extra: list[str]) -> list[Cell]:
+        """Return every cell, composed and checked. `extra` overrides come last; a seed among them replaces the seeds.
+
+        Raises:
+            UserError: one of them is wrong.
+        """
+        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.study}"]
+        found = []
+        for block in self.blocks:
+            for label, ways in self.cells.items():
+                for way in ways if isinstance(ways[0], list) else [ways]:
+                    for job in cli.parse(newest([*self.run, *block, *way, *study, *extra])):
+                        found += self.seeded(label, cli.load(job), any(e.startswith("seed=") for e in extra))
+        return found
+
+    def seeded(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
+        """Return a cell for each seed, with the runs its rate is chosen by."""
+        seeds = [settings.seed] if fixed else self.seeds
+        return [Cell(label, replace(settings, seed=seed), self.trials(label, settings)) for seed in seeds]
+
+    def trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
+        """Return the runs by which a cell's learning rate is chosen."""
+        if self.tune is None or label not in self.tune.grid:
+            return ()
+        scored = replace(settings.eval, holdout=self.tune.holdout, before=False)
+        alone = replace(settings, seed=self.tune.seed, eval=scored)
+        return tuple(replace(alone, train=replace(alone.train, lr=float(rate))) for rate in self.tune.grid[label])
+
+
+def newest(overrides: list[str]) -> list[str]:
+    """Return the overrides without those that a later one of the same key replaces."""
+    last = {override.partition("=")[0]: number for number, override in enumerate(overrides)}
+    return [override for number, override in enumerate(overrides) if last[override.partition("=")[0]] == number]
