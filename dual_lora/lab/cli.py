@@ -231,7 +231,7 @@ ADDED = {
     "plan": False,
     "model": {"architecture": {}},
     "task": {"stop": [], "train_rows": None},
-    "train": {"group_by_length": None},
+    "train": {"group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},
     "hardware": {"accelerator": "a100-80gb", "devices": 1, "sharding": "none"},
 }

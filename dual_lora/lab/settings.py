@@ -138,6 +138,8 @@ class Train:
 
     `save_steps` null keeps no checkpoint beside the final adapter. `group_by_length` true puts examples of like length
     into a batch, which saves padding but cost quality where it was measured (runs/LOG.md); null draws at random.
+    `loss_scale` multiplies the loss before backward and divides every gradient after it, as fp16 training does: it
+    changes nothing but what bends gradients on the way, as the clip of Dual LoRA's Sign.
     """
 
     lr: float
@@ -152,11 +154,12 @@ class Train:
     log_steps: int
     max_examples: int | None
     group_by_length: bool | None
+    loss_scale: float | None
 
     def __post_init__(self) -> None:
         one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
-        positive("train", self, "save_steps", "log_steps", "max_examples")
+        positive("train", self, "save_steps", "log_steps", "max_examples", "loss_scale")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,29 @@ class Log(TrainerCallback):
             )
 
 
+class ScaledTrainer(Trainer):
+    """A Trainer whose backward sees the loss times `scale`; gradients reach the weights divided by it."""
+
+    def __init__(self, *, scale: float, model: torch.nn.Module, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.scale = scale
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_hook(lambda gradient: gradient / scale)
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * self.scale
+
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs) / self.scale
+
+
+def trainer(settings: Settings, **kwargs: Any) -> Trainer:
+    """Return the Trainer of a run."""
+    scale = settings.train.loss_scale
+    return Trainer(**kwargs) if scale is None else ScaledTrainer(scale=scale, **kwargs)
+
+
 class BestEpoch(TrainerCallback):
     """Scores every epoch and keeps the trained weights of the best one, for tasks whose protocol says so."""
 
@@ -129,9 +152,9 @@ def mirror_of(settings: Settings, record: Record) -> Mirror:
         entity=settings.wandb.entity,
         run_id=record.name.rsplit("_", 1)[1],
         name=record.name,
-        group="/".join(names),
+        group=settings.study,
         job_type="train",
-        tags=[settings.study, *names],
+        tags=["/".join(names), *names],
         config=asdict(settings),
         folder=record.folder,
     )
@@ -154,7 +177,8 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
 
     best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
-    loop = Trainer(
+    loop = trainer(
+        settings,
         model=model,
         args=arguments(settings, record),
         train_dataset=examples,

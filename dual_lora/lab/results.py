@@ -1,0 +1,135 @@
+"""The finished runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+import tasks
+from dual_lora import paper
+from dual_lora.lab.experiments import Experiment
+from dual_lora.lab.grid import Done, setting
+from dual_lora.paper import Table
+
+MEAN = "mean"
+# What can be asked of a run's result beside its scores: the value, how it is printed.
+FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
+    "seconds_per_step": (lambda result: result["train_seconds"] / result["steps"], "{:.3f}"),
+    "tokens_per_second": (lambda result: result["tokens_per_second"], "{:,.0f}"),
+    "peak_memory_mib": (lambda result: result["peak_memory_bytes"] / 2**20, "{:,.0f}"),
+    "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),
+}
+MARKS = {
+    "*": "the code had changes that no commit holds",
+    "†": "done with an older version of the task, or one that was not recorded",
+    "!": "the run warns: see its result.json",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its heading and what of a run's result stands in it, or None where that is the main score
+    of the runs whose setting has this value. `parts` are the headings whose mean it is."""
+
+    head: Any
+    field: str | None = None
+    task: str | None = None
+    parts: tuple[str, ...] = ()
+
+    def value(self, result: dict[str, Any]) -> float:
+        """Return the value in the unit that is printed.
+
+        Raises:
+            KeyError: the run has no such score.
+        """
+        if self.field in FIELDS:
+            return FIELDS[self.field][0](result)
+        metric = self.field or result["metric"]
+        return result["metrics"][metric] * (1 if metric in tasks.load(result["task"]).plain else 100)
+
+    def format(self, task: str) -> str:
+        """Return how a value is printed."""
+        if self.field in FIELDS:
+            return FIELDS[self.field][1]
+        return "{:.2f}" if self.field in tasks.load(task).plain else "{:.1f}"
+
+
+def columns(experiment: Experiment, done: list[Done]) -> list[Column]:
+    """Return the columns of an experiment's table, in order."""
+    if experiment.columns == "published":
+        return published_columns(paper.load(experiment.published[0]), {cell.settings.task.name for cell in done})
+    if isinstance(experiment.columns, dict):
+        return [Column(head, field) for head, field in experiment.columns.items()]
+    heads = list(dict.fromkeys(setting(cell.settings, experiment.columns) for cell in done))
+    numbers = sorted(head for head in heads if isinstance(head, int | float))
+    return [Column(head) for head in ([None] if None in heads else []) + (numbers or [h for h in heads if h])]
+
+
+def published_columns(table: Table, asked: set[str]) -> list[Column]:
+    """Return the columns of a published table that the tasks asked for have, and its averages as far as they go."""
+    found = []
+    for head, ours in table.ours.items():
+        task, _, metric = ours.partition(":")
+        if task in asked:
+            found.append(Column(head, metric, task))
+    heads = {column.head for column in found}
+    for head, parts in table.average.items():
+        if head not in heads and len(heads) > 1:
+            found.append(Column(head if heads == set(parts) else f"mean of {len(heads)}", parts=tuple(heads)))
+    return found
+
+
+def frame(experiment: Experiment, done: list[Done]) -> pd.DataFrame:
+    """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
+    marks and run."""
+    values = pd.DataFrame([entry for cell in done for entry in entries(experiment, cell, columns(experiment, done))])
+    if experiment.mean in experiment.rows:
+        return pd.concat([values, means(values, experiment.mean)], ignore_index=True)
+    for column in columns(experiment, done):
+        if column.parts:
+            extra = means(values[values["column"].isin(column.parts)], "column").assign(column=column.head)
+            values = pd.concat([values, extra], ignore_index=True)
+    return values
+
+
+def entries(experiment: Experiment, cell: Done, found: list[Column]) -> Iterator[dict[str, Any]]:
+    """Yield the values one run gives."""
+    heads = {key: setting(cell.settings, key) for key in experiment.rows}
+    common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": marks(cell)}
+    common |= {"run": cell.record.name if cell.record else None}
+    for column in found:
+        if column.parts or (column.task and column.task != cell.settings.task.name):
+            continue
+        if isinstance(experiment.columns, str) and experiment.columns != "published":
+            if setting(cell.settings, experiment.columns) != column.head:
+                continue
+        value, reason = None, cell.reason
+        if cell.result:
+            try:
+                value = column.value(cell.result)
+            except KeyError:
+                reason = f"{column.field} not measured"
+        yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
+
+
+def means(values: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Return the mean over a column of the frame, called "mean" in it, where none of its values is missing."""
+    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run")]
+    groups = values.groupby(keys, sort=False, dropna=False)
+    found = groups["value"].agg(lambda column: column.mean(skipna=False)).reset_index()
+    complete = groups[over].nunique().reset_index(drop=True) == values[over].nunique()
+    found["value"] = found["value"].where(complete)
+    found["reason"] = None
+    found.loc[found["value"].isna(), "reason"] = "a part is missing"
+    found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
+    return found.assign(**{over: MEAN, "run": None})
+
+
+def marks(cell: Done) -> str:
+    """Return the signs of `MARKS` that a finished run deserves."""
+    if not cell.result:
+        return ""
+    clean = not cell.record.read("environment.json")["uncommitted_changes"]
+    current = cell.result.get("task_version") == tasks.load(cell.settings.task.name, cell.settings.task.options).version
+    return ("" if clean else "*") + ("" if current else "†") + ("!" if cell.result.get("warnings") else "")
