@@ -40,10 +40,10 @@ def kept(study: str) -> dict[str, Record]:
 
 
 def setting(settings: Settings, key: str) -> object:
-    """Return the value of a setting by its full name, e.g. "train.lr"."""
+    """Return the value of a setting by its full name, e.g. "train.lr"; None where a method does not have it."""
     value = asdict(settings)
     for part in key.split("."):
-        value = value[part]
+        value = (value or {}).get(part)
     return value
 
 
@@ -105,21 +105,32 @@ def run_all(cells: list[Cell], study: str) -> int:
 
 
 def sweep(argv: list[str]) -> int:
-    """Do what `sweep.py` is asked: run the missing cells (unless run=false), then write the report."""
+    """Do what `sweep.py` is asked: run the missing cells (unless run=false) of one or more experiments, then write the
+    reports. All cells are composed and checked before the first one runs."""
     given = dict(a.partition("=")[::2] for a in argv)
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(cli.choices('experiment'))}")
-    experiment, run = Experiment.load(given["experiment"], given.get("scale")), given.get("run", "true")
+    run = given.get("run", "true")
     require(run in ("true", "false"), f"run={run}: true or false")
-    cells = experiment.compose([a for a in argv if a.partition("=")[0] not in ("experiment", "scale", "run")])
-    study = cells[0].settings.study
-    if any(cell.settings.plan for cell in cells):
-        return cli.draw_plans(distinct([cell.settings for cell in cells]))
-    code = run_all(cells, study) if run == "true" else cli.EXIT_OK
-    from dual_lora.lab import report
+    extra = [a for a in argv if a.partition("=")[0] not in ("experiment", "scale", "run")]
+    names = cli.choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
+    asked_for = [Experiment.load(name, given.get("scale")) for name in names]
+    composed = [(experiment, experiment.compose(extra)) for experiment in asked_for]
+    if any(cell.settings.plan for _, cells in composed for cell in cells):
+        return cli.draw_plans(distinct([cell.settings for _, cells in composed for cell in cells]))
+    return max([do(experiment, cells, run == "true") for experiment, cells in composed])
 
-    folder = runs.RUNS / study / "report"
+
+def do(experiment: Experiment, cells: list[Cell], run: bool) -> int:
+    """Run what is missing of an experiment, write its report, print it and return the exit code."""
+    study = cells[0].settings.study
+    code = run_all(cells, study) if run else cli.EXIT_OK
+    from dual_lora.lab import ranks_report, report
+
+    folder, done = runs.RUNS / study / "report", look_up(cells, study)
+    if experiment.analyse and run:
+        ranks_report.analyse(done)
     try:
-        print(report.write(experiment, look_up(cells, study), folder))
+        print(report.write(experiment, done, folder))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error})") from error
     return code

@@ -13,8 +13,8 @@ PUBLISHED, PUBLISHED_SHAPE = "dual_lora_fig3_rank_per_layer", [4096, 4096]
 METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
-def draw(rows: pd.DataFrame, labels: dict[str, str], folder: Path, title: str) -> None:
-    """Write ranks.png and ranks.pdf: a line for each part of `labels`, its null dashed in the same colour; numerical
+def draw(rows: pd.DataFrame, labels: dict[str, str], folder: Path, title: str, name: str = "ranks") -> None:
+    """Write NAME.png and NAME.pdf: a line for each part of `labels`, its null dashed in the same colour; numerical
     ranks above, stable ranks, which tell more, below. The published points are drawn in where matrices have their
     shape, and nowhere else."""
     groups = list(rows.groupby(["role", "out", "in"], sort=False))
@@ -31,7 +31,7 @@ def draw(rows: pd.DataFrame, labels: dict[str, str], folder: Path, title: str) -
     figure.legend(known.values(), known, loc="outside lower center", ncols=min(len(known), 7), fontsize="small")
     figure.suptitle(title)
     for kind, metadata in METADATA.items():
-        figure.savefig(folder / f"ranks.{kind}", dpi=150, metadata=metadata)
+        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata=metadata)
 
 
 def published(part: str) -> dict[int, float]:

@@ -1,97 +1,241 @@
-"""The report of an experiment, from run records alone: a table (Markdown, CSV) and a figure."""
+"""The report of an experiment, from run records alone: below runs/STUDY/report/ table.md, table.tex, table.csv (every value
+of every run), report.html (one page that needs nothing else) and figures as PNG and PDF. The same records give the same bytes.
+"""
 
+from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
+import tasks
+from dual_lora import paper
+from dual_lora.lab import comparison, document, figures, ranks_report
+from dual_lora.lab.document import Block, Image, Table, Text
 from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.grid import setting
-from dual_lora.lab.settings import Settings
+from dual_lora.lab.grid import Done
+from dual_lora.lab.results import FIELDS, MARKS, Column, columns, frame
 
 MISSING = "–"
+# Scores of which less is better.
+LOWER = ("TER",)
 
 
-def frame(experiment: Experiment, cells: list[tuple[Settings, dict | None]]) -> pd.DataFrame:
-    """Return one row a run: its place in the table, its main score in percent (none while missing), its size."""
-    rows = []
-    for settings, result in cells:
-        row = {"row": setting(settings, experiment.rows), "column": setting(settings, experiment.columns)}
-        if result:
-            row |= {
-                "score": 100 * result["metrics"][result["metric"]],
-                "trained": result["trainable_parameters"],
-            }
-        rows.append({**row, "seed": settings.seed})
-    return pd.DataFrame(rows, columns=["row", "column", "seed", "score", "trained"])
+def write(experiment: Experiment, done: list[Done], folder: Path) -> str:
+    """Write the report below `folder` and return its table and sentences as Markdown.
 
-
-def cell(scores: pd.Series) -> str:
-    """Return mean ± sample standard deviation (number of seeds), or a dash where no run is finished."""
-    n = scores.count()
-    if n == 0:
-        return MISSING
-    spread = f" ± {scores.std(ddof=1):.1f}" if n > 1 else ""
-    return f"{scores.mean():.1f}{spread} ({n})"
-
-
-def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of `cell`s, rows and columns in the experiment's order, with the number of trained weights."""
-    cells = runs.groupby(["row", "column"], sort=False)["score"].agg(cell).unstack(sort=False).fillna("")
-    columns = (
-        sorted(cells.columns, key=lambda c: (isinstance(c, str), c))
-        if pd.api.types.is_numeric_dtype(runs["column"])
-        else cells.columns
-    )
-    trained = runs.groupby("row", sort=False)["trained"].max()
-    cells = cells[columns].rename(columns=lambda c: f"{c:g}" if isinstance(c, float) else str(c))
-    cells["trained"] = trained.map(lambda n: MISSING if pd.isna(n) else f"{n:,.0f}")
-    return cells
-
-
-def figure(runs: pd.DataFrame, experiment: Experiment, path: Path) -> None:
-    """Draw the mean score over the columns, a line for each row, its standard deviation over seeds as a bar."""
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, group in runs.dropna(subset="score").groupby("row", sort=False):
-        scores = group.groupby("column", sort=pd.api.types.is_numeric_dtype(runs["column"]))["score"]
-        mean, std = scores.mean(), scores.std(ddof=1).fillna(0)
-        axes.errorbar(mean.index, mean, yerr=std, marker="o", capsize=3, label=name)
-    if pd.api.types.is_numeric_dtype(runs["column"]) and runs["column"].gt(0).all():
-        values = sorted(set(runs["column"]))
-        axes.set_xscale("log")
-        axes.minorticks_off()
-        axes.set_xticks(values, [f"{value:g}" for value in values], rotation=45)
-    axes.set(xlabel=experiment.columns, ylabel="score, %", title=experiment.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    fig.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(fig)
-
-
-def sources(cells: list[tuple[Settings, dict | None]]) -> str:
-    """Return a footnote with the files the finished runs read, as they name themselves, and how many rows of them."""
-    found = {
-        f"{name} {facts['origin']}, {facts['rows']:,} rows"
-        for _, result in cells
-        for name, facts in (result["data"].items() if result else ())
-    }
-    return f"\n\nData: {'; '.join(sorted(found))}." if found else ""
-
-
-def write(experiment: Experiment, cells: list[tuple[Settings, dict | None]], folder: Path) -> str:
-    """Write table.md, table.csv and figure.png below `folder`; return the table as Markdown."""
+    Raises:
+        OSError: a file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    runs = frame(experiment, cells)
-    seeds = ", ".join(map(str, sorted(set(runs["seed"]))))
-    metrics = ", ".join(sorted({result["metric"] for _, result in cells if result})) or "none yet"
-    note = f"Main score ({metrics}) in percent: mean ± sample standard deviation (runs); seeds {seeds}; "
-    note += f"{MISSING}: not finished."
-    text = f"{table(runs).rename_axis(None).rename_axis(None, axis=1).to_markdown()}\n\n{note}{sources(cells)}\n"
+    blocks = list(body(experiment, done, folder))
+    title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
+    text = document.markdown([Text(title, heading=True), *blocks])
     (folder / "table.md").write_text(text)
-    runs.to_csv(folder / "table.csv", index=False)
-    if runs["score"].notna().any():
-        figure(runs, experiment, folder / "figure.png")
+    (folder / "table.tex").write_text(document.latex(blocks))
+    (folder / "report.html").write_text(document.html(blocks, title))
+    frame(experiment, done).to_csv(folder / "table.csv", index=False)
     return f"\n{text}\nreport: {folder}"
+
+
+def body(experiment: Experiment, done: list[Done], folder: Path) -> Iterator[Block]:
+    """Yield what the report consists of, its figures written."""
+    values = frame(experiment, done)
+    reasons = numbered(values)
+    if experiment.scale == "smoke":
+        yield Text("Smoke: a few steps of bundled models show that the harness works; the numbers mean nothing.")
+    yield main_table(experiment, done, values, reasons)
+    yield Text(items=tuple(notes(experiment, done, values, reasons)))
+    drawn = figures.draw(experiment, values, [cell.settings for cell in done])
+    if drawn:
+        yield Image(figures.save(drawn, folder, "figure")[0], experiment.title)
+    if experiment.analyse:
+        yield from ranks_report.blocks(done, folder)
+    yield from comparison.blocks(experiment, done, values)
+    yield from published(experiment)
+
+
+def numbered(values: pd.DataFrame) -> dict[str, str]:
+    """Return a letter for every reason why a value is missing."""
+    reasons = dict.fromkeys(values.loc[values["value"].isna(), "reason"].dropna())
+    return dict(zip(reasons, ascii_lowercase, strict=False))
+
+
+def main_table(experiment: Experiment, done: list[Done], values: pd.DataFrame, reasons: dict[str, str]) -> Table:
+    """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
+    and rank below ours."""
+    found, keys = columns(experiment, done), [*experiment.rows, "label"]
+    lines, best, aside = [], [], []
+    for name, group in values.groupby(experiment.rows, sort=False) if experiment.rows else [((), values)]:
+        top = leaders(group, found)
+        for label, part in group.groupby("label", sort=False):
+            heads = dict(zip([key.rpartition(".")[0] or key for key in experiment.rows], map(str, name), strict=True))
+            cells = {shown_head(c): shown(part[part["column"] == c.head], c, done, reasons) for c in found}
+            lines.append({**heads, "method": label, **cells, **cost(label, heads, done, found)})
+            best.append({key: (label, key) in top for key in lines[-1]})
+            for row in same(experiment, label, heads, done):
+                aside.append(len(lines))
+                lines.append({**heads, "method": f"{label} [{row.table}]", **quoted(row, found)})
+                best.append({})
+    cells = pd.DataFrame(lines).fillna("")
+    bold = pd.DataFrame(best).reindex(columns=cells.columns).fillna(False).astype(bool)
+    return Table(cells, caption(experiment, done), bold, frozenset(aside))
+
+
+def caption(experiment: Experiment, done: list[Done]) -> str:
+    """Return what the numbers are."""
+    seeds = ", ".join(map(str, sorted({cell.settings.seed for cell in done})))
+    if isinstance(experiment.columns, dict):
+        kind = "Values by column"
+    else:
+        names = {tasks.load(cell.settings.task.name).metric for cell in done}
+        kind = "Scores as published" if experiment.columns == "published" else f"Main score ({', '.join(sorted(names))}), %"
+        if experiment.columns != "published":
+            kind += f", by {experiment.columns}"
+    return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}; best mean bold."
+
+
+def shown_head(column: Column) -> str:
+    return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
+
+
+def shown(part: pd.DataFrame, column: Column, done: list[Done], reasons: dict[str, str]) -> str:
+    """Return a cell: mean ± standard deviation (n) and marks, or a dash with its reason's letter; empty where no run
+    was asked for."""
+    if part.empty:
+        return ""
+    scores = part["value"].dropna()
+    letters = "".join(sorted({reasons[r] for r in part.loc[part["value"].isna(), "reason"].dropna()}))
+    letters = f" [{letters}]" if letters else ""
+    if scores.empty:
+        return MISSING + letters
+    style = column.format(done[0].settings.task.name)
+    spread = f" ± {style.format(scores.std(ddof=1))}" if len(scores) > 1 else ""
+    marks = "".join(sorted(set("".join(part["marks"]))))
+    return f"{style.format(scores.mean())}{spread} ({len(scores)}){marks}{letters}"
+
+
+def leaders(group: pd.DataFrame, found: list[Column]) -> set[tuple[str, str]]:
+    """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
+    are values of a setting; none where nothing stands beside it."""
+    means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
+    metrics = [column for column in found if column.task or column.parts]
+    families = [[c] for c in metrics] or [[c for c in found if c.field not in FIELDS]]
+    top = set()
+    for family in families:
+        part = means[means.index.get_level_values("column").isin([c.head for c in family])]
+        if len(part) > 1:
+            best = part.min() if family[0].field in LOWER else part.max()
+            names = {c.head: shown_head(c) for c in family}
+            top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
+    return top
+
+
+def cost(label: str, heads: dict[str, str], done: list[Done], found: list[Column]) -> dict[str, str]:
+    """Return the trained weights and the seconds a step of a row's runs, unless these are the table's columns."""
+    if any(column.field in FIELDS for column in found):
+        return {}
+    results = [c.result for c in done if c.cell.label == label and c.result and is_of(c, heads)]
+    values = {
+        "trained": sorted({r["trainable_parameters"] for r in results}),
+        "s/step": sorted(FIELDS["seconds_per_step"][0](r) for r in results),
+    }
+    return {name: ranged(numbers, "{:,.0f}" if name == "trained" else "{:.2f}") for name, numbers in values.items()}
+
+
+def ranged(numbers: list[float], style: str) -> str:
+    """Return the smallest and the largest of sorted numbers, or the one that all print as."""
+    ends = list(dict.fromkeys(style.format(numbers[i]) for i in ((0, -1) if numbers else ())))
+    return " to ".join(ends) or MISSING
+
+
+def is_of(cell: Done, heads: dict[str, str]) -> bool:
+    """Whether a run stands in the table's row with these headings."""
+    facts = {"model": cell.settings.model.name, "task": cell.settings.task.name}
+    return all(facts.get(key, value) in (value, None) or value == "mean" for key, value in heads.items())
+
+
+def same(experiment: Experiment, label: str, heads: dict[str, str], done: list[Done]) -> Iterator[paper.Row]:
+    """Yield the published rows of a row's own model, method and rank."""
+    cells = [cell.settings for cell in done if cell.cell.label == label and is_of(cell, heads)]
+    if not cells:
+        return
+    own = {"model": cells[0].model.name, "method": cells[0].method.name, "rank": cells[0].method.rank}
+    for table in map(paper.load, experiment.published):
+        for row in table.rows:
+            if {"model", "method"} <= set(row.keys) and table.ours:
+                if all(row.keys.get(key) in (value, None) for key, value in own.items()):
+                    yield row
+
+
+def quoted(row: paper.Row, found: list[Column]) -> dict[str, str]:
+    """Return what a published row prints under our headings; other than published values carry their status."""
+    table, cells = paper.load(row.table), {}
+    for column in found:
+        ours = {f"{column.task}:{column.field}"} if column.task else set()
+        for head, value in row.values.items():
+            if (head == column.head or table.ours.get(head) in ours) and not cells.get(shown_head(column)):
+                cells[shown_head(column)] = value.text + ("" if value.status == "published" else f" [{value.status}]")
+    return cells or {"method": f"[{row.table}]: " + ", ".join(f"{k} {v.text}" for k, v in row.values.items())}
+
+
+def notes(experiment: Experiment, done: list[Done], values: pd.DataFrame, reasons: dict[str, str]) -> Iterator[str]:
+    """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code."""
+    for reason, letter in reasons.items():
+        yield f"{MISSING} [{letter}]: {reason}"
+    for mark in sorted(set("".join(values["marks"].dropna()))):
+        yield f"{mark}: {MARKS[mark]}"
+    yield from rates(experiment, done)
+    files = {
+        f"{name} {facts['origin']}, {facts['rows']:,} rows"
+        for cell in done
+        for name, facts in (cell.result["data"].items() if cell.result else ())
+    }
+    if files:
+        yield f"data: {'; '.join(sorted(files))}"
+    places = [cell.record.read("environment.json") for cell in done if cell.result]
+    if places:
+        machines = sorted({f"{p.get('accelerator') or p.get('processor')}, {p['threads']} threads" for p in places})
+        yield f"machines: {'; '.join(machines)}"
+        yield f"code: {', '.join(sorted({(p['commit'] or 'unknown')[:10] for p in places}))}"
+
+
+def rates(experiment: Experiment, done: list[Done]) -> Iterator[str]:
+    """Yield how each row came by its learning rate."""
+    tune = experiment.tune
+    for label in experiment.cells:
+        cells = [cell for cell in done if cell.cell.label == label and (cell.result or not cell.cell.tuning)]
+        used = sorted({cell.settings.train.lr for cell in cells})
+        text = ", ".join(f"{rate:g}" for rate in used) or "not chosen yet"
+        if tune and label in tune.grid:
+            grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
+            yield (
+                f"learning rate, {label}: {text}; chosen from {grid} ({len(tune.grid[label])} runs a task) by the main score "
+                f"on {tune.holdout} training examples set apart, seed {tune.seed}"
+            )
+        else:
+            yield f"learning rate, {label}: {text}; given, not tuned here"
+
+
+def published(experiment: Experiment) -> Iterator[Block]:
+    """Yield the published tables an experiment is set beside, whatever our models are."""
+    for table in map(paper.load, experiment.published):
+        lines = []
+        for row in table.rows:
+            values = {head: value.text + status(value.status, table) for head, value in row.values.items()}
+            lines.append({**{k: MISSING if v is None else v for k, v in row.keys.items()}, **values})
+        cells = pd.DataFrame(lines).fillna(MISSING)
+        about = "; ".join(f"{key}: {value}" for key, value in table.protocol.items())
+        yield Text(f"Published: {table.title}", heading=True)
+        yield Table(cells, f"{table.title} ({table.status}; {table.source[0]}; {about}).", aside=frozenset(range(len(cells))))
+
+
+def status(value: str, table: paper.Table) -> str:
+    return "" if value == table.status else f" [{value}]"
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    """Return what of a written report is mirrored: its long table and its figures."""
+    return {"table": pd.read_csv(folder / "table.csv"), "figures": sorted(folder.glob("*.png"))}

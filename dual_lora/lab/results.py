@@ -13,6 +13,8 @@ from dual_lora.lab.grid import Done, setting
 from dual_lora.paper import Table
 
 MEAN = "mean"
+# Heads the column of runs that have no value of the columns' setting: LoRA has no magnitude ratio.
+NONE = "none"
 # What can be asked of a run's result beside its scores: the value, how it is printed.
 FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "seconds_per_step": (lambda result: result["train_seconds"] / result["steps"], "{:.3f}"),
@@ -21,7 +23,7 @@ FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),
 }
 MARKS = {
-    "*": "the code had changes that no commit holds",
+    "‡": "the code had changes that no commit holds",
     "†": "done with an older version of the task, or one that was not recorded",
     "!": "the run warns: see its result.json",
 }
@@ -61,9 +63,14 @@ def columns(experiment: Experiment, done: list[Done]) -> list[Column]:
         return published_columns(paper.load(experiment.published[0]), {cell.settings.task.name for cell in done})
     if isinstance(experiment.columns, dict):
         return [Column(head, field) for head, field in experiment.columns.items()]
-    heads = list(dict.fromkeys(setting(cell.settings, experiment.columns) for cell in done))
-    numbers = sorted(head for head in heads if isinstance(head, int | float))
-    return [Column(head) for head in ([None] if None in heads else []) + (numbers or [h for h in heads if h])]
+    heads = list(dict.fromkeys(headed(cell, experiment.columns) for cell in done))
+    return [Column(head) for head in sorted(heads, key=lambda head: (head != NONE, 0 if isinstance(head, str) else head))]
+
+
+def headed(cell: Done, key: str) -> Any:
+    """Return the value of the columns' setting that a run stands under."""
+    value = setting(cell.settings, key)
+    return NONE if value is None else value
 
 
 def published_columns(table: Table, asked: set[str]) -> list[Column]:
@@ -102,7 +109,7 @@ def entries(experiment: Experiment, cell: Done, found: list[Column]) -> Iterator
         if column.parts or (column.task and column.task != cell.settings.task.name):
             continue
         if isinstance(experiment.columns, str) and experiment.columns != "published":
-            if setting(cell.settings, experiment.columns) != column.head:
+            if headed(cell, experiment.columns) != column.head:
                 continue
         value, reason = None, cell.reason
         if cell.result:
@@ -132,4 +139,4 @@ def marks(cell: Done) -> str:
         return ""
     clean = not cell.record.read("environment.json")["uncommitted_changes"]
     current = cell.result.get("task_version") == tasks.load(cell.settings.task.name, cell.settings.task.options).version
-    return ("" if clean else "*") + ("" if current else "†") + ("!" if cell.result.get("warnings") else "")
+    return ("" if clean else "‡") + ("" if current else "†") + ("!" if cell.result.get("warnings") else "")
