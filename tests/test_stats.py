@@ -512,7 +512,7 @@ def test_one_sentence():
     alone = Difference(-0.031, -0.052, -0.012, 0.0004, "McNemar", 1872, 1)
     assert sentence("A", "B", alone) == (
         "A - B: -3.1, 95 % interval -5.2 to -1.2 (1,872 examples, 1 seed; McNemar p < 0.001): shown; "
-        "what a seed does is not in the interval"
+        "what a seed does is in neither"
     )
     none = Difference(0.0413, None, None, None, "no test: NIST is not resampled", 630, 3)
     assert sentence("A", "B", none, scale=1) == (

@@ -12,6 +12,7 @@ from dual_lora.lab import stats
 from dual_lora.lab.document import Block, Table, Text
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.grid import Done, setting
+from dual_lora.lab.results import heading
 from dual_lora.lab.stats import Difference
 from tasks.base import Row
 
@@ -35,9 +36,9 @@ def blocks(experiment: Experiment, done: list[Done], values: pd.DataFrame) -> It
     if pairs:
         yield Text("Differences", heading=True)
         yield Text(
-            "Paired on the stored predictions of the same examples and seeds. The interval resamples examples and, where "
-            "there are several, seeds; Holm's correction is over all comparisons listed. Shown means: the interval leaves "
-            "out 0 and the corrected p is below 0.05."
+            "Paired on the stored predictions of the same examples and seeds. The interval resamples examples and, "
+            "where there are several, seeds; Holm's correction is over all comparisons listed. Shown means: several "
+            "seeds, an interval that leaves out 0, and a corrected p below 0.05."
         )
         adjusted = stats.holm([pair.difference.p for pair in pairs])
         yield Text(items=tuple(told(pair, p) for pair, p in zip(pairs, adjusted, strict=True)))
@@ -86,15 +87,16 @@ def predictions(cell: Done) -> list[Row]:
 
 
 def told(pair: Pair, adjusted: float | None) -> str:
-    where = [pair.task, *(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in pair.place.items() if value is not None)]
+    metric = tasks.load(pair.task).metric
+    where = [f"{pair.task} ({metric})", *(f"{heading(key)} {shown(value)}" for key, value in pair.place.items())]
     if np.isnan(pair.difference.mean):
         return f"{', '.join(where)}: {pair.label} - {pair.baseline}: cannot be compared ({pair.difference.test})"
-    scale = 1 if tasks.load(pair.task).metric in tasks.load(pair.task).plain else 100
+    scale = 1 if metric in tasks.load(pair.task).plain else 100
     return f"{', '.join(where)}: {stats.sentence(pair.label, pair.baseline, pair.difference, scale, adjusted)}"
 
 
 def shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def over_tasks(experiment: Experiment, pairs: list[Pair]) -> Iterator[Block]:
@@ -112,7 +114,7 @@ def over_tasks(experiment: Experiment, pairs: list[Pair]) -> Iterator[Block]:
 
 def wilcoxon(label: str, baseline: str, where: tuple, found: dict[str, float]) -> str:
     result = stats.across_tasks(found)
-    at = "".join(f", {key.rpartition('.')[2]} {shown(value)}" for key, value in where if value is not None)
+    at = "".join(f", {heading(key)} {shown(value)}" for key, value in where)
     mean = 100 * float(np.mean(list(found.values())))
     return (
         f"{label} - {baseline}{at}: {mean:+.1f} on average, better on {result.wins} of {result.tasks} tasks; Wilcoxon "
@@ -133,12 +135,12 @@ def means(experiment: Experiment, done: list[Done]) -> Iterator[Block]:
         if len(table) > 1 and all(score is not None for row in table for score in row):
             value, low, high = stats.iqm(np.array(table))
             interval = "one seed: none" if low is None else f"{low:.1f} to {high:.1f}"
-            heads = {key.rpartition(".")[2].replace("name", "model"): "none" if v is None else shown(v) for key, v in where}
+            heads = {heading(key): shown(value) for key, value in where}
             lines.append({"method": label, **heads, "IQM": f"{value:.1f}", "95 % interval": interval})
     if lines:
         count = len({cell.settings.task.name for cell in done})
         yield Table(
             pd.DataFrame(lines),
-            f"Interquartile mean of the main score over {count} tasks and all seeds, % (arXiv 2108.13264); the interval "
-            "resamples seeds within each task.",
+            f"Interquartile mean of the main score over {count} tasks and all seeds, % (arXiv 2108.13264); the "
+            "interval resamples seeds within each task.",
         )

@@ -1,4 +1,4 @@
-"""A report as blocks of text, tables and figures, written as Markdown, LaTeX (booktabs) and one self-contained HTML page."""
+"""A report as blocks of text, tables and figures, written as Markdown, LaTeX (booktabs) and one HTML page."""
 
 import base64
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 STYLE = """body {font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em}
-table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right; border-top: 1px solid #ddd}
-th {border-top: none} td:first-child, th:first-child {text-align: left} img {max-width: 100%}
+table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right}
+tr {border-top: 1px solid #ddd}
+td:first-child, th:first-child {text-align: left} img {max-width: 100%}
 tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em}"""
 TEX = {"±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$"}
 
@@ -95,13 +96,14 @@ def html(blocks: list[Block], title: str) -> str:
     """Return a page that needs nothing but itself: figures are inside it."""
     body = "\n".join(map(html_block, blocks))
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n'
+    page = f"<head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body>"
+    return f'<!DOCTYPE html>\n<html lang="en">{page}</html>\n'
 
 
 def html_block(block: Block) -> str:
     if isinstance(block, Image):
-        data = base64.b64encode(block.path.read_bytes()).decode()
-        return f'<p><img alt="{escape(block.caption)}" src="data:image/png;base64,{data}"><br>{escape(block.caption)}</p>'
+        data, words = base64.b64encode(block.path.read_bytes()).decode(), escape(block.caption)
+        return f'<p><img alt="{words}" src="data:image/png;base64,{data}"><br>{words}</p>'
     if isinstance(block, Table):
         return html_table(block)
     if block.items:

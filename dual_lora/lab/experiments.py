@@ -83,7 +83,8 @@ class Experiment:
             UserError: there is no such experiment or scale, or its file is wrong.
         """
         known = cli.choices("experiment")
-        require(name in known, f"experiment={name}: no such experiment.{nearest(name, known)} Known: {', '.join(known)}")
+        hint = nearest(name, known)
+        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
         try:
             content = OmegaConf.to_container(OmegaConf.load(cli.CONF / "experiment" / f"{name}.yaml"))
         except OmegaConfBaseException as error:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dual_lora import paper
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.rank_figure import METADATA
-from dual_lora.lab.settings import Settings
+from dual_lora.lab.results import heading
 
 PANELS = 4  # side by side
 
@@ -35,7 +35,7 @@ def grid(number: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     return figure, panels[:number]
 
 
-def draw(experiment: Experiment, values: pd.DataFrame, settings: list[Settings]) -> Figure | None:
+def draw(experiment: Experiment, values: pd.DataFrame) -> Figure | None:
     """Return the figure of an experiment: lines over a numeric setting, else a panel of points for each column; None
     while there is nothing to draw."""
     values = values.dropna(subset="value")
@@ -43,11 +43,11 @@ def draw(experiment: Experiment, values: pd.DataFrame, settings: list[Settings])
         return None
     numbers = pd.to_numeric(values["column"], errors="coerce")
     if isinstance(experiment.columns, str) and numbers.notna().any():
-        return lines(experiment, values.assign(column=numbers), settings)
+        return lines(experiment, values.assign(column=numbers))
     return points(experiment, values)
 
 
-def lines(experiment: Experiment, values: pd.DataFrame, settings: list[Settings]) -> Figure:
+def lines(experiment: Experiment, values: pd.DataFrame) -> Figure:
     """Return a panel for each combination of the rows' settings, a line for each label; what has no value of the
     columns' setting is a horizontal line. Published points have a panel of their own: other models, another task."""
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
@@ -62,7 +62,7 @@ def lines(experiment: Experiment, values: pd.DataFrame, settings: list[Settings]
         published_panel(panels[-1], known)
     logarithmic = values["column"].max() > 20 * values["column"].min() > 0 and values["column"].max() > 1
     for axes in panels:
-        axes.set(xlabel=experiment.columns.rpartition(".")[2].replace("_", " "), xscale="log" if logarithmic else "linear")
+        axes.set(xlabel=heading(experiment.columns).replace("_", " "), xscale="log" if logarithmic else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     return figure
@@ -83,7 +83,7 @@ def line(axes: Axes, part: pd.DataFrame, label: str, color: str) -> None:
 
 def published_points(experiment: Experiment) -> dict[str, pd.Series]:
     """Return the published points by label, for an experiment over a setting that a published table has as a key."""
-    key, found = experiment.columns.rpartition(".")[2], {}
+    key, found = heading(experiment.columns), {}
     for table in map(paper.load, experiment.published):
         for row in table.rows if key in table.keys and "avg" in table.columns else ():
             value = row.values.get("avg")

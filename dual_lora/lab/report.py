@@ -1,5 +1,11 @@
-"""The report of an experiment, from run records alone: below runs/STUDY/report/ table.md, table.tex, table.csv (every value
-of every run), report.html (one page that needs nothing else) and figures as PNG and PDF. The same records give the same bytes.
+"""The report of an experiment, from run records alone. The same records give the same bytes.
+
+runs/STUDY/report/
+    table.md         the table, differences, published figures
+    table.tex        its tables for LaTeX, with booktabs
+    table.csv        every value of every run
+    report.html      all of it as one page that needs nothing else
+    *.png, *.pdf     figures
 """
 
 from collections.abc import Iterator
@@ -16,7 +22,7 @@ from dual_lora.lab import comparison, document, figures, ranks_report
 from dual_lora.lab.document import Block, Image, Table, Text
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.grid import Done
-from dual_lora.lab.results import FIELDS, MARKS, Column, columns, frame
+from dual_lora.lab.results import FIELDS, MARKS, Column, columns, frame, heading
 
 MISSING = "–"
 # Scores of which less is better.
@@ -36,7 +42,7 @@ def write(experiment: Experiment, done: list[Done], folder: Path) -> str:
     (folder / "table.md").write_text(text)
     (folder / "table.tex").write_text(document.latex(blocks))
     (folder / "report.html").write_text(document.html(blocks, title))
-    frame(experiment, done).to_csv(folder / "table.csv", index=False)
+    frame(experiment, done).drop(columns="cell").to_csv(folder / "table.csv", index=False)
     return f"\n{text}\nreport: {folder}"
 
 
@@ -48,7 +54,7 @@ def body(experiment: Experiment, done: list[Done], folder: Path) -> Iterator[Blo
         yield Text("Smoke: a few steps of bundled models show that the harness works; the numbers mean nothing.")
     yield main_table(experiment, done, values, reasons)
     yield Text(items=tuple(notes(experiment, done, values, reasons)))
-    drawn = figures.draw(experiment, values, [cell.settings for cell in done])
+    drawn = figures.draw(experiment, values)
     if drawn:
         yield Image(figures.save(drawn, folder, "figure")[0], experiment.title)
     if experiment.analyse:
@@ -66,16 +72,15 @@ def numbered(values: pd.DataFrame) -> dict[str, str]:
 def main_table(experiment: Experiment, done: list[Done], values: pd.DataFrame, reasons: dict[str, str]) -> Table:
     """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
     and rank below ours."""
-    found, keys = columns(experiment, done), [*experiment.rows, "label"]
-    lines, best, aside = [], [], []
+    found, lines, best, aside = columns(experiment, done), [], [], []
     for name, group in values.groupby(experiment.rows, sort=False) if experiment.rows else [((), values)]:
-        top = leaders(group, found)
+        heads, top = dict(zip(map(heading, experiment.rows), map(str, name), strict=True)), leaders(group, found)
         for label, part in group.groupby("label", sort=False):
-            heads = dict(zip([key.rpartition(".")[0] or key for key in experiment.rows], map(str, name), strict=True))
             cells = {shown_head(c): shown(part[part["column"] == c.head], c, done, reasons) for c in found}
-            lines.append({**heads, "method": label, **cells, **cost(label, heads, done, found)})
+            runs = [done[i] for i in sorted(set(part["cell"]) - {-1})]
+            lines.append({**heads, "method": label, **cells, **cost(runs, found)})
             best.append({key: (label, key) in top for key in lines[-1]})
-            for row in same(experiment, label, heads, done):
+            for row in published_twins(experiment, runs):
                 aside.append(len(lines))
                 lines.append({**heads, "method": f"{label} [{row.table}]", **quoted(row, found)})
                 best.append({})
@@ -87,13 +92,12 @@ def main_table(experiment: Experiment, done: list[Done], values: pd.DataFrame, r
 def caption(experiment: Experiment, done: list[Done]) -> str:
     """Return what the numbers are."""
     seeds = ", ".join(map(str, sorted({cell.settings.seed for cell in done})))
-    if isinstance(experiment.columns, dict):
-        kind = "Values by column"
-    else:
-        names = {tasks.load(cell.settings.task.name).metric for cell in done}
-        kind = "Scores as published" if experiment.columns == "published" else f"Main score ({', '.join(sorted(names))}), %"
-        if experiment.columns != "published":
-            kind += f", by {experiment.columns}"
+    names = ", ".join(sorted({tasks.load(cell.settings.task.name).metric for cell in done}))
+    kind = f"Main score ({names}), %, by {experiment.columns}"
+    if experiment.columns == "published":
+        kind = "Scores as the published table has them"
+    elif isinstance(experiment.columns, dict):
+        kind = "Values of the runs"
     return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}; best mean bold."
 
 
@@ -126,23 +130,21 @@ def leaders(group: pd.DataFrame, found: list[Column]) -> set[tuple[str, str]]:
     top = set()
     for family in families:
         part = means[means.index.get_level_values("column").isin([c.head for c in family])]
-        if len(part) > 1:
+        if len(part) > 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
             best = part.min() if family[0].field in LOWER else part.max()
             names = {c.head: shown_head(c) for c in family}
             top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
     return top
 
 
-def cost(label: str, heads: dict[str, str], done: list[Done], found: list[Column]) -> dict[str, str]:
+def cost(runs: list[Done], found: list[Column]) -> dict[str, str]:
     """Return the trained weights and the seconds a step of a row's runs, unless these are the table's columns."""
     if any(column.field in FIELDS for column in found):
         return {}
-    results = [c.result for c in done if c.cell.label == label and c.result and is_of(c, heads)]
-    values = {
-        "trained": sorted({r["trainable_parameters"] for r in results}),
-        "s/step": sorted(FIELDS["seconds_per_step"][0](r) for r in results),
-    }
-    return {name: ranged(numbers, "{:,.0f}" if name == "trained" else "{:.2f}") for name, numbers in values.items()}
+    results = [cell.result for cell in runs if cell.result]
+    trained = sorted({result["trainable_parameters"] for result in results})
+    seconds = sorted(FIELDS["seconds_per_step"][0](result) for result in results)
+    return {"trained": ranged(trained, "{:,.0f}"), "s/step": ranged(seconds, "{:.2f}")}
 
 
 def ranged(numbers: list[float], style: str) -> str:
@@ -151,23 +153,16 @@ def ranged(numbers: list[float], style: str) -> str:
     return " to ".join(ends) or MISSING
 
 
-def is_of(cell: Done, heads: dict[str, str]) -> bool:
-    """Whether a run stands in the table's row with these headings."""
-    facts = {"model": cell.settings.model.name, "task": cell.settings.task.name}
-    return all(facts.get(key, value) in (value, None) or value == "mean" for key, value in heads.items())
-
-
-def same(experiment: Experiment, label: str, heads: dict[str, str], done: list[Done]) -> Iterator[paper.Row]:
+def published_twins(experiment: Experiment, runs: list[Done]) -> Iterator[paper.Row]:
     """Yield the published rows of a row's own model, method and rank."""
-    cells = [cell.settings for cell in done if cell.cell.label == label and is_of(cell, heads)]
-    if not cells:
+    if not runs:
         return
-    own = {"model": cells[0].model.name, "method": cells[0].method.name, "rank": cells[0].method.rank}
+    settings = runs[0].settings
+    own = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
     for table in map(paper.load, experiment.published):
-        for row in table.rows:
-            if {"model", "method"} <= set(row.keys) and table.ours:
-                if all(row.keys.get(key) in (value, None) for key, value in own.items()):
-                    yield row
+        for row in table.rows if table.ours and {"model", "method"} <= set(table.keys) else ():
+            if all(row.keys.get(key) in (value, None) for key, value in own.items()):
+                yield row
 
 
 def quoted(row: paper.Row, found: list[Column]) -> dict[str, str]:
@@ -212,8 +207,8 @@ def rates(experiment: Experiment, done: list[Done]) -> Iterator[str]:
         if tune and label in tune.grid:
             grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
             yield (
-                f"learning rate, {label}: {text}; chosen from {grid} ({len(tune.grid[label])} runs a task) by the main score "
-                f"on {tune.holdout} training examples set apart, seed {tune.seed}"
+                f"learning rate, {label}: {text}; chosen from {grid} ({len(tune.grid[label])} runs a task) by the main "
+                f"score on {tune.holdout} training examples set apart, seed {tune.seed}"
             )
         else:
             yield f"learning rate, {label}: {text}; given, not tuned here"
@@ -229,7 +224,9 @@ def published(experiment: Experiment) -> Iterator[Block]:
         cells = pd.DataFrame(lines).fillna(MISSING)
         about = "; ".join(f"{key}: {value}" for key, value in table.protocol.items())
         yield Text(f"Published: {table.title}", heading=True)
-        yield Table(cells, f"{table.title} ({table.status}; {table.source[0]}; {about}).", aside=frozenset(range(len(cells))))
+        note = "as published" if experiment.scale == "full" else "other models, data and lengths of training than above"
+        text = f"{table.title}: {note} ({table.status}; {table.source[0]}; {about})."
+        yield Table(cells, text, aside=frozenset(range(len(cells))))
 
 
 def status(value: str, table: paper.Table) -> str:

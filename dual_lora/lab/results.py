@@ -1,4 +1,4 @@
-"""The finished runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
+"""The runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,7 +64,14 @@ def columns(experiment: Experiment, done: list[Done]) -> list[Column]:
     if isinstance(experiment.columns, dict):
         return [Column(head, field) for head, field in experiment.columns.items()]
     heads = list(dict.fromkeys(headed(cell, experiment.columns) for cell in done))
-    return [Column(head) for head in sorted(heads, key=lambda head: (head != NONE, 0 if isinstance(head, str) else head))]
+    heads.sort(key=lambda head: (head != NONE, 0 if isinstance(head, str) else head))
+    return [Column(head) for head in heads]
+
+
+def heading(key: str) -> str:
+    """Return how a setting is called at the head of a row or column: task.name is the task, train.lr the lr."""
+    parts = key.split(".")
+    return parts[0] if parts[-1] == "name" else parts[-1]
 
 
 def headed(cell: Done, key: str) -> Any:
@@ -89,11 +96,12 @@ def published_columns(table: Table, asked: set[str]) -> list[Column]:
 
 def frame(experiment: Experiment, done: list[Done]) -> pd.DataFrame:
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
-    marks and run."""
-    values = pd.DataFrame([entry for cell in done for entry in entries(experiment, cell, columns(experiment, done))])
+    marks, run, and the position of its run in `done` (-1 for a mean)."""
+    found = columns(experiment, done)
+    values = pd.DataFrame([e | {"cell": i} for i, cell in enumerate(done) for e in entries(experiment, cell, found)])
     if experiment.mean in experiment.rows:
         return pd.concat([values, means(values, experiment.mean)], ignore_index=True)
-    for column in columns(experiment, done):
+    for column in found:
         if column.parts:
             extra = means(values[values["column"].isin(column.parts)], "column").assign(column=column.head)
             values = pd.concat([values, extra], ignore_index=True)
@@ -106,11 +114,8 @@ def entries(experiment: Experiment, cell: Done, found: list[Column]) -> Iterator
     common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": marks(cell)}
     common |= {"run": cell.record.name if cell.record else None}
     for column in found:
-        if column.parts or (column.task and column.task != cell.settings.task.name):
+        if not stands_under(experiment, cell, column):
             continue
-        if isinstance(experiment.columns, str) and experiment.columns != "published":
-            if headed(cell, experiment.columns) != column.head:
-                continue
         value, reason = None, cell.reason
         if cell.result:
             try:
@@ -120,9 +125,16 @@ def entries(experiment: Experiment, cell: Done, found: list[Column]) -> Iterator
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
 
 
+def stands_under(experiment: Experiment, cell: Done, column: Column) -> bool:
+    """Whether a run has a value in a column."""
+    if column.field is None and not column.parts:
+        return headed(cell, experiment.columns) == column.head
+    return not column.parts and column.task in (None, cell.settings.task.name)
+
+
 def means(values: pd.DataFrame, over: str) -> pd.DataFrame:
     """Return the mean over a column of the frame, called "mean" in it, where none of its values is missing."""
-    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run")]
+    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "cell")]
     groups = values.groupby(keys, sort=False, dropna=False)
     found = groups["value"].agg(lambda column: column.mean(skipna=False)).reset_index()
     complete = groups[over].nunique().reset_index(drop=True) == values[over].nunique()
@@ -130,7 +142,7 @@ def means(values: pd.DataFrame, over: str) -> pd.DataFrame:
     found["reason"] = None
     found.loc[found["value"].isna(), "reason"] = "a part is missing"
     found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
-    return found.assign(**{over: MEAN, "run": None})
+    return found.assign(**{over: MEAN, "run": None, "cell": -1})
 
 
 def marks(cell: Done) -> str:

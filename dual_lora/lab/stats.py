@@ -479,9 +479,14 @@ def iqm(scores_TS: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[fl
 
 
 def shown(difference: Difference, adjusted_p: float | None = None) -> bool:
-    """Return whether the interval excludes zero and p, adjusted where it is, is below 0.05."""
+    """Return whether there are several seeds, the interval excludes zero and p, adjusted where it is, is below 0.05.
+
+    With one seed nothing is shown: between equal methods whose runs differ by one point from seed to seed, one seed of
+    872 examples had p < 0.05 in 16 % of simulated comparisons.
+    """
     p = difference.p if adjusted_p is None else adjusted_p
-    return None not in (p, difference.low) and p < LEVEL and not difference.low <= 0 <= difference.high
+    known = None not in (p, difference.low) and difference.seeds > 1
+    return known and p < LEVEL and not difference.low <= 0 <= difference.high
 
 
 def sentence(
@@ -497,7 +502,7 @@ def sentence(
     adjusted = "" if adjusted_p is None else f", Holm {rounded(adjusted_p).removeprefix('= ')}"
     count = f"{difference.examples:,} examples, {difference.seeds} seed{'s' * (difference.seeds > 1)}"
     verdict = "shown" if shown(difference, adjusted_p) else "not shown"
-    alone = "; what a seed does is not in the interval" if difference.seeds == 1 and difference.low is not None else ""
+    alone = "; what a seed does is in neither" if difference.seeds == 1 and difference.low is not None else ""
     mean = f"{difference.mean * scale:+.{digits}f}"
     return f"{ours_name} - {theirs_name}: {mean}, {interval} ({count}; {test}{adjusted}): {verdict}{alone}"
 
