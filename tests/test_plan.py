@@ -158,7 +158,7 @@ def test_several_plans_are_all_drawn_and_those_that_do_not_fit_told_in_the_end(r
 
 def test_an_experiment_is_planned_and_not_run(runs_folder, capsys, monkeypatch):
     monkeypatch.setattr(cli, "attempt", lambda *a: pytest.fail("a run was started"))
-    assert grid.sweep(["experiment=demo", "plan=true"]) == 0
+    assert grid.sweep(["experiment=cost", "scale=smoke", "plan=true"]) == 0
     assert "plan     tiny-" in capsys.readouterr().out
 
 

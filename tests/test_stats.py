@@ -511,7 +511,7 @@ def test_one_sentence():
     assert sentence("Dual LoRA", "LoRA", some, adjusted_p=0.62) == f"{expected}: not shown"
     alone = Difference(-0.031, -0.052, -0.012, 0.0004, "McNemar", 1872, 1)
     assert sentence("A", "B", alone) == (
-        "A - B: -3.1, 95 % interval -5.2 to -1.2 (1,872 examples, 1 seed; McNemar p < 0.001): shown; "
+        "A - B: -3.1, 95 % interval -5.2 to -1.2 (1,872 examples, 1 seed; McNemar p < 0.001): not shown; "
         "what a seed does is in neither"
     )
     none = Difference(0.0413, None, None, None, "no test: NIST is not resampled", 630, 3)
@@ -528,3 +528,4 @@ def test_shown_needs_interval_and_adjusted_p():
     assert not verdict(0.1, 0.3, 0.05) and not verdict(0.1, 0.3, 0.01, 0.08) and not verdict(0.0, 0.3, 0.01)
     assert not verdict(-0.1, 0.3, 0.01)
     assert not shown(Difference(0.1, None, None, None, "", 9, 2), 0.01)
+    assert not shown(Difference(0.2, 0.1, 0.3, 0.001, "", 9, 1))  # one seed

@@ -1,72 +1,176 @@
-"""Experiments: every one composes; missing runs are done once; the report is the same twice and shows gaps."""
+"""Experiments: every one composes at every scale and runs at the smallest; missing runs are done once; rates are chosen
+on rows that are not reported."""
+
+import json
 
 import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
 
-from dual_lora.lab import cli, grid
+import tasks
+from dual_lora import paper
+from dual_lora.lab import cli, evaluation, grid
+from dual_lora.lab.experiments import SCALES, Experiment, newest
 from dual_lora.lab.settings import UserError
 
-SMALL = ["train.max_steps=2", "eval.max_examples=4", "wandb.mode=disabled"]
+SMALL = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+SPEC = {
+    "title": "Small",
+    "columns": "task.name",
+    "baselines": ["LoRA"],
+    "cells": {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora"]},
+    "smoke": {"seeds": [0, 1], "run": ["model=tiny-roberta", "task=demo/sentiment"]},
+}
+
+GLUE = {"MNLI": "mnli", "SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola"}
+GLUE |= {"QNLI": "qnli", "QQP": "qqp", "RTE": "rte", "STS-B": "stsb"}
+
+
+def content(name: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(ROOT / "conf/experiment" / f"{name}.yaml"))
 
 
 @pytest.fixture
 def experiment(monkeypatch):
-    """A small experiment of 2 methods x 2 seeds; its name."""
-    run = ["model=tiny-roberta", "task=demo/sentiment", "seed=0,1"]
-    small = grid.Experiment("small", run, [["method=lora,dual_lora"]], rows="method.name", columns="train.lr")
-    monkeypatch.setattr(grid.Experiment, "load", lambda name: small)
-    return small.name
+    """A function that makes `experiment=small` mean SPEC with changes."""
+
+    def use(**changes):
+        monkeypatch.setattr(Experiment, "load", lambda name, scale=None: Experiment.read(name, SPEC | changes, scale))
+        return "experiment=small"
+
+    return use
 
 
 @pytest.mark.parametrize("name", cli.choices("experiment"))
-def test_every_experiment_composes(name):
-    known = grid.Experiment.load(name)
-    found = [cli.load(job) for cell in known.cells for job in cli.parse([*known.run, *cell])]
-    assert len(found) == len({grid.asked(settings) for settings in found}) > 1
-    for settings in found:
-        assert grid.setting(settings, known.rows) and grid.setting(settings, known.columns)
+def test_every_experiment_says_how_long_it_takes_and_composes(name):
+    scales = [scale for scale in SCALES if scale in content(name)]
+    assert "smoke" in scales
+    text = (ROOT / "conf/experiment" / f"{name}.yaml").read_text()
+    assert f"python sweep.py experiment={name}" in text and ("hours" in text or "minutes" in text)
+    for scale in scales:
+        cells = Experiment.load(name, scale).compose(["seed=0"])
+        assert len(cells) > 1
+        assert all(cell.settings.model.bundled for cell in cells) == (scale == "smoke")
 
 
-def test_missing_runs_are_done_and_the_report_is_the_same_from_the_records(experiment, runs_folder, capsys):
-    assert grid.sweep([f"experiment={experiment}", *SMALL]) == 0
+def test_the_published_settings_of_glue_are_those_of_the_paper():
+    table = paper.load("lora_table9_10_glue_settings")
+    keys = {"train.lr": "lr", "train.batch_size": "batch", "train.epochs": "epochs", "task.max_length": "max_length"}
+    keys["task.warmup_ratio"] = "warmup_ratio"
+    blocks = [dict(o.split("=", 1) for o in block) for block in content("nlu")["full"]["blocks"]]
+    assert len(blocks) == 24
+    for block in blocks:
+        (column,) = [c for c, name in GLUE.items() if f"glue/{name}" == block["task"]]
+        for key, setting in keys.items():
+            printed = table.row(model=block["model"], printed_in="paper", setting=setting).values[column]
+            assert float(block[key]) == printed.number, (block["model"], column, key)
+
+
+def test_every_experiment_runs_with_bundled_models_and_reports(runs_folder, capsys):
+    assert grid.sweep(["experiment=all", "scale=smoke", "wandb.mode=disabled"]) == 0
+    for name in cli.choices("experiment"):
+        study = Experiment.load(name, "smoke").study
+        made = {path.name for path in (runs_folder / study / "report").iterdir()}
+        assert {"table.md", "table.tex", "table.csv", "report.html", "figure.png", "figure.pdf"} <= made
+        assert "[a]" not in (runs_folder / study / "report" / "table.md").read_text(), "a cell is missing"
+
+
+def test_later_overrides_replace_earlier_ones():
+    assert newest(["a=1", "b=2", "a=3", "+c.d=4", "+c.d=5"]) == ["b=2", "a=3", "+c.d=5"]
+
+
+def test_missing_runs_are_done_once_and_the_report_is_the_same_from_the_records(experiment, runs_folder, capsys):
+    name = experiment()
+    assert grid.sweep([name, *SMALL]) == 0
     shown = capsys.readouterr().out
-    assert "4 runs, 0 finished, 4 to do" in shown and "| lora" in shown
-    assert "Main score (accuracy) in percent" in shown
-    assert shown.count("Data: train tasks/demo.py v") == 1
-    report = runs_folder / experiment / "report"
+    assert "4 runs, 0 finished, 4 to do" in shown and "| LoRA" in shown
+    assert "Main score (accuracy)" in shown and shown.count("data: train tasks/demo.py v") == 1
+    report = runs_folder / "small" / "report"
     first = {p.name: p.read_bytes() for p in report.iterdir()}
-    assert set(first) == {"table.md", "table.csv", "figure.png"}
-    assert grid.sweep([f"experiment={experiment}", *SMALL]) == 0
+    assert grid.sweep([name, *SMALL]) == 0
     assert "4 runs, 4 finished, 0 to do" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in report.iterdir()} == first
+    report.rename(report.with_name("old"))
+    assert grid.sweep([name, "run=false", *SMALL]) == 0
     assert {p.name: p.read_bytes() for p in report.iterdir()} == first
 
 
-def test_a_deleted_run_is_counted_and_an_empty_cell_is_a_dash(experiment, runs_folder):
-    grid.sweep([f"experiment={experiment}", *SMALL])
-    table = runs_folder / experiment / "report" / "table.md"
+def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):
+    name = experiment(cells={"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora"]})
+    grid.sweep([name, *SMALL])
+    table = runs_folder / "small" / "report" / "table.md"
     assert table.read_text().count("(2)") == 2
-    gone = sorted((runs_folder / experiment).glob("*_dual_lora_s*/result.json"))
-    gone[0].unlink()
-    grid.sweep([f"experiment={experiment}", "run=false", *SMALL])
-    assert table.read_text().count("(1)") == 1
-    gone[1].unlink()
-    grid.sweep([f"experiment={experiment}", "run=false", *SMALL])
-    (line,) = (line for line in table.read_text().splitlines() if "| dual_lora" in line)
-    assert "–" in [c.strip() for c in line.split("|")]
+    gone = sorted((runs_folder / "small").glob("*_dual_lora_s*/result.json"))
+    for number, path in enumerate(gone):
+        path.unlink()
+        grid.sweep([name, "run=false", *SMALL])
+        (line,) = (line for line in table.read_text().splitlines() if line.startswith("| Dual LoRA"))
+        assert ("(1) [a]" if number == 0 else "– [a]") in line
+        assert "- – [a]: not run" in table.read_text()
 
 
 def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_folder, capsys):
-    assert grid.sweep([f"experiment={experiment}", *SMALL, "method.rank=1"]) == 2
+    assert grid.sweep([experiment(), *SMALL, "method.rank=1"]) == 2
     shown = capsys.readouterr()
-    assert "2 of 4 runs finished" in shown.err and "| lora" in shown.out
+    assert "2 of 4 runs finished" in shown.err and "| LoRA" in shown.out
+    assert "[a]: failed: " in shown.out
+
+
+def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder, capsys):
+    grids = {"LoRA": [1e-5, 5e-3], "Dual LoRA": [1e-3, 2e-3]}
+    name = experiment(tune={"holdout": 32, "grid": grids})
+    steps = [o for o in SMALL if not o.startswith(("train.max_steps", "eval.max"))]
+    assert grid.sweep([name, "train.max_steps=20", "eval.max_examples=64", *steps]) == 0
+    shown = capsys.readouterr().out
+    assert "4 runs to choose learning rates, 0 finished" in shown and "4 runs, 0 finished" in shown
+    assert "chosen from 1e-05, 0.005 (2 runs a task) by the main score on 32 training examples set apart" in shown
+    results = [json.loads(path.read_text()) for path in runs_folder.glob("small/*/result.json")]
+    trials = [r for r in results if r["seed"] == 1000]
+    assert len(trials) == 4 and all(r["data"]["validation"]["rows"] == 32 for r in trials)
+    assert all("set apart" in r["data"]["validation"]["origin"] for r in trials)
+    best = max((r for r in trials if r["method"] == "lora"), key=lambda r: r["metrics"]["accuracy"])
+    config = OmegaConf.load(runs_folder / "small" / best["identity"] / "config.yaml")
+    assert f"learning rate, LoRA: {config.train.lr:g}; chosen" in shown
+
+
+def test_rows_set_apart_are_not_trained_on():
+    task = tasks.load("demo/sentiment")
+    settings = cli.load(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50"])
+    train = evaluation.load_split(task, "train", settings)
+    apart = evaluation.load_scored(task, settings)["validation"]
+    ids = set(apart.rows["id"])
+    assert len(ids) == 50 and len(train.rows) == 1950 and not ids & set(train.rows["id"])
+    other = cli.load(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50", "seed=7"])
+    assert set(evaluation.load_scored(task, other)["validation"].rows["id"]) == ids
+    with pytest.raises(UserError, match="eval.holdout=2000: .* has 2000 rows"):
+        evaluation.load_split(
+            task, "train", cli.load(["task=demo/sentiment", "model=tiny-roberta", "eval.holdout=2000"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baselines": ["DoRA"]}, "conf/experiment/small.yaml: DoRA: no such cell; its cells are LoRA, Dual LoRA"),
+        ({"column": "x"}, "column: no such field. Did you mean columns?"),
+        ({"published": ["dora_table0"]}, "dora_table0: no such table"),
+        ({"tune": {"holdout": 9, "grid": {"LoRA": [1], "Dual LoRA": [1, 2]}}}, "every label needs as many rates"),
+    ],
+)
+def test_mistakes_in_a_file(changes, message):
+    with pytest.raises(UserError) as error:
+        Experiment.read("small", SPEC | changes)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("experiment=demmo", "no such experiment. Did you mean demo?"),
+        ("experiment=costt", "no such experiment. Did you mean cost?"),
         ("run=false", "experiment=NAME is needed"),
-        ("experiment=demo run=maybe", "run=maybe: true or false"),
-        ("experiment=demo train.lrr=3", "train.lrr: no such setting"),
+        ("experiment=cost run=maybe", "run=maybe: true or false"),
+        ("experiment=cost scale=huge", "scale=huge: experiment cost has full, small, smoke"),
+        ("experiment=cost train.lrr=3", "train.lrr: no such setting"),
     ],
 )
 def test_mistakes(argument, message):

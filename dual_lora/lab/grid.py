@@ -133,4 +133,6 @@ def do(experiment: Experiment, cells: list[Cell], run: bool) -> int:
         print(report.write(experiment, done, folder))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error})") from error
+    if run:
+        report.mirrored(experiment, done, folder)
     return code

@@ -39,6 +39,16 @@ class Mirror:
         if self._run is not None and not self._failed:
             self._try(self._run.summary.update, values)
 
+    def show(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
+        """Send tables (data frames) and images (PNG files) by name."""
+        if self._run is not None and not self._failed:
+            self._try(self._show, tables, images)
+
+    def _show(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
+        wandb = sys.modules["wandb"]
+        rows = {name: wandb.Table(dataframe=frame) for name, frame in tables.items()}
+        self._run.log(rows | {name: wandb.Image(str(path)) for name, path in images.items()})
+
     def finish(self, exit_code: int = 0) -> None:
         """Close the run, marked failed if `exit_code` is not 0; what could not be uploaded stays on disk."""
         run, self._run = self._run, None

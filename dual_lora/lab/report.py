@@ -11,7 +11,6 @@ runs/STUDY/report/
 from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,7 @@ from dual_lora.lab import comparison, document, figures, ranks_report
 from dual_lora.lab.document import Block, Image, Table, Text
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.grid import Done
+from dual_lora.lab.mirror import open_mirror
 from dual_lora.lab.results import FIELDS, MARKS, Column, columns, frame, heading
 
 MISSING = "–"
@@ -233,6 +233,22 @@ def status(value: str, table: paper.Table) -> str:
     return "" if value == table.status else f" [{value}]"
 
 
-def logged(folder: Path) -> dict[str, Any]:
-    """Return what of a written report is mirrored: its long table and its figures."""
-    return {"table": pd.read_csv(folder / "table.csv"), "figures": sorted(folder.glob("*.png"))}
+def mirrored(experiment: Experiment, done: list[Done], folder: Path) -> None:
+    """Send a written report to W&B, as a run of its own in the study's group: all values as a table, every figure."""
+    wandb = done[0].settings.wandb
+    study = folder.parent.name
+    mirror = open_mirror(
+        wandb.mode,
+        project=wandb.project,
+        entity=wandb.entity,
+        run_id=f"{study}-report",
+        name=f"{study} report",
+        group=study,
+        job_type="report",
+        tags=[experiment.name, experiment.scale],
+        config={"experiment": experiment.name, "scale": experiment.scale},
+        folder=folder.parent,
+    )
+    figures = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    mirror.show({"values": pd.read_csv(folder / "table.csv")}, figures)
+    mirror.finish()
