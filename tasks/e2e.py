@@ -106,10 +106,8 @@ class Official(E2e):
 
     def pairs(self, path: Path) -> Iterator[Pair]:
         for number, row in enumerate(csv.DictReader(io.StringIO(base.read_text(path), newline="")), start=1):
-            try:
+            with base.expected("a row of mr and ref", f"{path}: row {number}"):
                 yield spelled_out(row["mr"]), row["ref"], ""
-            except (KeyError, TypeError, ValueError) as error:
-                raise TaskError(f"{path}: row {number} has no mr and ref ({error!r}); fetch the file again") from error
 
 
 def spelled_out(record: str) -> str:

@@ -1,5 +1,6 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,16 +16,21 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 from yaml import YAMLError
 
-from dual_lora.lab.runs import ROOT, Record, model_facts, task_of
-from dual_lora.lab.settings import Settings, UserError, nearest, require
+from dual_lora.lab.runs import ROOT, Record, model_facts, task_of, without_secrets
+from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
 
 CONF = ROOT / "conf"
 GROUPS = ("model", "task", "method")
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
+MULTIRUN = {"-m", "--multirun"}
+# What a command line may say to Hydra itself: how jobs are started. Where they write is the harness's to say.
+HYDRA_KEYS = re.compile(r"hydra(/|\.)(launcher|sweeper)(\.|$)")
+# A record holds every setting, so none may come from the environment, where keys and passwords are.
+OmegaConf.clear_resolver("oc.env")
 
 
 def schema(cls: type) -> type:
@@ -70,6 +76,7 @@ def open_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
 def check_names(override: Override) -> None:
     """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
     key = override.key_or_group
+    check_text(override.input_line, key)
     require(not override.is_delete(), f"~{key}: settings cannot be removed")
     require(key != "experiment", "experiment: experiments are run by sweep.py: python sweep.py experiment=NAME")
     if key in GROUPS:
@@ -77,14 +84,26 @@ def check_names(override: Override) -> None:
         for value in values:
             hint = nearest(str(value), choices(key))
             require(str(value) in choices(key), f"{key}={value}: no such {key}.{hint} Known: {', '.join(choices(key))}")
-    elif key.split(".")[0] != "hydra" and not key.startswith("hydra/"):
+    elif re.match(r"hydra(/|\.|$)", key):
+        require(HYDRA_KEYS.match(key), f"{key}: of Hydra's own only hydra/launcher and hydra/sweeper may be set")
+    else:
         opened = any(key.startswith(parent + ".") for parent in open_keys())
         known = [*keys(), *GROUPS]
         require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
+    added = override.is_add() and key in [*keys(), *GROUPS]
+    require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
+
+
+def check_text(text: str, key: str) -> None:
+    """Refuse what is no value: code to run, or text to be filled in from elsewhere than the settings."""
+    require("_target_" not in text, f"{key}: _target_ names code to run; settings are values")
+    strange = re.sub(r"\$\{[\w.]+\}", "", text)
+    require("${" not in strange, f"{key}: of ${{...}} only other settings, such as ${{method.lr}}")
 
 
 def parse_one(override: str) -> Override:
     try:
+        require(override.isprintable(), f"{override!r}: holds characters that are no text")
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(f"{override}: not of the form KEY=VALUE") from error
@@ -107,6 +126,7 @@ def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
     method = config.method
     if method.r1 is not None and method.r2 is not None:
         total = method.r1 + method.r2
+        require(min(method.r1, method.r2) > 0, f"method.r1={method.r1} and method.r2={method.r2}: must be positive")
         named = any(o.startswith("method.rank=") for o in overrides)
         require(
             not named or method.rank == total, f"method.rank={method.rank}: method.r1 + method.r2 is {total}; drop one"
@@ -137,7 +157,9 @@ def one_line(error: Exception) -> str:
     cause = error
     while isinstance(cause, HydraException) and cause.__cause__:
         cause = cause.__cause__
-    text, key = str(cause).splitlines()[0], getattr(cause, "full_key", None)
+    text, key = first_line(cause), getattr(cause, "full_key", None)
+    if isinstance(cause, UnsupportedInterpolationType):
+        return f"{key}: {text}; write the value itself"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return f"{key}: not among the method's; write +{key}=VALUE to add it"
     return f"{key}: {text}" if key else text
@@ -159,12 +181,16 @@ def check(argv: list[str]) -> list[Settings]:
     Raises:
         UserError: a name, a value or a file is wrong.
     """
+    for flag in (a for a in argv if a.startswith("-")):
+        require(flag in MULTIRUN, f"{flag}: no such option; settings are KEY=VALUE, -m runs several, --help shows all")
     jobs = parse([a for a in argv if not a.startswith("-")])
-    many = bool({"-m", "--multirun"} & set(argv))
+    many = bool(MULTIRUN & set(argv))
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load(job) for job in jobs]
     for settings in found:
-        Record.of(settings)  # reads what names the run: data and weights must be there
+        record = Record.of(settings)  # reads what names the run: data and weights must be there
+        if not settings.force:
+            record.result()
     return found
 
 
@@ -189,7 +215,7 @@ def conclude(jobs: list[Settings]) -> int:
         if failure is None and record.result():
             continue
         failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
-        print(f"failed: {record.shown()}\n  {failure['error']}: {failure['message']}", file=sys.stderr)
+        print(f"failed: {record.shown()}\n  {failure['error']}: {without_secrets(failure['message'])}", file=sys.stderr)
         codes.append(EXIT_USER if failure["error"] == UserError.__name__ else EXIT_FAILED)
     if len(jobs) > 1:
         print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
@@ -199,7 +225,7 @@ def conclude(jobs: list[Settings]) -> int:
 def train(run: Callable[[], None]) -> int:
     """Check the command line, let Hydra run its jobs, say what failed."""
     argv = sys.argv[1:]
-    jobs = [] if HYDRA_FLAGS & set(argv) else check(argv)
+    jobs = [] if HYDRA_FLAGS & {a.partition("=")[0] for a in argv} else check(argv)
     if any(settings.plan for settings in jobs):
         return draw_plans(jobs)
     run()
@@ -245,10 +271,11 @@ def recorded(run: Path, key: str = "run") -> Settings:
     path = run / "config.yaml"
     require(path.is_file(), f"{key}={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
-        stored = OmegaConf.merge(OmegaConf.structured(SCHEMA), ADDED, OmegaConf.load(path))
-    except (OmegaConfBaseException, OSError, YAMLError) as error:
-        raise UserError(f"{path}: not a run's settings ({one_line(error)})") from error
-    return settings(stored)
+        stored = OmegaConf.load(path)
+        check_text(str(OmegaConf.to_container(stored)), "its values")
+        return settings(OmegaConf.merge(OmegaConf.structured(SCHEMA), ADDED, stored))
+    except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a run's settings as this version knows them ({one_line(error)})") from error
 
 
 def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
@@ -333,5 +360,5 @@ def guard(do: Callable[..., int], *args: object) -> None:
     try:
         sys.exit(do(*args))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER)

@@ -78,7 +78,9 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
     Raises:
         UserError: they do not fit.
     """
-    weights = load_file(init_file(settings))
+    file = init_file(settings)
+    with models.readable(f"init_from={settings.init_from}: cannot read {file.name}", "take another run"):
+        weights = load_file(file)
     heads = {"classifier", "score", *settings.model.head}
     own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
     chosen = {name: t if heads & set(name.split(".")) else weights.pop(name, None) for name, t in own.items()}
