@@ -61,7 +61,8 @@ def expected(what: str, source: object) -> Iterator[None]:
     except TaskError:
         raise
     except SHAPE as error:
-        raise TaskError(f"{source}: {repr(error)[:200]} where {what} was expected; fetch the file again") from error
+        reason = str(error) if isinstance(error, UnicodeError) else repr(error)  # repr() holds the whole text
+        raise TaskError(f"{source}: {reason[:200]} where {what} was expected; fetch the file again") from error
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,10 @@ class Official(E2e):
     def pairs(self, path: Path) -> Iterator[Pair]:
         for number, row in enumerate(csv.DictReader(io.StringIO(base.read_text(path), newline="")), start=1):
             with base.expected("a row of mr and ref", f"{path}: row {number}"):
-                yield spelled_out(row["mr"]), row["ref"], ""
+                record, sentence = spelled_out(row["mr"]), row["ref"]
+                if sentence is None:
+                    raise ValueError(f"{row['mr']!r} has no ref")
+                yield record, sentence, ""
 
 
 def spelled_out(record: str) -> str:

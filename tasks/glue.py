@@ -139,7 +139,10 @@ class Glue(Task):
             if not 0 <= float(word) <= 5:
                 raise ValueError(f"a score of {word}, which is not in [0, 5],")
             return float(word)
-        return self.labels.index(word) if self.spec.named else range(len(self.labels)).index(int(word))
+        known = self.labels if self.spec.named else tuple(map(str, range(len(self.labels))))
+        if word not in known:
+            raise ValueError(f"the label {word!r}, not one of {', '.join(known)},")
+        return known.index(word)
 
     @staticmethod
     def row(split: str, number: int, texts: list[str], label: int | float) -> Row:

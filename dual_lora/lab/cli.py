@@ -104,6 +104,7 @@ def check_text(text: str, key: str) -> None:
 def parse_one(override: str) -> Override:
     try:
         require(override.isprintable(), f"{override!r}: holds characters that are no text")
+        require(override.lstrip("+~")[:1] not in ("", "="), f"{override}: not of the form KEY=VALUE")
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(f"{override}: not of the form KEY=VALUE") from error
@@ -160,8 +161,10 @@ def one_line(error: Exception) -> str:
     text, key = first_line(cause), getattr(cause, "full_key", None)
     if isinstance(cause, UnsupportedInterpolationType):
         return f"{key}: {text}; write the value itself"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "." not in str(key):
+        return f"{key}: no such setting"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return f"{key}: not among the method's; write +{key}=VALUE to add it"
+        return f"{key}: not among the {key.partition('.')[0]}'s; write +{key}=VALUE to add it"
     return f"{key}: {text}" if key else text
 
 
@@ -215,8 +218,10 @@ def conclude(jobs: list[Settings]) -> int:
         if failure is None and record.result():
             continue
         failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
-        print(f"failed: {record.shown()}\n  {failure['error']}: {without_secrets(failure['message'])}", file=sys.stderr)
-        codes.append(EXIT_USER if failure["error"] == UserError.__name__ else EXIT_FAILED)
+        user = failure["error"] == UserError.__name__
+        message = first_line(failure["message"]) if user else f"{failure['error']}: {first_line(failure['message'])}"
+        print(f"failed: {record.shown()}: {without_secrets(message)}", file=sys.stderr)
+        codes.append(EXIT_USER if user else EXIT_FAILED)
     if len(jobs) > 1:
         print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
     return min(codes[1:], default=EXIT_OK)

@@ -16,6 +16,11 @@ from dual_lora.lab import runs
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
+# What transformers' errors mean here, by a word in them.
+REASONS = {
+    "trust_remote_code": "it wants code of its own to be run, which is never done",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json asks for",
+}
 NO_CODE = {"trust_remote_code": False}  # given outright: transformers would ask the terminal
 
 
@@ -35,7 +40,7 @@ def readable(what: str, mend: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = "it wants code of its own run" if "trust_remote_code" in str(error) else first_line(error)
+        reason = next((reason for word, reason in REASONS.items() if word in str(error)), first_line(error))
         raise UserError(f"{what} ({reason[:300]}); {mend}") from error
 
 
@@ -64,6 +69,10 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
         f"model={settings.model.name}: its weights lack {len(lacking)} that its config.json asks for, first "
         f"{lacking[:1]}; they are another model's",
     )
+    known, asked = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    require(
+        asked < known, f"model={settings.model.name}: its tokenizer goes to {asked}, the model knows {known} tokens"
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
@@ -72,6 +81,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; one without a padding token pads with the end of text (masked everywhere)."""
     with told(settings):
         tokenizer = AutoTokenizer.from_pretrained(**place(settings))
+    bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
+    require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

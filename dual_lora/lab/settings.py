@@ -28,10 +28,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def first_line(error: BaseException | str) -> str:
+    """Return what an error says in one line: the first, with the next where that ends in a colon, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, LookupError) or not lines:
+        return repr(error)  # of a KeyError str() is the key alone
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
