@@ -118,6 +118,11 @@ def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimiz
     )
 
 
+def kernels(model: torch.nn.Module) -> list[str]:
+    """Return how adapters that can be computed in several ways are computed here; empty for others."""
+    return sorted({factors.kernel_used for factors in factors_of(model)})
+
+
 def parameters(model: torch.nn.Module) -> dict[str, int]:
     """Return how many weights there are, how many train, and how many of those are the adapter's (without heads)."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}

@@ -35,8 +35,17 @@ from dual_lora.lab.settings import Settings, UserError, first_line, require
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
+PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf")
+# Variables of the environment that change which kernels run or in which order numbers are added.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TRITON_INTERPRET",
+)
+VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 # What a run's result must tell, whatever version wrote it.
 RESULT = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
@@ -295,7 +304,7 @@ def git(*args: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Return what beside the facts may explain a result: versions, machine, code."""
+    """Return what beside the facts can change a digit of a result: versions, machine, how it computes, code."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -304,8 +313,16 @@ def environment() -> dict[str, Any]:
         "packages": {p: installed(p) for p in PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": "cuda" if cuda else "cpu",
         "accelerator": torch.cuda.get_device_name() if cuda else None,
+        "devices": torch.cuda.device_count() if cuda else 1,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
         "threads": torch.get_num_threads(),
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "command": sys.argv,
