@@ -96,6 +96,9 @@ def check_names(override: Override) -> None:
 
 def check_text(text: str, key: str) -> None:
     """Refuse what is no value: code to run, or text to be filled in from elsewhere than the settings."""
+    require(
+        without_secrets(text) == text, f"{key}: holds a key or password of the environment, which a record would keep"
+    )
     require("_target_" not in text, f"{key}: _target_ names code to run; settings are values")
     strange = re.sub(r"\$\{[\w.]+\}", "", text)
     require("${" not in strange, f"{key}: of ${{...}} only other settings, such as ${{method.lr}}")
@@ -206,7 +209,7 @@ def attempt(settings: Settings) -> None:
     except UserError:
         return
     except Exception:
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
 
 
 def conclude(jobs: list[Settings]) -> int:
