@@ -149,10 +149,11 @@ def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
 def check_pair(settings: Settings) -> None:
     """Refuse a task the model cannot do."""
     writes = task_of(settings).form == "generation"
+    if settings.model.generates or not writes:
+        return
     able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
-    require(
-        settings.model.generates or not writes,
-        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}",
+    raise UserError(
+        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}"
     )
 
 
@@ -176,8 +177,12 @@ def load(overrides: list[str]) -> Settings:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            return settings(compose("config", overrides=overrides), overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+            config = compose("config", overrides=overrides)
+        except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
+            raise UserError(one_line(error)) from error
+        try:
+            return settings(config, overrides)
+        except OmegaConfBaseException as error:
             raise UserError(one_line(error)) from error
 
 
