@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ from test_commonsense import official
 from test_glue import write_official
 
 import train
-from dual_lora.lab import cli, grid, runs, training
+from dual_lora.lab import cli, evaluation, grid, hub, models, runs, training
+from dual_lora.lab.settings import UserError
 from tasks.commonsense import SPECS
 
 TABLE = Path(__file__).parent / "golden" / "bad_inputs.md"
@@ -491,6 +493,25 @@ def test_the_table_is_that_of_the_cases():
         assert len(ROWS) == len(CASES)
         TABLE.write_text(table())
     assert list(known()) == [(case.kind, case.what) for case in CASES] and len(CASES) >= 60
+
+
+def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
+        hub.cut.cache_clear()
+        assert not hub.cut()
+    hub.cut.cache_clear()
+    assert hub.cut()
+    for model, task in (("roberta-base", "demo/sentiment"), ("tiny-roberta", "glue/rte")):
+        chosen = cli.load([f"model={model}", f"task={task}"])
+        started = time.perf_counter()
+        with pytest.raises(UserError, match="cannot load"):
+            models.load(chosen, evaluation.load_split(runs.task_of(chosen), "train", chosen))
+        assert time.perf_counter() - started < 15  # the libraries' retries take at least 20
+    hub.cut.cache_clear()
 
 
 OUTSIDE = [

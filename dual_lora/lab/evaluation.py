@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dual_lora.lab import beam_search, cache, data, models
+from dual_lora.lab import beam_search, cache, data, hub, models
 from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
 from dual_lora.lab.settings import Settings
@@ -168,6 +168,8 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     Raises:
         UserError: the data is missing, damaged or cannot be fetched.
     """
+    if settings.data_dir is None and "hub" in task.source():
+        hub.settle(data=True)
     with models.readable(f"task={task.name}: cannot load its {name} split", "give data_dir=DIR"), told():
         split = task.split(name, settings.data_dir)
     limit = (settings.train if name == "train" else settings.eval).max_examples

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dual_lora.lab import runs
+from dual_lora.lab import hub, runs
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
@@ -29,6 +29,7 @@ def place(settings: Settings) -> dict[str, str | bool | None]:
     folder = runs.model_folder(settings)
     if folder:
         return {"pretrained_model_name_or_path": str(folder), **NO_CODE}
+    hub.settle(models=True)
     return {"pretrained_model_name_or_path": settings.model.hub, "revision": settings.model.revision, **NO_CODE}
 
 
