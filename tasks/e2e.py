@@ -78,7 +78,7 @@ class Tokenised(E2e):
     def pairs(self, path: Path) -> Iterator[Pair]:
         for number, line in enumerate(base.read_text(path).split("\n"), start=1):
             record, *sentences = line.strip().split("||")
-            if record and len(sentences) != 1:
+            if record and (len(sentences) != 1 or not sentences[0].strip()):
                 raise TaskError(f"{path}: line {number} is not of the form RECORD||SENTENCE; fetch the file again")
             if record:
                 yield record, sentences[0], ""
@@ -108,7 +108,7 @@ class Official(E2e):
         for number, row in enumerate(csv.DictReader(io.StringIO(base.read_text(path), newline="")), start=1):
             with base.expected("a row of mr and ref", f"{path}: row {number}"):
                 record, sentence = spelled_out(row["mr"]), row["ref"]
-                if sentence is None:
+                if not sentence or not sentence.strip():
                     raise ValueError(f"{row['mr']!r} has no ref")
                 yield record, sentence, ""
 

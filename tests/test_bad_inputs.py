@@ -4,6 +4,7 @@ tests/golden/bad_inputs.md is the table of them, with what is said; DUAL_LORA_GO
 error takes is written there too, in classes, and not compared.
 """
 
+import errno
 import gzip
 import json
 import os
@@ -247,10 +248,14 @@ CASES = [
     Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "is 16; drop one"),
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
+    Case("config", "a text of no tokens", "model=tiny-llama task=demo/choice task.max_new_tokens=0", "needs at least one token"),
+    Case("config", "classes smoothed that are none", "task=glue/stsb task.label_smoothing=0.1", "has no classes to smooth over"),
     Case("config", "best epoch and checkpoints", "task.checkpoint=best train.save_steps=2", "would forget its earlier"),
     Case("config", "several devices", "hardware.devices=2 hardware.sharding=full", "only plan=true knows several"),
     Case("config", "rank too small for two groups", "method.rank=1", "r=1"),
     Case("config", "unknown PEFT field", "+method.peft.nonsense=1", "nonsense"),
+    Case("config", "PEFT field of another type", "+method.peft.bias=5 method=lora", "on model=tiny-roberta: 'int' object has no attribute"),
+    Case("config", "PEFT field that is no pattern", "+method.peft.target_modules='('", "on model=tiny-roberta: missing )"),
     Case("config", "sweep without -m", "seed=0,1", "2 runs asked for: add -m"),
     # config: tricks
     Case("config", "a study above the runs", "study=../x", "study=../x: only letters"),
@@ -301,6 +306,8 @@ CASES = [
         changed("glue/SST-2/train.tsv", lambda c: c + b"x\t7\n", lambda h: write_official(h, "sst2")),
     ),
     Case("data", "a line without a bar", E2E, "test.txt: line 2 is not", changed("e2e/test.txt", lambda c: c + b"x\n", e2e_files)),
+    Case("data", "an empty sentence", E2E, "test.txt: line 2 is not", changed("e2e/test.txt", lambda c: c + b"name : Elm|| \n", e2e_files)),
+    Case("data", "an empty sentence, to a model without special tokens", "model=tiny-gpt2 task=glue/sst2 data_dir={here}", "train-2 is empty", changed("glue/SST-2/train.tsv", lambda c: c + b"\t1\n", lambda h: write_official(h, "sst2"))),
     Case("data", "an empty text file", E2E, "train.txt: no rows", changed("e2e/train.txt", lambda c: b"", e2e_files)),
     Case(
         "data",
@@ -493,6 +500,19 @@ def test_the_table_is_that_of_the_cases():
         assert len(ROWS) == len(CASES)
         TABLE.write_text(table())
     assert list(known()) == [(case.kind, case.what) for case in CASES] and len(CASES) >= 60
+
+
+def test_a_record_that_cannot_be_written_is_told(tmp_path, monkeypatch, capfd):
+    """As on a read-only disk, where the scores are printed and only evaluation.json is missing."""
+
+    def denied(self, name, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(self.folder / name))
+
+    finished(tmp_path)
+    monkeypatch.setattr(runs.Record, "write", denied)
+    monkeypatch.setattr(sys, "argv", [EVAL])
+    assert entry(EVAL, [f"run={tmp_path / 'run'}"]) == cli.EXIT_USER
+    assert "evaluation.json: cannot be written (Read-only file system)" in capfd.readouterr().err
 
 
 def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):

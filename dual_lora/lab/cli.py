@@ -1,5 +1,6 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
+import errno
 import re
 import sys
 import traceback
@@ -26,6 +27,7 @@ CONF = ROOT / "conf"
 GROUPS = ("model", "task", "method")
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 MULTIRUN = {"-m", "--multirun"}
 # What a command line may say to Hydra itself: how jobs are started. Where they write is the harness's to say.
 HYDRA_KEYS = re.compile(r"hydra(/|\.)(launcher|sweeper)(\.|$)")
@@ -147,8 +149,12 @@ def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
 
 
 def check_pair(settings: Settings) -> None:
-    """Refuse a task the model cannot do."""
-    writes = task_of(settings).form == "generation"
+    """Refuse a task the model cannot do, and a protocol that the task's form does not have."""
+    task, form = settings.task, task_of(settings).form
+    smooths = form == "regression" and task.label_smoothing
+    require(not smooths, f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over")
+    writes = form == "generation"
+    require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
     if settings.model.generates or not writes:
         return
     able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
@@ -374,4 +380,9 @@ def guard(do: Callable[..., int], *args: object) -> None:
         sys.exit(do(*args))
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {without_secrets(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    except OSError as error:
+        if error.errno not in DENIED:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         sys.exit(EXIT_USER)

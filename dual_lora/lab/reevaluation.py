@@ -32,8 +32,8 @@ def run(settings: Settings, record: Record) -> int:
     if stored.get("merged"):
         methods.merge(model)
     metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
-    record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
     print(compared(stored, metrics, record))
+    record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
     return 0 if metrics == stored["metrics"] else 1
 
 

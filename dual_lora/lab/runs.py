@@ -33,7 +33,7 @@ import tasks
 from dual_lora.lab.settings import Settings, UserError, first_line, require
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
+RUNS = Path(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs").expanduser()
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
 PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf")
@@ -278,7 +278,7 @@ class Record:
 
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written, or made, before anything is computed for it."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     require(able, f"{folder}: {there} is no folder that can be written; set DUAL_LORA_RUNS=DIR to keep runs elsewhere")
 
