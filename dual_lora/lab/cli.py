@@ -101,7 +101,7 @@ def check_text(text: str, key: str) -> None:
     require(
         without_secrets(text) == text, f"{key}: holds a key or password of the environment, which a record would keep"
     )
-    require("_target_" not in text, f"{key}: _target_ names code to run; settings are values")
+    require(not re.search(r"(?<!\w)_target_(?!\w)", text), f"{key}: _target_ names code to run; settings are values")
     strange = re.sub(r"\$\{[\w.]+\}", "", text)
     require("${" not in strange, f"{key}: of ${{...}} only other settings, such as ${{method.lr}}")
 

@@ -215,7 +215,7 @@ class Record:
         return self.read("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
 
     def fail(self, error: BaseException) -> None:
-        self.write("failure.json", {"error": type(error).__name__, "message": str(error)})
+        self.write("failure.json", {"error": type(error).__name__, "message": without_secrets(str(error))})
 
     def read(self, name: str, *keys: str) -> dict[str, Any]:
         """Return a JSON file of the record, which must hold these keys.
@@ -267,7 +267,7 @@ class Record:
 
     def write(self, name: str, content: Any) -> None:
         """Write a file whole or not at all: to a temporary name first, then renamed."""
-        text = without_secrets(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
         partial = self.folder / f".{name}.partial"
         with partial.open("w") as stream:
             stream.write(text)
@@ -287,7 +287,7 @@ def without_secrets(text: str) -> str:
     """Return a text without the keys and passwords that the environment holds."""
     secret = {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8 and not v.startswith(("/", "~"))}
     for value in sorted(secret, key=len, reverse=True):
-        text = text.replace(value, "***").replace(json.dumps(value)[1:-1], "***")
+        text = text.replace(value, "***")
     return text
 
 
@@ -325,7 +325,7 @@ def environment() -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
     }
 
 
