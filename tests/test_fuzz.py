@@ -234,6 +234,7 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_times_as_many(monkeypatch):
     """The same tests with more draws, in a process of their own."""
     import subprocess
