@@ -274,7 +274,7 @@ CASES = [
     Case("config", "an unknown reference", "seed=${nothing}", "seed: Interpolation key 'nothing' not found"),
     Case("config", "a reference to itself", "seed=${seed}", "seed: Recursive interpolation"),
     Case("config", "a key typed as a name", f"study={KEY}/x", "study: holds a key or password of the environment", env={"WANDB_API_KEY": KEY}),
-    Case("config", "an unknown experiment", "experiment=demmo", "Did you mean demo?", script=SWEEP),
+    Case("config", "an unknown experiment", "experiment=learning_rate", "Did you mean learning_rates?", script=SWEEP),
     # data
     Case("data", "no such folder", "task=glue/rte data_dir=/nowhere", "data_dir=/nowhere: no such folder"),
     Case("data", "a file missing", RTE, "no glue/RTE/dev.tsv", without(DEV, rte)),
