@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow smoke lint clean
+.PHONY: help env demo test test-slow smoke lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,10 @@ smoke: env  ## every experiment with bundled models, report included, minutes
 
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .
+
+audit: env  ## pins and known vulnerabilities of the packages; offline, the pins alone
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]' 2>/dev/null || true
+	@$(PY) -m dual_lora.lab.audit
 
 clean:  ## remove the environment and caches, never runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -114,7 +114,7 @@ def model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: to
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    known = AutoConfig.from_pretrained(path)
+    known = AutoConfig.from_pretrained(path, trust_remote_code=False)
     causal = known.architectures and known.architectures[0].endswith(("CausalLM", "LMHeadModel"))
     cls = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     ids = torch.randint(10, known.vocab_size - 10, batch, device=device)
@@ -127,8 +127,11 @@ def model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: to
 
         return forward_and_backward
 
+    def base() -> nn.Module:
+        return cls.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+
     name = f"{Path(path).name}, batch {batch[0]} x {batch[1]}, {str(dtype).removeprefix('torch.')}"
-    return Case(name, lambda: cls.from_pretrained(path, dtype=dtype).to(device), "all-linear", step, False)
+    return Case(name, base, "all-linear", step, False)
 
 
 def synchronise(device: torch.device) -> None:

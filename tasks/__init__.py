@@ -5,6 +5,7 @@ of its file in tasks/ and of its settings in conf/task/.
 """
 
 import importlib
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
@@ -20,9 +21,15 @@ def load(name: str, options: dict[str, Any] | None = None) -> Task:
         TaskError: the task has no such option, or not that value.
     """
     file, _, subset = name.partition("/")
-    build, options = importlib.import_module(f"tasks.{file}").task, options or {}
-    known = list(signature(build).parameters)[1:]
-    for option in options:
-        if option not in known:
-            raise TaskError(f"task.options.{option}: {name} has no such option; it has {', '.join(known) or 'none'}")
-    return build(subset, **options)
+    if not file.isidentifier() or not find_spec(f"tasks.{file}"):
+        raise TaskError(f"task.name={name}: no such task; take task=NAME, one of those in conf/task/")
+    build = getattr(importlib.import_module(f"tasks.{file}"), "task", None)
+    if build is None:
+        raise TaskError(f"task.name={name}: no task, but what tasks use; take task=NAME, one of those in conf/task/")
+    known = {key: parameter.default for key, parameter in list(signature(build).parameters.items())[1:]}
+    for key, value in (options or {}).items():
+        if key not in known:
+            raise TaskError(f"task.options.{key}: {name} has no such option; it has {', '.join(known) or 'none'}")
+        if type(value) is not type(known[key]):
+            raise TaskError(f"task.options.{key}={value}: must be like {known[key]!r}, its default")
+    return build(subset, **(options or {}))

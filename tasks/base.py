@@ -13,12 +13,14 @@ import csv
 import functools
 import gzip
 import hashlib
+import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 from datasets import Dataset, DownloadManager, Features, List, Value
 
@@ -39,8 +41,28 @@ GENERATION = Features(
 )
 
 
+# What reading data of another shape than expected raises.
+SHAPE = (AttributeError, LookupError, TypeError, ValueError, csv.Error)
+
+
 class TaskError(ValueError):
     """Data that is missing, damaged or not what its name says; the message names the file and the mend."""
+
+
+@contextmanager
+def expected(what: str, source: object) -> Iterator[None]:
+    """Tell in one line that `source` holds something else than `what`.
+
+    Raises:
+        TaskError: whatever reading data of another shape raises.
+    """
+    try:
+        yield
+    except TaskError:
+        raise
+    except SHAPE as error:
+        reason = str(error) if isinstance(error, UnicodeError) else repr(error)  # repr() holds the whole text
+        raise TaskError(f"{source}: {reason[:200]} where {what} was expected; fetch the file again") from error
 
 
 @dataclass(frozen=True)
@@ -114,9 +136,21 @@ class Task:
         """Return metrics (fractions, not percent) from the judged rows of every evaluation split."""
         raise NotImplementedError
 
-    def dataset(self, rows: list[Row]) -> Dataset:
-        """Return `rows` as a Dataset with exactly the columns and types of this task's form."""
-        return Dataset.from_list(rows, features=self.features[self.form])
+    def dataset(self, rows: Iterable[Row], source: object) -> Dataset:
+        """Return `rows` as a Dataset with exactly the columns and types of this task's form.
+
+        Raises:
+            TaskError: there are none, or one holds something else; `source` says where they are from.
+        """
+        with expected(f"a row of {self.name}", source):
+            rows = list(rows)
+            for number, row in enumerate(rows, start=1):
+                texts = [v for key, v in row.items() if key not in ("label", "references")] + row.get("references", [])
+                if odd := [text for text in texts if not isinstance(text, str)]:
+                    raise TypeError(f"row {number} has {odd[0]!r}")  # Dataset would take a null
+            if not rows:
+                raise TaskError(f"{source}: no rows; fetch the file again")
+            return Dataset.from_list(rows, features=self.features[self.form])
 
 
 def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
@@ -138,6 +172,20 @@ def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Pat
     raise TaskError(f"data_dir={data_dir}: no {looked} (plain or .gz) below it")
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open an official file, unpacked if it is a .gz.
+
+    Raises:
+        TaskError: it cannot be opened, or what is done with it meets no readable text.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+            yield stream
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise TaskError(f"{path}: cannot be read ({error}); fetch the file again") from error
+
+
 def read_tsv(path: Path, columns: tuple[str, ...] | None = None, skip_short: bool = False) -> Iterator[dict[str, str]]:
     """Yield the rows of an official TSV: no quoting, optional byte-order mark, `columns` where the file has no header.
 
@@ -146,30 +194,30 @@ def read_tsv(path: Path, columns: tuple[str, ...] | None = None, skip_short: boo
     Raises:
         TaskError: the file is no readable text, or a row has another number of fields than the header.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = columns or tuple(next(reader, ()))
-            for number, fields in enumerate(reader, start=1 if columns else 2):
-                if skip_short and len(fields) < len(header):
-                    continue
-                if len(fields) != len(header):
-                    raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}")
-                yield dict(zip(header, fields, strict=True))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise TaskError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    with opened(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = columns or tuple(next(reader, ()))
+        for number, fields in enumerate(reader, start=1 if columns else 2):
+            if skip_short and len(fields) < len(header):
+                continue
+            if len(fields) != len(header):
+                raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}; fetch it again")
+            yield dict(zip(header, fields, strict=True))
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's unpacked content, so that a file and its .gz are the same data."""
-    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
+    """Return the SHA-256 of a file's unpacked content, so that a file and its .gz are the same data.
+
+    Raises:
+        TaskError: it cannot be read.
+    """
+    with opened(path):
+        return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as stream:
+    with opened(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -188,12 +236,8 @@ def read_text(path: Path) -> str:
     Raises:
         TaskError: it is no readable text.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            return stream.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise TaskError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    with opened(path) as stream:
+        return stream.read().decode("utf-8-sig")
 
 
 def read_json(path: Path) -> Any:
@@ -202,9 +246,10 @@ def read_json(path: Path) -> Any:
     Raises:
         TaskError: it is no readable JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise TaskError(f"{path}: not JSON ({error}); fetch the file again") from error
 
 

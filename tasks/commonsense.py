@@ -239,24 +239,24 @@ class Commonsense(Task):
         Raises:
             TaskError: they are no items of LLM-Adapters, or there are none.
         """
-        prompt = TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT
-        try:
+        head, _, tail = (TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT).partition("{}")
+        with base.expected("a list of LLM-Adapters' items", source):
             rows = [
                 {
                     "id": f"{split}-{number}",
-                    "prompt": prompt.format(item["instruction"]),
+                    "prompt": head + item["instruction"] + tail,
                     "target": item["output"],
                     "references": [item["answer"]],
                 }
                 for number, item in enumerate(items)
             ]
-        except (KeyError, TypeError) as error:
+        words = SPECS[split].words if split in SPECS else ()
+        if odd := [row for row in rows if words and row["references"][0] not in words]:
             raise TaskError(
-                f"{source}: {error!r} where LLM-Adapters' items were expected; fetch the file again"
-            ) from error
-        if not rows:
-            raise TaskError(f"{source}: no rows; fetch the file again")
-        return self.dataset(rows)
+                f"{source}: item {odd[0]['id'].rpartition('-')[2]} has the answer {odd[0]['references'][0]!r}, "
+                f"not one of {', '.join(words)}; fetch the file again"
+            )
+        return self.dataset(rows, source)
 
     def choices(self, row: Row) -> list[str]:
         """Return the target for every answer the prompt offers."""

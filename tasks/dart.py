@@ -33,12 +33,10 @@ class Dart(DataToText):
     }
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        try:
+        with base.expected("DART 1.1.1", path):
             for entry in base.read_json(path):
                 facts = triples((subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"])
                 yield from ((facts, annotation["text"], "") for annotation in entry["annotations"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise TaskError(f"{path}: {error!r} where DART 1.1.1 was expected; fetch the file again") from error
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
         """Return BLEU, METEOR and TER."""

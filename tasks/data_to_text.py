@@ -81,11 +81,9 @@ class DataToText(Task):
         Raises:
             TaskError: there are none.
         """
-        grouped = grouped_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
-        rows = [self.row(split, i, *group) for i, group in enumerate(grouped)]
-        if not rows:
-            raise TaskError(f"{source}: no rows; fetch the file again")
-        return self.dataset(rows)
+        with base.expected(f"{self.name}'s file", source):
+            grouped = grouped_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
+        return self.dataset((self.row(split, i, *group) for i, group in enumerate(grouped)), source)
 
     def row(self, split: str, number: int, meaning: tuple[str, str], texts: list[str]) -> Row:
         context, group = meaning

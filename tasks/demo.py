@@ -235,7 +235,7 @@ class Demo(Task):
                 if shown not in seen:
                     seen.add(shown)
                     rows.append({"id": f"{split}-{len(rows)}"} | row)
-        return Split(self.dataset(splits[name]), self.source()["generator"])
+        return Split(self.dataset(splits[name], self.name), self.source()["generator"])
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         return {"generator": f"tasks/demo.py v{self.version}"}

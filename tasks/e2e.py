@@ -78,7 +78,7 @@ class Tokenised(E2e):
     def pairs(self, path: Path) -> Iterator[Pair]:
         for number, line in enumerate(base.read_text(path).split("\n"), start=1):
             record, *sentences = line.strip().split("||")
-            if record and len(sentences) != 1:
+            if record and (len(sentences) != 1 or not sentences[0].strip()):
                 raise TaskError(f"{path}: line {number} is not of the form RECORD||SENTENCE; fetch the file again")
             if record:
                 yield record, sentences[0], ""
@@ -106,10 +106,11 @@ class Official(E2e):
 
     def pairs(self, path: Path) -> Iterator[Pair]:
         for number, row in enumerate(csv.DictReader(io.StringIO(base.read_text(path), newline="")), start=1):
-            try:
-                yield spelled_out(row["mr"]), row["ref"], ""
-            except (KeyError, TypeError, ValueError) as error:
-                raise TaskError(f"{path}: row {number} has no mr and ref ({error!r}); fetch the file again") from error
+            with base.expected("a row of mr and ref", f"{path}: row {number}"):
+                record, sentence = spelled_out(row["mr"]), row["ref"]
+                if not sentence or not sentence.strip():
+                    raise ValueError(f"{row['mr']!r} has no ref")
+                yield record, sentence, ""
 
 
 def spelled_out(record: str) -> str:

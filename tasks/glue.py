@@ -122,27 +122,27 @@ class Glue(Task):
     def from_hub(self, rows: Dataset, split: str) -> Dataset:
         """Return the hub's rows in this project's columns."""
         texts = [[row[c] for c in self.spec.hub_text] for row in rows]
-        return self.dataset(
-            [self.row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True))]
-        )
+        found = (self.row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True)))
+        return self.dataset(found, HUB)
 
     def from_file(self, path: Path, split: str) -> Dataset:
         """Return the rows of an official TSV in this project's columns."""
         spec, rows = self.spec, []
         for number, row in enumerate(base.read_tsv(path, spec.header, skip_short=spec.holes), start=1):
-            try:
+            with base.expected(f"GLUE's {spec.folder}", f"{path}: row {number}"):
                 label = self.parse_label(row[spec.label])
                 rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
-            except (KeyError, ValueError) as error:
-                raise TaskError(f"{path}: row {number}: {error!r} where GLUE's {spec.folder} was expected") from error
-        if not rows:
-            raise TaskError(f"{path}: no rows; fetch the file again")
-        return self.dataset(rows)
+        return self.dataset(rows, path)
 
     def parse_label(self, word: str) -> int | float:
         if self.form == "regression":
+            if not 0 <= float(word) <= 5:
+                raise ValueError(f"a score of {word}, which is not in [0, 5],")
             return float(word)
-        return self.labels.index(word) if self.spec.named else range(len(self.labels)).index(int(word))
+        known = self.labels if self.spec.named else tuple(map(str, range(len(self.labels))))
+        if word not in known:
+            raise ValueError(f"the label {word!r}, not one of {', '.join(known)},")
+        return known.index(word)
 
     @staticmethod
     def row(split: str, number: int, texts: list[str], label: int | float) -> Row:

@@ -33,15 +33,13 @@ class WebNlg(DataToText):
     files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        try:
+        with base.expected("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
                 entry = holder[str(number)]
                 facts = triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
                 group = "seen" if entry["category"] in SEEN else "unseen"
                 good = [text["lex"] for text in entry["lexicalisations"] if text["comment"] == "good"]
                 yield from ((facts, text, group) for text in good)
-        except (KeyError, TypeError) as error:
-            raise TaskError(f"{path}: {error!r} where WebNLG 2017 was expected; fetch the file again") from error
 
     def judge(self, row: Row, output: str) -> Row:
         return super().judge(row, output) | {"group": row["id"].split("-")[1]}

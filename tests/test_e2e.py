@@ -116,8 +116,8 @@ def test_the_settings_hold_the_options_with_their_defaults(name):
         ("tokenised", "examples/NLG/data/e2e/test.txt", None, "no .*e2e/test.txt .*references=official"),
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"a||b\nname : Oak", "test.txt: line 2 is not"),
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"\xff\xfe", "test.txt: cannot be read"),
-        ("official", "e2e-dataset/testset_w_refs.csv", b"MR\nname[Oak]\n", "testset_w_refs.csv: row 1 has no mr"),
-        ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\nOak,a pub\n", "row 1 .* lists no slots"),
+        ("official", "e2e-dataset/testset_w_refs.csv", b"MR\nname[Oak]\n", "testset_w_refs.csv: row 1: KeyError"),
+        ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\nOak,a pub\n", "row 1: .* lists no slots"),
         ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\n", "no rows"),
     ],
 )

@@ -1,5 +1,7 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
+import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,16 +17,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 from yaml import YAMLError
 
-from dual_lora.lab.runs import ROOT, Record, model_facts, task_of
-from dual_lora.lab.settings import Settings, UserError, nearest, require
+from dual_lora.lab.runs import ROOT, Record, model_facts, task_of, without_secrets
+from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
 
 CONF = ROOT / "conf"
 GROUPS = ("model", "task", "method")
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+MULTIRUN = {"-m", "--multirun"}
+# What a command line may say to Hydra itself: how jobs are started. Where they write is the harness's to say.
+HYDRA_KEYS = re.compile(r"hydra(/|\.)(launcher|sweeper)(\.|$)")
+# A record holds every setting, so none may come from the environment, where keys and passwords are.
+OmegaConf.clear_resolver("oc.env")
 
 
 def schema(cls: type) -> type:
@@ -70,6 +78,7 @@ def open_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
 def check_names(override: Override) -> None:
     """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
     key = override.key_or_group
+    check_text(override.input_line, key)
     require(not override.is_delete(), f"~{key}: settings cannot be removed")
     require(key != "experiment", "experiment: experiments are run by sweep.py: python sweep.py experiment=NAME")
     if key in GROUPS:
@@ -77,14 +86,30 @@ def check_names(override: Override) -> None:
         for value in values:
             hint = nearest(str(value), choices(key))
             require(str(value) in choices(key), f"{key}={value}: no such {key}.{hint} Known: {', '.join(choices(key))}")
-    elif key.split(".")[0] != "hydra" and not key.startswith("hydra/"):
+    elif re.match(r"hydra(/|\.|$)", key):
+        require(HYDRA_KEYS.match(key), f"{key}: of Hydra's own only hydra/launcher and hydra/sweeper may be set")
+    else:
         opened = any(key.startswith(parent + ".") for parent in open_keys())
         known = [*keys(), *GROUPS]
         require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
+    added = override.is_add() and key in [*keys(), *GROUPS]
+    require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
+
+
+def check_text(text: str, key: str) -> None:
+    """Refuse what is no value: code to run, or text to be filled in from elsewhere than the settings."""
+    require(
+        without_secrets(text) == text, f"{key}: holds a key or password of the environment, which a record would keep"
+    )
+    require(not re.search(r"(?<!\w)_target_(?!\w)", text), f"{key}: _target_ names code to run; settings are values")
+    strange = re.sub(r"\$\{[\w.]+\}", "", text)
+    require("${" not in strange, f"{key}: of ${{...}} only other settings, such as ${{method.lr}}")
 
 
 def parse_one(override: str) -> Override:
     try:
+        require(override.isprintable(), f"{override!r}: holds characters that are no text")
+        require(override.lstrip("+~")[:1] not in ("", "="), f"{override}: not of the form KEY=VALUE")
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise UserError(f"{override}: not of the form KEY=VALUE") from error
@@ -107,6 +132,7 @@ def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
     method = config.method
     if method.r1 is not None and method.r2 is not None:
         total = method.r1 + method.r2
+        require(min(method.r1, method.r2) > 0, f"method.r1={method.r1} and method.r2={method.r2}: must be positive")
         named = any(o.startswith("method.rank=") for o in overrides)
         require(
             not named or method.rank == total, f"method.rank={method.rank}: method.r1 + method.r2 is {total}; drop one"
@@ -123,12 +149,17 @@ def settings(config: DictConfig, overrides: list[str] = ()) -> Settings:
 
 
 def check_pair(settings: Settings) -> None:
-    """Refuse a task the model cannot do."""
-    writes = task_of(settings).form == "generation"
+    """Refuse a task the model cannot do, and a protocol that the task's form does not have."""
+    task, form = settings.task, task_of(settings).form
+    smooths = form == "regression" and task.label_smoothing
+    require(not smooths, f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over")
+    writes = form == "generation"
+    require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
+    if settings.model.generates or not writes:
+        return
     able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
-    require(
-        settings.model.generates or not writes,
-        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}",
+    raise UserError(
+        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}"
     )
 
 
@@ -137,9 +168,13 @@ def one_line(error: Exception) -> str:
     cause = error
     while isinstance(cause, HydraException) and cause.__cause__:
         cause = cause.__cause__
-    text, key = str(cause).splitlines()[0], getattr(cause, "full_key", None)
+    text, key = first_line(cause), getattr(cause, "full_key", None)
+    if isinstance(cause, UnsupportedInterpolationType):
+        return f"{key}: {text}; write the value itself"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "." not in str(key):
+        return f"{key}: no such setting"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return f"{key}: not among the method's; write +{key}=VALUE to add it"
+        return f"{key}: not among the {key.partition('.')[0]}'s; write +{key}=VALUE to add it"
     return f"{key}: {text}" if key else text
 
 
@@ -148,8 +183,12 @@ def load(overrides: list[str]) -> Settings:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            return settings(compose("config", overrides=overrides), overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+            config = compose("config", overrides=overrides)
+        except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
+            raise UserError(one_line(error)) from error
+        try:
+            return settings(config, overrides)
+        except OmegaConfBaseException as error:
             raise UserError(one_line(error)) from error
 
 
@@ -159,12 +198,16 @@ def check(argv: list[str]) -> list[Settings]:
     Raises:
         UserError: a name, a value or a file is wrong.
     """
+    for flag in (a for a in argv if a.startswith("-")):
+        require(flag in MULTIRUN, f"{flag}: no such option; settings are KEY=VALUE, -m runs several, --help shows all")
     jobs = parse([a for a in argv if not a.startswith("-")])
-    many = bool({"-m", "--multirun"} & set(argv))
+    many = bool(MULTIRUN & set(argv))
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load(job) for job in jobs]
     for settings in found:
-        Record.of(settings)  # reads what names the run: data and weights must be there
+        record = Record.of(settings)  # reads what names the run: data and weights must be there
+        if not settings.force:
+            record.result()
     return found
 
 
@@ -177,7 +220,7 @@ def attempt(settings: Settings) -> None:
     except UserError:
         return
     except Exception:
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
 
 
 def conclude(jobs: list[Settings]) -> int:
@@ -189,8 +232,10 @@ def conclude(jobs: list[Settings]) -> int:
         if failure is None and record.result():
             continue
         failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
-        print(f"failed: {record.shown()}\n  {failure['error']}: {failure['message']}", file=sys.stderr)
-        codes.append(EXIT_USER if failure["error"] == UserError.__name__ else EXIT_FAILED)
+        user = failure["error"] == UserError.__name__
+        message = first_line(failure["message"]) if user else f"{failure['error']}: {first_line(failure['message'])}"
+        print(f"failed: {record.shown()}: {without_secrets(message)}", file=sys.stderr)
+        codes.append(EXIT_USER if user else EXIT_FAILED)
     if len(jobs) > 1:
         print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
     return min(codes[1:], default=EXIT_OK)
@@ -199,7 +244,7 @@ def conclude(jobs: list[Settings]) -> int:
 def train(run: Callable[[], None]) -> int:
     """Check the command line, let Hydra run its jobs, say what failed."""
     argv = sys.argv[1:]
-    jobs = [] if HYDRA_FLAGS & set(argv) else check(argv)
+    jobs = [] if HYDRA_FLAGS & {a.partition("=")[0] for a in argv} else check(argv)
     if any(settings.plan for settings in jobs):
         return draw_plans(jobs)
     run()
@@ -246,10 +291,11 @@ def recorded(run: Path, key: str = "run") -> Settings:
     path = run / "config.yaml"
     require(path.is_file(), f"{key}={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
-        stored = OmegaConf.merge(OmegaConf.structured(SCHEMA), ADDED, OmegaConf.load(path))
-    except (OmegaConfBaseException, OSError, YAMLError) as error:
-        raise UserError(f"{path}: not a run's settings ({one_line(error)})") from error
-    return settings(stored)
+        stored = OmegaConf.load(path)
+        check_text(str(OmegaConf.to_container(stored)), "its values")
+        return settings(OmegaConf.merge(OmegaConf.structured(SCHEMA), ADDED, stored))
+    except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a run's settings as this version knows them ({one_line(error)})") from error
 
 
 def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
@@ -334,5 +380,10 @@ def guard(do: Callable[..., int], *args: object) -> None:
     try:
         sys.exit(do(*args))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {without_secrets(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    except OSError as error:
+        if error.errno not in DENIED:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         sys.exit(EXIT_USER)

@@ -35,7 +35,10 @@ def check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
 def sentences(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
     def columns(row: Row) -> dict:
         pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
-        return {**tokenizer(*pair, truncation=True, max_length=settings.task.max_length), "labels": row["label"]}
+        found = tokenizer(*pair, truncation=True, max_length=settings.task.max_length)
+        where = f"task={settings.task.name}: {row['id']} is empty"
+        require(found["input_ids"], f"{where}, and {settings.model.name} puts no token of its own; remove the row")
+        return {**found, "labels": row["label"]}
 
     return columns
 

@@ -7,7 +7,6 @@ and put back into their own order.
 from collections.abc import Callable
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import (
@@ -17,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dual_lora.lab import beam_search, cache, data
+from dual_lora.lab import beam_search, cache, data, hub, models
 from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
-from dual_lora.lab.settings import Settings, UserError, require
+from dual_lora.lab.settings import Settings, require
 from tasks import Split, Task
 from tasks.base import Output, Row
 
@@ -210,9 +209,7 @@ def read_split(task: Task, name: str, settings: Settings) -> Split:
     Raises:
         UserError: the data is missing, damaged or cannot be fetched.
     """
-    try:
-        with told():
-            return task.split(name, settings.data_dir)
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"task={task.name}: the hub cannot be reached ({reason}); give data_dir=DIR") from error
+    if settings.data_dir is None and "hub" in task.source():
+        hub.settle(data=True)
+    with models.readable(f"task={task.name}: cannot load its {name} split", "give data_dir=DIR"), told():
+        return task.split(name, settings.data_dir)

@@ -38,7 +38,8 @@ def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
             shutil.copytree(record.folder / "adapter", folder / "adapter")
     except OSError as error:
         raise UserError(f"export={folder}: cannot be written ({error})") from error
-    loaded = models.head_class(task).from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **models.NO_CODE}
+    loaded = models.head_class(task).from_pretrained(folder, **options)
     found = logits(loaded.eval())
     error = ((found - unmerged).norm() / unmerged.norm()).item()
     return f"exported: {folder} ({dtype}); its logits differ from the unmerged run's by {error:.1e} of their norm"

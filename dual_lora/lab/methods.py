@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
 from dual_lora.lab import models
 from dual_lora.lab.runs import init_file
-from dual_lora.lab.settings import Settings, UserError, nearest, require
+from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
 from dual_lora.tuner.warmup import factors_of
 
 TASK_TYPES = {
@@ -48,8 +48,8 @@ def config(settings: Settings, form: str) -> PeftConfig:
         fields.setdefault("modules_to_save", list(settings.model.head))
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type=TASK_TYPES[form], **fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"method.peft ({settings.method.name}): {error}") from error
+    except Exception as error:  # whatever PEFT raises over fields it is given
+        raise UserError(f"method.peft ({settings.method.name}): {first_line(error)}") from error
 
 
 def attach(model: PreTrainedModel, settings: Settings, form: str) -> torch.nn.Module:
@@ -65,8 +65,11 @@ def attach(model: PreTrainedModel, settings: Settings, form: str) -> torch.nn.Mo
     adapter = config(settings, form)
     try:
         adapted = get_peft_model(model, adapter)
-    except ValueError as error:
-        raise UserError(f"method={settings.method.name} on model={settings.model.name}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        where = f"method={settings.method.name} on model={settings.model.name}"
+        raise UserError(f"{where}: {first_line(error)}") from error
     if settings.init_from:
         start_from(adapted, settings)
     return adapted
@@ -78,7 +81,9 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
     Raises:
         UserError: they do not fit.
     """
-    weights = load_file(init_file(settings))
+    file = init_file(settings)
+    with models.readable(f"init_from={settings.init_from}: cannot read {file.name}", "take another run"):
+        weights = load_file(file)
     heads = {"classifier", "score", *settings.model.head}
     own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
     chosen = {name: t if heads & set(name.split(".")) else weights.pop(name, None) for name, t in own.items()}
@@ -114,6 +119,11 @@ def optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimiz
     return create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
     )
+
+
+def kernels(model: torch.nn.Module) -> list[str]:
+    """Return how adapters that can be computed in several ways are computed here; empty for others."""
+    return sorted({factors.kernel_used for factors in factors_of(model)})
 
 
 def parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -117,7 +117,12 @@ def skeleton(settings: Settings, task: Task, layers: int | None = None) -> PreTr
     options = models.head_options(task)
     if task.form == "classification":
         options["problem_type"] = "single_label_classification"  # else some models look into the labels
-    config = AutoConfig.from_pretrained(folder, **options) if folder else AutoConfig.for_model(**values, **options)
+    with models.readable(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
+        config = (
+            AutoConfig.from_pretrained(folder, **options, **models.NO_CODE)
+            if folder
+            else AutoConfig.for_model(**values, **options)
+        )
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):

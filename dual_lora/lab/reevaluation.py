@@ -2,12 +2,11 @@
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
 from dual_lora.lab import evaluation, methods, models
 from dual_lora.lab.runs import Record, task_of
-from dual_lora.lab.settings import Settings, UserError, require
+from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.summary import compared
 from dual_lora.lab.training import quiet
 from tasks import Task
@@ -33,8 +32,8 @@ def run(settings: Settings, record: Record) -> int:
     if stored.get("merged"):
         methods.merge(model)
     metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
-    record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
     print(compared(stored, metrics, record))
+    record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
     return 0 if metrics == stored["metrics"] else 1
 
 
@@ -47,9 +46,10 @@ def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.
     tuned = settings.method.peft is None
     base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else models.load(settings, task)
     folder = record.folder / ("model" if tuned else "adapter")
-    try:
+    weights = folder / ("model.safetensors" if tuned else "adapter_model.safetensors")
+    mend = "run its command again with force=true"
+    require(weights.is_file(), f"{folder}: cannot be loaded (no {weights.name}, the only format that is read); {mend}")
+    with models.readable(f"{folder}: cannot be loaded", mend):
         if tuned:
-            return models.head_class(task).from_pretrained(folder, use_safetensors=True), tokenizer
+            return models.head_class(task).from_pretrained(folder, use_safetensors=True, **models.NO_CODE), tokenizer
         return PeftModel.from_pretrained(base, folder), tokenizer
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error

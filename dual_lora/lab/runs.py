@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,13 +30,25 @@ from typing import Any
 import yaml
 
 import tasks
-from dual_lora.lab.settings import Settings, UserError
+from dual_lora.lab.settings import Settings, UserError, first_line, require
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = Path(os.environ.get("DUAL_LORA_RUNS", ROOT / "runs"))
+RUNS = Path(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs").expanduser()
 BUNDLED = Path(__file__).parent / "bundled"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
+PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf")
+# Variables of the environment that change which kernels run or in which order numbers are added.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TRITON_INTERPRET",
+)
+VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
+# What a run's result must tell, whatever version wrote it.
+RESULT = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
 # method.lr is where train.lr has its value from, if it has no other.
 NOT_IDENTITY = {
     "model": {"path", "architecture"},
@@ -79,13 +92,34 @@ def model_folder(settings: Settings) -> Path | None:
         raise UserError(f"model.path={path}: no config.json there; give the folder of a saved Hugging Face model")
     if path and not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no *.safetensors there; other weight formats are not loaded")
+    if path:
+        kind = read_object(path / "config.json", "save the model anew").get("model_type")
+        require(isinstance(kind, str), f"{path / 'config.json'}: names no model_type; give a saved Hugging Face model")
     return path or None
+
+
+def read_object(path: Path, mend: str, *keys: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds, with at least these keys.
+
+    Raises:
+        UserError: it holds something else; `mend` says what to do.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); {mend}") from error
+    require(isinstance(content, dict), f"{path}: damaged (no JSON object); {mend}")
+    lacking = [key for key in keys if key not in content]
+    require(not lacking, f"{path}: damaged (no {', '.join(lacking)}); {mend}")
+    return content
 
 
 def model_facts(settings: Settings) -> dict[str, str]:
     """Return what identifies the weights: hub id and revision, or a hash over both ends of every weight file."""
     folder = model_folder(settings)
     if folder is None:
+        known = settings.model.hub or settings.plan
+        require(bool(known), f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
         return {"hub": f"{settings.model.hub}@{settings.model.revision}"}
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
@@ -106,7 +140,7 @@ def init_file(settings: Settings) -> Path:
     file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
     if not (folder / "result.json").is_file() or not file.is_file():
         raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
-    result = Record(folder).read("result.json")
+    result = Record(folder).result()
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
             raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
@@ -155,7 +189,14 @@ class Record:
 
     @classmethod
     def of(cls, settings: Settings) -> "Record":
-        return cls(RUNS / settings.study / identity(settings))
+        """Return the record of a run.
+
+        Raises:
+            UserError: the run cannot be named or nothing can be written where it belongs.
+        """
+        found = cls(RUNS / settings.study / identity(settings))
+        check_writable(found.folder)
+        return found
 
     @property
     def name(self) -> str:
@@ -167,28 +208,24 @@ class Record:
 
     def result(self) -> dict[str, Any] | None:
         """Return the finished run's result, or None while there is none."""
-        return self.read("result.json") if (self.folder / "result.json").is_file() else None
+        return self.read("result.json", *sorted(RESULT)) if (self.folder / "result.json").is_file() else None
 
     def failure(self) -> dict[str, Any] | None:
         """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
-        return self.read("failure.json") if (self.folder / "failure.json").is_file() else None
+        return self.read("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
 
     def fail(self, error: BaseException) -> None:
-        self.write("failure.json", {"error": type(error).__name__, "message": str(error)})
+        self.write("failure.json", {"error": type(error).__name__, "message": without_secrets(str(error))})
 
-    def read(self, name: str) -> Any:
-        """Return a JSON file of the record.
+    def read(self, name: str, *keys: str) -> dict[str, Any]:
+        """Return a JSON file of the record, which must hold these keys.
 
         Raises:
             UserError: it is missing or damaged.
         """
         path = self.folder / name
-        try:
-            return json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: not there; is {self.folder} the folder of a finished run?") from error
-        except ValueError as error:
-            raise UserError(f"{path}: damaged ({error}); run the same command with force=true") from error
+        require(path.is_file(), f"{path}: not there; is {self.folder} the folder of a finished run?")
+        return read_object(path, "run its command again with force=true", *keys)
 
     def start(self, settings: Settings) -> None:
         """Make the folder ready for a run: config and environment, no result, and of the metrics of an earlier try
@@ -239,6 +276,21 @@ class Record:
         partial.replace(self.folder / name)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or made, before anything is computed for it."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    require(able, f"{folder}: {there} is no folder that can be written; set DUAL_LORA_RUNS=DIR to keep runs elsewhere")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the keys and passwords that the environment holds."""
+    secret = {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8 and not v.startswith(("/", "~"))}
+    for value in sorted(secret, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return text
+
+
 def installed(package: str) -> str | None:
     try:
         return version(package)
@@ -252,7 +304,7 @@ def git(*args: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Return what beside the facts may explain a result: versions, machine, code."""
+    """Return what beside the facts can change a digit of a result: versions, machine, how it computes, code."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -261,11 +313,19 @@ def environment() -> dict[str, Any]:
         "packages": {p: installed(p) for p in PACKAGES},
         "platform": platform.platform(),
         "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": "cuda" if cuda else "cpu",
         "accelerator": torch.cuda.get_device_name() if cuda else None,
+        "devices": torch.cuda.device_count() if cuda else 1,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
         "threads": torch.get_num_threads(),
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
     }
 
 

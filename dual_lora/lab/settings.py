@@ -6,8 +6,10 @@ Importing this module loads neither torch nor transformers.
 """
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 
@@ -26,6 +28,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def first_line(error: BaseException | str) -> str:
+    """Return what an error says in one line: the first, with the next where that ends in a colon, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, LookupError) or not lines:
+        return repr(error)  # of a KeyError str() is the key alone
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     hint = nearest(value, choices)
     require(value in choices, f"{key}={value}: not one of {', '.join(choices)}.{hint}")
@@ -35,6 +45,40 @@ def positive(group: str, values: object, *names: str) -> None:
     for name in names:
         value = getattr(values, name)
         require(value is None or value > 0, f"{group}.{name}={value}: must be positive")
+
+
+def between(group: str, values: object, least: float, below: float, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        told = f"must be in [{least}, {below})" if below < math.inf else "must not be negative"
+        require(value is None or least <= value < below, f"{group}.{name}={value}: {told}")
+
+
+def file_name(key: str, value: str, what: str) -> None:
+    """Refuse what names no file or folder, or one that lies elsewhere."""
+    clean = value and all(c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
+    short = len(value.encode(errors="replace")) <= 60
+    require(bool(clean) and short, f"{key}={value[:80]}: only letters, digits, '-', '_' and '.', at most 60; {what}")
+
+
+def leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield full name and value of every setting that holds no others."""
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def sound(values: object) -> None:
+    """Refuse texts that are empty or hold what no terminal shows, and numbers that are none."""
+    for key, value in leaves(values):
+        if isinstance(value, str):
+            require(value != "", f"{key}=: empty; give a value, or null for none")
+            require(value.isprintable() and len(value) < 4000, f"{key}={value[:80]!r}: not a line of text")
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{key}={value}: must be a finite number")
 
 
 @dataclass(frozen=True)
@@ -61,6 +105,12 @@ class Model:
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        file_name("model.name", self.name, "it names the run's folder")
+        for role, pattern in self.roles.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"model.roles.{role}={pattern}: no regular expression ({error})") from error
         for role in self.adapt:
             require(
                 role in self.roles,
@@ -93,8 +143,12 @@ class Task:
     train_rows: int | None
 
     def __post_init__(self) -> None:
+        for part in self.name.split("/"):
+            file_name("task.name", part, "it names the run's folder")
         one_of("task.checkpoint", self.checkpoint, ("last", "best"))
-        require(0 <= self.warmup_ratio < 1, f"task.warmup_ratio={self.warmup_ratio}: must be in [0, 1)")
+        positive("task", self, "epochs", "batch_size", "max_length", "num_beams", "train_rows")
+        between("task", self, 0, math.inf, "max_new_tokens", "no_repeat_ngram")
+        between("task", self, 0, 1, "warmup_ratio", "label_smoothing")
 
 
 @dataclass(frozen=True)
@@ -118,6 +172,9 @@ class Method:
     peft: dict[str, Any] | None
 
     def __post_init__(self) -> None:
+        file_name("method.name", self.name, "it names the run's folder")
+        positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
+        between("method", self, 0, 1, "dropout", "magnitude_ratio")
         for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
             value = getattr(self, key)
             used = self.peft is not None and value is not None
@@ -160,6 +217,7 @@ class Train:
         one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         positive("train", self, "save_steps", "log_steps", "max_examples", "loss_scale")
+        between("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -231,6 +289,9 @@ class Settings:
     plan: bool
 
     def __post_init__(self) -> None:
+        sound(self)
+        idle = self.method.peft is not None and not self.model.adapt
+        require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
         forgets = self.task.checkpoint == "best" and self.train.save_steps
         require(
             not forgets, "train.save_steps: with task.checkpoint=best a resumed run would forget its earlier epochs"
@@ -238,5 +299,5 @@ class Settings:
         alone = self.plan or self.hardware.devices == 1
         require(alone, f"hardware.devices={self.hardware.devices}: only plan=true knows several devices so far")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
-        clean = self.study and all(c.isalnum() or c in "-_." for c in self.study) and not self.study.startswith(".")
-        require(clean, f"study={self.study}: only letters, digits, '-', '_' and '.', it names a folder below runs/")
+        require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
+        file_name("study", self.study, "it names a folder below runs/")

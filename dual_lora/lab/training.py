@@ -220,6 +220,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "best_epoch": best.epoch if best else None,
         "metrics_last_epoch": best.last if best else metrics,
         **methods.parameters(model),
+        "kernels": methods.kernels(model),
         "steps": trained.global_step,
         "train_loss": trained.training_loss,
         "train_seconds": seconds,

@@ -102,6 +102,13 @@ class DualLoraFactors(nn.Module):
         """Whether dW is rebuilt in backward. Kernels know the paper's map; its variants are left to autograd."""
         return self.kernel != "eager" and self.kinds["magnitude"] == "relu" and self.kinds["direction"] == "sign"
 
+    @property
+    def kernel_used(self) -> str:
+        """How dW is computed here, where `kernel` says "auto" or what this device lacks: eager, recompute or triton."""
+        if not self.recomputes:
+            return "eager"
+        return "recompute" if self._kernel_options["ops"] is kernels.TORCH else "triton"
+
     def delta_weight(self) -> Tensor:
         """dW at the present f, (blocks x) fan_out x fan_in, float32 or float64."""
         return self._delta_weight(self.A, self.B, self.C, self.D)

@@ -1,0 +1,558 @@
+"""Bad input of every kind, through the entry points: one line that names the culprit, exit code 2, nothing lost.
+
+tests/golden/bad_inputs.md is the table of them, with what is said; DUAL_LORA_GOLDEN=write writes it anew. How long an
+error takes is written there too, in classes, and not compared.
+"""
+
+import errno
+import gzip
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_commonsense import official
+from test_glue import write_official
+
+import train
+from dual_lora.lab import cli, evaluation, grid, hub, models, runs, training
+from dual_lora.lab.settings import UserError
+from tasks.commonsense import SPECS
+
+TABLE = Path(__file__).parent / "golden" / "bad_inputs.md"
+SHORT = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+TINY = ["model=tiny-roberta", "task=demo/sentiment", *SHORT]
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is wrong, the command line ({here} is the test's own folder), what the message must hold, and `make`, which
+    puts the bad thing there. A case whose `script` is train.py adds to a short run on tiny-roberta."""
+
+    kind: str
+    what: str
+    argv: str
+    said: str
+    make: Callable[[Path], None] = lambda here: None
+    script: str = "train.py"
+    env: dict[str, str] = field(default_factory=dict)
+
+    def words(self, here: Path) -> list[str]:
+        given = [word.replace("{here}", str(here)).replace("{_}", " ") for word in self.argv.split()]
+        return [*TINY, *given] if self.script == "train.py" else given
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], None]:
+    """Return what makes a file of this content."""
+
+    def make(here: Path) -> None:
+        path = here / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return make
+
+
+def changed(name: str, change: Callable[[bytes], bytes], base: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return what makes a good thing and then changes one file of it."""
+
+    def make(here: Path) -> None:
+        base(here)
+        (here / name).write_bytes(change((here / name).read_bytes()))
+
+    return make
+
+
+def without(name: str, base: Callable[[Path], None]) -> Callable[[Path], None]:
+    def make(here: Path) -> None:
+        base(here)
+        (here / name).unlink()
+
+    return make
+
+
+def in_json(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    """Return a change of a JSON file's content."""
+
+    def changed(content: bytes) -> bytes:
+        found = json.loads(content)
+        return json.dumps(change(found) or found).encode()
+
+    return changed
+
+
+# Good things to spoil.
+
+
+def rte(here: Path) -> None:
+    write_official(here, "rte")
+
+
+def e2e_files(here: Path) -> None:
+    for name in ("train", "valid", "test"):
+        write(f"e2e/{name}.txt", "name : Oak | food : soup||Oak serves soup .\n")(here)
+
+
+def challenge_files(here: Path) -> None:
+    for name in ("trainset", "devset", "testset_w_refs"):
+        write(f"e2e-dataset/{name}.csv", 'mr,ref\n"name[Oak], food[soup]",Oak serves soup.\n')(here)
+
+
+def commonsense_files(here: Path) -> None:
+    for name in SPECS:
+        write(f"dataset/{name}/test.json", json.dumps([official(name)]))(here)
+    write("ft-training_set/commonsense_170k.json", json.dumps([official(name) for name in SPECS]))(here)
+
+
+def webnlg_files(here: Path) -> None:
+    fact = {"subject": "Oak", "property": "serves", "object": "soup"}
+    text = {"comment": "good", "lex": "Oak serves soup."}
+    entry = {"category": "Food", "modifiedtripleset": [fact], "lexicalisations": [text]}
+    for name in ("train", "dev", "test"):
+        content = json.dumps({"entries": [{"1": entry}, {"2": entry}]})
+        write(f"webnlg_challenge_2017/{name}.json", content)(here)
+
+
+def dart_files(here: Path) -> None:
+    entry = {"tripleset": [["Oak", "SERVES", "soup"]], "annotations": [{"text": "Oak serves soup."}]}
+    for name in ("train", "dev", "test"):
+        write(f"dart/dart-v1.1.1-full-{name}.json", json.dumps([entry]))(here)
+
+
+def model(here: Path) -> None:
+    shutil.copytree(runs.BUNDLED / "tiny-roberta", here / "model")
+
+
+def finished(here: Path) -> None:
+    """Copy the finished run; it is made once."""
+    shutil.copytree(DONE["dual_lora"], here / "run")
+
+
+def finished_full(here: Path) -> None:
+    shutil.copytree(DONE["full"], here / "run")
+
+
+def unfinished(here: Path) -> None:
+    finished(here)
+    (here / "run" / "result.json").unlink()
+
+
+def damaged_own_result(here: Path) -> None:
+    """Damage the record of the very run that the command asks for."""
+    own = runs.Record.of(cli.load(TINY))
+    shutil.copytree(DONE["dual_lora"], own.folder)
+    (own.folder / "result.json").write_text('{"metr')
+
+
+def as_pickle(path: str, base: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return what replaces the weights of a good thing by a pickle of them."""
+
+    def make(here: Path) -> None:
+        base(here)
+        file = here / path
+        torch.save(load_file(file), file.with_name("adapter_model.bin" if "adapter" in path else "pytorch_model.bin"))
+        file.unlink()
+
+    return make
+
+
+class Trap:
+    """What a pickle could do when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/dual-lora-pickle-was-read",)
+
+
+def other_shapes(here: Path) -> None:
+    finished(here)
+    file = here / "run/adapter/adapter_model.safetensors"
+    save_file(
+        {name: tensor[..., :1].contiguous() if tensor.ndim else tensor for name, tensor in load_file(file).items()},
+        file,
+    )
+
+
+def own_code(here: Path) -> None:
+    """Make a model that asks for code of its own repository."""
+    change = in_json(lambda c: c | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    changed("model/config.json", change, model)(here)
+    write("model/own.py", f"import os\nos.mkdir({str(here / 'code-was-run')!r})\n")(here)
+
+
+ZIPPED = gzip.compress(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n" * 50)
+HEADER = "index\tsentence1\tsentence2\tlabel\n"
+RTE, DEV = "task=glue/rte data_dir={here}", "glue/RTE/dev.tsv"
+E2E = "model=tiny-llama task=e2e data_dir={here}"
+OFFICIAL = f"{E2E} task.options.references=official"
+COMMONSENSE = "model=tiny-llama task=commonsense data_dir={here}"
+EVAL, SWEEP = "eval.py", "sweep.py"
+PLACED = "model.path={here}/model"
+CONFIG = "run/config.yaml"
+
+
+def said(line: str) -> Callable[[bytes], bytes]:
+    """Return a change of a YAML file: one more line, or another in the place of what begins alike."""
+    key = line.partition(":")[0]
+    return lambda content: re.sub(rf"(?m)^{key}:.*\n", "", content.decode()).encode() + f"{line}\n".encode()
+
+
+CASES = [
+    # config: names
+    Case("config", "unknown setting", "train.epoch=2", "train.epoch: no such setting. Did you mean train.epochs?"),
+    Case("config", "unknown choice", "method=lorra", "method=lorra: no such method. Did you mean lora?"),
+    Case("config", "unknown setting with +", "+train.warmup=3", "train.warmup: no such setting"),
+    Case("config", "a known setting with +", "+train.lr=1", "+train.lr: is there already"),
+    Case("config", "a choice with +", "+method=lora", "+method: is there already"),
+    Case("config", "no value at all", "rank", "rank: not of the form KEY=VALUE"),
+    Case("config", "no name at all", "=3", "not of the form KEY=VALUE"),
+    Case("config", "a line break", "study=a\\nb{_}c".replace("\\n", "{nl}"), "holds characters that are no text"),
+    Case("config", "a removed group", "~method", "~method: settings cannot be removed"),
+    Case("config", "an unknown option", "--config-dir=/tmp", "--config-dir=/tmp: no such option"),
+    Case("config", "a new PEFT field without +", "method.peft.zzz=1", "write +method.peft.zzz=VALUE to add it"),
+    Case("config", "another task's option", "+task.options.style=5", "demo/sentiment has no such option"),
+    Case("config", "option of another type", "task=e2e task.options.separator=5 model=tiny-llama", "must be like ' ||'"),
+    Case("config", "unknown task by name", "task.name=nothing", "task.name=nothing: no such task"),
+    Case("config", "a module that is no task", "task.name=metrics", "task.name=metrics: no task"),
+    # config: values
+    Case("config", "text for a number", "train.lr=fast", "train.lr: Value 'fast'"),
+    Case("config", "fraction for a whole number", "method.rank=2.5", "method.rank: Value '2.5'"),
+    Case("config", "a list for a number", "train.lr=[1]", "train.lr: Value '[1]'"),
+    Case("config", "a number for a group", "train=5", "train: Invalid type"),
+    Case("config", "null where a value is needed", "train.epochs=null", "train.epochs: field"),
+    Case("config", "infinite", "train.lr=inf", "train.lr=inf: must be a finite number"),
+    Case("config", "not a number", "train.lr=nan", "train.lr=nan: must be"),
+    Case("config", "too large a seed", "seed=99999999999999999999", "must be below 2**32"),
+    Case("config", "zero length", "task.max_length=0", "task.max_length=0: must be positive"),
+    Case("config", "zero beams", "task.num_beams=0", "task.num_beams=0: must be positive"),
+    Case("config", "dropout of everything", "method.dropout=1", "method.dropout=1.0: must be in [0, 1)"),
+    Case("config", "ratio of all", "method.magnitude_ratio=1", "method.magnitude_ratio=1.0: must be in [0, 1)"),
+    Case("config", "negative alpha", "method.alpha=-1", "method.alpha=-1.0: must be positive"),
+    Case("config", "negative weight decay", "train.weight_decay=-1", "train.weight_decay=-1.0: must not be negative"),
+    Case("config", "ranks of zero", "method.r1=0 method.r2=0", "method.r1=0 and method.r2=0: must be positive"),
+    Case("config", "empty value", "data_dir=", "data_dir=: empty; give a value, or null"),
+    Case("config", "nothing to adapt", "model.adapt=[]", "model.adapt=[]: nothing for dual_lora to adapt"),
+    Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: no regular expression"),
+    Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "is 16; drop one"),
+    Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
+    Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
+    Case("config", "a text of no tokens", "model=tiny-llama task=demo/choice task.max_new_tokens=0", "needs at least one token"),
+    Case("config", "classes smoothed that are none", "task=glue/stsb task.label_smoothing=0.1", "has no classes to smooth over"),
+    Case("config", "best epoch and checkpoints", "task.checkpoint=best train.save_steps=2", "would forget its earlier"),
+    Case("config", "several devices", "hardware.devices=2 hardware.sharding=full", "only plan=true knows several"),
+    Case("config", "rank too small for two groups", "method.rank=1", "r=1"),
+    Case("config", "unknown PEFT field", "+method.peft.nonsense=1", "nonsense"),
+    Case("config", "PEFT field of another type", "+method.peft.bias=5 method=lora", "on model=tiny-roberta: 'int' object has no attribute"),
+    Case("config", "PEFT field that is no pattern", "+method.peft.target_modules='('", "on model=tiny-roberta: missing )"),
+    Case("config", "sweep without -m", "seed=0,1", "2 runs asked for: add -m"),
+    # config: tricks
+    Case("config", "a study above the runs", "study=../x", "study=../x: only letters"),
+    Case("config", "a method's name above the runs", "method.name=../../x", "method.name=../../x: only letters"),
+    Case("config", "a model's name above the runs", "model.name=../../x", "model.name=../../x: only letters"),
+    Case("config", "a task's name above the runs", "task.name=../x", "task.name=..: only letters"),
+    Case("config", "a name longer than a file's", f"study={'a' * 300}", "at most 60"),
+    Case("config", "Hydra's folder", "hydra.run.dir=/etc", "hydra.run.dir: of Hydra's own only"),
+    Case("config", "Hydra's search path", "hydra.searchpath=[/tmp]", "hydra.searchpath: of Hydra's own only"),
+    Case("config", "Hydra's environment", "+hydra.job.env_set.X=1", "hydra.job.env_set.X: of Hydra's own only"),
+    Case("config", "code as a value", "+method.peft._target_=os.system", "_target_ names code to run"),
+    Case("config", "code for Hydra", "hydra.launcher._target_=os.system", "_target_ names code to run"),
+    Case("config", "the environment", "study=${oc.env:WANDB_API_KEY}", "study: of ${...} only other settings"),
+    Case("config", "the environment, hidden", "study=${oc.${wandb.mode}:X}", "not of the form KEY=VALUE"),
+    Case("config", "decoded text", "study=${oc.decode:a}", "study: of ${...} only other settings"),
+    Case("config", "an unknown reference", "seed=${nothing}", "seed: Interpolation key 'nothing' not found"),
+    Case("config", "a reference to itself", "seed=${seed}", "seed: Recursive interpolation"),
+    Case("config", "a key typed as a name", f"study={KEY}/x", "study: holds a key or password of the environment", env={"WANDB_API_KEY": KEY}),
+    Case("config", "an unknown experiment", "experiment=learning_rate", "Did you mean learning_rates?", script=SWEEP),
+    # data
+    Case("data", "no such folder", "task=glue/rte data_dir=/nowhere", "data_dir=/nowhere: no such folder"),
+    Case("data", "a file missing", RTE, "no glue/RTE/dev.tsv", without(DEV, rte)),
+    Case("data", "a folder in place of a file", RTE, "dev.tsv: cannot be read", lambda h: folder_for(DEV, rte, h)),
+    Case("data", "an empty file", RTE, "dev.tsv: no rows", changed(DEV, lambda c: b"", rte)),
+    Case("data", "header only", RTE, "dev.tsv: no rows", changed(DEV, lambda c: HEADER.encode(), rte)),
+    Case("data", "other columns", RTE, "row 1: KeyError('label')", changed(DEV, lambda c: b"a\tb\n1\t2\n", rte)),
+    Case("data", "a short row", RTE, "line 4 has 2 fields, not 4", changed(DEV, lambda c: c + b"0\ta\n", rte)),
+    Case("data", "binary junk", RTE, "dev.tsv: cannot be read", changed(DEV, lambda c: bytes(range(256)) * 9, rte)),
+    Case("data", "UTF-16", RTE, "dev.tsv: cannot be read", changed(DEV, lambda c: c.decode().encode("utf-16"), rte)),
+    Case("data", "Latin-1", RTE, "cannot be read", changed(DEV, lambda c: c + "9\té\té\tentailment\n".encode("latin1"), rte)),
+    Case("data", "an unknown label", RTE, "row 1: ValueError", changed(DEV, lambda c: c.replace(b"entail", b"x"), rte)),
+    Case("data", "a pickle for a table", RTE, "dev.tsv: cannot be read", changed(DEV, lambda c: pickle.dumps(Trap()), rte)),
+    Case("data", "a gz cut short", RTE, "dev.tsv.gz: cannot be read", lambda h: zipped(ZIPPED[:-20], h)),
+    Case("data", "a gz with a byte changed", RTE, "dev.tsv.gz: cannot be read", lambda h: zipped(spoilt(ZIPPED), h)),
+    Case("data", "a gz that is none", RTE, "dev.tsv.gz: cannot be read", lambda h: zipped(b"index", h)),
+    Case(
+        "data",
+        "a score out of range",
+        "task=glue/stsb data_dir={here}",
+        "a score of 9, which is not in [0, 5]",
+        changed("glue/STS-B/dev.tsv", lambda c: c.replace(b"5.000", b"9"), lambda h: write_official(h, "stsb")),
+    ),
+    Case(
+        "data",
+        "a label out of range",
+        "task=glue/sst2 data_dir={here}",
+        "the label '7', not one of 0, 1",
+        changed("glue/SST-2/train.tsv", lambda c: c + b"x\t7\n", lambda h: write_official(h, "sst2")),
+    ),
+    Case("data", "a line without a bar", E2E, "test.txt: line 2 is not", changed("e2e/test.txt", lambda c: c + b"x\n", e2e_files)),
+    Case("data", "an empty sentence", E2E, "test.txt: line 2 is not", changed("e2e/test.txt", lambda c: c + b"name : Elm|| \n", e2e_files)),
+    Case("data", "an empty sentence, to a model without special tokens", "model=tiny-gpt2 task=glue/sst2 data_dir={here}", "train-2 is empty", changed("glue/SST-2/train.tsv", lambda c: c + b"\t1\n", lambda h: write_official(h, "sst2"))),
+    Case("data", "an empty text file", E2E, "train.txt: no rows", changed("e2e/train.txt", lambda c: b"", e2e_files)),
+    Case(
+        "data",
+        "columns swapped",
+        OFFICIAL,
+        "row 1: ValueError",
+        changed("e2e-dataset/trainset.csv", lambda c: c.replace(b"mr,ref", b"ref,mr"), challenge_files),
+    ),
+    Case(
+        "data",
+        "a field left out",
+        OFFICIAL,
+        "has no ref",
+        changed("e2e-dataset/trainset.csv", lambda c: c + b"name[Elm]\n", challenge_files),
+    ),
+    Case("data", "JSON cut short", COMMONSENSE, "not JSON", changed("dataset/piqa/test.json", lambda c: c[:-9], commonsense_files)),
+    Case("data", "an object for a list", COMMONSENSE, "a list of LLM-Adapters' items", changed("dataset/piqa/test.json", lambda c: b'{"a": 1}', commonsense_files)),
+    Case("data", "JSON nested without end", COMMONSENSE, "not JSON", changed("dataset/piqa/test.json", lambda c: b"[" * 100_000, commonsense_files)),
+    Case("data", "half of a character", COMMONSENSE, "surrogates not allowed", changed("dataset/piqa/test.json", lambda c: c.replace(b"solution2", b"\\ud800solution2", 1), commonsense_files)),
+    Case("data", "a number for a text", COMMONSENSE, "a list of LLM-Adapters' items", changed("dataset/piqa/test.json", in_json(lambda c: [c[0] | {"instruction": 5}]), commonsense_files)),
+    Case("data", "an answer nobody offers", COMMONSENSE, "has the answer 'solution9'", changed("dataset/piqa/test.json", in_json(lambda c: [c[0] | {"answer": "solution9"}]), commonsense_files)),
+    Case("data", "a null for an answer", COMMONSENSE, "has None", changed("ft-training_set/commonsense_170k.json", in_json(lambda c: [c[0] | {"answer": None}]), commonsense_files)),
+    Case("data", "the same id twice", "model=tiny-llama task=webnlg data_dir={here}", "KeyError('2') where WebNLG 2017", changed("webnlg_challenge_2017/train.json", lambda c: c.replace(b'"2"', b'"1"'), webnlg_files)),
+    Case("data", "a fact of two parts", "model=tiny-llama task=dart data_dir={here}", "where DART 1.1.1 was expected", changed("dart/dart-v1.1.1-full-train.json", lambda c: c.replace(b'"SERVES", ', b""), dart_files)),
+    Case("data", "a number for a relation", "model=tiny-llama task=dart data_dir={here}", "where DART 1.1.1 was expected", changed("dart/dart-v1.1.1-full-train.json", lambda c: c.replace(b'"SERVES"', b"5"), dart_files)),
+    # adapter
+    Case("adapter", "weights damaged", "run={here}/run", "adapter: cannot be loaded", changed("run/adapter/adapter_model.safetensors", lambda c: c[:200], finished), EVAL),
+    Case("adapter", "no weights", "run={here}/run", "no adapter_model.safetensors", without("run/adapter/adapter_model.safetensors", finished), EVAL),
+    Case("adapter", "no adapter_config.json", "run={here}/run", "adapter: cannot be loaded", without("run/adapter/adapter_config.json", finished), EVAL),
+    Case("adapter", "adapter_config.json of no method", "run={here}/run", "adapter: cannot be loaded", changed("run/adapter/adapter_config.json", in_json(lambda c: c | {"peft_type": "MAGIC"}), finished), EVAL),
+    Case("adapter", "adapter_config.json is junk", "run={here}/run", "adapter: cannot be loaded", changed("run/adapter/adapter_config.json", lambda c: b"\x00\xff", finished), EVAL),
+    Case("adapter", "other shapes", "run={here}/run", "size mismatch for", other_shapes, EVAL),
+    Case("adapter", "a pickle of weights", "run={here}/run", "no adapter_model.safetensors", as_pickle("run/adapter/adapter_model.safetensors", finished), EVAL),
+    Case("adapter", "a trained model as a pickle", "run={here}/run", "no model.safetensors", as_pickle("run/model/model.safetensors", finished_full), EVAL),
+    Case("adapter", "a trained model damaged", "run={here}/run", "model: cannot be loaded", changed("run/model/model.safetensors", lambda c: c[:-5], finished_full), EVAL),
+    Case("adapter", "start from no run", "init_from=/nowhere", "init_from=/nowhere: no finished run"),
+    Case("adapter", "start from another model's", "model=tiny-deberta init_from={here}/run", "trained with model=tiny-roberta", finished),
+    Case("adapter", "start from another method's", "method=lora init_from={here}/run", "trained with method=dual_lora", finished),
+    Case("adapter", "start from other ranks", "method.rank=4 init_from={here}/run", "does not fit at", finished),
+    Case("adapter", "start from damaged weights", "init_from={here}/run", "cannot read adapter_model.safetensors", changed("run/adapter/adapter_model.safetensors", lambda c: c[:200], finished)),
+    Case("adapter", "start from a pickle", "init_from={here}/run", "no finished run with adapter_model.safetensors", as_pickle("run/adapter/adapter_model.safetensors", finished)),
+    # checkpoint and record
+    Case("record", "no run named", "", "run=runs/STUDY/ID is needed", script=EVAL),
+    Case("record", "a folder that is no run", "run={here}", "no config.yaml there", script=EVAL),
+    Case("record", "a file for a folder", "run={here}/x", "no config.yaml there", write("x", ""), EVAL),
+    Case("record", "not finished", "run={here}/run", "not finished, it has no result.json", unfinished, EVAL),
+    Case("record", "not finished, to analyse", "run={here}/run analyse=true", "not finished", unfinished, EVAL),
+    Case("record", "not finished, to export", "run={here}/run export={here}/out", "not finished", unfinished, EVAL),
+    Case("record", "result.json cut short", "run={here}/run", "result.json: damaged", changed("run/result.json", lambda c: c[:40], finished), EVAL),
+    Case("record", "result.json is a list", "run={here}/run", "result.json: damaged (no JSON object)", changed("run/result.json", lambda c: b"[]", finished), EVAL),
+    Case("record", "result.json of another program", "run={here}/run", "result.json: damaged (no data,", changed("run/result.json", lambda c: b"{}", finished), EVAL),
+    Case("record", "its own result.json damaged", "", "result.json: damaged", damaged_own_result),
+    Case("record", "config.yaml with a newer setting", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, said("magic: 1"), finished), EVAL),
+    Case("record", "config.yaml without a setting", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, lambda c: b"seed: 0\n", finished), EVAL),
+    Case("record", "config.yaml is a list", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, lambda c: b"[1]\n", finished), EVAL),
+    Case("record", "config.yaml is binary", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, lambda c: b"\x80\x04", finished), EVAL),
+    Case("record", "config.yaml with a Python object", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, said("study: !!python/object/apply:os.system [exit]"), finished), EVAL),
+    Case("record", "config.yaml with code", "run={here}/run", "_target_ names code to run", changed(CONFIG, said("study: {_target_: os.system}"), finished), EVAL),
+    Case("record", "config.yaml with the environment", "run={here}/run", "of ${...} only other settings", changed(CONFIG, said("study: ${oc.env:WANDB_API_KEY}"), finished), EVAL),
+    Case("record", "config.yaml above the runs", "run={here}/run", "study=../x: only letters", changed(CONFIG, said("study: ../x"), finished), EVAL),
+    Case("record", "exported over something", "run={here}/run export={here}/run", "not empty; give a new folder", finished, EVAL),
+    Case("record", "another setting for eval", "run={here}/run seed=1", "seed: no such setting of eval.py", finished, EVAL),
+    Case("record", "compared with no run", "run={here}/run analyse=true against={here}", "against=", finished, EVAL),
+    # environment
+    Case("environment", "a file in place of the runs", "", "is no folder that can be written", lambda h: (h / "runs").write_text("")),
+    Case("environment", "a model's folder that is none", "model.path=/nowhere", "model.path=/nowhere: no config.json there"),
+    Case("environment", "a model without weights", PLACED, "no *.safetensors there", without("model/model.safetensors", model)),
+    Case("environment", "a model of *.bin only", PLACED, "no *.safetensors there", as_pickle("model/model.safetensors", model)),
+    Case("environment", "config.json is junk", PLACED, "config.json: damaged", changed("model/config.json", lambda c: b"\x00\xff{", model)),
+    Case("environment", "config.json is a list", PLACED, "config.json: damaged (no JSON object)", changed("model/config.json", lambda c: b"[]", model)),
+    Case("environment", "config.json names no model", PLACED, "names no model_type", changed("model/config.json", lambda c: b"{}", model)),
+    Case("environment", "a model of an unknown kind", PLACED, "cannot load", changed("model/config.json", in_json(lambda c: c | {"model_type": "magic"}), model)),
+    Case("environment", "a model with code of its own", PLACED, "wants code of its own to be run", own_code),
+    Case("environment", "weights cut short", PLACED, "cannot load", changed("model/model.safetensors", lambda c: c[:-9], model)),
+    Case("environment", "weights of a smaller model", PLACED, "its weights lack", changed("model/config.json", in_json(lambda c: c | {"num_hidden_layers": 9}), model)),
+    Case("environment", "weights of another width", PLACED, "its weights have other shapes", changed("model/config.json", in_json(lambda c: c | {"intermediate_size": 24}), model)),
+    Case("environment", "no tokenizer", PLACED, "no tokenizer beside the model", lambda h: [without("model/tokenizer.json", model)(h), (h / "model/tokenizer_config.json").unlink()]),
+    Case("environment", "a tokenizer that is junk", PLACED, "cannot load", changed("model/tokenizer.json", lambda c: b"{}", model)),
+    Case("environment", "another model's tokenizer", PLACED, "model=tiny-roberta", lambda h: other_tokenizer(h)),
+    Case("environment", "a model that is not here, offline", "model=roberta-base", "cannot load FacebookAI/roberta-base"),
+    Case("environment", "data that is not here, offline", "task=glue/rte", "cannot load its train split"),
+    Case("environment", "a model that is nowhere", "model=whisper-tiny-gpt2 task=e2e", "not on the hub; give model.path=DIR"),
+]  # fmt: skip
+
+
+def folder_for(name: str, base: Callable[[Path], None], here: Path) -> None:
+    without(name, base)(here)
+    (here / name).mkdir()
+
+
+def zipped(content: bytes, here: Path) -> None:
+    without(DEV, rte)(here)
+    (here / f"{DEV}.gz").write_bytes(content)
+
+
+def spoilt(content: bytes) -> bytes:
+    return content[:30] + bytes([content[30] ^ 255]) + content[31:]
+
+
+def other_tokenizer(here: Path) -> None:
+    """Give the model a tokenizer that knows more tokens than it has rows for."""
+    model(here)
+    file = here / "model/tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    shift = 10_000
+    content["model"]["vocab"] = {word: number + shift for word, number in vocabulary.items()}
+    file.write_text(json.dumps(content))
+
+
+DONE: dict[str, Path] = {}
+ROWS: dict[tuple[str, str], tuple[str, int, float]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def done(tmp_path_factory):
+    """Two finished runs, of an adapter and of a whole model."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RUNS", folder)
+        for method in ("dual_lora", "full"):
+            result = training.run(cli.load([*TINY, f"method={method}"]))
+            DONE[method] = folder / "adhoc" / result["identity"]
+
+
+def entry(script: str, words: list[str]) -> int:
+    """Do what a script does when it is started, and return its exit code."""
+    do = {"train.py": (cli.train, train.job), EVAL: (cli.evaluate_again, words), SWEEP: (grid.sweep, words)}[script]
+    with pytest.raises(SystemExit) as end:
+        cli.guard(*do)
+    return end.value.code
+
+
+def shown(text: str, here: Path) -> str:
+    """Return a message without what differs from machine to machine."""
+    text = text.replace(str(here), "HERE").replace(os.path.relpath(here), "HERE")
+    text = re.sub(r"(Known: |a model that does: |Known are ).*", r"\1...", text)  # choices come and go
+    return re.sub(r"_s0_[0-9a-f]{10}", "_s0_ID", text.replace(str(ROOT), "ROOT")).strip()
+
+
+def known() -> dict[tuple[str, str], tuple[str, str]]:
+    """Return message and exit code of every row of the table."""
+    lines = [re.split(r"(?<!\\) \| ", line.strip("| \n")) for line in TABLE.read_text().splitlines()[4:]]
+    return {(kind, what): (message.strip("`"), code) for kind, what, message, code, _ in lines}
+
+
+WRITE = os.environ.get("DUAL_LORA_GOLDEN") == "write"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{c.kind}: {c.what}" for c in CASES])
+def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capfd):
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    case.make(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    words = [word.replace("{nl}", "\n") for word in case.words(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [case.script, *words])
+    capfd.readouterr()
+    started = time.perf_counter()
+    code = entry(case.script, words)
+    seconds = time.perf_counter() - started
+    out = capfd.readouterr()
+    message = shown(out.err, tmp_path)
+    assert case.said in message, out.err
+    assert len(message.splitlines()) == 1 and "Traceback" not in out.err + out.out, out.err
+    assert code == cli.EXIT_USER
+    assert {p: p.read_bytes() for p in before} == before
+    assert not (tmp_path / "code-was-run").exists() and not Path("/tmp/dual-lora-pickle-was-read").exists()
+    message = message.replace("|", r"\|").replace("`", "'")
+    ROWS[case.kind, case.what] = (message, code, seconds)
+    if not WRITE:
+        assert known()[case.kind, case.what] == (message, str(code))
+
+
+def took(seconds: float) -> str:
+    return next((f"< {limit} s" for limit in (1, 3, 10) if seconds < limit), "longer")
+
+
+def table() -> str:
+    """Return all cases as Markdown."""
+    head = f"{len(CASES)} bad inputs, what is said of each, the exit code and how long the message takes once Python is up."
+    lines = [head, "", "| kind | what is wrong | said | code | time |", "|---|---|---|---:|---:|"]
+    for (kind, what), (message, code, seconds) in ROWS.items():
+        lines.append(f"| {kind} | {what} | `{message}` | {code} | {took(seconds)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_is_that_of_the_cases():
+    if WRITE:
+        assert len(ROWS) == len(CASES)
+        TABLE.write_text(table())
+    assert list(known()) == [(case.kind, case.what) for case in CASES] and len(CASES) >= 60
+
+
+def test_a_record_that_cannot_be_written_is_told(tmp_path, monkeypatch, capfd):
+    """As on a read-only disk, where the scores are printed and only evaluation.json is missing."""
+
+    def denied(self, name, content):
+        raise OSError(errno.EROFS, "Read-only file system", str(self.folder / name))
+
+    finished(tmp_path)
+    monkeypatch.setattr(runs.Record, "write", denied)
+    monkeypatch.setattr(sys, "argv", [EVAL])
+    assert entry(EVAL, [f"run={tmp_path / 'run'}"]) == cli.EXIT_USER
+    assert "evaluation.json: cannot be written (Read-only file system)" in capfd.readouterr().err
+
+
+def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
+        hub.cut.cache_clear()
+        assert not hub.cut()
+    hub.cut.cache_clear()
+    assert hub.cut()
+    for model, task in (("roberta-base", "demo/sentiment"), ("tiny-roberta", "glue/rte")):
+        chosen = cli.load([f"model={model}", f"task={task}"])
+        started = time.perf_counter()
+        with pytest.raises(UserError, match="cannot load"):
+            models.load(chosen, evaluation.load_split(runs.task_of(chosen), "train", chosen))
+        assert time.perf_counter() - started < 15  # the libraries' retries take at least 20
+    hub.cut.cache_clear()
+
+
+OUTSIDE = [
+    "a study above the runs",
+    "a gz cut short",
+    "weights damaged",
+    "not finished",
+    "a model with code of its own",
+]
+
+
+@pytest.mark.parametrize("what", OUTSIDE)
+def test_as_the_user_sees_it(what, tmp_path):
+    """One case of each kind in a process of its own says the same."""
+    case = next(c for c in CASES if c.what == what)
+    case.make(tmp_path)
+    env = os.environ | {"DUAL_LORA_RUNS": str(tmp_path / "runs")}
+    command = [sys.executable, case.script, *case.words(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == cli.EXIT_USER
+    assert shown(done.stderr, tmp_path).replace("|", r"\|").replace("`", "'") == known()[case.kind, what][0]

@@ -1,0 +1,97 @@
+"""The same run twice gives the same weights, bit for bit; and the record names what else could change a digit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dual_lora.lab import cli, methods, models, runs, training
+from dual_lora.lab.runs import Record, task_of
+
+FEW = ["deterministic=true", "train.max_steps=4", "train.batch_size=8", "eval.max_examples=4", "eval.before=false"]
+FAMILIES = {"tiny-roberta": "demo/sentiment", "tiny-llama": "demo/restaurants"}
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Leave torch as it was: deterministic=true outlasts a run."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def trained(folder) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*/*.safetensors")
+    return load_file(file)
+
+
+def twice(model: str, *overrides: str) -> None:
+    """Run the same twice, with draws and a changed number of draws before the second, and compare all that was made."""
+    chosen = cli.load(
+        [f"model={model}", f"task={FAMILIES[model]}", *FEW, "wandb.mode=disabled", "force=true", *overrides]
+    )
+    record, found = Record.of(chosen), []
+    for _ in range(2):
+        torch.rand(7)
+        result = training.run(chosen)
+        predictions = (record.folder / "predictions.jsonl").read_bytes()
+        found.append((trained(record.folder), record.logged(), predictions, result["metrics"], result["train_loss"]))
+    (weights, *first), (again, *second) = found
+    assert weights.keys() == again.keys() and first == second
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("method", cli.choices("method"))
+def test_every_method_gives_the_same_weights_twice(method, runs_folder):
+    twice("tiny-roberta", f"method={method}")
+
+
+def test_a_model_that_writes_gives_the_same_weights_and_texts_twice(runs_folder):
+    twice("tiny-llama", "method=dual_lora", "method.dropout=0.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("model", FAMILIES)
+def test_twice_for_longer(model, method, runs_folder):
+    twice(model, f"method={method}", "train.max_steps=30")
+
+
+def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
+    result = training.run(chosen)
+    folder = Record.of(chosen).folder
+    found = json.loads((folder / "environment.json").read_text())
+    assert {"torch", "transformers", "tokenizers", "peft", "safetensors", "numpy"} <= found["packages"].keys()
+    assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found["threads"] == torch.get_num_threads() and found["variables"]["OMP_NUM_THREADS"] == "1"
+    assert found["tf32"].keys() == {"matmul", "cudnn"} and found["float32_matmul_precision"] == "highest"
+    assert found["instructions"] and found["processor"]
+    assert {"accelerator", "cuda", "cudnn", "python", "platform", "commit", "uncommitted_changes"} <= found.keys()
+    assert result["kernels"] == ["recompute"]
+    assert cli.recorded(folder).model.dtype == "float32" and cli.recorded(folder).deterministic
+
+
+@pytest.mark.parametrize(
+    ("override", "used"),
+    [
+        ("method=lora", []),
+        ("+method.peft.kernel=eager", ["eager"]),
+        ("+method.peft.kernel=triton", ["recompute"]),  # without a GPU and without Triton's interpreter
+        ("+method.peft.magnitude=abs", ["eager"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:kernel='triton'")
+def test_the_kernel_that_was_used_is_told(override, used, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", override])
+    task = task_of(chosen)
+    base, _ = models.load(chosen, task)
+    assert methods.kernels(methods.attach(base, chosen, task.form)) == used
+
+
+def test_uncommitted_changes_are_seen(monkeypatch):
+    said = {"rev-parse": "abc", "status": " M file"}
+    monkeypatch.setattr(runs, "git", lambda command, *rest: said[command])
+    assert runs.environment()["uncommitted_changes"] is True and runs.environment()["commit"] == "abc"

@@ -1,0 +1,249 @@
+"""Random settings and random damage to data files: whatever comes runs, or ends in one line.
+
+The draws are the same every time. DUAL_LORA_FUZZ=N makes N times as many; `make test-slow` takes ten times as many.
+"""
+
+import gzip
+import os
+
+import pytest
+from hypothesis import HealthCheck, example, given, note, settings
+from hypothesis import strategies as st
+from test_bad_inputs import challenge_files, commonsense_files, e2e_files
+from test_glue import write_official
+
+import tasks
+from dual_lora.lab import cli, data, evaluation, models, plan, runs, training
+from dual_lora.lab.runs import Record
+from dual_lora.lab.settings import UserError
+
+TIMES = int(os.environ.get("DUAL_LORA_FUZZ", 1))
+SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+def draws(count: int):
+    """Return Hypothesis' settings for so many draws, the same ones every time."""
+    return settings(
+        max_examples=count * TIMES, derandomize=True, deadline=None, database=None, suppress_health_check=SHARED
+    )
+
+
+def in_one_line(error: Exception) -> None:
+    note(str(error))
+    assert str(error).strip() and len(str(error).splitlines()) == 1, repr(str(error))
+
+
+# Settings.
+
+JUNK = [
+    "",
+    "null",
+    "true",
+    "nan",
+    "inf",
+    "-1",
+    "0",
+    "1e400",
+    "1e-400",
+    "[]",
+    "{}",
+    "[1,2]",
+    "{a: 1}",
+    "../x",
+    "/",
+    "'",
+    '"',
+]
+JUNK += ["${seed}", "${nothing}", "${oc.env:HOME}", "${now:%Y}", "???", "a b", "\\", "é", "\x00", "x" * 300, "_target_"]
+JUNK += [
+    "1,2",
+    "range(0,3)",
+    "choice(1,2)",
+    "0.5",
+    "2",
+    "16",
+    "5000000000",
+    "float32",
+    "q",
+    "2e-3",
+    "${train}",
+    "--help",
+]
+LEAVES = [key for key in list(cli.keys()) if key not in ("plan", "force")]
+KEYS = LEAVES + [f"method.peft.{name}" for name in ("r", "r1", "lora_alpha", "peft_type", "kernel", "ste", "nothing")]
+KEYS += ["hydra.run.dir", "hydra/launcher", "task.options.scored", "nothing", "", "model.roles.q", "task.stop.0"]
+texts = st.one_of(
+    st.sampled_from(JUNK),
+    st.integers(-5, 40).map(str),
+    st.floats(0, 1).map(str),
+    st.text(st.characters(codec="utf-8"), max_size=8),
+)
+signs = st.sampled_from(["", "", "", "", "+", "++", "~"])
+chosen = st.sampled_from(cli.GROUPS).flatmap(
+    lambda group: st.sampled_from(cli.choices(group)).map(f"{group}={{}}".format)
+)
+single = st.builds("{}{}={}".format, signs, st.sampled_from(KEYS), texts)
+overrides = st.lists(st.one_of(single, single, chosen), min_size=1, max_size=4)
+# Values of the right type, most of them possible, for runs that go further.
+sane = st.lists(
+    st.one_of(
+        st.sampled_from(["method.rank", "train.batch_size", "eval.batch_size", "task.max_length", "train.accumulation"])
+        .flatmap(lambda key: st.sampled_from(["1", "2", "3", "7", "16"]).map(f"{key}={{}}".format)),
+        st.sampled_from(["method.alpha", "method.dropout", "train.lr", "train.weight_decay", "task.label_smoothing"])
+        .flatmap(lambda key: st.sampled_from(["0", "1e-9", "0.3", "0.99", "40"]).map(f"{key}={{}}".format)),
+        st.sampled_from(["model.adapt=[q]", "model.adapt=[o,v]", "train.max_grad_norm=0", "task.warmup_ratio=0.9"]),
+        st.sampled_from(["train.max_examples=1", "train.schedule=cosine", "train.group_by_length=true", "seed=99"]),
+        st.sampled_from(["model.dtype=bfloat16", "model.dtype=float16", "task.checkpoint=best", "train.save_steps=1"]),
+    ),
+    max_size=4,
+)  # fmt: skip
+pairs = st.sampled_from(
+    ["tiny-roberta demo/sentiment", "tiny-llama demo/restaurants", "tiny-gpt2 demo/choice", "tiny-gpt2 demo/sentiment"]
+)
+
+
+@draws(100)
+@given(many=st.booleans(), overrides=overrides)
+@example(many=False, overrides=["task.name=metrics"])
+@example(many=False, overrides=["method.r1=0", "method.r2=0"])
+def test_any_settings_are_taken_or_refused_in_one_line(many, overrides, runs_folder):
+    try:
+        found = cli.check([*["-m"][: int(many)], *overrides])
+    except UserError as error:
+        in_one_line(error)
+        return
+    for chosen in found:
+        folder = Record.of(chosen).folder
+        assert folder.parent.parent == runs.RUNS and folder.resolve().is_relative_to(runs.RUNS.resolve())
+        assert "HOME" not in str(chosen)
+
+
+@draws(5)
+@given(pair=pairs, method=st.sampled_from(cli.choices("method")), overrides=sane)
+def test_a_plan_is_drawn_or_refused_in_one_line(pair, method, overrides, runs_folder):
+    model, task = pair.split()
+    try:
+        plan.run(cli.load([f"model={model}", f"task={task}", f"method={method}", "plan=true", *overrides]))
+    except UserError as error:
+        in_one_line(error)
+
+
+@draws(6)
+@given(pair=pairs, method=st.sampled_from(cli.choices("method")), overrides=sane)
+def test_a_step_is_taken_or_refused_in_one_line(pair, method, overrides, runs_folder):
+    model, task = pair.split()
+    short = ["train.max_steps=1", "eval.max_examples=2", "eval.before=false", "wandb.mode=disabled", "force=true"]
+    try:
+        given = [f"model={model}", f"task={task}", f"method={method}", "task.max_new_tokens=4", *short, *overrides]
+        assert training.run(cli.load(given))["steps"] == 1
+    except UserError as error:
+        in_one_line(error)
+
+
+# Data files.
+
+KINDS = {
+    "glue/rte": ("tiny-roberta", lambda here: write_official(here, "rte"), "glue/RTE/train.tsv", ""),
+    "glue/stsb": ("tiny-roberta", lambda here: write_official(here, "stsb"), "glue/STS-B/train.tsv", ""),
+    "glue/qqp": ("tiny-roberta", lambda here: write_official(here, "qqp"), "glue/QQP/train.tsv", ""),
+    "e2e": ("tiny-llama", e2e_files, "e2e/train.txt", ""),
+    "e2e official": ("tiny-llama", challenge_files, "e2e-dataset/trainset.csv", "task.options.references=official"),
+    "commonsense": ("tiny-llama", commonsense_files, "ft-training_set/commonsense_170k.json", ""),
+    "commonsense test": ("tiny-llama", commonsense_files, "dataset/piqa/test.json", ""),
+}
+
+
+def swapped(content: bytes, i: int, j: int) -> bytes:
+    """Return a table with two columns swapped in every line, whatever separates them."""
+    for separator in (b"\t", b"||", b","):
+        if separator in content:
+            rows = [line.split(separator) for line in content.split(b"\n")]
+            for row in rows:
+                a, b = i % len(row), j % len(row)
+                row[a], row[b] = row[b], row[a]
+            return b"\n".join(separator.join(row) for row in rows)
+    return content
+
+
+def recoded(content: bytes, name: str) -> bytes:
+    return content.decode(errors="ignore").encode(name, errors="replace")
+
+
+places, few = st.integers(0, 600), st.integers(0, 12)
+CODES = ["utf-16", "utf-16-le", "utf-32", "latin-1", "utf-8-sig", "cp037"]
+PIECES = [b"\x00", b"\xff\xfe", b"\n", b"\r", b"\t\t", b'"', b"'", b"null", b"5", b"||", b"[", b"]}", b"\\ud800", b"\\"]
+changes = st.one_of(
+    st.builds(lambda at, n: lambda c: c[: at % (len(c) + 1)] + c[at % (len(c) + 1) + n :], places, few),
+    st.builds(lambda at: lambda c: c[: at % (len(c) + 1)], places),
+    st.builds(
+        lambda at, junk: lambda c: c[: at % (len(c) + 1)] + junk + c[at % (len(c) + 1) :],
+        places,
+        st.one_of(st.binary(max_size=12), st.sampled_from(PIECES)),
+    ),
+    st.builds(lambda i, j: lambda c: swapped(c, i, j), few, few),
+    st.sampled_from(CODES).map(lambda code: lambda c: recoded(c, code)),
+    st.builds(lambda old, new: lambda c: c.replace(old, new), st.sampled_from([b'"', b"\n", b"0", b"entailment", b":"]),
+              st.sampled_from([b"", b"\r\n", b"7", b"{", b"\xe9"])),
+    st.binary(max_size=40).map(lambda junk: lambda c: c + b"\n" + junk + b"\n"),
+    st.sampled_from([lambda c: c + c, lambda c: b"", lambda c: c.replace(b"\n", b"\r\n"), lambda c: b"\x80\x04" + c]),
+)  # fmt: skip
+packings = st.sampled_from(["plain", "plain", "plain", "packed", "cut", "named"])
+
+
+def pack(path, content: bytes, how: str) -> None:
+    """Write a file plain; or as a .gz, whole, cut short or by its name alone."""
+    path.unlink(missing_ok=True)
+    packed = {"packed": gzip.compress(content), "cut": gzip.compress(content)[:-9], "named": content}
+    other = path.with_name(path.name + ".gz")
+    other.unlink(missing_ok=True)
+    (path if how == "plain" else other).write_bytes(packed.get(how, content))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
+    model, make, name, option = KINDS[kind]
+    make(tmp_path)
+    good = (tmp_path / name).read_bytes()
+    given_settings = [f"model={model}", f"task={kind.split()[0]}", f"data_dir={tmp_path}", *option.split()]
+    chosen = cli.load(given_settings)
+    task = runs.task_of(chosen)
+    tokenizer = models.load_tokenizer(chosen)
+    split = "piqa" if kind.endswith("test") else "train"
+
+    @draws(150)
+    @given(st.lists(changes, min_size=1, max_size=3), packings)
+    def check(changes, packing):
+        content = good
+        for change in changes:
+            content = change(content)
+        pack(tmp_path / name, content, packing)
+        try:
+            Record.of(chosen)
+            rows = evaluation.load_split(task, split, chosen).rows
+        except UserError as error:
+            in_one_line(error)
+            assert name.rpartition("/")[2] in str(error) or "no e2e" in str(error)
+            return
+        assert rows.features == task.features[task.form] and len(rows) > 0
+        assert len(data.encode(rows, task, tokenizer, chosen)) == len(rows)
+        output = {"classification": 0, "regression": 1.0, "generation": "a text"}[task.form]
+        assert all(task.judge(row, output) for row in rows)
+
+    check()
+    assert isinstance(task, tasks.Task)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_times_as_many(monkeypatch):
+    """The same tests with more draws, in a process of their own."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, "--timeout=3600"],
+        env=os.environ | {"DUAL_LORA_FUZZ": "10"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
