@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from dual_lora.lab import cli, runs
 from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import Settings, UserError, nearest, require
+from dual_lora.lab.settings import Settings, nearest, require
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def setting(settings: Settings, key: str) -> object:
 
 def run_missing(jobs: list[Settings]) -> int:
     """Run every job that is not finished, saying how long the rest may take, and return the exit code."""
-    missing = [job for job in jobs if job.force or Record.of(job).result() is None]
+    missing = [job for job in jobs if job.force or not Record.of(job).done()]
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} finished, {len(missing)} to do")
     started = time.monotonic()
     for number, job in enumerate(missing):
@@ -92,12 +92,7 @@ def sweep(argv: list[str]) -> int:
     from dual_lora.lab import report
 
     found = {asked(settings): result for settings, result in finished(jobs[0].study)}
-    try:
-        print(
-            report.write(
-                experiment, [(job, found.get(asked(job))) for job in jobs], runs.RUNS / jobs[0].study / "report"
-            )
-        )
-    except OSError as error:
-        raise UserError(f"{runs.RUNS / jobs[0].study / 'report'}: cannot be written ({error})") from error
+    folder = runs.RUNS / jobs[0].study / "report"
+    with runs.writing(folder):
+        print(report.write(experiment, [(job, found.get(asked(job))) for job in jobs], folder))
     return code

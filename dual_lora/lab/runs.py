@@ -8,10 +8,15 @@
         adapter/ or model/   what was trained
         result.json          metrics, parameters, time, memory, identity
 
+While a run is unfinished there are also `checkpoints/`, `.lock` (who does it), `trained.json` once training is done,
+and `failure.json` if a try failed. A run with `force=true` is done in `.again/`, whose files take the old ones' places
+when they are whole, so that no result is lost on the way.
+
 The identity is a hash of the facts that can change a digit of the result (settings, task version, data and weights),
 so the same facts find the same folder. Where the files are, and what is logged where, is not among them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +34,7 @@ from typing import Any
 import yaml
 
 import tasks
+from dual_lora.lab import checkpoints
 from dual_lora.lab.settings import Settings, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +50,28 @@ NOT_IDENTITY = {
     "train": {"save_steps", "log_steps"},
     "eval": {"before"},
 }
+
+
+AGAIN, TRAINED = ".again", "trained.json"
+# What of a finished run does not hold for the same run done again.
+OUTDATED = ("checkpoints", TRAINED, "failure.json", "evaluation.json")
+OUTDATED += ("analysis.json", "analysis.csv", "ranks.png", "ranks.pdf")
+MENDS = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there, or name another disk with DUAL_LORA_RUNS",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "make it writable, or name another folder with DUAL_LORA_RUNS",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write below `path` into the user's one line."""
+    try:
+        yield
+    except OSError as error:
+        mends = (mend for numbers, mend in MENDS.items() if error.errno in numbers)
+        reason, mend = error.strerror or str(error), next(mends, "look at the disk")
+        again = "then the same command goes on; finished runs are as they were"
+        raise UserError(f"{path}: cannot be written ({reason}); {mend}, {again}") from error
 
 
 @contextmanager
@@ -159,7 +187,33 @@ class Record:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return (self.folder.parent if self.folder.name == AGAIN else self.folder).name
+
+    def tried(self, settings: Settings) -> "Record":
+        """Return the record a run with these settings is done in: this one, or the one below it until that is whole."""
+        return Record(self.folder / AGAIN) if settings.force else self
+
+    def settle(self) -> None:
+        """Put the files of a whole run below `.again` in place of the old ones, result.json last.
+
+        A kill in the middle leaves the rest to the next call.
+        """
+        again = Record(self.folder / AGAIN)
+        if not (again.folder / "result.json").is_file():
+            return
+        again.tidy()
+        for name in OUTDATED:
+            remove(self.folder / name)
+        for path in sorted(again.folder.iterdir(), key=lambda path: path.name == "result.json"):
+            if path.is_dir():
+                remove(self.folder / path.name)
+            path.replace(self.folder / path.name)
+        again.folder.rmdir()
+
+    def tidy(self) -> None:
+        """Remove what a finished run needs no more."""
+        for path in (self.folder / "checkpoints", self.folder / TRAINED, *self.folder.glob(".*.partial")):
+            remove(path)
 
     def shown(self) -> str:
         """Return the folder as a user would type it."""
@@ -169,12 +223,17 @@ class Record:
         """Return the finished run's result, or None while there is none."""
         return self.read("result.json") if (self.folder / "result.json").is_file() else None
 
+    def done(self) -> bool:
+        """Whether there is a result and nothing of the run is left to put in its place."""
+        return self.result() is not None and not (self.folder / AGAIN / "result.json").is_file()
+
     def failure(self) -> dict[str, Any] | None:
         """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
         return self.read("failure.json") if (self.folder / "failure.json").is_file() else None
 
     def fail(self, error: BaseException) -> None:
-        self.write("failure.json", {"error": type(error).__name__, "message": str(error)})
+        details = getattr(error, "details", {})
+        self.write("failure.json", {"error": type(error).__name__, "message": str(error), **details})
 
     def read(self, name: str) -> Any:
         """Return a JSON file of the record.
@@ -188,27 +247,44 @@ class Record:
         except FileNotFoundError as error:
             raise UserError(f"{path}: not there; is {self.folder} the folder of a finished run?") from error
         except ValueError as error:
-            raise UserError(f"{path}: damaged ({error}); run the same command with force=true") from error
+            raise UserError(f"{path}: damaged ({error}); remove it and run the same command again") from error
 
     def start(self, settings: Settings) -> None:
-        """Make the folder ready for a run: config and environment, no result, and of the metrics of an earlier try
-        those up to its newest checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if settings.force:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        checkpoint = self.checkpoint()
-        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        rows = [row for row in self.logged() if row["step"] <= done]
-        for stale in ("result.json", "failure.json", "predictions.jsonl"):
-            (self.folder / stale).unlink(missing_ok=True)
+        """Make the folder ready for a run: config and environment, and of an earlier try that was cut short its newest
+        checkpoint, or what it trained, with the metrics logged up to there."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in ("failure.json", "predictions.jsonl", *(p.name for p in self.folder.glob(".*.partial"))):
+                (self.folder / stale).unlink(missing_ok=True)
+            checkpoint, trained = self.checkpoint(), self.trained()
+        if trained:
+            rows = trained["logged"]
+        elif checkpoint:
+            rows = Record(checkpoint).logged()
+        else:
+            rows = [row for row in self.logged() if row["step"] == 0]
         self.write_lines("metrics.jsonl", rows)
         self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
         self.write("environment.json", environment())
 
     def checkpoint(self) -> Path | None:
-        """Return the newest checkpoint of an unfinished try."""
-        found = [path for path in self.folder.glob("checkpoints/checkpoint-*") if path.name[11:].isdigit()]
-        return max(found, key=lambda path: int(path.name[11:]), default=None)
+        """Return the newest whole checkpoint of an unfinished try."""
+        return checkpoints.newest(self.folder / "checkpoints")
+
+    def weights(self, settings: Settings) -> Path:
+        """Return the folder of what was trained."""
+        return self.folder / ("model" if settings.method.peft is None else "adapter")
+
+    def trained(self) -> dict[str, Any] | None:
+        """Return what is known of a training that is done, if the weights it left are whole."""
+        if not (self.folder / TRAINED).is_file():
+            return None
+        for name in ("model", "adapter"):
+            found = checkpoints.sealed(self.folder / name, self.folder / TRAINED)
+            if found:
+                return found
+        remove(self.folder / TRAINED)
+        return None
 
     def logged(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; one that a kill cut short ends them."""
@@ -221,8 +297,8 @@ class Record:
         return rows
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, on disk when this returns."""
-        with (self.folder / "metrics.jsonl").open("a") as stream:
+        """Append one line to metrics.jsonl, handed to the system when this returns."""
+        with writing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -232,11 +308,24 @@ class Record:
         """Write a file whole or not at all: to a temporary name first, then renamed."""
         text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
         partial = self.folder / f".{name}.partial"
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.folder / name)
+        with writing(self.folder / name):
+            try:
+                with partial.open("w") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                partial.replace(self.folder / name)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def installed(package: str) -> str | None:
