@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow lint clean
+.PHONY: help env demo test test-slow chaos lint clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: env  ## the test suite, under 15 minutes on 2 cores
 
 test-slow: env  ## the minutes-long tests
 	$(PY) -m pytest -m slow
+
+chaos: env  ## kill, starve and damage a small study in many ways, about 20 minutes
+	$(PY) tests/chaos.py
 
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .

@@ -200,8 +200,9 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder,
     assert kept(record.folder) == whole
 
 
-def test_what_is_trained_is_not_trained_again(runs_folder, reference, monkeypatch):
-    settings = chosen()
+@pytest.mark.parametrize("method", ["dual_lora", "full"])
+def test_what_is_trained_is_not_trained_again(method, runs_folder, reference, monkeypatch):
+    settings = chosen(f"method={method}")
     whole = reference(settings)
     real, calls = evaluation.evaluate, []
 
@@ -313,9 +314,8 @@ def test_a_forced_run_keeps_the_old_result_until_the_new_one_is_whole(runs_folde
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "replace", replace)
         training.run(forced)
-    assert not record.done()
     training.run(settings)
-    assert record.done() and kept(record.folder) == old
+    assert kept(record.folder) == old
     assert record.folder.joinpath("result.json").stat().st_mtime_ns > before
     assert not (record.folder / runs.AGAIN).exists() and not (record.folder / "evaluation.json").exists()
 

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
+
+from dual_lora.lab.disk import flush, remove
 
 MANIFEST = "manifest.json"
 
@@ -24,12 +25,15 @@ def seal(folder: Path, manifest: Path | None = None, **more: Any) -> None:
     manifest = manifest or folder / MANIFEST
     manifest.unlink(missing_ok=True)
     files = {str(path.relative_to(folder)): file_facts(path) for path in files_of(folder)}
+    for path in (*files_of(folder), folder):
+        flush(path)
     partial = manifest.with_name(f".{manifest.name}.partial")
     with partial.open("w") as stream:
         json.dump({"files": files, **more}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(manifest)
+    flush(manifest.parent)
 
 
 def sealed(folder: Path, manifest: Path | None = None) -> dict[str, Any] | None:
@@ -54,5 +58,5 @@ def newest(folder: Path) -> Path | None:
         if sealed(path):
             return path
         print(f"{path.name} is damaged or was cut short: removed")
-        shutil.rmtree(path)
+        remove(path)
     return None

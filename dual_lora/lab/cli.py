@@ -198,7 +198,8 @@ def conclude(jobs: list[Settings]) -> int:
     for settings in jobs:
         record = Record.of(settings)
         failure = unfinished.pop(record.folder, None) or record.tried(settings).failure()
-        if failure is None and record.result():
+        elsewhere = failure and failure["error"] == "Elsewhere"
+        if (failure is None or elsewhere) and record.result():
             continue
         failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
         code = known.get(failure["error"], EXIT_FAILED)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from omegaconf import OmegaConf
 
 from dual_lora.lab import cli, runs
+from dual_lora.lab.disk import writing
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import Settings, nearest, require
 
@@ -64,7 +65,9 @@ def setting(settings: Settings, key: str) -> object:
 
 def run_missing(jobs: list[Settings]) -> int:
     """Run every job that is not finished, saying how long the rest may take, and return the exit code."""
-    missing = [job for job in jobs if job.force or not Record.of(job).done()]
+    for job in jobs:
+        Record.of(job).clean()
+    missing = [job for job in jobs if job.force or Record.of(job).result() is None]
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} finished, {len(missing)} to do")
     started = time.monotonic()
     for number, job in enumerate(missing):
@@ -93,6 +96,6 @@ def sweep(argv: list[str]) -> int:
 
     found = {asked(settings): result for settings, result in finished(jobs[0].study)}
     folder = runs.RUNS / jobs[0].study / "report"
-    with runs.writing(folder):
+    with writing(folder):
         print(report.write(experiment, [(job, found.get(asked(job))) for job in jobs], folder))
     return code

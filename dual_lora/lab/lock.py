@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from dual_lora.lab.disk import writing
+
 NAME = ".lock"
 
 
@@ -23,13 +25,16 @@ class Elsewhere(Exception):
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock.
+    """Hold the lock of a run's folder, which is made if there is none.
 
     Raises:
         Elsewhere: another process holds it.
+        UserError: it cannot be written.
     """
     path = folder / NAME
-    stream = taken(path)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = taken(path)
     try:
         yield
     finally:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from dual_lora.lab import checkpoints
-from dual_lora.lab.runs import Record, writing
+from dual_lora.lab.disk import remove, writing
+from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 from dual_lora.lab.stopping import STOP, Stopped
 
@@ -34,8 +35,10 @@ def saving(folder: Path) -> Iterator[None]:
     with writing(folder):
         try:
             yield
-        except (SafetensorError, RuntimeError) as error:
+        except Exception as error:  # tokenizers has no type for it either
             said = re.search(r"os error (\d+)", str(error))
+            if not said and not isinstance(error, SafetensorError | RuntimeError):
+                raise
             full = shutil.disk_usage(folder).free < SPARE
             number = int(said[1]) if said else errno.ENOSPC if full else errno.EIO
             raise OSError(number, os.strerror(number)) from error
@@ -200,7 +203,7 @@ class Loop(Trainer):
                 shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
                 checkpoints.seal(folder)
         except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
             raise
 
 

@@ -16,16 +16,14 @@ The identity is a hash of the facts that can change a digit of the result (setti
 so the same facts find the same folder. Where the files are, and what is logged where, is not among them.
 """
 
-import errno
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +32,8 @@ from typing import Any
 import yaml
 
 import tasks
-from dual_lora.lab import checkpoints
+from dual_lora.lab import checkpoints, lock
+from dual_lora.lab.disk import flush, remove, writing
 from dual_lora.lab.settings import Settings, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,22 +55,6 @@ AGAIN, TRAINED = ".again", "trained.json"
 # What of a finished run does not hold for the same run done again.
 OUTDATED = ("checkpoints", TRAINED, "failure.json", "evaluation.json")
 OUTDATED += ("analysis.json", "analysis.csv", "ranks.png", "ranks.pdf")
-MENDS = {
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there, or name another disk with DUAL_LORA_RUNS",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "make it writable, or name another folder with DUAL_LORA_RUNS",
-}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path` into the user's one line."""
-    try:
-        yield
-    except OSError as error:
-        mends = (mend for numbers, mend in MENDS.items() if error.errno in numbers)
-        reason, mend = error.strerror or str(error), next(mends, "look at the disk")
-        again = "then the same command goes on; finished runs are as they were"
-        raise UserError(f"{path}: cannot be written ({reason}); {mend}, {again}") from error
 
 
 @contextmanager
@@ -210,6 +193,15 @@ class Record:
             path.replace(self.folder / path.name)
         again.folder.rmdir()
 
+    def clean(self) -> None:
+        """Do what a kill right after the result left undone, unless another process is at it."""
+        whole = [path for path in (self.folder, self.folder / AGAIN) if (path / "result.json").is_file()]
+        left = (AGAIN, TRAINED, "checkpoints", lock.NAME)
+        if whole and any((self.folder / name).exists() for name in left):
+            with suppress(lock.Elsewhere), lock.held(self.folder), writing(self.folder):
+                self.settle()
+                self.tidy()
+
     def tidy(self) -> None:
         """Remove what a finished run needs no more."""
         for path in (self.folder / "checkpoints", self.folder / TRAINED, *self.folder.glob(".*.partial")):
@@ -222,10 +214,6 @@ class Record:
     def result(self) -> dict[str, Any] | None:
         """Return the finished run's result, or None while there is none."""
         return self.read("result.json") if (self.folder / "result.json").is_file() else None
-
-    def done(self) -> bool:
-        """Whether there is a result and nothing of the run is left to put in its place."""
-        return self.result() is not None and not (self.folder / AGAIN / "result.json").is_file()
 
     def failure(self) -> dict[str, Any] | None:
         """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
@@ -289,11 +277,14 @@ class Record:
     def logged(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; one that a kill cut short ends them."""
         path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or "step" not in row:
+                break
+            rows.append(row)
         return rows
 
     def log(self, row: dict[str, Any]) -> None:
@@ -315,17 +306,10 @@ class Record:
                     stream.flush()
                     os.fsync(stream.fileno())
                 partial.replace(self.folder / name)
+                flush(self.folder)
             except OSError:
                 partial.unlink(missing_ok=True)
                 raise
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def installed(package: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -12,10 +12,11 @@ import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models
+from dual_lora.lab.disk import remove
 from dual_lora.lab.loop import BestEpoch, Loop, saving
 from dual_lora.lab.memory import PeakMemory
 from dual_lora.lab.mirror import Mirror, open_mirror
-from dual_lora.lab.runs import TRAINED, Record, remove, task_of, writing
+from dual_lora.lab.runs import TRAINED, Record, task_of
 from dual_lora.lab.settings import Settings, Train, UserError
 from dual_lora.lab.stopping import STOP, Stopped
 from dual_lora.lab.summary import summary
@@ -67,20 +68,17 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     STOP.check()
     record = Record.of(settings)
-    with writing(record.folder):
-        record.folder.mkdir(parents=True, exist_ok=True)
-        stack = ExitStack()
-        stack.enter_context(lock.held(record.folder))
-    with stack:
-        record.settle()
-        result = None if settings.force else record.result()
-        if result:
-            print(f"finished: {record.shown()} (force=true runs it anew)")
-        else:
-            quiet()
-            result = attempt(settings, record)
+    record.clean()
+    result = None if settings.force else record.result()
+    if result:
+        print(f"finished: {record.shown()} (force=true runs it anew)")
+    else:
+        quiet()
+        with lock.held(record.folder):
+            result = None if settings.force else record.result()  # another process may just have done it
+            result = result or attempt(settings, record)
             record.settle()
-        record.tidy()
+            record.tidy()
     print(summary(result, record))
     return result
 
@@ -143,7 +141,8 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     log = Log(record, mirror)
 
     def measure(title: str) -> tuple[dict, list]:
-        return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
+        with memory.told(f"eval.batch_size={max(1, settings.eval.batch_size // 2)} takes less"):
+            return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
 
     best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
     loop = Loop(
@@ -171,8 +170,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         with memory.told(smaller_batch(settings.train)):
             trained = train_and_keep(loop, best, record, settings)
     merged = methods.merge(model)
-    with memory.told(f"eval.batch_size={max(1, settings.eval.batch_size // 2)} takes less"):
-        metrics, predictions = measure("after")
+    metrics, predictions = measure("after")
     log.scores(trained["steps"], metrics)
     record.write_lines("predictions.jsonl", predictions)
     result = {
