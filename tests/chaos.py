@@ -341,8 +341,8 @@ class Chaos:
         for pattern in patterns:
             late = pattern.startswith(("trained", "adapter", "predictions"))
             study = self.study()
-            hits = [i for i, kind in enumerate(self.points, start=1) if kind == ("predictions" if late else "adapter")]
-            killed(study, None, hits[self.draw.randrange(2, len(hits))] if late else hits[0])
+            hits = [i for i, kind in enumerate(self.points, start=1) if kind == ("result" if late else "adapter")]
+            killed(study, None, self.draw.choice(hits) if late else hits[0])
             hit = False
             for folder in study.folder.glob("chaos/*"):
                 found = sorted(folder.glob(pattern))
@@ -351,6 +351,8 @@ class Chaos:
                     spoil(found[-1], self.draw)
             row.tried += hit
             row.survived += self.concluded(row, study) and hit
+            if not hit:
+                print(f"damage: no {pattern} to damage")
 
     def damage_finished(self) -> None:
         """Files of a finished run: told in one line, and no other result suffers."""
@@ -401,18 +403,23 @@ class Chaos:
         """The W&B server dies under a run."""
         row = self.row("W&B server dies")
         os.environ["WANDB_API_KEY"] = "0123456789abcdef" * 3
-        for delay in (3.0, 5.0):
+        for delay in (0.0, 1.0, 3.0):  # after the server was asked for something first
             study = self.study(COMMAND[:-1] + ["wandb.mode=online"])
             inside, outside = os.pipe()
             server = os.fork()
             if not server:
                 with WandbStub() as stub:
                     os.write(outside, stub.url.encode())
+                    while not stub.requests:
+                        time.sleep(0.05)
+                    os.write(outside, b"x")
                     time.sleep(LIMIT)
                 os._exit(0)
             os.environ["WANDB_BASE_URL"] = os.read(inside, 99).decode()
             child = study.start()
+            select.select([inside], [], [], LIMIT)
             time.sleep(delay)
+            row.where[PHASES[study.phase[0]]] += 1
             os.kill(server, signal.SIGKILL)
             os.waitpid(server, 0)
             code = ended(child)
@@ -513,7 +520,7 @@ def main() -> int:
             "full": lambda: chaos.full([16 << 10, 256 << 10, 700 << 10, 1500 << 10, 2500 << 10, 4 << 20]),
             "read_only": chaos.read_only,
             "mirror": chaos.mirror,
-            "commands": lambda: chaos.commands([14.0, 18.0]),
+            "commands": lambda: chaos.commands([9.0, 12.0]),
         }
         for name in given.only or faults:
             faults[name]()

@@ -202,10 +202,11 @@ def conclude(jobs: list[Settings]) -> int:
         if (failure is None or elsewhere) and record.result():
             continue
         failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
-        code = known.get(failure["error"], EXIT_FAILED)
-        what = "done elsewhere" if code == EXIT_ELSEWHERE else "failed"
-        print(f"{what}: {record.shown()}\n  {failure['error']}: {failure['message']}", file=sys.stderr)
-        codes.append(code)
+        codes.append(known.get(failure["error"], EXIT_FAILED))
+        if not elsewhere:
+            print(f"failed: {record.shown()}\n  {failure['error']}: {failure['message']}", file=sys.stderr)
+        elif len(jobs) > 1:  # of one alone `attempt` has said it
+            print(f"done elsewhere: {record.shown()}", file=sys.stderr)
     if len(jobs) > 1:
         print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
     return min(codes[1:], default=EXIT_OK)

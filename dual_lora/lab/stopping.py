@@ -35,9 +35,10 @@ class Stop:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Listen to the signals as long as this lasts."""
+        """Listen to the signals as long as this lasts, but to none that whoever started this has it ignore."""
         self.asked, self.waits = None, False
-        self.before = {number: signal.signal(number, self.hear) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.hear) for number in heard}
         try:
             yield
         finally:
