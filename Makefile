@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow smoke lint audit clean
+.PHONY: help env demo test test-slow smoke chaos lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-slow: env  ## the minutes-long tests
 
 smoke: env  ## every experiment with bundled models, report included, minutes
 	$(PY) sweep.py experiment=all scale=smoke force=true wandb.mode=disabled
+
+chaos: env  ## kill, starve and damage a small study in many ways, about 20 minutes
+	$(PY) tests/chaos.py
 
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .

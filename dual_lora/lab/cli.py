@@ -22,10 +22,12 @@ from yaml import YAMLError
 
 from dual_lora.lab.runs import ROOT, Record, model_facts, task_of, without_secrets
 from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
+from dual_lora.lab.stopping import STOP, Stopped
 
 CONF = ROOT / "conf"
 GROUPS = ("model", "task", "method")
-EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
+# Done; a run failed; something for the user to mend; stopped on request, the same command goes on; done elsewhere.
+EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
 HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 MULTIRUN = {"-m", "--multirun"}
@@ -211,31 +213,47 @@ def check(argv: list[str]) -> list[Settings]:
     return found
 
 
+# Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
+unfinished: dict[Path, dict[str, str]] = {}
+
+
 def attempt(settings: Settings) -> None:
-    """Do one job; whatever goes wrong is kept in its record for `conclude`, so that other jobs go on."""
-    from dual_lora.lab import training
+    """Do one job; whatever goes wrong is kept for `conclude`, so that other jobs go on. A stop ends all of them."""
+    from dual_lora.lab import lock, training
 
     try:
         training.run(settings)
-    except UserError:
         return
-    except Exception:
+    except (UserError, lock.Elsewhere) as caught:
+        error = caught
+        if isinstance(caught, lock.Elsewhere):
+            print(f"done elsewhere: {Record.of(settings).shown()}: {caught}", file=sys.stderr)
+    except Exception as caught:
+        error = caught
         print(without_secrets(traceback.format_exc()), file=sys.stderr)
+    unfinished[Record.of(settings).folder] = {"error": type(error).__name__, "message": str(error)}
 
 
 def conclude(jobs: list[Settings]) -> int:
     """Print every job that did not finish, with the reason, and return the exit code."""
     codes = [EXIT_OK]
+    known = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE}
     for settings in jobs:
         record = Record.of(settings)
-        failure = record.failure()
-        if failure is None and record.result():
+        failure = unfinished.pop(record.folder, None) or record.tried(settings).failure()
+        elsewhere = failure and failure["error"] == "Elsewhere"
+        if (failure is None or elsewhere) and record.result():
             continue
         failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
-        user = failure["error"] == UserError.__name__
-        message = first_line(failure["message"]) if user else f"{failure['error']}: {first_line(failure['message'])}"
-        print(f"failed: {record.shown()}: {without_secrets(message)}", file=sys.stderr)
-        codes.append(EXIT_USER if user else EXIT_FAILED)
+        codes.append(known.get(failure["error"], EXIT_FAILED))
+        if not elsewhere:
+            user = failure["error"] == UserError.__name__
+            message = (
+                first_line(failure["message"]) if user else f"{failure['error']}: {first_line(failure['message'])}"
+            )
+            print(f"failed: {record.shown()}: {without_secrets(message)}", file=sys.stderr)
+        elif len(jobs) > 1:  # of one alone `attempt` has said it
+            print(f"done elsewhere: {record.shown()}", file=sys.stderr)
     if len(jobs) > 1:
         print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
     return min(codes[1:], default=EXIT_OK)
@@ -376,14 +394,19 @@ def export_run(settings: Settings, record: Record, folder: Path, dtype: str) -> 
 
 
 def guard(do: Callable[..., int], *args: object) -> None:
-    """Exit with what `do` returns; a `UserError` becomes one line. Exit code 2: the user's to mend; 1: ours."""
+    """Exit with what `do` returns; a `UserError` becomes one line, and so does a stop somebody asked for."""
+    name = Path(sys.argv[0]).name
     try:
-        sys.exit(do(*args))
+        with STOP.heard():
+            sys.exit(do(*args))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"{name}: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER)
     except OSError as error:
         if error.errno not in DENIED:
             raise
-        print(f"{Path(sys.argv[0]).name}: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
+        print(f"{name}: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
         sys.exit(EXIT_USER)
+    except Stopped as stopped:
+        print(f"{name}: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)

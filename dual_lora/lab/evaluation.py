@@ -50,6 +50,20 @@ def evaluate(
     return task.score(judged), predictions
 
 
+def warnings(task: Task, predictions: list[Row]) -> list[str]:
+    """Return what is wrong with most of a split's texts: they are empty, or hold no answer."""
+    found = []
+    for name in dict.fromkeys(row["split"] for row in predictions) if task.form == "generation" else ():
+        rows = [row for row in predictions if row["split"] == name]
+        empty = sum(not row["output"].strip() for row in rows)
+        mute = sum(not row.get("answer", row["output"]) for row in rows)
+        if empty > len(rows) / 2:
+            found.append(f"{name}: {empty} of {len(rows)} outputs are empty")
+        elif mute > len(rows) / 2:
+            found.append(f"{name}: {mute} of {len(rows)} outputs have no answer in them")
+    return found
+
+
 @torch.inference_mode()
 def outputs(
     model: torch.nn.Module,

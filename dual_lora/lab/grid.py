@@ -1,10 +1,12 @@
 """`sweep.py`: an experiment's runs, found finished or run, and then its report."""
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
 from dual_lora.lab import cli, runs
+from dual_lora.lab.disk import writing
 from dual_lora.lab.experiments import Cell, Experiment
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import Settings, UserError, require
@@ -30,11 +32,17 @@ def asked(settings: Settings) -> str:
 
 
 def kept(study: str) -> dict[str, Record]:
-    """Return the records of a study by what was asked for, finished ones before others, from the records alone."""
+    """Return the records of a study by what was asked for, finished ones before others, from the records alone. A
+    damaged one is told and left out."""
     found: dict[str, Record] = {}
     for path in sorted((runs.RUNS / study).glob("*/config.yaml")):
-        record, key = Record(path.parent), asked(cli.recorded(path.parent))
-        if key not in found or record.result():
+        record = Record(path.parent)
+        try:
+            key, result = asked(cli.recorded(record.folder)), record.result()
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if key not in found or result:
             found[key] = record
     return found
 
@@ -84,6 +92,8 @@ def distinct(jobs: list[Settings]) -> list[Settings]:
 
 def run_missing(jobs: list[Settings], what: str = "runs") -> int:
     """Run every job that is not finished, saying how long the rest may take, and return the exit code."""
+    for job in jobs:
+        Record.of(job).clean()
     missing = [job for job in jobs if job.force or Record.of(job).result() is None]
     print(f"{len(jobs)} {what}, {len(jobs) - len(missing)} finished, {len(missing)} to do")
     started = time.monotonic()
@@ -117,7 +127,8 @@ def sweep(argv: list[str]) -> int:
     composed = [(experiment, experiment.compose(extra)) for experiment in asked_for]
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         return cli.draw_plans(distinct([cell.settings for _, cells in composed for cell in cells]))
-    return max([do(experiment, cells, run == "true") for experiment, cells in composed])
+    codes = [do(experiment, cells, run == "true") for experiment, cells in composed]
+    return min((code for code in codes if code), default=cli.EXIT_OK)
 
 
 def do(experiment: Experiment, cells: list[Cell], run: bool) -> int:
@@ -129,10 +140,8 @@ def do(experiment: Experiment, cells: list[Cell], run: bool) -> int:
     folder, done = runs.RUNS / study / "report", look_up(cells, study)
     if experiment.analyse and run:
         ranks_report.analyse(done)
-    try:
+    with writing(folder):
         print(report.write(experiment, done, folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error})") from error
     if run:
         report.mirrored(experiment, done, folder)
     return code

@@ -5,9 +5,12 @@ import ctypes
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from dual_lora.lab.settings import UserError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -26,6 +29,19 @@ class PeakMemory:
 
     def __exit__(self, *error) -> None:
         self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak()
+
+
+@contextlib.contextmanager
+def told(mend: str) -> Iterator[None]:
+    """Turn the end of memory into the user's one line; `mend` says what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one, and the CPU's has no type of its own
+        said = str(error).splitlines()[0] if str(error) else ""
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
+        if not known:
+            raise
+        raise UserError(f"out of memory ({said.strip() or type(error).__name__}); {mend}") from error
 
 
 def resident_peak() -> int:

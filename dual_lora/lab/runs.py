@@ -8,6 +8,10 @@
         adapter/ or model/   what was trained
         result.json          metrics, parameters, time, memory, identity
 
+While a run is unfinished there are also `checkpoints/`, `.lock` (who does it), `trained.json` once training is done,
+and `failure.json` if a try failed. A run with `force=true` is done in `.again/`, whose files take the old ones' places
+when they are whole, so that no result is lost on the way.
+
 The identity is a hash of the facts that can change a digit of the result (settings, task version, data and weights),
 so the same facts find the same folder. Where the files are, and what is logged where, is not among them.
 """
@@ -17,11 +21,10 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +33,8 @@ from typing import Any
 import yaml
 
 import tasks
+from dual_lora.lab import checkpoints, lock
+from dual_lora.lab.disk import flush, remove, writing
 from dual_lora.lab.settings import Settings, UserError, first_line, require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +62,12 @@ NOT_IDENTITY = {
     "train": {"save_steps", "log_steps"},
     "eval": {"before"},
 }
+
+
+AGAIN, TRAINED = ".again", "trained.json"
+# What of a finished run does not hold for the same run done again.
+OUTDATED = ("checkpoints", TRAINED, "failure.json", "evaluation.json")
+OUTDATED += ("analysis.json", "analysis.csv", "ranks.png", "ranks.pdf")
 
 
 @contextmanager
@@ -200,7 +211,42 @@ class Record:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return (self.folder.parent if self.folder.name == AGAIN else self.folder).name
+
+    def tried(self, settings: Settings) -> "Record":
+        """Return the record a run with these settings is done in: this one, or the one below it until that is whole."""
+        return Record(self.folder / AGAIN) if settings.force else self
+
+    def settle(self) -> None:
+        """Put the files of a whole run below `.again` in place of the old ones, result.json last.
+
+        A kill in the middle leaves the rest to the next call.
+        """
+        again = Record(self.folder / AGAIN)
+        if not (again.folder / "result.json").is_file():
+            return
+        again.tidy()
+        for name in OUTDATED:
+            remove(self.folder / name)
+        for path in sorted(again.folder.iterdir(), key=lambda path: path.name == "result.json"):
+            if path.is_dir():
+                remove(self.folder / path.name)
+            path.replace(self.folder / path.name)
+        again.folder.rmdir()
+
+    def clean(self) -> None:
+        """Do what a kill right after the result left undone, unless another process is at it."""
+        whole = [path for path in (self.folder, self.folder / AGAIN) if (path / "result.json").is_file()]
+        left = (AGAIN, TRAINED, "checkpoints", lock.NAME)
+        if whole and any((self.folder / name).exists() for name in left):
+            with suppress(lock.Elsewhere), lock.held(self.folder), writing(self.folder):
+                self.settle()
+                self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a finished run needs no more."""
+        for path in (self.folder / "checkpoints", self.folder / TRAINED, *self.folder.glob(".*.partial")):
+            remove(path)
 
     def shown(self) -> str:
         """Return the folder as a user would type it."""
@@ -215,7 +261,8 @@ class Record:
         return self.read("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
 
     def fail(self, error: BaseException) -> None:
-        self.write("failure.json", {"error": type(error).__name__, "message": without_secrets(str(error))})
+        details = getattr(error, "details", {})
+        self.write("failure.json", {"error": type(error).__name__, "message": without_secrets(str(error)), **details})
 
     def read(self, name: str, *keys: str) -> dict[str, Any]:
         """Return a JSON file of the record, which must hold these keys.
@@ -225,41 +272,61 @@ class Record:
         """
         path = self.folder / name
         require(path.is_file(), f"{path}: not there; is {self.folder} the folder of a finished run?")
-        return read_object(path, "run its command again with force=true", *keys)
+        return read_object(path, "remove it and run the same command again", *keys)
 
     def start(self, settings: Settings) -> None:
-        """Make the folder ready for a run: config and environment, no result, and of the metrics of an earlier try
-        those up to its newest checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if settings.force:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        checkpoint = self.checkpoint()
-        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        rows = [row for row in self.logged() if row["step"] <= done]
-        for stale in ("result.json", "failure.json", "predictions.jsonl"):
-            (self.folder / stale).unlink(missing_ok=True)
+        """Make the folder ready for a run: config and environment, and of an earlier try that was cut short its newest
+        checkpoint, or what it trained, with the metrics logged up to there."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in ("failure.json", "predictions.jsonl", *(p.name for p in self.folder.glob(".*.partial"))):
+                (self.folder / stale).unlink(missing_ok=True)
+            checkpoint, trained = self.checkpoint(), self.trained()
+        if trained:
+            rows = trained["logged"]
+        elif checkpoint:
+            rows = Record(checkpoint).logged()
+        else:
+            rows = [row for row in self.logged() if row["step"] == 0]
         self.write_lines("metrics.jsonl", rows)
         self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
         self.write("environment.json", environment())
 
     def checkpoint(self) -> Path | None:
-        """Return the newest checkpoint of an unfinished try."""
-        found = [path for path in self.folder.glob("checkpoints/checkpoint-*") if path.name[11:].isdigit()]
-        return max(found, key=lambda path: int(path.name[11:]), default=None)
+        """Return the newest whole checkpoint of an unfinished try."""
+        return checkpoints.newest(self.folder / "checkpoints")
+
+    def weights(self, settings: Settings) -> Path:
+        """Return the folder of what was trained."""
+        return self.folder / ("model" if settings.method.peft is None else "adapter")
+
+    def trained(self) -> dict[str, Any] | None:
+        """Return what is known of a training that is done, if the weights it left are whole."""
+        if not (self.folder / TRAINED).is_file():
+            return None
+        for name in ("model", "adapter"):
+            found = checkpoints.sealed(self.folder / name, self.folder / TRAINED)
+            if found:
+                return found
+        remove(self.folder / TRAINED)
+        return None
 
     def logged(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; one that a kill cut short ends them."""
         path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or "step" not in row:
+                break
+            rows.append(row)
         return rows
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, on disk when this returns."""
-        with (self.folder / "metrics.jsonl").open("a") as stream:
+        """Append one line to metrics.jsonl, handed to the system when this returns."""
+        with writing(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -269,11 +336,17 @@ class Record:
         """Write a file whole or not at all: to a temporary name first, then renamed."""
         text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
         partial = self.folder / f".{name}.partial"
-        with partial.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.folder / name)
+        with writing(self.folder / name):
+            try:
+                with partial.open("w") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                partial.replace(self.folder / name)
+                flush(self.folder)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
 
 
 def check_writable(folder: Path) -> None:

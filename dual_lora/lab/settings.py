@@ -14,7 +14,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback, exit code 2."""
+    """Something the user can mend: shown as one line, without a traceback, exit code 2. `details` go to the record."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -292,10 +296,6 @@ class Settings:
         sound(self)
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
-        forgets = self.task.checkpoint == "best" and self.train.save_steps
-        require(
-            not forgets, "train.save_steps: with task.checkpoint=best a resumed run would forget its earlier epochs"
-        )
         alone = self.plan or self.hardware.devices == 1
         require(alone, f"hardware.devices={self.hardware.devices}: only plan=true knows several devices so far")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")

@@ -23,6 +23,7 @@ def summary(result: dict[str, Any], record: Record) -> str:
         ],
         ["record", record.shown()],
     ]
+    facts += [["warning", text] for text in result.get("warnings", ())]
     title = f"{result['model']}  {result['task']}  {result['method']}  seed {result['seed']}"
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
 

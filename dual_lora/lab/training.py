@@ -1,23 +1,24 @@
 """One run from settings to its record: load, evaluate, train, evaluate again, write down."""
 
-import shutil
 import time
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
-from math import isfinite
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
-from dual_lora.lab import data, evaluation, methods, models
+from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models
+from dual_lora.lab.disk import remove
+from dual_lora.lab.loop import BestEpoch, Loop, saving
 from dual_lora.lab.memory import PeakMemory
 from dual_lora.lab.mirror import Mirror, open_mirror
-from dual_lora.lab.runs import Record, task_of
-from dual_lora.lab.settings import Settings, UserError
+from dual_lora.lab.runs import TRAINED, Record, task_of
+from dual_lora.lab.settings import Settings, Train, UserError
+from dual_lora.lab.stopping import STOP, Stopped
 from dual_lora.lab.summary import summary
 
 
@@ -35,7 +36,7 @@ class Progress(ProgressCallback):
 
 
 class Log(TrainerCallback):
-    """Every logged row into metrics.jsonl and from there to the mirror; a loss that is no number ends the run."""
+    """Every logged row into metrics.jsonl and from there to the mirror."""
 
     NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 
@@ -55,59 +56,6 @@ class Log(TrainerCallback):
             return
         row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES}
         self.write(state.global_step, {"epoch": round(state.epoch, 4), **row})
-        if not isfinite(row["train/loss"]):
-            raise UserError(
-                f"the loss is {row['train/loss']} at step {state.global_step}; "
-                f"take a lower train.lr (it was {args.learning_rate:g}) or model.dtype=float32"
-            )
-
-
-class ScaledTrainer(Trainer):
-    """A Trainer whose backward sees the loss times `scale`; gradients reach the weights divided by it."""
-
-    def __init__(self, *, scale: float, model: torch.nn.Module, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        self.scale = scale
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.register_hook(lambda gradient: gradient / scale)
-
-    def compute_loss(self, *args, **kwargs):
-        return super().compute_loss(*args, **kwargs) * self.scale
-
-    def training_step(self, *args, **kwargs):
-        return super().training_step(*args, **kwargs) / self.scale
-
-
-def trainer(settings: Settings, **kwargs: Any) -> Trainer:
-    """Return the Trainer of a run."""
-    scale = settings.train.loss_scale
-    return Trainer(**kwargs) if scale is None else ScaledTrainer(scale=scale, **kwargs)
-
-
-class BestEpoch(TrainerCallback):
-    """Scores every epoch and keeps the trained weights of the best one, for tasks whose protocol says so."""
-
-    def __init__(self, measure: Callable[[str], tuple[dict, list]], metric: str, log: Log) -> None:
-        self.measure, self.metric, self.log = measure, metric, log
-        self.best, self.epoch, self.weights, self.last = -float("inf"), None, {}, None
-
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        scores, _ = self.measure("epoch")
-        self.last = scores
-        self.log.scores(state.global_step, scores)
-        if scores[self.metric] > self.best:
-            self.best, self.epoch = scores[self.metric], round(state.epoch, 4)
-            self.weights = {name: value.to("cpu", copy=True) for name, value in trained_state(model).items()}
-
-    def restore(self, model: torch.nn.Module) -> None:
-        model.load_state_dict(self.weights, strict=False)
-
-
-def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return everything training may change: trained weights and buffers."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: value.detach() for name, value in model.state_dict().items() if name not in frozen}
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -115,25 +63,44 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Raises:
         UserError: something the user can mend. `failure.json` keeps the reason of any failed run.
+        Elsewhere: another process does this run.
+        Stopped: a stop was asked for; the next try goes on from the newest checkpoint.
     """
+    STOP.check()
     record = Record.of(settings)
+    record.clean()
     result = None if settings.force else record.result()
     if result:
         print(f"finished: {record.shown()} (force=true runs it anew)")
     else:
         quiet()
-        record.start(settings)
-        mirror = mirror_of(settings, record)
-        try:
-            result = work(settings, record, mirror)
-            mirror.summary({name: value for name, value in result.items() if name != "data"})
-            mirror.finish(0)
-        except BaseException as error:
-            record.fail(error)
-            mirror.finish(1)
-            raise
+        with lock.held(record.folder):
+            result = None if settings.force else record.result()  # another process may just have done it
+            result = result or attempt(settings, record)
+            record.settle()
+            record.tidy()
     print(summary(result, record))
     return result
+
+
+def attempt(settings: Settings, record: Record) -> dict[str, Any]:
+    """Do a run that is not finished, keep the reason if it fails, and return its result."""
+    tried = record.tried(settings)
+    tried.start(settings)
+    mirror = mirror_of(settings, record)
+    try:
+        result = work(settings, tried, mirror)
+        mirror.summary({name: value for name, value in result.items() if name != "data"})
+        mirror.finish(0)
+        return result
+    except Stopped:
+        mirror.finish(1)
+        raise
+    except BaseException as error:
+        with suppress(UserError):  # a full disk takes no reason either
+            tried.fail(error)
+        mirror.finish(1)
+        raise
 
 
 def quiet() -> None:
@@ -174,11 +141,15 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     log = Log(record, mirror)
 
     def measure(title: str) -> tuple[dict, list]:
-        return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
+        with memory.told(f"eval.batch_size={max(1, settings.eval.batch_size // 2)} takes less"):
+            return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
 
     best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
-    loop = trainer(
-        settings,
+    loop = Loop(
+        record,
+        train.rows["id"],
+        best,
+        settings.train.loss_scale,
         model=model,
         args=arguments(settings, record),
         train_dataset=examples,
@@ -188,23 +159,20 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         callbacks=[log, best] if best else [log],
     )
     loop.remove_callback(PrinterCallback)
-    progress = Progress()
-    loop.add_callback(progress)
+    loop.add_callback(Progress())
     before = scores_before(record)
     if before is None and settings.eval.before:
         before = measure("before")[0]
         log.scores(0, before)
-    checkpoint = record.checkpoint()
-    started = time.perf_counter()
-    with PeakMemory() as memory:
-        trained = loop.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
-    if best:
-        best.restore(model)
-    model.save_pretrained(record.folder / ("model" if settings.method.peft is None else "adapter"))
+    trained = record.trained()
+    if trained:
+        loop.load(record.weights(settings))
+    else:
+        with memory.told(smaller_batch(settings.train)):
+            trained = train_and_keep(loop, best, record, settings)
     merged = methods.merge(model)
     metrics, predictions = measure("after")
-    log.scores(trained.global_step, metrics)
+    log.scores(trained["steps"], metrics)
     record.write_lines("predictions.jsonl", predictions)
     result = {
         "identity": record.name,
@@ -217,20 +185,56 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "metrics": metrics,
         "merged": merged,
         "metrics_before": before,
-        "best_epoch": best.epoch if best else None,
-        "metrics_last_epoch": best.last if best else metrics,
+        "best_epoch": trained["best_epoch"],
+        "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
         **methods.parameters(model),
         "kernels": methods.kernels(model),
-        "steps": trained.global_step,
-        "train_loss": trained.training_loss,
-        "train_seconds": seconds,
-        "tokens_per_second": (loop.state.num_input_tokens_seen - progress.seen) / seconds,
-        "peak_memory_bytes": memory.peak,
+        "steps": trained["steps"],
+        "train_loss": trained["train_loss"],
+        "train_seconds": trained["train_seconds"],
+        "tokens_per_second": trained["tokens"] / trained["train_seconds"],
+        "peak_memory_bytes": trained["peak_memory_bytes"],
+        "warnings": evaluation.warnings(task, predictions),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }
     record.write("result.json", result)
-    shutil.rmtree(loop.args.output_dir, ignore_errors=True)
     return result
+
+
+def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
+    """Train, from the newest checkpoint if there is one, and return what the result tells of it.
+
+    The weights are kept, and then `trained.json`, so that no later kill costs the training.
+    """
+    with PeakMemory() as peak:
+        done = loop.fit(record.checkpoint())
+    if best:
+        best.restore(loop.model)
+    facts = {
+        "steps": done.global_step,
+        "train_loss": done.training_loss,
+        "train_seconds": loop.seconds,
+        "tokens": loop.state.num_input_tokens_seen,
+        "peak_memory_bytes": peak.peak,
+        "best_epoch": best.epoch if best else None,
+        "metrics_last_epoch": best.last if best else None,
+        "logged": record.logged(),
+    }
+    folder = record.weights(settings)
+    with saving(record.folder):
+        remove(folder)
+        loop.model.save_pretrained(folder)
+        checkpoints.seal(folder, record.folder / TRAINED, **facts)
+    return facts
+
+
+def smaller_batch(train: Train) -> str:
+    """Return the settings that train on as many examples a step with fewer at a time."""
+    size, parts = train.batch_size, next((n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0), 1)
+    if parts == 1:
+        return "a lower task.max_length or model.dtype=bfloat16 takes less"
+    smaller = f"train.batch_size={size // parts} train.accumulation={train.accumulation * parts}"
+    return f"{smaller} takes less with as many examples a step"
 
 
 def scores_before(record: Record) -> dict[str, float] | None:

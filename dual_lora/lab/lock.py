@@ -1,0 +1,86 @@
+"""One process a run: a lock in the run's folder, which the system lifts when its process ends, however that ends.
+
+The file also says who holds it. On file systems that do not carry locks from one machine to another that text is all
+there is, so another machine's is respected until somebody removes the file.
+"""
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from dual_lora.lab.disk import writing
+
+NAME = ".lock"
+
+
+class Elsewhere(Exception):
+    """Another process does this run."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, which is made if there is none.
+
+    Raises:
+        Elsewhere: another process holds it.
+        UserError: it cannot be written.
+    """
+    path = folder / NAME
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = taken(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        stream.close()
+
+
+def taken(path: Path) -> TextIO:
+    """Return the lock file, open, locked and with this process's name in it.
+
+    Raises:
+        Elsewhere: another process of this machine holds the lock, or one of another machine left its name there.
+    """
+    while True:
+        stream = path.open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with stream:
+                raise Elsewhere(told(holder(stream))) from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+                break
+        stream.close()  # its last holder removed it after it was opened here
+    other = holder(stream)
+    if other.get("host", platform.node()) != platform.node():
+        stream.close()
+        raise Elsewhere(f"{told(other)}; if that process is gone, remove {path}")
+    stream.truncate(0)
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    stream.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n")
+    stream.flush()
+    return stream
+
+
+def holder(stream: TextIO) -> dict[str, str | int]:
+    """Return who wrote the lock file: pid, host and since when; nothing while it is being written."""
+    stream.seek(0)
+    try:
+        found = json.loads(stream.read())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def told(other: dict[str, str | int]) -> str:
+    if not other:
+        return "another process is doing it"
+    return f"process {other.get('pid')} on {other.get('host')} is doing it since {other.get('since')}"

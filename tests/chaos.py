@@ -1,0 +1,533 @@
+"""Fault injection: a small study is killed, starved and damaged in many places, and must end as if nothing had been.
+
+    python tests/chaos.py [--seed 0] [--kills 60] [--only KIND ...]
+
+The study is `sweep.py` with three tiny runs. One process imports everything and forks a worker for every try, so that a
+try costs a second instead of fifteen. Kills are SIGKILL from outside: at a random moment, or at a random point of those
+where the worker opens, renames or removes one of the study's files, where it waits for its end. After every fault the
+same command runs until it is done, and then every weight, metric, logged row, prediction and report table must have the
+bytes of a run that was never disturbed. Prints a table; exits with 1 if a result was lost or differs.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"  # a fork loses every thread but one
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_ERROR_REPORTING": "false"}
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tabulate import tabulate
+from wandb_stub import WandbStub
+
+from dual_lora.lab import cli, grid, loop, models, report, runs, training
+
+RUN = ["task=demo/sentiment", "eval.max_examples=8", "train.max_examples=40", "train.batch_size=8"]
+RUN += ["train.max_steps=7", "train.log_steps=2", "method.dropout=0.1"]
+CELLS = [
+    ["model=tiny-roberta", "method=dual_lora"],
+    ["model=tiny-deberta", "method=dual_lora", "task.checkpoint=best"],
+    ["model=tiny-llama", "task=demo/restaurants", "method=dora", "train.accumulation=2", "task.max_new_tokens=8"],
+]
+COMMAND = ["experiment=chaos", "train.save_steps=2", "wandb.mode=disabled"]
+TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
+LEFTOVERS = {"checkpoints", ".lock", "trained.json", "failure.json", ".again"}
+PHASES = ("start", "load", "evaluate", "train", "checkpoint", "weights", "report")
+LIMIT = 120  # seconds a worker may take
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    fault: str
+    tried: int = 0
+    survived: int = 0
+    lost: int = 0
+    identical: int = 0
+    compared: int = 0
+    where: Counter = field(default_factory=Counter)
+
+
+class Study:
+    """A folder of runs, the command that fills it, and what it must come to."""
+
+    def __init__(self, folder: Path, command: list[str] = COMMAND) -> None:
+        self.folder, self.command, self.log = folder, command, folder.with_suffix(".log")
+        self.phase = mmap.mmap(-1, 1)
+
+    def kept(self) -> dict[str, str]:
+        """Return a hash of everything that must not depend on faults, by file."""
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            name, data = str(path.relative_to(self.folder)), path.read_bytes() if path.is_file() else b""
+            if path.name == "result.json":
+                result = json.loads(data)
+                data = json.dumps({k: v for k, v in result.items() if k not in TIMES}).encode()
+            elif path.suffix != ".safetensors" and path.name not in ("metrics.jsonl", "predictions.jsonl", "table.md"):
+                continue
+            found[name] = hashlib.sha256(data).hexdigest()
+        return found
+
+    def results(self) -> dict[str, bytes]:
+        """Return the finished results' bytes."""
+        return {str(p): p.read_bytes() for p in self.folder.glob("*/*/result.json")}
+
+    def leftovers(self) -> set[str]:
+        return {p.name for p in self.folder.glob("*/*/*") if p.name in LEFTOVERS or p.name.endswith(".partial")}
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace").replace("\r", "\n")
+
+    def start(self, prepare: Callable[[], None] = lambda: None) -> int:
+        """Fork a worker that runs the command; `prepare` is called in it first."""
+        child = os.fork()
+        if child:
+            return child
+        code = 99
+        try:
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            runs.RUNS, sys.argv = self.folder, ["sweep.py", *self.command]
+            self.tell_phases()
+            prepare()
+            cli.guard(grid.sweep, self.command)
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def tell_phases(self) -> None:
+        """Keep the phase of the work in memory that the parent sees."""
+        places = [(models, "load"), (training.evaluation, "evaluate"), (loop.Loop, "fit")]
+        places += [(loop.Loop, "_save_checkpoint"), (training.checkpoints, "seal"), (report, "write")]
+        for number, (place, function) in enumerate(places, start=1):
+            setattr(place, function, self.within(number, getattr(place, function)))
+
+    def within(self, number: int, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            before, self.phase[0] = self.phase[0], number
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.phase[0] = before
+
+        return call
+
+    def finish(self, prepare: Callable[[], None] = lambda: None) -> int:
+        """Run the command to its end and return its exit code."""
+        return ended(self.start(prepare))
+
+
+def ended(child: int, limit: float = LIMIT) -> int:
+    """Return a child's exit code; one that takes too long is killed."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 98
+
+
+def changed(folder: Path, event: str, args: tuple) -> str | None:
+    """Return the kind of file below `folder` that an audit event changes, or None."""
+    if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+        return None
+    path = str(args[0]) if isinstance(args[0], str | os.PathLike) else ""
+    if not path.startswith(f"{folder}/") or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
+        return None
+    kinds = ("checkpoints", "adapter", "report", "predictions", "result", ".lock", "metrics")
+    return next((kind for kind in kinds if kind in path.removeprefix(str(folder))), "other")
+
+
+def wait_at(folder: Path, point: int, reached: int) -> None:
+    """In a worker: at change number `point` of a file below `folder` tell `reached`, and wait for the end."""
+    left = point
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal left
+        left -= changed(folder, event, args) is not None
+        if not left:
+            left = -1
+            os.write(reached, b"x")
+            time.sleep(LIMIT)
+
+    sys.addaudithook(hook)
+
+
+def kinds(study: Study) -> list[str]:
+    """Run the study once and return the kind of every change of a file."""
+    inside, outside = os.pipe()
+
+    def hook(event: str, args: tuple) -> None:
+        if kind := changed(study.folder, event, args):
+            os.write(outside, f"{kind}\n".encode())
+
+    child = study.start(lambda: sys.addaudithook(hook))
+    os.close(outside)
+    with os.fdopen(inside) as stream:
+        found = stream.read().split()
+    assert ended(child) == 0, study.said()
+    return found
+
+
+def killed(study: Study, moment: float | None, point: int | None) -> str | None:
+    """Start the study, kill it at a moment or a point and return its phase then; None if it ended before."""
+    inside, outside = os.pipe()
+    child = study.start(lambda: wait_at(study.folder, point, outside) if point else None)
+    os.close(outside)
+    ready, _, _ = select.select([inside], [], [], moment if moment is not None else LIMIT)
+    told = bool(ready and os.read(inside, 1))  # b"" if the worker ended
+    os.close(inside)
+    os.kill(child, signal.SIGKILL)
+    code = ended(child)
+    if code != -signal.SIGKILL or (point and not told):
+        return None
+    return PHASES[study.phase[0]]
+
+
+class Chaos:
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.draw, self.rows = folder, random.Random(seed), []
+        self.number = 0
+        study = self.study()
+        began = time.monotonic()
+        self.points = kinds(study)
+        self.seconds = time.monotonic() - began
+        self.whole = study.kept()
+        assert not study.leftovers(), study.leftovers()
+        print(f"undisturbed: {self.seconds:.1f} s, {len(self.points)} changes of files, {dict(Counter(self.points))}")
+
+    def study(self, command: list[str] = COMMAND) -> Study:
+        self.number += 1
+        folder = self.folder / str(self.number) / "runs"
+        folder.mkdir(parents=True)
+        return Study(folder, command)
+
+    def row(self, fault: str) -> Row:
+        self.rows.append(Row(fault))
+        return self.rows[-1]
+
+    def concluded(self, row: Row, study: Study, finished: dict[str, bytes] | None = None, codes: tuple = (0,)) -> bool:
+        """Run the command to its end, compare, and count."""
+        code = study.finish()
+        row.lost += sum(study.results().get(name) != data for name, data in (finished or {}).items())
+        equal = study.kept() == self.whole and not study.leftovers()
+        row.compared += 1
+        row.identical += equal
+        if code not in codes or not equal:
+            other = {k for k in self.whole.keys() | study.kept().keys() if study.kept().get(k) != self.whole.get(k)}
+            print(f"{row.fault}: exit {code}, {study.folder}: {other} {study.leftovers()}\n{study.said()[-3000:]}")
+        if equal:
+            shutil.rmtree(study.folder.parent, ignore_errors=True)
+        return code in codes and equal
+
+    def kill(self, count: int) -> None:
+        """SIGKILL, two to five times in a row before the study may end."""
+        row = self.row("SIGKILL")
+        rare = [kind for kind in set(self.points) if kind not in ("checkpoints", "other")]
+        while row.tried < count:
+            study, tries, finished = self.study(), self.draw.randint(2, 5), {}
+            done = 0
+            while done < tries and row.tried < count:
+                point = moment = None
+                if self.draw.random() < 0.5:
+                    moment = self.draw.uniform(0.2, self.seconds)
+                else:
+                    kind = self.draw.choice([*rare, "checkpoints", "checkpoints", "other"])
+                    point = self.draw.choice([i for i, k in enumerate(self.points, start=1) if k == kind])
+                phase = killed(study, moment, point)
+                if phase is None:
+                    break
+                done += 1
+                row.tried += 1
+                row.where[f"{kind} file" if point else phase] += 1
+                row.lost += sum(study.results().get(name) != data for name, data in finished.items())
+                finished = study.results()
+            row.survived += done * self.concluded(row, study, finished)
+
+    def terminate(self, count: int) -> None:
+        """SIGTERM and SIGINT at random moments."""
+        row = self.row("SIGTERM, SIGINT")
+        while row.tried < count:
+            study, done = self.study(), 0
+            for _ in range(3):
+                study.phase[0] = 0
+                child = study.start()
+                time.sleep(self.draw.uniform(0.3, self.seconds))
+                os.kill(child, self.draw.choice([signal.SIGTERM, signal.SIGINT]))
+                phase, code = PHASES[study.phase[0]], ended(child, 20)
+                if code != cli.EXIT_STOPPED:
+                    if code != cli.EXIT_OK:
+                        print(f"stop in {phase}: exit {code}\n{study.said()[-3000:]}")
+                        row.tried += 1
+                    break
+                done += 1
+                row.tried += 1
+                row.where[phase] += 1
+            row.survived += done * self.concluded(row, study)
+
+    def full(self, sizes: list[int]) -> None:
+        """A disk that is full, first read-only, then with room: an own small file system, or a limit on files."""
+        row = self.row("disk full")
+        for size in sizes:
+            study = self.study()
+            with small_disk(study.folder, size) as (limit, enlarge):
+                code = study.finish(limit)
+                row.tried += 1
+                told = code == cli.EXIT_USER and "cannot be written" in study.said() and "Traceback" not in study.said()
+                if not told:
+                    print(f"disk of {size >> 10} KiB: exit {code}\n{study.said()[-3000:]}")
+                finished = study.results()
+                enlarge()
+                row.survived += told and self.concluded(row, study, finished)
+
+    def read_only(self) -> None:
+        row = self.row("read-only folder")
+        study = self.study()
+        if not mounted(study.folder, 64 << 20):
+            return
+        for delay in (0.0, 1.5, 3.0):
+            row.tried += 1
+            child = study.start()
+            time.sleep(delay)
+            # files open for writing make the system refuse for a moment
+            while subprocess.run(["mount", "-o", "remount,ro", study.folder], capture_output=True).returncode:
+                time.sleep(0.002)
+            code, finished = ended(child), study.results()
+            told = code == cli.EXIT_USER and "cannot be written" in study.said() and "Traceback" not in study.said()
+            if not told:
+                print(f"read-only after {delay} s: exit {code}\n{study.said()[-3000:]}")
+            subprocess.run(["mount", "-o", "remount,rw", study.folder], check=True)
+            row.lost += sum(study.results().get(name) != data for name, data in finished.items())
+            row.survived += told
+        row.survived -= not self.concluded(row, study)
+        subprocess.run(["umount", study.folder], check=True)
+
+    def damage(self) -> None:
+        """Files of a run that was cut short, overwritten, cut or removed; the newest are the likeliest to be hit."""
+        row = self.row("damaged files of unfinished runs")
+        patterns = ["checkpoints/*/*.safetensors", "checkpoints/*/optimizer.pt", "checkpoints/*/rng_state.pth"]
+        patterns += ["checkpoints/*/trainer_state.json", "checkpoints/*/run.json", "checkpoints/*/manifest.json"]
+        patterns += ["metrics.jsonl", "config.yaml", "environment.json", ".lock", "trained.json"]
+        patterns += ["adapter/*.safetensors", "predictions.jsonl"]
+        for pattern in patterns:
+            late = pattern.startswith(("trained", "adapter", "predictions"))
+            study = self.study()
+            hits = [i for i, kind in enumerate(self.points, start=1) if kind == ("result" if late else "adapter")]
+            killed(study, None, self.draw.choice(hits) if late else hits[0])
+            hit = False
+            for folder in study.folder.glob("chaos/*"):
+                found = sorted(folder.glob(pattern))
+                if found and not (folder / "result.json").is_file():
+                    hit = True
+                    spoil(found[-1], self.draw)
+            row.tried += hit
+            row.survived += self.concluded(row, study) and hit
+            if not hit:
+                print(f"damage: no {pattern} to damage")
+
+    def damage_finished(self) -> None:
+        """Files of a finished run: told in one line, and no other result suffers."""
+        row = self.row("damaged files of finished runs")
+        study = self.study()
+        study.finish()
+        for name, codes in (("result.json", (2,)), ("config.yaml", (2,)), ("metrics.jsonl", (0,)), ("adapter", (0,))):
+            (folder, *_) = sorted(study.folder.glob("chaos/*/result.json"))
+            path = folder.parent / name
+            path = path / "adapter_model.safetensors" if path.is_dir() else path
+            before = path.read_bytes()
+            path.write_bytes(b"\0damaged")
+            code = study.finish()
+            row.tried += 1
+            told = code in codes and "Traceback" not in study.said() and (code == 0 or str(path) in study.said())
+            if not told:
+                print(f"damaged {name}: exit {code}\n{study.said()[-2000:]}")
+            row.survived += told
+            if name == "result.json":  # as its line says: removed, and the same command does the run again
+                path.unlink()
+                row.survived -= study.finish() != 0
+                row.compared += 1
+                row.identical += study.kept() == self.whole
+            else:
+                path.write_bytes(before)
+        self.concluded(row, study)
+
+    def together(self, count: int) -> None:
+        """The same command several times at once."""
+        row = self.row("started three times at once")
+        for _ in range(count):
+            study, logs = self.study(), []
+            children = []
+            for number in range(3):
+                study.log = study.folder.with_suffix(f".{number}.log")
+                logs.append(study.log)
+                children.append(study.start())
+            codes = [ended(child) for child in children]
+            row.tried += 1
+            said = [log.read_text(errors="replace") for log in logs]
+            clean = set(codes) <= {cli.EXIT_OK, cli.EXIT_ELSEWHERE} and not any("Traceback" in s for s in said)
+            if not clean:
+                print(f"together: exit codes {codes}\n" + "\n".join(s[-1500:] for s in said))
+            row.where.update(f"exit {code}" for code in codes)
+            row.survived += clean and self.concluded(row, study, study.results())
+
+    def mirror(self) -> None:
+        """The W&B server dies under a run."""
+        row = self.row("W&B server dies")
+        os.environ["WANDB_API_KEY"] = "0123456789abcdef" * 3
+        for delay in (0.0, 1.0, 3.0):  # after the server was asked for something first
+            study = self.study(COMMAND[:-1] + ["wandb.mode=online"])
+            inside, outside = os.pipe()
+            server = os.fork()
+            if not server:
+                with WandbStub() as stub:
+                    os.write(outside, stub.url.encode())
+                    while not stub.requests:
+                        time.sleep(0.05)
+                    os.write(outside, b"x")
+                    time.sleep(LIMIT)
+                os._exit(0)
+            os.environ["WANDB_BASE_URL"] = os.read(inside, 99).decode()
+            child = study.start()
+            select.select([inside], [], [], LIMIT)
+            time.sleep(delay)
+            row.where[PHASES[study.phase[0]]] += 1
+            os.kill(server, signal.SIGKILL)
+            os.waitpid(server, 0)
+            code = ended(child)
+            row.tried += 1
+            row.survived += code == 0
+            row.compared += 1
+            row.identical += study.kept() == self.whole
+            if code or study.kept() != self.whole:
+                print(f"W&B: exit {code}\n{study.said()[-3000:]}")
+
+    def commands(self, delays: list[float]) -> None:
+        """`train.py -m` as a user starts it, a process of its own, killed and started again."""
+        row = self.row("SIGKILL of train.py -m")
+        folder = self.folder / "commands" / "runs"
+        command = [sys.executable, "train.py", "-m", "study=chaos", *RUN, *COMMAND[1:], "method=dual_lora"]
+        command += ["model=tiny-roberta,tiny-deberta"]
+        env = {**os.environ, "DUAL_LORA_RUNS": str(folder)}
+        for delay in delays:
+            started = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            time.sleep(delay)
+            started.kill()
+            started.communicate()
+            row.tried += started.returncode == -signal.SIGKILL
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        names = {name for name in self.whole if name.partition("/")[2].startswith("tiny-roberta_demo-sentiment_dual")}
+        kept = Study(folder).kept()
+        row.compared += 1
+        row.identical += bool(names) and all(kept.get(name) == self.whole[name] for name in names)
+        row.survived = row.tried * (done.returncode == 0 and row.identical == 1)
+        if not row.survived:
+            print(done.stdout[-1000:], done.stderr[-3000:])
+
+    def table(self) -> str:
+        rows = [
+            [r.fault, r.tried, r.survived, r.lost, f"{r.identical} of {r.compared}", shown(r.where)] for r in self.rows
+        ]
+        return tabulate(rows, headers=["fault", "tried", "survived", "results lost", "studies identical", "where"])
+
+    def fine(self) -> bool:
+        return all(r.tried == r.survived and not r.lost and r.identical == r.compared for r in self.rows)
+
+
+def shown(counter: Counter) -> str:
+    return ", ".join(f"{name} {n}" for name, n in sorted(counter.items()))
+
+
+def spoil(path: Path, draw: random.Random) -> None:
+    """Overwrite, cut short or empty a file."""
+    data = bytearray(path.read_bytes())
+    way = draw.choice(["flip", "cut", "noise"])
+    if way == "flip" and data:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    elif way == "cut":
+        data = data[: len(data) // 2]
+    else:
+        data = bytearray(draw.randbytes(64))
+    path.write_bytes(data)
+
+
+def mounted(folder: Path, size: int) -> bool:
+    """Put a small file system at a folder, if that is allowed here."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    return done.returncode == 0
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Give what a worker must call, and what makes room again; where nothing can be mounted, no file may grow large."""
+    if mounted(folder, size):
+        try:
+            yield (
+                lambda: None,
+                lambda: subprocess.run(["mount", "-o", f"remount,size={256 << 20}", folder], check=True),
+            )
+        finally:
+            subprocess.run(["umount", folder], check=False)
+    else:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 4, resource.RLIM_INFINITY)), lambda: None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--only", nargs="*")
+    given = parser.parse_args()
+    small = grid.Experiment("chaos", RUN, CELLS, rows="method.name", columns="model.name")
+    grid.Experiment.load = lambda name: small
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos") as folder:
+        chaos = Chaos(Path(folder), given.seed)
+        faults = {
+            "kill": lambda: chaos.kill(given.kills),
+            "terminate": lambda: chaos.terminate(12),
+            "damage": chaos.damage,
+            "damage_finished": chaos.damage_finished,
+            "together": lambda: chaos.together(4),
+            "full": lambda: chaos.full([16 << 10, 256 << 10, 700 << 10, 1500 << 10, 2500 << 10, 4 << 20]),
+            "read_only": chaos.read_only,
+            "mirror": chaos.mirror,
+            "commands": lambda: chaos.commands([9.0, 12.0]),
+        }
+        for name in given.only or faults:
+            faults[name]()
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    print(f"\n{chaos.table()}\n\n{time.monotonic() - began:.0f} s, seed {given.seed}")
+    return 0 if chaos.fine() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

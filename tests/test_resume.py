@@ -1,0 +1,415 @@
+"""Runs that are stopped, killed or broken anywhere: the same command again ends with the same bytes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from dual_lora.lab import checkpoints, cli, evaluation, lock, loop, memory, runs, training
+from dual_lora.lab.runs import Record
+from dual_lora.lab.settings import UserError
+from dual_lora.lab.stopping import STOP, Stopped
+
+# 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
+SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
+SMALL += ["train.max_examples=40", "train.batch_size=8", "train.accumulation=2", "train.log_steps=2"]
+TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
+
+
+def chosen(*overrides: str):
+    return cli.load([*SMALL, "train.max_steps=7", *overrides])
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: nothing more is done than Python's own unwinding."""
+
+
+def kept(folder: Path) -> dict:
+    """Everything of a run's record that must not depend on how often it was stopped."""
+    result = json.loads((folder / "result.json").read_text())
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix == ".safetensors" or p.name.endswith(".jsonl")]
+    return {
+        "result": {name: value for name, value in result.items() if name not in TIMES},
+        **{str(p.relative_to(folder)): p.read_bytes() for p in files},
+    }
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    """A function that does a run without interruption in a folder of its own and returns what is `kept` of it."""
+
+    def reference(settings) -> dict:
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "RUNS", tmp_path / "reference")
+            training.run(settings)
+            return kept(Record.of(settings).folder)
+
+    return reference
+
+
+@contextmanager
+def at_step(step: int, do):
+    """Call `do` at the end of one optimizer step, after its losses are added up and before anything is saved."""
+    real = loop.GoOn.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            do()
+        real(self, args, state, control, **kwargs)
+
+    loop.GoOn.on_step_end = on_step_end
+    try:
+        yield
+    finally:
+        loop.GoOn.on_step_end = real
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def stopped(settings, step: int) -> Record:
+    """Start a run, stop it politely in a step and return its record."""
+    with at_step(step, terminate), STOP.heard(), pytest.raises(Stopped):
+        training.run(settings)
+    return Record.of(settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("full", [2]), ("lora", [3]), ("lora_plus", [2]), ("dora", [5]), ("dual_lora", [1, 3, 5, 7])],
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(method, steps, runs_folder, reference):
+    settings = chosen(f"method={method}", *([] if method == "full" else ["method.dropout=0.1"]))
+    whole = reference(settings)
+    for step in steps:
+        record = stopped(settings, step)
+        assert checkpoints.step_of(record.checkpoint()) == step
+        assert record.result() is None and record.failure() is None
+    training.run(settings)
+    assert kept(record.folder) == whole
+    assert not (record.folder / "checkpoints").exists() and not (record.folder / runs.TRAINED).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama", "tiny-roberta", "tiny-deberta"])
+@pytest.mark.parametrize("method", cli.choices("method"))
+def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, runs_folder, reference):
+    task = {"tiny-gpt2": "demo/choice", "tiny-llama": "demo/restaurants"}.get(model, "demo/sentiment")
+    dropout = [] if method == "full" else ["method.dropout=0.1"]
+    settings = chosen(f"model={model}", f"task={task}", f"method={method}", *dropout)
+    whole = reference(settings)
+    for step in range(1, 8):
+        record = stopped(settings, step)
+    training.run(settings)
+    assert kept(record.folder) == whole
+
+
+def test_a_signal_stops_at_once_outside_training(runs_folder, monkeypatch, capsys):
+    settings, steps = chosen(), []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: terminate())
+    with STOP.heard(), at_step(1, lambda: steps.append(1)), pytest.raises(Stopped):
+        training.run(settings)
+    assert not steps and Record.of(settings).failure() is None
+    monkeypatch.setattr(cli.sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        cli.guard(lambda: terminate() or cli.EXIT_OK)
+    assert ended.value.code == cli.EXIT_STOPPED
+    assert "train.py: stopped by SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+BEST = ["task.checkpoint=best", "train.max_steps=null", "train.epochs=4"]
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """Scores by epoch that rise and fall, from the weights alone, so that a second measuring gives them again."""
+    real = evaluation.evaluate
+
+    def evaluate(model, *args):
+        _, predictions = real(model, *args)
+        total = sum(p.detach().double().sum() for p in model.parameters() if p.requires_grad)
+        return {"accuracy": float(torch.sin(1e4 * total))}, predictions
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "full"])
+def test_a_run_that_keeps_its_best_epoch_remembers_it(method, runs_folder, reference, uneven, monkeypatch):
+    settings = chosen(f"method={method}", *BEST, "train.save_steps=2")
+    whole = reference(settings)
+    assert whole["result"]["best_epoch"]
+    record = stopped(settings, 5)
+    stopped(settings, 6)  # the end of an epoch, before it is scored
+    with monkeypatch.context() as patch:  # in the next epoch's scoring
+        real = loop.BestEpoch.on_epoch_end
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if state.global_step == 9:
+                self.measure = lambda title: terminate()
+            return real(self, args, state, control, **kwargs)
+
+        patch.setattr(loop.BestEpoch, "on_epoch_end", on_epoch_end)
+        with STOP.heard(), pytest.raises(Stopped):
+            training.run(settings)
+    assert checkpoints.step_of(record.checkpoint()) == 9
+    with at_step(11, kill), pytest.raises(Killed):
+        training.run(settings)
+    training.run(settings)
+    assert kept(record.folder) == whole
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "no manifest": lambda folder: (folder / checkpoints.MANIFEST).unlink(),
+    "half a manifest": lambda folder: (folder / checkpoints.MANIFEST).write_text('{"files": {'),
+    "a flipped bit": lambda folder: flip(folder / "optimizer.pt"),
+    "cut short": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"),
+    "a file gone": lambda folder: (folder / "rng_state.pth").unlink(),
+}
+
+
+def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder, reference, capsys):
+    settings = chosen("train.save_steps=2")
+    whole = reference(settings)
+    for damage in DAMAGE.values():
+        with at_step(7, kill), pytest.raises(Killed):
+            training.run(settings)
+        record = Record.of(settings)
+        assert [p.name for p in sorted(record.folder.glob("checkpoints/*"))] == ["checkpoint-4", "checkpoint-6"]
+        damage(record.folder / "checkpoints/checkpoint-6")
+        assert checkpoints.step_of(record.checkpoint()) == 4
+        assert "checkpoint-6 is damaged or was cut short: removed" in capsys.readouterr().out
+    training.run(settings)
+    assert kept(record.folder) == whole
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "full"])
+def test_what_is_trained_is_not_trained_again(method, runs_folder, reference, monkeypatch):
+    settings = chosen(f"method={method}")
+    whole = reference(settings)
+    real, calls = evaluation.evaluate, []
+
+    def evaluate(*args):
+        calls.append(1)
+        return real(*args) if len(calls) == 1 else kill()
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluation, "evaluate", evaluate)
+        training.run(settings)
+    record = Record.of(settings)
+    assert record.trained()["steps"] == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "fit", kill)
+        training.run(settings)
+    assert kept(record.folder) == whole
+    (record.folder / "result.json").unlink()
+    assert record.trained() is None
+
+
+def test_checkpoints_are_read_without_unpickling(runs_folder, monkeypatch):
+    settings = chosen()
+    stopped(settings, 2)
+    real, safe = torch.load, []
+
+    def load(*args, **kwargs):
+        safe.append(kwargs.get("weights_only"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
+    training.run(settings)
+    assert len(safe) >= 3 and all(safe)
+
+
+def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
+    settings = chosen()
+    folder = Record.of(settings).folder
+    folder.mkdir(parents=True)
+    with lock.held(folder):
+        with pytest.raises(lock.Elsewhere, match=f"process {os.getpid()} on .* is doing it since"):
+            training.run(settings)
+        cli.attempt(settings)
+        assert cli.conclude([settings]) == cli.EXIT_ELSEWHERE
+    assert "done elsewhere: " in capsys.readouterr().err
+    assert not (folder / lock.NAME).exists() and list(folder.iterdir()) == []
+
+
+def test_a_dead_process_leaves_no_lock_and_another_machine_does(tmp_path):
+    child = os.fork()
+    if not child:
+        lock.taken(tmp_path / lock.NAME)
+        os._exit(0)
+    os.waitpid(child, 0)
+    path = tmp_path / lock.NAME
+    assert json.loads(path.read_text())["pid"] == child
+    with lock.held(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
+    with (
+        pytest.raises(lock.Elsewhere, match=f"process 1 on elsewhere .* remove {path}"),
+        lock.held(tmp_path),
+    ):
+        pass
+    path.write_text("{")
+    with lock.held(tmp_path):
+        pass
+
+
+def test_of_many_that_want_a_lock_one_has_it(tmp_path):
+    """Each takes and leaves it many times; a file that only the holder may make shows two at a time."""
+    alone, children = tmp_path / "alone", []
+    for _ in range(4):
+        child = os.fork()
+        children.append(child)
+        if not child:
+            taken = 0
+            while taken < 200:
+                with suppress(lock.Elsewhere), lock.held(tmp_path):
+                    try:
+                        alone.touch(exist_ok=False)
+                    except FileExistsError:
+                        os._exit(1)
+                    alone.unlink()
+                    taken += 1
+            os._exit(0)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+
+
+def test_a_forced_run_keeps_the_old_result_until_the_new_one_is_whole(runs_folder, monkeypatch):
+    settings, forced = chosen(), chosen("force=true")
+    training.run(settings)
+    record = Record.of(settings)
+    old = kept(record.folder)
+    (record.folder / "evaluation.json").write_text("{}")
+    with at_step(3, kill), pytest.raises(Killed):
+        training.run(forced)
+    assert kept(record.folder) | old == kept(record.folder)
+    record.read("result.json")
+    before = record.folder.joinpath("result.json").stat().st_mtime_ns
+    real, moved = Path.replace, []
+
+    def replace(self, target):
+        if self.parent.name == runs.AGAIN and not self.name.startswith("."):
+            moved.append(self.name)
+            if len(moved) == 3:
+                raise Killed
+        return real(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", replace)
+        training.run(forced)
+    training.run(settings)
+    assert kept(record.folder) == old
+    assert record.folder.joinpath("result.json").stat().st_mtime_ns > before
+    assert not (record.folder / runs.AGAIN).exists() and not (record.folder / "evaluation.json").exists()
+
+
+def test_a_loss_that_is_no_number_names_its_examples_and_the_last_good_checkpoint(runs_folder, monkeypatch):
+    settings = chosen("train.save_steps=2", "train.log_steps=5")
+    real, seen = loop.Loop.compute_loss, []
+
+    def compute_loss(self, model, inputs, **kwargs):
+        seen.append(inputs["input_ids"])
+        return real(self, model, inputs, **kwargs) * (float("nan") if len(seen) == 6 else 1.0)
+
+    monkeypatch.setattr(loop.Loop, "compute_loss", compute_loss)
+    with pytest.raises(UserError, match="the loss is nan at step 4; .* last good checkpoint: checkpoint-2") as caught:
+        training.run(settings)
+    failure = Record.of(settings).failure()
+    assert (failure["step"], failure["last_good_checkpoint"]) == (4, "checkpoint-2")
+    rows = {row["id"]: row for row in runs.task_of(settings).split("train").rows}
+    tokenizer = training.models.load_tokenizer(settings)
+    texts = tokenizer([rows[i]["text"] for i in failure["examples"]], truncation=True, max_length=64, padding=True)
+    assert texts["input_ids"] == seen[5].tolist()
+    assert ", ".join(failure["examples"][:5]) + " and 3 more" in str(caught.value)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_too(runs_folder, monkeypatch):
+    real = loop.Trainer._get_grad_norm
+
+    def norm(self, model, grad_norm=None):
+        found = real(self, model, grad_norm=grad_norm)
+        return found * float("nan") if self.state.global_step == 2 else found
+
+    monkeypatch.setattr(loop.Trainer, "_get_grad_norm", norm)
+    with pytest.raises(UserError, match="the gradient norm is nan at step 3; .* last good checkpoint: none"):
+        training.run(chosen())
+    assert len(Record.of(chosen()).failure()["examples"]) == 8
+
+
+def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "generate", lambda *args: [" "] * len(args[3]))
+    result = training.run(chosen("model=tiny-llama", "task=demo/restaurants", "train.max_steps=1"))
+    assert result["warnings"] == ["validation: 8 of 8 outputs are empty"]
+    assert "8 of 8 outputs are empty" in capsys.readouterr().out
+    task = runs.task_of(chosen("model=tiny-llama", "task=commonsense"))
+    rows = [{"split": "test", "output": "x", "answer": a} for a in (None, None, "", "true", None)]
+    assert evaluation.warnings(task, rows) == ["test: 4 of 5 outputs have no answer in them"]
+    assert evaluation.warnings(task, rows[2:4]) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.ENOSPC, "free some space"), (errno.EROFS, "make it writable"), (errno.EACCES, "make it writable")],
+)
+def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, monkeypatch, capsys):
+    settings = chosen("train.save_steps=2")
+    finished = chosen("seed=1")
+    training.run(finished)
+    before = kept(Record.of(finished).folder)
+
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    for where in ("shutil.copyfile", "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, full)
+            cli.attempt(settings)
+        assert cli.conclude([finished, settings]) == cli.EXIT_USER
+        said = capsys.readouterr().err
+        assert f"cannot be written ({os.strerror(number)}); {mend}" in said and "Traceback" not in said
+    assert not list(Record.of(settings).folder.glob("checkpoints/*"))
+    assert kept(Record.of(finished).folder) == before
+    training.run(settings)
+
+
+def test_errors_of_safetensors_and_torch_on_a_full_disk_are_told(tmp_path, monkeypatch):
+    for error, said in (
+        (loop.SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (RuntimeError("unexpected pos 704 vs 598"), "No space left on device"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+            with pytest.raises(UserError, match=f"cannot be written \\({said}\\)"), loop.saving(tmp_path):
+                raise error
+
+
+def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatch):
+    def step(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore")
+
+    monkeypatch.setattr(loop.Trainer, "training_step", step)
+    with pytest.raises(UserError, match="out of memory .*; train.batch_size=4 train.accumulation=4 takes less"):
+        training.run(chosen())
+    with pytest.raises(UserError, match="out of memory .*; mend"), memory.told("mend"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="another"), memory.told("mend"):
+        raise RuntimeError("another")
+    assert training.smaller_batch(chosen("train.batch_size=9").train).startswith("train.batch_size=3 train.accum")
+    assert "task.max_length" in training.smaller_batch(chosen("train.batch_size=1").train)
