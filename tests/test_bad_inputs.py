@@ -528,10 +528,9 @@ def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
     assert hub.cut()
     for model, task in (("roberta-base", "demo/sentiment"), ("tiny-roberta", "glue/rte")):
         chosen = cli.load([f"model={model}", f"task={task}"])
-        started = time.perf_counter()
         with pytest.raises(UserError, match="cannot load"):
             models.load(chosen, evaluation.load_split(runs.task_of(chosen), "train", chosen))
-        assert time.perf_counter() - started < 15  # the libraries' retries take at least 20
+    assert hub.constants.HF_HUB_OFFLINE and hub.datasets.config.HF_HUB_OFFLINE  # else a minute of retries
     hub.cut.cache_clear()
 
 
