@@ -1,5 +1,6 @@
 """The W&B mirror: what reaches a server, and that no failure of W&B blocks or breaks a run."""
 
+import json
 import os
 import shlex
 import socket
@@ -8,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
+from matplotlib.figure import Figure
 from wandb_stub import WandbStub
 
 from dual_lora.lab.mirror import Mirror, open_mirror
@@ -86,6 +89,16 @@ def sync(line, stub):
     command = shlex.split(line[line.index("wandb sync") :])
     env = {**os.environ, "WANDB_BASE_URL": stub.url, "WANDB_API_KEY": KEY}
     subprocess.run([sys.executable, "-m", *command], env=env, check=True, timeout=60)
+
+
+def test_tables_and_images_are_logged(start, tmp_path):
+    Figure(figsize=(1, 1)).savefig(tmp_path / "figure.png")
+    mirror = start("offline")
+    mirror.show({"values": pd.DataFrame({"label": ["LoRA"], "value": [81.0]})}, {"figure": tmp_path / "figure.png"})
+    mirror.finish()
+    (table,) = tmp_path.glob("run/wandb/*/files/media/table/values_*.table.json")
+    assert json.loads(table.read_text()) == {"columns": ["label", "value"], "data": [["LoRA", 81.0]]}
+    assert list(tmp_path.glob("run/wandb/*/files/media/images/figure_*.png")) and start.lines == []
 
 
 def opens_offline(start, reason):
