@@ -10,7 +10,7 @@ import pandas as pd
 STYLE = """body {font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em}
 table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right}
 tr {border-top: 1px solid #ddd}
-td:first-child, th:first-child {text-align: left} img {max-width: 100%}
+td {white-space: nowrap} td:first-child, th:first-child {text-align: left} img {max-width: 100%}
 tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em}"""
 TEX = {"±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$"}
 
