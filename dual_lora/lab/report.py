@@ -54,11 +54,10 @@ def body(experiment: Experiment, done: list[Done], folder: Path) -> Iterator[Blo
         yield Text("Smoke: a few steps of bundled models show that the harness works; the numbers mean nothing.")
     yield main_table(experiment, done, values, reasons)
     yield Text(items=tuple(notes(experiment, done, values, reasons)))
-    drawn = figures.draw(experiment, values)
-    if drawn:
-        yield Image(figures.save(drawn, folder, "figure")[0], experiment.title)
     if experiment.analyse:
         yield from ranks_report.blocks(done, folder)
+    elif drawn := figures.draw(experiment, values):
+        yield Image(figures.save(drawn, folder, "figure")[0], experiment.title)
     yield from comparison.blocks(experiment, done, values)
     yield from published(experiment)
 
@@ -98,7 +97,8 @@ def caption(experiment: Experiment, done: list[Done]) -> str:
         kind = "Scores as the published table has them"
     elif isinstance(experiment.columns, dict):
         kind = "Values of the runs"
-    return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}; best mean bold."
+    best = "" if kind == "Values of the runs" else "; best mean bold"
+    return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}{best}."
 
 
 def shown_head(column: Column) -> str:
