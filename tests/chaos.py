@@ -44,11 +44,20 @@ from dual_lora.lab import cli, grid, loop, models, report, runs, training
 
 RUN = ["task=demo/sentiment", "eval.max_examples=8", "train.max_examples=40", "train.batch_size=8"]
 RUN += ["train.max_steps=7", "train.log_steps=2", "method.dropout=0.1"]
-CELLS = [
-    ["model=tiny-roberta", "method=dual_lora"],
-    ["model=tiny-deberta", "method=dual_lora", "task.checkpoint=best"],
-    ["model=tiny-llama", "task=demo/restaurants", "method=dora", "train.accumulation=2", "task.max_new_tokens=8"],
-]
+SHORT = ["task.max_new_tokens=8"]
+CELLS = {
+    "last": ["model=tiny-roberta", "method=dual_lora"],
+    "best": ["model=tiny-deberta", "method=dual_lora", "task.checkpoint=best"],
+    "text": [
+        "model=tiny-llama",
+        "task=demo/restaurants",
+        "method=dora",
+        "train.accumulation=2",
+        "task.max_new_tokens=8",
+    ],
+}
+SPEC = {"title": "Chaos", "columns": "task.name", "rows": ["model.name"], "cells": CELLS}
+SPEC |= {"full": {"seeds": [0], "run": RUN}}
 COMMAND = ["experiment=chaos", "train.save_steps=2", "wandb.mode=disabled"]
 TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
 LEFTOVERS = {"checkpoints", ".lock", "trained.json", "failure.json", ".again"}
@@ -84,7 +93,7 @@ class Study:
             if path.name == "result.json":
                 result = json.loads(data)
                 data = json.dumps({k: v for k, v in result.items() if k not in TIMES}).encode()
-            elif path.suffix != ".safetensors" and path.name not in ("metrics.jsonl", "predictions.jsonl", "table.md"):
+            elif path.suffix != ".safetensors" and path.name not in ("metrics.jsonl", "predictions.jsonl", "table.csv"):
                 continue
             found[name] = hashlib.sha256(data).hexdigest()
         return found
@@ -506,8 +515,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
-    small = grid.Experiment("chaos", RUN, CELLS, rows="method.name", columns="model.name")
-    grid.Experiment.load = lambda name: small
+    grid.Experiment.load = lambda name, scale=None: grid.Experiment.read(name, SPEC, scale)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         chaos = Chaos(Path(folder), given.seed)
