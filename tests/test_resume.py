@@ -109,7 +109,7 @@ def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, r
     dropout = [] if method == "full" else ["method.dropout=0.1"]
     settings = chosen(f"model={model}", f"task={task}", f"method={method}", *dropout)
     whole = reference(settings)
-    for step in range(1, 8):
+    for step in (2, 3, 6):
         record = stopped(settings, step)
     training.run(settings)
     assert kept(record.folder) == whole
