@@ -250,7 +250,6 @@ CASES = [
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
     Case("config", "a text of no tokens", "model=tiny-llama task=demo/choice task.max_new_tokens=0", "needs at least one token"),
     Case("config", "classes smoothed that are none", "task=glue/stsb task.label_smoothing=0.1", "has no classes to smooth over"),
-    Case("config", "best epoch and checkpoints", "task.checkpoint=best train.save_steps=2", "would forget its earlier"),
     Case("config", "several devices", "hardware.devices=2 hardware.sharding=full", "only plan=true knows several"),
     Case("config", "rank too small for two groups", "method.rank=1", "r=1"),
     Case("config", "unknown PEFT field", "+method.peft.nonsense=1", "nonsense"),

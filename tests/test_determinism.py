@@ -13,13 +13,6 @@ FEW = ["deterministic=true", "train.max_steps=4", "train.batch_size=8", "eval.ma
 FAMILIES = {"tiny-roberta": "demo/sentiment", "tiny-llama": "demo/restaurants"}
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    """Leave torch as it was: deterministic=true outlasts a run."""
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def trained(folder) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("*/*.safetensors")
     return load_file(file)
@@ -34,6 +27,7 @@ def twice(model: str, *overrides: str) -> None:
     for _ in range(2):
         torch.rand(7)
         result = training.run(chosen)
+        assert not torch.are_deterministic_algorithms_enabled()  # or the next run would be another
         predictions = (record.folder / "predictions.jsonl").read_bytes()
         found.append((trained(record.folder), record.logged(), predictions, result["metrics"], result["train_loss"]))
     (weights, *first), (again, *second) = found

@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -89,7 +90,8 @@ def attempt(settings: Settings, record: Record) -> dict[str, Any]:
     tried.start(settings)
     mirror = mirror_of(settings, record)
     try:
-        result = work(settings, tried, mirror)
+        with of_its_own():
+            result = work(settings, tried, mirror)
         mirror.summary({name: value for name, value in result.items() if name != "data"})
         mirror.finish(0)
         return result
@@ -101,6 +103,17 @@ def attempt(settings: Settings, record: Record) -> dict[str, Any]:
             tried.fail(error)
         mirror.finish(1)
         raise
+
+
+@contextmanager
+def of_its_own() -> Iterator[None]:
+    """Keep what deterministic=true sets for the whole process from the runs after it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic = before[1]
 
 
 def quiet() -> None:
