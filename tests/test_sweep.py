@@ -135,6 +135,14 @@ def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder,
     assert f"learning rate, LoRA: {config.train.lr:g}; chosen" in shown
 
 
+def test_rates_of_e2e_are_chosen_on_validation_records():
+    cells = Experiment.load("nlg", "full").compose(["seed=0"])
+    tuned = [cell for cell in cells if cell.tuning]
+    assert len(tuned) == 10 and {cell.settings.task.options["scored"] for cell in cells} == {"test"}
+    assert {trial.task.options["scored"] for cell in tuned for trial in cell.tuning} == {"validation"}
+    assert {tuple(t.train.lr for t in c.tuning) for c in tuned if c.label == "LoRA"} == {(1e-4, 2e-4, 5e-4)}
+
+
 def test_rows_set_apart_are_not_trained_on():
     task = tasks.load("demo/sentiment")
     settings = cli.load(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50"])
@@ -157,6 +165,7 @@ def test_rows_set_apart_are_not_trained_on():
         ({"column": "x"}, "column: no such field. Did you mean columns?"),
         ({"published": ["dora_table0"]}, "dora_table0: no such table"),
         ({"tune": {"holdout": 9, "grid": {"LoRA": [1], "Dual LoRA": [1, 2]}}}, "every label needs as many rates"),
+        ({"tune": {"grid": {"LoRA": [1]}}}, "tune: give holdout or options"),
     ],
 )
 def test_mistakes_in_a_file(changes, message):

@@ -38,12 +38,19 @@ SCALES = ("full", "small", "smoke")
 @dataclass(frozen=True)
 class Tune:
     """The choice of the learning rate, the same for every label: `grid` holds each label's rates, all grids have as
-    many. A rate is chosen by the main score on `holdout` training examples that are set apart from training and are
-    not the set reported, with the seed `seed` of its own."""
+    many. A rate is chosen by the main score on rows that are not reported, with the seed `seed` of its own: either
+    `holdout` training examples that are set apart from training, or what the task's `options` say is scored."""
 
     grid: dict[str, list[float]]
-    holdout: int
+    holdout: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     seed: int = 1000
+
+    def where(self) -> str:
+        """Return what rates are chosen on."""
+        if self.holdout:
+            return f"{self.holdout} training examples set apart"
+        return ", ".join(f"task.options.{key}={value}" for key, value in self.options.items())
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class Experiment:
         if self.tune:
             sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
             require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
+            require(self.tune.where() != "", f"{where}: tune: give holdout or options, rates need rows to be chosen on")
 
     def compose(self, extra: list[str]) -> list[Cell]:
         """Return every cell, composed and checked. `extra` overrides come last; a seed among them replaces the seeds.
@@ -144,7 +152,8 @@ class Experiment:
         if self.tune is None or label not in self.tune.grid:
             return ()
         scored = replace(settings.eval, holdout=self.tune.holdout, before=False)
-        alone = replace(settings, seed=self.tune.seed, eval=scored)
+        task = replace(settings.task, options={**settings.task.options, **self.tune.options})
+        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task)
         return tuple(replace(alone, train=replace(alone.train, lr=float(rate))) for rate in self.tune.grid[label])
 
 

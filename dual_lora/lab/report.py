@@ -208,7 +208,7 @@ def rates(experiment: Experiment, done: list[Done]) -> Iterator[str]:
             grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
             yield (
                 f"learning rate, {label}: {text}; chosen from {grid} ({len(tune.grid[label])} runs a task) by the main "
-                f"score on {tune.holdout} training examples set apart, seed {tune.seed}"
+                f"score on {tune.where()}, seed {tune.seed}"
             )
         else:
             yield f"learning rate, {label}: {text}; given, not tuned here"
