@@ -14,7 +14,7 @@ from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.rank_figure import METADATA
 from dual_lora.lab.results import heading
 
-PANELS = 4  # side by side
+PANELS = 3  # side by side
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
