@@ -323,7 +323,7 @@ class Chaos:
         study = self.study()
         if not mounted(study.folder, 64 << 20):
             return
-        for delay in (0.0, 1.5, 3.0):
+        for delay in (0.0, 0.3 * self.seconds, 0.6 * self.seconds):
             row.tried += 1
             child = study.start()
             time.sleep(delay)
@@ -331,7 +331,8 @@ class Chaos:
             while subprocess.run(["mount", "-o", "remount,ro", study.folder], capture_output=True).returncode:
                 time.sleep(0.002)
             code, finished = ended(child), study.results()
-            told = code == cli.EXIT_USER and "cannot be written" in study.said() and "Traceback" not in study.said()
+            named = "cannot be written" in study.said() or "no folder that can be written" in study.said()
+            told = code == cli.EXIT_USER and named and "Traceback" not in study.said()
             if not told:
                 print(f"read-only after {delay} s: exit {code}\n{study.said()[-3000:]}")
             subprocess.run(["mount", "-o", "remount,rw", study.folder], check=True)
@@ -528,7 +529,7 @@ def main() -> int:
             "full": lambda: chaos.full([16 << 10, 256 << 10, 700 << 10, 1500 << 10, 2500 << 10, 4 << 20]),
             "read_only": chaos.read_only,
             "mirror": chaos.mirror,
-            "commands": lambda: chaos.commands([9.0, 12.0]),
+            "commands": lambda: chaos.commands([4.0, 6.0]),
         }
         for name in given.only or faults:
             faults[name]()

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 from wandb_stub import WandbStub
 
 import tasks
@@ -364,3 +365,20 @@ def test_twenty_steps_have_the_golden_losses(method, runs_folder):
     if os.environ.get("DUAL_LORA_GOLDEN") == "write":
         golden.write_text(json.dumps(losses, indent=1) + "\n")
     assert losses == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
+
+
+def test_the_clip_of_signs_gradient_bites_under_a_scaled_loss_alone(runs_folder):
+    """With a mean loss no entry reaches 1; a loss scale of fp16 training changes nothing but that."""
+
+    def trained(*overrides):
+        chosen = settings("tiny-roberta", "eval.before=false", "method.peft.scale_warmup_steps=0", *overrides)
+        training.run(chosen)
+        return load_file(Record.of(chosen).folder / "adapter" / "adapter_model.safetensors")
+
+    def same(one, other):
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    clip, free = trained("+method.peft.ste=clip"), trained("+method.peft.ste=identity")
+    assert same(clip, free)
+    assert same(free, trained("+method.peft.ste=identity", "train.loss_scale=65536"))
+    assert not same(clip, trained("+method.peft.ste=clip", "train.loss_scale=65536"))

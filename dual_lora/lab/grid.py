@@ -144,4 +144,6 @@ def do(experiment: Experiment, cells: list[Cell], run: bool) -> int:
         print(report.write(experiment, done, folder))
     if run:
         report.mirrored(experiment, done, folder)
+        missing = any(cell.result is None for cell in done)
+        code = code or (cli.EXIT_USER if missing else cli.EXIT_OK)
     return code
