@@ -25,7 +25,7 @@ from dual_lora.lab.settings import Settings, UserError, first_line, nearest, req
 from dual_lora.lab.stopping import STOP, Stopped
 
 CONF = ROOT / "conf"
-GROUPS = ("model", "task", "method")
+GROUPS = ("model", "task", "method", "hardware")
 # Done; a run failed; something for the user to mend; stopped on request, the same command goes on; done elsewhere.
 EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
 HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
@@ -296,7 +296,7 @@ ADDED = {
     "task": {"stop": [], "train_rows": None},
     "train": {"group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},
-    "hardware": {"accelerator": "a100-80gb", "devices": 1, "sharding": "none"},
+    "hardware": {"name": "single", "accelerator": "a100-80gb", "devices": 1, "sharding": "none", "base": None},
 }
 
 

@@ -163,6 +163,9 @@ def chosen(settings: Settings) -> dict[str, Any]:
     added later does not rename the runs that were done without it."""
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
+    where = settings.hardware
+    kept["hardware"] = {"devices": where.devices, "sharding": where.sharding} if where.devices > 1 else {}
+    kept["hardware"] |= {"base": where.base}
     kept["init_from"] = Path(settings.init_from).name if settings.init_from else None
     for group, keys in NOT_IDENTITY.items():
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}

@@ -255,20 +255,28 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a plan is made for. `sharding`: none, replicas (every device holds all) or full (every device its part)."""
+    """What a run is done on. `accelerator`: what plans take it for; `devices`: how many, each with a process of its own;
+    `sharding`: none, replicas (every device holds all: DDP) or full (every device its part: FSDP2); `base`: null, or
+    nf4, the form the frozen base is held in."""
 
+    name: str
     accelerator: str
     devices: int
     sharding: str
+    base: str | None
 
     def __post_init__(self) -> None:
         one_of("hardware.sharding", self.sharding, ("none", "replicas", "full"))
+        if self.base is not None:
+            one_of("hardware.base", self.base, ("nf4",))
         positive("hardware", self, "devices")
         require(
             (self.devices == 1) == (self.sharding == "none"),
             f"hardware.devices={self.devices} with hardware.sharding={self.sharding}: several devices need replicas or "
             "full, one device none",
         )
+        split = self.base and self.sharding == "full"
+        require(not split, f"hardware.base={self.base}: cannot be sharded in full; take hardware.sharding=replicas")
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,8 @@ class Settings:
         sound(self)
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
+        frozen = self.method.peft is not None or self.hardware.base is None
+        require(frozen, f"hardware.base={self.hardware.base}: method {self.method.name} trains the base; take an adapter")
         alone = self.plan or self.hardware.devices == 1
         require(alone, f"hardware.devices={self.hardware.devices}: only plan=true knows several devices so far")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
