@@ -70,15 +70,11 @@ def read(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> dict:
         ids[row, mask[row].bool()] = torch.tensor(prompt)
     ids, mask = ids.to(model.device), mask.to(model.device)
     cache = DynamicCache(config=model.config)
+    into = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}  # none is wanted, but one costs little
     if shared:
-        model.base_model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:1, :shared], **into)
         cache.batch_repeat_interleave(len(prompts))
     if shared < width - 1:
-        model.base_model(
-            input_ids=ids[:, shared:-1],
-            attention_mask=mask[:, :-1],
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:-1]
+        model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], position_ids=places, **into)
     return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}

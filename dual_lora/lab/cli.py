@@ -1,10 +1,12 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
 import errno
+import io
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -20,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 from yaml import YAMLError
 
+from dual_lora.lab import processes
 from dual_lora.lab.runs import ROOT, Record, model_facts, task_of, without_secrets
 from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
 from dual_lora.lab.stopping import STOP, Stopped
@@ -156,6 +159,8 @@ def check_pair(settings: Settings) -> None:
     smooths = form == "regression" and task.label_smoothing
     require(not smooths, f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over")
     writes = form == "generation"
+    able = writes or settings.hardware.sharding != "full"
+    require(able, f"hardware.sharding=full: not for {task.name}, whose head trains; take hardware.sharding=replicas")
     require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
     if settings.model.generates or not writes:
         return
@@ -207,6 +212,8 @@ def check(argv: list[str]) -> list[Settings]:
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load(job) for job in jobs]
     for settings in found:
+        if not settings.plan:
+            processes.check(settings)
         record = Record.of(settings)  # reads what names the run: data and weights must be there
         if not settings.force:
             record.result()
@@ -218,7 +225,8 @@ unfinished: dict[Path, dict[str, str]] = {}
 
 
 def attempt(settings: Settings) -> None:
-    """Do one job; whatever goes wrong is kept for `conclude`, so that other jobs go on. A stop ends all of them."""
+    """Do one job; whatever goes wrong is kept for `conclude`, so that other jobs go on. A stop ends all of them, and so
+    does an error in one of several processes."""
     from dual_lora.lab import lock, training
 
     try:
@@ -232,6 +240,8 @@ def attempt(settings: Settings) -> None:
         error = caught
         print(without_secrets(traceback.format_exc()), file=sys.stderr)
     unfinished[Record.of(settings).folder] = {"error": type(error).__name__, "message": str(error)}
+    if processes.several():  # the others may wait for this one, and would wait in its next run
+        sys.exit(conclude([settings]))
 
 
 def conclude(jobs: list[Settings]) -> int:
@@ -396,11 +406,13 @@ def export_run(settings: Settings, record: Record, folder: Path, dtype: str) -> 
 def guard(do: Callable[..., int], *args: object) -> None:
     """Exit with what `do` returns; a `UserError` becomes one line, and so does a stop somebody asked for."""
     name = Path(sys.argv[0]).name
+    silence = nullcontext() if processes.first() else redirect_stdout(io.StringIO())
     try:
-        with STOP.heard():
+        with STOP.heard(), silence:
             sys.exit(do(*args))
     except UserError as error:
-        print(f"{name}: {without_secrets(str(error))}", file=sys.stderr)
+        if processes.first():
+            print(f"{name}: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(EXIT_USER)
     except OSError as error:
         if error.errno not in DENIED:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dual_lora.lab import beam_search, cache, data, hub, models
+from dual_lora.lab import beam_search, cache, data, hub, models, processes
 from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
 from dual_lora.lab.settings import Settings, require
@@ -64,7 +64,6 @@ def warnings(task: Task, predictions: list[Row]) -> list[str]:
     return found
 
 
-@torch.inference_mode()
 def outputs(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,13 +81,17 @@ def outputs(
     texts = [row.get("prompt") or row["text"] + row["text_pair"] for row in rows]
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    found: dict[int, Output] = {}
     size = settings.eval.batch_size
-    for start in tqdm(range(0, len(order), size), desc=title, unit="batch", leave=False):
-        batch = order[start : start + size]
-        found.update(zip(batch, ask(model, tokenizer, task, [rows[i] for i in batch], settings), strict=True))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    alone = not models.sharded(model)  # else the processes need each other's weights and do every batch together
+    mine = batches[processes.rank() :: processes.number()] if alone else batches
+    found: list[tuple[int, Output]] = []
+    with torch.inference_mode() if alone else torch.no_grad():  # gathered weights serve training later
+        for batch in tqdm(mine, desc=title, unit="batch", leave=False, disable=not processes.first()):
+            found += zip(batch, ask(model, tokenizer, task, [rows[i] for i in batch], settings), strict=True)
     model.train(training)
-    return [found[i] for i in range(len(rows))]
+    output = dict(processes.collect(found) if alone else found)
+    return [output[i] for i in range(len(rows))]
 
 
 def classify(
@@ -139,6 +142,7 @@ def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int)
         "num_beams": protocol.num_beams,
         "do_sample": False,
         "use_cache": True,
+        "synced_gpus": False,
         "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
         "pad_token_id": tokenizer.pad_token_id,
         "logits_processor": [NoRepeat(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else [],

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from dual_lora.lab import checkpoints
+from dual_lora.lab import checkpoints, processes
 from dual_lora.lab.disk import remove, writing
+from dual_lora.lab.models import sharded
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 from dual_lora.lab.stopping import STOP, Stopped
@@ -61,7 +64,7 @@ class BestEpoch(TrainerCallback):
         if not ended or self.scored == state.global_step or STOP.asked:
             return
         try:
-            with STOP.waiting(False):
+            with STOP.waiting(processes.several()):  # of several none may leave the others alone
                 scores, _ = self.measure("epoch")
         except Stopped:
             control.should_save = control.should_training_stop = True
@@ -98,7 +101,8 @@ class Loop(Trainer):
     """A Trainer for one run.
 
     record: the run's; ids: the names of the training examples, by row; best: the callback whose state checkpoints keep;
-    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it.
+    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it. `keeps` tells
+    whether it can write checkpoints: not of a model that is sharded and trained in full.
     """
 
     def __init__(
@@ -107,7 +111,11 @@ class Loop(Trainer):
         examples = kwargs.pop("train_dataset")
         examples = examples.add_column(ROW, list(range(len(examples))))
         callbacks = [GoOn(self), *kwargs.pop("callbacks")]  # the first one: others look at what it brings back
+        args, part = kwargs["args"], sharded(kwargs["model"])
+        args.save_only_model = part  # else the Trainer refuses all sharded models, but an adapter on one is whole
         super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
+        args.save_only_model = False
+        self.keeps = not part or isinstance(self.model, PeftModel)
         self.record, self.ids, self.best, self.scale = record, ids, best, scale or 1.0
         for weight in self.model.parameters() if scale else ():
             if weight.requires_grad:
@@ -132,7 +140,7 @@ class Loop(Trainer):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         STOP.check()
         self.check()
-        return done
+        return done._replace(training_loss=self.mean(done.training_loss))
 
     def load(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""
@@ -160,6 +168,7 @@ class Loop(Trainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm, step = super()._get_grad_norm(model, grad_norm=grad_norm), self.state.global_step + 1
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not self.args.fp16:  # its loss scaling provokes infinite gradients, and skips them
             rows = [rows for _, s, given, _ in self.recent if s == step for rows in given]
             self.recent.append(("gradient norm", step, rows, norm))
@@ -203,18 +212,29 @@ class Loop(Trainer):
             with saving(folder):
                 super()._save_checkpoint(model, trial)
                 state = {
-                    "loss_since_log": self._tr_loss.item(),
+                    "loss_since_log": self.mean(self._tr_loss.item()),
                     "logged_at": self._globalstep_last_logged,
-                    "loss_sum": self._total_loss_scalar,
+                    "loss_sum": self.mean(self._total_loss_scalar),
                     "seconds": self.seconds,
-                    "best": self.best.keep(folder) if self.best else {},
                 }
-                (folder / STATE).write_text(json.dumps(state))
-                shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
-                checkpoints.seal(folder)
+                processes.wait()  # for what the others save
+                processes.share(lambda: self.complete(folder, state))
         except UserError:
             remove(folder)
             raise
+
+    def complete(self, folder: Path, state: dict[str, Any]) -> None:
+        """Add to a checkpoint what the Trainer does not know, and seal it."""
+        state["best"] = self.best.keep(folder) if self.best else {}
+        (folder / STATE).write_text(json.dumps(state))
+        shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
+        checkpoints.seal(folder)
+
+    @staticmethod
+    def mean(value: float) -> float:
+        """Return the mean over all processes, each of which knows the losses of its own examples."""
+        found = processes.collect([value])
+        return sum(found) / len(found)
 
 
 class GoOn(TrainerCallback):
@@ -237,5 +257,5 @@ class GoOn(TrainerCallback):
             loop.best.go_on(folder, kept["best"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        if STOP.asked:
-            control.should_save = control.should_training_stop = True
+        if processes.any_of(STOP.asked):
+            control.should_save, control.should_training_stop = self.loop.keeps, True

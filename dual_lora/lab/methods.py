@@ -69,9 +69,13 @@ def attach(model: PreTrainedModel, settings: Settings, form: str) -> torch.nn.Mo
         raise
     except Exception as error:
         where = f"method={settings.method.name} on model={settings.model.name}"
-        raise UserError(f"{where}: {first_line(error)}") from error
+        reads = "DTensor" in str(error)
+        said = "it starts from the base weights, which are sharded; take hardware=ddp" if reads else first_line(error)
+        raise UserError(f"{where}: {said}") from error
     if settings.init_from:
         start_from(adapted, settings)
+    for factors in factors_of(adapted) if models.sharded(model) else ():
+        factors.keeps = False  # each device would hold an update as large as the whole weight
     return adapted
 
 
@@ -104,7 +108,7 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
 def merge(model: torch.nn.Module) -> bool:
     """Merge the adapter where that loses nothing, so that evaluation runs at the base model's speed, and return whether
     it was done; in 16 bits the base weights would round much of an update away."""
-    able = isinstance(model, PeftModel) and model.dtype == torch.float32
+    able = isinstance(model, PeftModel) and model.dtype == torch.float32 and not models.sharded(model)
     if able:
         model.merge_adapter()
     return able

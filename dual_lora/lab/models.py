@@ -5,14 +5,16 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
-from dual_lora.lab import hub, runs
+from dual_lora.lab import hub, processes, runs
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
@@ -61,7 +63,12 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     dtype = getattr(torch, settings.model.dtype)
     with told(settings):
         model, found = head_class(task).from_pretrained(
-            **place(settings), **head_options(task), dtype=dtype, use_safetensors=True, output_loading_info=True
+            **place(settings),
+            **head_options(task),
+            **shards(settings),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     fresh = {"classifier", "score", *settings.model.head}
     lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
@@ -76,6 +83,22 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def shards(settings: Settings) -> dict[str, DistributedConfig]:
+    """Return how the processes of a run share out the weights as they read them: each its part of each (FSDP2), or,
+    as replicas or alone, everything."""
+    if settings.hardware.sharding != "full" or not processes.several():
+        return {}
+    config = AutoConfig.from_pretrained(**place(settings))
+    able = getattr(config, "base_model_fsdp_plan", None)
+    require(able, f"hardware.sharding=full: transformers cannot shard a {config.model_type}; take hardware=ddp")
+    return {"distributed_config": DistributedConfig(fsdp_size=processes.number())}
+
+
+def sharded(model: torch.nn.Module) -> bool:
+    """Return whether this process holds but a part of each weight."""
+    return getattr(model, "is_distributed_loading_by_transformers", False)
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

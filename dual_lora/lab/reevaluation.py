@@ -4,7 +4,7 @@ import torch
 from peft import PeftModel
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
-from dual_lora.lab import evaluation, methods, models
+from dual_lora.lab import evaluation, methods, models, processes
 from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.summary import compared
@@ -21,6 +21,7 @@ def run(settings: Settings, record: Record) -> int:
     stored = record.result()
     require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
     quiet()
+    processes.join()
     task = task_of(settings)
     splits = evaluation.load_scored(task, settings)
     for name, split in splits.items():
@@ -33,7 +34,8 @@ def run(settings: Settings, record: Record) -> int:
         methods.merge(model)
     metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
     print(compared(stored, metrics, record))
-    record.write("evaluation.json", {"metrics": metrics, "equal": metrics == stored["metrics"]})
+    kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
+    processes.share(lambda: record.write("evaluation.json", kept))
     return 0 if metrics == stored["metrics"] else 1
 
 

@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 import tasks
-from dual_lora.lab import checkpoints, lock
+from dual_lora.lab import checkpoints, lock, processes
 from dual_lora.lab.disk import flush, remove, writing
 from dual_lora.lab.settings import Settings, UserError, first_line, require
 
@@ -395,6 +395,7 @@ def environment() -> dict[str, Any]:
         "devices": torch.cuda.device_count() if cuda else 1,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "processes": processes.number(),
         "threads": torch.get_num_threads(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -255,8 +255,8 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is done on. `accelerator`: what plans take it for; `devices`: how many, each with a process of its own;
-    `sharding`: none, replicas (every device holds all: DDP) or full (every device its part: FSDP2); `base`: null, or
+    """What a run is done on. `accelerator`: what plans take it for. `devices`: how many, each with its own process.
+    `sharding`: none, replicas (every device holds all: DDP) or full (every device its part: FSDP2). `base`: null, or
     nf4, the form the frozen base is held in."""
 
     name: str
@@ -304,10 +304,10 @@ class Settings:
         sound(self)
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
-        frozen = self.method.peft is not None or self.hardware.base is None
-        require(frozen, f"hardware.base={self.hardware.base}: method {self.method.name} trains the base; take an adapter")
-        alone = self.plan or self.hardware.devices == 1
-        require(alone, f"hardware.devices={self.hardware.devices}: only plan=true knows several devices so far")
+        base, frozen = self.hardware.base, self.method.peft is not None
+        kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
+        require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
+        require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
         file_name("study", self.study, "it names a folder below runs/")

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
-from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models
+from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models, processes
 from dual_lora.lab.disk import remove
 from dual_lora.lab.loop import BestEpoch, Loop, saving
 from dual_lora.lab.memory import PeakMemory
@@ -45,6 +45,8 @@ class Log(TrainerCallback):
         self.record, self.mirror = record, mirror
 
     def write(self, step: int, row: dict[str, Any]) -> None:
+        if not processes.first():
+            return
         row = {"step": step, **row}
         self.record.log(row)
         self.mirror.log(row)
@@ -68,26 +70,32 @@ def run(settings: Settings) -> dict[str, Any]:
         Stopped: a stop was asked for; the next try goes on from the newest checkpoint.
     """
     STOP.check()
+    processes.join()
     record = Record.of(settings)
-    record.clean()
-    result = None if settings.force else record.result()
+    processes.share(record.clean)
+    result = finished(settings, record)
     if result:
         print(f"finished: {record.shown()} (force=true runs it anew)")
     else:
         quiet()
-        with lock.held(record.folder):
-            result = None if settings.force else record.result()  # another process may just have done it
-            result = result or attempt(settings, record)
-            record.settle()
-            record.tidy()
+        with ExitStack() as held:
+            processes.share(lambda: held.enter_context(lock.held(record.folder)))
+            result = finished(settings, record) or attempt(settings, record)  # another may just have done it
+            processes.share(record.settle)
+            processes.share(record.tidy)
     print(summary(result, record))
     return result
+
+
+def finished(settings: Settings, record: Record) -> dict[str, Any] | None:
+    """Return the result of a run that is done and not to be done again."""
+    return None if settings.force else processes.share(record.result)
 
 
 def attempt(settings: Settings, record: Record) -> dict[str, Any]:
     """Do a run that is not finished, keep the reason if it fails, and return its result."""
     tried = record.tried(settings)
-    tried.start(settings)
+    processes.share(lambda: tried.start(settings))
     mirror = mirror_of(settings, record)
     try:
         with of_its_own():
@@ -127,7 +135,7 @@ def quiet() -> None:
 def mirror_of(settings: Settings, record: Record) -> Mirror:
     names = (settings.model.name, settings.task.name, settings.method.name)
     return open_mirror(
-        settings.wandb.mode,
+        settings.wandb.mode if processes.first() else "disabled",
         project=settings.wandb.project,
         entity=settings.wandb.entity,
         run_id=record.name.rsplit("_", 1)[1],
@@ -143,8 +151,9 @@ def mirror_of(settings: Settings, record: Record) -> Mirror:
 def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     """Do the run: everything between an empty record and its result."""
     task = task_of(settings)
-    train = evaluation.load_split(task, "train", settings)
-    held_out = evaluation.load_scored(task, settings)
+    with processes.first_alone():
+        train = evaluation.load_split(task, "train", settings)
+        held_out = evaluation.load_scored(task, settings)
     set_seed(settings.seed)
     base, tokenizer = models.load(settings, task)
     set_seed(settings.seed)  # so that the adapter's draw does not depend on what loading drew
@@ -173,11 +182,11 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     )
     loop.remove_callback(PrinterCallback)
     loop.add_callback(Progress())
-    before = scores_before(record)
+    before = processes.share(lambda: scores_before(record))
     if before is None and settings.eval.before:
         before = measure("before")[0]
         log.scores(0, before)
-    trained = record.trained()
+    trained = processes.share(record.trained)
     if trained:
         loop.load(record.weights(settings))
     else:
@@ -186,7 +195,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     merged = methods.merge(model)
     metrics, predictions = measure("after")
     log.scores(trained["steps"], metrics)
-    record.write_lines("predictions.jsonl", predictions)
+    processes.share(lambda: record.write_lines("predictions.jsonl", predictions))
     result = {
         "identity": record.name,
         "model": settings.model.name,
@@ -210,7 +219,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "warnings": evaluation.warnings(task, predictions),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }
-    record.write("result.json", result)
+    processes.share(lambda: record.write("result.json", result))
     return result
 
 
@@ -220,7 +229,7 @@ def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings:
     The weights are kept, and then `trained.json`, so that no later kill costs the training.
     """
     with PeakMemory() as peak:
-        done = loop.fit(record.checkpoint())
+        done = loop.fit(processes.share(record.checkpoint))
     if best:
         best.restore(loop.model)
     facts = {
@@ -235,9 +244,9 @@ def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings:
     }
     folder = record.weights(settings)
     with saving(record.folder):
-        remove(folder)
-        loop.model.save_pretrained(folder)
-        checkpoints.seal(folder, record.folder / TRAINED, **facts)
+        processes.share(lambda: remove(folder))
+        loop.model.save_pretrained(folder, is_main_process=processes.first())
+        processes.share(lambda: checkpoints.seal(folder, record.folder / TRAINED, **facts))
     return facts
 
 
@@ -278,6 +287,7 @@ def arguments(settings: Settings, record: Record) -> TrainingArguments:
         bf16=settings.model.dtype == "bfloat16",
         fp16=settings.model.dtype == "float16" and cuda,
         use_cpu=not cuda,
+        ddp_find_unused_parameters=False,
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         seed=settings.seed,
         full_determinism=settings.deterministic,

@@ -1,0 +1,101 @@
+"""Several processes that do one run together, one a device, as torchrun or accelerate start them.
+
+The first process keeps the record and speaks; what it alone can know (files, locks) it shares with the others. With one
+process everything here is as if it were not there.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dual_lora.lab.settings import Settings, require
+
+
+def number() -> int:
+    """Return how many processes were started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK") or 0) if several() else 0
+
+
+def first() -> bool:
+    """Return whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def several() -> bool:
+    return number() > 1
+
+
+def check(settings: Settings) -> None:
+    """Refuse a run that was started as more or fewer processes than it has devices.
+
+    Raises:
+        UserError: with the command that starts it.
+    """
+    devices, found = settings.hardware.devices, number()
+    mend = f"start it with torchrun --nproc-per-node {devices} train.py ..."
+    if devices == 1:
+        mend = f"add hardware=ddp or hardware=fsdp2 and hardware.devices={found}"
+    require(devices == found, f"hardware.devices={devices}: started as {found} process(es); {mend}")
+
+
+def join() -> None:
+    """Meet the other processes; the first call waits for them."""
+    if several():
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def share(make: Callable[[], Any]) -> Any:
+    """Return in all processes what the first one makes; an error there is raised in all of them."""
+    if not several():
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    said: list[Any] = [None, None]
+    if first():
+        try:
+            said[0] = make()
+        except Exception as error:
+            said[1] = error
+    made, error = broadcast_object_list(said)
+    if error:
+        raise error
+    return made
+
+
+def collect(items: list[Any]) -> list[Any]:
+    """Return the items of all processes, in all of them."""
+    if not several():
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def any_of(flag: bool) -> bool:
+    """Return whether the flag is set in any process."""
+    return any(collect([bool(flag)]))
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    collect([None])
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process do something before the others do it: fill a cache, say."""
+    if not several():
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        yield

@@ -1,0 +1,124 @@
+"""Two processes on one run, as torchrun starts them: what one process does with the doubled batch, and it can be stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from dual_lora.lab import cli, training
+from dual_lora.lab.runs import Record
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+COMMON = ["wandb.mode=disabled", "train.max_steps=6", "eval.max_examples=8", "eval.batch_size=4", "train.log_steps=1"]
+TEXT, WORDS = ["model=tiny-llama", "task=demo/restaurants"], ["model=tiny-roberta", "task=demo/sentiment"]
+ONE, TWO = ["train.batch_size=8"], ["train.batch_size=4", "hardware.devices=2"]
+# What may differ: names, and what was not computed but measured.
+OTHER = {"identity", "train_seconds", "tokens_per_second", "peak_memory_bytes", "merged", "train_loss"}
+
+
+def start(script: str, *arguments: str, runs: Path) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DUAL_LORA_RUNS": str(runs)}
+    command = [*TORCHRUN, script, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def done(process: subprocess.Popen) -> str:
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: w for file in sorted(folder.glob("*/*.safetensors")) for name, w in load_file(file).items()}
+
+
+def same_record(two: Path, one: Path) -> None:
+    """Hold two records equal: weights and logged rows to rounding, everything that is counted or decided exactly."""
+    results = [json.loads((folder / "result.json").read_text()) for folder in (two, one)]
+    assert results[0].keys() == results[1].keys()
+    for name in results[0].keys() - OTHER:
+        assert results[0][name] == results[1][name], name
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], abs=1e-5)
+    assert (two / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
+    for mine, other in zip(rows(two), rows(one), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+    mine, other = weights(two), weights(one)
+    assert mine.keys() == other.keys() and mine
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "kind", "methods"),
+    [("ddp", WORDS, ["dual_lora", "full"]), ("ddp", TEXT, ["dual_lora"]), ("fsdp2", TEXT, ["dual_lora", "lora", "full"])],
+)
+def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, kind, methods, runs_folder, capsys):
+    chosen = [*kind, *COMMON]
+    named = f"method={','.join(methods)}"
+    said = done(start("train.py", "-m", *chosen, *TWO, f"hardware={hardware}", named, runs=runs_folder))
+    assert said.count("record ") == len(methods), "the second process speaks, too"
+    for method in methods:
+        two = Record.of(cli.load([*chosen, *TWO, f"hardware={hardware}", f"method={method}"])).folder
+        one = training.run(cli.load([*chosen, *ONE, f"method={method}"]))
+        same_record(two, runs_folder / "adhoc" / one["identity"])
+        assert json.loads((two / "environment.json").read_text())["processes"] == 2
+        assert cli.evaluate_again([f"run={two}"]) == 0, "one process evaluates what two have trained"
+
+
+def test_several_processes_evaluate_a_run_again(runs_folder, capsys):
+    result = training.run(cli.load([*TEXT, *COMMON, *ONE]))
+    said = done(start("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", runs=runs_folder))
+    assert said.count("reproduced exactly") == 1
+
+
+@pytest.mark.parametrize("hardware", ["ddp", "fsdp2"])
+def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folder, tmp_path):
+    chosen = [*TEXT, *COMMON, *TWO, f"hardware={hardware}", "train.max_steps=40", "method.dropout=0.1"]
+    whole = start("train.py", *chosen, runs=tmp_path / "whole")
+    done(whole)
+    folder = Record.of(cli.load(chosen)).folder
+    process = start("train.py", *chosen, runs=runs_folder)
+    while process.poll() is None and not (folder.is_dir() and len(Record(folder).logged()) > 4):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert 0 < len(Record(folder).logged()) < 40 and Record(folder).checkpoint() and not Record(folder).result()
+    done(start("train.py", *chosen, runs=runs_folder))
+    (other,) = (tmp_path / "whole").glob("adhoc/*")
+    assert rows(folder) == rows(other)
+    assert (folder / "adapter/adapter_model.safetensors").read_bytes() == (
+        other / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "hardware.devices=1: started as 2 process(es); add hardware=ddp or hardware=fsdp2 and hardware.devices=2"),
+        (["hardware=ddp"], "hardware.devices=8: started as 2 process(es); start it with torchrun --nproc-per-node 8"),
+        ([*TEXT, *TWO, "hardware=fsdp2", "method=dora"], "it starts from the base weights, which are sharded"),
+        (["model=tiny-gpt2", *TWO, "hardware=fsdp2"], "transformers cannot shard a gpt2; take hardware=ddp"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_told_once(arguments, said, runs_folder):
+    process = start("train.py", "wandb.mode=disabled", *arguments, runs=runs_folder)
+    out, _ = process.communicate()
+    told = [line for line in out.splitlines() if re.match(r"(train\.py|failed): ", line.rpartition("\r")[2])]
+    assert len(told) == 1 and said in told[0], out[-2000:]
+    assert process.returncode
