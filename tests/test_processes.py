@@ -1,4 +1,4 @@
-"""Two processes on one run, as torchrun starts them: what one process does with the doubled batch, and it can be stopped."""
+"""Two processes on one run, as torchrun starts them, do what one does with the doubled batch, and can be stopped."""
 
 import json
 import os
@@ -66,7 +66,11 @@ def same_record(two: Path, one: Path) -> None:
 
 @pytest.mark.parametrize(
     ("hardware", "kind", "methods"),
-    [("ddp", WORDS, ["dual_lora", "full"]), ("ddp", TEXT, ["dual_lora"]), ("fsdp2", TEXT, ["dual_lora", "lora", "full"])],
+    [
+        ("ddp", WORDS, ["dual_lora", "full"]),
+        ("ddp", TEXT, ["dual_lora"]),
+        ("fsdp2", TEXT, ["dual_lora", "lora", "full"]),
+    ],
 )
 def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, kind, methods, runs_folder, capsys):
     chosen = [*kind, *COMMON]

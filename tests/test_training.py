@@ -46,6 +46,18 @@ def inputs(model: str, tokenizer) -> dict[str, torch.Tensor]:
     return tokenizer(texts, return_tensors="pt", padding=True)
 
 
+@pytest.mark.parametrize("model", FAMILIES)
+def test_accumulated_batches_train_as_one(model, runs_folder):
+    """Also where the model divides its loss by the examples of a batch and not of a step."""
+    found = []
+    for size, parts in ((8, 1), (4, 2)):
+        result = training.run(settings(model, f"train.batch_size={size}", f"train.accumulation={parts}"))
+        logged = Record(runs_folder / "adhoc" / result["identity"]).logged()
+        found.append([row for row in logged if "train/loss" in row])
+    for whole, halves in zip(*found, strict=True):
+        assert halves == pytest.approx(whole, rel=1e-4)
+
+
 @pytest.mark.parametrize("method", cli.choices("method"))
 def test_a_run_leaves_a_whole_record(method, runs_folder):
     chosen = settings("tiny-roberta", f"method={method}")

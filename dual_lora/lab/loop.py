@@ -115,6 +115,9 @@ class Loop(Trainer):
         args.save_only_model = part  # else the Trainer refuses all sharded models, but an adapter on one is whole
         super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
         args.save_only_model = False
+        # The Trainer takes every model for one that divides its loss by the tokens of a whole step. Only the loss of a
+        # causal language model does; others, and the smoothed one, are means of what they see at a time.
+        self.model_accepts_loss_kwargs &= self._loss_shifts_labels and not args.label_smoothing_factor
         self.keeps = not part or isinstance(self.model, PeftModel)
         self.record, self.ids, self.best, self.scale = record, ids, best, scale or 1.0
         for weight in self.model.parameters() if scale else ():
