@@ -67,9 +67,10 @@ def same_record(two: Path, one: Path) -> None:
 @pytest.mark.parametrize(
     ("hardware", "kind", "methods"),
     [
-        ("ddp", WORDS, ["dual_lora", "full"]),
-        ("ddp", TEXT, ["dual_lora"]),
-        ("fsdp2", TEXT, ["dual_lora", "lora", "full"]),
+        ("ddp", WORDS, ["dual_lora"]),
+        ("fsdp2", TEXT, ["dual_lora", "full"]),
+        pytest.param("ddp", TEXT, ["dual_lora", "full"], marks=pytest.mark.slow),
+        pytest.param("fsdp2", TEXT, ["lora", "lora_plus", "rslora"], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, kind, methods, runs_folder, capsys):
@@ -85,12 +86,14 @@ def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, 
         assert cli.evaluate_again([f"run={two}"]) == 0, "one process evaluates what two have trained"
 
 
+@pytest.mark.slow
 def test_several_processes_evaluate_a_run_again(runs_folder, capsys):
     result = training.run(cli.load([*TEXT, *COMMON, *ONE]))
     said = done(start("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", runs=runs_folder))
     assert said.count("reproduced exactly") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hardware", ["ddp", "fsdp2"])
 def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folder, tmp_path):
     chosen = [*TEXT, *COMMON, *TWO, f"hardware={hardware}", "train.max_steps=40", "method.dropout=0.1"]
@@ -116,8 +119,16 @@ def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folde
     [
         ([], "hardware.devices=1: started as 2 process(es); add hardware=ddp or hardware=fsdp2 and hardware.devices=2"),
         (["hardware=ddp"], "hardware.devices=8: started as 2 process(es); start it with torchrun --nproc-per-node 8"),
-        ([*TEXT, *TWO, "hardware=fsdp2", "method=dora"], "it starts from the base weights, which are sharded"),
-        (["model=tiny-gpt2", *TWO, "hardware=fsdp2"], "transformers cannot shard a gpt2; take hardware=ddp"),
+        pytest.param(
+            [*TEXT, *TWO, "hardware=fsdp2", "method=dora"],
+            "it starts from the base weights, which are sharded",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["model=tiny-gpt2", *TWO, "hardware=fsdp2"],
+            "transformers cannot shard a gpt2; take hardware=ddp",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_told_once(arguments, said, runs_folder):

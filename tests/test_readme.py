@@ -15,7 +15,8 @@ from dual_lora.lab import cli, plan
 from dual_lora.lab.runs import Record
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(("    python ", "    make "))]
+STARTS = ("    python ", "    make ", "    torchrun ")
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(STARTS)]
 SHORT = ["train.max_steps=2", "eval.max_examples=4", "wandb.mode=disabled"]
 
 
@@ -47,17 +48,21 @@ def small_bert(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ") and " -m dual" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make ") and " -m dual" not in c])
 def test_commands_run(command, runs_folder, small_bert, tmp_path):
     write_official(tmp_path, "sst2")
-    script, *arguments = words(command)[1:]
+    program, *arguments = words(command)
+    launcher = []
+    if program == "torchrun":
+        launcher, arguments = ["-m", "torch.distributed.run", "--standalone", *arguments[:2]], arguments[2:]
+    script, *arguments = arguments
     places = {
         "export=DIR": f"export={tmp_path / 'exported'}",
         "model.path=DIR": f"model.path={small_bert}",
         "data_dir=DIR": f"data_dir={tmp_path}",
     }
     arguments = [places.get(a, a) for a in arguments]
-    run = [sys.executable, script]
+    run = [sys.executable, *launcher, script]
     if script == "eval.py":
         first = subprocess.run([sys.executable, "train.py", *SHORT], cwd=ROOT, capture_output=True, text=True)
         assert first.returncode == 0, first.stderr

@@ -271,7 +271,7 @@ def scores_before(record: Record) -> dict[str, float] | None:
 def arguments(settings: Settings, record: Record) -> TrainingArguments:
     """Return the Trainer's arguments: the task's protocol and the run's settings."""
     train, task, cuda = settings.train, settings.task, torch.cuda.is_available()
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(record.folder / "checkpoints"),
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulation,
@@ -300,3 +300,5 @@ def arguments(settings: Settings, record: Record) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,  # for `Progress`
     )
+    found._n_gpu = min(found.n_gpu, 1)  # else one process would share every batch among all GPUs it sees
+    return found
