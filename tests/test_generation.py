@@ -61,7 +61,7 @@ def test_outputs_are_those_of_plain_generate(model, beams):
     rows = some(task, "validation", chosen, 10)
     found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test")
     for row, text in zip(rows, found, strict=True):
-        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"])])
+        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"], chosen)])
         with torch.inference_mode():
             made = base.eval().generate(
                 input_ids=ids,
@@ -141,7 +141,7 @@ def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch)
     monkeypatch.setattr(task, "choices", lambda row: texts[len(row["prompt"]) % 2])
     found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test", evaluation.likelihoods)
     for row, scores in zip(rows, found, strict=True):
-        prompt = data.prompt_ids(tokenizer, row["prompt"])
+        prompt = data.prompt_ids(tokenizer, row["prompt"], chosen)
         for text, score in zip(task.choices(row), scores, strict=True):
             choice = tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.inference_mode():

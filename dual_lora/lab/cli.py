@@ -157,6 +157,7 @@ def check_pair(settings: Settings) -> None:
     require(not smooths, f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over")
     writes = form == "generation"
     require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
+    require(writes or not settings.model.chat, f"model.chat=true: {task.name} has no prompts; take model.chat=false")
     if settings.model.generates or not writes:
         return
     able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
@@ -292,7 +293,7 @@ def draw_plans(jobs: list[Settings]) -> int:
 ADDED = {
     "init_from": None,
     "plan": False,
-    "model": {"architecture": {}},
+    "model": {"architecture": {}, "chat": False},
     "task": {"stop": [], "train_rows": None},
     "train": {"group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},

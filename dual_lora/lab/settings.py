@@ -91,8 +91,9 @@ class Model:
 
     `roles` maps q, k, v, o, gate, up, down to a regular expression that ends a module's name; `adapt` lists the roles
     a method changes; `head` names modules trained in full beside it because the base model does not bring them.
-    `generates` tells whether the model writes text (a causal language model). `architecture` is its configuration as
-    far as it differs from transformers' defaults, for plans made without a download.
+    `generates` tells whether the model writes text (a causal language model), `chat` whether prompts are put into its
+    tokenizer's chat template instead of being given as they are. `architecture` is its configuration as far as it
+    differs from transformers' defaults, for plans made without a download.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Model:
     bundled: bool
     dtype: str
     generates: bool
+    chat: bool
     roles: dict[str, str]
     adapt: list[str]
     head: list[str]
