@@ -93,8 +93,10 @@ def gguf(settings: Settings) -> Path | None:
 
 
 def check_all_read(model: PreTrainedModel, file: Path) -> None:
-    """Refuse a GGUF file with more weights than the model that transformers made of it has places for."""
-    held, taken = len(gguf_file.header(file).tensors), len(list(model.parameters()))
+    """Refuse a GGUF file with more weights than the model that transformers made of it has places for. Those of experts
+    are not counted: transformers joins them."""
+    held = sum("_exps" not in name for name in gguf_file.header(file).tensors)
+    taken = len(list(model.parameters()))
     kind = type(model).__name__
     require(held <= taken, f"model.path={file}: holds {held} weights, {kind} takes {taken}; {gguf_file.SAVED}")
 
