@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_commonsense import official
+from test_gguf import write as write_gguf
 from test_glue import write_official
 
 import train
@@ -169,6 +170,11 @@ def as_pickle(path: str, base: Callable[[Path], None]) -> Callable[[Path], None]
     return make
 
 
+def in_gguf(**options) -> Callable[[Path], None]:
+    """Return what writes a GGUF file of the bundled llama model."""
+    return lambda here: write_gguf(here / "x.gguf", **options)
+
+
 class Trap:
     """What a pickle could do when it is read."""
 
@@ -200,6 +206,7 @@ OFFICIAL = f"{E2E} task.options.references=official"
 COMMONSENSE = "model=tiny-llama task=commonsense data_dir={here}"
 EVAL, SWEEP = "eval.py", "sweep.py"
 PLACED = "model.path={here}/model"
+GGUF = "model=tiny-llama model.path={here}/x.gguf"
 CONFIG = "run/config.yaml"
 
 
@@ -249,11 +256,14 @@ CASES = [
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
     Case("config", "a text of no tokens", "model=tiny-llama task=demo/choice task.max_new_tokens=0", "needs at least one token"),
+    Case("config", "a chat without prompts", "model=tiny-llama model.chat=true", "model.chat=true: demo/sentiment has no prompts"),
+    Case("config", "a chat without a template", "model=tiny-llama task=demo/restaurants model.chat=true", "tokenizer has no chat template"),
     Case("config", "classes smoothed that are none", "task=glue/stsb task.label_smoothing=0.1", "has no classes to smooth over"),
     Case("config", "several devices, one process", "hardware=ddp", "start it with torchrun --nproc-per-node 8 train.py"),
     Case("config", "a sharded classifier", "hardware=fsdp2 model=tiny-roberta task=demo/sentiment", "whose head trains"),
     Case("config", "checkpoints of all weights, sharded", "hardware=fsdp2 method=full train.save_steps=5", "drop it"),
     Case("config", "a 4-bit base that trains", "hardware=qlora method=full", "hardware.base=nf4: method full trains"),
+    Case("config", "a 4-bit base from a GGUF file", "hardware=qlora model.path=x.gguf", "a GGUF file is read whole"),
     Case("config", "a 4-bit base, sharded", "hardware=fsdp2 hardware.base=nf4", "cannot be sharded in full"),
     Case("config", "rank too small for two groups", "method.rank=1", "r=1"),
     Case("config", "unknown PEFT field", "+method.peft.nonsense=1", "nonsense"),
@@ -390,6 +400,21 @@ CASES = [
     Case("environment", "no tokenizer", PLACED, "no tokenizer beside the model", lambda h: [without("model/tokenizer.json", model)(h), (h / "model/tokenizer_config.json").unlink()]),
     Case("environment", "a tokenizer that is junk", PLACED, "cannot load", changed("model/tokenizer.json", lambda c: b"{}", model)),
     Case("environment", "another model's tokenizer", PLACED, "model=tiny-roberta", lambda h: other_tokenizer(h)),
+    Case("environment", "no such GGUF file", GGUF, "x.gguf: no such file"),
+    Case("environment", "a folder that is called a GGUF file", GGUF, "x.gguf: no such file", lambda h: (h / "x.gguf").mkdir()),
+    Case("environment", "a GGUF file that is none", GGUF, "x.gguf: not a GGUF file", lambda h: shutil.copy(runs.BUNDLED / "tiny-llama/model.safetensors", h / "x.gguf")),
+    Case("environment", "a GGUF file that is empty", GGUF, "x.gguf: not a GGUF file", write("x.gguf", "")),
+    Case("environment", "a GGUF file that is a pickle", GGUF, "x.gguf: not a GGUF file", lambda h: write("x.gguf", pickle.dumps(Trap()))(h)),
+    Case("environment", "a GGUF file cut short", GGUF, "x.gguf: damaged", changed("x.gguf", lambda c: c[: len(c) // 2], in_gguf())),
+    Case("environment", "a GGUF file cut in its last weight", GGUF, "cannot load", changed("x.gguf", lambda c: c[:-5], in_gguf())),
+    Case("environment", "a GGUF file of an old version", GGUF, "x.gguf: damaged (version 1", changed("x.gguf", lambda c: c.replace(b"GGUF\x03", b"GGUF\x01", 1), in_gguf())),
+    Case("environment", "a GGUF file of another kind", GGUF, "transformers reads no clip from GGUF", in_gguf(architecture="clip")),
+    Case("environment", "a GGUF file with an unknown tokenizer", GGUF, "how its tokenizer cuts texts (deepseek-llm) is not known", in_gguf(cut="deepseek-llm")),
+    Case("environment", "a GGUF file with stretched positions", GGUF, "its positions are scaled", in_gguf(more={"llama.rope.scaling.type": "yarn"})),
+    Case("environment", "a GGUF file of another family than the model's", "model=tiny-gpt2 task=demo/choice model.path={here}/x.gguf", "not found in the base model", in_gguf()),
+    Case("environment", "a GGUF file of an encoder and decoder", "model=tiny-llama task=demo/restaurants model.path={here}/x.gguf", "cannot load", in_gguf(architecture="t5")),
+    Case("environment", "a chat template that is broken", "model=tiny-llama task=demo/restaurants model.chat=true model.path={here}/x.gguf", "chat template takes no single prompt", in_gguf(template="{% for %}")),
+    Case("environment", "a chat template that would run code", "model=tiny-llama task=demo/restaurants model.chat=true model.path={here}/x.gguf", "chat template takes no single prompt", in_gguf(template="{{ ''.__class__.__mro__[1].__subclasses__() }}")),
     Case("environment", "a model that is not here, offline", "model=roberta-base", "cannot load FacebookAI/roberta-base"),
     Case("environment", "data that is not here, offline", "task=glue/rte", "cannot load its train split"),
     Case("environment", "a model that is nowhere", "model=whisper-tiny-gpt2 task=e2e", "not on the hub; give model.path=DIR"),

@@ -1,13 +1,15 @@
 """Outputs at any batch size, from the shared cache and from plain `generate`, and the likelihood of given texts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dual_lora.lab import beam_search, cache, cli, data, evaluation, methods, models, throughput, training
-from dual_lora.lab.runs import task_of
+from dual_lora.lab.runs import BUNDLED, identity, task_of
+from dual_lora.lab.runs import chosen as chosen_facts
 from dual_lora.lab.settings import UserError
 
 WRITERS = ("tiny-gpt2", "tiny-llama")
@@ -61,7 +63,7 @@ def test_outputs_are_those_of_plain_generate(model, beams):
     rows = some(task, "validation", chosen, 10)
     found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test")
     for row, text in zip(rows, found, strict=True):
-        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"])])
+        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"], chosen)])
         with torch.inference_mode():
             made = base.eval().generate(
                 input_ids=ids,
@@ -141,7 +143,7 @@ def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch)
     monkeypatch.setattr(task, "choices", lambda row: texts[len(row["prompt"]) % 2])
     found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test", evaluation.likelihoods)
     for row, scores in zip(rows, found, strict=True):
-        prompt = data.prompt_ids(tokenizer, row["prompt"])
+        prompt = data.prompt_ids(tokenizer, row["prompt"], chosen)
         for text, score in zip(task.choices(row), scores, strict=True):
             choice = tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.inference_mode():
@@ -161,3 +163,66 @@ def test_throughput_compares_with_single_prompts_at_equal_outputs(runs_folder, c
     assert found["prompts"] == found["equal_outputs"] == 6 and found["ratio"] > 0
     with pytest.raises(UserError, match="split=test: demo/restaurants has validation"):
         throughput.main([run, "split=test"])
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn['role'] + ' says ' + turn['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'the restaurant says ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def talker(tmp_path) -> list[str]:
+    """The bundled model with a chat template, as overrides."""
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED / "tiny-llama", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return [f"model.path={folder}", "model.chat=true"]
+
+
+def test_a_chat_is_the_same_in_training_and_evaluation(talker, monkeypatch):
+    chosen, task, base, tokenizer = loaded("tiny-llama", "demo/restaurants", *talker, "task.max_new_tokens=8")
+    rows = some(task, "validation", chosen)
+    examples = data.encode(
+        evaluation.load_split(task, "validation", chosen).rows.select(range(9)), task, tokenizer, chosen
+    )
+    seen = []
+    read = cache.read
+    monkeypatch.setattr(cache, "read", lambda model, prompts, pad: seen.extend(prompts) or read(model, prompts, pad))
+    evaluation.outputs(base, tokenizer, task, rows, chosen, "test")
+    for row, example in zip(rows, examples, strict=True):
+        told = [label for label in example["labels"] if label != data.IGNORED]
+        prompt = example["input_ids"][: -len(told)]
+        said = f"<s>user says {row['prompt']}\nthe restaurant says "
+        assert tokenizer.decode(prompt) == said and prompt.count(tokenizer.bos_token_id) == 1
+        assert tokenizer.decode(told) == row["target"] + tokenizer.eos_token
+        assert example["labels"] == [data.IGNORED] * len(prompt) + example["input_ids"][len(prompt) :]
+        assert prompt in seen
+
+
+def test_a_chat_is_answered_alike_at_any_batch_size(talker):
+    chosen, task, base, tokenizer = loaded("tiny-llama", "demo/restaurants", *talker, "task.max_new_tokens=12")
+    rows = some(task, "validation", chosen, 12)
+    given = {}
+    for size in (1, 8):
+        sized = replace(chosen, eval=replace(chosen.eval, batch_size=size))
+        given[size] = evaluation.outputs(base, tokenizer, task, rows, sized, "test")
+    plainly = replace(chosen, model=replace(chosen.model, chat=False))
+    assert given[1] == given[8] != evaluation.outputs(base, tokenizer, task, rows, plainly, "test")
+
+
+def test_only_a_chat_is_named(talker):
+    place, chat = talker
+    known = cli.load(["model=tiny-llama"])
+    assert identity(cli.load(["model=tiny-llama", "model.chat=false"])) == identity(known)
+    assert identity(cli.load(["model=tiny-llama", chat])) != identity(known)
+    assert "chat" not in chosen_facts(known)["model"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("demo/restaurants", "tiny-llama's tokenizer has no chat template"), ("demo/sentiment", "has no prompts")],
+)
+def test_a_chat_without_template_or_prompts_is_refused(task, message):
+    with pytest.raises(UserError, match=f"model.chat=true: .*{message}"):
+        loaded("tiny-llama", task, "model.chat=true")

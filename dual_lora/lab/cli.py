@@ -162,6 +162,7 @@ def check_pair(settings: Settings) -> None:
     able = writes or settings.hardware.sharding != "full"
     require(able, f"hardware.sharding=full: not for {task.name}, whose head trains; take hardware.sharding=replicas")
     require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
+    require(writes or not settings.model.chat, f"model.chat=true: {task.name} has no prompts; take model.chat=false")
     if settings.model.generates or not writes:
         return
     able = [m for m in choices("model") if OmegaConf.load(CONF / "model" / f"{m}.yaml").get("generates")]
@@ -302,7 +303,7 @@ def draw_plans(jobs: list[Settings]) -> int:
 ADDED = {
     "init_from": None,
     "plan": False,
-    "model": {"architecture": {}},
+    "model": {"architecture": {}, "chat": False},
     "task": {"stop": [], "train_rows": None},
     "train": {"group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},

@@ -108,7 +108,7 @@ def generate(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
     """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
-    prompts = [data.prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    prompts = [data.prompt_ids(tokenizer, row["prompt"], settings) for row in rows]
     protocol = settings.task
     data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = plain(model)
@@ -154,7 +154,7 @@ def likelihoods(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[list[float]]:
     """Return the log-likelihood of each of `task.choices` after a row's prompt, summed over its tokens."""
-    prompts = [data.prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    prompts = [data.prompt_ids(tokenizer, row["prompt"], settings) for row in rows]
     choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
     data.check_room(model, max(map(len, prompts)) + longest, settings)

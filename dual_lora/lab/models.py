@@ -1,7 +1,8 @@
-"""Base models and tokenizers, from a folder or from the hub; safetensors only, no code from the model's repository."""
+"""Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -9,12 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
 
-from dual_lora.lab import hub, processes, runs
+from dual_lora.lab import data, gguf_file, hub, processes, runs
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
@@ -27,10 +29,12 @@ NO_CODE = {"trust_remote_code": False}  # given outright: transformers would ask
 
 
 def place(settings: Settings) -> dict[str, str | bool | None]:
-    """Return where `from_pretrained` finds the model: a folder, or a hub id with its revision."""
-    folder = runs.model_folder(settings)
-    if folder:
-        return {"pretrained_model_name_or_path": str(folder), **NO_CODE}
+    """Return where `from_pretrained` finds the model: a folder, a GGUF file, or a hub id with its revision."""
+    path, file = runs.model_path(settings), gguf(settings)
+    if file:
+        return {"pretrained_model_name_or_path": gguf_file.alone(file).name, "gguf_file": file.name, **NO_CODE}
+    if path:
+        return {"pretrained_model_name_or_path": str(path), **NO_CODE}
     hub.settle(models=True)
     return {"pretrained_model_name_or_path": settings.model.hub, "revision": settings.model.revision, **NO_CODE}
 
@@ -49,27 +53,24 @@ def readable(what: str, mend: str) -> Iterator[None]:
 
 def told(settings: Settings) -> AbstractContextManager[None]:
     """Turn a failure to find, fetch or read a model into one line."""
-    where = place(settings)["pretrained_model_name_or_path"]
+    where = runs.model_path(settings) or place(settings)["pretrained_model_name_or_path"]
     return readable(f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model")
 
 
 def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the base model with the head the task's form needs, and its tokenizer.
+    """Return the base model with the head the task's form needs, and its tokenizer. A GGUF file's weights are unpacked.
 
     Raises:
         UserError: the model is neither at `model.path` nor to be had from the hub.
     """
     tokenizer = load_tokenizer(settings)
-    dtype = getattr(torch, settings.model.dtype)
+    options = {"dtype": getattr(torch, settings.model.dtype), "use_safetensors": True, **head_options(task)}
+    file = gguf(settings)
+    if file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
     with told(settings):
-        model, found = head_class(task).from_pretrained(
-            **place(settings),
-            **head_options(task),
-            **shards(settings),
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        options |= shards(settings)
+        model, found = head_class(task).from_pretrained(**place(settings), **options, output_loading_info=True)
     fresh = {"classifier", "score", *settings.model.head}
     lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
     require(
@@ -77,6 +78,9 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
         f"model={settings.model.name}: its weights lack {len(lacking)} that its config.json asks for, first "
         f"{lacking[:1]}; they are another model's",
     )
+    if file:
+        model.name_or_path = model.config.name_or_path = ""  # PEFT would look for a config.json there, also on the hub
+        check_all_read(model, file)
     known, asked = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
     require(
         asked < known, f"model={settings.model.name}: its tokenizer goes to {asked}, the model knows {known} tokens"
@@ -101,14 +105,35 @@ def sharded(model: torch.nn.Module) -> bool:
     return getattr(model, "is_distributed_loading_by_transformers", False)
 
 
+def gguf(settings: Settings) -> Path | None:
+    """Return the GGUF file the model is read from, if it is."""
+    path = runs.model_path(settings)
+    return path if path and gguf_file.is_one(path) else None
+
+
+def check_all_read(model: PreTrainedModel, file: Path) -> None:
+    """Refuse a GGUF file with more weights than the model that transformers made of it has places for. Those of experts
+    are not counted: transformers joins them."""
+    held = sum("_exps" not in name for name in gguf_file.header(file).tensors)
+    taken = len(list(model.parameters()))
+    kind = type(model).__name__
+    require(held <= taken, f"model.path={file}: holds {held} weights, {kind} takes {taken}; {gguf_file.SAVED}")
+
+
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; one without a padding token pads with the end of text (masked everywhere)."""
+    file = gguf(settings)
     with told(settings):
-        tokenizer = AutoTokenizer.from_pretrained(**place(settings))
+        tokenizer = gguf_file.tokenizer(file) if file else AutoTokenizer.from_pretrained(**place(settings))
     bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
     require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if settings.model.chat:
+        where = f"model.chat=true: {settings.model.name}"
+        require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; take model.chat=false")
+        with readable(f"{where}'s chat template takes no single prompt", "take model.chat=false"):
+            data.as_chat(tokenizer, "a prompt")
     return tokenizer
 
 

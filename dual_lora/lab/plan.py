@@ -6,22 +6,24 @@ operations, hooks on autograd what it keeps for backward. So the plan holds for 
 activations are those of full-length batches, an upper bound.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from dual_lora import paper
 from dual_lora.bench import kept_bytes
 from dual_lora.lab import evaluation, methods, models
-from dual_lora.lab.runs import Record, model_folder, task_of
+from dual_lora.lab.runs import Record, model_path, task_of
 from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.training import quiet
 from tasks import Task
@@ -109,20 +111,17 @@ def skeleton(settings: Settings, task: Task, layers: int | None = None) -> PreTr
         UserError: neither the model's YAML nor a folder tells its architecture.
     """
     values = settings.model.architecture
-    folder = model_folder(settings)
+    path = model_path(settings)
     require(
-        folder or values,
+        path or values,
         f"model={settings.model.name}: no architecture in its YAML; give model.path=DIR or architecture there",
     )
     options = models.head_options(task)
     if task.form == "classification":
         options["problem_type"] = "single_label_classification"  # else some models look into the labels
     with models.readable(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
-        config = (
-            AutoConfig.from_pretrained(folder, **options, **models.NO_CODE)
-            if folder
-            else AutoConfig.for_model(**values, **options)
-        )
+        config = copy.deepcopy(stored(**models.place(settings))) if path else AutoConfig.for_model(**values)
+        config.update(options)
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -131,6 +130,12 @@ def skeleton(settings: Settings, task: Task, layers: int | None = None) -> PreTr
         config._attn_implementation = "planned"
     with torch.device("meta"):
         return models.head_class(task).from_config(config, dtype=getattr(torch, settings.model.dtype))
+
+
+@cache
+def stored(**place: str) -> PretrainedConfig:
+    """Return the configuration of a saved model, read once: a GGUF file's takes seconds."""
+    return AutoConfig.from_pretrained(**place)
 
 
 def layers(model: torch.nn.Module) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 import tasks
-from dual_lora.lab import checkpoints, lock, processes
+from dual_lora.lab import checkpoints, gguf_file, lock, processes
 from dual_lora.lab.disk import flush, remove, writing
 from dual_lora.lab.settings import Settings, UserError, first_line, require
 
@@ -52,6 +52,8 @@ VARIABLES = (
 )
 VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
+# Bytes of either end of a weight file that identify it.
+END = 1 << 20
 # What a run's result must tell, whatever version wrote it.
 RESULT = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
 # method.lr is where train.lr has its value from, if it has no other.
@@ -89,8 +91,8 @@ def task_of(settings: Settings) -> tasks.Task:
         return tasks.load(settings.task.name, settings.task.options)
 
 
-def model_folder(settings: Settings) -> Path | None:
-    """Return the folder the model is read from, or None for the hub.
+def model_path(settings: Settings) -> Path | None:
+    """Return the folder or the GGUF file the model is read from, or None for the hub.
 
     Raises:
         UserError: `model.path` holds no model.
@@ -99,6 +101,9 @@ def model_folder(settings: Settings) -> Path | None:
     path = (
         BUNDLED / model.name if model.bundled and model.path is None else model.path and Path(model.path).expanduser()
     )
+    if path and gguf_file.is_one(path):
+        gguf_file.header(path)
+        return path
     if path and not (path / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json there; give the folder of a saved Hugging Face model")
     if path and not list(path.glob("*.safetensors")):
@@ -126,19 +131,28 @@ def read_object(path: Path, mend: str, *keys: str) -> dict[str, Any]:
 
 
 def model_facts(settings: Settings) -> dict[str, str]:
-    """Return what identifies the weights: hub id and revision, or a hash over both ends of every weight file."""
-    folder = model_folder(settings)
+    """Return what identifies the weights: hub id and revision, or a hash over both ends of every weight file, of a GGUF
+    file over all that stands before the weights, too."""
+    folder = model_path(settings)
     if folder is None:
         known = settings.model.hub or settings.plan
         require(bool(known), f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
         return {"hub": f"{settings.model.hub}@{settings.model.revision}"}
+    if gguf_file.is_one(folder):
+        ends = file_ends(folder, gguf_file.header(folder).size + END)
+        return {"sha256": hashlib.sha256(f"{folder.stat().st_size}".encode() + ends).hexdigest()}
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(1 << 20))
-            stream.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(stream.read())
+        digest.update(f"{file.name} {file.stat().st_size}".encode() + file_ends(file, END))
     return {"sha256": digest.hexdigest()}
+
+
+def file_ends(file: Path, first: int) -> bytes:
+    """Return the `first` bytes of a file and its last `END`."""
+    with file.open("rb") as stream:
+        start = stream.read(first)
+        stream.seek(max(0, file.stat().st_size - END))
+        return start + stream.read()
 
 
 def init_file(settings: Settings) -> Path:
@@ -170,6 +184,7 @@ def chosen(settings: Settings) -> dict[str, Any]:
     for group, keys in NOT_IDENTITY.items():
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
     kept["train"]["group_by_length"] = settings.train.group_by_length or None
+    kept["model"]["chat"] = settings.model.chat or None
     return given(kept)
 
 

@@ -91,8 +91,9 @@ class Model:
 
     `roles` maps q, k, v, o, gate, up, down to a regular expression that ends a module's name; `adapt` lists the roles
     a method changes; `head` names modules trained in full beside it because the base model does not bring them.
-    `generates` tells whether the model writes text (a causal language model). `architecture` is its configuration as
-    far as it differs from transformers' defaults, for plans made without a download.
+    `generates` tells whether the model writes text (a causal language model), `chat` whether prompts are put into its
+    tokenizer's chat template instead of being given as they are. `architecture` is its configuration as far as it
+    differs from transformers' defaults, for plans made without a download.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Model:
     bundled: bool
     dtype: str
     generates: bool
+    chat: bool
     roles: dict[str, str]
     adapt: list[str]
     head: list[str]
@@ -307,6 +309,9 @@ class Settings:
         base, frozen = self.hardware.base, self.method.peft is not None
         kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
         require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
+        whole = self.hardware.sharding != "full" and base is None
+        packed = (self.model.path or "").lower().endswith(".gguf")
+        require(whole or not packed, f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single")
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")

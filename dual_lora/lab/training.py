@@ -5,12 +5,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    modeling_gguf_pytorch_utils,
+    set_seed,
+)
 
 from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models, processes
 from dual_lora.lab.disk import remove
@@ -129,6 +138,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # a bar with no switch of its own
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
