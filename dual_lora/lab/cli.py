@@ -207,6 +207,8 @@ def check(argv: list[str]) -> list[Settings]:
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load(job) for job in jobs]
     for settings in found:
+        if not settings.plan:
+            settings.hardware.check_installed()
         record = Record.of(settings)  # reads what names the run: data and weights must be there
         if not settings.force:
             record.result()
@@ -354,6 +356,7 @@ def evaluate_again(argv: list[str]) -> int:
     require(analyse == "true" or not against, "against: only with analyse=true")
     require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
     settings = changed(recorded(run), values)
+    settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:
         return export_run(settings, record, Path(folder).expanduser(), dtype or settings.model.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import (
@@ -12,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dual_lora.lab import hub, runs
+from dual_lora.lab import hub, nf4, runs
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
@@ -57,12 +58,14 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         UserError: the model is neither at `model.path` nor to be had from the hub.
     """
+    settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
-    dtype = getattr(torch, settings.model.dtype)
+    how = {"dtype": getattr(torch, settings.model.dtype), **head_options(task), **nf4.options(settings)}
     with told(settings):
         model, found = head_class(task).from_pretrained(
-            **place(settings), **head_options(task), dtype=dtype, use_safetensors=True, output_loading_info=True
+            **place(settings), **how, use_safetensors=True, output_loading_info=True
         )
+    nf4.keep_as_loaded(model)
     fresh = {"classifier", "score", *settings.model.head}
     lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
     require(
@@ -76,6 +79,20 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def load_plain(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return as `load`, but of a base in 4 bits a plain model with the values these stand for, in float32.
+
+    Raises:
+        UserError: as `load`.
+    """
+    model, tokenizer = load(settings, task)
+    if settings.hardware.base is None:
+        return model, tokenizer
+    plain, _ = load(replace(settings, hardware=replace(settings.hardware, base=None)), task)
+    nf4.copy_values(model, plain.float())
+    return plain, tokenizer
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

@@ -57,6 +57,7 @@ class DualLoraFactors(nn.Module):
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
         fan = self.usual_fan(fan_in, fan_out)
         self.reset_parameters(config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction))
+        self.keeps = True  # dW between the calls of an evaluation
         self._kept: tuple[tuple, Tensor] | None = None
         LIVE.add(self)
 
@@ -179,9 +180,10 @@ class DualLoraFactors(nn.Module):
         return F.linear(x, self._matrix(weight, x.dtype), bias)
 
     def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """dW, or weight + dW; kept between the calls of an evaluation as long as nothing it is made of changes."""
+        """dW, or weight + dW; where it `keeps`, kept between the calls of an evaluation as long as nothing it is made of
+        changes."""
         parts = [t for t in (self.A, self.B, self.C, self.D, self.update_scale, weight) if t is not None]
-        keepable = not torch.compiler.is_compiling() and not any(t.is_inference() for t in parts)
+        keepable = self.keeps and not torch.compiler.is_compiling() and not any(t.is_inference() for t in parts)
         made_of = [(t.data_ptr(), t._version) for t in parts] + [dtype, self.scaling] if keepable else None
         if keepable and self._kept is not None and self._kept[0] == made_of:
             return self._kept[1]
