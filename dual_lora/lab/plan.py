@@ -75,6 +75,7 @@ def draw(settings: Settings) -> dict[str, Any]:
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = task_of(settings)
     model = methods.attach(skeleton(settings, task), settings, task.form)
+    size = sizes(model, settings, task)
     counts = methods.parameters(model)
     step = trace(settings, task, layers(model))
     train, hardware = settings.train, settings.hardware
@@ -92,7 +93,7 @@ def draw(settings: Settings) -> dict[str, Any]:
         **counts,
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": published(settings),
-        "memory": memory(sizes(model, settings, task), step["kept"], hardware.devices, hardware.sharding, hardware.base),
+        "memory": memory(size, step["kept"], hardware.devices, hardware.sharding, hardware.base),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,

@@ -256,9 +256,9 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is done on. `accelerator`: what plans take it for; `devices`: how many, each with a process of its own;
-    `sharding`: none, replicas (every device holds all: DDP) or full (every device its part: FSDP2); `base`: null, or
-    nf4, the form the frozen base is held in."""
+    """What a run is done on. `accelerator`: what plans take it for; `devices`: how many, each with a process of its
+    own; `sharding`: none, replicas (every device holds all: DDP) or full (every device its part: FSDP2); `base`: null,
+    or nf4, the form the frozen base is held in."""
 
     name: str
     accelerator: str
@@ -310,8 +310,9 @@ class Settings:
         sound(self)
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
-        frozen = self.method.peft is not None or self.hardware.base is None
-        require(frozen, f"hardware.base={self.hardware.base}: method {self.method.name} trains the base; take an adapter")
+        base, name = self.hardware.base, self.method.name
+        frozen = self.method.peft is not None or base is None
+        require(frozen, f"hardware.base={base}: method {name} trains the base; take an adapter")
         alone = self.plan or self.hardware.devices == 1
         require(alone, f"hardware.devices={self.hardware.devices}: only plan=true knows several devices so far")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
