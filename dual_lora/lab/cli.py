@@ -215,6 +215,7 @@ def check(argv: list[str]) -> list[Settings]:
     for settings in found:
         if not settings.plan:
             processes.check(settings)
+            settings.hardware.check_installed()
         record = Record.of(settings)  # reads what names the run: data and weights must be there
         if not settings.force:
             record.result()
@@ -365,6 +366,7 @@ def evaluate_again(argv: list[str]) -> int:
     require(analyse == "true" or not against, "against: only with analyse=true")
     require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
     settings = changed(recorded(run), values)
+    settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:
         return export_run(settings, record, Path(folder).expanduser(), dtype or settings.model.dtype)

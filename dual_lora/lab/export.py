@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dual_lora.lab import models, reevaluation, training
+from dual_lora.lab import models, nf4, reevaluation, training
 from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, UserError
 
@@ -20,7 +20,8 @@ def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
     """Write the merged model, its tokenizer and, below adapter/, the adapter; return what to tell the user.
 
     The merge is done in float32 and rounded once to `dtype`; what is told is the relative difference (norm over norm)
-    between the logits of the checkpoint as loaded again and those of the unmerged run.
+    between the logits of the checkpoint as loaded again and those of the unmerged run. Of a base in 4 bits the adapter
+    is merged into the values these stand for, because those are what it was trained and evaluated on.
 
     Raises:
         UserError: the folder cannot be written.
@@ -28,8 +29,9 @@ def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
     training.quiet()
     task = task_of(settings)
     model, tokenizer = reevaluation.load_trained(settings, record, task)
-    model = model.float().eval()
-    unmerged = logits(model)
+    unmerged = logits(nf4.in_float32(model).eval())
+    if settings.hardware.base:
+        model = reevaluation.load_trained(settings, record, task, plain=True)[0]
     merged: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
     try:
         merged.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD)
@@ -42,10 +44,12 @@ def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
     loaded = models.head_class(task).from_pretrained(folder, **options)
     found = logits(loaded.eval())
     error = ((found - unmerged).norm() / unmerged.norm()).item()
-    return f"exported: {folder} ({dtype}); its logits differ from the unmerged run's by {error:.1e} of their norm"
+    base = ", its 4-bit base dequantised" if settings.hardware.base else ""
+    return f"exported: {folder} ({dtype}{base}); its logits differ from the unmerged run's by {error:.1e} of their norm"
 
 
 @torch.inference_mode()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     ids = torch.randint(0, model.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double()
+    ids = ids.to(model.device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().cpu()

@@ -92,9 +92,10 @@ class BestEpoch(TrainerCallback):
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return everything training may change: trained weights and buffers."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: value.detach() for name, value in model.state_dict().items() if name not in frozen}
+    """Return everything training may change: trained weights and buffers. What a frozen weight in 4 bits keeps beside
+    it goes by its name and a dot."""
+    frozen = tuple(f"{name}." for name, p in model.named_parameters() if not p.requires_grad)
+    return {name: value.detach() for name, value in model.state_dict().items() if not f"{name}.".startswith(frozen)}
 
 
 class Loop(Trainer):

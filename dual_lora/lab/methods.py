@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
-from dual_lora.lab import models
+from dual_lora.lab import models, nf4
 from dual_lora.lab.runs import init_file
 from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
 from dual_lora.tuner.warmup import factors_of
@@ -107,8 +107,9 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
 
 def merge(model: torch.nn.Module) -> bool:
     """Merge the adapter where that loses nothing, so that evaluation runs at the base model's speed, and return whether
-    it was done; in 16 bits the base weights would round much of an update away."""
-    able = isinstance(model, PeftModel) and model.dtype == torch.float32 and not models.sharded(model)
+    it was done; in 16 bits the base weights would round much of an update away, in 4 bits nearly all."""
+    plain = model.dtype == torch.float32 and not models.sharded(model) and not nf4.held(model)
+    able = isinstance(model, PeftModel) and plain
     if able:
         model.merge_adapter()
     return able
@@ -136,7 +137,7 @@ def parameters(model: torch.nn.Module) -> dict[str, int]:
     heads = sum(n for name, n in trained.items() if "modules_to_save" in name)
     return {
         # beside a head that trains PEFT keeps the original
-        "parameters": sum(p.numel() for name, p in model.named_parameters() if ".original_module." not in name),
+        "parameters": sum(nf4.entries(p) for name, p in model.named_parameters() if ".original_module." not in name),
         "trainable_parameters": sum(trained.values()),
         "adapter_parameters": sum(trained.values()) - heads if hasattr(model, "peft_config") else 0,
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from dual_lora.lab import data, gguf_file, hub, processes, runs
+from dual_lora.lab import data, gguf_file, hub, nf4, processes, runs
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
@@ -63,14 +64,17 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         UserError: the model is neither at `model.path` nor to be had from the hub.
     """
+    settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
     options = {"dtype": getattr(torch, settings.model.dtype), "use_safetensors": True, **head_options(task)}
+    options |= nf4.options(settings)
     file = gguf(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     with told(settings):
         options |= shards(settings)
         model, found = head_class(task).from_pretrained(**place(settings), **options, output_loading_info=True)
+    nf4.keep_as_loaded(model)
     fresh = {"classifier", "score", *settings.model.head}
     lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
     require(
@@ -118,6 +122,20 @@ def check_all_read(model: PreTrainedModel, file: Path) -> None:
     taken = len(list(model.parameters()))
     kind = type(model).__name__
     require(held <= taken, f"model.path={file}: holds {held} weights, {kind} takes {taken}; {gguf_file.SAVED}")
+
+
+def load_plain(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return as `load`, but of a base in 4 bits a plain model with the values these stand for, in float32.
+
+    Raises:
+        UserError: as `load`.
+    """
+    model, tokenizer = load(settings, task)
+    if settings.hardware.base is None:
+        return model, tokenizer
+    plain, _ = load(replace(settings, hardware=replace(settings.hardware, base=None)), task)
+    nf4.copy_values(model, plain.float())
+    return plain, tokenizer
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

@@ -3,7 +3,8 @@
 The run's own model, with the run's own method on it, stands on torch's meta device, where tensors have shapes and no
 numbers. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
 operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does, and time and
-activations are those of full-length batches, an upper bound.
+activations are those of full-length batches, an upper bound. A base in 4 bits counts as many parameters, operations and
+activations as one that is not: bitsandbytes makes one layer's weight of it at a time, which the reserve is there for.
 """
 
 import copy
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from dual_lora import paper
 from dual_lora.bench import kept_bytes
-from dual_lora.lab import evaluation, methods, models
+from dual_lora.lab import evaluation, methods, models, nf4
 from dual_lora.lab.runs import Record, model_path, task_of
 from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.training import quiet
@@ -76,6 +77,7 @@ def draw(settings: Settings) -> dict[str, Any]:
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = task_of(settings)
     model = methods.attach(skeleton(settings, task), settings, task.form)
+    size = sizes(model, settings, task)
     counts = methods.parameters(model)
     step = trace(settings, task, layers(model))
     train, hardware = settings.train, settings.hardware
@@ -93,7 +95,7 @@ def draw(settings: Settings) -> dict[str, Any]:
         **counts,
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": published(settings),
-        "memory": memory(sizes(model, settings, task), step["kept"], hardware.devices, hardware.sharding),
+        "memory": memory(size, step["kept"], hardware.devices, hardware.sharding, hardware.base),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
@@ -190,6 +192,8 @@ def take_step(settings: Settings, task: Task, layers: int) -> dict[str, int]:
     """Take one step on the meta device with so many layers."""
     model = methods.attach(skeleton(settings, task, layers), settings, task.form).train()
     model.to(getattr(torch, settings.model.dtype))  # as autocast does in training, which the meta device does not know
+    for layer in nf4.would_hold(model, settings.model) if settings.hardware.base else ():
+        layer.register_forward_hook(lambda *_: None)  # so that no adapter computes its product and the layer's in one
     limit = getattr(evaluation.plain(model).config, "max_position_embeddings", settings.task.max_length)
     ids = torch.zeros(settings.train.batch_size, min(settings.task.max_length, limit), dtype=torch.long, device="meta")
     labels = {"generation": ids, "classification": ids[:, 0], "regression": ids[:, 0].float()}[task.form]
@@ -219,18 +223,23 @@ def training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
 
 
 def sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
-    """Return bytes of all weights, of those that train, and of what is gathered at once when all is sharded: two of the
-    base model's layers, or all that is in none of them (embeddings, head), whichever is more."""
-    found = [(p.numel() * p.itemsize, p.requires_grad) for p in model.parameters()]
+    """Return bytes of all weights, of all with the base in 4 bits, of those that train, and of what is gathered at once
+    when all is sharded: two of the base model's layers, or all that is in none of them (embeddings, head), whichever is
+    more."""
+    weights = sum(p.nbytes for p in model.parameters())
+    small = [layer.weight for layer in nf4.would_hold(model, settings.model)]
     one, two = (sum(p.nbytes for p in skeleton(settings, task, count).parameters()) for count in (1, 2))
     return {
-        "weights": sum(size for size, _ in found),
-        "trained": sum(size for size, train in found if train),
+        "weights": weights,
+        "weights_nf4": weights - sum(w.nbytes - nf4.nbytes(w.numel()) for w in small),
+        "trained": sum(p.nbytes for p in model.parameters() if p.requires_grad),
         "gathered": max(2 * (two - one), 2 * one - two),
     }
 
 
-def memory(size: dict[str, int], kept: float, devices: int, sharding: str) -> dict[str, float]:
+def memory(
+    size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
+) -> dict[str, float]:
     """Return bytes a device: weights, gradients, AdamW's moments, what is kept for backward, a reserve, and the peak.
 
     Sharded in full (FSDP2), a device holds its part of the first three, and what it gathers at once.
@@ -238,7 +247,7 @@ def memory(size: dict[str, int], kept: float, devices: int, sharding: str) -> di
     full = sharding == "full"
     shards = devices if full else 1
     parts = {
-        "weights": size["weights"] / shards,
+        "weights": size[f"weights_{base}" if base else "weights"] / shards,
         "gradients": size["trained"] / shards,
         "optimizer": ADAM * size["trained"] / shards,
         "activations": kept,
@@ -257,26 +266,31 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     train, hardware, parts = settings.train, settings.hardware, found["memory"]
     room = found["hardware"]["memory"]
 
-    def fits(batch: int, devices: int, sharding: str) -> bool:
+    def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
         kept = parts["activations"] * batch / train.batch_size
-        return memory(parts["size"], kept, devices, sharding)["peak"] <= room
+        return memory(parts["size"], kept, devices, sharding, base)["peak"] <= room
 
+    here = (hardware.devices, hardware.sharding)
     batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
     more = [2**i for i in range(1, 11) if 2**i > hardware.devices]
     if hardware.sharding == "replicas":
         more = [hardware.devices, *more]
-    same = [(b, hardware.devices, hardware.sharding) for b in batches]
-    wide = [(train.batch_size, devices, "full") for devices in more]
-    both = [(b, devices, "full") for devices in more for b in batches]
-    chosen = {next((option for option in group if fits(*option)), None) for group in (same, wide)} - {None}
-    chosen = chosen or {next((option for option in both if fits(*option)), None)} - {None}
+    free = hardware.base is None
+    small = free and hardware.sharding != "full" and parts["size"]["weights_nf4"] < parts["size"]["weights"]
+    same = [(b, *here, hardware.base) for b in batches]
+    held = [(b, *here, "nf4") for b in batches if small]  # the method leaves a base that can be held so
+    wide = [(train.batch_size, devices, "full", None) for devices in more if free]
+    wide += [(b, devices, "full", None) for devices in more for b in batches if free]
+    chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]
     mends = []
-    for batch, devices, sharding in sorted(chosen, key=lambda option: option[1]):
+    for batch, devices, sharding, base in filter(None, chosen):
         mend = []
         if batch != train.batch_size:
             accumulation = train.accumulation * train.batch_size // batch
             mend += [f"train.batch_size={batch} train.accumulation={accumulation}"]
-        if (devices, sharding) != (hardware.devices, hardware.sharding):
+        if base != hardware.base:
+            mend += [f"hardware.base={base}"]
+        if (devices, sharding) != here:
             mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
         if devices > hardware.devices:
             mend += [f"(for {devices // hardware.devices} times as many examples a step)"]

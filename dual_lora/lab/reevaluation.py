@@ -39,14 +39,17 @@ def run(settings: Settings, record: Record) -> int:
     return 0 if metrics == stored["metrics"] else 1
 
 
-def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.nn.Module, object]:
-    """Return the model as it was when the run ended, and its tokenizer.
+def load_trained(
+    settings: Settings, record: Record, task: Task, plain: bool = False
+) -> tuple[torch.nn.Module, object]:
+    """Return the model as it was when the run ended, and its tokenizer. plain: see `models.load_plain`.
 
     Raises:
         UserError: the base model or what was trained cannot be loaded.
     """
     tuned = settings.method.peft is None
-    base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else models.load(settings, task)
+    load = models.load_plain if plain else models.load
+    base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else load(settings, task)
     folder = record.folder / ("model" if tuned else "adapter")
     weights = folder / ("model.safetensors" if tuned else "adapter_model.safetensors")
     mend = "run its command again with force=true"

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = Path(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs").expanduser()
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
-PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf")
+PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf", "bitsandbytes")
 # Variables of the environment that change which kernels run or in which order numbers are added.
 VARIABLES = (
     "OMP_NUM_THREADS",

@@ -6,6 +6,7 @@ Importing this module loads neither torch nor transformers.
 """
 
 import difflib
+import importlib.util
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -279,6 +280,11 @@ class Hardware:
         )
         split = self.base and self.sharding == "full"
         require(not split, f"hardware.base={self.base}: cannot be sharded in full; take hardware.sharding=replicas")
+
+    def check_installed(self) -> None:
+        """Refuse a base that this environment cannot hold; plans need not hold it."""
+        here = self.base is None or importlib.util.find_spec("bitsandbytes") is not None
+        require(here, f"hardware.base={self.base}: needs bitsandbytes; pip install -e '.[quantised]'")
 
 
 @dataclass(frozen=True)

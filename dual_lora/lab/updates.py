@@ -210,13 +210,14 @@ class Dual(Update):
 
 
 def of_run(settings: Settings, record: Record) -> list[Update]:
-    """Return every weight a finished run changed, of a fully trained model those that have a role.
+    """Return every weight a finished run changed, of a fully trained model those that have a role. W0 of a base in 4
+    bits is what these stand for.
 
     Raises:
         UserError: the run cannot be loaded, has a value that is no number, or a method that is not known here.
     """
     task = task_of(settings)
-    trained, _ = reevaluation.load_trained(settings, record, task)
+    trained, _ = reevaluation.load_trained(settings, record, task, plain=True)
     for name, parameter in trained.named_parameters():
         require(bool(parameter.isfinite().all()), f"run={record.shown()}: {name} has values that are no numbers")
     if isinstance(trained, PeftModel):

@@ -180,7 +180,8 @@ class DualLoraFactors(nn.Module):
         return F.linear(x, self._matrix(weight, x.dtype), bias)
 
     def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """dW, or weight + dW; kept between the calls of an evaluation as long as nothing it is made of changes."""
+        """dW, or weight + dW; where it `keeps`, the same between the calls of an evaluation as long as nothing it is
+        made of changes."""
         parts = [t for t in (self.A, self.B, self.C, self.D, self.update_scale, weight) if t is not None]
         keepable = self.keeps and not torch.compiler.is_compiling() and not any(t.is_inference() for t in parts)
         made_of = [(t.data_ptr(), t._version) for t in parts] + [dtype, self.scaling] if keepable else None

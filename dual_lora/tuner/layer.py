@@ -43,6 +43,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add the adapter, of budget r. fused: see `DualLoraConfig.fused_slices`; ValueError where it does not fit."""
         factors = self._create_factors(config, r, alpha, fused)
+        factors.keeps = not self._quantized()  # dW would take several times the memory of what was made small
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -60,6 +60,14 @@ def test_all_factors_are_trained(kind):
     assert all(p.grad.any() for p in factors_of(model).parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_keeps_no_dW_beside_a_quantised_weight(kind):
+    model, x = quantized_model(kind)
+    with torch.no_grad():
+        model(x)
+    assert factors_of(model)._kept is None
+
+
 def test_8_bit_merge_and_unmerge():
     model, x = quantized_model("8bit")
     with model.disable_adapter():

@@ -1,0 +1,94 @@
+"""The frozen base model in 4 bits: NF4 with double quantisation, as in QLoRA (arXiv 2305.14314, section 3), by
+bitsandbytes.
+
+Linear weights are held so. Embeddings, norms, biases and heads stay in model.dtype, as without it, so that two such
+runs differ in nothing but 4-bit weights. PEFT's `prepare_model_for_kbit_training` would hold all of these in float32
+(of a 70B model's embeddings 4 GB more, and activations twice as large) and recompute activations; RMS norms compute in
+float32 anyway. The one thing of it that training needs, a frozen base, an adapter brings.
+"""
+
+import re
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from dual_lora.lab.settings import Model, Settings
+
+BLOCK, BLOCKS = 64, 256  # weights that share an 8-bit constant; constants that share a float32 one
+
+
+def heads(model: Model) -> set[str]:
+    """Return the names of modules that stay as they are, with all below them."""
+    return {"classifier", "score", "lm_head", *model.head}
+
+
+def options(settings: Settings) -> dict[str, BitsAndBytesConfig]:
+    """Return what `from_pretrained` is told beside the model's place."""
+    if settings.hardware.base is None:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.model.dtype),
+        llm_int8_skip_modules=[rf"(?:.*\.)?{re.escape(name)}" for name in sorted(heads(settings.model))],
+    )
+    return {"quantization_config": config}
+
+
+def held(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return name and layer of every weight of a loaded model that is in 4 bits."""
+    return [(name, layer) for name, layer in model.named_modules() if is_4bit(getattr(layer, "weight", None))]
+
+
+def is_4bit(weight: object) -> bool:
+    return getattr(weight, "quant_state", None) is not None
+
+
+def keep_as_loaded(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing weights anew at the first evaluation, as it does on CPUs with AVX512-BF16: that
+    rounds their constants for good, and training on packed weights has no gradient."""
+    for _, layer in held(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Return the model with all it computes in float32; the 4-bit weights stay as they are."""
+    for _, layer in held(model):
+        layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+    return nn.Module.float(model)  # transformers' own refuses a model with anything in 4 bits
+
+
+@torch.no_grad()
+def copy_values(model: nn.Module, plain: nn.Module) -> None:
+    """Give an unquantised model the values that the 4-bit weights of another stand for, in float32."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in held(in_float32(model)):
+        target, W = plain.get_submodule(name), dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        target.weight.copy_(W.T if isinstance(target, Conv1D) else W)
+
+
+def would_hold(model: nn.Module, known: Model) -> list[nn.Module]:
+    """Return the layers of an unquantised model, its method attached, that would be in 4 bits."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D)
+        and not module.weight.requires_grad
+        and not heads(known) & set(name.split("."))
+    ]
+
+
+def nbytes(entries: int) -> int:
+    """Return the bytes of a weight in 4 bits with its constants: 4.127 bits an entry."""
+    blocks = ceil(entries / BLOCK)
+    return ceil(entries / 2) + blocks + 4 * ceil(blocks / BLOCKS)
+
+
+def entries(weight: Tensor) -> int:
+    """Return how many numbers a weight holds, which of a 4-bit one are more than its bytes."""
+    return weight.quant_state.shape.numel() if is_4bit(weight) else weight.numel()
