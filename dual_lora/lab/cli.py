@@ -206,7 +206,7 @@ def check(argv: list[str]) -> list[Settings]:
     from dual_lora.lab import launching
 
     jobs = parse([a for a in argv if not a.startswith("-")])
-    launching.check(launching.chosen(argv))
+    launching.check(argv)
     many = bool(MULTIRUN & set(argv))
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load(job) for job in jobs]

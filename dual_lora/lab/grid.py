@@ -133,7 +133,7 @@ def sweep(argv: list[str]) -> int:
     launcher = launching.chosen(argv)
     extra = [a for a in argv if a not in launcher and a.partition("=")[0] not in ("experiment", "scale", "run")]
     cli.parse(launcher)
-    launching.check(launcher)
+    launching.check(argv)
     names = cli.choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
     asked_for = [Experiment.load(name, given.get("scale")) for name in names]
     composed = [(experiment, experiment.compose(extra)) for experiment in asked_for]

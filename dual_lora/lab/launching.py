@@ -16,9 +16,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import strftime
 
@@ -73,7 +74,7 @@ def composed(words: list[str]) -> DictConfig:
 
 
 def check(words: list[str]) -> None:
-    """Refuse a launcher that is not known or not installed, and settings that it does not have.
+    """Refuse a launcher that is not known or not installed, and settings that it does not have, or that have no say.
 
     Raises:
         UserError: what is wrong, and the mend.
@@ -86,14 +87,16 @@ def check(words: list[str]) -> None:
     except MissingConfigException as error:
         extra = EXTRAS.get(name, "launchers")
         raise UserError(f"hydra/launcher={name}: not installed; pip install -e '.[{extra}]'") from error
-    for key in map(key_of, words):
+    for key in map(key_of, chosen(words)):
         part = key.removeprefix("hydra.launcher.").partition(".")[0]
         require(
             key == "hydra/launcher" or part in has,
             f"{key}: launcher {name} has no such setting.{nearest(part, has)}",
         )
+    swept = [key for key in map(key_of, words) if key.replace("/", ".").startswith("hydra.sweeper")]
+    require(not (swept and name != HERE), f"{''.join(swept[:1])}: not with hydra/launcher={name}, which gets all runs at once")
     try:
-        composed(words)
+        composed(chosen(words))
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
         raise UserError(cli.one_line(error)) from error
 
@@ -185,28 +188,13 @@ def hand_over(number: int, words: list[str], folder: Path) -> list[JobReturn | N
         raise UserError(f"hydra/launcher={name_of(words)}: {first_line(error)}") from error
 
 
-@contextmanager
-def patient() -> Iterator[None]:
-    """Have submitit wait for all jobs: one that died is None among the results, and not the end of the waiting."""
-    try:
-        from submitit import Job
-        from submitit.core.utils import UncompletedJobError
-    except ImportError:
-        yield
-        return
-    results = Job.results
+def patient() -> AbstractContextManager:
+    """Return what has submitit, if it is installed, wait for all jobs, whatever becomes of one."""
+    if not find_spec("submitit"):
+        return nullcontext()
+    from dual_lora.lab import waiting
 
-    def found(job: Job) -> list:
-        try:
-            return results(job)
-        except UncompletedJobError:
-            return [None]
-
-    Job.results = found
-    try:
-        yield
-    finally:
-        Job.results = results
+    return waiting.patient()
 
 
 def work(folder: Path, config: DictConfig) -> dict[str, str] | None:
