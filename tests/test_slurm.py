@@ -121,6 +121,10 @@ def jobs() -> list[str]:
     return told("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
 
 
+def waiting(job: str) -> bool:
+    return "PENDING" in told("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+
+
 def test_one_of_three_jobs_fails(slurm, runs_folder):
     """rank 1 cannot be shared between two groups, which the job finds out."""
     command = start("train.max_steps=2", "method=lora,dual_lora,dora", "method.rank=1")
@@ -144,8 +148,9 @@ def test_a_preempted_job_leaves_a_checkpoint_and_goes_on(slurm, runs_folder, how
     (folder,) = runs_folder.glob("adhoc/*")
     told("scancel", job, *([] if how == "scancel" else [f"--signal={how}"]))
     if how == "USR2":
-        until("it is told to be queued again", lambda: "Requeued job" in log(runs_folder))
-        told("scontrol", "release", job)
+        until("it is queued again", lambda: "DUE TO JOB REQUEUE" in log(runs_folder) and waiting(job))
+        assert list(folder.glob("checkpoints/*/"))
+        told("scontrol", "update", f"JobId={job}", "StartTime=now")  # else in two minutes
     out, err = command.communicate(timeout=500)
     print(out, err, log(runs_folder))
     if how != "USR2":
@@ -157,6 +162,7 @@ def test_a_preempted_job_leaves_a_checkpoint_and_goes_on(slurm, runs_folder, how
     result = json.loads((folder / "result.json").read_text())
     assert result["steps"] == 150 and not list(folder.glob("checkpoints"))
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert "SIGUSR2: stopping after this step" in log(runs_folder) or how != "USR2"
     assert steps == sorted(steps) and len(set(steps)) >= 15
 
 

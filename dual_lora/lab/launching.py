@@ -9,6 +9,7 @@ Every launch has a folder of its own, removed when all its runs finished:
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -74,31 +75,41 @@ def composed(words: list[str]) -> DictConfig:
 
 
 def check(words: list[str]) -> None:
-    """Refuse a launcher that is not known or not installed, and settings that it does not have, or that have no say.
+    """Refuse a launcher that is not known or not installed, and settings that it does not have.
 
     Raises:
         UserError: what is wrong, and the mend.
     """
+    words = [word for word in words if re.match(r"hydra[./]", key_of(word))]
+    if not words:
+        return
     name, known = name_of(words), [HERE, *cli.choices("hydra/launcher")]
     hint = nearest(name, known)
     require(name in known, f"hydra/launcher={name}: no such launcher.{hint} Known: {', '.join(known)}")
-    try:
-        has = list(composed([f"hydra/launcher={name}"]).hydra.launcher)
-    except MissingConfigException as error:
-        extra = EXTRAS.get(name, "launchers")
-        raise UserError(f"hydra/launcher={name}: not installed; pip install -e '.[{extra}]'") from error
-    for key in map(key_of, chosen(words)):
+    has = settings_of(name)
+    for key in map(key_of, words):
         part = key.removeprefix("hydra.launcher.").partition(".")[0]
-        require(
-            key == "hydra/launcher" or part in has,
-            f"{key}: launcher {name} has no such setting.{nearest(part, has)}",
-        )
-    swept = [key for key in map(key_of, words) if key.replace("/", ".").startswith("hydra.sweeper")]
-    require(not (swept and name != HERE), f"{''.join(swept[:1])}: not with hydra/launcher={name}, which gets all runs at once")
+        own = key == "hydra/launcher" or not chosen([key])
+        require(own or part in has, f"{key}: launcher {name} has no such setting.{nearest(part, has)}")
+        swept = key.replace("/", ".").startswith("hydra.sweeper") and name != HERE
+        require(not swept, f"{key}: not with hydra/launcher={name}, which gets all runs at once")
     try:
         composed(chosen(words))
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
         raise UserError(cli.one_line(error)) from error
+
+
+def settings_of(name: str) -> list[str]:
+    """Return the names of a launcher's settings.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return list(composed([f"hydra/launcher={name}"]).hydra.launcher)
+    except MissingConfigException as error:
+        extra = EXTRAS.get(name, "launchers")
+        raise UserError(f"hydra/launcher={name}: not installed; pip install -e '.[{extra}]'") from error
 
 
 def launch(jobs: list[Settings], words: list[str]) -> None:

@@ -9,8 +9,8 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 
 
 class Queue(SlurmInfoWatcher):
-    """Asks squeue, not sacct, which knows nothing on a cluster without accounting: a job that has left the queue is over,
-    with a result or without."""
+    """Asks squeue, not sacct, which knows nothing on a cluster without accounting: a job that has left the queue is
+    over, with a result or without."""
 
     def _make_command(self) -> list[str] | None:
         waited_for = self._registered - self._finished
