@@ -3,6 +3,7 @@
     python sweep.py experiment=NAME                 every missing run, then the report
     python sweep.py experiment=NAME run=false       the report again, from the records alone
     python sweep.py experiment=NAME KEY=VALUE ...   with further settings for every run, as for train.py
+    python sweep.py experiment=NAME hydra/launcher=workstation|slurm     several runs at once, or on a cluster
 
 conf/experiment/ holds the experiments; each file says what it asks, the command, how long it takes and what to expect.
 """

@@ -93,11 +93,12 @@ def check_names(override: Override) -> None:
             require(str(value) in choices(key), f"{key}={value}: no such {key}.{hint} Known: {', '.join(choices(key))}")
     elif re.match(r"hydra(/|\.|$)", key):
         require(HYDRA_KEYS.match(key), f"{key}: of Hydra's own only hydra/launcher and hydra/sweeper may be set")
+        require(not override.is_sweep_override(), f"{key}: one value for all runs")
     else:
         opened = any(key.startswith(parent + ".") for parent in open_keys())
         known = [*keys(), *GROUPS]
         require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
-    added = override.is_add() and key in [*keys(), *GROUPS]
+    added = override.is_add() and key in [*keys(), *GROUPS, "hydra/launcher"]
     require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
 
 
@@ -208,7 +209,10 @@ def check(argv: list[str]) -> list[Settings]:
     """
     for flag in (a for a in argv if a.startswith("-")):
         require(flag in MULTIRUN, f"{flag}: no such option; settings are KEY=VALUE, -m runs several, --help shows all")
+    from dual_lora.lab import launching
+
     jobs = parse([a for a in argv if not a.startswith("-")])
+    launching.check(argv)
     many = bool(MULTIRUN & set(argv))
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load(job) for job in jobs]
@@ -226,58 +230,72 @@ def check(argv: list[str]) -> list[Settings]:
 unfinished: dict[Path, dict[str, str]] = {}
 
 
-def attempt(settings: Settings) -> None:
-    """Do one job; whatever goes wrong is kept for `conclude`, so that other jobs go on. A stop ends all of them, and so
-    does an error in one of several processes."""
+def reason(error: BaseException) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def attempt(settings: Settings) -> dict[str, str] | None:
+    """Do one job; whatever goes wrong is returned and kept for `conclude`, so that other jobs go on. A stop ends all of
+    them, and so does an error in one of several processes."""
     from dual_lora.lab import lock, training
 
     try:
         training.run(settings)
-        return
+        return None
     except (UserError, lock.Elsewhere) as caught:
         error = caught
         if isinstance(caught, lock.Elsewhere):
             print(f"done elsewhere: {Record.of(settings).shown()}: {caught}", file=sys.stderr)
-    except Exception as caught:
+    except (Exception, SystemExit) as caught:
         error = caught
         print(without_secrets(traceback.format_exc()), file=sys.stderr)
-    unfinished[Record.of(settings).folder] = {"error": type(error).__name__, "message": str(error)}
+    unfinished[Record.of(settings).folder] = reason(error)
     if processes.several():  # the others may wait for this one, and would wait in its next run
         sys.exit(conclude([settings]))
+    return reason(error)
 
 
 def conclude(jobs: list[Settings]) -> int:
     """Print every job that did not finish, with the reason, and return the exit code."""
-    codes = [EXIT_OK]
-    known = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE}
-    for settings in jobs:
-        record = Record.of(settings)
-        failure = unfinished.pop(record.folder, None) or record.tried(settings).failure()
-        elsewhere = failure and failure["error"] == "Elsewhere"
-        if (failure is None or elsewhere) and record.result():
-            continue
-        failure = failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
-        codes.append(known.get(failure["error"], EXIT_FAILED))
-        if not elsewhere:
-            user = failure["error"] == UserError.__name__
-            message = (
-                first_line(failure["message"]) if user else f"{failure['error']}: {first_line(failure['message'])}"
-            )
-            print(f"failed: {record.shown()}: {without_secrets(message)}", file=sys.stderr)
-        elif len(jobs) > 1:  # of one alone `attempt` has said it
-            print(f"done elsewhere: {record.shown()}", file=sys.stderr)
+    failures = [(Record.of(settings), failure) for settings in jobs if (failure := why_unfinished(settings))]
+    known = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
+    for record, failure in failures:
+        error, message = failure["error"], first_line(failure["message"])
+        if error == "Elsewhere":
+            line = f"done elsewhere: {record.shown()}" if len(jobs) > 1 else ""  # of one alone `attempt` has said it
+        elif error == "Stopped":
+            line = f"stopped: {record.shown()}: by {message}; the same command goes on"
+        else:
+            line = f"failed: {record.shown()}: {message if error == UserError.__name__ else f'{error}: {message}'}"
+        if line:
+            print(without_secrets(line), file=sys.stderr)
     if len(jobs) > 1:
-        print(f"{len(jobs) - len(codes) + 1} of {len(jobs)} runs finished", file=sys.stderr)
-    return min(codes[1:], default=EXIT_OK)
+        print(f"{len(jobs) - len(failures)} of {len(jobs)} runs finished", file=sys.stderr)
+    return min((known.get(failure["error"], EXIT_FAILED) for _, failure in failures), default=EXIT_OK)
+
+
+def why_unfinished(settings: Settings) -> dict[str, str] | None:
+    """Return why a job that was tried has no result; None if it has one."""
+    record = Record.of(settings)
+    failure = unfinished.pop(record.folder, None) or record.tried(settings).failure()
+    if (failure is None or failure["error"] == "Elsewhere") and record.result():
+        return None
+    return failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
 
 
 def train(run: Callable[[], None]) -> int:
-    """Check the command line, let Hydra run its jobs, say what failed."""
+    """Check the command line, let Hydra or a launcher run its jobs, say what failed."""
+    from dual_lora.lab import launching
+
     argv = sys.argv[1:]
     jobs = [] if HYDRA_FLAGS & {a.partition("=")[0] for a in argv} else check(argv)
     if any(settings.plan for settings in jobs):
         return draw_plans(jobs)
-    run()
+    launcher = launching.chosen(argv)
+    if launching.elsewhere(launcher):
+        launching.launch(jobs, launcher)
+    else:
+        run()
     return conclude(jobs)
 
 

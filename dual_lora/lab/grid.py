@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
-from dual_lora.lab import cli, runs
+from dual_lora.lab import cli, launching, runs
 from dual_lora.lab.disk import writing
 from dual_lora.lab.experiments import Cell, Experiment
 from dual_lora.lab.runs import Record
@@ -90,28 +90,37 @@ def distinct(jobs: list[Settings]) -> list[Settings]:
     return list({Record.of(job).folder: job for job in reversed(jobs)}.values())[::-1]
 
 
-def run_missing(jobs: list[Settings], what: str = "runs") -> int:
-    """Run every job that is not finished, saying how long the rest may take, and return the exit code."""
+def run_missing(jobs: list[Settings], launcher: list[str], what: str = "runs") -> int:
+    """Run every job that is not finished, here, saying how long the rest may take, or through the launcher that these
+    words choose, and return the exit code."""
     for job in jobs:
         Record.of(job).clean()
     missing = [job for job in jobs if job.force or Record.of(job).result() is None]
     print(f"{len(jobs)} {what}, {len(jobs) - len(missing)} finished, {len(missing)} to do")
-    started = time.monotonic()
-    for number, job in enumerate(missing):
-        spent = time.monotonic() - started
-        left = f", about {spent / number * (len(missing) - number) / 60:.0f} min left" if number else ""
-        print(f"\n[{number + 1}/{len(missing)}] {Record.of(job).name}{left}", flush=True)
-        cli.attempt(job)
+    if launching.elsewhere(launcher):
+        launching.launch(missing, launcher)
+    else:
+        run_here(missing)
     return cli.conclude(jobs)
 
 
-def run_all(cells: list[Cell], study: str) -> int:
+def run_here(jobs: list[Settings]) -> None:
+    """Run jobs in this process, one after the other."""
+    started = time.monotonic()
+    for number, job in enumerate(jobs):
+        spent = time.monotonic() - started
+        left = f", about {spent / number * (len(jobs) - number) / 60:.0f} min left" if number else ""
+        print(f"\n[{number + 1}/{len(jobs)}] {Record.of(job).name}{left}", flush=True)
+        cli.attempt(job)
+
+
+def run_all(cells: list[Cell], study: str, launcher: list[str]) -> int:
     """Run what is missing of an experiment: first the runs that choose learning rates, then the table's own."""
     trials = distinct([trial for cell in cells for trial in cell.tuning])
-    code = run_missing(trials, "runs to choose learning rates") if trials else cli.EXIT_OK
+    code = run_missing(trials, launcher, "runs to choose learning rates") if trials else cli.EXIT_OK
     found = kept(study) if trials else {}
     ready = [chosen.settings for cell in cells if (chosen := tuned(cell, found))]
-    return run_missing(distinct(ready)) or code
+    return run_missing(distinct(ready), launcher) or code
 
 
 def sweep(argv: list[str]) -> int:
@@ -121,20 +130,23 @@ def sweep(argv: list[str]) -> int:
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(cli.choices('experiment'))}")
     run = given.get("run", "true")
     require(run in ("true", "false"), f"run={run}: true or false")
-    extra = [a for a in argv if a.partition("=")[0] not in ("experiment", "scale", "run")]
+    launcher = launching.chosen(argv)
+    extra = [a for a in argv if a not in launcher and a.partition("=")[0] not in ("experiment", "scale", "run")]
+    cli.parse(launcher)
+    launching.check(argv)
     names = cli.choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
     asked_for = [Experiment.load(name, given.get("scale")) for name in names]
     composed = [(experiment, experiment.compose(extra)) for experiment in asked_for]
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         return cli.draw_plans(distinct([cell.settings for _, cells in composed for cell in cells]))
-    codes = [do(experiment, cells, run == "true") for experiment, cells in composed]
+    codes = [do(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
     return min((code for code in codes if code), default=cli.EXIT_OK)
 
 
-def do(experiment: Experiment, cells: list[Cell], run: bool) -> int:
-    """Run what is missing of an experiment, write its report, print it and return the exit code."""
-    study = cells[0].settings.study
-    code = run_all(cells, study) if run else cli.EXIT_OK
+def do(experiment: Experiment, cells: list[Cell], launcher: list[str] | None) -> int:
+    """Run what is missing of an experiment (None: nothing), write its report, print it and return the exit code."""
+    study, run = cells[0].settings.study, launcher is not None
+    code = run_all(cells, study, launcher) if run else cli.EXIT_OK
     from dual_lora.lab import ranks_report, report
 
     folder, done = runs.RUNS / study / "report", look_up(cells, study)

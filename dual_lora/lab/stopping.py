@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What a queue sends shortly before the time limit; it means something only where submitit listens to it.
+REQUEUE = signal.SIGUSR2
 
 
 class Stopped(BaseException):
@@ -38,6 +40,7 @@ class Stop:
         """Listen to the signals as long as this lasts, but to none that whoever started this has it ignore."""
         self.asked, self.waits = None, False
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.hear) for number in heard}
         try:
             yield

@@ -1,0 +1,228 @@
+"""Runs through Hydra's launchers: in other processes everything is as in this one, and the command tells what became of
+them. A real Slurm: test_slurm.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+from test_sweep import SMALL, SPEC
+
+from dual_lora.lab import cli, grid, launching, runs
+from dual_lora.lab.experiments import Experiment
+from dual_lora.lab.settings import UserError
+from dual_lora.lab.stopping import REQUEUE, STOP, Stopped
+
+TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
+INSTALLED = [name for name in cli.choices("hydra/launcher") if name != "ray_cluster"]
+LONG = ["train.max_steps=4000"]
+
+
+@pytest.fixture
+def start():
+    """A function that starts train.py with a launcher, in a process group that does not outlive the test."""
+    begun = []
+
+    def do(*words: str) -> subprocess.Popen:
+        given = {word.partition("=")[0] for word in words}
+        words = [word for word in TINY if word.partition("=")[0] not in given] + list(words)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "train.py", "-m", *words]
+        begun.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams))
+        return begun[-1]
+
+    yield do
+    for process in begun:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def doing(folder: Path, number: int) -> list[int]:
+    """Wait until so many runs log steps and return the processes that do them."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        begun = [p.parent for p in folder.glob("adhoc/*/metrics.jsonl") if "loss" in p.read_text()]
+        if len(begun) >= number:
+            return [json.loads((run / ".lock").read_text())["pid"] for run in begun]
+        time.sleep(0.3)
+    raise AssertionError(f"{number} runs never began")
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_launcher_composes(name):
+    assert launching.composed([f"hydra/launcher={name}"]).hydra.launcher._target_.startswith("hydra_plugins.")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("hydra/launcher=slrum", "hydra/launcher=slrum: no such launcher. Did you mean slurm? Known: basic, "),
+        ("hydra/launcher=slurm hydra.launcher.partitoin=x", "hydra.launcher.partitoin: launcher slurm has no such"),
+        ("hydra/launcher=workstation +hydra.launcher.x=1", "hydra.launcher.x: launcher workstation has no such"),
+        ("hydra.launcher.n_jobs=2", "hydra.launcher.n_jobs: launcher basic has no such setting."),
+        ("hydra/launcher=workstation hydra.launcher.n_jobs=two", "hydra.launcher.n_jobs: Value 'two' of type 'str'"),
+        ("hydra/launcher=workstation hydra.launcher.n_jobs=1,2", "hydra.launcher.n_jobs: one value for all runs"),
+        ("hydra/launcher=workstation,slurm", "hydra/launcher: one value for all runs"),
+        ("+hydra/launcher=slurm", "+hydra/launcher: is there already"),
+        ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: not with"),
+        ("hydra.launchers=slurm", "hydra.launchers: of Hydra's own only hydra/launcher"),
+    ],
+)
+def test_mistakes(words, message):
+    for refuse in (lambda: cli.check(["-m", *words.split()]), lambda: grid.sweep(["experiment=cost", *words.split()])):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
+    def missing(words):
+        raise MissingConfigException("no such config", "hydra/launcher/x")
+
+    monkeypatch.setattr(launching, "composed", missing)
+    for name, extra in {"ray_cluster": "ray", "slurm": "launchers", "workstation": "launchers"}.items():
+        with pytest.raises(UserError, match=rf"hydra/launcher={name}: not installed; pip install -e '.\[{extra}\]'$"):
+            launching.check([f"hydra/launcher={name}"])
+
+
+def test_no_slurm_here_is_told(runs_folder, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="^hydra/launcher=slurm: Could not detect"):
+        launching.launch([cli.load(TINY)], ["hydra/launcher=slurm"])
+
+
+@pytest.mark.parametrize("launcher", ["workstation", "slurm_local"])
+def test_a_failing_run_stops_no_other(launcher, runs_folder, start):
+    """rank 1 cannot be shared between two groups, which only the run itself finds out."""
+    command = start(f"hydra/launcher={launcher}", "method=lora,dual_lora,dora", "method.rank=1")
+    out, err = command.communicate(timeout=300)
+    assert f"3 of 3 runs handed to {launcher}" in out
+    assert command.returncode == cli.EXIT_USER and "2 of 3 runs finished" in err, err
+    assert "dual_lora_s0" in err and "r=1: expected an integer of at least 2" in err
+    assert len(list(runs_folder.glob("adhoc/*/result.json"))) == 2
+    assert [p.name for p in (runs_folder / ".multirun").iterdir()], "a launch with a failure keeps its logs"
+
+
+def test_a_sweep_runs_what_is_missing_through_a_launcher(runs_folder, monkeypatch, capfd):
+    """First the runs that choose rates, then the table's, each with the settings of its own cell."""
+    tune = {"holdout": 32, "grid": {"LoRA": [1e-3], "Dual LoRA": [2e-3]}}
+    spec = SPEC | {"tune": tune, "smoke": SPEC["smoke"] | {"seeds": [0]}}
+    monkeypatch.setattr(Experiment, "load", lambda name, scale=None: Experiment.read(name, spec, scale))
+    words = ["experiment=small", "hydra/launcher=workstation", "hydra.launcher.n_jobs=2", *SMALL]
+    assert grid.sweep(words) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("2 of 2 runs handed to workstation") == 2 and "| LoRA" in shown
+    assert shown.index("2 runs to choose learning rates, 0 finished") < shown.index("2 runs, 0 finished")
+    rates = {OmegaConf.load(p).train.lr for p in runs_folder.glob("small/*_s0_*/config.yaml")}
+    assert rates == {1e-3, 2e-3}
+    assert not list((runs_folder / ".multirun").iterdir())
+    assert grid.sweep(words) == 0
+    assert "handed" not in capfd.readouterr().out
+
+
+def test_a_killed_process_ends_in_the_usual_words(runs_folder, start):
+    command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
+    os.kill(doing(runs_folder, 2)[0], signal.SIGKILL)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == cli.EXIT_FAILED and "Traceback" not in err
+    assert err.count("Killed: ended without a result; the same command tries again") == 2
+    assert "0 of 2 runs finished" in err
+
+
+def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
+    """Ctrl-C as a terminal sends it: to all processes at once; the one of four runs that waits is not begun."""
+    command = start("hydra/launcher=workstation", "method=lora,dual_lora", "seed=0,1", *LONG)
+    doing(runs_folder, 2)
+    os.killpg(command.pid, signal.SIGINT)
+    out, err = command.communicate(timeout=120)
+    assert command.returncode == cli.EXIT_STOPPED and "Traceback" not in err
+    assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
+    assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
+
+
+@pytest.fixture
+def work(runs_folder, monkeypatch):
+    """A function that does job 0 of a launch as a launcher's process does, with `attempt` in place of the run."""
+    monkeypatch.setattr(launching, "told", [])
+    folder = launching.prepared([cli.load(TINY)])
+    here = OmegaConf.create({"job": {"num": 0}})
+    monkeypatch.setattr(launching.HydraConfig, "get", lambda: here)
+
+    def do(attempt=cli.attempt):
+        monkeypatch.setattr(cli, "attempt", attempt)
+        return launching.work(folder, None)
+
+    do.folder = folder
+    return do
+
+
+def test_a_process_that_was_stopped_takes_no_more_runs(work):
+    def preempted(settings):
+        signal.raise_signal(signal.SIGTERM)
+
+    stopped = {"error": "Stopped", "message": "SIGTERM"}
+    assert work(preempted) == stopped
+    assert work(lambda settings: pytest.fail("begun")) == stopped
+
+
+def test_a_stopped_launch_begins_no_more_runs(work):
+    (work.folder / "stop").touch()
+    assert work(lambda settings: pytest.fail("begun"))["error"] == "Stopped"
+
+
+def test_what_a_process_cannot_read_is_a_failed_run(work):
+    (work.folder / "0" / "config.yaml").write_text("seed: [")
+    assert work()["error"] == "UserError"
+
+
+def test_before_the_time_limit_the_run_stops_and_submitit_queues_it_again(work):
+    heard = []
+
+    def limit(settings):
+        signal.raise_signal(REQUEUE)
+
+    before = signal.signal(REQUEUE, lambda *_: heard.append(1))
+    try:
+        assert work(limit) == {"error": "Stopped", "message": REQUEUE.name}
+    finally:
+        signal.signal(REQUEUE, before)
+    assert heard == [1]  # by whoever listened before the run did, after the run
+
+
+def test_the_signal_of_a_time_limit_is_left_alone_where_nobody_listens():
+    with STOP.heard():
+        assert signal.getsignal(REQUEUE) is signal.SIG_DFL
+
+
+def test_sys_exit_is_a_failed_run_like_any_other(runs_folder, monkeypatch, capsys):
+    from dual_lora.lab import training
+
+    monkeypatch.setattr(training, "work", lambda *_: sys.exit(3))
+    settings = cli.load(TINY)
+    cli.attempt(settings)
+    assert cli.conclude([settings]) == cli.EXIT_FAILED
+    assert "SystemExit: 3" in capsys.readouterr().err
+
+
+def test_exit_codes_of_what_other_processes_tell(runs_folder, capsys):
+    settings = cli.load(TINY)
+    expected = {"Stopped": cli.EXIT_STOPPED, "Elsewhere": cli.EXIT_ELSEWHERE, "UserError": cli.EXIT_USER}
+    for error, code in {**expected, "ValueError": cli.EXIT_FAILED}.items():
+        cli.unfinished[runs.Record.of(settings).folder] = {"error": error, "message": "SIGTERM"}
+        assert cli.conclude([settings]) == code
+    assert "by SIGTERM; the same command goes on" in capsys.readouterr().err
+
+
+def test_a_thread_hears_no_ctrl_c_nor_do_its_processes():
+    masks = launching.aside(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [])).result()
+    assert masks == {signal.SIGINT}
+    with pytest.raises(Stopped):
+        launching.aside(lambda: (_ for _ in ()).throw(Stopped("SIGTERM"))).result()
