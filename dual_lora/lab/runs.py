@@ -55,6 +55,8 @@ VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CP
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 # What of the repository can change a digit of a run, as git names paths.
 CODE = ("dual_lora", "tasks", "conf", ":(glob)*.py", "pyproject.toml")
+# What its environment must tell.
+MADE_WITH = ("commit", "uncommitted_changes", "threads")
 # What a run's result must tell, whatever version wrote it.
 RESULT = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
 # method.lr is where train.lr has its value from, if it has no other.
@@ -302,7 +304,7 @@ class Record:
     def made_with(self) -> dict[str, Any]:
         """Return the machine and code of the run; nothing where that file is missing or damaged."""
         try:
-            return self.read("environment.json", "commit", "uncommitted_changes", "threads")
+            return self.read("environment.json", *MADE_WITH)
         except UserError:
             return {}
 
