@@ -54,7 +54,7 @@ VARIABLES = (
 VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 # What of the repository can change a digit of a run, as git names paths.
-CODE = ("dual_lora", "tasks", "conf", ":(glob)*.py", "pyproject.toml")
+CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
 # What its environment must tell.
 MADE_WITH = ("commit", "uncommitted_changes", "threads")
 # What a run's result must tell, whatever version wrote it.
