@@ -145,6 +145,7 @@ class Experiment:
     def seeded(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
         """Return a cell for each seed, with the runs its rate is chosen by."""
         seeds = [settings.seed] if fixed else self.seeds
+        settings = replace(settings, wandb=replace(settings.wandb, tags=[*settings.wandb.tags, self.name, self.scale]))
         return [Cell(label, replace(settings, seed=seed), self.trials(label, settings)) for seed in seeds]
 
     def trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
@@ -153,7 +154,8 @@ class Experiment:
             return ()
         scored = replace(settings.eval, holdout=self.tune.holdout, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
-        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task)
+        told = replace(settings.wandb, job_type="tune")
+        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
         return tuple(replace(alone, train=replace(alone.train, lr=float(rate))) for rate in self.tune.grid[label])
 
 
