@@ -51,6 +51,7 @@ VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "TRITON_INTERPRET",
 )
+VARIABLES += ("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
 VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 # What of the repository can change a digit of a run, as git names paths.
@@ -429,6 +430,11 @@ def environment() -> dict[str, Any]:
         "processes": processes.number(),
         "threads": torch.get_num_threads(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "deterministic": {
+            "algorithms": torch.are_deterministic_algorithms_enabled(),
+            "cudnn": torch.backends.cudnn.deterministic,
+            "benchmark": torch.backends.cudnn.benchmark,
+        },
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
