@@ -344,7 +344,7 @@ class Chaos:
     def damage(self) -> None:
         """Files of a run that was cut short, overwritten, cut or removed; the newest are the likeliest to be hit."""
         row = self.row("damaged files of unfinished runs")
-        patterns = ["checkpoints/*/*.safetensors", "checkpoints/*/optimizer.pt", "checkpoints/*/rng_state.pth"]
+        patterns = ["checkpoints/*/*.safetensors", "checkpoints/*/schedule.json", "checkpoints/*/random_0.json"]
         patterns += ["checkpoints/*/trainer_state.json", "checkpoints/*/run.json", "checkpoints/*/manifest.json"]
         patterns += ["metrics.jsonl", "config.yaml", "environment.json", ".lock", "trained.json"]
         patterns += ["adapter/*.safetensors", "predictions.jsonl"]
