@@ -59,7 +59,7 @@ CELLS = {
 SPEC = {"title": "Chaos", "columns": "task.name", "rows": ["model.name"], "cells": CELLS}
 SPEC |= {"full": {"seeds": [0], "run": RUN}}
 COMMAND = ["experiment=chaos", "train.save_steps=2", "wandb.mode=disabled"]
-TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "digest"}
 LEFTOVERS = {"checkpoints", ".lock", "trained.json", "failure.json", ".again"}
 PHASES = ("start", "load", "evaluate", "train", "checkpoint", "weights", "report")
 LIMIT = 120  # seconds a worker may take

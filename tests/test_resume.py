@@ -22,7 +22,7 @@ from dual_lora.lab.stopping import STOP, Stopped
 # 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
 SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
 SMALL += ["train.max_examples=40", "train.batch_size=8", "train.accumulation=2", "train.log_steps=2"]
-TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "digest"}
 
 
 def chosen(*overrides: str):
@@ -186,6 +186,61 @@ DAMAGE = {
     "cut short": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"),
     "a file gone": lambda folder: (folder / "random_0.json").unlink(),
 }
+
+
+EDITS = {
+    "steps": lambda held: held | {"steps": 6},
+    "train_loss": lambda held: held | {"train_loss": 9.79},
+    "a key": lambda held: {("logfed" if key == "logged" else key): value for key, value in held.items()},
+    "no digest": lambda held: {key: value for key, value in held.items() if key != "digest"},
+}
+
+
+def edited(path: Path, edit) -> None:
+    path.write_text(json.dumps(edit(json.loads(path.read_text())), indent=1))
+
+
+def test_an_edited_manifest_counts_for_nothing(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    for what, edit in EDITS.items():
+        checkpoints.seal(tmp_path / "checkpoint-4", None, steps=4, train_loss=0.79, logged=[{"step": 1}])
+        assert checkpoints.sealed(tmp_path / "checkpoint-4")["steps"] == 4
+        edited(tmp_path / "checkpoint-4" / checkpoints.MANIFEST, edit)
+        assert checkpoints.sealed(tmp_path / "checkpoint-4") is None, what
+
+
+def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
+    settings = chosen()
+    training.run(settings)
+    record = Record.of(settings)
+    record.check()
+    assert cli.evaluate_again([f"run={record.folder}"]) == 0
+    left = [p for p in record.folder.rglob("*") if p.is_file() and p.name not in ("evaluation.json", "README.md")]
+    assert {p.name for p in left} > {"config.yaml", "environment.json", "adapter_config.json", "predictions.jsonl"}
+    for path in left:
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"0", b"1", 1))
+        with pytest.raises(UserError, match=f"{path}: not as the run left it; run its command again with force=true"):
+            record.check()
+        path.write_bytes(before)
+    flip(weights := record.folder / "adapter/adapter_model.safetensors")
+    for use in (
+        lambda: cli.evaluate_again([f"run={record.folder}"]),
+        lambda: cli.evaluate_again([f"run={record.folder}", f"export={runs_folder / 'out'}"]),
+        lambda: Record.of(chosen(f"init_from={record.folder}")),
+    ):
+        with pytest.raises(UserError, match=f"{weights}: not as the run left it"):
+            use()
+    assert not (runs_folder / "out").exists()
+
+
+def test_records_of_earlier_versions_have_no_seals(runs_folder, capsys):
+    settings = chosen()
+    training.run(settings)
+    record = Record.of(settings)
+    edited(record.folder / "result.json", lambda held: {k: held[k] for k in held if k not in ("sha256", "digest")})
+    record.check()
+    assert cli.evaluate_again([f"run={record.folder}"]) == 0
 
 
 def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder, reference, capsys):

@@ -83,6 +83,7 @@ def paired(ours: list[Done], theirs: list[Done]) -> Difference:
 
 def predictions(cell: Done) -> list[Row]:
     """Return a run's judged rows."""
+    cell.record.check("predictions.jsonl")
     return [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").read_text().splitlines()]
 
 

@@ -38,6 +38,7 @@ def kept(study: str) -> dict[str, Record]:
     for path in sorted((runs.RUNS / study).glob("*/config.yaml")):
         record = Record(path.parent)
         try:
+            record.check("config.yaml", "environment.json")
             key, result = asked(cli.recorded(record.folder)), record.result()
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)

@@ -43,7 +43,7 @@ def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.
     """Return the model as it was when the run ended, and its tokenizer.
 
     Raises:
-        UserError: the base model or what was trained cannot be loaded.
+        UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
     """
     tuned = settings.method.peft is None
     base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else models.load(settings, task)
@@ -53,5 +53,8 @@ def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.
     require(weights.is_file(), f"{folder}: cannot be loaded (no {weights.name}, the only format that is read); {mend}")
     with models.readable(f"{folder}: cannot be loaded", mend):
         if tuned:
-            return models.head_class(task).from_pretrained(folder, use_safetensors=True, **models.NO_CODE), tokenizer
-        return PeftModel.from_pretrained(base, folder), tokenizer
+            model = models.head_class(task).from_pretrained(folder, use_safetensors=True, **models.NO_CODE)
+        else:
+            model = PeftModel.from_pretrained(base, folder)
+    record.check(folder.name)
+    return model, tokenizer

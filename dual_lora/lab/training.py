@@ -107,7 +107,7 @@ def do(settings: Settings, record: Record) -> dict[str, Any]:
     mirror = mirror_of(settings, record)
     try:
         result = work(settings, tried, mirror)
-        mirror.summary({name: value for name, value in result.items() if name != "data"})
+        mirror.summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
         mirror.finish(0)
         return result
     except Stopped:
@@ -233,8 +233,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "warnings": evaluation.warnings(task, predictions),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }
-    processes.share(lambda: record.write("result.json", result))
-    return result
+    return processes.share(lambda: record.finish(result))
 
 
 def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
