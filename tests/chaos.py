@@ -59,7 +59,7 @@ CELLS = {
 SPEC = {"title": "Chaos", "columns": "task.name", "rows": ["model.name"], "cells": CELLS}
 SPEC |= {"full": {"seeds": [0], "run": RUN}}
 COMMAND = ["experiment=chaos", "train.save_steps=2", "wandb.mode=disabled"]
-TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "digest"}
 LEFTOVERS = {"checkpoints", ".lock", "trained.json", "failure.json", ".again"}
 PHASES = ("start", "load", "evaluate", "train", "checkpoint", "weights", "report")
 LIMIT = 120  # seconds a worker may take
@@ -344,7 +344,7 @@ class Chaos:
     def damage(self) -> None:
         """Files of a run that was cut short, overwritten, cut or removed; the newest are the likeliest to be hit."""
         row = self.row("damaged files of unfinished runs")
-        patterns = ["checkpoints/*/*.safetensors", "checkpoints/*/optimizer.pt", "checkpoints/*/rng_state.pth"]
+        patterns = ["checkpoints/*/*.safetensors", "checkpoints/*/schedule.json", "checkpoints/*/random_0.json"]
         patterns += ["checkpoints/*/trainer_state.json", "checkpoints/*/run.json", "checkpoints/*/manifest.json"]
         patterns += ["metrics.jsonl", "config.yaml", "environment.json", ".lock", "trained.json"]
         patterns += ["adapter/*.safetensors", "predictions.jsonl"]

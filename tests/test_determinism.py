@@ -1,6 +1,7 @@
 """The same run twice gives the same weights, bit for bit; and the record names what else could change a digit."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -65,6 +66,25 @@ def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
     assert {"accelerator", "cuda", "cudnn", "python", "platform", "commit", "uncommitted_changes"} <= found.keys()
     assert result["kernels"] == ["recompute"]
     assert cli.recorded(folder).model.dtype == "float32" and cli.recorded(folder).deterministic
+
+
+def test_what_one_run_sets_for_the_process_is_recorded_and_no_other_run_sees_it(runs_folder, monkeypatch):
+    names = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    found = {}
+    for value in (True, False):
+        chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
+        chosen = cli.changed(chosen, {"deterministic": value})
+        training.run(chosen)
+        assert not set(names) & os.environ.keys() and torch.backends.cudnn.benchmark
+        found[value] = Record.of(chosen).made_with()
+    on, off = (found[value]["deterministic"] for value in (True, False))
+    assert on == {"algorithms": True, "cudnn": True, "benchmark": False}
+    assert off == {"algorithms": False, "cudnn": False, "benchmark": True}
+    assert found[True]["variables"]["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in found[False]["variables"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ TEXT, WORDS = ["model=tiny-llama", "task=demo/restaurants"], ["model=tiny-robert
 ONE, TWO = ["train.batch_size=8"], ["train.batch_size=4", "hardware.devices=2"]
 # What may differ: names, and what was not computed but measured.
 OTHER = {"identity", "train_seconds", "tokens_per_second", "peak_memory_bytes", "merged", "train_loss"}
+OTHER |= {"sha256", "digest"}
 
 
 def start(script: str, *arguments: str, runs: Path) -> subprocess.Popen:

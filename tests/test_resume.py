@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dual_lora.lab import checkpoints, cli, evaluation, lock, loop, memory, runs, training
+from dual_lora.lab import checkpoints, cli, evaluation, lock, loop, memory, runs, states, training
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 from dual_lora.lab.stopping import STOP, Stopped
@@ -19,7 +22,7 @@ from dual_lora.lab.stopping import STOP, Stopped
 # 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
 SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
 SMALL += ["train.max_examples=40", "train.batch_size=8", "train.accumulation=2", "train.log_steps=2"]
-TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "digest"}
 
 
 def chosen(*overrides: str):
@@ -179,10 +182,65 @@ def flip(path: Path) -> None:
 DAMAGE = {
     "no manifest": lambda folder: (folder / checkpoints.MANIFEST).unlink(),
     "half a manifest": lambda folder: (folder / checkpoints.MANIFEST).write_text('{"files": {'),
-    "a flipped bit": lambda folder: flip(folder / "optimizer.pt"),
+    "a flipped bit": lambda folder: flip(folder / states.OPTIMIZER),
     "cut short": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"),
-    "a file gone": lambda folder: (folder / "rng_state.pth").unlink(),
+    "a file gone": lambda folder: (folder / "random_0.json").unlink(),
 }
+
+
+EDITS = {
+    "steps": lambda held: held | {"steps": 6},
+    "train_loss": lambda held: held | {"train_loss": 9.79},
+    "a key": lambda held: {("logfed" if key == "logged" else key): value for key, value in held.items()},
+    "no digest": lambda held: {key: value for key, value in held.items() if key != "digest"},
+}
+
+
+def edited(path: Path, edit) -> None:
+    path.write_text(json.dumps(edit(json.loads(path.read_text())), indent=1))
+
+
+def test_an_edited_manifest_counts_for_nothing(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    for what, edit in EDITS.items():
+        checkpoints.seal(tmp_path / "checkpoint-4", None, steps=4, train_loss=0.79, logged=[{"step": 1}])
+        assert checkpoints.sealed(tmp_path / "checkpoint-4")["steps"] == 4
+        edited(tmp_path / "checkpoint-4" / checkpoints.MANIFEST, edit)
+        assert checkpoints.sealed(tmp_path / "checkpoint-4") is None, what
+
+
+def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
+    settings = chosen()
+    training.run(settings)
+    record = Record.of(settings)
+    record.check()
+    assert cli.evaluate_again([f"run={record.folder}"]) == 0
+    left = [p for p in record.folder.rglob("*") if p.is_file() and p.name not in ("evaluation.json", "README.md")]
+    assert {p.name for p in left} > {"config.yaml", "environment.json", "adapter_config.json", "predictions.jsonl"}
+    for path in left:
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"0", b"1", 1))
+        with pytest.raises(UserError, match=f"{path}: not as the run left it; run its command again with force=true"):
+            record.check()
+        path.write_bytes(before)
+    flip(weights := record.folder / "adapter/adapter_model.safetensors")
+    for use in (
+        lambda: cli.evaluate_again([f"run={record.folder}"]),
+        lambda: cli.evaluate_again([f"run={record.folder}", f"export={runs_folder / 'out'}"]),
+        lambda: Record.of(chosen(f"init_from={record.folder}")),
+    ):
+        with pytest.raises(UserError, match=f"{weights}: not as the run left it"):
+            use()
+    assert not (runs_folder / "out").exists()
+
+
+def test_records_of_earlier_versions_have_no_seals(runs_folder, capsys):
+    settings = chosen()
+    training.run(settings)
+    record = Record.of(settings)
+    edited(record.folder / "result.json", lambda held: {k: held[k] for k in held if k not in ("sha256", "digest")})
+    record.check()
+    assert cli.evaluate_again([f"run={record.folder}"]) == 0
 
 
 def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder, reference, capsys):
@@ -223,18 +281,29 @@ def test_what_is_trained_is_not_trained_again(method, runs_folder, reference, mo
     assert record.trained() is None
 
 
-def test_checkpoints_are_read_without_unpickling(runs_folder, monkeypatch):
-    settings = chosen()
-    stopped(settings, 2)
-    real, safe = torch.load, []
+@pytest.mark.parametrize("method", ["full", "lora_plus", "dual_lora"])
+def test_checkpoints_hold_no_pickle(method, runs_folder, monkeypatch):
+    def pickled(*args, **kwargs):
+        raise AssertionError("a pickle")
 
-    def load(*args, **kwargs):
-        safe.append(kwargs.get("weights_only"))
-        return real(*args, **kwargs)
+    monkeypatch.setattr(torch, "save", pickled)
+    monkeypatch.setattr(torch, "load", pickled)
+    record = stopped(chosen(f"method={method}"), 2)
+    kinds = {path.suffix for path in record.folder.glob("checkpoints/*/*")}
+    assert kinds - {".md"} == {".json", ".jsonl", ".safetensors"}
+    training.run(chosen(f"method={method}"))
 
-    monkeypatch.setattr(torch, "load", load)
-    training.run(settings)
-    assert len(safe) >= 3 and all(safe)
+
+def test_random_numbers_go_on_after_a_draw_of_any_kind(tmp_path):
+    def draw() -> list:
+        return [random.gauss(0, 1), random.random(), *np.random.normal(size=3), *torch.randn(3).tolist()]
+
+    draw()  # leaves a spare number of a pair
+    states.save_random(tmp_path / "random.json")
+    first = draw()
+    draw()
+    states.load_random(tmp_path / "random.json")
+    assert draw() == first
 
 
 def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
@@ -250,7 +319,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     assert not (folder / lock.NAME).exists() and list(folder.iterdir()) == []
 
 
-def test_a_dead_process_leaves_no_lock_and_another_machine_does(tmp_path):
+def test_a_dead_process_leaves_no_lock(tmp_path):
     child = os.fork()
     if not child:
         lock.taken(tmp_path / lock.NAME)
@@ -260,15 +329,29 @@ def test_a_dead_process_leaves_no_lock_and_another_machine_does(tmp_path):
     assert json.loads(path.read_text())["pid"] == child
     with lock.held(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
-    with (
-        pytest.raises(lock.Elsewhere, match=f"process 1 on elsewhere .* remove {path}"),
-        lock.held(tmp_path),
-    ):
-        pass
     path.write_text("{")
     with lock.held(tmp_path):
         pass
+
+
+def test_another_machines_lock_holds_as_long_as_it_is_touched(tmp_path, monkeypatch):
+    path = tmp_path / lock.NAME
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    with lock.held(tmp_path):
+        os.utime(path, (0, 0))
+        while not path.stat().st_mtime:  # for ever, if nothing touches it
+            time.sleep(0.01)
+    path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
+    with (
+        pytest.raises(lock.Elsewhere, match=f"process 1 on elsewhere .* try again in 3 minutes or remove {path}"),
+        lock.held(tmp_path),
+    ):
+        pass
+    before = path.stat().st_mtime - lock.STALE
+    os.utime(path, (before, before))
+    with lock.held(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_that_want_a_lock_one_has_it(tmp_path):

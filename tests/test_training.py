@@ -232,7 +232,7 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path):
     with pytest.raises(UserError, match="no config.yaml there"):
         cli.evaluate_again([f"run={tmp_path}"])
     stored = json.loads((folder / "result.json").read_text())
-    stored["data"]["validation"]["sha256"] = "0"
+    stored["data"]["validation"]["sha256"] = stored.pop("digest")
     (folder / "result.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="not the validation rows this run was evaluated on"):
         cli.evaluate_again([f"run={folder}"])

@@ -1,4 +1,5 @@
-"""Whole checkpoints: a manifest with size and SHA-256 of every file, written last, tells one from half of one."""
+"""Whole checkpoints: a manifest with size and SHA-256 of every file, written last, tells one from half of one. It holds
+a digest of itself, too."""
 
 import hashlib
 import json
@@ -15,9 +16,18 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+def sha256(path: Path) -> str:
     with path.open("rb") as stream:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def digest(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of what a JSON file is to hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def seal(folder: Path, manifest: Path | None = None, **more: Any) -> None:
@@ -28,8 +38,9 @@ def seal(folder: Path, manifest: Path | None = None, **more: Any) -> None:
     for path in (*files_of(folder), folder):
         flush(path)
     partial = manifest.with_name(f".{manifest.name}.partial")
+    held = {"files": files, **more}
     with partial.open("w") as stream:
-        json.dump({"files": files, **more}, stream, indent=1)
+        json.dump(held | {"digest": digest(held)}, stream, indent=1, allow_nan=False)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(manifest)
@@ -37,11 +48,11 @@ def seal(folder: Path, manifest: Path | None = None, **more: Any) -> None:
 
 
 def sealed(folder: Path, manifest: Path | None = None) -> dict[str, Any] | None:
-    """Return what the manifest holds if every file in the folder is as it says and none is missing, else None."""
+    """Return what the manifest holds if that and every file it names are as they were sealed, else None."""
     manifest = manifest or folder / MANIFEST
     try:
         held = json.loads(manifest.read_text())
-        there = all(file_facts(folder / name) == facts for name, facts in held["files"].items())
+        there = held.pop("digest") == digest(held) and all(file_facts(folder / name) == facts for name, facts in held["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return held if there else None

@@ -146,8 +146,9 @@ def predictions(cell: Done) -> list[Row]:
     """Return a run's judged rows.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or damaged, or not what the run left.
     """
+    cell.record.check("predictions.jsonl")
     name = f"{cell.record.name}/predictions.jsonl"
     try:
         rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").read_text().splitlines()]

@@ -50,6 +50,7 @@ def kept(study: str) -> dict[str, list[Record]]:
     for path in sorted((runs.RUNS / study).glob("*/config.yaml")):
         record = Record(path.parent)
         try:
+            record.check("config.yaml", "environment.json")
             settings = cli.recorded(record.folder)
             found.setdefault(asked(settings), []).append((merit(record, settings), record))
         except UserError as error:

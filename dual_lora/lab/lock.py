@@ -1,13 +1,16 @@
 """One process a run: a lock in the run's folder, which the system lifts when its process ends, however that ends.
 
 The file also says who holds it. On file systems that do not carry locks from one machine to another that text is all
-there is, so another machine's is respected until somebody removes the file.
+there is. Whoever holds it therefore touches the file now and then; another machine's that was not touched for some
+minutes is taken for that of a dead process. A process that is frozen for longer, and wakes, is not seen.
 """
 
 import fcntl
 import json
 import os
 import platform
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -17,6 +20,8 @@ from typing import TextIO
 from dual_lora.lab.disk import writing
 
 NAME = ".lock"
+# Seconds between two touches, and without one until another machine's process is taken for dead.
+BEAT, STALE = 20, 180
 
 
 class Elsewhere(Exception):
@@ -35,18 +40,36 @@ def held(folder: Path) -> Iterator[None]:
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         stream = taken(path)
+    left = threading.Event()
+    heart = threading.Thread(target=beat, args=(stream, left), daemon=True)
+    heart.start()
     try:
         yield
     finally:
+        left.set()
+        heart.join()
         path.unlink(missing_ok=True)
         stream.close()
+
+
+def beat(stream: TextIO, left: threading.Event) -> None:
+    """Touch the lock file until it is left."""
+    while not left.wait(BEAT):
+        with suppress(OSError):  # a disk that is gone for a while
+            os.utime(stream.fileno())
+
+
+def age(stream: TextIO, folder: Path) -> float:
+    """Return for how long the lock file was not touched, by the clock of whoever keeps the files."""
+    with tempfile.TemporaryFile(dir=folder) as fresh:
+        return os.fstat(fresh.fileno()).st_mtime - os.fstat(stream.fileno()).st_mtime
 
 
 def taken(path: Path) -> TextIO:
     """Return the lock file, open, locked and with this process's name in it.
 
     Raises:
-        Elsewhere: another process of this machine holds the lock, or one of another machine left its name there.
+        Elsewhere: another process of this machine holds the lock, or one of another machine that is alive.
     """
     while True:
         stream = path.open("a+")
@@ -60,9 +83,9 @@ def taken(path: Path) -> TextIO:
                 break
         stream.close()  # its last holder removed it after it was opened here
     other = holder(stream)
-    if other.get("host", platform.node()) != platform.node():
+    if other.get("host", platform.node()) != platform.node() and age(stream, path.parent) < STALE:
         stream.close()
-        raise Elsewhere(f"{told(other)}; if that process is gone, remove {path}")
+        raise Elsewhere(f"{told(other)}; if that process is gone, try again in {STALE // 60} minutes or remove {path}")
     stream.truncate(0)
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     stream.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from dual_lora.lab import checkpoints, processes
+from dual_lora.lab import checkpoints, processes, states
 from dual_lora.lab.disk import remove, writing
 from dual_lora.lab.models import sharded
 from dual_lora.lab.runs import Record
@@ -27,7 +27,8 @@ from dual_lora.lab.settings import UserError
 from dual_lora.lab.stopping import STOP, Stopped
 
 ROW = "row"  # the column with a training example's number
-STATE, BEST = "run.json", "best.safetensors"  # what a checkpoint holds beside the Trainer's own files
+# What a checkpoint holds beside the Trainer's own files and those of `states`, which takes the place of its pickles.
+STATE, BEST, SCALER = "run.json", "best.safetensors", "scaler.json"
 SPARE = 2**20  # bytes; a disk with less is full
 SHOWN = 5  # examples of a batch that a message names
 
@@ -227,6 +228,39 @@ class Loop(Trainer):
         except UserError:
             remove(folder)
             raise
+
+    def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
+        """As the Trainer's, without the tokenizer and its own settings, which nobody reads."""
+        self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            states.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            states.load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = self.accelerator.scaler
+        if scaler and self.args.should_save:
+            (Path(output_dir) / SCALER).write_text(json.dumps(scaler.state_dict()))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(json.loads((Path(checkpoint) / SCALER).read_text()))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(exist_ok=True)  # the first process may be slower
+        states.save_random(Path(output_dir) / self.random_file)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            states.load_random(Path(checkpoint) / self.random_file)
+
+    @property
+    def random_file(self) -> str:
+        return f"random_{self.args.process_index}.json"
 
     def complete(self, folder: Path, state: dict[str, Any]) -> None:
         """Add to a checkpoint what the Trainer does not know, and seal it."""

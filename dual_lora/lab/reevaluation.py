@@ -45,7 +45,7 @@ def load_trained(
     """Return the model as it was when the run ended, and its tokenizer. plain: see `models.load_plain`.
 
     Raises:
-        UserError: the base model or what was trained cannot be loaded.
+        UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
     """
     tuned = settings.method.peft is None
     load = models.load_plain if plain else models.load
@@ -56,5 +56,8 @@ def load_trained(
     require(weights.is_file(), f"{folder}: cannot be loaded (no {weights.name}, the only format that is read); {mend}")
     with models.readable(f"{folder}: cannot be loaded", mend):
         if tuned:
-            return models.head_class(task).from_pretrained(folder, use_safetensors=True, **models.NO_CODE), tokenizer
-        return PeftModel.from_pretrained(base, folder), tokenizer
+            model = models.head_class(task).from_pretrained(folder, use_safetensors=True, **models.NO_CODE)
+        else:
+            model = PeftModel.from_pretrained(base, folder)
+    record.check(folder.name)
+    return model, tokenizer

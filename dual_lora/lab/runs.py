@@ -51,12 +51,13 @@ VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "TRITON_INTERPRET",
 )
+VARIABLES += ("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
 VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 # Bytes of either end of a weight file that identify it.
 END = 1 << 20
 # What of the repository can change a digit of a run, as git names paths.
-CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
+CODE = ("dual_lora", "tasks", "conf", ":(glob)*.py", "pyproject.toml")
 # What its environment must tell.
 MADE_WITH = ("commit", "uncommitted_changes", "threads")
 # What a run's result must tell, whatever version wrote it.
@@ -71,6 +72,8 @@ NOT_IDENTITY = {
 }
 
 
+# What the SHA-256 of are in the result.
+LEFT = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "adapter", "model")
 AGAIN, TRAINED = ".again", "trained.json"
 # What of a finished run does not hold for the same run done again.
 OUTDATED = ("checkpoints", TRAINED, "failure.json", "evaluation.json")
@@ -174,6 +177,7 @@ def init_file(settings: Settings) -> Path:
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
             raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
+    Record(folder).check(file.parent.name)
     return file
 
 
@@ -277,7 +281,35 @@ class Record:
 
     def result(self) -> dict[str, Any] | None:
         """Return the finished run's result, or None while there is none."""
-        return self.read("result.json", *sorted(RESULT)) if (self.folder / "result.json").is_file() else None
+        if not (self.folder / "result.json").is_file():
+            return None
+        found = self.read("result.json", *sorted(RESULT))
+        rest = {name: value for name, value in found.items() if name != "digest"}
+        whole = found.get("digest") in (None, checkpoints.digest(rest))  # earlier versions wrote none
+        require(whole, f"{self.folder / 'result.json'}: not as the run left it; run its command again with force=true")
+        return found
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the result, with SHA-256 of what the run leaves and of the result itself, and return it."""
+        left = [path for name in LEFT for path in (self.folder / name, *checkpoints.files_of(self.folder / name))]
+        found = {str(p.relative_to(self.folder)): checkpoints.sha256(p) for p in left if p.is_file()}
+        result = {**result, "sha256": {name: value for name, value in found.items() if not name.endswith(".md")}}
+        result["digest"] = checkpoints.digest(result)
+        self.write("result.json", result)
+        return result
+
+    def check(self, *names: str) -> None:
+        """Hold files of a finished run, all of a folder or just all, against the SHA-256 in its result; earlier versions wrote
+        none.
+
+        Raises:
+            UserError: one is gone or not as the run left it.
+        """
+        kept = (self.result() or {}).get("sha256", {})
+        for name in (name for name in kept if name.startswith(names or "")):
+            path = self.folder / name
+            same = path.is_file() and checkpoints.sha256(path) == kept[name]
+            require(same, f"{path}: not as the run left it; run its command again with force=true")
 
     def failure(self) -> dict[str, Any] | None:
         """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
@@ -446,6 +478,11 @@ def environment() -> dict[str, Any]:
         "processes": processes.number(),
         "threads": torch.get_num_threads(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "deterministic": {
+            "algorithms": torch.are_deterministic_algorithms_enabled(),
+            "cudnn": torch.backends.cudnn.deterministic,
+            "benchmark": torch.backends.cudnn.benchmark,
+        },
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),

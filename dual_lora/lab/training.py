@@ -1,5 +1,6 @@
 """One run from settings to its record: load, evaluate, train, evaluate again, write down."""
 
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from transformers import (
     modeling_gguf_pytorch_utils,
     set_seed,
 )
+from transformers.trainer_utils import enable_full_determinism
 
 from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models, processes
 from dual_lora.lab.disk import remove
@@ -102,14 +104,19 @@ def finished(settings: Settings, record: Record) -> dict[str, Any] | None:
 
 
 def attempt(settings: Settings, record: Record) -> dict[str, Any]:
-    """Do a run that is not finished, keep the reason if it fails, and return its result."""
+    """Do a run that is not finished and return its result; what it sets for the process ends with it."""
+    with of_its_own(settings):
+        return do(settings, record)
+
+
+def do(settings: Settings, record: Record) -> dict[str, Any]:
+    """Do a run in its record and its mirror, and keep the reason if it fails."""
     tried = record.tried(settings)
     processes.share(lambda: tried.start(settings))
     mirror = mirror_of(settings, record)
     try:
-        with of_its_own():
-            result = work(settings, tried, mirror)
-        mirror.summary({name: value for name, value in result.items() if name != "data"})
+        result = work(settings, tried, mirror)
+        mirror.summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
         mirror.finish(0)
         return result
     except Stopped:
@@ -123,14 +130,21 @@ def attempt(settings: Settings, record: Record) -> dict[str, Any]:
 
 
 @contextmanager
-def of_its_own() -> Iterator[None]:
-    """Keep what deterministic=true sets for the whole process from the runs after it."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+def of_its_own(settings: Settings) -> Iterator[None]:
+    """Set what deterministic=true asks for, before the record tells of it, and keep that from the runs after this one:
+    it holds for the whole process."""
+    cudnn, variables = torch.backends.cudnn, dict(os.environ)
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     try:
+        if settings.deterministic:
+            enable_full_determinism(settings.seed)
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.deterministic = before[1]
+        _, cudnn.deterministic, cudnn.benchmark = before
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
 
 
 def quiet() -> None:
@@ -229,8 +243,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "warnings": evaluation.warnings(task, predictions),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }
-    processes.share(lambda: record.write("result.json", result))
-    return result
+    return processes.share(lambda: record.finish(result))
 
 
 def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
