@@ -350,6 +350,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.model:
         if len(given.batch) not in (1, len(given.model)):
             raise SystemExit(f"--batch: give one shape, or one for each of the {len(given.model)} models")
+        if odd := [folder for folder in given.model if not (Path(folder) / "config.json").is_file()]:
+            raise SystemExit(f"--model {odd[0]}: no config.json there; give the folder of a saved Hugging Face model")
         shapes = given.batch * len(given.model) if len(given.batch) == 1 else given.batch
         cases = [model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
     else:

@@ -225,9 +225,14 @@ def fetch(repository: str, commit: str, path: str) -> Path:
     """Return a local copy of one file of a public GitHub repository, downloaded once into datasets' cache.
 
     Raises:
-        OSError: it cannot be reached.
+        TaskError: it cannot be reached.
     """
-    return Path(DownloadManager().download(f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"))
+    url = f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"
+    try:
+        return Path(DownloadManager().download(url))
+    except OSError as error:
+        reason = "nobody answers there, or it is gone" if isinstance(error, FileNotFoundError) else error
+        raise TaskError(f"{url}: cannot be fetched ({reason}); give data_dir=DIR") from error
 
 
 def read_text(path: Path) -> str:

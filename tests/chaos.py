@@ -37,6 +37,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
 from tabulate import tabulate
 from wandb_stub import WandbStub
 
@@ -62,6 +63,14 @@ COMMAND = ["experiment=chaos", "train.save_steps=2", "wandb.mode=disabled"]
 TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "digest"}
 LEFTOVERS = {"checkpoints", ".lock", "trained.json", "failure.json", ".again"}
 PHASES = ("start", "load", "evaluate", "train", "checkpoint", "weights", "report")
+# What is seen of `train.py -m` from outside, in the order in which it comes: files, and how many of them.
+STATES = {
+    "run begun": (".lock", 1),
+    "first checkpoint": ("checkpoints/*/manifest.json", 1),
+    "weights kept": ("trained.json", 1),
+    "first result": ("result.json", 1),
+    "second run begun": ("config.yaml", 2),
+}
 LIMIT = 120  # seconds a worker may take
 
 
@@ -311,6 +320,7 @@ class Chaos:
             with small_disk(study.folder, size) as (limit, enlarge):
                 code = study.finish(limit)
                 row.tried += 1
+                row.where[PHASES[study.phase[0]]] += 1
                 told = code == cli.EXIT_USER and "cannot be written" in study.said() and "Traceback" not in study.said()
                 if not told:
                     print(f"disk of {size >> 10} KiB: exit {code}\n{study.said()[-3000:]}")
@@ -360,6 +370,7 @@ class Chaos:
                     hit = True
                     spoil(found[-1], self.draw)
             row.tried += hit
+            row.where[pattern.rpartition("/")[2]] += hit
             row.survived += self.concluded(row, study) and hit
             if not hit:
                 print(f"damage: no {pattern} to damage")
@@ -369,7 +380,9 @@ class Chaos:
         row = self.row("damaged files of finished runs")
         study = self.study()
         study.finish()
-        for name, codes in (("result.json", (2,)), ("config.yaml", (2,)), ("metrics.jsonl", (0,)), ("adapter", (0,))):
+        files = {"result.json": (2,), "config.yaml": (2,), "metrics.jsonl": (0,), "adapter": (0, 2)}
+        files |= {"environment.json": (0, 2), "predictions.jsonl": (0, 2)}
+        for name, codes in files.items():
             (folder, *_) = sorted(study.folder.glob("chaos/*/result.json"))
             path = folder.parent / name
             path = path / "adapter_model.safetensors" if path.is_dir() else path
@@ -377,6 +390,7 @@ class Chaos:
             path.write_bytes(b"\0damaged")
             code = study.finish()
             row.tried += 1
+            row.where[name] += 1
             told = code in codes and "Traceback" not in study.said() and (code == 0 or str(path) in study.said())
             if not told:
                 print(f"damaged {name}: exit {code}\n{study.said()[-2000:]}")
@@ -389,6 +403,50 @@ class Chaos:
             else:
                 path.write_bytes(before)
         self.concluded(row, study)
+
+    def flip(self, count: int) -> None:
+        """One bit of trained.json, in every byte, must be noticed; then some whole studies with one."""
+        row = self.row("one bit of trained.json")
+        weights = [i for i, kind in enumerate(self.points, start=1) if kind == "result"]
+        for number in range(count):
+            study = self.study()
+            killed(study, None, weights[0])  # where the first result was to be written
+            (path, *_) = study.folder.glob("chaos/*/trained.json")
+            record, data = runs.Record(path.parent), path.read_bytes()
+            sound = record.trained()
+            assert sound, "trained.json is not whole before any bit is flipped"
+            for at in range(len(data)) if not number else ():
+                path.write_bytes(flipped(data, at, self.draw))
+                found = record.trained()
+                row.tried += 1
+                row.survived += found in (None, sound)
+            path.write_bytes(flipped(data, self.draw.randrange(len(data)), self.draw))
+            row.tried += 1
+            row.where["whole study"] += 1
+            row.survived += self.concluded(row, study)
+
+    def broken(self, fault: str, said: str, breaks: list[tuple[object, str, int, Callable]]) -> None:
+        """A function of the worker goes wrong at its nth call: told in one line, and the same command does the rest."""
+        row = self.row(fault)
+        for place, name, number, wrong in breaks:
+            study = self.study()
+            code = study.finish(lambda: at_call(place, name, number, wrong))  # noqa: B023 - called in this turn
+            row.tried += 1
+            row.where[name] += 1
+            told = code == cli.EXIT_USER and said in study.said() and "Traceback" not in study.said()
+            if not told:
+                print(f"{fault} at {name}: exit {code}\n{study.said()[-3000:]}")
+            row.survived += told and self.concluded(row, study, study.results())
+
+    def memory(self) -> None:
+        calls = [(models, "load", 2), (training.methods, "attach", 1), (loop.Trainer, "training_step", 5)]
+        calls += [(training.evaluation, "classify", 2), (training.methods, "merge", 1)]
+        self.broken("out of memory", "out of memory", [(*call, no_memory) for call in calls])
+
+    def numbers(self) -> None:
+        steps = [(loop.Trainer, "training_step", n, lambda loss, *args: loss * float("nan")) for n in (2, 5)]
+        self.broken("a loss that is no number", "the loss is nan at step", steps)
+        self.broken("weights that are no numbers", "failed: ", [(loop.Loop, "fit", n, spoil_weights) for n in (1, 3)])
 
     def together(self, count: int) -> None:
         """The same command several times at once."""
@@ -440,24 +498,32 @@ class Chaos:
             if code or study.kept() != self.whole:
                 print(f"W&B: exit {code}\n{study.said()[-3000:]}")
 
-    def commands(self, delays: list[float]) -> None:
-        """`train.py -m` as a user starts it, a process of its own, killed and started again."""
+    def commands(self) -> None:
+        """`train.py -m` as a user starts it, a process of its own, killed as soon as a state is seen, one after the
+        other, and started again."""
         row = self.row("SIGKILL of train.py -m")
         folder = self.folder / "commands" / "runs"
         command = [sys.executable, "train.py", "-m", "study=chaos", *RUN, *COMMAND[1:], "method=dual_lora"]
         command += ["model=tiny-roberta,tiny-deberta"]
         env = {**os.environ, "DUAL_LORA_RUNS": str(folder)}
-        for delay in delays:
-            started = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            time.sleep(delay)
-            started.kill()
-            started.communicate()
-            row.tried += started.returncode == -signal.SIGKILL
+        for state, (pattern, number) in STATES.items():
+            with tempfile.TemporaryFile() as log:
+                started = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+                while started.poll() is None and len(list(folder.glob(f"chaos/*/{pattern}"))) < number:
+                    time.sleep(0.002)
+                started.kill()
+                killed = started.wait() == -signal.SIGKILL
+            row.tried += killed
+            row.where[state] += killed
+            if not killed:
+                print(f"train.py -m ended with {started.returncode} before it was seen: {state}")
+        finished = list(folder.glob("chaos/*/result.json"))
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         names = {name for name in self.whole if name.partition("/")[2].startswith("tiny-roberta_demo-sentiment_dual")}
         kept = Study(folder).kept()
         row.compared += 1
         row.identical += bool(names) and all(kept.get(name) == self.whole[name] for name in names)
+        row.lost += sum(not path.is_file() for path in finished)
         row.survived = row.tried * (done.returncode == 0 and row.identical == 1)
         if not row.survived:
             print(done.stdout[-1000:], done.stderr[-3000:])
@@ -474,6 +540,35 @@ class Chaos:
 
 def shown(counter: Counter) -> str:
     return ", ".join(f"{name} {n}" for name, n in sorted(counter.items()))
+
+
+def flipped(data: bytes, at: int, draw: random.Random) -> bytes:
+    """Return the bytes with one bit of one of them changed."""
+    return data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :]
+
+
+def at_call(place: object, name: str, number: int, wrong: Callable) -> None:
+    """Have what a function returns at its nth call go through `wrong`, together with its arguments."""
+    whole, left = getattr(place, name), number
+
+    def call(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        found = whole(*args, **kwargs)
+        return wrong(found, *args) if left == 0 else found
+
+    setattr(place, name, call)
+
+
+def no_memory(*args) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def spoil_weights(done: object, trainer: loop.Loop, *args) -> object:
+    """Put a number that is none into the first trained weight, as a last step could."""
+    weight = next(weight for weight in trainer.model.parameters() if weight.requires_grad)
+    weight.data.view(-1)[0] = float("nan")
+    return done
 
 
 def spoil(path: Path, draw: random.Random) -> None:
@@ -529,7 +624,10 @@ def main() -> int:
             "full": lambda: chaos.full([16 << 10, 256 << 10, 700 << 10, 1500 << 10, 2500 << 10, 4 << 20]),
             "read_only": chaos.read_only,
             "mirror": chaos.mirror,
-            "commands": lambda: chaos.commands([4.0, 6.0]),
+            "flip": lambda: chaos.flip(4),
+            "memory": chaos.memory,
+            "numbers": chaos.numbers,
+            "commands": chaos.commands,
         }
         for name in given.only or faults:
             faults[name]()

@@ -36,6 +36,14 @@ def test_faults_of_the_pins_are_told(asked, constraints, said, tmp_path):
     assert said in fault
 
 
+def test_a_service_that_does_not_answer_is_not_waited_for(monkeypatch):
+    def late(*args, timeout, **kwargs):
+        raise subprocess.TimeoutExpired("pip-audit", timeout)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert audit.known_vulnerabilities(ROOT) == ([], f"no answer within {audit.SECONDS} seconds")
+
+
 GOOD, BAD = {"name": "a", "version": "1", "vulns": []}, {"id": "PYSEC-1", "fix_versions": ["2"]}
 
 

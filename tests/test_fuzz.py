@@ -1,6 +1,7 @@
 """Random settings and random damage to data files: whatever comes runs, or ends in one line.
 
-The draws are the same every time. DUAL_LORA_FUZZ=N makes N times as many; `make test-slow` takes ten times as many.
+The draws are the same every time. DUAL_LORA_FUZZ=N makes N times as many, others every time; `make test-slow` takes
+ten times as many. A draw that fails is printed with what repeats it.
 """
 
 import gzip
@@ -9,7 +10,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
-from test_bad_inputs import challenge_files, commonsense_files, e2e_files
+from test_bad_inputs import challenge_files, commonsense_files, dart_files, e2e_files, webnlg_files
 from test_glue import write_official
 
 import tasks
@@ -22,9 +23,14 @@ SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def draws(count: int):
-    """Return Hypothesis' settings for so many draws, the same ones every time."""
+    """Return Hypothesis' settings for so many draws, the same ones every time unless more are asked for."""
     return settings(
-        max_examples=count * TIMES, derandomize=True, deadline=None, database=None, suppress_health_check=SHARED
+        max_examples=count * TIMES,
+        derandomize=TIMES == 1,
+        print_blob=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=SHARED,
     )
 
 
@@ -128,7 +134,7 @@ def test_a_plan_is_drawn_or_refused_in_one_line(pair, method, overrides, runs_fo
         in_one_line(error)
 
 
-@draws(6)
+@draws(12)
 @given(pair=pairs, method=st.sampled_from(cli.choices("method")), overrides=sane)
 def test_a_step_is_taken_or_refused_in_one_line(pair, method, overrides, runs_folder):
     model, task = pair.split()
@@ -142,14 +148,27 @@ def test_a_step_is_taken_or_refused_in_one_line(pair, method, overrides, runs_fo
 
 # Data files.
 
+
+def glue(name: str):
+    return lambda here: write_official(here, name)
+
+
 KINDS = {
-    "glue/rte": ("tiny-roberta", lambda here: write_official(here, "rte"), "glue/RTE/train.tsv", ""),
-    "glue/stsb": ("tiny-roberta", lambda here: write_official(here, "stsb"), "glue/STS-B/train.tsv", ""),
-    "glue/qqp": ("tiny-roberta", lambda here: write_official(here, "qqp"), "glue/QQP/train.tsv", ""),
-    "e2e": ("tiny-llama", e2e_files, "e2e/train.txt", ""),
-    "e2e official": ("tiny-llama", challenge_files, "e2e-dataset/trainset.csv", "task.options.references=official"),
-    "commonsense": ("tiny-llama", commonsense_files, "ft-training_set/commonsense_170k.json", ""),
-    "commonsense test": ("tiny-llama", commonsense_files, "dataset/piqa/test.json", ""),
+    "glue/rte train": ("tiny-roberta", glue("rte"), "glue/RTE/train.tsv"),
+    "glue/rte validation": ("tiny-roberta", glue("rte"), "glue/RTE/dev.tsv"),
+    "glue/sst2 train": ("tiny-roberta", glue("sst2"), "glue/SST-2/train.tsv"),
+    "glue/stsb train": ("tiny-roberta", glue("stsb"), "glue/STS-B/train.tsv"),
+    "glue/qqp train": ("tiny-roberta", glue("qqp"), "glue/QQP/train.tsv"),
+    "e2e train": ("tiny-llama", e2e_files, "e2e/train.txt"),
+    "e2e test": ("tiny-llama", e2e_files, "e2e/test.txt"),
+    "e2e train task.options.references=official": ("tiny-llama", challenge_files, "e2e-dataset/trainset.csv"),
+    "e2e test task.options.references=official": ("tiny-llama", challenge_files, "e2e-dataset/testset_w_refs.csv"),
+    "webnlg train": ("tiny-llama", webnlg_files, "webnlg_challenge_2017/train.json"),
+    "webnlg test": ("tiny-llama", webnlg_files, "webnlg_challenge_2017/test.json"),
+    "dart train": ("tiny-llama", dart_files, "dart/dart-v1.1.1-full-train.json"),
+    "dart test": ("tiny-llama", dart_files, "dart/dart-v1.1.1-full-test.json"),
+    "commonsense train": ("tiny-llama", commonsense_files, "ft-training_set/commonsense_170k.json"),
+    "commonsense piqa": ("tiny-llama", commonsense_files, "dataset/piqa/test.json"),
 }
 
 
@@ -201,16 +220,16 @@ def pack(path, content: bytes, how: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
-    model, make, name, option = KINDS[kind]
+    model, make, name = KINDS[kind]
+    named, split, *option = kind.split()
     make(tmp_path)
     good = (tmp_path / name).read_bytes()
-    given_settings = [f"model={model}", f"task={kind.split()[0]}", f"data_dir={tmp_path}", *option.split()]
+    given_settings = [f"model={model}", f"task={named}", f"data_dir={tmp_path}", *option]
     chosen = cli.load(given_settings)
     task = runs.task_of(chosen)
     tokenizer = models.load_tokenizer(chosen)
-    split = "piqa" if kind.endswith("test") else "train"
 
-    @draws(150)
+    @draws(100)
     @given(st.lists(changes, min_size=1, max_size=3), packings)
     def check(changes, packing):
         content = good
@@ -222,7 +241,7 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
             rows = evaluation.load_split(task, split, chosen).rows
         except UserError as error:
             in_one_line(error)
-            assert name.rpartition("/")[2] in str(error) or "no e2e" in str(error)
+            assert name.rpartition("/")[2] in str(error) or "below it" in str(error)
             return
         assert rows.features == task.features[task.form] and len(rows) > 0
         assert len(data.encode(rows, task, tokenizer, chosen)) == len(rows)
@@ -231,6 +250,33 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
 
     check()
     assert isinstance(task, tasks.Task)
+
+
+# Records.
+
+FILES = ["config.yaml", "result.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_record_is_evaluated_or_refused_in_one_line(name, runs_folder):
+    short = ["train.max_steps=1", "eval.max_examples=2", "eval.before=false", "wandb.mode=disabled"]
+    result = training.run(cli.load(["model=tiny-roberta", "task=demo/sentiment", *short]))
+    folder = runs_folder / "adhoc" / result["identity"]
+    good = (folder / name).read_bytes()
+
+    @draws(15)
+    @given(st.lists(changes, min_size=1, max_size=2))
+    def check(changes):
+        content = good
+        for change in changes:
+            content = change(content)
+        (folder / name).write_bytes(content)
+        try:
+            assert cli.evaluate_again([f"run={folder}"]) in (cli.EXIT_OK, cli.EXIT_FAILED)
+        except UserError as error:
+            in_one_line(error)
+
+    check()
 
 
 @pytest.mark.slow

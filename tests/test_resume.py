@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dual_lora.lab import checkpoints, cli, evaluation, lock, loop, memory, runs, states, training
 from dual_lora.lab.runs import Record
@@ -474,13 +475,19 @@ def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, m
 
 def test_errors_of_safetensors_and_torch_on_a_full_disk_are_told(tmp_path, monkeypatch):
     for error, said in (
-        (loop.SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
-        (RuntimeError("unexpected pos 704 vs 598"), "No space left on device"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (RuntimeError("[enforce fail] . unexpected pos 704 vs 598"), "No space left on device"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
             with pytest.raises(UserError, match=f"cannot be written \\({said}\\)"), loop.saving(tmp_path):
                 raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_no_other_error_of_saving_is_taken_for_the_disks(error, tmp_path):
+    with pytest.raises(type(error), match=str(error)), loop.saving(tmp_path / "not-there"):
+        raise error
 
 
 def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatch):
@@ -494,5 +501,5 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="another"), memory.told("mend"):
         raise RuntimeError("another")
-    assert training.smaller_batch(chosen("train.batch_size=9").train).startswith("train.batch_size=3 train.accum")
-    assert "task.max_length" in training.smaller_batch(chosen("train.batch_size=1").train)
+    assert memory.smaller_batch(chosen("train.batch_size=9")).startswith("train.batch_size=3 train.accum")
+    assert "task.max_length" in memory.smaller_batch(chosen("train.batch_size=1"))

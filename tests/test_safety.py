@@ -157,6 +157,14 @@ def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
     assert record.failure()["message"] == "proxy http://me:***@host refused; see /home/somebody/.ssh/id"
 
 
+@pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--config-dir", "-cd", "--run", "-sc"])
+@pytest.mark.parametrize("shown", ["--info", "--cfg=job", "--help"])
+def test_hydra_shows_and_does_nothing_else(shown, option):
+    assert cli.asks_hydra([shown])
+    with pytest.raises(UserError, match=f"^{option}: no such option"):
+        cli.asks_hydra([shown, option, "x"])
+
+
 def test_the_environment_cannot_be_asked_from_a_file(tmp_path):
     """OmegaConf's oc.env is gone, so no YAML of the repository or of a record can use it."""
     from omegaconf import OmegaConf

@@ -19,6 +19,7 @@ from packaging.version import Version
 from dual_lora.lab.runs import ROOT
 from dual_lora.lab.settings import first_line
 
+SECONDS = 300  # for the service to tell of all packages
 FREE = {"triton"}  # a CUDA build of torch brings its own
 
 
@@ -76,7 +77,10 @@ def known_vulnerabilities(root: Path) -> tuple[list[str], str | None]:
     """Return the vulnerabilities of the pinned versions, a line each, and why they could not be asked for, if so."""
     options = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
     command = [sys.executable, "-m", "pip_audit", "--requirement", str(root / "constraints.txt"), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return [], f"no answer within {SECONDS} seconds"
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, LookupError, TypeError):

@@ -1,6 +1,5 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
-import errno
 import io
 import re
 import sys
@@ -20,22 +19,23 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
-from dual_lora.lab import processes
-from dual_lora.lab.runs import ROOT, Record, model_facts, task_of, without_secrets
-from dual_lora.lab.settings import Settings, UserError, first_line, nearest, require
+from dual_lora.lab import faults, processes, runs
+from dual_lora.lab.runs import ROOT, Record, check_writable, model_facts, task_of, without_secrets
+from dual_lora.lab.settings import Settings, UserError, first_line, nearest, place, require
 from dual_lora.lab.stopping import STOP, Stopped
 
 CONF = ROOT / "conf"
 GROUPS = ("model", "task", "method", "hardware")
 # Done; a run failed; something for the user to mend; stopped on request, the same command goes on; done elsewhere.
 EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
-HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc"}
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# What Hydra is asked to show, and the words that say which; it has options that read files of code, too.
+HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--resolve"}
+HYDRA_WORDS = {"job", "hydra", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 MULTIRUN = {"-m", "--multirun"}
 # What a command line may say to Hydra itself: how jobs are started. Where they write is the harness's to say.
-HYDRA_KEYS = re.compile(r"hydra(/|\.)(launcher|sweeper)(\.|$)")
+HYDRA_KEYS = re.compile(r"hydra(/|\.)(launcher|sweeper)(\.(?!params)|$)")
 # A record holds every setting, so none may come from the environment, where keys and passwords are.
 OmegaConf.clear_resolver("oc.env")
 
@@ -117,8 +117,9 @@ def parse_one(override: str) -> Override:
         require(override.isprintable(), f"{override!r}: holds characters that are no text")
         require(override.lstrip("+~")[:1] not in ("", "="), f"{override}: not of the form KEY=VALUE")
         return OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        raise UserError(f"{override}: not of the form KEY=VALUE") from error
+    except (HydraException, ValueError, RecursionError) as error:  # of a number of 5000 digits, of lists without end
+        mend = "quote a value of other characters, such as KEY=\"'~/data'\""
+        raise UserError(f"{override[:300]}: not of the form KEY=VALUE; {mend}") from error
 
 
 def parse(overrides: list[str]) -> list[list[str]]:
@@ -178,6 +179,8 @@ def one_line(error: Exception) -> str:
     while isinstance(cause, HydraException) and cause.__cause__:
         cause = cause.__cause__
     text, key = first_line(cause), getattr(cause, "full_key", None)
+    if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
+        return f"{cause.problem_mark.name}: line {cause.problem_mark.line + 1}: {cause.problem}; mend the file"
     if isinstance(cause, UnsupportedInterpolationType):
         return f"{key}: {text}; write the value itself"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "." not in str(key):
@@ -224,6 +227,22 @@ def check(argv: list[str]) -> list[Settings]:
         if not settings.force:
             record.result()
     return found
+
+
+def asks_hydra(argv: list[str]) -> bool:
+    """Return whether Hydra is to show something rather than to run anything.
+
+    Raises:
+        UserError: it is to do more than that, or to show settings that are wrong.
+    """
+    flags = {a.partition("=")[0] for a in argv if a.startswith("-")}
+    if not flags & HYDRA_FLAGS:
+        return False
+    for flag in flags - MULTIRUN:
+        require(flag in HYDRA_FLAGS, f"{flag}: no such option; of Hydra's own {', '.join(sorted(HYDRA_FLAGS))}")
+    for job in parse([a for a in argv if not a.startswith("-") and a not in HYDRA_WORDS]):
+        load(job)
+    return True
 
 
 # Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
@@ -288,7 +307,7 @@ def train(run: Callable[[], None]) -> int:
     from dual_lora.lab import launching
 
     argv = sys.argv[1:]
-    jobs = [] if HYDRA_FLAGS & {a.partition("=")[0] for a in argv} else check(argv)
+    jobs = [] if asks_hydra(argv) else check(argv)
     if any(settings.plan for settings in jobs):
         return draw_plans(jobs)
     launcher = launching.chosen(argv)
@@ -347,6 +366,9 @@ def recorded(run: Path, key: str = "run") -> Settings:
         raise UserError(f"{path}: not a run's settings as this version knows them ({one_line(error)})") from error
 
 
+PLACES = {"run", "data_dir", "model.path", "export", "against"}
+
+
 def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
     """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`.
 
@@ -358,9 +380,11 @@ def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int
     for key, value in given.items():
         require(key in known, f"{key}: no such setting of {Path(sys.argv[0]).name}.{nearest(key, list(known))}")
         require(value, f"{key}=: needs a value")
-        whole = known[key] is str or (value.isdigit() and int(value) > 0)
-        require(whole, f"{key}={value}: must be a whole number above 0")
+        whole = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
+        require(whole, f"{key}={value[:80]}: must be a whole number above 0")
         given[key] = known[key](value)
+    for key in PLACES & given.keys():
+        place(key, given[key])
     require("run" in given, "run=runs/STUDY/ID is needed: which run?")
     return Path(given.pop("run")), given
 
@@ -418,29 +442,39 @@ def export_run(settings: Settings, record: Record, folder: Path, dtype: str) -> 
     """Check where a run is to be exported to, and export it."""
     replace(settings.model, dtype=dtype)  # checks its name
     require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")
     require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
+    check_writable(folder, "give another folder as export=DIR")
     from dual_lora.lab import export
 
     print(export.write(settings, record, folder, dtype))
     return EXIT_OK
 
 
+def ended(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the line for what ended the work. What is neither the user's nor the machine's fault is
+    the program's: its traceback is printed before."""
+    if isinstance(error, UserError):
+        return EXIT_USER, str(error)
+    if said := faults.line(error):
+        return EXIT_USER, said
+    print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+    return EXIT_FAILED, f"{type(error).__name__}: {first_line(error)}; a fault of the program, not of the settings"
+
+
 def guard(do: Callable[..., int], *args: object) -> None:
-    """Exit with what `do` returns; a `UserError` becomes one line, and so does a stop somebody asked for."""
+    """Exit with what `do` returns; whatever else ends it becomes one line, a stop somebody asked for included."""
     name = Path(sys.argv[0]).name
     silence = nullcontext() if processes.first() else redirect_stdout(io.StringIO())
     try:
         with STOP.heard(), silence:
+            place("DUAL_LORA_RUNS", str(runs.RUNS))
             sys.exit(do(*args))
-    except UserError as error:
+    except Exception as error:
+        code, message = ended(error)
         if processes.first():
-            print(f"{name}: {without_secrets(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_USER)
-    except OSError as error:
-        if error.errno not in DENIED:
-            raise
-        print(f"{name}: {error.filename}: cannot be written ({error.strerror})", file=sys.stderr)
-        sys.exit(EXIT_USER)
+            print(f"{name}: {without_secrets(message)}", file=sys.stderr)
+        sys.exit(code)
     except Stopped as stopped:
         print(f"{name}: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dual_lora.lab.faults import out_of_memory
 from dual_lora.lab.settings import UserError
 
 MENDS = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there, or name another disk with DUAL_LORA_RUNS",
+    (errno.ENAMETOOLONG,): "give a shorter name",
     (errno.EACCES, errno.EPERM, errno.EROFS): "make it writable, or name another folder with DUAL_LORA_RUNS",
 }
 
@@ -21,6 +23,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if out_of_memory(error):
+            raise
         mends = (mend for numbers, mend in MENDS.items() if error.errno in numbers)
         reason, mend = error.strerror or str(error), next(mends, "look at the disk")
         again = "then the same command goes on; finished runs are as they were"

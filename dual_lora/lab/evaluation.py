@@ -86,8 +86,9 @@ def outputs(
     alone = not models.sharded(model)  # else the processes need each other's weights and do every batch together
     mine = batches[processes.rank() :: processes.number()] if alone else batches
     found: list[tuple[int, Output]] = []
-    with torch.inference_mode() if alone else torch.no_grad():  # gathered weights serve training later
-        for batch in tqdm(mine, desc=title, unit="batch", leave=False, disable=not processes.first()):
+    bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=not processes.first())
+    with bar, torch.inference_mode() if alone else torch.no_grad():  # gathered weights serve training later
+        for batch in bar:
             found += zip(batch, ask(model, tokenizer, task, [rows[i] for i in batch], settings), strict=True)
     model.train(training)
     output = dict(processes.collect(found) if alone else found)

@@ -22,17 +22,20 @@ A file gives, for all scales and again (in place of it; `run` and `seeds` aside)
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
 """
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dual_lora import paper
 from dual_lora.lab import cli
-from dual_lora.lab.settings import Settings, nearest, require
+from dual_lora.lab.settings import Settings, UserError, nearest, require
 
 SCALES = ("full", "small", "smoke")
+NAMES = ("name", "scale", "study")  # fields that no file gives
 
 
 @dataclass(frozen=True)
@@ -94,30 +97,39 @@ class Experiment:
         require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
         try:
             content = OmegaConf.to_container(OmegaConf.load(cli.CONF / "experiment" / f"{name}.yaml"))
-        except OmegaConfBaseException as error:
-            require(False, f"conf/experiment/{name}.yaml: {cli.one_line(error)}")
+        except YAMLError as error:
+            raise UserError(cli.one_line(error)) from error
+        except (OmegaConfBaseException, OSError, ValueError) as error:
+            raise UserError(f"conf/experiment/{name}.yaml: {cli.one_line(error)}") from error
         return cls.read(name, content, scale)
 
     @classmethod
     def read(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
         """Return the experiment a file's content describes."""
-        has = [key for key in content if key in SCALES]
+        where = f"conf/experiment/{name}.yaml"
+        has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
+        require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
         scale = scale or has[0]
         require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
-        common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale]
+        common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
+        for part in (common, own):
+            check_fields(cls, part, where)
         shared = OmegaConf.to_container(OmegaConf.load(cli.CONF / "scale" / f"{scale}.yaml"))
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
-        allowed = [f.name for f in fields(cls) if f.name not in ("name", "scale", "study")]
-        for key in values:
-            require(key in allowed, f"conf/experiment/{name}.yaml: {key}: no such field.{nearest(key, allowed)}")
+        lacking = [f.name for f in fields(cls) if f.name not in (*NAMES, *values) and no_default(f)]
+        require(not lacking, f"{where}: {', '.join(lacking)}: missing")
         if values.get("tune"):
+            check_fields(Tune, values["tune"], f"{where}: tune")
+            require("grid" in values["tune"], f"{where}: tune.grid: missing")
             values["tune"] = Tune(**values["tune"])
         study = name if scale == has[0] else f"{name}_{scale}"
         return cls(name, scale, study, **values)
 
     def __post_init__(self) -> None:
         where = f"conf/experiment/{self.name}.yaml"
+        for label in (label for label, ways in self.cells.items() if not ways):
+            require(False, f"{where}: cells: {label}: no overrides")
         for label in (*self.baselines, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for table in self.published:
@@ -157,6 +169,30 @@ class Experiment:
         told = replace(settings.wandb, job_type="tune")
         alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
         return tuple(replace(alone, train=replace(alone.train, lr=float(rate))) for rate in self.tune.grid[label])
+
+
+def no_default(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def check_fields(cls: type, values: object, where: str) -> None:
+    """Refuse what is no mapping, fields that a class does not have, and values of other types than its fields'."""
+    require(isinstance(values, dict), f"{where}: {str(values)[:80]}: fields with their values are needed here")
+    known = {f.name: f.type for f in fields(cls) if f.name not in NAMES}
+    for key, value in values.items():
+        require(key in known, f"{where}: {key}: no such field.{nearest(str(key), known)}")
+        fine = fits(value, dict if known[key] == Tune | None and value else known[key])
+        require(fine, f"{where}: {key}: {str(value)[:80]!r} is not of the form that is told in {__name__}")
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Return whether a value has the type of a field, as deep as its lists and mappings go."""
+    parts, outer = get_args(kind), get_origin(kind) or kind
+    if outer in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if outer in (list, dict) and parts and isinstance(value, outer):
+        return all(fits(v, parts[-1]) for v in (value.values() if outer is dict else value))
+    return kind is Any or isinstance(value, (int, float) if kind is float else outer)
 
 
 def newest(overrides: list[str]) -> list[str]:

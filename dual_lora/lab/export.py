@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from dual_lora.lab import models, nf4, reevaluation, training
+from dual_lora.lab import faults, models, nf4, reevaluation, training
+from dual_lora.lab.loop import disk_errors
 from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, UserError
 
@@ -34,12 +35,13 @@ def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
         model = reevaluation.load_trained(settings, record, task, plain=True)[0]
     merged: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
     try:
-        merged.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD)
-        tokenizer.save_pretrained(folder)
-        if (record.folder / "adapter").is_dir():
-            shutil.copytree(record.folder / "adapter", folder / "adapter")
+        with disk_errors(folder):
+            merged.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD)
+            tokenizer.save_pretrained(folder)
+            if (record.folder / "adapter").is_dir():
+                shutil.copytree(record.folder / "adapter", folder / "adapter")
     except OSError as error:
-        raise UserError(f"export={folder}: cannot be written ({error})") from error
+        raise UserError(f"export={folder}: {faults.line(error)}") from error
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **models.NO_CODE}
     loaded = models.head_class(task).from_pretrained(folder, **options)
     found = logits(loaded.eval())

@@ -4,24 +4,38 @@ a minute of the libraries' retries."""
 import functools
 import socket
 import urllib.request
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import datasets
 from huggingface_hub import constants
 
+from dual_lora.lab.settings import UserError
+
 SECONDS = 5.0  # for the hub to take a connection
+
+
+def address() -> tuple[str, int]:
+    """Return the hub's host and port.
+
+    Raises:
+        UserError: HF_ENDPOINT names none.
+    """
+    place = urlsplit(constants.ENDPOINT)
+    with suppress(ValueError):  # of a port that is no number
+        if place.hostname and place.scheme in ("http", "https"):
+            return place.hostname, place.port or (443 if place.scheme == "https" else 80)
+    raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: no address; give one like https://huggingface.co")
 
 
 @functools.cache
 def cut() -> bool:
     """Return whether nobody answers at the hub's address; behind a proxy that cannot be told, so it is not said."""
-    place = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return False
+    where = address()
     try:
-        socket.create_connection(
-            (place.hostname, place.port or (443 if place.scheme == "https" else 80)), SECONDS
-        ).close()
+        socket.create_connection(where, SECONDS).close()
     except OSError:
         return True
     return False

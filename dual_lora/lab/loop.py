@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from dual_lora.lab import checkpoints, processes, states
 from dual_lora.lab.disk import remove, writing
+from dual_lora.lab.faults import out_of_memory
 from dual_lora.lab.models import sharded
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
@@ -29,23 +29,31 @@ from dual_lora.lab.stopping import STOP, Stopped
 ROW = "row"  # the column with a training example's number
 # What a checkpoint holds beside the Trainer's own files and those of `states`, which takes the place of its pickles.
 STATE, BEST, SCALER = "run.json", "best.safetensors", "scaler.json"
+UNWRITTEN = ("PytorchStreamWriter", "unexpected pos")  # what torch says of a file that it cannot write
 SPARE = 2**20  # bytes; a disk with less is full
 SHOWN = 5  # examples of a batch that a message names
 
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Turn a failure to save weights into the user's one line; safetensors and torch have errors of their own."""
-    with writing(folder):
-        try:
-            yield
-        except Exception as error:  # tokenizers has no type for it either
-            said = re.search(r"os error (\d+)", str(error))
-            if not said and not isinstance(error, SafetensorError | RuntimeError):
-                raise
-            full = shutil.disk_usage(folder).free < SPARE
-            number = int(said[1]) if said else errno.ENOSPC if full else errno.EIO
-            raise OSError(number, os.strerror(number)) from error
+    """Turn a failure to save weights into the user's one line."""
+    with writing(folder), disk_errors(folder):
+        yield
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn the errors that safetensors, tokenizers and torch have of their own for a disk that fails into OSErrors."""
+    try:
+        yield
+    except Exception as error:
+        said = re.search(r"os error (\d+)", str(error))
+        if out_of_memory(error) or not (said or any(words in str(error) for words in UNWRITTEN)):
+            raise
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        full = shutil.disk_usage(there).free < SPARE
+        number = int(said[1]) if said else errno.ENOSPC if full else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
 
 
 class BestEpoch(TrainerCallback):

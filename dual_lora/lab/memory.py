@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.faults import out_of_memory
+from dual_lora.lab.settings import Settings, UserError, first_line
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -36,12 +37,33 @@ def told(mend: str) -> Iterator[None]:
     """Turn the end of memory into the user's one line; `mend` says what takes less."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one, and the CPU's has no type of its own
-        said = str(error).splitlines()[0] if str(error) else ""
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said
-        if not known:
+    except Exception as error:
+        if not out_of_memory(error):
             raise
-        raise UserError(f"out of memory ({said.strip() or type(error).__name__}); {mend}") from error
+        said = first_line(error) if str(error) else type(error).__name__
+        raise UserError(f"out of memory ({said}); {mend}") from error
+
+
+def smaller_batch(settings: Settings) -> str:
+    """Return the settings that train on as many examples a step with fewer at a time."""
+    train = settings.train
+    size, parts = train.batch_size, next((n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0), 1)
+    if parts == 1:
+        return f"a lower task.max_length or {smaller_model(settings)}"
+    smaller = f"train.batch_size={size // parts} train.accumulation={train.accumulation * parts}"
+    return f"{smaller} takes less with as many examples a step"
+
+
+def smaller_model(settings: Settings) -> str:
+    """Return what holds a model in less."""
+    half = " or model.dtype=bfloat16" if settings.model.dtype == "float32" else ""
+    return f"a smaller model{half} takes less, or take a machine with more"
+
+
+def fewer_rows(settings: Settings) -> str:
+    """Return the setting that evaluates fewer rows at a time."""
+    size = settings.eval.batch_size
+    return f"eval.batch_size={size // 2} takes less" if size > 1 else smaller_model(settings)
 
 
 def resident_peak() -> int:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from dual_lora.lab import data, gguf_file, hub, nf4, processes, runs
+from dual_lora.lab.faults import out_of_memory
 from dual_lora.lab.settings import Model, Settings, UserError, first_line, require
 from tasks import Task
 
@@ -45,9 +46,9 @@ def readable(what: str, mend: str) -> Iterator[None]:
     """Turn whatever the libraries raise over files that somebody else wrote into one line."""
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         reason = next((reason for word, reason in REASONS.items() if word in str(error)), first_line(error))
         raise UserError(f"{what} ({reason[:300]}); {mend}") from error
 

@@ -4,7 +4,7 @@ import torch
 from peft import PeftModel
 
 import dual_lora.tuner  # noqa: F401 - registers DUAL_LORA with PEFT
-from dual_lora.lab import evaluation, methods, models, processes
+from dual_lora.lab import evaluation, memory, methods, models, processes
 from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.summary import compared
@@ -32,7 +32,8 @@ def run(settings: Settings, record: Record) -> int:
     model, tokenizer = load_trained(settings, record, task)
     if stored.get("merged"):
         methods.merge(model)
-    metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
+    with memory.told(memory.fewer_rows(settings)):
+        metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
     print(compared(stored, metrics, record))
     kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
     processes.share(lambda: record.write("evaluation.json", kept))

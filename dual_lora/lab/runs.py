@@ -36,10 +36,10 @@ import yaml
 import tasks
 from dual_lora.lab import checkpoints, gguf_file, lock, processes
 from dual_lora.lab.disk import flush, remove, writing
-from dual_lora.lab.settings import Settings, UserError, first_line, require
+from dual_lora.lab.settings import Settings, UserError, first_line, place, require
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = Path(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs").expanduser()
+RUNS = Path(os.path.expanduser(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs"))
 BUNDLED = Path(__file__).parent / "bundled"
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
 PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf", "bitsandbytes")
@@ -107,7 +107,7 @@ def model_path(settings: Settings) -> Path | None:
     """
     model = settings.model
     path = (
-        BUNDLED / model.name if model.bundled and model.path is None else model.path and Path(model.path).expanduser()
+        BUNDLED / model.name if model.bundled and model.path is None else model.path and place("model.path", model.path)
     )
     if path and gguf_file.is_one(path):
         gguf_file.header(path)
@@ -169,7 +169,7 @@ def init_file(settings: Settings) -> Path:
     Raises:
         UserError: there is none, or another method or model trained it.
     """
-    folder = Path(settings.init_from).expanduser()
+    folder = place("init_from", settings.init_from)
     file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
     if not (folder / "result.json").is_file() or not file.is_file():
         raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
@@ -200,6 +200,8 @@ def chosen(settings: Settings) -> dict[str, Any]:
 def facts(settings: Settings) -> dict[str, Any]:
     """Return everything that can change a digit of the result: settings, task version, data and weights."""
     task = task_of(settings)
+    if settings.data_dir:
+        place("data_dir", settings.data_dir)
     with told():
         data = task.source(settings.data_dir)
     found = {**chosen(settings), "weights": model_facts(settings), "data": data, "task_version": task.version}
@@ -412,11 +414,14 @@ class Record:
                 raise
 
 
-def check_writable(folder: Path) -> None:
+ELSEWHERE = "set DUAL_LORA_RUNS=DIR to keep runs elsewhere"
+
+
+def check_writable(folder: Path, mend: str = ELSEWHERE) -> None:
     """Refuse a folder that cannot be written, or made, before anything is computed for it."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    require(able, f"{folder}: {there} is no folder that can be written; set DUAL_LORA_RUNS=DIR to keep runs elsewhere")
+    require(able, f"{folder}: {there} is no folder that can be written; {mend}")
 
 
 def without_secrets(text: str) -> str:

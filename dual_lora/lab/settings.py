@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +21,10 @@ class UserError(Exception):
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
         self.details = details
+
+
+# Of whole numbers, as of seeds; and of what multiplies weights, whose float32 would overflow.
+LARGEST, STEEP = 2**32, 1e6
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -59,9 +64,24 @@ def between(group: str, values: object, least: float, below: float, *names: str)
         require(value is None or least <= value < below, f"{group}.{name}={value}: {told}")
 
 
+def place(key: str, value: str) -> Path:
+    """Return the path that a setting gives, ~ filled in; whether anything is there is for its reader to say.
+
+    Raises:
+        UserError: nothing can be there, or it may not be looked at.
+    """
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{key}={value[:80]}: cannot be read ({reason}); give another path") from error
+    return path
+
+
 def file_name(key: str, value: str, what: str) -> None:
     """Refuse what names no file or folder, or one that lies elsewhere."""
-    clean = value and all(c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
+    clean = value and all(c.isascii() and c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
     short = len(value.encode(errors="replace")) <= 60
     require(bool(clean) and short, f"{key}={value[:80]}: only letters, digits, '-', '_' and '.', at most 60; {what}")
 
@@ -84,6 +104,8 @@ def sound(values: object) -> None:
             require(value.isprintable() and len(value) < 4000, f"{key}={value[:80]!r}: not a line of text")
         if isinstance(value, float):
             require(math.isfinite(value), f"{key}={value}: must be a finite number")
+        if isinstance(value, int):
+            require(abs(value) < LARGEST, f"{key}={str(value)[:30]}: must be below 2**32")
 
 
 @dataclass(frozen=True)
@@ -156,6 +178,8 @@ class Task:
         positive("task", self, "epochs", "batch_size", "max_length", "num_beams", "train_rows")
         between("task", self, 0, math.inf, "max_new_tokens", "no_repeat_ngram")
         between("task", self, 0, 1, "warmup_ratio", "label_smoothing")
+        between("task", self, 0, STEEP, "epochs")
+        between("task", self, -100, 100, "length_penalty")
 
 
 @dataclass(frozen=True)
@@ -182,6 +206,7 @@ class Method:
         file_name("method.name", self.name, "it names the run's folder")
         positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
         between("method", self, 0, 1, "dropout", "magnitude_ratio")
+        between("method", self, 0, STEEP, "lr", "lr_ratio")
         for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
             value = getattr(self, key)
             used = self.peft is not None and value is not None
@@ -225,6 +250,7 @@ class Train:
         positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         positive("train", self, "save_steps", "log_steps", "max_examples", "loss_scale")
         between("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
+        between("train", self, 0, STEEP, "lr", "epochs")
 
 
 @dataclass(frozen=True)
@@ -322,5 +348,4 @@ class Settings:
         require(whole or not packed, f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single")
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
-        require(self.seed < 2**32, f"seed={self.seed}: must be below 2**32")
         file_name("study", self.study, "it names a folder below runs/")

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -23,13 +23,13 @@ from transformers import (
 )
 from transformers.trainer_utils import enable_full_determinism
 
-from dual_lora.lab import checkpoints, data, evaluation, lock, memory, methods, models, processes
+from dual_lora.lab import checkpoints, data, evaluation, faults, lock, memory, methods, models, processes
 from dual_lora.lab.disk import remove
 from dual_lora.lab.loop import BestEpoch, Loop, saving
 from dual_lora.lab.memory import PeakMemory
 from dual_lora.lab.mirror import Mirror, open_mirror
 from dual_lora.lab.runs import TRAINED, Record, task_of
-from dual_lora.lab.settings import Settings, Train, UserError
+from dual_lora.lab.settings import Settings, UserError
 from dual_lora.lab.stopping import STOP, Stopped
 from dual_lora.lab.summary import summary
 
@@ -45,6 +45,12 @@ class Progress(ProgressCallback):
         if self.training_bar is not None and logs and "loss" in logs:
             speed = (state.num_input_tokens_seen - self.seen) / (time.perf_counter() - self.started)
             self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": f"{speed:,.0f}"})
+
+    def close(self) -> None:
+        """End the bar's line, also where training has failed, so that what is said next has a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
 
 class Log(TrainerCallback):
@@ -115,7 +121,8 @@ def do(settings: Settings, record: Record) -> dict[str, Any]:
     processes.share(lambda: tried.start(settings))
     mirror = mirror_of(settings, record)
     try:
-        result = work(settings, tried, mirror)
+        with faults.told(), memory.told(memory.smaller_model(settings)):
+            result = work(settings, tried, mirror)
         mirror.summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
         mirror.finish(0)
         return result
@@ -187,7 +194,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     log = Log(record, mirror)
 
     def measure(title: str) -> tuple[dict, list]:
-        with memory.told(f"eval.batch_size={max(1, settings.eval.batch_size // 2)} takes less"):
+        with memory.told(memory.fewer_rows(settings)):
             return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
 
     best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
@@ -205,7 +212,8 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         callbacks=[log, best] if best else [log],
     )
     loop.remove_callback(PrinterCallback)
-    loop.add_callback(Progress())
+    progress = Progress()
+    loop.add_callback(progress)
     before = processes.share(lambda: scores_before(record))
     if before is None and settings.eval.before:
         before = measure("before")[0]
@@ -214,7 +222,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     if trained:
         loop.load(record.weights(settings))
     else:
-        with memory.told(smaller_batch(settings.train)):
+        with closing(progress), memory.told(memory.smaller_batch(settings)):
             trained = train_and_keep(loop, best, record, settings)
     merged = methods.merge(model)
     metrics, predictions = measure("after")
@@ -271,15 +279,6 @@ def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings:
         loop.model.save_pretrained(folder, is_main_process=processes.first())
         processes.share(lambda: checkpoints.seal(folder, record.folder / TRAINED, **facts))
     return facts
-
-
-def smaller_batch(train: Train) -> str:
-    """Return the settings that train on as many examples a step with fewer at a time."""
-    size, parts = train.batch_size, next((n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0), 1)
-    if parts == 1:
-        return "a lower task.max_length or model.dtype=bfloat16 takes less"
-    smaller = f"train.batch_size={size // parts} train.accumulation={train.accumulation * parts}"
-    return f"{smaller} takes less with as many examples a step"
 
 
 def scores_before(record: Record) -> dict[str, float] | None:
