@@ -237,9 +237,7 @@ def sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, i
     }
 
 
-def memory(
-    size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
-) -> dict[str, float]:
+def memory(size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None) -> dict[str, float]:
     """Return bytes a device: weights, gradients, AdamW's moments, what is kept for backward, a reserve, and the peak.
 
     Sharded in full (FSDP2), a device holds its part of the first three, and what it gathers at once.

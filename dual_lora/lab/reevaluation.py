@@ -40,9 +40,7 @@ def run(settings: Settings, record: Record) -> int:
     return 0 if metrics == stored["metrics"] else 1
 
 
-def load_trained(
-    settings: Settings, record: Record, task: Task, plain: bool = False
-) -> tuple[torch.nn.Module, object]:
+def load_trained(settings: Settings, record: Record, task: Task, plain: bool = False) -> tuple[torch.nn.Module, object]:
     """Return the model as it was when the run ended, and its tokenizer. plain: see `models.load_plain`.
 
     Raises:
