@@ -293,11 +293,9 @@ def test_a_share_needs_no_more_than_mean_differences():
     outputs = np.array([(answers(method) == gold)[..., None] for method in (ours, theirs)], dtype=float)
     whole = stats.grouped(outputs)
     few = stats.averaged(whole)
-    assert len(few.sizes) <= 7 < len(whole.sizes) and few.sizes.sum() == 200
+    assert len(few.sizes) <= 4 < len(whole.sizes) and few.sizes.sum() == 200
     spread = [stats.swaps([s], stats.share, 4000, np.random.default_rng(1)) for s in (whole, few)]
     assert np.std(spread[0]) == pytest.approx(np.std(spread[1]), rel=0.06)
-    means = [stats.differences(stats.share, s.outputs, s.sizes[None]).mean() for s in (whole, few)]
-    assert means[0] == pytest.approx(means[1]) and means[0] != 0
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])

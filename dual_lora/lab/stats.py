@@ -245,8 +245,9 @@ def permuted(strata: list[Stratum], measure: Measure, mean: float, resamples: in
 
 
 def averaged(stratum: Stratum) -> Stratum:
-    """Return a stratum as one run of each example's mean difference over seeds, all that a share depends on."""
-    differences_GC = (stratum.outputs[0] - stratum.outputs[1]).mean(axis=0)
+    """Return a stratum as one run of the size of each example's mean difference over seeds, all that swaps of a share
+    depend on."""
+    differences_GC = np.abs((stratum.outputs[0] - stratum.outputs[1]).mean(axis=0))
     values_GC, groups = np.unique(differences_GC.round(12), axis=0, return_inverse=True)
     sizes = np.bincount(groups.ravel(), weights=stratum.sizes)
     return Stratum(np.stack([values_GC, np.zeros_like(values_GC)])[:, None], sizes)
