@@ -177,6 +177,43 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     assert record.result() is None and record.failure()["error"] == "UserError"
 
 
+@pytest.mark.parametrize("saving", ["null", "1"])
+def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
+    """The loss of the last step is of the weights before it."""
+    wild = ["train.weight_decay=1e300", "train.max_grad_norm=0", "train.max_steps=2", f"train.save_steps={saving}"]
+    chosen = settings("tiny-roberta", "eval.before=false", *wild)
+    with pytest.raises(UserError, match=r"trained weights hold values that are no numbers at step 2; take a lower"):
+        training.run(chosen)
+    record = Record.of(chosen)
+    assert record.result() is None and record.trained() is None and record.failure()["step"] == 2
+    good = record.checkpoint()
+    assert (good and good.name) == record.failure()["last_good_checkpoint"] == {"null": None, "1": "checkpoint-1"}[saving]
+
+
+@pytest.mark.parametrize(("model", "task"), [*FAMILIES.items(), ("tiny-llama", "commonsense")])
+def test_outputs_that_are_no_numbers_are_not_scored(model, task):
+    chosen = cli.load([f"model={model}", f"task={task}", "task.num_beams=1"])
+    asked = tasks.load(task)
+    base, tokenizer = models.load(chosen, asked)
+    with torch.no_grad():
+        next(p for name, p in base.named_parameters() if "norm" in name.lower() or "ln_" in name).fill_(float("nan"))
+    with pytest.raises(UserError, match="the model's outputs are no numbers"):
+        rows = [{"id": "1", "prompt": "one two", "text": "one", "text_pair": [], "label": 0}]
+        ask = {"commonsense": evaluation.likelihoods}.get(task)
+        asked.choices = lambda row: ["true", "false"]
+        evaluation.outputs(base, tokenizer, asked, rows, chosen, "test", ask)
+
+
+def test_a_score_that_is_no_number_is_no_result(runs_folder, monkeypatch):
+    chosen = settings("tiny-roberta", "eval.before=false")
+    monkeypatch.setattr(type(tasks.load(chosen.task.name)), "score", lambda self, judged: {"accuracy": float("nan")})
+    with pytest.raises(UserError, match="after: accuracy is nan"):
+        training.run(chosen)
+    assert Record.of(chosen).result() is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Record.of(chosen).write("result.json", {"accuracy": float("inf")})
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

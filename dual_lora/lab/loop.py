@@ -196,8 +196,7 @@ class Loop(Trainer):
                 raise self.no_number(what, value, step, [self.ids[i] for part in rows for i in part.tolist()])
 
     def no_number(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
-        kept = self.record.checkpoint()
-        good = f"checkpoint-{checkpoints.step_of(kept)}" if kept else None
+        good = self.last_good()
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
         return UserError(
             f"the {what} is {value} at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or "
@@ -208,9 +207,34 @@ class Loop(Trainer):
             last_good_checkpoint=good,
         )
 
+    def last_good(self) -> str | None:
+        kept = self.record.checkpoint()
+        return f"checkpoint-{checkpoints.step_of(kept)}" if kept else None
+
+    def check_weights(self) -> None:
+        """Look at what is trained before it is kept.
+
+        Raises:
+            UserError: a weight has a value that is no number.
+        """
+        trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        mine = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in trained]
+        bad = [name for (name, _), weight in zip(trained, mine, strict=True) if not weight.isfinite().all()]
+        bad, step = list(dict.fromkeys(processes.collect(bad))), self.state.global_step
+        if bad:
+            good = self.last_good()
+            raise UserError(
+                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers at "
+                f"step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; last "
+                f"good checkpoint: {good or 'none'}",
+                step=step,
+                last_good_checkpoint=good,
+            )
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, then what it forgets, and the manifest as the last file."""
         self.check()
+        self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             with saving(folder):

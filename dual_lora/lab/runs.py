@@ -282,8 +282,8 @@ class Record:
         return result
 
     def check(self, *names: str) -> None:
-        """Hold files of a finished run, all of a folder or just all, against the SHA-256 in its result; earlier versions wrote
-        none.
+        """Hold files of a finished run (also all of a folder, or simply all) against the SHA-256 in its result; earlier
+        versions wrote none.
 
         Raises:
             UserError: one is gone or not as the run left it.
@@ -380,7 +380,7 @@ class Record:
 
     def write(self, name: str, content: Any) -> None:
         """Write a file whole or not at all: to a temporary name first, then renamed."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
         partial = self.folder / f".{name}.partial"
         with writing(self.folder / name):
             try:

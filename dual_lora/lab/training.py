@@ -245,6 +245,7 @@ def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings:
         done = loop.fit(processes.share(record.checkpoint))
     if best:
         best.restore(loop.model)
+    loop.check_weights()
     facts = {
         "steps": done.global_step,
         "train_loss": done.training_loss,
