@@ -304,7 +304,7 @@ ADDED = {
     "plan": False,
     "model": {"architecture": {}},
     "task": {"stop": [], "train_rows": None},
-    "train": {"group_by_length": None, "loss_scale": None},
+    "train": {"save_minutes": None, "group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},
     "hardware": {"name": "single", "accelerator": "a100-80gb", "devices": 1, "sharding": "none", "base": None},
 }

@@ -102,12 +102,12 @@ class Loop(Trainer):
     """A Trainer for one run.
 
     record: the run's; ids: the names of the training examples, by row; best: the callback whose state checkpoints keep;
-    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it. `keeps` tells
+    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it; minutes: after the newest checkpoint the next is due. `keeps` tells
     whether it can write checkpoints: not of a model that is sharded and trained in full.
     """
 
     def __init__(
-        self, record: Record, ids: list[str], best: BestEpoch | None, scale: float | None = None, **kwargs: Any
+        self, record: Record, ids: list[str], best: BestEpoch | None, scale: float | None, minutes: float | None, **kwargs: Any
     ) -> None:
         examples = kwargs.pop("train_dataset")
         examples = examples.add_column(ROW, list(range(len(examples))))
@@ -126,6 +126,7 @@ class Loop(Trainer):
                 weight.register_hook(lambda gradient: gradient / scale)
         self.recent: list[tuple[str, int, list[torch.Tensor], Any]] = []  # since the last check, on the device
         self.earlier, self.began = 0.0, time.perf_counter()
+        self.minutes, self.kept_at = minutes, self.began
 
     @property
     def seconds(self) -> float:
@@ -139,12 +140,16 @@ class Loop(Trainer):
             UserError: a loss or a gradient that is no number, or a checkpoint that cannot be written.
             Stopped: a stop was asked for; the newest checkpoint is of this moment.
         """
-        self.began = time.perf_counter()
+        self.began = self.kept_at = time.perf_counter()
         with STOP.waiting():
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         STOP.check()
         self.check()
         return done._replace(training_loss=self.mean(done.training_loss))
+
+    def due(self) -> bool:
+        """Return whether the newest checkpoint is older than it may be."""
+        return self.minutes is not None and time.perf_counter() - self.kept_at > 60 * self.minutes
 
     def load(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""
@@ -318,5 +323,10 @@ class GoOn(TrainerCallback):
             loop.best.go_on(folder, kept["best"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        if processes.any_of(STOP.asked):
-            control.should_save, control.should_training_stop = self.loop.keeps, True
+        told = processes.collect([(bool(STOP.asked), self.loop.due())])
+        stop, due = (any(words) for words in zip(*told, strict=True))
+        control.should_save = self.loop.keeps if stop else control.should_save or (due and self.loop.keeps)
+        control.should_training_stop = control.should_training_stop or stop
+
+    def on_save(self, args, state, control, **kwargs):
+        self.loop.kept_at = time.perf_counter()

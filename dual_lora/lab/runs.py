@@ -63,7 +63,7 @@ NOT_IDENTITY = {
     "model": {"path", "architecture"},
     "task": {"train_rows"},
     "method": {"lr"},
-    "train": {"save_steps", "log_steps"},
+    "train": {"save_steps", "save_minutes", "log_steps"},
     "eval": {"before"},
 }
 

@@ -186,6 +186,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         train.rows["id"],
         best,
         settings.train.loss_scale,
+        settings.train.save_minutes,
         model=model,
         args=arguments(settings, record),
         train_dataset=examples,
