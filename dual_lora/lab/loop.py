@@ -102,12 +102,19 @@ class Loop(Trainer):
     """A Trainer for one run.
 
     record: the run's; ids: the names of the training examples, by row; best: the callback whose state checkpoints keep;
-    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it; minutes: after the newest checkpoint the next is due. `keeps` tells
-    whether it can write checkpoints: not of a model that is sharded and trained in full.
+    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it;
+    minutes: how long after the newest checkpoint the next one is due. `keeps` tells whether it can write checkpoints:
+    not of a model that is sharded and trained in full.
     """
 
     def __init__(
-        self, record: Record, ids: list[str], best: BestEpoch | None, scale: float | None, minutes: float | None, **kwargs: Any
+        self,
+        record: Record,
+        ids: list[str],
+        best: BestEpoch | None,
+        scale: float | None,
+        minutes: float | None,
+        **kwargs: Any,
     ) -> None:
         examples = kwargs.pop("train_dataset")
         examples = examples.add_column(ROW, list(range(len(examples))))
@@ -229,9 +236,9 @@ class Loop(Trainer):
         if bad:
             good = self.last_good()
             raise UserError(
-                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers at "
-                f"step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; last "
-                f"good checkpoint: {good or 'none'}",
+                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers "
+                f"at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; "
+                f"last good checkpoint: {good or 'none'}",
                 step=step,
                 last_good_checkpoint=good,
             )

@@ -45,6 +45,7 @@ def load_trained(settings: Settings, record: Record, task: Task) -> tuple[torch.
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
     """
+    record.check_model(settings)
     tuned = settings.method.peft is None
     base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else models.load(settings, task)
     folder = record.folder / ("model" if tuned else "adapter")
