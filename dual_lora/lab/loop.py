@@ -265,7 +265,8 @@ class Loop(Trainer):
 
     def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
         """As the Trainer's, without the tokenizer and its own settings, which nobody reads."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save or sharded(self.model):  # all processes gather what is shared out
+            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:

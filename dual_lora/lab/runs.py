@@ -74,7 +74,7 @@ NOT_IDENTITY = {
 }
 
 
-# What the SHA-256 of are in the result.
+# What a finished run leaves, sealed by the SHA-256 in its result.
 LEFT = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "adapter", "model")
 AGAIN, TRAINED = ".again", "trained.json"
 # What of a finished run does not hold for the same run done again.
@@ -171,6 +171,7 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 @cache
 def unchanged_sha256(path: Path, *stamp: int) -> str:
+    """Return a file's SHA-256, read once for each stamp."""
     return checkpoints.sha256(path)
 
 
@@ -331,8 +332,9 @@ class Record:
             UserError: one is another.
         """
         known = self.made_with().get("model_files")
+        known = known if isinstance(known, dict) else {}
         now = model_files(settings) if known else {}
-        other = sorted(name for name in (known or {}) | now if known.get(name) != now.get(name))
+        other = sorted(name for name in known | now if known.get(name) != now.get(name))
         require(
             not other,
             f"{self.folder}: begun with another {', '.join(other)} of model={settings.model.name}; give the folder as "

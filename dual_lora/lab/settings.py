@@ -197,9 +197,9 @@ class Method:
 class Train:
     """How long and how fast to train.
 
-    A checkpoint is kept every `save_steps` steps and, `save_minutes` after the newest, at the end of a step; null: not
-    for that. `group_by_length` true puts examples of like length
-    into a batch, which saves padding but cost quality where it was measured (runs/LOG.md); null draws at random.
+    A checkpoint is kept every `save_steps` steps, and at the end of a step `save_minutes` after the newest; null: none
+    for that. `group_by_length` true puts examples of like length into a batch, which saves padding but cost quality
+    where it was measured (runs/LOG.md); null draws at random.
     `loss_scale` multiplies the loss before backward and divides every gradient after it, as fp16 training does: it
     changes nothing but what bends gradients on the way, as the clip of Dual LoRA's Sign.
     """
