@@ -132,6 +132,27 @@ def test_a_new_file_of_code_is_an_uncommitted_change_and_a_report_is_none(reposi
     assert runs.uncommitted_changes() is True
 
 
+def test_changed_code_is_told_apart(repository):
+    found = []
+    for name, text in (("old.py", "VERSION = 2\n"), ("old.py", "VERSION = 3\n"), ("README.md", "")):
+        (repository / "tasks" / name).write_text(text)
+        runs.code.cache_clear()
+        found.append(runs.code())
+    runs.code.cache_clear()
+    assert found[0] != found[1] == found[2]
+
+
+def test_the_tries_of_a_run_are_kept_with_their_code(tmp_path, monkeypatch):
+    """Also where nothing but the scores before training is left of one."""
+    record, chosen = Record(tmp_path), cli.load(["model=tiny-roberta", "task=demo/sentiment"])
+    for code in "abc":
+        monkeypatch.setattr(runs, "code", lambda code=code: code)
+        record.start(chosen)
+        record.log({"step": 0, "eval/accuracy": 0.5})
+    found = record.made_with()
+    assert [t["code"] for t in found["earlier_tries"]] == ["a", "b"] and found["code"] == "c"
+
+
 def test_code_that_git_does_not_know_is_not_called_clean(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     assert runs.uncommitted_changes() is None
@@ -149,6 +170,8 @@ def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, togethe
     record.write("environment.json", was)
     today = {"commit": "new", "uncommitted_changes": now, "threads": 1, "started": "today"}
     monkeypatch.setattr(runs, "environment", lambda: today)
+    monkeypatch.setattr(runs, "model_files", lambda settings: {})
+    today = today | {"model_files": {}}
     record.start(chosen)
     assert record.made_with() == today  # begun anew
     record.write("environment.json", was)
@@ -157,5 +180,6 @@ def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, togethe
     assert record.made_with() == today | {
         "uncommitted_changes": together,
         "earlier_commits": ["old"],
+        "earlier_tries": [{"started": "then", "commit": "old", "uncommitted_changes": begun, "code": None}],
         "started": "then",
     }

@@ -105,6 +105,36 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(method, steps, runs_folder, ref
     assert not (record.folder / "checkpoints").exists() and not (record.folder / runs.TRAINED).exists()
 
 
+@pytest.mark.parametrize("method", ["dual_lora", "full"])
+def test_checkpoints_that_fall_due_by_time_change_no_digit(method, runs_folder, reference):
+    whole = reference(chosen(f"method={method}", "train.save_minutes=null"))
+    settings = chosen(f"method={method}", "train.save_minutes=1e-9")  # due at the end of every step
+    kept_at = []
+    with at_step(6, kill), pytest.raises(Killed):
+        training.run(settings)
+    record = Record.of(settings)
+    assert checkpoints.step_of(record.checkpoint()) == 5
+    with at_step(7, lambda: kept_at.append(checkpoints.step_of(record.checkpoint()))):
+        training.run(settings)
+    assert kept_at == [6] and kept(record.folder) == whole
+
+
+def test_a_checkpoint_falls_due_after_the_newest_one(runs_folder, monkeypatch):
+    """By default, and by a clock that goes on by four minutes a step."""
+    clock, found = [0.0], []
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    real = loop.GoOn.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        clock[0] += 240
+        real(self, args, state, control, **kwargs)
+        found.append(control.should_save)
+
+    monkeypatch.setattr(loop.GoOn, "on_step_end", on_step_end)
+    training.run(chosen())
+    assert found == [False, False, True, False, False, True, False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama", "tiny-roberta", "tiny-deberta"])
 @pytest.mark.parametrize("method", cli.choices("method"))

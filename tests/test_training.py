@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from wandb_stub import WandbStub
 
 import tasks
 from dual_lora import set_update_scale
-from dual_lora.lab import cli, evaluation, methods, models, training
+from dual_lora.lab import cli, evaluation, methods, models, runs, training
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 
@@ -177,6 +178,44 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     assert record.result() is None and record.failure()["error"] == "UserError" and record.failure()["diverged"]
 
 
+@pytest.mark.parametrize("saving", ["null", "1"])
+def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
+    """The loss of the last step is of the weights before it."""
+    wild = ["train.weight_decay=1e300", "train.max_grad_norm=0", "train.max_steps=2", f"train.save_steps={saving}"]
+    chosen = settings("tiny-roberta", "eval.before=false", *wild)
+    with pytest.raises(UserError, match=r"trained weights hold values that are no numbers at step 2; take a lower"):
+        training.run(chosen)
+    record = Record.of(chosen)
+    assert record.result() is None and record.trained() is None and record.failure()["step"] == 2
+    good = record.checkpoint()
+    expected = {"null": None, "1": "checkpoint-1"}[saving]
+    assert (good and good.name) == record.failure()["last_good_checkpoint"] == expected
+
+
+@pytest.mark.parametrize(("model", "task"), [*FAMILIES.items(), ("tiny-llama", "commonsense")])
+def test_outputs_that_are_no_numbers_are_not_scored(model, task):
+    chosen = cli.load([f"model={model}", f"task={task}", "task.num_beams=1"])
+    asked = tasks.load(task)
+    base, tokenizer = models.load(chosen, asked)
+    with torch.no_grad():
+        next(p for name, p in base.named_parameters() if "norm" in name.lower() or "ln_" in name).fill_(float("nan"))
+    with pytest.raises(UserError, match="the model's outputs are no numbers"):
+        rows = [{"id": "1", "prompt": "one two", "text": "one", "text_pair": [], "label": 0}]
+        ask = {"commonsense": evaluation.likelihoods}.get(task)
+        asked.choices = lambda row: ["true", "false"]
+        evaluation.outputs(base, tokenizer, asked, rows, chosen, "test", ask)
+
+
+def test_a_score_that_is_no_number_is_no_result(runs_folder, monkeypatch):
+    chosen = settings("tiny-roberta", "eval.before=false")
+    monkeypatch.setattr(type(tasks.load(chosen.task.name)), "score", lambda self, judged: {"accuracy": float("nan")})
+    with pytest.raises(UserError, match="after: accuracy is nan"):
+        training.run(chosen)
+    assert Record.of(chosen).result() is None
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Record.of(chosen).write("result.json", {"accuracy": float("inf")})
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -224,6 +263,45 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folde
     assert record.logged() == logged
     assert (record.folder / "adapter/adapter_model.safetensors").read_bytes() == weights
     assert not (record.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_a_run_is_not_taken_for_that_of_another_models_files(name, runs_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(runs.BUNDLED / "tiny-llama", folder)
+    here = f"model.path={folder}"
+    chosen = settings("tiny-llama", here, "train.max_steps=1")
+    result = training.run(chosen)
+    run = runs_folder / "adhoc" / result["identity"]
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    uses = [lambda: cli.evaluate_again([f"run={run}", here])]
+    if runs.identity(chosen) == result["identity"]:  # the ends of weights name a run
+        uses.append(lambda: training.run(chosen))
+    for use in uses:
+        with pytest.raises(UserError, match=f"begun with another {name} of model=tiny-llama; give"):
+            use()
+    shutil.copy(runs.BUNDLED / "tiny-llama" / name, folder / name)
+    assert training.run(chosen) == result
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(runs.BUNDLED / "tiny-roberta", folder)
+    chosen = settings("tiny-roberta", f"model.path={folder}", "force=true")
+    record = Record.of(chosen).tried(chosen)
+    record.start(chosen)
+    record.log({"step": 0, "eval/accuracy": 0.5})
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="begun with another tokenizer_config.json"):
+        record.start(chosen)
+
+
+def test_a_folder_is_not_taken_for_a_model_of_the_hub():
+    chosen = cli.load(["model=roberta-base", "task=glue/rte", f"model.hub={runs.BUNDLED / 'tiny-roberta'}"])
+    with pytest.raises(UserError, match="is a folder here; give it as model.path=DIR"):
+        runs.model_facts(chosen)
 
 
 def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path):

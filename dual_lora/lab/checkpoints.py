@@ -52,10 +52,11 @@ def sealed(folder: Path, manifest: Path | None = None) -> dict[str, Any] | None:
     manifest = manifest or folder / MANIFEST
     try:
         held = json.loads(manifest.read_text())
-        there = held.pop("digest") == digest(held) and all(file_facts(folder / name) == facts for name, facts in held["files"].items())
+        same = held.pop("digest") == digest(held)
+        there = all(file_facts(folder / name) == facts for name, facts in held["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return held if there else None
+    return held if same and there else None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -343,7 +343,7 @@ ADDED = {
     "plan": False,
     "model": {"architecture": {}, "chat": False},
     "task": {"stop": [], "train_rows": None},
-    "train": {"group_by_length": None, "loss_scale": None},
+    "train": {"save_minutes": None, "group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},
     "wandb": {"job_type": "train", "tags": []},
     "hardware": {"name": "single", "accelerator": "a100-80gb", "devices": 1, "sharding": "none", "base": None},

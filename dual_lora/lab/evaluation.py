@@ -4,6 +4,7 @@ The outputs do not depend on the batch size: rows are padded on the side the mod
 and put back into their own order.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,7 +48,10 @@ def evaluate(
             judged[name] = [v | task.judge_choice(row, s) for v, row, s in zip(judged[name], rows, ranked, strict=True)]
         for row, output, verdict in zip(rows, given, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
-    return task.score(judged), predictions
+    scores = task.score(judged)
+    for name, score in scores.items():
+        require(math.isfinite(score), f"{title}: {name} is {score}; the outputs cannot be scored")
+    return scores, predictions
 
 
 def warnings(task: Task, predictions: list[Row]) -> list[str]:
@@ -102,7 +106,22 @@ def classify(
     features = [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
     batch = tokenizer.pad(features, return_tensors="pt").to(model.device)
     logits = model(**batch).logits.float()
+    check(logits)
     return logits.squeeze(-1).tolist() if task.form == "regression" else logits.argmax(-1).tolist()
+
+
+def check(scores: torch.Tensor) -> None:
+    """Refuse a model's scores, ... x choices, whose best is no number; some of them may be forbidden (-inf)."""
+    sound = bool(scores.amax(-1).isfinite().all())
+    require(sound, "the model's outputs are no numbers; take model.dtype=float32, or other weights")
+
+
+class Numbers(LogitsProcessor):
+    """Refuses scores of a next token that are no numbers."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check(scores)
+        return scores
 
 
 def generate(
@@ -138,6 +157,7 @@ def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int)
     """Return the protocol's way of decoding, as `generate` takes it. start: the prompts' length with padding."""
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
+    repeats = [NoRepeat(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else []
     return {
         "max_new_tokens": protocol.max_new_tokens,
         "num_beams": protocol.num_beams,
@@ -146,7 +166,7 @@ def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int)
         "synced_gpus": False,
         "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
         "pad_token_id": tokenizer.pad_token_id,
-        "logits_processor": [NoRepeat(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else [],
+        "logits_processor": [Numbers(), *repeats],
         **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
     }
 
@@ -175,6 +195,7 @@ def likelihoods(
         use_cache=True,
     ).logits[:, :-1]
     found = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mul(real).sum(-1).view(-1, many)
+    check(found)
     return [scores[: len(options)] for scores, options in zip(found.tolist(), choices, strict=True)]
 
 

@@ -111,12 +111,19 @@ class Loop(Trainer):
     """A Trainer for one run.
 
     record: the run's; ids: the names of the training examples, by row; best: the callback whose state checkpoints keep;
-    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it. `keeps` tells
-    whether it can write checkpoints: not of a model that is sharded and trained in full.
+    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it;
+    minutes: how long after the newest checkpoint the next one is due. `keeps` tells whether it can write checkpoints:
+    not of a model that is sharded and trained in full.
     """
 
     def __init__(
-        self, record: Record, ids: list[str], best: BestEpoch | None, scale: float | None = None, **kwargs: Any
+        self,
+        record: Record,
+        ids: list[str],
+        best: BestEpoch | None,
+        scale: float | None,
+        minutes: float | None,
+        **kwargs: Any,
     ) -> None:
         examples = kwargs.pop("train_dataset")
         examples = examples.add_column(ROW, list(range(len(examples))))
@@ -135,6 +142,7 @@ class Loop(Trainer):
                 weight.register_hook(lambda gradient: gradient / scale)
         self.recent: list[tuple[str, int, list[torch.Tensor], Any]] = []  # since the last check, on the device
         self.earlier, self.began = 0.0, time.perf_counter()
+        self.minutes, self.kept_at = minutes, self.began
 
     @property
     def seconds(self) -> float:
@@ -148,12 +156,16 @@ class Loop(Trainer):
             UserError: a loss or a gradient that is no number, or a checkpoint that cannot be written.
             Stopped: a stop was asked for; the newest checkpoint is of this moment.
         """
-        self.began = time.perf_counter()
+        self.began = self.kept_at = time.perf_counter()
         with STOP.waiting():
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         STOP.check()
         self.check()
         return done._replace(training_loss=self.mean(done.training_loss))
+
+    def due(self) -> bool:
+        """Return whether the newest checkpoint is older than it may be."""
+        return self.minutes is not None and time.perf_counter() - self.kept_at > 60 * self.minutes
 
     def load(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""
@@ -205,8 +217,7 @@ class Loop(Trainer):
                 raise self.no_number(what, value, step, [self.ids[i] for part in rows for i in part.tolist()])
 
     def no_number(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
-        kept = self.record.checkpoint()
-        good = f"checkpoint-{checkpoints.step_of(kept)}" if kept else None
+        good = self.last_good()
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
         return UserError(
             f"the {what} is {value} at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or "
@@ -218,9 +229,34 @@ class Loop(Trainer):
             diverged=True,
         )
 
+    def last_good(self) -> str | None:
+        kept = self.record.checkpoint()
+        return f"checkpoint-{checkpoints.step_of(kept)}" if kept else None
+
+    def check_weights(self) -> None:
+        """Look at what is trained before it is kept.
+
+        Raises:
+            UserError: a weight has a value that is no number.
+        """
+        trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        mine = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in trained]
+        bad = [name for (name, _), weight in zip(trained, mine, strict=True) if not weight.isfinite().all()]
+        bad, step = list(dict.fromkeys(processes.collect(bad))), self.state.global_step
+        if bad:
+            good = self.last_good()
+            raise UserError(
+                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers "
+                f"at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; "
+                f"last good checkpoint: {good or 'none'}",
+                step=step,
+                last_good_checkpoint=good,
+            )
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, then what it forgets, and the manifest as the last file."""
         self.check()
+        self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             with saving(folder):
@@ -239,7 +275,8 @@ class Loop(Trainer):
 
     def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
         """As the Trainer's, without the tokenizer and its own settings, which nobody reads."""
-        self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save or sharded(self.model):  # all processes gather what is shared out
+            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -304,5 +341,10 @@ class GoOn(TrainerCallback):
             loop.best.go_on(folder, kept["best"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        if processes.any_of(STOP.asked):
-            control.should_save, control.should_training_stop = self.loop.keeps, True
+        told = processes.collect([(bool(STOP.asked), self.loop.due())])
+        stop, due = (any(words) for words in zip(*told, strict=True))
+        control.should_save = self.loop.keeps if stop else control.should_save or (due and self.loop.keeps)
+        control.should_training_stop = control.should_training_stop or stop
+
+    def on_save(self, args, state, control, **kwargs):
+        self.loop.kept_at = time.perf_counter()

@@ -46,6 +46,7 @@ def load_trained(settings: Settings, record: Record, task: Task, plain: bool = F
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
     """
+    record.check_model(settings)
     tuned = settings.method.peft is None
     load = models.load_plain if plain else models.load
     base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else load(settings, task)

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ END = 1 << 20
 CODE = ("dual_lora", "tasks", "conf", ":(glob)*.py", "pyproject.toml")
 # What its environment must tell.
 MADE_WITH = ("commit", "uncommitted_changes", "threads")
+# What of a try at a run that went on stays in its environment.
+TRY = ("started", "commit", "uncommitted_changes", "code")
+# What of a model's folder can change a digit.
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt")
+MODEL_FILES += ("special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
 # What a run's result must tell, whatever version wrote it.
 RESULT = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
 # method.lr is where train.lr has its value from, if it has no other.
@@ -67,12 +73,12 @@ NOT_IDENTITY = {
     "model": {"path", "architecture"},
     "task": {"train_rows"},
     "method": {"lr"},
-    "train": {"save_steps", "log_steps"},
+    "train": {"save_steps", "save_minutes", "log_steps"},
     "eval": {"before"},
 }
 
 
-# What the SHA-256 of are in the result.
+# What a finished run leaves, sealed by the SHA-256 in its result.
 LEFT = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "adapter", "model")
 AGAIN, TRAINED = ".again", "trained.json"
 # What of a finished run does not hold for the same run done again.
@@ -145,6 +151,8 @@ def model_facts(settings: Settings) -> dict[str, str]:
     if folder is None:
         known = settings.model.hub or settings.plan
         require(bool(known), f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
+        here = os.path.isdir(settings.model.hub or "")
+        require(not here, f"model.hub={settings.model.hub}: is a folder here; give it as model.path=DIR")
         return {"hub": f"{settings.model.hub}@{settings.model.revision}"}
     if gguf_file.is_one(folder):
         ends = file_ends(folder, gguf_file.header(folder).size + END)
@@ -161,6 +169,26 @@ def file_ends(file: Path, first: int) -> bytes:
         start = stream.read(first)
         stream.seek(max(0, file.stat().st_size - END))
         return start + stream.read()
+
+
+def model_files(settings: Settings) -> dict[str, str]:
+    """Return the SHA-256 of every file of the model's folder that can change a digit; of a model of the hub none, which
+    is known by its revision. The run's name holds less of them, so that it does not change from version to version."""
+    path = model_path(settings)
+    found = {file for pattern in MODEL_FILES for file in path.glob(pattern)} if path and path.is_dir() else {path} - {None}
+    return {file.name: unchanged_sha256(file, *stamp(file)) for file in sorted(found) if file.is_file()}
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+@cache
+def unchanged_sha256(path: Path, *stamp: int) -> str:
+    """Return a file's SHA-256, read once for each stamp."""
+    return checkpoints.sha256(path)
 
 
 def init_file(settings: Settings) -> Path:
@@ -232,10 +260,13 @@ class Record:
         """Return the record of a run.
 
         Raises:
-            UserError: the run cannot be named or nothing can be written where it belongs.
+            UserError: the run cannot be named, nothing can be written where it belongs, or other files of the model
+                made what is there.
         """
         found = cls(RUNS / settings.study / identity(settings))
         check_writable(found.folder)
+        if not settings.force and not settings.plan:
+            found.check_model(settings)
         return found
 
     @property
@@ -301,8 +332,8 @@ class Record:
         return result
 
     def check(self, *names: str) -> None:
-        """Hold files of a finished run, all of a folder or just all, against the SHA-256 in its result; earlier versions wrote
-        none.
+        """Hold files of a finished run (also all of a folder, or simply all) against the SHA-256 in its result; earlier
+        versions wrote none.
 
         Raises:
             UserError: one is gone or not as the run left it.
@@ -312,6 +343,22 @@ class Record:
             path = self.folder / name
             same = path.is_file() and checkpoints.sha256(path) == kept[name]
             require(same, f"{path}: not as the run left it; run its command again with force=true")
+
+    def check_model(self, settings: Settings) -> None:
+        """Hold the model's files against those the run began with; earlier versions did not write them down.
+
+        Raises:
+            UserError: one is another.
+        """
+        known = self.made_with().get("model_files")
+        known = known if isinstance(known, dict) else {}
+        now = model_files(settings) if known else {}
+        other = sorted(name for name in known | now if known.get(name) != now.get(name))
+        require(
+            not other,
+            f"{self.folder}: begun with another {', '.join(other)} of model={settings.model.name}; give the folder as "
+            "it was as model.path=DIR, or name another study=NAME",
+        )
 
     def failure(self) -> dict[str, Any] | None:
         """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
@@ -345,10 +392,13 @@ class Record:
             rows = Record(checkpoint).logged()
         else:
             rows = [row for row in self.logged() if row["step"] == 0]
+        goes_on = bool(trained or checkpoint or rows)
+        if goes_on:
+            self.check_model(settings)
         self.write_lines("metrics.jsonl", rows)
         self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
-        begun = self.made_with() if trained or checkpoint else None
-        self.write("environment.json", environment() if begun is None else went_on(begun, environment()))
+        now = environment() | {"model_files": model_files(settings)}
+        self.write("environment.json", went_on(self.made_with(), now) if goes_on else now)
 
     def made_with(self) -> dict[str, Any]:
         """Return the machine and code of the run; nothing where that file is missing or damaged."""
@@ -399,7 +449,7 @@ class Record:
 
     def write(self, name: str, content: Any) -> None:
         """Write a file whole or not at all: to a temporary name first, then renamed."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
         partial = self.folder / f".{name}.partial"
         with writing(self.folder / name):
             try:
@@ -460,8 +510,18 @@ def went_on(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     earlier = [*begun.get("earlier_commits", []), begun.get("commit")]
     doubts = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
     found = {"uncommitted_changes": True if True in doubts else None if None in doubts else False}
+    found["earlier_tries"] = [*begun.get("earlier_tries", []), {name: begun.get(name) for name in TRY}]
     found["earlier_commits"] = [c for c in dict.fromkeys(earlier) if c != now["commit"]]
     return now | found | {"started": begun.get("started", now["started"])}
+
+
+@cache
+def code() -> str:
+    """Return a SHA-256 over the code and the values this process began with."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("dual_lora/**/*.py"), *ROOT.glob("tasks/**/*.py"), *ROOT.glob("conf/**/*.yaml")]):
+        digest.update(f"{path.relative_to(ROOT)} {checkpoints.sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, Any]:
@@ -492,6 +552,7 @@ def environment() -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": uncommitted_changes(),
+        "code": code(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [without_secrets(word) for word in sys.argv],
     }

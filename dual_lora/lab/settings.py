@@ -225,8 +225,9 @@ class Method:
 class Train:
     """How long and how fast to train.
 
-    `save_steps` null keeps no checkpoint beside the final adapter. `group_by_length` true puts examples of like length
-    into a batch, which saves padding but cost quality where it was measured (runs/LOG.md); null draws at random.
+    A checkpoint is kept every `save_steps` steps, and at the end of a step `save_minutes` after the newest; null: none
+    for that. `group_by_length` true puts examples of like length into a batch, which saves padding but cost quality
+    where it was measured (runs/LOG.md); null draws at random.
     `loss_scale` multiplies the loss before backward and divides every gradient after it, as fp16 training does: it
     changes nothing but what bends gradients on the way, as the clip of Dual LoRA's Sign.
     """
@@ -240,6 +241,7 @@ class Train:
     schedule: str
     max_grad_norm: float
     save_steps: int | None
+    save_minutes: float | None
     log_steps: int
     max_examples: int | None
     group_by_length: bool | None
@@ -248,7 +250,7 @@ class Train:
     def __post_init__(self) -> None:
         one_of("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
-        positive("train", self, "save_steps", "log_steps", "max_examples", "loss_scale")
+        positive("train", self, "save_steps", "save_minutes", "log_steps", "max_examples", "loss_scale")
         between("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
         between("train", self, 0, STEEP, "lr", "epochs")
 

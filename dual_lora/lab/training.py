@@ -203,6 +203,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         train.rows["id"],
         best,
         settings.train.loss_scale,
+        settings.train.save_minutes,
         model=model,
         args=arguments(settings, record),
         train_dataset=examples,
@@ -263,6 +264,7 @@ def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings:
         done = loop.fit(processes.share(record.checkpoint))
     if best:
         best.restore(loop.model)
+    loop.check_weights()
     facts = {
         "steps": done.global_step,
         "train_loss": done.training_loss,
