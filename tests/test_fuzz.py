@@ -134,7 +134,7 @@ def test_a_plan_is_drawn_or_refused_in_one_line(pair, method, overrides, runs_fo
         in_one_line(error)
 
 
-@draws(12)
+@draws(8)
 @given(pair=pairs, method=st.sampled_from(cli.choices("method")), overrides=sane)
 def test_a_step_is_taken_or_refused_in_one_line(pair, method, overrides, runs_folder):
     model, task = pair.split()
@@ -229,7 +229,7 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
     task = runs.task_of(chosen)
     tokenizer = models.load_tokenizer(chosen)
 
-    @draws(100)
+    @draws(60)
     @given(st.lists(changes, min_size=1, max_size=3), packings)
     def check(changes, packing):
         content = good
@@ -264,7 +264,7 @@ def test_any_record_is_evaluated_or_refused_in_one_line(name, runs_folder):
     folder = runs_folder / "adhoc" / result["identity"]
     good = (folder / name).read_bytes()
 
-    @draws(15)
+    @draws(6)
     @given(st.lists(changes, min_size=1, max_size=2))
     def check(changes):
         content = good

@@ -72,7 +72,9 @@ def place(key: str, value: str) -> Path:
     """
     try:
         path = Path(value).expanduser()
-        path.exists()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{key}={value[:80]}: cannot be read ({reason}); give another path") from error

@@ -78,6 +78,7 @@ class Log(TrainerCallback):
         self.write(state.global_step, {"epoch": round(state.epoch, 4), **row})
 
 
+@faults.told()
 def run(settings: Settings) -> dict[str, Any]:
     """Train and evaluate one run, or find it finished; print what it came to and return its result.
 
