@@ -19,6 +19,7 @@ import tasks
 from dual_lora import paper
 from dual_lora.lab import comparison, document, figures, ranks_report
 from dual_lora.lab.document import Block, Image, Table, Text
+from dual_lora.lab.drawing import save
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.grid import Done
 from dual_lora.lab.mirror import open_mirror
@@ -40,10 +41,18 @@ def write(experiment: Experiment, done: list[Done], folder: Path) -> str:
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = document.markdown([Text(title, heading=True), *blocks])
     (folder / "table.md").write_text(text)
-    (folder / "table.tex").write_text(document.latex(blocks))
+    (folder / "table.tex").write_text(document.latex(blocks, experiment.study))
     (folder / "report.html").write_text(document.html(blocks, title))
     frame(experiment, done).drop(columns="cell").to_csv(folder / "table.csv", index=False)
+    remove_others(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
+
+
+def remove_others(folder: Path, figures: set[str]) -> None:
+    """Remove figures of an earlier report that this one does not have."""
+    for path in folder.iterdir():
+        if path.suffix in (".png", ".pdf") and path.stem not in figures:
+            path.unlink()
 
 
 def body(experiment: Experiment, done: list[Done], folder: Path) -> Iterator[Block]:
@@ -56,8 +65,8 @@ def body(experiment: Experiment, done: list[Done], folder: Path) -> Iterator[Blo
     yield Text(items=tuple(notes(experiment, done, values, reasons)))
     if experiment.analyse:
         yield from ranks_report.blocks(done, folder)
-    elif drawn := figures.draw(experiment, values):
-        yield Image(figures.save(drawn, folder, "figure")[0], experiment.title)
+    elif drawn := figures.draw(experiment, values, done):
+        yield Image(save(drawn, folder, "figure")[0], f"{experiment.title}; {figures.spread(values)}")
     yield from comparison.blocks(experiment, done, values)
     yield from published(experiment)
 
