@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
+from pandas.core.groupby import SeriesGroupBy
 
 import tasks
 from dual_lora import paper
@@ -62,8 +63,7 @@ def lines(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Fig
     known, labels = published_points(experiment), list(dict.fromkeys(values["label"]))
     figure, panels = grid(len(groups) + bool(known), 4.2, 3.4)
     for axes, (key, group) in zip(panels, groups, strict=False):
-        for label, part in group.groupby("label", sort=False):
-            line(axes, part, label, labels.index(label), len(labels))
+        several(axes, group, labels)
         axes.set(title=", ".join(map(str, key)), ylabel=measured(group, done))
     if known:
         published_panel(panels[-1], known, len(labels))
@@ -72,6 +72,19 @@ def lines(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Fig
         over(axes, experiment.columns, values["column"].dropna())
     legend(figure, panels, spread(values))
     return figure
+
+
+def several(axes: Axes, group: pd.DataFrame, labels: list[str]) -> None:
+    """Draw the labels of one panel."""
+    level = list(dict.fromkeys(group.loc[group["column"].isna(), "label"]))
+    others = [label for label in labels if label not in level]
+    for label, part in group.groupby("label", sort=False):
+        color = f"C{labels.index(label)}"
+        if label in level:
+            flat(axes, part["value"], label, color, level.index(label), len(level))
+        else:
+            aside = 3 * (others.index(label) - (len(others) - 1) / 2)
+            line(axes, part.groupby("column")["value"], label, color, aside)
 
 
 def over(axes: Axes, setting: str, numbers: pd.Series) -> None:
@@ -87,25 +100,33 @@ def over(axes: Axes, setting: str, numbers: pd.Series) -> None:
 def legend(figure: Figure, panels: list[Axes], title: str) -> None:
     """Set one legend of all panels below them."""
     known = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    place = {"loc": "outside lower center", "ncols": min(len(known), 2 * len(panels)), "fontsize": "small"}
+    place = {
+        "loc": "outside lower center",
+        "ncols": min(len(known), 2 * len(panels)),
+        "fontsize": "small",
+        "handlelength": 4,
+    }
     figure.legend(known.values(), known, title=title, title_fontsize="small", **place)
 
 
-def line(axes: Axes, part: pd.DataFrame, label: str, number: int, of: int) -> None:
-    """Draw one label's means over seeds. Labels stand a little beside each other, and dashes of flat lines fall into
-    the gaps of the others', so that equal values stay visible."""
-    color, flat = f"C{number}", part[part["column"].isna()]["value"]
-    if len(flat):
-        dashes = (4 * number, (4, 4 * (of - 1)))
-        axes.axhline(flat.mean(), color=color, linestyle=dashes if of > 1 else "-", linewidth=1.5, label=label)
-        if len(flat) > 1:
-            axes.axhspan(flat.mean() - flat.std(), flat.mean() + flat.std(), color=color, alpha=0.08)
-    scores = part.dropna(subset="column").groupby("column")["value"]
+def flat(axes: Axes, scores: pd.Series, label: str, color: str, turn: int, of: int) -> None:
+    """Draw the mean of what has no value of the setting. The dashes fall into the gaps of the others', so that equal
+    lines stay visible."""
+    dashes = (4 * turn, (4, 4 * max(1, of - 1)))
+    axes.axhline(scores.mean(), color=color, linestyle=dashes, linewidth=1.5, label=label)
+    if len(scores) > 1:
+        axes.axhspan(scores.mean() - scores.std(), scores.mean() + scores.std(), color=color, alpha=0.08)
+
+
+def line(axes: Axes, scores: SeriesGroupBy, label: str, color: str, aside: float) -> None:
+    """Draw the means over seeds, `aside` points beside their place, so that equal ones stay visible."""
     mean, bars = scores.mean(), scores.std().fillna(0)
-    if len(mean):
-        aside = ScaledTranslation((number - (of - 1) / 2) * 4 / 72, 0, axes.figure.dpi_scale_trans)
-        style = {"marker": "o", "markersize": 4, "capsize": 2, "color": color, "label": label}
-        axes.errorbar(mean.index, mean, yerr=bars, transform=axes.transData + aside, **style)
+    place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    axes.errorbar(
+        mean.index, mean, yerr=bars, transform=place, marker="o", markersize=4, capsize=2, color=color, label=label
+    )
+    axes.update_datalim([*zip(mean.index, mean - bars, strict=True), *zip(mean.index, mean + bars, strict=True)])
+    axes.autoscale_view()
 
 
 def published_points(experiment: Experiment) -> dict[str, pd.Series]:
