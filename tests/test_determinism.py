@@ -89,3 +89,53 @@ def test_uncommitted_changes_are_seen(monkeypatch):
     said = {"rev-parse": "abc", "status": " M file"}
     monkeypatch.setattr(runs, "git", lambda command, *rest: said[command])
     assert runs.environment()["uncommitted_changes"] is True and runs.environment()["commit"] == "abc"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of one committed task, which takes the place of this one."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "old.py").write_text("VERSION = 1\n")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
+        assert runs.git(*words) is not None
+    return tmp_path
+
+
+def test_a_new_file_of_code_is_an_uncommitted_change_and_a_report_is_none(repository):
+    assert runs.uncommitted_changes() is False
+    (repository / "runs" / "study" / "report").mkdir(parents=True)
+    (repository / "runs" / "study" / "report" / "table.md").write_text("")
+    assert runs.uncommitted_changes() is False
+    (repository / "tasks" / "new.py").write_text("VERSION = 1\n")
+    assert runs.uncommitted_changes() is True
+
+
+def test_code_that_git_does_not_know_is_not_called_clean(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.uncommitted_changes() is None
+    monkeypatch.setenv("PATH", "")
+    assert runs.git("status") is None
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "together"),
+    [(True, False, True), (False, True, True), (None, False, None), (False, None, None), (False, False, False)],
+)
+def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, together, tmp_path, monkeypatch):
+    record, chosen = Record(tmp_path), cli.load(["model=tiny-roberta", "task=demo/sentiment"])
+    was = {"commit": "old", "uncommitted_changes": begun, "threads": 1, "started": "then"}
+    record.write("environment.json", was)
+    today = {"commit": "new", "uncommitted_changes": now, "threads": 1, "started": "today"}
+    monkeypatch.setattr(runs, "environment", lambda: today)
+    record.start(chosen)
+    assert record.made_with() == today  # begun anew
+    record.write("environment.json", was)
+    monkeypatch.setattr(Record, "checkpoint", lambda self: tmp_path)
+    record.start(chosen)
+    assert record.made_with() == today | {
+        "uncommitted_changes": together,
+        "earlier_commits": ["old"],
+        "started": "then",
+    }

@@ -15,7 +15,9 @@ import pytest
 from matplotlib.figure import Figure
 from wandb_stub import WandbStub
 
+from dual_lora.lab import cli, training
 from dual_lora.lab.mirror import Mirror, open_mirror
+from dual_lora.lab.runs import Record
 
 KEY = "0123456789abcdef" * 3
 OPEN_LIMIT, FINISH_LIMIT = 10.0, 15.0  # seconds
@@ -99,6 +101,16 @@ def test_tables_and_images_are_logged(start, tmp_path):
     (table,) = tmp_path.glob("run/wandb/*/files/media/table/values_*.table.json")
     assert json.loads(table.read_text()) == {"columns": ["label", "value"], "data": [["LoRA", 81.0]]}
     assert list(tmp_path.glob("run/wandb/*/files/media/images/figure_*.png")) and start.lines == []
+
+
+def test_a_run_tells_what_it_is_for(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(training, "open_mirror", lambda mode, **facts: given.update(facts))
+    chosen = cli.load(["wandb.job_type=tune", "wandb.tags=[nlu,small]"])
+    training.mirror_of(chosen, Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
+    assert given["job_type"] == "tune" and given["tags"][-2:] == ["nlu", "small"]
+    training.mirror_of(cli.load([]), Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
+    assert given["job_type"] == "train" and "tune" not in given["tags"]
 
 
 def opens_offline(start, reason):

@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -10,10 +11,11 @@ import pytest
 import yaml
 
 import tasks
-from dual_lora.lab import document, grid, report, results
+from dual_lora.lab import cli, comparison, document, grid, report, results
 from dual_lora.lab.document import Table, Text
-from dual_lora.lab.experiments import Experiment
+from dual_lora.lab.experiments import Cell, Experiment
 from dual_lora.lab.runs import Record
+from dual_lora.lab.settings import UserError
 
 GLUE = {
     "title": "GLUE",
@@ -51,7 +53,8 @@ def finish(settings, right: int, of: int = 100, **changes) -> Record:
     record.write_lines("predictions.jsonl", rows)
     task = tasks.load(settings.task.name)
     facts = {"model": settings.model.name, "task": task.name, "method": settings.method.name, "seed": settings.seed}
-    facts |= {"metric": task.metric, "task_version": task.version, "metrics": task.score({"validation": rows})}
+    facts |= {"metric": task.metric, "task_version": task.version}
+    facts["metrics"] = changes.get("metrics") or task.score({"validation": rows})
     facts |= {"trainable_parameters": 887042, "steps": 10, "train_seconds": 5.0, "tokens_per_second": 9.0}
     data = {"validation": {"origin": "dev.tsv", "rows": of, "sha256": "0"}}
     record.write("result.json", facts | {"data": data, "identity": record.name} | changes)
@@ -148,7 +151,7 @@ def test_a_missing_part_leaves_the_mean_empty_and_a_failure_says_why(study, tmp_
     record.fail(RuntimeError("the loss is nan at step 3"))
     done = grid.look_up(experiment.compose([]), "made")
     _, ours, _, dual, *_ = rows_of(report.write(experiment, done, tmp_path))
-    assert ours[2:5] == ["80.0 ± 0.0 (2)", "– [ab]", "– [c]"] and dual[3] == "– [b]"
+    assert ours[2:5] == ["80.0 ± 0.0 (2)", "– [a, b]", "– [c]"] and dual[3] == "– [b]"
     assert "[a]: failed: the loss is nan at step 3" in (tmp_path / "table.md").read_text()
 
 
@@ -208,3 +211,311 @@ def test_the_csv_holds_every_value(study, tmp_path):
         result = json.loads((grid.runs.RUNS / "made" / row["run"] / "result.json").read_text())
         assert row["value"] == pytest.approx(100 * result["metrics"]["accuracy"])
     assert len(runs) == 8 and len(values) == 12
+
+
+# Families of comparisons
+
+
+def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
+    """Each of 2000 resamples alone could show none: 120 / 2001 is more than 0.05."""
+    experiment = Experiment.read("made", RATIOS)
+    base = [
+        cli.load(["model=roberta-base", "task=glue/rte", f"method={name}", "study=made"])
+        for name in ("lora", "dual_lora")
+    ]
+    ratios = [None, *(number / 240 for number in range(1, 121))]
+    cells = []
+    for ratio in ratios:
+        settings = base[ratio is not None]
+        method = replace(settings.method, magnitude_ratio=ratio)
+        label = "LoRA" if ratio is None else "Dual LoRA"
+        cells += [Cell(label, replace(settings, method=method, seed=seed)) for seed in (0, 1)]
+    for cell in cells:
+        finish(cell.settings, 80 if cell.settings.method.magnitude_ratio == 0.5 else 60)
+    text = report.write(experiment, grid.look_up(cells, "made"), tmp_path)
+    said = [line for line in text.splitlines() if line.startswith("- glue/rte")]
+    assert len(said) == 120 and [line.endswith(": shown") for line in said].count(True) == 1
+    assert "magnitude_ratio 0.5: Dual LoRA - LoRA: +20.0" in next(line for line in said if line.endswith(": shown"))
+    assert "120 comparisons; a p from resampling is at least 2.1e-05, 0.0025 corrected" in text
+
+
+def test_rows_that_are_the_same_runs_are_compared_once(study, tmp_path):
+    held = RATIOS["cells"] | {"held": ["method=dual_lora", "method.alpha=16", "method.magnitude_ratio=0.5"]}
+    experiment, done = study(RATIOS | {"cells": held}, lambda label, s: 70)
+    assert {cell.settings.method.alpha for cell in done if cell.cell.label != "LoRA"} == {16}
+    found = [(match.label, match.place) for match in comparison.matched(experiment, done)]
+    assert found == [("Dual LoRA", {"method.magnitude_ratio": ratio}) for ratio in (0.25, 0.5)]
+
+
+SETS = {
+    "title": "Commonsense",
+    "rows": ["model.name"],
+    "columns": "published",
+    "published": ["dora_table1_commonsense"],
+    "baselines": ["LoRA"],
+    "cells": {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora"]},
+    "full": {"seeds": [0, 1], "run": ["model=tiny-llama", "task=commonsense"]},
+}
+
+
+def finish_sets(settings, right: dict[str, int], of: int = 100) -> None:
+    """Write the record of a run on the eight commonsense sets: `right` of each, 60 where it does not say."""
+    task = tasks.load("commonsense")
+    rows = [
+        {"split": name, "id": f"{name}-{i}", "gold": "x", "answer": answer, "lenient_answer": answer, "score": score}
+        for name in task.eval_splits
+        for i in range(of)
+        for score in [float(i < right.get(name, 60))]
+        for answer in ["x" if score else "y"]
+    ]
+    rows = [row | {"lenient_score": row["score"]} for row in rows]
+    scores = task.score({name: [row for row in rows if row["split"] == name] for name in task.eval_splits})
+    finish(settings, 1, metrics=scores).write_lines("predictions.jsonl", rows)
+
+
+def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_folder, tmp_path):
+    experiment = Experiment.read("made", SETS)
+    cells = experiment.compose([])
+    for cell in cells:
+        finish_sets(cell.settings, {"boolq": 90, "piqa": 65} if cell.label == "Dual LoRA" else {})
+    text = report.write(experiment, grid.look_up(cells, "made"), tmp_path)
+    main, further = text.split("## By set and by other scores")
+    assert "(average), model tiny-llama: Dual LoRA - LoRA: +4.4" in main
+    said = [line for line in further.splitlines() if line.startswith("- commonsense (")]
+    assert len(said) == 8 and said[0].startswith("- commonsense (boolq), model tiny-llama: Dual LoRA - LoRA: +30.0")
+    assert said[0].endswith(": shown") and said[2].endswith(": not shown")
+    assert "corrected over these 8 comparisons" in further
+    assert "+4.4 on average, better on 2 of 2 tasks; Wilcoxon" in further
+    assert (
+        "Interquartile mean of the main score over 8 tasks" in further and "| Dual LoRA | tiny-llama | 60.0" in further
+    )
+    listed = pd.read_csv(tmp_path / "differences.csv")
+    assert len(listed) == 9 and listed["shown"].sum() == 2 and listed["difference"][1] == pytest.approx(30)
+
+
+def test_a_score_that_is_not_resampled_is_told_without_a_test_and_one_not_measured_is_said_so(study, tmp_path):
+    spec = GLUE | {"columns": {"accuracy": "accuracy", "slow": "slow"}, "mean": None}
+    experiment, done = study(spec, lambda label, s: 80, metrics={"accuracy": 0.8, "slow": 0.5})
+    _, further = comparison.compared(experiment, done)
+    assert [(pair.metric, pair.difference.mean, pair.p) for pair in further] == [("slow", 0, None)] * 2
+    assert "no test: slow is not resampled" in comparison.told(further[0])
+    for cell in done:
+        cell.result["metrics"].pop("slow")
+    _, further = comparison.compared(experiment, done)
+    assert comparison.told(further[0]).endswith("cannot be compared (slow not measured)")
+
+
+def test_a_score_that_is_no_fraction_is_not_told_in_percent(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tasks.load("glue/sst2")), "plain", ("accuracy",))
+    experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    text = report.write(experiment, done, tmp_path)
+    assert (
+        "Dual LoRA - LoRA, model roberta-base: +0.2 on average" in text and "| Dual LoRA | roberta-base | 0.8 " in text
+    )
+
+
+# Several records of the same settings, trials that failed, files that are damaged
+
+
+def beside(record: Record, name: str, environment: dict | None = None, **changes) -> Record:
+    """Copy a record to another name in its study, with changes of its result and environment."""
+    other = Record(record.folder.with_name(name))
+    shutil.copytree(record.folder, other.folder)
+    other.write("result.json", record.result() | {"identity": name} | changes)
+    other.write("environment.json", record.made_with() | (environment or {}))
+    return other
+
+
+@pytest.mark.parametrize("name", ["0_first", "zz_last"])
+@pytest.mark.parametrize(
+    ("worse", "environment"),
+    [
+        ({"task_version": 0}, {"started": "2999-01-01T00:00:00Z"}),
+        ({}, {"uncommitted_changes": True, "started": "2999-01-01T00:00:00Z"}),
+        ({}, {"uncommitted_changes": None}),
+        ({}, {"started": "2001-01-01T00:00:00Z"}),
+    ],
+)
+def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study, tmp_path, name, worse, environment):
+    spec = GLUE | {"full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    started = {"started": "2020-01-01T00:00:00Z"}
+    experiment, done = study(spec, lambda label, s: 80, environment=started)
+    other = beside(done[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
+    (shown, _) = grid.look_up([cell.cell for cell in done], "made")
+    assert shown.record == done[0].record and shown.others == (other,)
+    text = report.write(experiment, [shown], tmp_path)
+    assert f"{done[0].record.name} (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
+
+
+def test_a_rate_that_diverged_is_the_worst_and_one_that_failed_says_why(study, tmp_path):
+    tune = {"holdout": 9, "grid": {"Dual LoRA": [1e-4, 1e-3, 1e-2]}}
+    spec = GLUE | {"tune": tune, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    experiment, (lora, dual) = study(spec, lambda label, s: 80)
+    assert dual.reason == "learning rate not chosen yet" and dual.rate is None and lora.rate == lora.settings.train.lr
+
+    def fail(trial, error):
+        record = Record.of(trial)
+        record.folder.mkdir(parents=True, exist_ok=True)
+        record.write("config.yaml", yaml.safe_dump(asdict(trial)))
+        record.fail(error)
+
+    low, middle, high = dual.cell.tuning
+    fail(high, UserError("the loss is nan at step 3; take a lower train.lr", diverged=True))
+    assert grid.look_up([dual.cell], "made")[0].reason == "learning rate not chosen yet"  # two trials are not done
+    assert {t.wandb.job_type for t in dual.cell.tuning} == {"tune"} and low.wandb.tags == ["made", "full"]
+    finish(low, 70), finish(middle, 60)
+    fail(high, UserError("no room; take less"))
+    known = grid.look_up([dual.cell], "made")[0]
+    assert known.reason == "learning rate not chosen: failed: no room"
+    fail(high, UserError("the loss is nan at step 3; take a lower train.lr", diverged=True))
+    known = grid.look_up([dual.cell], "made")[0]
+    assert known.rate == 1e-4 and known.diverged == (1e-2,)
+    text = report.write(experiment, [lora, known], tmp_path)
+    assert "training diverged at 0.01" in text and "(edge): at an edge of the grid" in text
+    assert "| roberta-base | glue/rte |" in text and "| 0.0001 (edge) |" in text
+    values = pd.read_csv(tmp_path / "table.csv").set_index("label")
+    assert values["lr"]["Dual LoRA"] == 1e-4 and values["lr"]["LoRA"] == lora.rate
+    for trial in (low, middle):
+        (Record.of(trial).folder / "result.json").unlink()
+        fail(trial, UserError("the loss is nan at step 1; take a lower train.lr", diverged=True))
+    assert grid.look_up([dual.cell], "made")[0].reason == "learning rate not chosen: failed: the loss is nan at step 1"
+
+
+def test_any_number_of_reasons_has_letters():
+    values = pd.DataFrame({"value": [None] * 800, "reason": [f"failed: step {i}" for i in range(800)]})
+    found = list(report.numbered(values).values())
+    assert found[:2] + found[25:28] == ["a", "b", "z", "aa", "ab"] and len(set(found)) == 800
+
+
+def test_damaged_files_of_a_run_cost_the_report_nothing_else(study, tmp_path, capsys):
+    experiment, done = study(GLUE, lambda label, s: 80)
+    cells = [cell.cell for cell in done]
+    assert grid.reported(experiment, cells, False) == 0
+    (done[0].record.folder / "environment.json").write_text("{")
+    (done[1].record.folder / "predictions.jsonl").unlink()
+    (done[2].record.folder / "predictions.jsonl").write_text('{"split": "validation"}\n')
+    assert grid.do(experiment, cells, False) == 2
+    shown = capsys.readouterr()
+    assert "80.0 ± 0.0 (2)‡" in shown.out and shown.out.count("cannot be compared (") >= 1
+    for name in ("environment.json: damaged", f"{done[1].record.name}/predictions.jsonl: missing"):
+        assert f"{name}" in shown.out and f"{name}" in shown.err
+    assert "not read: " in (tmp_path / "runs" / "made" / "report" / "table.md").read_text()
+
+
+def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_path, capsys, monkeypatch):
+    spec = GLUE | {"analyse": True, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    experiment, done = study(spec, lambda label, s: 80)
+    monkeypatch.setattr(report, "mirrored", lambda *_: None)
+    monkeypatch.setattr(grid, "run_all", lambda *_: 0)
+    assert grid.do(experiment, [cell.cell for cell in done], True) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("not analysed: ") == 2 and "| LoRA " in shown.out
+    (done[0].record.folder / "analysis.json").write_text("[]")
+    assert grid.do(experiment, [cell.cell for cell in done], False) == 2
+    assert "Of the analyses no more can be told: " in capsys.readouterr().out
+
+
+def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatch):
+    experiment, done = study(GLUE, lambda label, s: 80)
+    whole = report.write
+    monkeypatch.setattr(report, "write", lambda *_: 1 / 0)
+    assert grid.do(experiment, [cell.cell for cell in done], False) == 1
+    assert "made: no report" in (shown := capsys.readouterr().err) and "ZeroDivisionError" in shown
+    monkeypatch.setattr(report, "write", whole)
+    assert grid.do(experiment, [cell.cell for cell in done], False) == 0
+
+
+# Published rows beside ours
+
+
+def asides(spec: dict, *cells: str) -> list[list[str]]:
+    """Return the published lines of an experiment's table, without empty cells, none of its runs done."""
+    experiment = Experiment.read("made", spec)
+    done = grid.look_up(experiment.compose(["seed=0"]), "made")
+    values = results.frame(experiment, done)
+    table = report.main_table(experiment, done, values, report.numbered(values))
+    return [[cell for cell in table.cells.iloc[i] if cell] for i in sorted(table.aside)]
+
+
+def test_a_published_row_by_the_columns_setting_stands_once_under_its_values(runs_folder):
+    held = ["method=dual_lora", "method.alpha=16", "method.magnitude_ratio=0.5"]
+    cells = {"LoRA": ["method=lora", "method.rank=32"], "Dual LoRA": RATIOS["cells"]["Dual LoRA"], "scale held": held}
+    spec = RATIOS | {"cells": cells, "full": {"seeds": [0], "run": ["model=llama3-8b", "task=commonsense"]}}
+    table = "[dual_lora_fig2_magnitude_ratio, digitized]"
+    assert asides(spec) == [
+        ["commonsense", f"LoRA {table}", "80.90"],
+        ["commonsense", f"Dual LoRA {table}", "85.45", "85.77"],
+    ]
+
+
+def test_a_published_row_by_rank_stands_under_every_rank(runs_folder):
+    spec = {
+        "title": "Ranks",
+        "columns": "method.rank",
+        "published": ["dora_table15_rank_robustness"],
+        "cells": {"LoRA": ["method=lora", "method.rank=4,32,64"]},
+        "full": {"seeds": [0], "run": ["model=llama-7b", "task=commonsense", "train.lr=3e-4"]},
+    }
+    table = "dora_table15_rank_robustness"
+    assert asides(spec) == [
+        [f"LoRA [{table}, printed in paper]", "39.5", "74.7", "65.8"],
+        [f"LoRA [{table}, rank 32, printed in readme]", "76.3"],
+    ]
+
+
+def test_a_published_row_stands_at_its_own_learning_rate_and_two_of_a_kind_are_told_apart(runs_folder):
+    way = ["method.rank=32", "model=llama-7b", "task=commonsense"]
+    spec = SETS | {
+        "baselines": [],
+        "published": ["dora_table1_commonsense", "dual_lora_inferred"],
+        "cells": {
+            "LoRA, 1e-4": ["method=lora", "train.lr=1e-4", *way],
+            "LoRA, 3e-4": ["method=lora", "train.lr=3e-4", *way],
+            "DoRA": ["method=dora", "train.lr=5e-4", *way],
+            "Dual LoRA": ["method=dual_lora", *way],
+            "Dual LoRA, other rate": ["method=dual_lora", "train.lr=1e-2", *way],
+        },
+    }
+    assert [line[1] for line in asides(spec)] == [
+        "LoRA, 3e-4 [dora_table1_commonsense]",
+        "DoRA [dora_table1_commonsense, printed in paper, lr 1e-4]",
+        "DoRA [dora_table1_commonsense, printed in older version]",
+        "Dual LoRA [dual_lora_inferred, inferred, base 78.4]",
+        "Dual LoRA [dual_lora_inferred, inferred, base 78.1]",
+    ]
+
+
+def test_a_published_average_of_glue_stands_under_ours_of_all_eight_tasks_alone(runs_folder):
+    names = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
+    spec = GLUE | {
+        "published": [*GLUE["published"], "dual_lora_inferred"],
+        "cells": {"Dual LoRA": ["method=dual_lora"]},
+    }
+    spec |= {"baselines": [], "full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names]}}
+    assert asides(spec) == [["roberta-base", "Dual LoRA [dual_lora_inferred, inferred]", "88.8"]]
+    assert asides(spec | {"full": GLUE["full"]}) == []
+
+
+def test_published_tables_say_what_they_have_to_do_with_ours(study, tmp_path):
+    spec = GLUE | {"published": ["lora_table2_glue", "dora_table15_rank_robustness", "own_rank_null"]}
+    experiment, done = study(spec, lambda label, s: 80)
+    text = report.write(experiment, done, tmp_path)
+    assert "LoRA Table 2, GLUE development sets: roberta-base as above, and other models (published; version:" in text
+    assert "by rank, LLaMA-7B: other models than above (published; version: PDF of 10 Jul 2024;" in text
+    assert (
+        "Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
+    )
+
+
+def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path, capsys):
+    experiment, done = study(RATIOS, lambda label, s: 80 + s.seed)
+    assert {tag for cell in done for tag in cell.settings.wandb.tags} == {"made", "full"}
+    report.write(experiment, done, tmp_path / "report")
+    report.mirrored(experiment, done, tmp_path / "report")
+    assert "W&B" not in capsys.readouterr().out
+    media = next(tmp_path.glob("wandb/*/files/media"))
+    found = {re.sub(r"_\d+_\w+\.table\.json$", "", path.name): path for path in media.glob("table/**/*.json")}
+    assert found.keys() == {"table", "values", "differences", "dual_lora_fig2_magnitude_ratio"}
+    assert json.loads(found["table"].read_text())["columns"][:3] == ["task", "method", "none"]
+    assert len(json.loads(found["differences"].read_text())["data"]) == 2
+    assert [path.name.partition("_")[0] for path in media.glob("images/*")] == ["figure"]

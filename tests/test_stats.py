@@ -288,6 +288,18 @@ def test_p_is_that_of_scipys_permutation_test(metric):
     assert 0 < expected.pvalue < 0.3 and found.p == pytest.approx(expected.pvalue, abs=0.02)
 
 
+def test_a_share_needs_no_more_than_mean_differences():
+    ours, theirs, gold = pair(5, 200, 3)
+    outputs = np.array([(answers(method) == gold)[..., None] for method in (ours, theirs)], dtype=float)
+    whole = stats.grouped(outputs)
+    few = stats.averaged(whole)
+    assert len(few.sizes) <= 7 < len(whole.sizes) and few.sizes.sum() == 200
+    spread = [stats.swaps([s], stats.share, 4000, np.random.default_rng(1)) for s in (whole, few)]
+    assert np.std(spread[0]) == pytest.approx(np.std(spread[1]), rel=0.06)
+    means = [stats.differences(stats.share, s.outputs, s.sizes[None]).mean() for s in (whole, few)]
+    assert means[0] == pytest.approx(means[1]) and means[0] != 0
+
+
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
 def test_p_of_a_correlation_is_that_of_a_loop(metric):
     rng = np.random.default_rng(8)
@@ -483,6 +495,17 @@ def test_wilcoxon_says_what_few_tasks_cannot():
 def test_holm_by_hand():
     assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
     assert holm([0.6, 0.9]) == [1, 1] and holm([None]) == [None] and holm([]) == []
+
+
+@pytest.mark.parametrize("comparisons", [1, 5, 64, 192, 1000])
+def test_the_smallest_p_of_a_family_can_be_shown(comparisons):
+    ours, theirs, _ = pair(21, 100, 2, 1.0, 0.5)
+    found = compare(ours, theirs, tasks.load("glue/cola"), "matthews", comparisons=comparisons)
+    assert found.p == 1 / (1 + stats.enough(comparisons)) <= 1 / 2001
+    assert holm([found.p, *[1.0] * (comparisons - 1)])[0] < 0.05 / 10
+    even = pair(22, 100, 2, 0.8, 0.8)[:2]
+    one, many = (compare(*even, tasks.load("glue/cola"), "matthews", comparisons=n) for n in (1, comparisons))
+    assert one == many and one.p > 0.05  # a large p needs no more resamples
 
 
 def test_iqm_by_hand():

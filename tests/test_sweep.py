@@ -3,6 +3,8 @@ on rows that are not reported."""
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -10,9 +12,12 @@ from omegaconf import OmegaConf
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab import cli, evaluation, grid
+from dual_lora.lab import cli, comparison, evaluation, grid
 from dual_lora.lab.experiments import SCALES, Experiment, newest
+from dual_lora.lab.progress import Progress
+from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
+from dual_lora.lab.stats import enough, holm
 
 SMALL = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
 SPEC = {
@@ -52,6 +57,14 @@ def test_every_experiment_says_how_long_it_takes_and_composes(name):
         cells = Experiment.load(name, scale).compose(["seed=0"])
         assert len(cells) > 1
         assert all(cell.settings.model.bundled for cell in cells) == (scale == "smoke")
+        count = comparisons(Experiment.load(name, scale), cells)
+        assert holm([1 / (1 + enough(count)), *[1.0] * (count - 1)])[0] < 0.05
+
+
+def comparisons(experiment: Experiment, cells: list[grid.Cell]) -> int:
+    """Return how many comparisons of main scores there are once all cells are finished."""
+    done = [grid.Done(cell, Record(Path(grid.asked(cell.settings))), {"metrics": {}}, None) for cell in cells]
+    return max(1, len(list(comparison.matched(experiment, done))))
 
 
 def test_the_published_settings_of_glue_are_those_of_the_paper():
@@ -95,6 +108,40 @@ def test_missing_runs_are_done_once_and_the_report_is_the_same_from_the_records(
     report.rename(report.with_name("old"))
     assert grid.sweep([name, "run=false", *SMALL]) == 0
     assert {p.name: p.read_bytes() for p in report.iterdir()} == first
+
+
+def test_the_time_left_is_judged_by_the_runs_most_like_those_to_do():
+    def job(model: str, *more: str):
+        return cli.load([f"model={model}", "task=demo/sentiment", *more])
+
+    lora, dual = job("tiny-roberta", "method=lora"), job("tiny-roberta", "method=dual_lora")
+    other, short = job("tiny-deberta", "method=lora"), job("tiny-roberta", "method=lora", "train.max_steps=1")
+    progress = Progress()
+    assert progress.left([lora]) == "time left not known before a run is done"
+    progress.add(lora, 60)
+    assert progress.left([lora, dual, other]) == "about 3 min left"  # nothing better is known of the others
+    progress.add(dual, 180)
+    progress.add(other, 600)
+    assert [progress.seconds(one) for one in (lora, dual, other)] == [60, 180, 600]
+    progress.add(short, 2)
+    assert progress.seconds(short) == 2 and progress.seconds(lora) == 60
+    assert progress.left([lora, dual, other]) == "about 14 min left"
+
+
+def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, monkeypatch, capsys):
+    spec = SPEC | {"tune": {"holdout": 9, "grid": {"Dual LoRA": [1e-3, 2e-3]}}}
+    cells = Experiment.read("small", spec).compose([])
+    clock = iter(range(0, 6000, 60))
+    monkeypatch.setattr(grid, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(cli, "attempt", lambda job: None)
+    grid.run_all(cells, "small")
+    left = re.findall(r"\[(\d/\d)\] \S+, (.*)", capsys.readouterr().out)
+    assert left == [
+        ("1/2", "time left not known before a run is done"),
+        ("2/2", "about 5 min left"),  # this one, and two seeds of two rows
+        ("1/2", "about 2 min left"),
+        ("2/2", "about 1 min left"),
+    ]
 
 
 def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):

@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; take a lower train.lr"):
         training.run(chosen)
     record = Record.of(chosen)
-    assert record.result() is None and record.failure()["error"] == "UserError"
+    assert record.result() is None and record.failure()["error"] == "UserError" and record.failure()["diverged"]
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ ADDED = {
     "task": {"stop": [], "train_rows": None},
     "train": {"group_by_length": None, "loss_scale": None},
     "eval": {"holdout": None},
+    "wandb": {"job_type": "train", "tags": []},
     "hardware": {"name": "single", "accelerator": "a100-80gb", "devices": 1, "sharding": "none", "base": None},
 }
 

@@ -1,8 +1,12 @@
-"""What a report says of differences: paired tests of every row against the baselines, and means over tasks."""
+"""What a report says of differences: paired tests of every row against the baselines, and means over tasks.
+
+Main scores are one family for Holm's correction; the further scores of a published table's columns, single sets or
+other metrics, are another. Rows that are the same runs are compared once.
+"""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,38 +16,81 @@ from dual_lora.lab import stats
 from dual_lora.lab.document import Block, Table, Text
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.grid import Done, setting
-from dual_lora.lab.results import heading
+from dual_lora.lab.results import FIELDS, columns, heading, unit
+from dual_lora.lab.settings import UserError, require
 from dual_lora.lab.stats import Difference
+from tasks import Task
 from tasks.base import Row
 
 Key = tuple[object, ...]
+# What stands in a printed table for what is not known.
+MISSING = "–"
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One row against a baseline on one task: where (the settings that head rows and columns), and what came out."""
+@dataclass(frozen=True, eq=False)
+class Match:
+    """The runs of a row and of a baseline on one task in one place (the settings that head rows and columns)."""
 
     label: str
     baseline: str
     place: dict[str, object]
-    task: str
+    ours: list[Done]
+    theirs: list[Done]
+
+    @property
+    def task(self) -> Task:
+        settings = self.ours[0].settings.task
+        return tasks.load(settings.name, settings.options)
+
+    def recorded(self, metric: str) -> float | None:
+        """Return the difference of the recorded scores, a mean over the seeds of both; None where one is missing."""
+        scores = [
+            {c.settings.seed: c.result["metrics"].get(metric) for c in cells} for cells in (self.ours, self.theirs)
+        ]
+        both = [(scores[0][seed], scores[1][seed]) for seed in sorted(scores[0].keys() & scores[1].keys())]
+        return None if None in sum(both, ()) else float(np.mean([one - other for one, other in both]))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What came out of a match by one score; `p` is corrected for the family."""
+
+    match: Match
+    metric: str
     difference: Difference
+    p: float | None = None
 
 
-def blocks(experiment: Experiment, done: list[Done], values: pd.DataFrame) -> Iterator[Block]:
-    """Yield the comparisons as far as finished runs allow."""
-    pairs = list(compared(experiment, done))
-    if pairs:
-        yield Text("Differences", heading=True)
-        yield Text(
-            "Paired on the stored predictions of the same examples and seeds. The interval resamples examples and, "
-            "where there are several, seeds; Holm's correction is over all comparisons listed. Shown means: several "
-            "seeds, an interval that leaves out 0, and a corrected p below 0.05."
-        )
-        adjusted = stats.holm([pair.difference.p for pair in pairs])
-        yield Text(items=tuple(told(pair, p) for pair, p in zip(pairs, adjusted, strict=True)))
-    yield from over_tasks(experiment, pairs)
-    yield from means(experiment, done)
+def compared(experiment: Experiment, done: list[Done]) -> tuple[list[Pair], list[Pair]]:
+    """Return every comparison by the tasks' main scores, and those by further scores."""
+    wanted = {match: others(experiment, done, match) for match in matched(experiment, done)}
+    sizes = len(wanted), sum(map(len, wanted.values()))
+    pairs = [pair for match, further in wanted.items() for pair in tested(match, further, sizes)]
+    main = [pair.metric == pair.match.task.metric for pair in pairs]
+    return tuple(
+        corrected([p for p, first in zip(pairs, main, strict=True) if first == kind]) for kind in (True, False)
+    )
+
+
+def matched(experiment: Experiment, done: list[Done]) -> Iterator[Match]:
+    """Yield every row that is no baseline with every baseline, on each task, as far as runs are finished. A baseline
+    that has no value of the columns' setting stands against all columns."""
+    runs: dict[str, dict[Key, list[Done]]] = {}
+    for cell in done:
+        if cell.result:
+            where = (cell.settings.task.name, *place(experiment, cell).values())
+            runs.setdefault(cell.cell.label, {}).setdefault(where, []).append(cell)
+    seen = set()
+    for label, groups in runs.items():
+        for baseline in experiment.baselines if label not in experiment.baselines else ():
+            for where, ours in groups.items():
+                known = runs.get(baseline, {})
+                theirs = known.get(where) or known.get((*where[:-1], None), [])
+                same = [frozenset(cell.record.name for cell in cells) for cells in (ours, theirs)]
+                if {c.settings.seed for c in ours} & {c.settings.seed for c in theirs} and same[0] != same[1]:
+                    if tuple(same) not in seen:
+                        yield Match(label, baseline, place(experiment, ours[0]), ours, theirs)
+                    seen.add(tuple(same))
 
 
 def place(experiment: Experiment, cell: Done) -> dict[str, object]:
@@ -54,68 +101,178 @@ def place(experiment: Experiment, cell: Done) -> dict[str, object]:
     return {key: setting(cell.settings, key) for key in keys}
 
 
-def compared(experiment: Experiment, done: list[Done]) -> Iterator[Pair]:
-    """Yield every row that is no baseline against every baseline, on each task by its main score. A baseline that has
-    no value of the columns' setting stands against all columns."""
-    runs: dict[str, dict[Key, list[Done]]] = {}
-    for cell in done:
-        if cell.result:
-            where = (cell.settings.task.name, *place(experiment, cell).values())
-            runs.setdefault(cell.cell.label, {}).setdefault(where, []).append(cell)
-    for label, groups in runs.items():
-        for baseline in experiment.baselines if label not in experiment.baselines else ():
-            for where, ours in groups.items():
-                known = runs.get(baseline, {})
-                theirs = known.get(where) or known.get((*where[:-1], None), [])
-                if {c.settings.seed for c in ours} & {c.settings.seed for c in theirs}:
-                    difference = paired(ours, theirs)
-                    yield Pair(label, baseline, place(experiment, ours[0]), where[0], difference)
+def others(experiment: Experiment, done: list[Done], match: Match) -> list[str]:
+    """Return the scores beside the main one that stand in columns of the table."""
+    here = [c.field for c in columns(experiment, done) if c.field and c.task in (None, match.task.name)]
+    return [field for field in here if field not in FIELDS and field != match.task.metric]
 
 
-def paired(ours: list[Done], theirs: list[Done]) -> Difference:
-    task = tasks.load(ours[0].settings.task.name, ours[0].settings.task.options)
-    runs = [{cell.settings.seed: predictions(cell) for cell in cells} for cells in (ours, theirs)]
+def tested(match: Match, further: list[str], sizes: tuple[int, int]) -> Iterator[Pair]:
+    """Yield a match by its task's main score and by further ones. sizes: how many comparisons there are of each."""
+    metrics = {match.task.metric: sizes[0], **dict.fromkeys(further, sizes[1])}
     try:
-        return stats.compare(*runs, task, task.metric)
+        runs = [{cell.settings.seed: predictions(cell) for cell in cells} for cells in (match.ours, match.theirs)]
+    except UserError as error:
+        yield from (Pair(match, metric, unknown(error)) for metric in metrics)
+        return
+    for metric, comparisons in metrics.items():
+        yield Pair(match, metric, paired(match, runs, metric, comparisons))
+
+
+def paired(match: Match, runs: list[dict[int, list[Row]]], metric: str, comparisons: int) -> Difference:
+    """Return the difference in a score, tested where it can be."""
+    rows, seeds = next(iter(runs[0].values())), len(runs[0].keys() & runs[1].keys())
+    try:
+        if metric == match.task.metric or stats.resampled(match.task, metric, rows[0]):
+            return stats.compare(*runs, match.task, metric, comparisons=comparisons)
     except ValueError as error:
-        return Difference(float("nan"), None, None, None, str(error), 0, 0)
+        return unknown(error)
+    mean = match.recorded(metric)
+    if mean is None:
+        return unknown(f"{metric} not measured")
+    return Difference(mean, None, None, None, f"no test: {metric} is not resampled", len(rows), seeds)
+
+
+def unknown(reason: object) -> Difference:
+    """Return what is known of a difference that cannot be told."""
+    return Difference(float("nan"), None, None, None, str(reason), 0, 0)
+
+
+def corrected(pairs: list[Pair]) -> list[Pair]:
+    """Return the comparisons of one family with Holm's correction."""
+    adjusted = stats.holm([pair.difference.p for pair in pairs])
+    return [replace(pair, p=p) for pair, p in zip(pairs, adjusted, strict=True)]
 
 
 def predictions(cell: Done) -> list[Row]:
-    """Return a run's judged rows."""
-    return [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").read_text().splitlines()]
+    """Return a run's judged rows.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    name = f"{cell.record.name}/predictions.jsonl"
+    try:
+        rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: missing or damaged") from error
+    require(bool(rows) and all(isinstance(r, dict) and {"split", "id"} <= r.keys() for r in rows), f"{name}: damaged")
+    return rows
 
 
-def told(pair: Pair, adjusted: float | None) -> str:
-    metric = tasks.load(pair.task).metric
-    where = [f"{pair.task} ({metric})", *(f"{heading(key)} {shown(value)}" for key, value in pair.place.items())]
-    if np.isnan(pair.difference.mean):
-        return f"{', '.join(where)}: {pair.label} - {pair.baseline}: cannot be compared ({pair.difference.test})"
-    scale = 1 if metric in tasks.load(pair.task).plain else 100
-    return f"{', '.join(where)}: {stats.sentence(pair.label, pair.baseline, pair.difference, scale, adjusted)}"
+def blocks(experiment: Experiment, done: list[Done], main: list[Pair], further: list[Pair]) -> Iterator[Block]:
+    """Yield the comparisons as tables, as far as finished runs allow."""
+    if main:
+        yield Text("Differences", heading=True)
+        yield Text(
+            "Paired on the stored predictions of the same examples and seeds. The interval resamples examples and, "
+            "where there are several, seeds. Shown means: several seeds, an interval that leaves out 0, and a p below "
+            f"0.05 after Holm's correction over all {reach(main)} Rows that are the same runs are compared once."
+        )
+        yield Table(overview(main), "Differences by the main score.")
+    if further:
+        yield Text(f"By set and by other scores: as above, corrected over these {reach(further)}")
+        yield Table(overview(further), "Differences by set and by other scores.")
+    yield from over_tasks(main)
+    yield from means(experiment, done)
+
+
+def sentences(main: list[Pair], further: list[Pair]) -> Iterator[Block]:
+    """Yield every comparison as one sentence."""
+    if main:
+        yield Text("Every difference in a sentence", heading=True)
+        yield Text(items=tuple(map(told, [*main, *further])))
+
+
+def overview(pairs: list[Pair]) -> pd.DataFrame:
+    """Return comparisons as they are printed."""
+    frame = listed(pairs)
+    found = frame[["task", "score"]].copy()
+    for key in dict.fromkeys(key for pair in pairs for key in pair.match.place):
+        found[heading(key)] = frame[key].map(lambda value: shown(None if pd.isna(value) else value))
+    found["comparison"] = frame["method"] + " - " + frame["baseline"]
+    styles = ["+.1f" if unit(pair.match.task.name, pair.metric) == 100 else "+.3f" for pair in pairs]
+    found["difference"], low, high = (list(map(number, frame[key], styles)) for key in ("difference", "low", "high"))
+    found["95 % interval"] = [MISSING if MISSING in ends else " to ".join(ends) for ends in zip(low, high, strict=True)]
+    for head, column in (("p", "p"), ("Holm", "holm")):
+        found[head] = [number(p, ".3f") for p in frame[column]]
+    found["seeds"] = frame["seeds"]
+    found["shown"] = frame["shown"].map({True: "shown", False: "not shown"})
+    return found
+
+
+def number(value: float | None, style: str) -> str:
+    return MISSING if pd.isna(value) else format(value, style)
+
+
+def reach(pairs: list[Pair]) -> str:
+    """Return how many comparisons there are and how small their p can be."""
+    tested = sum(pair.difference.p is not None for pair in pairs)
+    least = 1 / (1 + stats.enough(len(pairs)))
+    return f"{tested} comparisons; a p from resampling is at least {least:.2g}, {min(1, tested * least):.2g} corrected."
+
+
+def told(pair: Pair) -> str:
+    """Return a comparison as one sentence."""
+    match, difference = pair.match, pair.difference
+    where = [f"{match.task.name} ({pair.metric})"]
+    where = ", ".join([*where, *(f"{heading(key)} {shown(value)}" for key, value in match.place.items())])
+    if np.isnan(difference.mean):
+        return f"{where}: {match.label} - {match.baseline}: cannot be compared ({difference.test})"
+    scale = unit(match.task.name, pair.metric)
+    return f"{where}: {stats.sentence(match.label, match.baseline, difference, scale, pair.p)}"
 
 
 def shown(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def over_tasks(experiment: Experiment, pairs: list[Pair]) -> Iterator[Block]:
-    """Yield Wilcoxon's test over tasks for every row and baseline that have several in the same place."""
+def listed(pairs: list[Pair]) -> pd.DataFrame:
+    """Return comparisons as a table of numbers, in the unit that is printed."""
+    lines = []
+    for pair in pairs:
+        match, found = pair.match, pair.difference
+        scale = unit(match.task.name, pair.metric)
+        mean, low, high = (None if v is None else v * scale for v in (found.mean, found.low, found.high))
+        where = {"task": match.task.name, "score": pair.metric, **match.place}
+        names = {"method": match.label, "baseline": match.baseline, "difference": mean, "low": low, "high": high}
+        tests = {"p": found.p, "holm": pair.p, "test": found.test, "examples": found.examples, "seeds": found.seeds}
+        lines.append(where | names | tests | {"shown": stats.shown(found, pair.p)})
+    return pd.DataFrame(lines)
+
+
+def sets(cell: Done) -> list[str]:
+    """Return the names of a task's sets if it has several that are scored alone; they count as tasks."""
+    settings = cell.settings.task
+    names = [s for s in tasks.load(settings.name, settings.options).eval_splits if s in cell.result["metrics"]]
+    return names if len(names) > 1 else []
+
+
+def over_tasks(pairs: list[Pair]) -> Iterator[Block]:
+    """Yield Wilcoxon's test over tasks, or over the sets of one, for every row and baseline that have several in the
+    same place."""
     groups: dict[Key, dict[str, float]] = {}
     for pair in pairs:
-        if not np.isnan(pair.difference.mean):
-            key = (pair.label, pair.baseline, tuple(pair.place.items()))
-            groups.setdefault(key, {})[pair.task] = pair.difference.mean
+        key = (pair.match.label, pair.match.baseline, tuple(pair.match.place.items()))
+        groups.setdefault(key, {}).update(apart(pair))
     several = {key: found for key, found in groups.items() if len(found) > 1}
     if several:
         yield Text("Over tasks", heading=True)
         yield Text(items=tuple(wilcoxon(*key, found) for key, found in several.items()))
 
 
+def apart(pair: Pair) -> dict[str, float]:
+    """Return a comparison's difference by task, or those of its task's sets, as printed; none that is not known."""
+    match, name = pair.match, pair.match.task.name
+    by_set = {metric: match.recorded(metric) for metric in sets(match.ours[0])}
+    scaled = {metric: v * unit(name, metric) for metric, v in by_set.items() if v is not None}
+    whole = {} if np.isnan(pair.difference.mean) else {name: pair.difference.mean * unit(name, pair.metric)}
+    return scaled if by_set else whole
+
+
 def wilcoxon(label: str, baseline: str, where: tuple, found: dict[str, float]) -> str:
     result = stats.across_tasks(found)
     at = "".join(f", {heading(key)} {shown(value)}" for key, value in where)
-    mean = 100 * float(np.mean(list(found.values())))
+    mean = float(np.mean(list(found.values())))
     return (
         f"{label} - {baseline}{at}: {mean:+.1f} on average, better on {result.wins} of {result.tasks} tasks; Wilcoxon "
         f"p = {result.p:.3f}{f' ({result.note})' if result.note else ''}"
@@ -123,13 +280,14 @@ def wilcoxon(label: str, baseline: str, where: tuple, found: dict[str, float]) -
 
 
 def means(experiment: Experiment, done: list[Done]) -> Iterator[Block]:
-    """Yield the interquartile means over tasks and seeds, for rows that have several tasks, all of them finished."""
-    lines = []
-    groups: dict[Key, dict[str, dict[int, float]]] = {}
+    """Yield the interquartile means over tasks, or the sets of one, and seeds, for rows that have several, all of them
+    finished."""
+    lines, counts = [], set()
+    groups: dict[Key, dict[str, dict[int, float | None]]] = {}
     for cell in done:
-        key = (cell.cell.label, *place(experiment, cell).items())
-        score = 100 * cell.result["metrics"][cell.result["metric"]] if cell.result else None
-        groups.setdefault(key, {}).setdefault(cell.settings.task.name, {})[cell.settings.seed] = score
+        scores = groups.setdefault((cell.cell.label, *place(experiment, cell).items()), {})
+        for name, value in by_task(cell).items():
+            scores.setdefault(name, {})[cell.settings.seed] = value
     for (label, *where), scores in groups.items():
         table = [list(by_seed.values()) for by_seed in scores.values()]
         if len(table) > 1 and all(score is not None for row in table for score in row):
@@ -137,10 +295,19 @@ def means(experiment: Experiment, done: list[Done]) -> Iterator[Block]:
             interval = "one seed: none" if low is None else f"{low:.1f} to {high:.1f}"
             heads = {heading(key): shown(value) for key, value in where}
             lines.append({"method": label, **heads, "IQM": f"{value:.1f}", "95 % interval": interval})
+            counts.add(len(table))
     if lines:
-        count = len({cell.settings.task.name for cell in done})
         yield Table(
             pd.DataFrame(lines),
-            f"Interquartile mean of the main score over {count} tasks and all seeds, % (arXiv 2108.13264); the "
-            "interval resamples seeds within each task.",
+            f"Interquartile mean of the main score over {' or '.join(map(str, sorted(counts)))} tasks and all seeds, % "
+            "(arXiv 2108.13264); the interval resamples seeds within each task.",
         )
+
+
+def by_task(cell: Done) -> dict[str, float | None]:
+    """Return a run's main score, or those of its task's sets, as printed; None while it is not finished."""
+    name = cell.settings.task.name
+    if not cell.result:
+        return {name: None}
+    metrics = {metric: metric for metric in sets(cell)} or {name: cell.result["metric"]}
+    return {called: cell.result["metrics"][metric] * unit(name, metric) for called, metric in metrics.items()}

@@ -17,6 +17,7 @@ A file gives, for all scales and again (in place of it; `run` and `seeds` aside)
     baselines labels of the rows the others are compared to
     published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
     tune      how each row's learning rate is chosen: see `Tune`
+    limit     what a reader must not conclude from the table, printed above it
     analyse   true: what each run did to its weights is part of the report
 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
@@ -80,6 +81,7 @@ class Experiment:
     baselines: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
+    limit: str = ""
     analyse: bool = False
 
     @classmethod
@@ -145,6 +147,7 @@ class Experiment:
     def seeded(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
         """Return a cell for each seed, with the runs its rate is chosen by."""
         seeds = [settings.seed] if fixed else self.seeds
+        settings = replace(settings, wandb=replace(settings.wandb, tags=[*settings.wandb.tags, self.name, self.scale]))
         return [Cell(label, replace(settings, seed=seed), self.trials(label, settings)) for seed in seeds]
 
     def trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
@@ -153,7 +156,8 @@ class Experiment:
             return ()
         scored = replace(settings.eval, holdout=self.tune.holdout, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
-        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task)
+        told = replace(settings.wandb, job_type="tune")
+        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
         return tuple(replace(alone, train=replace(alone.train, lr=float(rate))) for rate in self.tune.grid[label])
 
 

@@ -193,6 +193,7 @@ class Loop(Trainer):
             step=step,
             examples=ids,
             last_good_checkpoint=good,
+            diverged=True,
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import tasks
 from dual_lora import paper
 from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.grid import Done, setting
+from dual_lora.lab.grid import Done, clean, current, setting
 from dual_lora.paper import Table
 
 MEAN = "mean"
@@ -21,7 +21,7 @@ FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),
 }
 MARKS = {
-    "‡": "the code had changes that no commit holds",
+    "‡": "the code had changes that no commit holds, or is not known",
     "†": "done with an older version of the task, or one that was not recorded",
     "!": "the run warns: see its result.json",
 }
@@ -30,12 +30,14 @@ MARKS = {
 @dataclass(frozen=True)
 class Column:
     """A column of the table: its heading and what of a run's result stands in it, or None where that is the main score
-    of the runs whose setting has this value. `parts` are the headings whose mean it is."""
+    of the runs whose setting has this value. `parts` are the headings whose mean it is; `ours` is what tables of
+    dual_lora/paper call it, where they have it."""
 
     head: Any
     field: str | None = None
     task: str | None = None
     parts: tuple[str, ...] = ()
+    ours: str | None = None
 
     def value(self, result: dict[str, Any]) -> float:
         """Return the value in the unit that is printed.
@@ -46,13 +48,18 @@ class Column:
         if self.field in FIELDS:
             return FIELDS[self.field][0](result)
         metric = self.field or result["metric"]
-        return result["metrics"][metric] * (1 if metric in tasks.load(result["task"]).plain else 100)
+        return result["metrics"][metric] * unit(result["task"], metric)
 
     def format(self, task: str) -> str:
         """Return how a value is printed."""
         if self.field in FIELDS:
             return FIELDS[self.field][1]
         return "{:.2f}" if self.field in tasks.load(task).plain else "{:.1f}"
+
+
+def unit(task: str, metric: str) -> int:
+    """Return what a score is multiplied by to be printed: 100 for percent, 1 for one that is no fraction."""
+    return 1 if metric in tasks.load(task).plain else 100
 
 
 def columns(experiment: Experiment, done: list[Done]) -> list[Column]:
@@ -85,17 +92,19 @@ def published_columns(table: Table, asked: set[str]) -> list[Column]:
     for head, ours in table.ours.items():
         task, _, metric = ours.partition(":")
         if task in asked:
-            found.append(Column(head, metric, task))
+            found.append(Column(head, metric, task, ours=ours))
     heads = {column.head for column in found}
     for head, parts in table.average.items():
         if head not in heads and len(heads) > 1:
-            found.append(Column(head if heads == set(parts) else f"mean of {len(heads)}", parts=tuple(heads)))
+            whole = heads == set(parts)
+            called = {"head": head, "ours": table.ours.get(head)} if whole else {"head": f"mean of {len(heads)}"}
+            found.append(Column(parts=tuple(heads), **called))
     return found
 
 
 def frame(experiment: Experiment, done: list[Done]) -> pd.DataFrame:
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
-    marks, run, and the position of its run in `done` (-1 for a mean)."""
+    marks, run, its learning rate, and the position of its run in `done` (-1 for a mean)."""
     found = columns(experiment, done)
     values = pd.DataFrame([e | {"cell": i} for i, cell in enumerate(done) for e in entries(experiment, cell, found)])
     if experiment.mean in experiment.rows:
@@ -111,7 +120,7 @@ def entries(experiment: Experiment, cell: Done, found: list[Column]) -> Iterator
     """Yield the values one run gives."""
     heads = {key: setting(cell.settings, key) for key in experiment.rows}
     common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": marks(cell)}
-    common |= {"run": cell.record.name if cell.record else None}
+    common |= {"run": cell.record.name if cell.record else None, "lr": cell.rate}
     for column in found:
         if not stands_under(experiment, cell, column):
             continue
@@ -133,7 +142,7 @@ def stands_under(experiment: Experiment, cell: Done, column: Column) -> bool:
 
 def means(values: pd.DataFrame, over: str) -> pd.DataFrame:
     """Return the mean over a column of the frame, called "mean" in it, where none of its values is missing."""
-    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "cell")]
+    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "lr", "cell")]
     groups = values.groupby(keys, sort=False, dropna=False)
     found = groups["value"].agg(lambda column: column.mean(skipna=False)).reset_index()
     complete = groups[over].nunique().reset_index(drop=True) == values[over].nunique()
@@ -141,13 +150,13 @@ def means(values: pd.DataFrame, over: str) -> pd.DataFrame:
     found["reason"] = None
     found.loc[found["value"].isna(), "reason"] = "a part is missing"
     found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
-    return found.assign(**{over: MEAN, "run": None, "cell": -1})
+    return found.assign(**{over: MEAN, "run": None, "lr": None, "cell": -1})
 
 
 def marks(cell: Done) -> str:
     """Return the signs of `MARKS` that a finished run deserves."""
     if not cell.result:
         return ""
-    clean = not cell.record.read("environment.json")["uncommitted_changes"]
-    current = cell.result.get("task_version") == tasks.load(cell.settings.task.name, cell.settings.task.options).version
-    return ("" if clean else "‡") + ("" if current else "†") + ("!" if cell.result.get("warnings") else "")
+    found = "" if clean(cell.record.made_with()) else "‡"
+    found += "" if current(cell.result, cell.settings) else "†"
+    return found + ("!" if cell.result.get("warnings") else "")

@@ -23,6 +23,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -52,6 +53,10 @@ VARIABLES = (
 )
 VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
+# What of the repository can change a digit of a run, as git names paths.
+CODE = ("dual_lora", "tasks", "conf", ":(glob)*.py", "pyproject.toml")
+# What its environment must tell.
+MADE_WITH = ("commit", "uncommitted_changes", "threads")
 # What a run's result must tell, whatever version wrote it.
 RESULT = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
 # method.lr is where train.lr has its value from, if it has no other.
@@ -293,7 +298,15 @@ class Record:
             rows = [row for row in self.logged() if row["step"] == 0]
         self.write_lines("metrics.jsonl", rows)
         self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
-        self.write("environment.json", environment())
+        begun = self.made_with() if trained or checkpoint else None
+        self.write("environment.json", environment() if begun is None else went_on(begun, environment()))
+
+    def made_with(self) -> dict[str, Any]:
+        """Return the machine and code of the run; nothing where that file is missing or damaged."""
+        try:
+            return self.read("environment.json", *MADE_WITH)
+        except UserError:
+            return {}
 
     def checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint of an unfinished try."""
@@ -375,8 +388,28 @@ def installed(package: str) -> str | None:
 
 
 def git(*args: str) -> str | None:
-    done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
+    """Return what git says of this repository; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def uncommitted_changes() -> bool | None:
+    """Return whether code or settings are not those of the commit, new files included; None where git does not tell."""
+    said = git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+    return None if said is None else bool(said)
+
+
+def went_on(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment of a run that goes on: today's, with the commits of its earlier tries, and clean only if
+    all of them were."""
+    earlier = [*begun.get("earlier_commits", []), begun.get("commit")]
+    doubts = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
+    found = {"uncommitted_changes": True if True in doubts else None if None in doubts else False}
+    found["earlier_commits"] = [c for c in dict.fromkeys(earlier) if c != now["commit"]]
+    return now | found | {"started": begun.get("started", now["started"])}
 
 
 def environment() -> dict[str, Any]:
@@ -400,7 +433,8 @@ def environment() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": uncommitted_changes(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [without_secrets(word) for word in sys.argv],
     }
 

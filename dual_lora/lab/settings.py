@@ -243,11 +243,13 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Wandb:
-    """The mirror of the local record; never read back."""
+    """The mirror of the local record; never read back. job_type: what its runs are for; tags: more than their names."""
 
     mode: str
     project: str
     entity: str | None
+    job_type: str
+    tags: list[str]
 
     def __post_init__(self) -> None:
         one_of("wandb.mode", self.mode, ("online", "offline", "disabled"))

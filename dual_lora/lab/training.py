@@ -133,8 +133,8 @@ def mirror_of(settings: Settings, record: Record) -> Mirror:
         run_id=record.name.rsplit("_", 1)[1],
         name=record.name,
         group=settings.study,
-        job_type="train",
-        tags=["/".join(names), *names],
+        job_type=settings.wandb.job_type,
+        tags=["/".join(names), *names, *settings.wandb.tags],
         config=asdict(settings),
         folder=record.folder,
     )

@@ -1,0 +1,55 @@
+"""What a report says of learning rates: what each row has, and how it came by it."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from dual_lora.lab.document import Table
+from dual_lora.lab.experiments import Experiment
+from dual_lora.lab.grid import Done
+
+# Stands behind a rate that is the lowest or highest of its grid.
+EDGE = "(edge)"
+MISSING = "–"
+
+
+def told(experiment: Experiment, done: list[Done]) -> Iterator[str]:
+    """Yield how each row came by its learning rate."""
+    tune = experiment.tune
+    for label in experiment.cells:
+        cells = [cell for cell in done if cell.cell.label == label]
+        used = sorted({cell.rate for cell in cells} - {None})
+        text = ", ".join(f"{rate:g}" for rate in used) or "not chosen yet"
+        if tune and label in tune.grid:
+            grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
+            diverged = sorted({rate for cell in cells for rate in cell.diverged})
+            lost = f"; training diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
+            edge = (
+                f"; {EDGE}: at an edge of the grid, where the best may lie beyond" if any(map(at_edge, cells)) else ""
+            )
+            yield (
+                f"learning rate, {label}: {text}; chosen from {grid} ({len(tune.grid[label])} runs a task) by the main "
+                f"score on {tune.where()}, seed {tune.seed}{lost}{edge}"
+            )
+        else:
+            yield f"learning rate, {label}: {text}; given, not tuned here"
+
+
+def at_edge(cell: Done) -> bool:
+    """Whether a rate was chosen that is the lowest or highest of its grid."""
+    grid = [trial.train.lr for trial in cell.cell.tuning]
+    return bool(grid) and cell.rate in (min(grid), max(grid))
+
+
+def table(done: list[Done]) -> Table:
+    """Return the learning rates by model and task, a column for each label."""
+    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for cell in done:
+        where = (cell.settings.model.name, cell.settings.task.name)
+        text = MISSING if cell.rate is None else f"{cell.rate:g}{f' {EDGE}' if at_edge(cell) else ''}"
+        lines.setdefault(where, {}).setdefault(cell.cell.label, []).append(text)
+    rows = [
+        {"model": model, "task": task, **{label: ", ".join(dict.fromkeys(t)) for label, t in texts.items()}}
+        for (model, task), texts in lines.items()
+    ]
+    return Table(pd.DataFrame(rows).fillna(""), f"Learning rates; {EDGE}: at an edge of the grid it was chosen from.")
