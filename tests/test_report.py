@@ -503,7 +503,7 @@ def test_published_tables_say_what_they_have_to_do_with_ours(study, tmp_path):
     assert "LoRA Table 2, GLUE development sets: roberta-base as above, and other models (published; version:" in text
     assert "by rank, LLaMA-7B: other models than above (published; version: PDF of 10 Jul 2024;" in text
     assert (
-        "## Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
+        "Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
     )
 
 

@@ -48,11 +48,9 @@ def experiment(monkeypatch):
 
 
 @pytest.mark.parametrize("name", cli.choices("experiment"))
-def test_every_experiment_says_how_long_it_takes_and_composes(name):
+def test_every_experiment_composes_and_can_show_a_difference(name):
     scales = [scale for scale in SCALES if scale in content(name)]
     assert "smoke" in scales
-    text = (ROOT / "conf/experiment" / f"{name}.yaml").read_text()
-    assert f"python sweep.py experiment={name}" in text and ("hours" in text or "minutes" in text)
     for scale in scales:
         cells = Experiment.load(name, scale).compose(["seed=0"])
         assert len(cells) > 1
@@ -65,6 +63,36 @@ def comparisons(experiment: Experiment, cells: list[grid.Cell]) -> int:
     """Return how many comparisons of main scores there are once all cells are finished."""
     done = [grid.Done(cell, Record(Path(grid.asked(cell.settings))), {"metrics": {}}, None) for cell in cells]
     return max(1, len(list(comparison.matched(experiment, done))))
+
+
+def head(name: str) -> dict[str, str]:
+    """Return what the head of an experiment's file says of each scale."""
+    lines = (ROOT / "conf/experiment" / f"{name}.yaml").read_text().partition("\ntitle:")[0].splitlines()
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    parts = re.split(rf"\b({'|'.join(SCALES)}): ", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)) | {"": parts[0]}
+
+
+EXPERIMENTS = [(name, s) for name in cli.choices("experiment") for s in SCALES if s in content(name)]
+
+
+@pytest.mark.parametrize(("name", "scale"), EXPERIMENTS)
+def test_every_experiment_says_runs_time_hardware_and_what_to_expect(name, scale):
+    said, experiment = head(name), Experiment.load(name, scale)
+    assert f"python sweep.py experiment={name}" in said[""]
+    told = said[scale]
+    assert re.search(r"minutes?|hours?", told) and re.search("A100 80 GB|AMD EPYC", told) and "Expected: " in told
+    cells = experiment.compose([])
+    trials = grid.distinct([trial for cell in cells for trial in cell.tuning])
+    runs = cells if trials else grid.distinct([cell.settings for cell in cells])  # at most so many, by the rates chosen
+    assert told.startswith(f"{len(runs)} runs") and (not trials or f" and {len(trials)} to choose rates" in told)
+
+
+@pytest.mark.parametrize(("name", "scale"), EXPERIMENTS)
+def test_rates_that_are_tuned_for_no_row_are_a_limit_the_report_tells(name, scale):
+    experiment = Experiment.load(name, scale)
+    tuned = experiment.tune is not None and set(experiment.baselines) <= set(experiment.tune.grid)
+    assert tuned or experiment.limit or scale == "smoke" or experiment.columns == "train.lr"
 
 
 def test_the_published_settings_of_glue_are_those_of_the_paper():
@@ -86,7 +114,7 @@ def test_every_experiment_runs_with_bundled_models_and_reports(runs_folder, caps
         study = Experiment.load(name, "smoke").study
         made = {path.name for path in (runs_folder / study / "report").iterdir()}
         assert {"table.md", "table.tex", "table.csv", "report.html"} <= made
-        assert {"figure.png", "figure.pdf"} <= made or {"ranks_0.png", "ranks_0.pdf"} <= made
+        assert {"figure.png", "figure.pdf"} <= made or {"ranks.png", "stable_ranks.pdf", "histograms_2.png"} <= made
         assert "[a]" not in (runs_folder / study / "report" / "table.md").read_text(), "a cell is missing"
 
 

@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 
 from dual_lora import analysis
-from dual_lora.lab import rank_figure, updates
+from dual_lora.lab import histogram_figure, rank_figure, updates
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.training import quiet
@@ -20,7 +20,8 @@ from dual_lora.tuner.factors import DualLoraFactors
 # What is missing in a printed table.
 MISSING = "–"
 RANKS = ("rank", "stable_rank", "effective_rank")
-ENTRIES = ("zeros", "dead_rows", "relative_size", "signs_flipped", "cosine", "sign_agreement")
+OF_DW = ("zeros", "dead_rows", "relative_size", "signs_flipped")
+ENTRIES = (*OF_DW, "cosine", "sign_agreement")
 
 
 def run(settings: Settings, record: Record, other: tuple[Settings, Record] | None = None) -> str:
@@ -60,8 +61,17 @@ def run(settings: Settings, record: Record, other: tuple[Settings, Record] | Non
     }
     record.write("analysis.json", content)
     record.write("analysis.csv", plain(rows).to_csv(index=False))
-    rank_figure.draw(plain(rows), mine[0].labels, record.folder, f"{settings.model.name}, {settings.method.name}")
+    drawn(content, record)
     return told(content, record)
+
+
+def drawn(content: dict, record: Record) -> None:
+    """Draw the figures of an analysis."""
+    name = f"{content['model']}, {content['method']}"
+    run = rank_figure.Analysed(name, content["method"], content["labels"], plain(content["rows"]))
+    for kind in rank_figure.KINDS:
+        rank_figure.draw([run], record.folder, kind)
+    histogram_figure.draw(content, record.folder)
 
 
 def row(
@@ -111,7 +121,8 @@ def told(content: dict, record: Record) -> str:
         ranks += [[*where, label, *(pair(group, f"{part}_{kind}") for kind in RANKS)] for part, label in parts]
         rest.append([*where, *(pair(group, name) for name in entries)])
     tables = [table(ranks, "role", "weight", "of", *RANKS), table(rest, "role", "weight", *entries)]
-    files = "analysis.json, analysis.csv, ranks.png, ranks.pdf"
+    figures = ", ".join(sorted(path.name for path in record.folder.glob("*.png")))
+    files = f"analysis.json, analysis.csv, {figures} (and as PDF)"
     return "\n\n".join([*tables, "\n".join(notes(content)), f"analysed: {record.shown()}: {files}"])
 
 

@@ -23,6 +23,8 @@ from tasks import Task
 from tasks.base import Row
 
 Key = tuple[object, ...]
+# What stands in a printed table for what is not known.
+MISSING = "–"
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +161,7 @@ def predictions(cell: Done) -> list[Row]:
 
 
 def blocks(experiment: Experiment, done: list[Done], main: list[Pair], further: list[Pair]) -> Iterator[Block]:
-    """Yield what is said of the comparisons, as far as finished runs allow."""
+    """Yield the comparisons as tables, as far as finished runs allow."""
     if main:
         yield Text("Differences", heading=True)
         yield Text(
@@ -167,13 +169,40 @@ def blocks(experiment: Experiment, done: list[Done], main: list[Pair], further: 
             "where there are several, seeds. Shown means: several seeds, an interval that leaves out 0, and a p below "
             f"0.05 after Holm's correction over all {reach(main)} Rows that are the same runs are compared once."
         )
-        yield Text(items=tuple(map(told, main)))
+        yield Table(overview(main), "Differences by the main score.")
     if further:
-        yield Text("By set and by other scores", heading=True)
-        yield Text(f"As above, corrected over these {reach(further)}")
-        yield Text(items=tuple(map(told, further)))
+        yield Text(f"By set and by other scores: as above, corrected over these {reach(further)}")
+        yield Table(overview(further), "Differences by set and by other scores.")
     yield from over_tasks(main)
     yield from means(experiment, done)
+
+
+def sentences(main: list[Pair], further: list[Pair]) -> Iterator[Block]:
+    """Yield every comparison as one sentence."""
+    if main:
+        yield Text("Every difference in a sentence", heading=True)
+        yield Text(items=tuple(map(told, [*main, *further])))
+
+
+def overview(pairs: list[Pair]) -> pd.DataFrame:
+    """Return comparisons as they are printed."""
+    frame = listed(pairs)
+    found = frame[["task", "score"]].copy()
+    for key in dict.fromkeys(key for pair in pairs for key in pair.match.place):
+        found[heading(key)] = frame[key].map(lambda value: shown(None if pd.isna(value) else value))
+    found["comparison"] = frame["method"] + " - " + frame["baseline"]
+    styles = ["+.1f" if unit(pair.match.task.name, pair.metric) == 100 else "+.3f" for pair in pairs]
+    found["difference"], low, high = (list(map(number, frame[key], styles)) for key in ("difference", "low", "high"))
+    found["95 % interval"] = [MISSING if MISSING in ends else " to ".join(ends) for ends in zip(low, high, strict=True)]
+    for head, column in (("p", "p"), ("Holm", "holm")):
+        found[head] = [number(p, ".3f") for p in frame[column]]
+    found["seeds"] = frame["seeds"]
+    found["shown"] = frame["shown"].map({True: "shown", False: "not shown"})
+    return found
+
+
+def number(value: float | None, style: str) -> str:
+    return MISSING if pd.isna(value) else format(value, style)
 
 
 def reach(pairs: list[Pair]) -> str:

@@ -1,17 +1,21 @@
 """A report as blocks of text, tables and figures, written as Markdown, LaTeX (booktabs) and one HTML page."""
 
 import base64
+import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
-STYLE = """body {font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em}
-table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right}
-tr {border-top: 1px solid #ddd}
-td {white-space: nowrap} td:first-child, th:first-child {text-align: left} img {max-width: 100%}
-tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em}"""
+STYLE = """body {font: 15px/1.5 sans-serif; max-width: 96em; margin: 2em auto; padding: 0 1em}
+table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right; white-space: nowrap}
+tr {border-top: 1px solid #ddd} .words {text-align: left} .wide {overflow-x: auto} img {max-width: 100%}
+tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em} p.figure {max-width: none}"""
+# A cell of a column of numbers: one, perhaps with a spread or a unit, or a dash, or nothing.
+NUMBER = re.compile(r"([-+<≥]|about )?\d.*|–.*|")
+# Makes a table as wide as the text if it is wider.
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 TEX = {"±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$"}
 
 
@@ -38,6 +42,11 @@ class Table:
         if self.bold is None:
             return self.cells
         return self.cells.where(~self.bold, before + self.cells.astype(str) + after)
+
+    def words(self) -> list[bool]:
+        """Return which columns hold words, to be set flush left."""
+        columns = [self.cells.iloc[:, number].astype(str) for number in range(self.cells.shape[1])]
+        return [not all(map(NUMBER.fullmatch, column)) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -66,20 +75,40 @@ def markdown_block(block: Block) -> str:
     return f"## {block.text}" if block.heading else block.text
 
 
-def latex(blocks: list[Block]) -> str:
-    """Return the tables for \\input: needs \\usepackage{booktabs}."""
-    return "\n".join(latex_table(block) for block in blocks if isinstance(block, Table))
+def latex(blocks: list[Block], name: str) -> str:
+    """Return the tables for \\input, labelled tab:NAME-1 and so on; a list right after a table is its legend."""
+    found = ["% needs booktabs and graphicx\n"]
+    for block, after in zip(blocks, [*blocks[1:], Text()], strict=True):
+        if isinstance(block, Table):
+            legend = after.items if isinstance(after, Text) else ()
+            found.append(latex_table(block, f"tab:{name}-{len(found)}", legend))
+    return "\n".join(found)
 
 
-def latex_table(table: Table) -> str:
+def latex_table(table: Table, label: str, legend: tuple[str, ...] = ()) -> str:
+    """Return a table with its legend, shrunk where it is wider than the page."""
+    shape = "".join("l" if words else "r" for words in table.words())
+    text = (
+        latex_cells(table)
+        .style.hide(axis="index")
+        .to_latex(hrules=True, column_format=shape, caption=tex(table.caption), label=label, position_float="centering")
+    )
+    begin, end = r"\begin{tabular}", r"\end{tabular}"
+    text = text.replace(begin, f"{FIT}\n{begin}").replace(end, f"{end}}}")
+    notes = "".join(f"{tex(item)}\\par\n" for item in legend)
+    return text.replace(r"\end{table}", "\\par\\raggedright\\footnotesize\n" * bool(notes) + notes + r"\end{table}")
+
+
+def latex_cells(table: Table) -> pd.DataFrame:
+    """Return the cells for LaTeX: rows that are not ours in italics, with a little room before the next of ours."""
     cells = table.cells.rename(columns=tex).map(tex)
     if table.bold is not None:
-        bold = table.bold.set_axis(cells.columns, axis=1)
-        cells = cells.where(~bold, r"\textbf{" + cells + "}")
-    shape = "l" + "r" * (cells.shape[1] - 1)
-    return cells.style.hide(axis="index").to_latex(
-        hrules=True, column_format=shape, caption=tex(table.caption), position_float="centering"
-    )
+        cells = cells.where(~table.bold.set_axis(cells.columns, axis=1), r"\textbf{" + cells + "}")
+    aside = pd.Series([number in table.aside for number in range(len(cells))], cells.index)
+    cells = cells.where(~aside, r"\textit{" + cells + "}", axis=0)
+    follows = aside.shift(fill_value=False) & ~aside
+    cells.iloc[:, 0] = cells.iloc[:, 0].where(~follows, r"\addlinespace " + cells.iloc[:, 0])
+    return cells
 
 
 def tex(cell: object) -> str:
@@ -103,7 +132,7 @@ def html(blocks: list[Block], title: str) -> str:
 def html_block(block: Block) -> str:
     if isinstance(block, Image):
         data, words = base64.b64encode(block.path.read_bytes()).decode(), escape(block.caption)
-        return f'<p><img alt="{words}" src="data:image/png;base64,{data}"><br>{words}</p>'
+        return f'<p class="figure"><img alt="{words}" src="data:image/png;base64,{data}"><br>{words}</p>'
     if isinstance(block, Table):
         return html_table(block)
     if block.items:
@@ -112,11 +141,14 @@ def html_block(block: Block) -> str:
 
 
 def html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in table.cells)
+    kinds = [' class="words"' if words else "" for words in table.words()]
+    head = "".join(f"<th{kind}>{escape(str(name))}</th>" for name, kind in zip(table.cells, kinds, strict=True))
     lines = []
     for number, row in enumerate(table.cells.itertuples(index=False)):
         bold = [False] * len(row) if table.bold is None else list(table.bold.iloc[number])
         cells = (f"<b>{escape(str(c))}</b>" if b else escape(str(c)) for c, b in zip(row, bold, strict=True))
-        kind = ' class="aside"' if number in table.aside else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<p>{escape(table.caption)}</p>\n<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>"
+        aside = ' class="aside"' if number in table.aside else ""
+        filled = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(cells, kinds, strict=True))
+        lines.append(f"<tr{aside}>{filled}</tr>")
+    body = "\n".join([f"<tr>{head}</tr>", *lines])
+    return f'<p>{escape(table.caption)}</p>\n<div class="wide"><table>\n{body}\n</table></div>'

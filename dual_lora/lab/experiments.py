@@ -17,6 +17,7 @@ A file gives, for all scales and again (in place of it; `run` and `seeds` aside)
     baselines labels of the rows the others are compared to
     published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
     tune      how each row's learning rate is chosen: see `Tune`
+    limit     what a reader must not conclude from the table, printed above it
     analyse   true: what each run did to its weights is part of the report
 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
@@ -83,6 +84,7 @@ class Experiment:
     baselines: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
+    limit: str = ""
     analyse: bool = False
 
     @classmethod

@@ -1,6 +1,4 @@
-"""Figures of a report, as PNG and PDF; the same frame gives the same bytes."""
-
-from pathlib import Path
+"""Figures of a report; the same frame gives the same bytes."""
 
 import matplotlib
 
@@ -8,21 +6,17 @@ matplotlib.use("Agg")
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+from pandas.core.groupby import SeriesGroupBy
 
+import tasks
 from dual_lora import paper
 from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.rank_figure import METADATA
-from dual_lora.lab.results import heading
+from dual_lora.lab.grid import Done
+from dual_lora.lab.results import FIELDS, Column, columns, heading
 
 PANELS = 3  # side by side
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write NAME.png and NAME.pdf and return them."""
-    paths = [folder / f"{name}.{kind}" for kind in METADATA]
-    for path, metadata in zip(paths, METADATA.values(), strict=True):
-        figure.savefig(path, dpi=150, metadata=metadata)
-    return paths
+LEAST = 10.0  # the least width of an axis of percent
 
 
 def grid(number: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -35,7 +29,7 @@ def grid(number: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     return figure, panels[:number]
 
 
-def draw(experiment: Experiment, values: pd.DataFrame) -> Figure | None:
+def draw(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Figure | None:
     """Return the figure of an experiment: lines over a numeric setting, else a panel of points for each column; None
     while there is nothing to draw."""
     values = values.dropna(subset="value")
@@ -43,42 +37,96 @@ def draw(experiment: Experiment, values: pd.DataFrame) -> Figure | None:
         return None
     numbers = pd.to_numeric(values["column"], errors="coerce")
     if isinstance(experiment.columns, str) and numbers.notna().any():
-        return lines(experiment, values.assign(column=numbers))
-    return points(experiment, values)
+        return lines(experiment, values.assign(column=numbers), done)
+    return points(experiment, values, done)
 
 
-def lines(experiment: Experiment, values: pd.DataFrame) -> Figure:
+def spread(values: pd.DataFrame) -> str:
+    """Return what the bars of a figure are."""
+    sizes = sorted(set(values.groupby(["label", "column"], dropna=False)["seed"].nunique()))
+    if sizes[-1] == 1:
+        return "one run each, so no spread is known"
+    return f"bars: ± 1 sample standard deviation of {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} runs"
+
+
+def measured(part: pd.DataFrame, done: list[Done]) -> str:
+    """Return the name and unit of the main score of some values, for an axis."""
+    found = [tasks.load(done[i].settings.task.name) for i in sorted(set(part["cell"]) - {-1})]
+    names = list(dict.fromkeys(task.metric if task.metric in task.plain else f"{task.metric}, %" for task in found))
+    return names[0] if len(names) == 1 else "mean of the main scores, %"
+
+
+def lines(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Figure:
     """Return a panel for each combination of the rows' settings, a line for each label; what has no value of the
-    columns' setting is a horizontal line. Published points have a panel of their own: other models, another task."""
+    columns' setting is a horizontal line. Published points have a panel of their own."""
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
-    known = published_points(experiment)
+    known, labels = published_points(experiment), list(dict.fromkeys(values["label"]))
     figure, panels = grid(len(groups) + bool(known), 4.2, 3.4)
-    labels = list(dict.fromkeys(values["label"]))
     for axes, (key, group) in zip(panels, groups, strict=False):
-        for label, part in group.groupby("label", sort=False):
-            line(axes, part, label, f"C{labels.index(label)}")
-        axes.set(title=", ".join(map(str, key)) or experiment.title, ylabel="score")
+        several(axes, group, labels)
+        axes.set(title=", ".join(map(str, key)), ylabel=measured(group, done))
     if known:
-        published_panel(panels[-1], known)
-    logarithmic = values["column"].max() > 20 * values["column"].min() > 0 and values["column"].max() > 1
+        published_panel(panels[-1], known, len(labels))
+        panels[-1].set(title="published" if experiment.scale == "full" else "published: other model and tasks")
     for axes in panels:
-        axes.set(xlabel=heading(experiment.columns).replace("_", " "), xscale="log" if logarithmic else "linear")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        over(axes, experiment.columns, values["column"].dropna())
+    legend(figure, panels, spread(values))
     return figure
 
 
-def line(axes: Axes, part: pd.DataFrame, label: str, color: str) -> None:
-    """Draw one label's means over seeds; bars are sample standard deviations."""
-    flat = part[part["column"].isna()]["value"]
-    if len(flat):
-        axes.axhline(flat.mean(), color=color, linestyle="--", linewidth=1, label=label)
-        if len(flat) > 1:
-            axes.axhspan(flat.mean() - flat.std(), flat.mean() + flat.std(), color=color, alpha=0.08)
-    scores = part.dropna(subset="column").groupby("column")["value"]
-    mean, spread = scores.mean(), scores.std().fillna(0)
-    if len(mean):
-        axes.errorbar(mean.index, mean, yerr=spread, marker="o", markersize=4, capsize=3, color=color, label=label)
+def several(axes: Axes, group: pd.DataFrame, labels: list[str]) -> None:
+    """Draw the labels of one panel."""
+    level = list(dict.fromkeys(group.loc[group["column"].isna(), "label"]))
+    others = [label for label in labels if label not in level]
+    for label, part in group.groupby("label", sort=False):
+        color = f"C{labels.index(label)}"
+        if label in level:
+            flat(axes, part["value"], label, color, level.index(label), len(level))
+        else:
+            aside = 3 * (others.index(label) - (len(others) - 1) / 2)
+            line(axes, part.groupby("column")["value"], label, color, aside)
+
+
+def over(axes: Axes, setting: str, numbers: pd.Series) -> None:
+    """Make the setting's axis: logarithmic where its values span more than a decade, ticks at whole numbers."""
+    logarithmic = numbers.max() > 20 * numbers.min() > 0
+    axes.set(xlabel=heading(setting).replace("_", " "), xscale="log" if logarithmic else "linear")
+    if (numbers % 1 == 0).all():
+        axes.set_xticks(sorted(set(numbers)), [f"{number:g}" for number in sorted(set(numbers))])
+        axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def legend(figure: Figure, panels: list[Axes], title: str) -> None:
+    """Set one legend of all panels below them."""
+    known = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    place = {
+        "loc": "outside lower center",
+        "ncols": min(len(known), 2 * len(panels)),
+        "fontsize": "small",
+        "handlelength": 4,
+    }
+    figure.legend(known.values(), known, title=title, title_fontsize="small", **place)
+
+
+def flat(axes: Axes, scores: pd.Series, label: str, color: str, turn: int, of: int) -> None:
+    """Draw the mean of what has no value of the setting. The dashes fall into the gaps of the others', so that equal
+    lines stay visible."""
+    dashes = (4 * turn, (4, 4 * max(1, of - 1)))
+    axes.axhline(scores.mean(), color=color, linestyle=dashes, linewidth=1.5, label=label)
+    if len(scores) > 1:
+        axes.axhspan(scores.mean() - scores.std(), scores.mean() + scores.std(), color=color, alpha=0.08)
+
+
+def line(axes: Axes, scores: SeriesGroupBy, label: str, color: str, aside: float) -> None:
+    """Draw the means over seeds, `aside` points beside their place, so that equal ones stay visible."""
+    mean, bars = scores.mean(), scores.std().fillna(0)
+    place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    axes.errorbar(
+        mean.index, mean, yerr=bars, transform=place, marker="o", markersize=4, capsize=2, color=color, label=label
+    )
+    axes.update_datalim([*zip(mean.index, mean - bars, strict=True), *zip(mean.index, mean + bars, strict=True)])
+    axes.autoscale_view()
 
 
 def published_points(experiment: Experiment) -> dict[str, pd.Series]:
@@ -94,29 +142,53 @@ def published_points(experiment: Experiment) -> dict[str, pd.Series]:
     return {label: pd.Series(dict(pairs)) for label, pairs in found.items()}
 
 
-def published_panel(axes: Axes, known: dict[str, pd.Series]) -> None:
-    for number, (label, series) in enumerate(known.items()):
+def published_panel(axes: Axes, known: dict[str, pd.Series], first: int) -> None:
+    """Draw published points, in colours from the number `first` on."""
+    for number, (label, series) in enumerate(known.items(), first):
         if series.index[0] is None:
             axes.axhline(series.iloc[0], color=f"C{number}", linestyle="--", linewidth=1, label=label)
         else:
             axes.plot(series.index, series, "x-", color=f"C{number}", label=label)
-    axes.set(title="published, other models and tasks", ylabel="average, %")
+    axes.set_ylabel("average, %")
 
 
-def points(experiment: Experiment, values: pd.DataFrame) -> Figure:
-    """Return a panel for each column: every seed a dot, the mean a bar, a row for each row of the table."""
-    heads = list(dict.fromkeys(values["column"]))
+def points(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Figure:
+    """Return a panel for each column: every seed a dot, the mean and its spread a bar, a row for each row of the
+    table."""
     names = [" ".join(map(str, key)) for key in values[[*experiment.rows, "label"]].itertuples(index=False)]
     values = values.assign(name=names)
     order = list(dict.fromkeys(values["name"]))[::-1]
-    figure, panels = grid(len(heads), 3.2, 1.2 + 0.28 * len(order))
+    found = {column.head: column for column in columns(experiment, done)}
+    heads = list(dict.fromkeys(values["column"]))
+    figure, panels = grid(len(heads), 3.2, 1.4 + 0.28 * len(order))
     for axes, head in zip(panels, heads, strict=True):
         part = values[values["column"] == head]
-        places = [order.index(name) for name in part["name"]]
-        axes.plot(part["value"], places, "o", markersize=4, alpha=0.6)
-        mean = part.groupby("name", sort=False)["value"].mean()
-        axes.plot(mean, [order.index(name) for name in mean.index], "|", color="black", markersize=12)
-        axes.set(title=str(head), yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
-        axes.set_yticklabels(order if axes is panels[0] else [], fontsize="small")
+        column(axes, part, order)
+        unit = measured(part, done) if found[head].field is None else units(found[head], done)
+        if unit.endswith("%"):
+            widen(axes)
+        axes.set(title=str(head), xlabel=unit, yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
+        axes.set_yticklabels(order if axes in panels[::PANELS] else [], fontsize="small")
         axes.grid(alpha=0.3)
+    figure.supxlabel(spread(values), fontsize="small")
     return figure
+
+
+def column(axes: Axes, part: pd.DataFrame, order: list[str]) -> None:
+    """Draw the values of one column, a row for each name."""
+    axes.plot(part["value"], [order.index(name) for name in part["name"]], "o", markersize=4, alpha=0.6)
+    scores = part.groupby("name", sort=False)["value"]
+    places = [order.index(name) for name in scores.mean().index]
+    axes.errorbar(scores.mean(), places, xerr=scores.std().fillna(0), fmt="|", color="black", markersize=12, capsize=2)
+
+
+def units(column: Column, done: list[Done]) -> str:
+    """Return the unit of a score that a column names; none of what is no score."""
+    return "" if column.field in FIELDS or column.field in tasks.load(done[0].settings.task.name).plain else "%"
+
+
+def widen(axes: Axes) -> None:
+    """Show at least `LEAST` points of a score, so that small differences do not look large."""
+    low, high = axes.get_xlim()
+    room = max(0, LEAST - (high - low)) / 2
+    axes.set_xlim(low - room, high + room)

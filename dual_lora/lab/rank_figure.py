@@ -1,5 +1,9 @@
-"""The rank of each part of dW by layer beside its null, a panel for each role: Figure 3 of arXiv 2512.03402."""
+"""The rank of each part of dW by layer, of one run or several, beside that of random factors and published ones: Figure
+3 of arXiv 2512.03402. A row of panels for each part, a column for each role; numerical ranks as shares of the full
+rank, so that weights of other shapes can stand in the same panel."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -7,59 +11,91 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dual_lora import paper
+from dual_lora.lab.drawing import save
 
-PUBLISHED, PUBLISHED_SHAPE = "dual_lora_fig3_rank_per_layer", [4096, 4096]
-# Else the files would hold the time they were made at, and matplotlib's version.
-METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
-
-
-def draw(rows: pd.DataFrame, labels: dict[str, str], folder: Path, title: str, name: str = "ranks") -> None:
-    """Write NAME.png and NAME.pdf: a line for each part of `labels`, its null dashed in the same colour; numerical
-    ranks above, stable ranks, which tell more, below. The published points are drawn in where matrices have their
-    shape, and nowhere else."""
-    groups = list(rows.groupby(["role", "out", "in"], sort=False))
-    figure = Figure(figsize=(1.2 + 3.6 * len(groups), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(groups), squeeze=False, sharex=True)
-    for column, (key, group) in enumerate(groups):
-        group = group.sort_values("layer", kind="stable")
-        numerical(axes[0, column], key, group, labels)
-        lines(axes[1, column], group, labels, "stable_rank")
-        axes[1, column].set(ylim=(0, None), xlabel="layer")
-    axes[0, 0].set_ylabel("numerical rank")
-    axes[1, 0].set_ylabel("stable rank")
-    known = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
-    figure.legend(known.values(), known, loc="outside lower center", ncols=min(len(known), 7), fontsize="small")
-    figure.suptitle(title)
-    for kind, metadata in METADATA.items():
-        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata=metadata)
+KINDS = {"rank": "numerical rank / full rank", "stable_rank": "stable rank"}
+# The published figure and our null of it, both of weights of 4096 x 4096, and what the second calls the parts of dW.
+PUBLISHED, NULL, FULL = "dual_lora_fig3_rank_per_layer", "own_rank_null", 4096
+PARTS = {"magnitude": "ReLU(BA)", "direction": "Sign(DC)", "overall": "ReLU(BA) * Sign(DC)"}
+PLACE = ("role", "out", "in")
+Place = tuple[str, int, int]
 
 
-def published(part: str) -> dict[int, float]:
-    """Return the published ranks of a part of dW by layer, those that could be read off the figure."""
-    table = paper.load(PUBLISHED)
-    known = {row.keys["layer"]: row.values[part] for row in table.rows if part in row.values}
-    return {layer: value.number for layer, value in known.items() if isinstance(layer, int)}
+@dataclass(frozen=True)
+class Analysed:
+    """An analysed run: its name, its method, what its parts of dW are called, and a row for each weight."""
+
+    name: str
+    method: str
+    labels: dict[str, str]
+    rows: pd.DataFrame
+
+    def of(self, place: Place) -> pd.DataFrame:
+        """Return the rows of a role by layer. place: its name, out and in."""
+        here = (self.rows[list(PLACE)] == list(place)).all(axis=1)
+        return self.rows[here].sort_values("layer", kind="stable")
 
 
-def lines(axes: Axes, group: pd.DataFrame, labels: dict[str, str], kind: str) -> None:
-    for number, (part, label) in enumerate(labels.items()):
-        axes.plot(group["layer"], group[f"{part}_{kind}"], ".-", color=f"C{number}", label=label)
-        axes.plot(group["layer"], group[f"{part}_{kind}_null"], "--", color=f"C{number}", label=f"{label}, random")
+def draw(runs: list[Analysed], folder: Path, kind: str = "rank") -> Path:
+    """Write ranks.png and ranks.pdf, or stable_ranks, and return the first."""
+    parts = max((run.labels for run in runs), key=len)
+    places = list(dict.fromkeys(place for run in runs for place in zip(*map(run.rows.get, PLACE), strict=True)))
+    figure = Figure(figsize=(1.2 + 2.6 * len(places), 1.2 + 2.1 * len(parts)), layout="constrained")
+    panels = figure.subplots(len(parts), len(places), squeeze=False, sharex=True, sharey="row")
+    for row, (part, label) in zip(panels, parts.items(), strict=True):
+        for axes, place in zip(row, places, strict=True):
+            ours(axes, runs, part, kind, place)
+            if kind == "rank" and any(set(PARTS) <= set(run.labels) for run in runs):
+                known(axes, part)
+            axes.set_ylim(0, 1.05 if kind == "rank" else None)
+        row[0].set_ylabel(label)
+    for place, top, bottom in zip(places, panels[0], panels[-1], strict=True):
+        top.set_title("{}, {} x {}".format(*place))
+        bottom.set_xlabel("layer")
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(lines), 4), fontsize="small")
+    figure.suptitle(KINDS[kind])
+    return save(figure, folder, f"{kind}s")[0]
+
+
+def ours(axes: Axes, runs: list[Analysed], part: str, kind: str, place: Place) -> None:
+    """Draw a line for each run, and one for each different null."""
+    nulls = {}
+    for number, run in enumerate(runs):
+        rows, scale = run.of(place), min(place[1:]) if kind == "rank" else 1
+        if part in run.labels and len(rows):
+            axes.plot(rows["layer"], rows[f"{part}_{kind}"] / scale, ".-", color=f"C{number}", label=run.name)
+            null = rows[f"{part}_{kind}_null"] / scale
+            nulls.setdefault(tuple(null), (rows["layer"], null, f"random factors, {run.method}"))
+    for (layers, null, label), color in zip(nulls.values(), ("black", "gray", "silver"), strict=False):
+        axes.plot(layers, null, "--", color=color, linewidth=1, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
 
 
-def numerical(axes: Axes, key: tuple[str, int, int], group: pd.DataFrame, labels: dict[str, str]) -> None:
-    """Draw the numerical ranks of one role. key: its name, out and in."""
-    role, *shape = key
-    lines(axes, group, labels, "rank")
-    for number, (part, label) in enumerate(labels.items()):
-        points = published(part) if "magnitude" in labels and shape == PUBLISHED_SHAPE else {}
-        if points:
-            name = f"{label}, published, LLaMA2-7B (digitized)"
-            axes.plot(points.keys(), points.values(), "x", color=f"C{number}", label=name)
-    full = min(shape)
-    axes.axhline(full, color="gray", linewidth=0.8, linestyle=":", label="full rank")
-    lowest = min(min(line.get_ydata()) for line in axes.get_lines())
-    room = max(full - lowest, full / 20) / 10
-    axes.set(title=f"{role}, {shape[0]} x {shape[1]}", ylim=(lowest - room, full + room))
+def known(axes: Axes, part: str) -> None:
+    """Draw the published points of a part of dW, LoRA's beside those of the whole, and our null of their shape."""
+    name = f"LLaMA2-7B, {FULL} x {FULL}"
+    for series, color in ((part, "C6"), *([("lora", "C8")] if part == "overall" else [])):
+        layers, usual = published(series)
+        label = f"published{', LoRA' if series == 'lora' else ''}: {name} (digitized)"
+        axes.plot(layers.keys() or [0, 31], layers.values() or 2 * [usual[0]], "x", color=color, label=label)
+        axes.axhspan(*usual, color=color, alpha=0.3, linewidth=0)
+    for (r1, share), style in zip(null(part).items(), (":", "-."), strict=True):
+        label = f"random factors, {FULL} x {FULL}, r1 = r2 = {r1} (own)"
+        axes.axhline(share, color="C9", linestyle=style, linewidth=1, label=label)
+
+
+def published(series: str) -> tuple[dict[int, float], tuple[float, float]]:
+    """Return the published ranks as shares of the full rank: by layer, as far as they can be told apart, and between
+    which the rest lies."""
+    values = {row.keys["layer"]: row.values[series] for row in paper.load(PUBLISHED).rows if series in row.values}
+    usual = [int(number) / FULL for number in re.findall(r"\d+", values["middle"].text)]
+    layers = {layer: value.number / FULL for layer, value in values.items() if isinstance(layer, int)}
+    return layers, (usual[0], usual[-1])
+
+
+def null(part: str) -> dict[int, float]:
+    """Return the ranks of random factors at the published shape, as shares of the full rank, by r1 = r2."""
+    rows = paper.load(NULL).select(part=PARTS[part])
+    return {row.keys["r1"]: row.values["rank"].number / FULL for row in rows}

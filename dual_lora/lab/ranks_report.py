@@ -1,13 +1,14 @@
 """The part of a report that tells what runs did to their weights: Figure 3 of arXiv 2512.03402 with its null."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from dual_lora.lab import analysing, rank_figure
+from dual_lora.lab import analysing, histogram_figure, rank_figure
 from dual_lora.lab.document import Block, Image, Table, Text
 from dual_lora.lab.grid import Done
+from dual_lora.lab.rank_figure import Analysed
 
 ANALYSIS = "analysis.json"
 
@@ -21,29 +22,66 @@ def analyse(done: list[Done]) -> None:
 
 
 def blocks(done: list[Done], folder: Path) -> Iterator[Block]:
-    """Yield a table of medians over layers, value beside null, and a figure for each analysed run."""
-    found = {f"{c.cell.label}, seed {c.settings.seed}": read(c) for c in done if c.result}
-    found = {name: content for name, content in found.items() if content}
+    """Yield the ranks of dW in short, the figures, and all medians, as far as runs are analysed."""
+    found = contents(done)
     if not found:
         return
+    runs = [analysed(name, content) for name, content in found.items()]
     yield Text("Ranks of the update", heading=True)
-    lines = [line for name, content in found.items() for line in medians(name, content)]
-    yield Table(pd.DataFrame(lines), "Medians over layers, the run's | its null's (random factors of the same shapes).")
+    yield Table(
+        short(runs),
+        "dW in short: median over layers of its numerical rank | its stable rank. Random: factors of the same shapes.",
+    )
+    for kind, name in rank_figure.KINDS.items():
+        yield Image(rank_figure.draw(runs, folder, kind), f"{name.capitalize()} by layer; dashed: random factors.")
+    yield Table(by_role(runs, entries), "Entries of dW: medians over layers, the run's | its null's.")
+    yield Table(by_role(runs, ranks), "All ranks: medians over layers, the run's | its null's.")
     for number, (name, content) in enumerate(found.items()):
-        stem = f"ranks_{number}"
-        rank_figure.draw(analysing.plain(content["rows"]), content["labels"], folder, name, stem)
-        yield Image(folder / f"{stem}.png", f"{name}: numerical and stable ranks by layer; dashed: random factors.")
+        if path := histogram_figure.draw(content, folder, f"histograms_{number}"):
+            yield Image(path, f"{name}: the entries of both groups; dashed: random factors.")
 
 
-def read(cell: Done) -> dict | None:
-    path = cell.record.folder / ANALYSIS
-    return cell.record.read(ANALYSIS) if path.is_file() else None
+def contents(done: list[Done]) -> dict[str, dict]:
+    """Return the analyses of finished runs by label, and seed where there are several."""
+    several, found = len({cell.settings.seed for cell in done}) > 1, {}
+    for cell in done:
+        if cell.result and (cell.record.folder / ANALYSIS).is_file():
+            name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
+            found[name] = cell.record.read(ANALYSIS)
+    return found
 
 
-def medians(name: str, content: dict) -> Iterator[dict[str, str]]:
-    """Yield the ranks of each part of dW for each role."""
-    frame = analysing.plain(content["rows"])
-    for (role, out, fan_in), group in frame.groupby(["role", "out", "in"], sort=False):
-        for part, label in content["labels"].items():
-            ranks = {kind.replace("_", " "): analysing.pair(group, f"{part}_{kind}") for kind in analysing.RANKS}
-            yield {"run": name, "role": role, "weight": f"{out} x {fan_in}", "of": label, **ranks}
+def analysed(name: str, content: dict) -> Analysed:
+    return Analysed(name, content["method"], content["labels"], analysing.plain(content["rows"]))
+
+
+def short(runs: list[Analysed]) -> pd.DataFrame:
+    """Return the ranks of dW, a row for each role, a column for each run and each method's null."""
+    lines = {}
+    for run in runs:
+        for (role, out, fan_in), group in run.rows.groupby(list(rank_figure.PLACE), sort=False):
+            line = lines.setdefault((role, out, fan_in), {"role": role, "weight": f"{out} x {fan_in}"})
+            for name, null in ((run.name, ""), (f"random, {run.method}", "_null")):
+                line[name] = " | ".join(analysing.shown(group[f"overall_{kind}{null}"]) for kind in rank_figure.KINDS)
+    return pd.DataFrame(lines.values()).fillna(analysing.MISSING)
+
+
+def by_role(runs: list[Analysed], cells: Callable[[Analysed, pd.DataFrame], Iterator[dict[str, str]]]) -> pd.DataFrame:
+    """Return a table of what `cells` tells of the weights of each role."""
+    lines = []
+    for run in runs:
+        for (role, out, fan_in), group in run.rows.groupby(list(rank_figure.PLACE), sort=False):
+            lines += [{"run": run.name, "role": role, "weight": f"{out} x {fan_in}", **c} for c in cells(run, group)]
+    return pd.DataFrame(lines)
+
+
+def ranks(run: Analysed, group: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Yield the ranks of each part of dW."""
+    for part, label in run.labels.items():
+        pairs = {kind.replace("_", " "): analysing.pair(group, f"{part}_{kind}") for kind in analysing.RANKS}
+        yield {"of": label, **pairs}
+
+
+def entries(_: Analysed, group: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Yield zeros, dead rows, size beside the weight's, and flipped signs of dW."""
+    yield {name.replace("_", " "): analysing.pair(group, name) for name in analysing.OF_DW}

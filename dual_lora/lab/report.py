@@ -23,6 +23,7 @@ from dual_lora.lab import comparison, document, figures, ranks_report, rates
 from dual_lora.lab.beside import beside, status
 from dual_lora.lab.comparison import Pair
 from dual_lora.lab.document import Block, Image, Table, Text
+from dual_lora.lab.drawing import save
 from dual_lora.lab.experiments import Experiment
 from dual_lora.lab.grid import Done
 from dual_lora.lab.mirror import open_mirror
@@ -50,11 +51,19 @@ def write(experiment: Experiment, done: list[Done], folder: Path) -> str:
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = document.markdown([Text(title, heading=True), *blocks])
     (folder / "table.md").write_text(text)
-    (folder / "table.tex").write_text(document.latex(blocks))
+    (folder / "table.tex").write_text(document.latex(blocks, experiment.study))
     (folder / "report.html").write_text(document.html(blocks, title))
     frame(experiment, done).drop(columns="cell").to_csv(folder / "table.csv", index=False)
     comparison.listed([*main, *further]).to_csv(folder / DIFFERENCES, index=False)
+    remove_others(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
+
+
+def remove_others(folder: Path, figures: set[str]) -> None:
+    """Remove figures of an earlier report that this one does not have."""
+    for path in folder.iterdir():
+        if path.suffix in (".png", ".pdf") and path.stem not in figures:
+            path.unlink()
 
 
 def body(
@@ -65,16 +74,20 @@ def body(
     reasons = numbered(values)
     if experiment.scale == "smoke":
         yield Text("Smoke: a few steps of bundled models show that the harness works; the numbers mean nothing.")
+    if experiment.limit:
+        yield Text(f"Limit: {experiment.limit}")
+    if experiment.analyse:
+        yield from as_far_as(ranks_report.blocks(done, folder), "the analyses")
+        yield Text("Runs", heading=True)
     yield main_table(experiment, done, values, reasons)
     yield Text(items=tuple(notes(experiment, done, values, reasons)))
     if experiment.tune:
         yield rates.table(done)
-    if experiment.analyse:
-        yield from as_far_as(ranks_report.blocks(done, folder), "the analyses")
-    elif drawn := figures.draw(experiment, values):
-        yield Image(figures.save(drawn, folder, "figure")[0], experiment.title)
+    if not experiment.analyse and (drawn := figures.draw(experiment, values, done)):
+        yield Image(save(drawn, folder, "figure")[0], f"{experiment.title}; {figures.spread(values)}")
     yield from comparison.blocks(experiment, done, main, further)
     yield from published(experiment, done)
+    yield from comparison.sentences(main, further)
 
 
 def as_far_as(blocks: Iterator[Block], what: str) -> Iterator[Block]:
@@ -143,14 +156,21 @@ def main_table(experiment: Experiment, done: list[Done], values: pd.DataFrame, r
 def caption(experiment: Experiment, done: list[Done]) -> str:
     """Return what the numbers are."""
     seeds = ", ".join(map(str, sorted({cell.settings.seed for cell in done})))
-    names = ", ".join(sorted({tasks.load(cell.settings.task.name).metric for cell in done}))
-    kind = f"Main score ({names}), %, by {experiment.columns}"
+    kind = f"Main score ({metrics(done)}), %, by {experiment.columns}"
     if experiment.columns == "published":
         kind = "Scores as the published table has them"
     elif isinstance(experiment.columns, dict):
         kind = "Values of the runs"
     best = "" if kind == "Values of the runs" else "; best mean bold"
     return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}{best}."
+
+
+def metrics(done: list[Done]) -> str:
+    """Return which score is the main one, of which tasks where they differ."""
+    names: dict[str, list[str]] = {}
+    for task in dict.fromkeys(cell.settings.task.name for cell in done):
+        names.setdefault(tasks.load(task).metric, []).append(task)
+    return next(iter(names)) if len(names) == 1 else "; ".join(f"{m} of {', '.join(t)}" for m, t in names.items())
 
 
 def shown_head(column: Column) -> str:
@@ -250,13 +270,15 @@ def rivals(cell: Done) -> str:
 
 def published(experiment: Experiment, done: list[Done]) -> Iterator[Block]:
     """Yield the published tables an experiment is set beside, whatever our models are."""
+    if experiment.published:
+        yield Text("Set beside", heading=True)
     for table in map(paper.load, experiment.published):
         cells = published_cells(table)
         about = "; ".join(f"{key}: {value}" for key, value in table.protocol.items())
-        yield Text(f"{'Computed' if table.status == 'own' else 'Published'}: {table.title}", heading=True)
+        title = f"{'Computed' if table.status == 'own' else 'Published'}: {table.title}"
         known = f"{table.status}; version: {table.version}; {table.source[0]}; {about}"
         yield Table(
-            cells, f"{table.title}: {likeness(experiment, table, done)} ({known}).", aside=frozenset(range(len(cells)))
+            cells, f"{title}: {likeness(experiment, table, done)} ({known}).", aside=frozenset(range(len(cells)))
         )
 
 

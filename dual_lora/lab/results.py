@@ -13,8 +13,6 @@ from dual_lora.lab.grid import Done, clean, current, setting
 from dual_lora.paper import Table
 
 MEAN = "mean"
-# Heads the column of runs that have no value of the columns' setting: LoRA has no magnitude ratio.
-NONE = "none"
 # What can be asked of a run's result beside its scores: the value, how it is printed.
 FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "seconds_per_step": (lambda result: result["train_seconds"] / result["steps"], "{:.3f}"),
@@ -71,7 +69,7 @@ def columns(experiment: Experiment, done: list[Done]) -> list[Column]:
     if isinstance(experiment.columns, dict):
         return [Column(head, field) for head, field in experiment.columns.items()]
     heads = list(dict.fromkeys(headed(cell, experiment.columns) for cell in done))
-    heads.sort(key=lambda head: (head != NONE, 0 if isinstance(head, str) else head))
+    heads.sort(key=lambda head: (not isinstance(head, str), 0 if isinstance(head, str) else head))
     return [Column(head) for head in heads]
 
 
@@ -82,9 +80,10 @@ def heading(key: str) -> str:
 
 
 def headed(cell: Done, key: str) -> Any:
-    """Return the value of the columns' setting that a run stands under."""
+    """Return the value of the columns' setting that a run stands under; that there is none is told in words: LoRA has
+    no magnitude ratio."""
     value = setting(cell.settings, key)
-    return NONE if value is None else value
+    return f"no {heading(key).replace('_', ' ')}" if value is None else value
 
 
 def published_columns(table: Table, asked: set[str]) -> list[Column]:
