@@ -175,8 +175,12 @@ def model_files(settings: Settings) -> dict[str, str]:
     """Return the SHA-256 of every file of the model's folder that can change a digit; of a model of the hub none, which
     is known by its revision. The run's name holds less of them, so that it does not change from version to version."""
     path = model_path(settings)
-    found = {file for pattern in MODEL_FILES for file in path.glob(pattern)} if path and path.is_dir() else {path} - {None}
-    return {file.name: unchanged_sha256(file, *stamp(file)) for file in sorted(found) if file.is_file()}
+    if path is None:
+        return {}
+    found = {"gguf": path}  # whatever the file is called
+    if path.is_dir():
+        found = {file.name: file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
+    return {name: unchanged_sha256(found[name], *stamp(found[name])) for name in sorted(found)}
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
