@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow smoke chaos lint audit clean
+.PHONY: help env demo test test-slow test-slurm smoke chaos lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: env  ## the test suite, under 15 minutes on 2 cores
 
 test-slow: env  ## the minutes-long tests
 	$(PY) -m pytest -m slow
+
+test-slurm: env  ## runs on a real Slurm of one node (Debian's packages, as root), minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/test_slurm.py
 
 smoke: env  ## every experiment with bundled models, report included, minutes
 	$(PY) sweep.py experiment=all scale=smoke force=true wandb.mode=disabled

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
+from test_readme import COMMANDS, README, words
 from test_sweep import SMALL, SPEC
 
 from dual_lora.lab import cli, grid, launching, runs
@@ -47,7 +48,7 @@ def start():
 
 def doing(folder: Path, number: int) -> list[int]:
     """Wait until so many runs log steps and return the processes that do them."""
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while time.monotonic() < end:
         begun = [p.parent for p in folder.glob("adhoc/*/metrics.jsonl") if "loss" in p.read_text()]
         if len(begun) >= number:
@@ -99,39 +100,66 @@ def test_no_slurm_here_is_told(runs_folder, monkeypatch):
         launching.launch([cli.load(TINY)], ["hydra/launcher=slurm"])
 
 
-@pytest.mark.parametrize("launcher", ["workstation", "slurm_local"])
-def test_a_failing_run_stops_no_other(launcher, runs_folder, start):
-    """rank 1 cannot be shared between two groups, which only the run itself finds out."""
-    command = start(f"hydra/launcher={launcher}", "method=lora,dual_lora,dora", "method.rank=1")
-    out, err = command.communicate(timeout=300)
-    assert f"3 of 3 runs handed to {launcher}" in out
-    assert command.returncode == cli.EXIT_USER and "2 of 3 runs finished" in err, err
+def test_the_readme_names_every_launcher():
+    assert all(f"| `{name}` |" in README for name in cli.choices("hydra/launcher"))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "hydra/launcher" in c])
+def test_a_failing_run_stops_no_other(command, runs_folder, start):
+    """The README's commands, without Slurm (test_slurm.py has it), and with a rank that cannot be shared between two
+    groups, which only the run itself finds out."""
+    here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "method.rank=1"}
+    given = [here.get(word, word) for word in words(command)[3:]]
+    process = start(*given, "method.rank=1")
+    out, err = process.communicate(timeout=400)
+    assert f"2 of 2 runs handed to {launching.name_of(given)}" in out
+    assert process.returncode == cli.EXIT_USER and "1 of 2 runs finished" in err, err
     assert "dual_lora_s0" in err and "r=1: expected an integer of at least 2" in err
-    assert len(list(runs_folder.glob("adhoc/*/result.json"))) == 2
-    assert [p.name for p in (runs_folder / ".multirun").iterdir()], "a launch with a failure keeps its logs"
+    assert [p.parent.name.count("dual_lora") for p in runs_folder.glob("adhoc/*/result.json")] == [0]
+    assert list((runs_folder / ".multirun").iterdir()), "a launch with a failure keeps its logs"
 
 
-def test_a_sweep_runs_what_is_missing_through_a_launcher(runs_folder, monkeypatch, capfd):
-    """First the runs that choose rates, then the table's, each with the settings of its own cell."""
+@pytest.fixture
+def experiment(monkeypatch):
+    """Make `experiment=small` mean SPEC, with one rate to choose from and one seed."""
     tune = {"holdout": 32, "grid": {"LoRA": [1e-3], "Dual LoRA": [2e-3]}}
     spec = SPEC | {"tune": tune, "smoke": SPEC["smoke"] | {"seeds": [0]}}
     monkeypatch.setattr(Experiment, "load", lambda name, scale=None: Experiment.read(name, spec, scale))
-    words = ["experiment=small", "hydra/launcher=workstation", "hydra.launcher.n_jobs=2", *SMALL]
-    assert grid.sweep(words) == 0
-    shown = capfd.readouterr().out
-    assert shown.count("2 of 2 runs handed to workstation") == 2 and "| LoRA" in shown
-    assert shown.index("2 runs to choose learning rates, 0 finished") < shown.index("2 runs, 0 finished")
-    rates = {OmegaConf.load(p).train.lr for p in runs_folder.glob("small/*_s0_*/config.yaml")}
-    assert rates == {1e-3, 2e-3}
-    assert not list((runs_folder / ".multirun").iterdir())
-    assert grid.sweep(words) == 0
-    assert "handed" not in capfd.readouterr().out
+    return ["experiment=small", "hydra/launcher=slurm_local", *SMALL]
+
+
+def test_a_sweep_hands_over_what_is_missing(experiment, runs_folder, monkeypatch, capsys):
+    """First the runs that choose rates, then the table's own, each cell with its own settings."""
+    handed = []
+
+    def launch(jobs, words):
+        handed.append([(job.method.name, job.seed, job.train.lr) for job in jobs])
+        assert words == ["hydra/launcher=slurm_local"]
+        for job in jobs:
+            cli.attempt(job)
+
+    monkeypatch.setattr(launching, "launch", launch)
+    assert grid.sweep(experiment) == 0
+    trials = [("lora", 1000, 1e-3), ("dual_lora", 1000, 2e-3)]
+    assert handed == [trials, [("lora", 0, 1e-3), ("dual_lora", 0, 2e-3)]]
+    assert grid.sweep(experiment) == 0
+    assert handed[2:] == [[], []]
+
+
+def test_a_sweep_through_a_launcher(experiment, runs_folder, monkeypatch, capsys):
+    monkeypatch.setattr(grid, "tuned", lambda cell, study: cell)  # no trials: seconds less
+    monkeypatch.setattr(Experiment, "trials", lambda *_: ())
+    assert grid.sweep(experiment) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 runs handed to slurm_local" in shown and "| LoRA" in shown
+    assert len(list(runs_folder.glob("small/*/result.json"))) == 2
+    assert not list((runs_folder / ".multirun").iterdir()), "a launch that is whole leaves nothing"
 
 
 def test_a_killed_process_ends_in_the_usual_words(runs_folder, start):
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
     os.kill(doing(runs_folder, 2)[0], signal.SIGKILL)
-    out, err = command.communicate(timeout=120)
+    out, err = command.communicate(timeout=400)
     assert command.returncode == cli.EXIT_FAILED and "Traceback" not in err
     assert err.count("Killed: ended without a result; the same command tries again") == 2
     assert "0 of 2 runs finished" in err
@@ -142,7 +170,7 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", "seed=0,1", *LONG)
     doing(runs_folder, 2)
     os.killpg(command.pid, signal.SIGINT)
-    out, err = command.communicate(timeout=120)
+    out, err = command.communicate(timeout=400)
     assert command.returncode == cli.EXIT_STOPPED and "Traceback" not in err
     assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))

@@ -311,7 +311,7 @@ def train(run: Callable[[], None]) -> int:
     if any(settings.plan for settings in jobs):
         return draw_plans(jobs)
     launcher = launching.chosen(argv)
-    if launching.elsewhere(launcher):
+    if jobs and launching.elsewhere(launcher):
         launching.launch(jobs, launcher)
     else:
         run()
