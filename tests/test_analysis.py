@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import tasks
 from dual_lora import analysis, delta_weight
-from dual_lora.lab import cli, methods, models, rank_figure, runs, training, updates
+from dual_lora.lab import cli, histogram_figure, methods, models, rank_figure, runs, training, updates
 from dual_lora.lab.settings import UserError
 from dual_lora.tuner.warmup import factors_of
 
@@ -182,6 +182,8 @@ def test_a_run_is_analysed_into_files_and_a_table(method, trained, capsys):
         assert row["overall_stable_rank"] != row["overall_stable_rank_null"]
         assert row["relative_size"] > 0 and row["cosine"] is None
     assert (trained[method] / "ranks.png").stat().st_size > 5000
+    assert (trained[method] / "stable_ranks.png").stat().st_size > 5000
+    assert (trained[method] / "histograms.pdf").is_file() == (method == "dual_lora")
     assert (trained[method] / "ranks.pdf").read_bytes().startswith(b"%PDF")
     said = capsys.readouterr().out
     assert "trained | null" in said and content["null"] in said and "analysed: " in said
@@ -350,15 +352,36 @@ def test_a_method_it_cannot_take_apart_is_told():
         list(updates.adapted(model, chosen))
 
 
-def test_published_points_are_drawn_only_at_their_shape():
-    def drawn(out: int) -> list[str]:
-        axes = Figure().subplots()
-        frame = pd.DataFrame({"layer": [0, 1], "magnitude_rank": [9, 9], "magnitude_rank_null": [8, 8]})
-        rank_figure.numerical(axes, ("q", out, 4096), frame, {"magnitude": "ReLU(BA)"})
-        return [line.get_label() for line in axes.get_lines()]
+def analysed_run(name: str, rank: int) -> rank_figure.Analysed:
+    frame = pd.DataFrame({"layer": [0, 1], "role": "q", "out": 40, "in": 50})
+    frame = frame.assign(overall_rank=rank, overall_rank_null=30)
+    return rank_figure.Analysed(name, "dual_lora", {"overall": "dW"}, frame)
 
-    assert drawn(1024) == ["ReLU(BA)", "ReLU(BA), random", "full rank"]
-    assert "ReLU(BA), published, LLaMA2-7B (digitized)" in drawn(4096)
+
+def test_runs_stand_beside_one_null_as_shares_of_the_full_rank():
+    axes = Figure().subplots()
+    runs = [analysed_run("trained", 20), analysed_run("untrained", 10)]
+    rank_figure.ours(axes, runs, "overall", "rank", ("q", 40, 50))
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert drawn == {"trained": [0.5, 0.5], "untrained": [0.25, 0.25], "random factors, dual_lora": [0.75, 0.75]}
+
+
+def test_published_ranks_and_their_null_are_shares_of_4096_also_those_not_told_by_layer():
+    axes = Figure().subplots()
+    rank_figure.known(axes, "overall")
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    published = drawn["published: LLaMA2-7B, 4096 x 4096 (digitized)"]
+    assert list(published.get_xdata())[0] == 0 and list(published.get_ydata())[0] == 4003 / 4096
+    assert set(drawn["published, LoRA: LLaMA2-7B, 4096 x 4096 (digitized)"].get_ydata()) == {32 / 4096}
+    assert drawn["random factors, 4096 x 4096, r1 = r2 = 16 (own)"].get_ydata()[0] == 4077 / 4096
+    assert rank_figure.published("magnitude")[1] == (3550 / 4096, 3604 / 4096)
+
+
+def test_histograms_are_drawn_of_dual_lora_alone(trained, tmp_path):
+    content, _ = analysed(trained["dual_lora"])
+    assert histogram_figure.draw(content, tmp_path).stat().st_size > 5000
+    content, _ = analysed(trained["lora"])
+    assert histogram_figure.draw(content, tmp_path) is None
 
 
 def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_path):

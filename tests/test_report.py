@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 import yaml
+from conftest import ROOT
+from matplotlib.figure import Figure
 
 import tasks
-from dual_lora.lab import cli, comparison, document, grid, report, results
+from dual_lora.lab import cli, comparison, document, figures, grid, report, results
 from dual_lora.lab.document import Table, Text
-from dual_lora.lab.experiments import Cell, Experiment
+from dual_lora.lab.experiments import SCALES, Cell, Experiment
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 
@@ -40,6 +42,11 @@ RATIOS = {
     "cells": {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora", "method.magnitude_ratio=0.25,0.5"]},
     "full": {"seeds": [0, 1, 2], "run": ["model=roberta-base", "task=glue/rte"]},
 }
+
+
+def scales(name: str) -> list[str]:
+    """Return the scales an experiment's file has."""
+    return [key for key in yaml.safe_load((ROOT / "conf/experiment" / f"{name}.yaml").read_text()) if key in SCALES]
 
 
 def finish(settings, right: int, of: int = 100, **changes) -> Record:
@@ -158,7 +165,7 @@ def test_a_missing_part_leaves_the_mean_empty_and_a_failure_says_why(study, tmp_
 def test_a_setting_heads_columns_and_what_lacks_it_has_its_own(study, tmp_path):
     experiment, done = study(RATIOS, lambda label, s: 70 + s.seed + (s.method.magnitude_ratio or 0) * 8)
     head, lora, dual, *_ = rows_of(report.write(experiment, done, tmp_path))
-    assert head[:5] == ["task", "method", "none", "0.25", "0.5"]
+    assert head[:5] == ["task", "method", "no magnitude ratio", "0.25", "0.5"]
     assert lora[2:5] == ["71.0 ± 1.0 (3)", "", ""] and dual[2:5] == ["", "73.0 ± 1.0 (3)", "**75.0 ± 1.0 (3)**"]
     shown = [line for line in (tmp_path / "table.md").read_text().splitlines() if "Dual LoRA - LoRA" in line]
     assert ["magnitude_ratio 0.25: " in shown[0], "magnitude_ratio 0.5: " in shown[1]] == [True, True]
@@ -196,10 +203,84 @@ def test_the_page_needs_nothing_else_and_is_the_same_twice(study, tmp_path):
 def test_latex_escapes_what_it_must():
     cells = pd.DataFrame([["a_b & 5 %", "1.0 ± 0.1 (2)‡"], ["– [a]", "{x}$"]], columns=["m#", "s/step"])
     bold = pd.DataFrame([[False, True], [False, False]], columns=cells.columns)
-    text = document.latex([Text("no table"), Table(cells, "100 %", bold)])
+    text = document.latex([Text("no table"), Table(cells, "100 %", bold)], "made")
     for part in (r"a\_b \& 5 \%", r"\textbf{1.0 $\pm$ 0.1 (2)\ddag{}}", r"m\#", r"\toprule", r"\caption{100 \%}"):
         assert part in text
     assert text.count("{") == text.count("}") and "‡" not in text and "–" not in text
+
+
+def test_latex_has_labels_legends_words_flush_left_and_published_rows_set_off():
+    cells = pd.DataFrame(
+        [["x", "1.0", "dev"], ["y", "– [a]", "–"], ["z", "3", "test"]], columns=["row", "score", "set"]
+    )
+    blocks = [Table(cells, "first", aside=frozenset({1})), Text(items=("– [a]: not run",)), Table(cells, "second")]
+    first, second = document.latex(blocks, "made").split(r"\end{table}")[:2]
+    assert r"\begin{tabular}{lrl}" in first and r"\label{tab:made-1}" in first and r"\label{tab:made-2}" in second
+    assert "-- [a]: not run" in first and "not run" not in second
+    assert r"\textit{y} & \textit{-- [a]}" in first and r"\addlinespace z" in first and "textit" not in second
+
+
+def test_the_page_sets_words_left_and_lets_wide_tables_scroll():
+    cells = pd.DataFrame([["x", "1.0 ± 0.2 (2)", "dev"]], columns=["row", "score", "set"])
+    text = document.html([Table(cells, "a table")], "page")
+    assert '<div class="wide"><table>' in text
+    assert '<td class="words">x</td><td>1.0 ± 0.2 (2)</td><td class="words">dev</td>' in text
+
+
+def test_a_report_removes_figures_that_it_no_longer_has(study, tmp_path):
+    experiment, done = study(GLUE, lambda label, s: 80)
+    (tmp_path / "ranks_0.png").write_bytes(b"old")
+    (tmp_path / "notes.txt").write_text("mine")
+    report.write(experiment, done, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.p*")} == {"figure.png", "figure.pdf"}
+    assert (tmp_path / "notes.txt").is_file()
+
+
+def test_differences_are_a_table_and_after_all_tables_sentences(study, tmp_path):
+    experiment, done = study(GLUE | {"limit": "one rate"}, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    text = report.write(experiment, done, tmp_path)
+    assert "Limit: one rate" in text
+    (line,) = [cells for cells in rows_of(text) if cells[0] == "glue/rte" and cells[1] == "accuracy"]
+    assert line[2:5] == ["roberta-base", "Dual LoRA - LoRA", "+20.0"] and line[-1] == "shown"
+    assert text.index("| glue/rte ") < text.index("Set beside") < text.index("- glue/rte (accuracy)")
+
+
+def test_equal_lines_and_points_stay_visible_in_a_figure(study):
+    same = RATIOS | {"cells": {**RATIOS["cells"], "DoRA": ["method=dora"], "again": RATIOS["cells"]["Dual LoRA"]}}
+    experiment, done = study(same, lambda label, s: 70 + s.seed)
+    drawn = figures.draw(experiment, results.frame(experiment, done), done)
+    axes = drawn.axes[0]
+    flat = [line for line in axes.get_lines() if line.get_label() in ("LoRA", "DoRA")]
+    assert len({line._dash_pattern[0] for line in flat}) == 2
+    left, right = (bars.lines[0] for bars in axes.containers)
+    assert list(left.get_xdata()) == list(right.get_xdata()) == [0.25, 0.5]
+    at = [line.get_transform().transform((0.25, 71))[0] for line in (left, right)]
+    assert at[1] - at[0] == pytest.approx(3 / 72 * drawn.dpi)
+    assert axes.get_ylabel() == "accuracy, %" and axes.get_xscale() == "linear"
+    assert axes.get_xlim()[0] < 0.25 and axes.get_xlim()[1] > 0.5
+    assert drawn.legends[0].get_title().get_text() == "bars: ± 1 sample standard deviation of 3 runs"
+
+
+def test_learning_rates_have_a_logarithmic_axis():
+    axes = Figure().subplots()
+    figures.over(axes, "train.lr", pd.Series([5e-5, 2e-3]))
+    assert axes.get_xscale() == "log"
+    figures.over(axes, "method.rank", pd.Series([4.0, 256.0]))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "256"]
+
+
+ALL = [Experiment.load(name, s) for name in cli.choices("experiment") for s in ("full", "small") if s in scales(name)]
+
+
+@pytest.mark.parametrize("study", [e.study for e in ALL if (ROOT / "runs" / e.study / "report/table.md").is_file()])
+def test_a_committed_report_is_made_again_byte_for_byte_from_committed_records(study, runs_folder):
+    if not list((ROOT / "runs" / study).glob("*/result.json")):
+        pytest.skip("its records are not kept below runs/")
+    (experiment,) = [e for e in ALL if e.study == study]
+    shutil.copytree(ROOT / "runs" / study, runs_folder / study, ignore=shutil.ignore_patterns("report"))
+    assert grid.sweep([f"experiment={experiment.name}", f"scale={experiment.scale}", "run=false"]) == 0
+    for path in [p for p in (ROOT / "runs" / study / "report").iterdir() if p.suffix in (".md", ".tex", ".csv")]:
+        assert (runs_folder / study / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_the_csv_holds_every_value(study, tmp_path):
@@ -502,9 +583,7 @@ def test_published_tables_say_what_they_have_to_do_with_ours(study, tmp_path):
     text = report.write(experiment, done, tmp_path)
     assert "LoRA Table 2, GLUE development sets: roberta-base as above, and other models (published; version:" in text
     assert "by rank, LLaMA-7B: other models than above (published; version: PDF of 10 Jul 2024;" in text
-    assert (
-        "Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
-    )
+    assert "Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
 
 
 def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path, capsys):
@@ -516,6 +595,6 @@ def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path,
     media = next(tmp_path.glob("wandb/*/files/media"))
     found = {re.sub(r"_\d+_\w+\.table\.json$", "", path.name): path for path in media.glob("table/**/*.json")}
     assert found.keys() == {"table", "values", "differences", "dual_lora_fig2_magnitude_ratio"}
-    assert json.loads(found["table"].read_text())["columns"][:3] == ["task", "method", "none"]
+    assert json.loads(found["table"].read_text())["columns"][:3] == ["task", "method", "no magnitude ratio"]
     assert len(json.loads(found["differences"].read_text())["data"]) == 2
     assert [path.name.partition("_")[0] for path in media.glob("images/*")] == ["figure"]

@@ -3,6 +3,7 @@ on rows that are not reported."""
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 import tasks
 from dual_lora import paper
 from dual_lora.lab import cli, comparison, evaluation, grid
-from dual_lora.lab.experiments import SCALES, Experiment, newest
+from dual_lora.lab.experiments import SCALES, Cell, Experiment, newest
 from dual_lora.lab.progress import Progress
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
@@ -30,6 +31,12 @@ SPEC = {
 
 GLUE = {"MNLI": "mnli", "SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola"}
 GLUE |= {"QNLI": "qnli", "QQP": "qqp", "RTE": "rte", "STS-B": "stsb"}
+
+
+@cache
+def composed(name: str, scale: str) -> list[Cell]:
+    """Return an experiment's cells with one seed."""
+    return Experiment.load(name, scale).compose(["seed=0"])
 
 
 def content(name: str) -> dict:
@@ -52,7 +59,7 @@ def test_every_experiment_composes_and_can_show_a_difference(name):
     scales = [scale for scale in SCALES if scale in content(name)]
     assert "smoke" in scales
     for scale in scales:
-        cells = Experiment.load(name, scale).compose(["seed=0"])
+        cells = composed(name, scale)
         assert len(cells) > 1
         assert all(cell.settings.model.bundled for cell in cells) == (scale == "smoke")
         count = comparisons(Experiment.load(name, scale), cells)
@@ -82,10 +89,11 @@ def test_every_experiment_says_runs_time_hardware_and_what_to_expect(name, scale
     assert f"python sweep.py experiment={name}" in said[""]
     told = said[scale]
     assert re.search(r"minutes?|hours?", told) and re.search("A100 80 GB|AMD EPYC", told) and "Expected: " in told
-    cells = experiment.compose([])
+    cells = composed(name, scale)
     trials = grid.distinct([trial for cell in cells for trial in cell.tuning])
     runs = cells if trials else grid.distinct([cell.settings for cell in cells])  # at most so many, by the rates chosen
-    assert told.startswith(f"{len(runs)} runs") and (not trials or f" and {len(trials)} to choose rates" in told)
+    assert told.startswith(f"{len(experiment.seeds) * len(runs)} runs")
+    assert not trials or f" and {len(trials)} to choose rates" in told
 
 
 @pytest.mark.parametrize(("name", "scale"), EXPERIMENTS)
