@@ -13,7 +13,7 @@ MENDS = {
     (errno.EACCES, errno.EPERM, errno.EROFS): "see that you may read and write there",
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there",
     (errno.ENAMETOOLONG,): "give a shorter name",
-    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR): "see that what is there is what was meant",
+    (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR): "see that what is there is what was meant",
     (errno.EMFILE, errno.ENFILE): "allow more open files (ulimit -n)",
 }
 
