@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import tasks
 from dual_lora import analysis, delta_weight
-from dual_lora.lab import cli, histogram_figure, methods, models, rank_figure, runs, training, updates
+from dual_lora.lab import analysing, cli, histogram_figure, methods, models, rank_figure, runs, training, updates
 from dual_lora.lab.settings import UserError
 from dual_lora.tuner.warmup import factors_of
 
@@ -364,6 +364,16 @@ def test_runs_stand_beside_one_null_as_shares_of_the_full_rank():
     rank_figure.ours(axes, runs, "overall", "rank", ("q", 40, 50))
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert drawn == {"trained": [0.5, 0.5], "untrained": [0.25, 0.25], "random factors, dual_lora": [0.75, 0.75]}
+
+
+def test_every_value_lies_within_its_axis(trained, tmp_path, monkeypatch):
+    content, _ = analysed(trained["dual_lora"])
+    drawn = []
+    monkeypatch.setattr(rank_figure, "save", lambda figure, *_: drawn.append(figure) or [tmp_path])
+    run = rank_figure.Analysed("run", "dual_lora", content["labels"], analysing.plain(content["rows"]))
+    rank_figure.draw([run], tmp_path, "stable_rank")
+    for axes in drawn[0].axes:
+        assert max(max(line.get_ydata()) for line in axes.get_lines()) <= axes.get_ylim()[1]
 
 
 def test_published_ranks_and_their_null_are_shares_of_4096_also_those_not_told_by_layer():

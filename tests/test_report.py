@@ -167,7 +167,8 @@ def test_a_setting_heads_columns_and_what_lacks_it_has_its_own(study, tmp_path):
     head, lora, dual, *_ = rows_of(report.write(experiment, done, tmp_path))
     assert head[:5] == ["task", "method", "no magnitude ratio", "0.25", "0.5"]
     assert lora[2:5] == ["71.0 ± 1.0 (3)", "", ""] and dual[2:5] == ["", "73.0 ± 1.0 (3)", "**75.0 ± 1.0 (3)**"]
-    shown = [line for line in (tmp_path / "table.md").read_text().splitlines() if "Dual LoRA - LoRA" in line]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    shown = [line for line in lines if line.startswith("- ") and "Dual LoRA - LoRA" in line]
     assert ["magnitude_ratio 0.25: " in shown[0], "magnitude_ratio 0.5: " in shown[1]] == [True, True]
     values = pd.read_csv(tmp_path / "table.csv")
     assert len(values) == 9 and set(values.columns) >= {"task.name", "label", "column", "seed", "value", "run"}

@@ -47,7 +47,7 @@ def draw(runs: list[Analysed], folder: Path, kind: str = "rank") -> Path:
             ours(axes, runs, part, kind, place)
             if kind == "rank" and any(set(PARTS) <= set(run.labels) for run in runs):
                 known(axes, part)
-            axes.set_ylim(0, 1.05 if kind == "rank" else None)
+        row[0].set_ylim(0, 1.05 if kind == "rank" else None)
         row[0].set_ylabel(label)
     for place, top, bottom in zip(places, panels[0], panels[-1], strict=True):
         top.set_title("{}, {} x {}".format(*place))
@@ -59,16 +59,17 @@ def draw(runs: list[Analysed], folder: Path, kind: str = "rank") -> Path:
 
 
 def ours(axes: Axes, runs: list[Analysed], part: str, kind: str, place: Place) -> None:
-    """Draw a line for each run, and one for each different null."""
-    nulls = {}
+    """Draw a line for each run, and one for each different null, in a gray of its method's."""
+    nulls, grays = {}, dict(zip(dict.fromkeys(run.method for run in runs), ("black", "gray", "silver"), strict=False))
     for number, run in enumerate(runs):
         rows, scale = run.of(place), min(place[1:]) if kind == "rank" else 1
         if part in run.labels and len(rows):
             axes.plot(rows["layer"], rows[f"{part}_{kind}"] / scale, ".-", color=f"C{number}", label=run.name)
             null = rows[f"{part}_{kind}_null"] / scale
-            nulls.setdefault(tuple(null), (rows["layer"], null, f"random factors, {run.method}"))
-    for (layers, null, label), color in zip(nulls.values(), ("black", "gray", "silver"), strict=False):
-        axes.plot(layers, null, "--", color=color, linewidth=1, label=label)
+            nulls.setdefault(tuple(null), (rows["layer"], null, run.method))
+    for layers, null, method in nulls.values():
+        color = grays.get(method, "silver")
+        axes.plot(layers, null, "--", color=color, linewidth=1, label=f"random factors, {method}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
 

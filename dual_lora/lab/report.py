@@ -75,7 +75,7 @@ def body(
     if experiment.scale == "smoke":
         yield Text("Smoke: a few steps of bundled models show that the harness works; the numbers mean nothing.")
     if experiment.limit:
-        yield Text(f"Limit: {experiment.limit}")
+        yield Text(f"Limit: {experiment.limit}.")
     if experiment.analyse:
         yield from as_far_as(ranks_report.blocks(done, folder), "the analyses")
         yield Text("Runs", heading=True)
