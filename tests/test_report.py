@@ -362,8 +362,9 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
         finish_sets(cell.settings, {"boolq": 90, "piqa": 65} if cell.label == "Dual LoRA" else {})
     text = report.write(experiment, grid.look_up(cells, "made"), tmp_path)
     main, further = text.split("## By set and by other scores")
-    assert "(average), model tiny-llama: Dual LoRA - LoRA: +4.4" in main
-    said = [line for line in further.splitlines() if line.startswith("- commonsense (")]
+    assert [cells[1] for cells in rows_of(main) if cells[0] == "commonsense"] == ["average"]
+    whole, *said = [line for line in further.splitlines() if line.startswith("- commonsense (")]
+    assert whole.startswith("- commonsense (average), model tiny-llama: Dual LoRA - LoRA: +4.4")
     assert len(said) == 8 and said[0].startswith("- commonsense (boolq), model tiny-llama: Dual LoRA - LoRA: +30.0")
     assert said[0].endswith(": shown") and said[2].endswith(": not shown")
     assert "corrected over these 8 comparisons" in further
@@ -476,7 +477,7 @@ def test_damaged_files_of_a_run_cost_the_report_nothing_else(study, tmp_path, ca
     (done[0].record.folder / "environment.json").write_text("{")
     (done[1].record.folder / "predictions.jsonl").unlink()
     (done[2].record.folder / "predictions.jsonl").write_text('{"split": "validation"}\n')
-    assert grid.do(experiment, cells, False) == 2
+    assert grid.do(experiment, cells, None) == 2
     shown = capsys.readouterr()
     assert "80.0 ± 0.0 (2)‡" in shown.out and shown.out.count("cannot be compared (") >= 1
     for name in ("environment.json: damaged", f"{done[1].record.name}/predictions.jsonl: missing"):
@@ -489,11 +490,11 @@ def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_pat
     experiment, done = study(spec, lambda label, s: 80)
     monkeypatch.setattr(report, "mirrored", lambda *_: None)
     monkeypatch.setattr(grid, "run_all", lambda *_: 0)
-    assert grid.do(experiment, [cell.cell for cell in done], True) == 2
+    assert grid.do(experiment, [cell.cell for cell in done], []) == 2
     shown = capsys.readouterr()
     assert shown.err.count("not analysed: ") == 2 and "| LoRA " in shown.out
     (done[0].record.folder / "analysis.json").write_text("[]")
-    assert grid.do(experiment, [cell.cell for cell in done], False) == 2
+    assert grid.do(experiment, [cell.cell for cell in done], None) == 2
     assert "Of the analyses no more can be told: " in capsys.readouterr().out
 
 
@@ -501,10 +502,10 @@ def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatc
     experiment, done = study(GLUE, lambda label, s: 80)
     whole = report.write
     monkeypatch.setattr(report, "write", lambda *_: 1 / 0)
-    assert grid.do(experiment, [cell.cell for cell in done], False) == 1
+    assert grid.do(experiment, [cell.cell for cell in done], None) == 1
     assert "made: no report" in (shown := capsys.readouterr().err) and "ZeroDivisionError" in shown
     monkeypatch.setattr(report, "write", whole)
-    assert grid.do(experiment, [cell.cell for cell in done], False) == 0
+    assert grid.do(experiment, [cell.cell for cell in done], None) == 0
 
 
 # Published rows beside ours

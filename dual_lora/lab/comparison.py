@@ -171,7 +171,8 @@ def blocks(experiment: Experiment, done: list[Done], main: list[Pair], further: 
         )
         yield Table(overview(main), "Differences by the main score.")
     if further:
-        yield Text(f"By set and by other scores: as above, corrected over these {reach(further)}")
+        yield Text("By set and by other scores", heading=True)
+        yield Text(f"As above, corrected over these {reach(further)}")
         yield Table(overview(further), "Differences by set and by other scores.")
     yield from over_tasks(main)
     yield from means(experiment, done)

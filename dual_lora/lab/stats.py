@@ -310,30 +310,26 @@ def f1(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 
 def pearson(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return the correlation of (answer, gold); 0 where either is constant."""
-    return correlation(*(columns_NC - columns_NC.mean(axis=0)).T, weights_RN)
+    x_N, y_N = (columns_NC - columns_NC.mean(axis=0)).T
+    sums_R5 = weights_RN @ np.stack([x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N], axis=1)
+    return correlation(*sums_R5.T / weights_RN.sum(axis=1))
 
 
 def spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return the correlation of the ranks within each resample, equal values sharing their mean rank."""
-    return correlation(*(ranks(values, weights_RN) for values in columns_NC.T), weights_RN)
+    x_RN, y_RN = (ranks(values, weights_RN) for values in columns_NC.T)
+    products = (x_RN, y_RN, x_RN * x_RN, y_RN * y_RN, x_RN * y_RN)
+    return correlation(*(np.einsum("rn,rn->r", weights_RN, p_RN) / weights_RN.sum(axis=1) for p_RN in products))
 
 
 def pearson_spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     return (pearson(columns_NC, weights_RN) + spearman(columns_NC, weights_RN)) / 2
 
 
-def correlation(x: np.ndarray, y: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
-    """Return weighted correlations of x and y, each of shape (N,) or (R, N) and roughly centred."""
-    total = weights_RN.sum(axis=1)
-    weighted_x, weighted_y = weights_RN * x, weights_RN * y
-    mean_x, mean_y = weighted_x.sum(axis=1) / total, weighted_y.sum(axis=1) / total
-    xx, yy, xy = (inner(*pair) / total for pair in ((weighted_x, x), (weighted_y, y), (weighted_x, y)))
-    spreads = [np.where(v2 - m**2 > TINY * v2, v2 - m**2, 0) for m, v2 in ((mean_x, xx), (mean_y, yy))]
-    return ratio(xy - mean_x * mean_y, np.sqrt(spreads[0] * spreads[1]))
-
-
-def inner(a_RN: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a_RN @ b if b.ndim == 1 else np.einsum("rn,rn->r", a_RN, b)
+def correlation(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Return correlations from the means of x, y, which are roughly centred, and of their products."""
+    spreads = [np.where(v2 - m**2 > TINY * v2, v2 - m**2, 0) for m, v2 in ((x, xx), (y, yy))]
+    return ratio(xy - x * y, np.sqrt(spreads[0] * spreads[1]))
 
 
 def ranks(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
