@@ -382,7 +382,7 @@ def test_published_ranks_and_their_null_are_shares_of_4096_also_those_not_told_b
     drawn = {line.get_label(): line for line in axes.get_lines()}
     published = drawn["published: LLaMA2-7B, 4096 x 4096 (digitized)"]
     assert list(published.get_xdata())[0] == 0 and list(published.get_ydata())[0] == 4003 / 4096
-    assert set(drawn["published, LoRA: LLaMA2-7B, 4096 x 4096 (digitized)"].get_ydata()) == {32 / 4096}
+    assert set(drawn["published, rank of LoRA's update: LLaMA2-7B, 4096 x 4096 (digitized)"].get_ydata()) == {32 / 4096}
     assert drawn["random factors, 4096 x 4096, r1 = r2 = 16 (own)"].get_ydata()[0] == 4077 / 4096
     assert rank_figure.published("magnitude")[1] == (3550 / 4096, 3604 / 4096)
 

@@ -77,9 +77,11 @@ def ours(axes: Axes, runs: list[Analysed], part: str, kind: str, place: Place) -
 def known(axes: Axes, part: str) -> None:
     """Draw the published points of a part of dW, LoRA's beside those of the whole, and our null of their shape."""
     name = f"LLaMA2-7B, {FULL} x {FULL}"
-    for series, color in ((part, "C6"), *([("lora", "C8")] if part == "overall" else [])):
+    columns = paper.load(PUBLISHED).columns
+    others = [series for series in columns if series not in PARTS] if part == "overall" else []
+    for series, color in zip((part, *others), ("C6", "C8"), strict=False):
         layers, usual = published(series)
-        label = f"published{', LoRA' if series == 'lora' else ''}: {name} (digitized)"
+        label = f"published{'' if series == part else f', {columns[series]}'}: {name} (digitized)"
         axes.plot(layers.keys() or [0, 31], layers.values() or 2 * [usual[0]], "x", color=color, label=label)
         axes.axhspan(*usual, color=color, alpha=0.3, linewidth=0)
     for (r1, share), style in zip(null(part).items(), (":", "-."), strict=True):

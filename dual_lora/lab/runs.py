@@ -58,7 +58,7 @@ SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.I)
 # Bytes of either end of a weight file that identify it.
 END = 1 << 20
 # What of the repository can change a digit of a run, as git names paths.
-CODE = ("dual_lora", "tasks", "conf", ":(glob)*.py", "pyproject.toml")
+CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
 # What its environment must tell.
 MADE_WITH = ("commit", "uncommitted_changes", "threads")
 # What of a try at a run that went on stays in its environment.
