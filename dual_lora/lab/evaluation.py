@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
     LogitsProcessor,
@@ -94,6 +95,9 @@ def outputs(
     with bar, torch.inference_mode() if alone else torch.no_grad():  # gathered weights serve training later
         for batch in bar:
             found += zip(batch, ask(model, tokenizer, task, [rows[i] for i in batch], settings), strict=True)
+    for module in () if alone else model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # training must gather again, with gradients
     model.train(training)
     output = dict(processes.collect(found) if alone else found)
     return [output[i] for i in range(len(rows))]
