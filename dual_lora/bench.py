@@ -173,7 +173,8 @@ def kept_bytes(model: nn.Module, step: Callable) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         backward = step()
-        gc.collect()  # a dropped graph may wait for it
+        while gc.collect():  # a dropped graph may wait for it, and hold another
+            pass
         storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in held}
     found = sum(size for storage, size in storages.items() if storage not in parameters)
     backward()

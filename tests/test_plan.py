@@ -169,11 +169,6 @@ def test_a_model_of_unknown_architecture_is_refused():
         plan.draw(unknown)
 
 
-def test_training_over_several_devices_is_refused():
-    with pytest.raises(UserError, match="only plan=true knows several devices so far"):
-        cli.load(["hardware.devices=8", "hardware.sharding=full"])
-
-
 def parameter_table() -> str:
     lines = ["# Trained weights, counted by `plan=true` beside the published figures", ""]
     lines += ["Without the classification head, which papers do not count. Made by tests/test_plan.py.", ""]

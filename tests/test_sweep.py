@@ -171,7 +171,7 @@ def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, 
     clock = iter(range(0, 6000, 60))
     monkeypatch.setattr(grid, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(cli, "attempt", lambda job: None)
-    grid.run_all(cells, "small")
+    grid.run_all(cells, "small", [])
     left = re.findall(r"\[(\d/\d)\] \S+, (.*)", capsys.readouterr().out)
     assert left == [
         ("1/2", "time left not known before a run is done"),
