@@ -3,7 +3,8 @@ on rows that are not reported."""
 
 import json
 import re
-from functools import cache
+import shutil
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,11 +189,12 @@ def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):
     assert table.read_text().count("(2)") == 2
     gone = sorted((runs_folder / "small").glob("*_dual_lora_s*/result.json"))
     for number, path in enumerate(gone):
-        path.unlink()
-        grid.sweep([name, "run=false", *SMALL])
-        (line,) = (line for line in table.read_text().splitlines() if line.startswith("| Dual LoRA"))
-        assert re.search(r"\(1\)‡? \[a\]" if number == 0 else r"– \[a\]", line)
-        assert "- – [a]: not run" in table.read_text()
+        for away, reason in ((path.unlink, "begun, not finished"), (partial(shutil.rmtree, path.parent), "not run")):
+            away()
+            grid.sweep([name, "run=false", *SMALL])
+            (line,) = (line for line in table.read_text().splitlines() if line.startswith("| Dual LoRA"))
+            assert re.search(r"\(1\)‡? \[a\]" if number == 0 else r"– \[a", line)
+            assert re.search(rf"- – \[\w\]: {reason}$", table.read_text(), re.M)
 
 
 def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_folder, capsys):

@@ -123,7 +123,7 @@ def known(cell: Cell, study: dict[str, list[Record]]) -> Done:
         return Done(cell, None, None, undecided(cell, study), diverged=diverged)
     record, *others = study.get(asked(chosen.settings), [None])
     result = record.result() if record else None
-    reason = None if result else failure(record) or "not run"
+    reason = None if result else failure(record) or ("begun, not finished" if record else "not run")
     rate, others = chosen.settings.train.lr, tuple(other for other in others if other.result())
     return Done(chosen, record, result, reason, rate, others, diverged)
 

@@ -107,7 +107,7 @@ def frame(experiment: Experiment, done: list[Done]) -> pd.DataFrame:
     marks, run, its learning rate, and the position of its run in `done` (-1 for a mean)."""
     found = columns(experiment, done)
     values = pd.DataFrame([e | {"cell": i} for i, cell in enumerate(done) for e in entries(experiment, cell, found)])
-    if experiment.mean in experiment.rows:
+    if experiment.mean in experiment.rows and values[experiment.mean].nunique() > 1:
         return pd.concat([values, means(values, experiment.mean)], ignore_index=True)
     for column in found:
         if column.parts:
