@@ -611,6 +611,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
     grid.Experiment.load = lambda name, scale=None: grid.Experiment.read(name, SPEC, scale)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:

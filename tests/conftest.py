@@ -1,9 +1,13 @@
 """Fixtures shared by all tests: run records go to a temporary folder; official data files are optional."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell's background jobs are told to ignore Ctrl-C, and so would be the runs that tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

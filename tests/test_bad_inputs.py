@@ -1,8 +1,8 @@
 """Bad input of every kind, through the entry points: one line that names the culprit, exit code 2, nothing lost.
 
-tests/golden/bad_inputs.md is the table of them, with what is said; DUAL_LORA_GOLDEN=write writes it anew. How long an
-error takes is written there too, in classes, and not compared: of every case in this process, which has loaded
-everything, and of one case or more of each kind as a user waits for it, from the start of a process to its end.
+tests/golden/bad_inputs.md is the table of them, with what is said; DUAL_LORA_GOLDEN=write pytest -m '' writes it anew.
+How long an error takes is written there too, in classes, and not compared: of every case in this process, which has
+loaded everything, and of one case or more of each kind as a user waits for it, from the start of a process to its end.
 """
 
 import errno
@@ -729,7 +729,7 @@ def alone(what: str, here: Path) -> None:
         sys.exit(entry(case.script, case.words(here)))
 
 
-@pytest.mark.parametrize("what", OUTSIDE)
+@pytest.mark.parametrize("what", [*OUTSIDE[:2], *(pytest.param(what, marks=pytest.mark.slow) for what in OUTSIDE[2:])])
 def test_as_the_user_sees_it(what, tmp_path, runs_folder):
     """One case of each kind in a process of its own says the same."""
     case = next(c for c in CASES if c.what == what)

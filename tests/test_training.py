@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT
@@ -392,25 +393,21 @@ def test_a_run_to_start_from_must_fit(override, message, runs_folder):
         training.run(settings("tiny-roberta", *override.format(run=run).split()))
 
 
-def command(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=600)
-
-
 def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs_folder):
     sweep = ["train.py", "-m", "model=tiny-roberta", "task=demo/sentiment", *SHORT, "method=lora,dual_lora", "seed=0,1"]
     broken = [*sweep, "method.rank=1"]  # Dual LoRA needs at least 2
-    done = command(*broken)
+    done = forked.run(*broken)
     assert done.returncode == 2
     assert "2 of 4 runs finished" in done.stderr
     assert done.stderr.count("failed: ") == 2 and "r=1" in done.stderr
     finished = sorted(p.parent.name for p in runs_folder.glob("adhoc/*/result.json"))
     assert len(finished) == 2 and all("_lora_" in name for name in finished)
-    again = command(*sweep, "method.rank=1", "method=lora")
+    again = forked.run(*sweep, "method.rank=1", "method=lora")
     assert again.returncode == 0 and again.stdout.count("finished: ") == 2
 
 
 def test_the_demo_run_shows_before_after_parameters_time_and_the_record(runs_folder):
-    done = command("train.py", "train.max_steps=3", "eval.max_examples=4")
+    done = forked.run("train.py", "train.max_steps=3", "eval.max_examples=4")
     assert done.returncode == 0, done.stderr
     for word in ("before", "after", "parameters", "tokens/s", "record"):
         assert word in done.stdout
@@ -420,7 +417,7 @@ def test_the_demo_run_shows_before_after_parameters_time_and_the_record(runs_fol
 
 def test_reevaluation_is_what_eval_runs(runs_folder):
     result = training.run(settings("tiny-roberta"))
-    done = command("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", "eval.batch_size=3")
+    done = forked.run("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", "eval.batch_size=3")
     assert done.returncode == 0, done.stderr
     assert "reproduced exactly" in done.stdout
 

@@ -1,0 +1,60 @@
+"""The entry points as a user starts them, without the ten seconds and more that a new process takes to import torch,
+transformers and PEFT: in a fork of this process, which has imported them."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from typing import IO
+
+import torch
+from conftest import ROOT
+
+import dual_lora.lab.training  # noqa: F401 - what a fork need not import
+
+
+def run(*argv: str, timeout: float = 400) -> subprocess.CompletedProcess:
+    """Do what `python ARGV` does in the project's folder and return its exit code, output and errors.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than so many seconds, and was killed.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            be(argv, out, err)
+        until = time.monotonic() + timeout
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                raise subprocess.TimeoutExpired(argv, timeout)
+            time.sleep(0.02)
+        said = [stream.seek(0) or stream.read() for stream in (out, err)]
+        return subprocess.CompletedProcess(argv, os.waitstatus_to_exitcode(ended[1]), *said)
+
+
+def be(argv: tuple[str, ...], out: IO, err: IO) -> None:
+    """Run a script in this process and end it."""
+    code = 1
+    try:
+        for number, stream in enumerate((out, err), start=1):
+            os.dup2(stream.fileno(), number)
+        sys.stdout, sys.stderr = out, err
+        os.chdir(ROOT)
+        torch.set_num_threads(1)  # a fork has lost all threads but one
+        sys.argv = list(argv)
+        runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
