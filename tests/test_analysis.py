@@ -132,7 +132,7 @@ def test_agreement_of_known_updates():
 
 
 METHODS = ("dual_lora", "lora", "dora", "full")
-SHORT = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+SHORT = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
 
 
 @pytest.fixture(scope="module")

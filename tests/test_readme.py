@@ -19,7 +19,7 @@ from dual_lora.lab.runs import Record
 README = (ROOT / "README.md").read_text()
 STARTS = ("    python ", "    make ", "    torchrun ")
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(STARTS)]
-SHORT = ["train.max_steps=2", "eval.max_examples=4", "wandb.mode=disabled"]
+SHORT = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "wandb.mode=disabled"]
 
 
 def words(command: str) -> list[str]:

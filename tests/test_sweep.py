@@ -21,7 +21,7 @@ from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 from dual_lora.lab.stats import enough, holm
 
-SMALL = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+SMALL = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
 SPEC = {
     "title": "Small",
     "columns": "task.name",
@@ -207,7 +207,7 @@ def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_fold
 def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder, capsys):
     grids = {"LoRA": [1e-5, 5e-3], "Dual LoRA": [1e-3, 2e-3]}
     name = experiment(tune={"holdout": 32, "grid": grids})
-    steps = [o for o in SMALL if not o.startswith(("train.max_steps", "eval.max"))]
+    steps = [o for o in SMALL if not o.startswith(("train.max", "eval.max"))]
     assert grid.sweep([name, "train.max_steps=20", "eval.max_examples=64", *steps]) == 0
     shown = capsys.readouterr().out
     assert "4 runs to choose learning rates, 0 finished" in shown and "4 runs, 0 finished" in shown

@@ -1,5 +1,6 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
+import copy
 import io
 import re
 import sys
@@ -7,10 +8,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -190,18 +193,27 @@ def one_line(error: Exception) -> str:
     return f"{key}: {text}" if key else text
 
 
+@cache
+def composed(conf: Path, choices: tuple[str, ...]) -> DictConfig:
+    """Compose files of `conf`, once: that takes Hydra half a second, and a study's many runs choose few of them."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        return compose("config", overrides=list(choices))
+
+
 def load(overrides: list[str]) -> Settings:
     """Compose and check one job's settings from its overrides."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            config = compose("config", overrides=overrides)
-        except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
-            raise UserError(one_line(error)) from error
-        try:
-            return settings(config, overrides)
-        except OmegaConfBaseException as error:
-            raise UserError(one_line(error)) from error
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        chosen = [o for o in parsed if o.key_or_group in GROUPS or o.is_hydra_override()]
+        config = copy.deepcopy(composed(CONF, tuple(o.input_line for o in chosen)))
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], config)
+    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
+        raise UserError(one_line(error)) from error
+    try:
+        return settings(config, overrides)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
 
 
 def check(argv: list[str]) -> list[Settings]:
