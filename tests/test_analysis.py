@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -132,7 +133,8 @@ def test_agreement_of_known_updates():
 
 
 METHODS = ("dual_lora", "lora", "dora", "full")
-SHORT = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+SHORT = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false"]
+SHORT += ["wandb.mode=disabled"]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,15 @@ def train(*overrides: str):
     return runs.RUNS / "adhoc" / training.run(chosen)["identity"]
 
 
+@cache
 def analysed(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
-    """Return analysis.json and its rows by module."""
+    """Return analysis.json and its rows by module; no figure is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysing, "drawn", lambda *_: None)
+        return analysed_anew(folder, *arguments)
+
+
+def analysed_anew(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
     assert cli.evaluate_again([f"run={folder}", "analyse=true", *arguments]) == 0
     content = json.loads((folder / "analysis.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     return content, {row["module"]: row for row in content["rows"]}
@@ -167,7 +176,7 @@ def adapter_weights(folder, module: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_analysed_into_files_and_a_table(method, trained, capsys):
-    content, rows = analysed(trained[method])
+    content, rows = analysed_anew(trained[method])
     roles = ROLES | {"o", "gate"} if method == "full" else ROLES
     assert {row["role"] for row in rows.values()} == roles
     assert [row["layer"] for row in rows.values() if row["role"] == "q"] == [0, 1, 2]
@@ -232,7 +241,7 @@ def test_two_analyses_are_identical_byte_for_byte(method, trained):
     kept = []
     for seed in (1, 2):  # whatever was drawn before
         torch.manual_seed(seed)
-        analysed(trained[method])
+        analysed_anew(trained[method])
         kept.append([(trained[method] / f).read_bytes() for f in ("analysis.json", "analysis.csv", "ranks.png")])
     assert kept[0] == kept[1]
 

@@ -146,6 +146,7 @@ def test_a_sweep_hands_over_what_is_missing(experiment, runs_folder, monkeypatch
     assert handed[2:] == [[], []]
 
 
+@pytest.mark.slow
 def test_a_sweep_through_a_launcher(experiment, runs_folder, monkeypatch, capsys):
     monkeypatch.setattr(grid, "tuned", lambda cell, study: cell)  # no trials: seconds less
     monkeypatch.setattr(Experiment, "trials", lambda *_: ())
@@ -156,6 +157,7 @@ def test_a_sweep_through_a_launcher(experiment, runs_folder, monkeypatch, capsys
     assert not list((runs_folder / ".multirun").iterdir()), "a launch that is whole leaves nothing"
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_in_the_usual_words(runs_folder, start):
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
     os.kill(doing(runs_folder, 2)[0], signal.SIGKILL)

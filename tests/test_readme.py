@@ -90,7 +90,9 @@ def shortened(arguments: list[str]) -> list[str]:
     """Return what makes a command short that trains, where it does not say so itself."""
     if arguments[0] == "eval.py" or "--help" in arguments:
         return []
-    return [word for word in SHORT if word.partition("=")[0] not in {a.partition("=")[0] for a in arguments}]
+    short = SHORT if arguments == ["train.py"] else [*SHORT, "eval.before=false"]
+    short = [*short, "seed=0"] if arguments[0] == "sweep.py" else short
+    return [word for word in short if word.partition("=")[0] not in {a.partition("=")[0] for a in arguments}]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])

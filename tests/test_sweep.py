@@ -21,7 +21,8 @@ from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 from dual_lora.lab.stats import enough, holm
 
-SMALL = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
+SMALL = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false"]
+SMALL += ["wandb.mode=disabled"]
 SPEC = {
     "title": "Small",
     "columns": "task.name",
