@@ -10,7 +10,7 @@ tell where the files are now, if they moved; another eval.batch_size must not ch
 With export=DIR nothing is evaluated: the model is written there with its adapter merged, for plain transformers to
 load, and the adapter alone below DIR/adapter; how much the merge changed the logits is printed.
 With analyse=true nothing is evaluated either, and no data is needed: ranks, zeros, flipped signs and histograms of what
-the run did to each weight, beside those of random factors, are kept as analysis.json, analysis.csv and ranks.png in the
+the run did to each weight, beside those of random factors, are kept as analysis.json, analysis.csv and figures in the
 run's folder; against=RUN adds the likeness to what another run of the same model did.
 """
 

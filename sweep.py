@@ -1,4 +1,4 @@
-"""Run what a table or figure needs, then write its report below runs/NAME/report/.
+"""Run what a table or figure needs, then write its report below runs/.
 
     python sweep.py experiment=NAME                 every missing run, then the report
     python sweep.py experiment=NAME run=false       the report again, from the records alone

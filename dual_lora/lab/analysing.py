@@ -1,8 +1,8 @@
 """`eval.py run=... analyse=true`: ranks and entries of what a finished run did to its base weights; needs no data.
 
 Every number stands beside that of random factors in the same place (its null, *_null), because a high rank alone says
-nothing about training. Written into the run's folder: analysis.json (all), analysis.csv (without histograms),
-ranks.png and ranks.pdf.
+nothing about training. Written into the run's folder: analysis.json (all), analysis.csv (without histograms) and,
+as PNG and PDF, ranks, stable_ranks and, of Dual LoRA, histograms.
 """
 
 import pandas as pd

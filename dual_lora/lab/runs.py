@@ -83,7 +83,8 @@ LEFT = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl",
 AGAIN, TRAINED = ".again", "trained.json"
 # What of a finished run does not hold for the same run done again.
 OUTDATED = ("checkpoints", TRAINED, "failure.json", "evaluation.json")
-OUTDATED += ("analysis.json", "analysis.csv", "ranks.png", "ranks.pdf")
+FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
+OUTDATED += ("analysis.json", "analysis.csv", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")))
 
 
 @contextmanager

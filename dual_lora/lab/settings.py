@@ -188,7 +188,7 @@ class Task:
 class Method:
     """A way to adapt a model.
 
-    `rank` is the parameter budget in LoRA's unit: a method at rank r trains as many weights as LoRA of rank r. `peft`
+    `rank` is the parameter budget in LoRA's unit: Dual LoRA at rank r trains as many weights as LoRA of rank r. `peft`
     is the adapter configuration as PEFT stores it (`peft_type` and the fields of that type's config class); null
     trains every weight of the model. `lr_ratio` is LoRA+'s rate of the B matrices over that of A (arXiv 2402.12354).
     """
