@@ -304,6 +304,15 @@ def test_official_training_file(official_data):
     assert len(train.rows) == 130515 and "without HellaSwag" in train.origin
 
 
+def test_training_rows_set_apart_are_scored_by_what_their_prompts_offer(official_data):
+    """Learning rates are chosen on them."""
+    task = tasks.load("commonsense")
+    rows = task.split("train", str(official_data)).rows.select(range(0, 130515, 999))
+    right = [task.judge(row, "the correct answer is " + row["references"][0]) for row in rows]
+    wrong = [task.judge(row, "no idea") for row in rows]
+    assert task.score({"train": right})["average"] == 1 and task.score({"train": wrong})["average"] == 0
+
+
 def test_official_items_are_what_the_hub_converters_write(official_data):
     """Each official item, taken apart into the hub's columns, comes back the same."""
     for name, take_apart in {"boolq": boolq_columns, "winogrande": winogrande_columns}.items():

@@ -242,6 +242,14 @@ def test_sys_exit_is_a_failed_run_like_any_other(runs_folder, monkeypatch, capsy
     assert "SystemExit: 3" in capsys.readouterr().err
 
 
+def test_a_process_that_died_over_a_forced_run_is_told_though_an_old_result_is_there(runs_folder, capsys):
+    settings = cli.load([*TINY, "force=true"])
+    cli.attempt(settings)
+    launching.note([settings], [None])
+    assert cli.conclude([settings]) == cli.EXIT_FAILED
+    assert "Killed: ended without a result" in capsys.readouterr().err
+
+
 def test_exit_codes_of_what_other_processes_tell(runs_folder, capsys):
     settings = cli.load(TINY)
     expected = {"Stopped": cli.EXIT_STOPPED, "Elsewhere": cli.EXIT_ELSEWHERE, "UserError": cli.EXIT_USER}

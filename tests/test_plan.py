@@ -92,7 +92,9 @@ def test_a_plan_is_what_a_real_step_takes(model, dtype, method):
 def test_sharding_divides_what_it_shards_and_a_larger_batch_keeps_more():
     size = {"weights": 800, "trained": 80, "gathered": 200}
     one, full = plan.memory(size, 1000, 1, "none"), plan.memory(size, 1000, 8, "full")
-    assert plan.memory(size, 1000, 8, "replicas") == one
+    copies = plan.memory(size, 1000, 8, "replicas")
+    assert copies["gradients"] == 2 * one["gradients"] and copies["optimizer"] == one["optimizer"]
+    assert one["temporaries"] == 0 and plan.memory(size, 10, 1, "none")["temporaries"] == 70
     assert (full["weights"], full["gradients"], full["optimizer"]) == (100, 10, 20)
     assert full["activations"] == one["activations"] == 1000 and full["gathered"] == 200
     assert one["peak"] == pytest.approx(1.1 * (800 + 80 + 160 + 1000))
@@ -115,7 +117,8 @@ def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, m
 @pytest.mark.parametrize(
     ("overrides", "mend"),
     [
-        (["model=llama3-8b", "method=full"], "train.batch_size=4 train.accumulation=4, or hardware.sharding=full"),
+        (["model=llama3-8b", "method=full"], "would fit: hardware.sharding=full hardware.devices=2 (for 2 times"),
+        (["model=llama3-8b", "train.batch_size=64"], "would fit: train.batch_size=32 train.accumulation=2, or "),
         (["model=llama3-70b-instruct"], "hardware.sharding=full hardware.devices="),
         (
             ["model=llama3-8b", "method=full", "hardware.devices=4", "hardware.sharding=replicas"],
@@ -167,6 +170,25 @@ def test_a_model_of_unknown_architecture_is_refused():
     unknown = replace(chosen, model=replace(chosen.model, architecture={}))
     with pytest.raises(UserError, match="model=llama3-8b: no architecture in its YAML; give model.path=DIR"):
         plan.draw(unknown)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["model=llama3-70b-instruct", "task=commonsense", "method=dora"], "method=dora starts from the base weights"),
+        (["model=gpt2-medium", "task=e2e", "method=lora"], "transformers cannot shard a gpt2; take hardware=ddp"),
+    ],
+)
+def test_a_plan_of_what_cannot_be_sharded_is_refused(overrides, why, runs_folder):
+    with pytest.raises(UserError, match=f"^plan: hardware.sharding=full: {why}"):
+        plan.run(cli.load([*overrides, "hardware=fsdp2", "plan=true"]))
+
+
+def test_no_sharding_is_offered_to_what_cannot_be_sharded(runs_folder):
+    large = ["model=deberta-v2-xxlarge", "task=glue/mnli", "method=full", "train.batch_size=64", "task.max_length=512"]
+    with pytest.raises(UserError, match="would fit: ") as told:
+        plan.run(cli.load([*large, "model.dtype=float32", "plan=true"]))
+    assert "sharding" not in str(told.value)
 
 
 def parameter_table() -> str:

@@ -102,6 +102,15 @@ def test_ours_stands_beside_the_published_rows_of_the_same_model_method_and_rank
     assert dual[2] == "**86.0 ± 1.4 (2)**" and dual[5:] == ["887,042", "0.50"]
 
 
+def test_the_best_of_every_task_is_bold_where_tasks_are_columns(study, tmp_path):
+    spec = GLUE | {"columns": "task.name", "published": []}
+    right = {"LoRA": {"glue/sst2": 90, "glue/rte": 60}, "Dual LoRA": {"glue/sst2": 80, "glue/rte": 70}}
+    experiment, done = study(spec, lambda label, s: right[label][s.task.name])
+    lines = {line[1]: line for line in rows_of(report.write(experiment, done, tmp_path))}
+    bold = {label: [cell.startswith("**") for cell in line[2:4]] for label, line in lines.items() if label in right}
+    assert bold == {"LoRA": [True, False], "Dual LoRA": [False, True]}
+
+
 def test_all_parts_make_the_published_average(study, tmp_path):
     names = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     whole = GLUE | {"full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names]}}

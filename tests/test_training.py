@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import forked
 import pytest
@@ -179,6 +180,27 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     assert record.result() is None and record.failure()["error"] == "UserError" and record.failure()["diverged"]
 
 
+def test_a_loss_that_is_no_number_is_told_before_its_epoch_is_scored(runs_folder):
+    wild = ["method=full", "train.lr=9e5", "train.max_grad_norm=9e5", "task.checkpoint=best", "train.log_steps=99"]
+    few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
+    chosen = settings("tiny-roberta", *wild, *few)
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; take a lower train.lr"):
+        training.run(chosen)
+    assert Record.of(chosen).failure()["diverged"]
+
+
+def test_scoring_epochs_is_no_time_of_training(runs_folder, monkeypatch):
+    def evaluate(model, tokenizer, task, held_out, settings, title):
+        time.sleep(1)
+        return {"accuracy": 0.5}, []
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "warnings", lambda *_: [])
+    few = ["train.max_steps=null", "train.max_examples=8", "train.epochs=5", "train.batch_size=8", "eval.before=false"]
+    result = training.run(settings("tiny-roberta", "task.checkpoint=best", *few))
+    assert result["train_seconds"] < 5
+
+
 @pytest.mark.parametrize("saving", ["null", "1"])
 def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
     """The loss of the last step is of the weights before it."""
@@ -328,6 +350,7 @@ def test_an_exported_run_is_loaded_by_transformers_alone(model, method, runs_fol
     head = "CausalLM" if FAMILIES[model] in ("demo/choice", "demo/restaurants") else "SequenceClassification"
     code = f"""
 import sys
+import time
 from transformers import AutoModelFor{head} as Model, AutoTokenizer
 model = Model.from_pretrained({str(tmp_path / "out")!r})
 AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})

@@ -259,6 +259,7 @@ def asks_hydra(argv: list[str]) -> bool:
 
 # Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
 unfinished: dict[Path, dict[str, str]] = {}
+KILLED = {"error": "Killed", "message": "ended without a result; the same command tries again"}
 
 
 def reason(error: BaseException) -> dict[str, str]:
@@ -311,7 +312,7 @@ def why_unfinished(settings: Settings) -> dict[str, str] | None:
     failure = unfinished.pop(record.folder, None) or record.tried(settings).failure()
     if (failure is None or failure["error"] == "Elsewhere") and record.result():
         return None
-    return failure or {"error": "Killed", "message": "ended without a result; the same command tries again"}
+    return failure or KILLED
 
 
 def train(run: Callable[[], None]) -> int:

@@ -166,7 +166,7 @@ def run_missing(
     training."""
     for job in jobs if processes.first() else ():
         Record.of(job).clean()
-    missing = unfinished(jobs)
+    missing = processes.share(lambda: unfinished(jobs))  # one list for all, whenever each looks
     print(f"{len(jobs)} {what}, {len(jobs) - len(missing)} finished, {len(missing)} to do")
     if launching.elsewhere(launcher):
         launching.launch(missing, launcher)
@@ -192,10 +192,11 @@ def run_all(cells: list[Cell], study: str, launcher: list[str]) -> int:
     """Run what is missing of an experiment: first the runs that choose learning rates, then the table's own. A trial
     that failed counts for nothing where all rates are chosen nevertheless."""
     trials, progress = distinct([trial for cell in cells for trial in cell.tuning]), Progress()
+    processes.join()
     code, then = cli.EXIT_OK, unfinished(distinct([cell.settings for cell in cells]))
     if trials:
         code = run_missing(trials, launcher, progress, "runs to choose learning rates", then)
-    found = kept(study) if trials else {}
+    found = processes.share(lambda: kept(study)) if trials else {}
     ready = [chosen.settings for cell in cells if (chosen := tuned(cell, found))]
     return run_missing(distinct(ready), launcher, progress) or (code if len(ready) < len(cells) else cli.EXIT_OK)
 

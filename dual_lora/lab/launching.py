@@ -143,6 +143,8 @@ def note(jobs: list[Settings], returned: list[JobReturn | None]) -> None:
     """Keep why jobs did not finish; of one whose process died nothing is known."""
     for job, done in zip(jobs, returned, strict=True):
         failure = done.return_value if done else None
+        if done is None and job.force:  # an old result says nothing of this try
+            failure = cli.KILLED
         if failure:
             cli.unfinished[Record.of(job).folder] = failure
         if failure and failure["error"] == "Elsewhere" and len(jobs) == 1:

@@ -63,6 +63,7 @@ class BestEpoch(TrainerCallback):
         self.measure, self.metric, self.log = measure, metric, log
         self.best, self.epoch, self.weights, self.last = -float("inf"), None, {}, None
         self.scored = 0  # the step of the newest scores
+        self.seconds = 0.0  # that scoring took here
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A checkpoint of an epoch's last step is older than that epoch's scores."""
@@ -72,12 +73,15 @@ class BestEpoch(TrainerCallback):
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
         if not ended or self.scored == state.global_step or STOP.asked:
             return
+        began = time.perf_counter()
         try:
             with STOP.waiting(processes.several()):  # of several none may leave the others alone
                 scores, _ = self.measure("epoch")
         except Stopped:
             control.should_save = control.should_training_stop = True
             return
+        finally:
+            self.seconds += time.perf_counter() - began
         self.last, self.scored = scores, state.global_step
         self.log.scores(state.global_step, scores)
         if scores[self.metric] > self.best:
@@ -146,8 +150,8 @@ class Loop(Trainer):
 
     @property
     def seconds(self) -> float:
-        """The time training has taken, earlier tries up to their checkpoints included."""
-        return self.earlier + time.perf_counter() - self.began
+        """The time training has taken without the scoring of epochs, earlier tries up to their checkpoints included."""
+        return self.earlier + time.perf_counter() - self.began - (self.best.seconds if self.best else 0)
 
     def fit(self, checkpoint: Path | None) -> Any:
         """Train, from a checkpoint if there is one, and return the Trainer's figures.
@@ -251,6 +255,7 @@ class Loop(Trainer):
                 f"last good checkpoint: {good or 'none'}",
                 step=step,
                 last_good_checkpoint=good,
+                diverged=True,
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -345,6 +350,9 @@ class GoOn(TrainerCallback):
         stop, due = (any(words) for words in zip(*told, strict=True))
         control.should_save = self.loop.keeps if stop else control.should_save or (due and self.loop.keeps)
         control.should_training_stop = control.should_training_stop or stop
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.loop.check()  # before anything is scored
 
     def on_save(self, args, state, control, **kwargs):
         self.loop.kept_at = time.perf_counter()

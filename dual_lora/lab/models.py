@@ -73,7 +73,7 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     with told(settings):
-        options |= shards(settings)
+        options |= shards(settings, task)
         model, found = head_class(task).from_pretrained(**place(settings), **options, output_loading_info=True)
     nf4.keep_as_loaded(model)
     fresh = {"classifier", "score", *settings.model.head}
@@ -94,14 +94,25 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     return model, tokenizer
 
 
-def shards(settings: Settings) -> dict[str, DistributedConfig]:
+def cannot_shard(settings: Settings, task: Task, kind: type) -> str | None:
+    """Return why FSDP2 cannot share out a model of this class for this task and method; None if it can."""
+    if task.form != "generation":
+        return f"not for {task.name}, whose head trains"
+    if not getattr(kind, "_fsdp_plan", None):
+        return f"transformers cannot shard a {kind.config_class.model_type}"
+    if (settings.method.peft or {}).get("use_dora"):
+        return f"method={settings.method.name} starts from the base weights, which are sharded"
+    return None
+
+
+def shards(settings: Settings, task: Task) -> dict[str, DistributedConfig]:
     """Return how the processes of a run share out the weights as they read them: each its part of each (FSDP2), or,
     as replicas or alone, everything."""
     if settings.hardware.sharding != "full" or not processes.several():
         return {}
     config = AutoConfig.from_pretrained(**place(settings))
-    able = getattr(config, "base_model_fsdp_plan", None)
-    require(able, f"hardware.sharding=full: transformers cannot shard a {config.model_type}; take hardware=ddp")
+    why = cannot_shard(settings, task, head_class(task)._model_mapping[type(config)])
+    require(why is None, f"hardware.sharding=full: {why}; take hardware=ddp")
     return {"distributed_config": DistributedConfig(fsdp_size=processes.number())}
 
 

@@ -76,7 +76,9 @@ def draw(settings: Settings) -> dict[str, Any]:
     """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = task_of(settings)
-    model = methods.attach(skeleton(settings, task), settings, task.form)
+    base = skeleton(settings, task)
+    alone = models.cannot_shard(settings, task, type(base))
+    model = methods.attach(base, settings, task.form)
     size = sizes(model, settings, task)
     counts = methods.parameters(model)
     step = trace(settings, task, layers(model))
@@ -102,6 +104,7 @@ def draw(settings: Settings) -> dict[str, Any]:
         "train_rows_from": "the data" if counted else "the task's configuration",
         "steps": steps,
         "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILISATION) / 3600,
+        "cannot_shard": alone,
         "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilisation": UTILISATION},
     }
 
@@ -238,7 +241,8 @@ def sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, i
 
 
 def memory(size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None) -> dict[str, float]:
-    """Return bytes a device: weights, gradients, AdamW's moments, what is kept for backward, a reserve, and the peak.
+    """Return bytes a device: weights, gradients (twice in DDP, whose buckets are copies), AdamW's moments, what is kept
+    for backward, what AdamW's step takes beyond that when it is gone (once what trains), a reserve, and the peak.
 
     Sharded in full (FSDP2), a device holds its part of the first three, and what it gathers at once.
     """
@@ -246,9 +250,10 @@ def memory(size: dict[str, int], kept: float, devices: int, sharding: str, base:
     shards = devices if full else 1
     parts = {
         "weights": size[f"weights_{base}" if base else "weights"] / shards,
-        "gradients": size["trained"] / shards,
+        "gradients": size["trained"] / shards * (2 if sharding == "replicas" else 1),
         "optimizer": ADAM * size["trained"] / shards,
         "activations": kept,
+        "temporaries": max(0, size["trained"] / shards - kept),
         "gathered": size["gathered"] if full else 0,
     }
     reserve = RESERVE * sum(parts.values())
@@ -262,7 +267,9 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
         UserError: with those settings.
     """
     train, hardware, parts = settings.train, settings.hardware, found["memory"]
-    room = found["hardware"]["memory"]
+    room, alone = found["hardware"]["memory"], found["cannot_shard"]
+    able = hardware.sharding != "full" or alone is None
+    require(able, f"plan: hardware.sharding=full: {alone}; take hardware=ddp")
 
     def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
         kept = parts["activations"] * batch / train.batch_size
@@ -273,6 +280,7 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     more = [2**i for i in range(1, 11) if 2**i > hardware.devices]
     if hardware.sharding == "replicas":
         more = [hardware.devices, *more]
+    more = [] if alone else more
     free = hardware.base is None
     small = free and hardware.sharding != "full" and parts["size"]["weights_nf4"] < parts["size"]["weights"]
     same = [(b, *here, hardware.base) for b in batches]

@@ -1,6 +1,7 @@
 """The part of a report that tells what runs did to their weights: Figure 3 of arXiv 2512.03402 with its null."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,8 @@ def analyse(done: list[Done]) -> None:
     for cell in done:
         if cell.result and not (cell.record.folder / ANALYSIS).is_file():
             print(f"analysing {cell.record.name}", flush=True)
-            analysing.run(cell.settings, cell.record)
+            alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
+            analysing.run(replace(cell.settings, hardware=alone), cell.record)
 
 
 def blocks(done: list[Done], folder: Path) -> Iterator[Block]:

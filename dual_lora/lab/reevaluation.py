@@ -51,9 +51,10 @@ def load_trained(settings: Settings, record: Record, task: Task, plain: bool = F
     load = models.load_plain if plain else models.load
     base, tokenizer = (None, models.load_tokenizer(settings)) if tuned else load(settings, task)
     folder = record.folder / ("model" if tuned else "adapter")
-    weights = folder / ("model.safetensors" if tuned else "adapter_model.safetensors")
+    name = "model.safetensors" if tuned else "adapter_model.safetensors"
     mend = "run its command again with force=true"
-    require(weights.is_file(), f"{folder}: cannot be loaded (no {weights.name}, the only format that is read); {mend}")
+    whole = (folder / name).is_file() or (folder / f"{name}.index.json").is_file()  # the index of a large one's parts
+    require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {mend}")
     with models.readable(f"{folder}: cannot be loaded", mend):
         if tuned:
             model = models.head_class(task).from_pretrained(folder, use_safetensors=True, **models.NO_CODE)

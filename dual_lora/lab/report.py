@@ -137,7 +137,7 @@ def main_table(experiment: Experiment, done: list[Done], values: pd.DataFrame, r
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
     runs = {place: [done[i] for i in sorted(set(part["cell"]) - {-1})] for place, part in parts.items()}
-    tops, quotes = {name: leaders(group, found) for name, group in groups}, beside(experiment, done, runs)
+    tops, quotes = {name: leaders(group, found, experiment) for name, group in groups}, beside(experiment, done, runs)
     for (name, label), part in parts.items():
         heads = dict(zip(map(heading, experiment.rows), map(str, name), strict=True))
         cells = {shown_head(c): shown(part[part["column"] == c.head], c, done, reasons) for c in found}
@@ -193,11 +193,12 @@ def shown(part: pd.DataFrame, column: Column, done: list[Done], reasons: dict[st
     return f"{style.format(scores.mean())}{spread} ({len(scores)}){marks}{why}"
 
 
-def leaders(group: pd.DataFrame, found: list[Column]) -> set[tuple[str, str]]:
+def leaders(group: pd.DataFrame, found: list[Column], experiment: Experiment) -> set[tuple[str, str]]:
     """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
-    are values of a setting; none where nothing stands beside it."""
+    are values of a setting other than the task; none where nothing stands beside it."""
+    apart = experiment.columns == "task.name"
     means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
-    metrics = [column for column in found if column.task or column.parts]
+    metrics = [column for column in found if apart or column.task or column.parts]
     families = [[c] for c in metrics] or [[c for c in found if c.field not in FIELDS]]
     top = set()
     for family in families:

@@ -170,7 +170,7 @@ def mirror_of(settings: Settings, record: Record) -> Mirror:
         settings.wandb.mode if processes.first() else "disabled",
         project=settings.wandb.project,
         entity=settings.wandb.entity,
-        run_id=record.name.rsplit("_", 1)[1],
+        run_id=f"{settings.study}-{record.name.rsplit('_', 1)[1]}",
         name=record.name,
         group=settings.study,
         job_type=settings.wandb.job_type,
