@@ -454,6 +454,15 @@ def test_a_loss_that_is_no_number_names_its_examples_and_the_last_good_checkpoin
     assert ", ".join(failure["examples"][:5]) + " and 3 more" in str(caught.value)
 
 
+def test_a_loss_that_is_no_number_is_told_before_its_epoch_is_scored(runs_folder, monkeypatch):
+    settings = chosen("task.checkpoint=best", "train.max_steps=null", "train.epochs=2", "train.log_steps=99")
+    real = loop.Loop.compute_loss
+    monkeypatch.setattr(loop.Loop, "compute_loss", lambda self, *args, **kw: real(self, *args, **kw) * float("nan"))
+    with pytest.raises(UserError, match="the loss is nan at step 1; "):
+        training.run(settings)
+    assert Record.of(settings).failure()["diverged"]
+
+
 def test_a_gradient_that_is_no_number_ends_the_run_too(runs_folder, monkeypatch):
     real = loop.Trainer._get_grad_norm
 

@@ -180,11 +180,11 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     assert record.result() is None and record.failure()["error"] == "UserError" and record.failure()["diverged"]
 
 
-def test_a_loss_that_is_no_number_is_told_before_its_epoch_is_scored(runs_folder):
+def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
     wild = ["method=full", "train.lr=9e5", "train.max_grad_norm=9e5", "task.checkpoint=best", "train.log_steps=99"]
     few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
     chosen = settings("tiny-roberta", *wild, *few)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; take a lower train.lr"):
+    with pytest.raises(UserError, match="the model's outputs are no numbers; .* a lower train.lr"):
         training.run(chosen)
     assert Record.of(chosen).failure()["diverged"]
 

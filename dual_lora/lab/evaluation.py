@@ -21,7 +21,7 @@ from transformers import (
 from dual_lora.lab import beam_search, cache, data, hub, models, processes
 from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
-from dual_lora.lab.settings import Settings, require
+from dual_lora.lab.settings import Settings, UserError, require
 from tasks import Split, Task
 from tasks.base import Output, Row
 
@@ -116,8 +116,9 @@ def classify(
 
 def check(scores: torch.Tensor) -> None:
     """Refuse a model's scores, ... x choices, whose best is no number; some of them may be forbidden (-inf)."""
-    sound = bool(scores.amax(-1).isfinite().all())
-    require(sound, "the model's outputs are no numbers; take model.dtype=float32, or other weights")
+    if not scores.amax(-1).isfinite().all():
+        said = "the model's outputs are no numbers; take model.dtype=float32, a lower train.lr or other weights"
+        raise UserError(said, diverged=True)
 
 
 class Numbers(LogitsProcessor):

@@ -352,7 +352,9 @@ class GoOn(TrainerCallback):
         control.should_training_stop = control.should_training_stop or stop
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.loop.check()  # before anything is scored
+        if self.loop.best:  # before anything is scored
+            self.loop.check()
+            self.loop.check_weights()
 
     def on_save(self, args, state, control, **kwargs):
         self.loop.kept_at = time.perf_counter()
