@@ -268,7 +268,9 @@ def test_equal_lines_and_points_stay_visible_in_a_figure(study):
     assert at[1] - at[0] == pytest.approx(3 / 72 * drawn.dpi)
     assert axes.get_ylabel() == "accuracy, %" and axes.get_xscale() == "linear"
     assert axes.get_xlim()[0] < 0.25 and axes.get_xlim()[1] > 0.5
-    assert drawn.legends[0].get_title().get_text() == "bars: ± 1 sample standard deviation of 3 runs"
+    (legend,) = drawn.legends
+    assert legend.get_title().get_text() == "bars: ± 1 sample standard deviation of 3 runs"
+    assert len(legend.get_texts()) > 3 and legend.get_window_extent().width < drawn.bbox.width
 
 
 def test_learning_rates_have_a_logarithmic_axis():
