@@ -53,6 +53,7 @@ def test_model_level_floor(name):
     assert rows["Dual LoRA"].kept_bytes <= 1.05 * rows["LoRA"].kept_bytes
 
 
+@pytest.mark.slow
 def test_record_is_written_added_to_and_shown(tmp_path, capsys):
     for width in ("32", "48"):
         bench.main(["--width", width, "--tokens", "8", "--repeats", "1", "--out", str(tmp_path)])

@@ -167,6 +167,7 @@ def test_a_killed_process_ends_in_the_usual_words(runs_folder, start):
     assert "0 of 2 runs finished" in err
 
 
+@pytest.mark.slow
 def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     """Ctrl-C as a terminal sends it: to all processes at once; the one of four runs that waits is not begun."""
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", "seed=0,1", *LONG)

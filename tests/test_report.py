@@ -309,6 +309,7 @@ def test_the_csv_holds_every_value(study, tmp_path):
 # Families of comparisons
 
 
+@pytest.mark.slow
 def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
     """Each of 2000 resamples alone could show none: 120 / 2001 is more than 0.05."""
     experiment = Experiment.read("made", RATIOS)

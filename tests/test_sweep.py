@@ -209,7 +209,7 @@ def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder,
     grids = {"LoRA": [1e-5, 5e-3], "Dual LoRA": [1e-3, 2e-3]}
     name = experiment(tune={"holdout": 32, "grid": grids})
     steps = [o for o in SMALL if not o.startswith(("train.max", "eval.max"))]
-    assert grid.sweep([name, "train.max_steps=20", "eval.max_examples=64", *steps]) == 0
+    assert grid.sweep([name, "train.max_steps=20", "train.max_examples=null", "eval.max_examples=64", *steps]) == 0
     shown = capsys.readouterr().out
     assert "4 runs to choose learning rates, 0 finished" in shown and "4 runs, 0 finished" in shown
     assert "chosen from 1e-05, 0.005 (2 runs a task) by the main score on 32 training examples set apart" in shown

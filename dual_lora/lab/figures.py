@@ -101,9 +101,9 @@ def legend(figure: Figure, panels: list[Axes], title: str) -> None:
     """Set one legend of all panels below them, in as many columns as the figure has room for."""
     known = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     place = {"loc": "outside lower center", "fontsize": "small", "handlelength": 4, "title_fontsize": "small"}
-    for columns in range(len(known), 0, -1):
-        drawn = figure.legend(known.values(), known, title=title, ncols=columns, **place)
-        if columns == 1 or drawn.get_window_extent().width < figure.bbox.width:
+    for wide in range(len(known), 0, -1):
+        drawn = figure.legend(known.values(), known, title=title, ncols=wide, **place)
+        if wide == 1 or drawn.get_window_extent().width < figure.bbox.width:
             return
         drawn.remove()
 
