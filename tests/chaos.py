@@ -95,18 +95,18 @@ class Study:
         self.folder, self.command, self.log = folder, command, folder.with_suffix(".log")
         self.phase = mmap.mmap(-1, 1)
 
-    def kept(self) -> dict[str, str]:
-        """Return a hash of everything that must not depend on faults, by file."""
+    def kept(self, marks: bool = True) -> dict[str, str]:
+        """Return a hash of everything that must not depend on faults, by file; of tables without their marks, if so."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name, data = str(path.relative_to(self.folder)), path.read_bytes() if path.is_file() else b""
             if path.name == "result.json":
                 result = json.loads(data)
                 data = json.dumps({k: v for k, v in result.items() if k not in TIMES}).encode()
-            elif path.name == "table.csv":  # a run whose environment.json was damaged is marked, and should be
+            elif path.name == "table.csv" and not marks:
                 rows = csv.DictReader(data.decode().splitlines())
                 data = json.dumps([{k: v for k, v in row.items() if k != "marks"} for row in rows]).encode()
-            elif path.suffix != ".safetensors" and path.name not in ("metrics.jsonl", "predictions.jsonl"):
+            elif path.suffix != ".safetensors" and path.name not in ("metrics.jsonl", "predictions.jsonl", "table.csv"):
                 continue
             found[name] = hashlib.sha256(data).hexdigest()
         return found
@@ -243,7 +243,7 @@ class Chaos:
         began = time.monotonic()
         self.points = kinds(study)
         self.seconds = time.monotonic() - began
-        self.whole = study.kept()
+        self.whole, self.unmarked = study.kept(), study.kept(marks=False)
         assert not study.leftovers(), study.leftovers()
         print(f"undisturbed: {self.seconds:.1f} s, {len(self.points)} changes of files, {dict(Counter(self.points))}")
 
@@ -257,19 +257,20 @@ class Chaos:
         self.rows.append(Row(fault))
         return self.rows[-1]
 
-    def concluded(self, row: Row, study: Study, finished: dict[str, bytes] | None = None, codes: tuple = (0,)) -> bool:
+    def concluded(self, row: Row, study: Study, finished: dict[str, bytes] | None = None, marks: bool = True) -> bool:
         """Run the command to its end, compare, and count."""
         code = study.finish()
         row.lost += sum(study.results().get(name) != data for name, data in (finished or {}).items())
-        equal = study.kept() == self.whole and not study.leftovers()
+        kept, whole = study.kept(marks), self.whole if marks else self.unmarked
+        equal = kept == whole and not study.leftovers()
         row.compared += 1
         row.identical += equal
-        if code not in codes or not equal:
-            other = {k for k in self.whole.keys() | study.kept().keys() if study.kept().get(k) != self.whole.get(k)}
+        if code or not equal:
+            other = {k for k in whole.keys() | kept.keys() if kept.get(k) != whole.get(k)}
             print(f"{row.fault}: exit {code}, {study.folder}: {other} {study.leftovers()}\n{study.said()[-3000:]}")
         if equal:
             shutil.rmtree(study.folder.parent, ignore_errors=True)
-        return code in codes and equal
+        return code == 0 and equal
 
     def kill(self, count: int) -> None:
         """SIGKILL, two to five times in a row before the study may end."""
@@ -375,7 +376,8 @@ class Chaos:
                     spoil(found[-1], self.draw)
             row.tried += hit
             row.where[pattern.rpartition("/")[2]] += hit
-            row.survived += self.concluded(row, study) and hit
+            marks = pattern != "environment.json"  # without it nobody can say what code began the run: it is marked
+            row.survived += self.concluded(row, study, marks=marks) and hit
             if not hit:
                 print(f"damage: no {pattern} to damage")
 

@@ -350,7 +350,6 @@ def test_an_exported_run_is_loaded_by_transformers_alone(model, method, runs_fol
     head = "CausalLM" if FAMILIES[model] in ("demo/choice", "demo/restaurants") else "SequenceClassification"
     code = f"""
 import sys
-import time
 from transformers import AutoModelFor{head} as Model, AutoTokenizer
 model = Model.from_pretrained({str(tmp_path / "out")!r})
 AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})

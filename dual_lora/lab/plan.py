@@ -277,10 +277,9 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
 
     here = (hardware.devices, hardware.sharding)
     batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
-    more = [2**i for i in range(1, 11) if 2**i > hardware.devices]
-    if hardware.sharding == "replicas":
+    more = [] if alone else [2**i for i in range(1, 11) if 2**i > hardware.devices]
+    if hardware.sharding == "replicas" and not alone:
         more = [hardware.devices, *more]
-    more = [] if alone else more
     free = hardware.base is None
     small = free and hardware.sharding != "full" and parts["size"]["weights_nf4"] < parts["size"]["weights"]
     same = [(b, *here, hardware.base) for b in batches]
