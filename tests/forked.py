@@ -13,6 +13,7 @@ from typing import IO
 
 import torch
 from conftest import ROOT
+from hydra.core.global_hydra import GlobalHydra
 
 import dual_lora.lab.training  # noqa: F401 - what a fork need not import
 
@@ -46,6 +47,7 @@ def be(argv: tuple[str, ...], out: IO, err: IO) -> None:
             os.dup2(stream.fileno(), number)
         sys.stdout, sys.stderr = out, err
         os.chdir(ROOT)
+        GlobalHydra.instance().clear()  # set up by an earlier test, perhaps
         torch.set_num_threads(1)  # a fork has lost all threads but one
         sys.argv = list(argv)
         runpy.run_path(argv[0], run_name="__main__")
