@@ -37,6 +37,30 @@ MAGNITUDES = {
 DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}
 
 
+class Clipped:
+    """How many entries of dL/dSign `ste="clip"` clips, of how many, while `watching`. Counted on the device, so that
+    nothing waits for it; Triton's kernels do not count."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.clipped: Tensor | int = 0
+        self.entries = 0
+
+    def see(self, grad: Tensor) -> None:
+        if self.watching:
+            self.clipped = self.clipped + (grad.abs() > 1).sum()
+            self.entries += grad.numel()
+
+    def take(self) -> float | None:
+        """Return the share of clipped entries since the last call; None where none was seen."""
+        share = float(self.clipped) / self.entries if self.entries else None
+        self.clipped = self.entries = 0
+        return share
+
+
+CLIPPED = Clipped()
+
+
 class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, ste: str) -> Tensor:
@@ -52,6 +76,7 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if ctx.ste == "clip":
+            CLIPPED.see(grad)
             grad = grad.clamp(-1, 1)
         elif ctx.ste == "hardtanh":
             (x,) = ctx.saved_tensors

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import STRAIGHT_THROUGH, autocast_off
+from ..functional import CLIPPED, STRAIGHT_THROUGH, autocast_off
 
 # Entries of an out x in matrix held in passing (64 MB of float32), and worked on at once where caches are small.
 BLOCK = 2**24
@@ -113,6 +113,7 @@ def project(
             torch.addmm(dA, scaled_B.T, P, out=dA)
             Q = torch.mul(g, M.relu_(), out=P)
             if ste == "clip":
+                CLIPPED.see(Q)
                 Q.clamp_(-1, 1)
             elif ste == "hardtanh":
                 Q.mul_(passes)
