@@ -12,9 +12,6 @@ The prompt has LoRA's form in both, "name : Blue Spice | Type : coffee shop | ar
 names LoRA uses. Sources without `data_dir`: LoRA's files from its repository at one commit; the official ones from the
 hub's parquet conversion of tuetschek/e2e_nlg, whose rows are the CSV files'. In `data_dir`: e2e/e2e-dataset/*.csv, and
 LoRA's train.txt (or a reconstruction, train.reconstructed.txt), valid.txt and test.txt.
-
-One difference is left: LoRA's beam search ends at "\\n\\n" as well as at the end-of-text token; here text after it is
-cut off.
 """
 
 import csv

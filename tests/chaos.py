@@ -446,8 +446,12 @@ class Chaos:
 
     def memory(self) -> None:
         calls = [(models, "load", 2), (training.methods, "attach", 1), (loop.Trainer, "training_step", 5)]
-        calls += [(training.evaluation, "classify", 2), (training.methods, "merge", 1)]
+        calls += [(training.evaluation, "outputs", 2), (training.methods, "merge", 1)]
         self.broken("out of memory", "out of memory", [(*call, no_memory) for call in calls])
+        row, study = self.row("out of memory for a batch that is scored"), self.study()
+        code = study.finish(lambda: at_call(training.evaluation, "classify", 2, no_memory))
+        row.tried, row.where["classify"] = 1, 1
+        row.survived += code == cli.EXIT_OK and self.concluded(row, study)
 
     def numbers(self) -> None:
         steps = [(loop.Trainer, "training_step", n, lambda loss, *args: loss * float("nan")) for n in (2, 5)]

@@ -287,12 +287,13 @@ def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_fo
     assert {row["signs_flipped"] for row in rows.values()} == {0}
 
 
-def test_signs_flipped_are_told_only_where_the_beginning_is_known(trained, tmp_path, capsys):
+def test_signs_flipped_are_told_only_where_the_beginning_is_known(trained, tmp_path, capsys, monkeypatch):
     _, rows = analysed(trained["dual_lora"])
     assert all(0 < row["signs_flipped"] < 0.2 for row in rows.values())
     other = shutil.copytree(trained["dual_lora"], tmp_path / "run")
     stored = yaml.safe_load((other / "config.yaml").read_text())
     (other / "config.yaml").write_text(yaml.safe_dump(stored | {"seed": 1}))
+    monkeypatch.setattr("dual_lora.lab.runs.Record.check", lambda *names: None)  # as of one not sealed
     capsys.readouterr()
     content, rows = analysed(other)
     assert {row["signs_flipped"] for row in rows.values()} == {None}

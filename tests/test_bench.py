@@ -44,7 +44,10 @@ def test_peak_memory_is_the_most_held_at_once():
     assert 4 * 2**20 <= bench.peak_bytes(step, CPU) < 4.2 * 2**20
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-roberta", "tiny-gpt2", "tiny-deberta"])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-roberta", "tiny-deberta")]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", *LONG])
 def test_model_level_floor(name):
     path = str(ROOT / "dual_lora/lab/bundled" / name)
     case = bench.model_case(path, (2, 24), torch.float32, CPU)

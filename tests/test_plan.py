@@ -85,19 +85,34 @@ def test_a_plan_is_what_a_real_step_takes(model, dtype, method):
     # torch counts no attention on a CPU: two products forward, five backward, of 2 tokens^2 hidden each
     attention = 14 * 4 * 64**2 * base.config.hidden_size * base.config.num_hidden_layers
     assert found["flops"]["step"] == counter.get_total_flops() + attention
-    assert found["memory"]["activations"] == pytest.approx(kept, rel=0.05 if dtype == "float32" else 0.1)
+    held = found["memory"]["activations"] + found["memory"]["copies"]
+    assert held == pytest.approx(kept, rel=0.05 if dtype == "float32" else 0.1)
+    assert (found["memory"]["copies"] > 0) == (method == "full" and dtype == "bfloat16")
     assert found["memory"]["weights"] == sum(p.nbytes for p in adapted.parameters())
 
 
 def test_sharding_divides_what_it_shards_and_a_larger_batch_keeps_more():
-    size = {"weights": 800, "trained": 80, "gathered": 200}
+    size = {"frozen": 720, "trained": 80, "copies": 0, "gathered": 200}
     one, full = plan.memory(size, 1000, 1, "none"), plan.memory(size, 1000, 8, "full")
     copies = plan.memory(size, 1000, 8, "replicas")
     assert copies == one | {"gradients": 160, "reserve": 212, "peak": 2332}
     assert one["temporaries"] == 0 and plan.memory(size, 10, 1, "none")["temporaries"] == 70
-    assert (full["weights"], full["gradients"], full["optimizer"]) == (100, 10, 20)
+    assert (full["weights"], full["gradients"], full["optimizer"]) == (90 + 80, 80, 160)  # an adapter is whole
     assert full["activations"] == one["activations"] == 1000 and full["gathered"] == 200
     assert one["peak"] == pytest.approx(1.1 * (800 + 80 + 160 + 1000))
+
+
+def test_what_is_trained_in_full_is_shared_out_and_copied_in_16_bits_where_it_is_not():
+    size = {"frozen": 0, "trained": 800, "copies": 300, "gathered": 200}
+    one, full = plan.memory(size, 100, 1, "none"), plan.memory(size, 100, 8, "full")
+    assert (one["weights"], one["copies"], one["temporaries"]) == (800, 300, 400)
+    assert (full["weights"], full["gradients"], full["optimizer"], full["copies"]) == (100, 100, 200, 0)
+
+
+def test_rows_set_apart_are_not_planned_to_be_trained_on():
+    chosen = ["model=roberta-base", "task=glue/rte", "method=lora", "plan=true"]
+    rows = [plan.training_rows(s, task_of(s))[0] for s in map(cli.load, (chosen, [*chosen, "eval.holdout=500"]))]
+    assert rows == [2490, 1990]
 
 
 def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, monkeypatch):
@@ -117,7 +132,7 @@ def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, m
 @pytest.mark.parametrize(
     ("overrides", "mend"),
     [
-        (["model=llama3-8b", "method=full"], "would fit: hardware.sharding=full hardware.devices=2 (for 2 times"),
+        (["model=llama3-8b", "method=full"], "would fit: hardware.sharding=full hardware.devices=4 (for 4 times"),
         (["model=llama3-8b", "train.batch_size=64"], "would fit: train.batch_size=32 train.accumulation=2, or "),
         (["model=llama3-70b-instruct"], "hardware.sharding=full hardware.devices="),
         (

@@ -1,5 +1,6 @@
 """Reports from records made by hand: what stands in a cell, what is marked, what is said of differences."""
 
+import io
 import json
 import re
 import shutil
@@ -127,7 +128,7 @@ def test_differences_are_tested_on_the_predictions_and_over_tasks(study, tmp_pat
     assert len(shown) == 2
     assert shown[0].startswith("- glue/sst2 (accuracy), model roberta-base: Dual LoRA - LoRA: +20.0, 95 % interval +1")
     assert "Holm" in shown[0] and shown[0].endswith(": shown")
-    assert "better on 2 of 2 tasks; Wilcoxon" in text and "Interquartile mean" in text
+    assert "better on 2 of 2 tasks; p = 0.500, 0.500 corrected" in text and "Interquartile mean" in text
 
 
 def test_one_seed_shows_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
@@ -138,6 +139,76 @@ def test_one_seed_shows_nothing_and_other_examples_cannot_be_compared(study, tmp
     lines = done[0].record.folder / "predictions.jsonl"
     lines.write_text(lines.read_text().replace("v-0", "w-0"))
     assert "cannot be compared" in report.write(experiment, done, tmp_path)
+
+
+def test_a_report_has_the_same_bytes_whatever_the_locales_encoding(study, tmp_path, monkeypatch):
+    experiment, done = study(GLUE, lambda label, s: 80 if s.seed else None)
+    report.write(experiment, done, tmp_path / "utf-8")
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "latin-1")  # what pathlib asks
+    report.write(experiment, done, tmp_path / "latin-1")
+    for name in ("table.md", "table.tex", "report.html", "table.csv", report.DIFFERENCES):
+        assert (tmp_path / "latin-1" / name).read_bytes() == (tmp_path / "utf-8" / name).read_bytes()
+
+
+def test_lines_of_predictions_end_at_line_feeds_alone(study, tmp_path):
+    experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    for cell in done:
+        path = cell.record.folder / "predictions.jsonl"
+        path.write_text(path.read_text().replace('"answer"', '"output": "a\u2028b\x85c", "answer"'))
+    assert "cannot be compared" not in report.write(experiment, done, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"environment": {"model_files": {"model.safetensors": "f00d"}}}, "other base weights"),
+        ({"data": {"train": {"origin": "t", "rows": 9, "sha256": "f00d"}}}, "other training rows"),
+        ({}, None),  # of which it is not known
+    ],
+)
+def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
+    files = {"environment": {"model_files": {"model.safetensors": "beef"}}}
+    rows = {"data": {"train": {"origin": "t", "rows": 9, "sha256": "beef"}}}
+    experiment, done = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), **files, **rows)
+    odd = done[0]
+    assert (odd.cell.label, odd.settings.seed, odd.settings.task.name) == ("LoRA", 0, "glue/sst2")
+    shutil.rmtree(odd.record.folder)
+    finish(odd.settings, 80, **(files | rows | changes if changes else {}))
+    text = report.write(experiment, grid.look_up([cell.cell for cell in done], "made"), tmp_path)
+    assert text.count("cannot be compared") == (said is not None) and (said or "") in text
+    assert ("were done with different files and do not compare" in text) == (said == "other base weights")
+
+
+def test_that_the_best_epoch_is_reported_is_said(study, tmp_path):
+    for rule in ("last", "best"):
+        spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], f"task.checkpoint={rule}"]}}
+        text = report.write(*study(spec, lambda label, s: 80), tmp_path)
+        assert ("the epoch that did best on the reported rows" in text) == (rule == "best")
+
+
+def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
+    tune = {"holdout": 9, "relative": True, "grid": {"LoRA": [1, 2], "Dual LoRA": [1, 2]}}
+    spec = GLUE | {"columns": "method.rank", "published": [], "tune": tune}
+    ranks = [["method.rank=4", "train.lr=1e-3"], ["method.rank=8", "train.lr=2e-3"]]
+    spec |= {"full": GLUE["full"] | {"seeds": [0], "run": ["model=roberta-base", "task=glue/rte"], "blocks": ranks}}
+    experiment = Experiment.read("made", spec)
+    cells = experiment.compose([])
+    for cell in cells:
+        for number, trial in enumerate(cell.tuning):
+            finish(trial, 50 + 9 * (number == (trial.method.rank == 8)))
+    done = grid.look_up(cells, "made")
+    text = report.write(experiment, done, tmp_path)
+    assert "LoRA: 0.001, 0.004; chosen from 1, 2 times the rate of its protocol (4 runs, 2 a point)" in text
+    lines = [line for line in rows_of(text) if line[:2] == ["roberta-base", "glue/rte"]]
+    rates = (("4", "0.001 (edge)"), ("8", "0.004 (edge)"))
+    assert lines == [["roberta-base", "glue/rte", rank, rate, rate] for rank, rate in rates]
+
+
+def test_published_points_of_two_printings_are_two_lines():
+    spec = GLUE | {"columns": "method.rank", "published": ["dora_table15_rank_robustness"]}
+    points = figures.published_points(Experiment.read("made", spec))
+    assert points["llama-7b lora paper [published]"][32] == 74.7
+    assert points["llama-7b dora readme [published]"].to_dict() == {64: 76.8}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +279,10 @@ def test_the_page_needs_nothing_else_and_is_the_same_twice(study, tmp_path):
     page.feed((tmp_path / "a" / "report.html").read_text())
     assert not page.open and page.cells > 20
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+
+
+def test_latex_prints_bars_and_angles_in_any_encoding():
+    assert document.tex("570 | 569 < 576 >") == r"570 \textbar{} 569 \textless{} 576 \textgreater{}"
 
 
 def test_latex_escapes_what_it_must():
@@ -380,7 +455,7 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
     assert len(said) == 8 and said[0].startswith("- commonsense (boolq), model tiny-llama: Dual LoRA - LoRA: +30.0")
     assert said[0].endswith(": shown") and said[2].endswith(": not shown")
     assert "corrected over these 8 comparisons" in further
-    assert "+4.4 on average, better on 2 of 2 tasks; Wilcoxon" in further
+    assert "+4.4 on average, better on 2 of 8 tasks (6 equal); p = 0.500, 0.500 corrected" in further
     assert (
         "Interquartile mean of the main score over 8 tasks" in further and "| Dual LoRA | tiny-llama | 60.0" in further
     )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from dual_lora.lab import checkpoints, cli, evaluation, lock, loop, memory, runs, states, training
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
-from dual_lora.lab.stopping import STOP, Stopped
+from dual_lora.lab.stopping import ANEW, GOES_ON, STOP, Stopped
 
 # 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
 SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
@@ -542,3 +542,32 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
         raise RuntimeError("another")
     assert memory.smaller_batch(chosen("train.batch_size=9")).startswith("train.batch_size=3 train.accum")
     assert "task.max_length" in memory.smaller_batch(chosen("train.batch_size=1"))
+
+
+@pytest.mark.parametrize(("then", "kept"), [(GOES_ON, "with a checkpoint"), (ANEW, "without a checkpoint")])
+def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(then, kept, capfd):
+    def work() -> int:
+        with STOP.waiting(then=then):
+            os.kill(os.getpid(), signal.SIGTERM)
+            STOP.check()
+        return 0
+
+    with pytest.raises(SystemExit) as ended:
+        cli.guard(work)
+    said = capfd.readouterr().err
+    assert ended.value.code == cli.EXIT_STOPPED
+    assert f"SIGTERM: stopping after this step, {kept};" in said and f"the same command {then}" in said
+
+
+def test_a_stop_while_weights_are_kept_costs_no_training(runs_folder, monkeypatch):
+    asked, real = chosen("method=lora"), loop.Loop.check_weights
+
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    with monkeypatch.context() as patch, STOP.heard(), pytest.raises(Stopped):
+        patch.setattr(loop.Loop, "check_weights", stopped)
+        training.run(asked)
+    monkeypatch.setattr(loop.Loop, "fit", lambda *a: pytest.fail("trained again"))
+    assert training.run(asked)["steps"] == 7

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab import cli, comparison, evaluation, grid
+from dual_lora.lab import cli, comparison, evaluation, experiments, grid
 from dual_lora.lab.experiments import SCALES, Cell, Experiment, newest
 from dual_lora.lab.progress import Progress
 from dual_lora.lab.runs import Record
@@ -66,6 +66,46 @@ def test_every_experiment_composes_and_can_show_a_difference(name):
         assert all(cell.settings.model.bundled for cell in cells) == (scale == "smoke")
         count = comparisons(Experiment.load(name, scale), cells)
         assert holm([1 / (1 + enough(count)), *[1.0] * (count - 1)])[0] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "labels", "same"),
+    [
+        ("nlu", ["model=roberta-base", "task=glue/rte"], 6, {"train.epochs": {80}, "method.alpha": {None, 8}}),
+        ("commonsense", ["model=llama3-8b"], 8, {"hardware.base": {None}, "train.batch_size": {16}}),
+        ("rank_allocation", ["method.magnitude_ratio=0.0625"], 6, {"method.magnitude_ratio": {None, 0.0625}}),
+        ("rank_allocation", ["method.magnitude_ratio=0.25,0.5"], 6, {"method.magnitude_ratio": {None, 0.25, 0.5}}),
+        ("nlu", ["method=lora,dual_lora", "model=roberta-base", "task=glue/rte"], 3, {"method.rank": {8}}),
+        ("nlg", ["model=gpt2-medium"], 6, {"model.name": {"gpt2-medium"}}),
+        # what says not where a run stands is a setting of all
+        ("commonsense", ["model=llama3-8b", "train.batch_size=8"], 8, {"train.batch_size": {8}}),
+        ("update_rank", ["train.max_steps=1"], 3, {"train.max_steps": {1}}),
+    ],
+)
+def test_a_value_of_the_table_chooses_among_its_runs(name, extra, labels, same):
+    cells = Experiment.load(name).compose([*extra, "seed=0"])
+    assert len({cell.label for cell in cells}) == labels
+    assert not any(cell in cells[:number] for number, cell in enumerate(cells))
+    for key, values in same.items():
+        assert {experiments.setting(cell.settings, key) for cell in cells} == values
+
+
+def test_different_runs_in_one_place_of_the_table_are_refused():
+    with pytest.raises(UserError, match="^experiment=rank_sweep method.rank=17: LoRA would hold .* method.alpha 4"):
+        Experiment.load("rank_sweep").compose(["method.rank=17"])
+    pairs = [["model=tiny-roberta", "task=demo/sentiment"], ["model=tiny-llama", "task=demo/choice"]]
+    two = Experiment.read("two", SPEC | {"smoke": SPEC["smoke"] | {"blocks": pairs, "run": []}})
+    with pytest.raises(UserError, match="^experiment=two: no cell of it has model=tiny-llama task=demo/sentiment;"):
+        two.compose(["model=tiny-llama", "task=demo/sentiment"])
+    with pytest.raises(UserError, match="^experiment=two method=dora: its rows have dual_lora, lora$"):
+        two.compose(["method=dora"])
+
+
+def test_a_grid_can_be_relative_to_the_rate_of_a_runs_protocol():
+    extra = ["model=deberta-v2-xxlarge", "task=glue/sst2", "seed=0"]
+    cells = {cell.label: cell for cell in Experiment.load("nlu").compose(extra)}
+    rates = {label: [trial.train.lr for trial in cell.tuning] for label, cell in cells.items()}
+    assert rates["LoRA"] == rates["Dual LoRA"] == [3e-5, 6e-5, 1.2e-4] and rates["Full"] == [1.5e-6, 3e-6, 6e-6]
 
 
 def comparisons(experiment: Experiment, cells: list[grid.Cell]) -> int:
@@ -213,7 +253,7 @@ def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder,
     assert grid.sweep([name, "train.max_steps=20", "train.max_examples=null", "eval.max_examples=64", *steps]) == 0
     shown = capsys.readouterr().out
     assert "4 runs to choose learning rates, 0 finished" in shown and "4 runs, 0 finished" in shown
-    assert "chosen from 1e-05, 0.005 (2 runs a task) by the main score on 32 training examples set apart" in shown
+    assert "chosen from 1e-05, 0.005 (2 runs, 2 a point) by the main score on 32 training examples set apart" in shown
     results = [json.loads(path.read_text()) for path in runs_folder.glob("small/*/result.json")]
     trials = [r for r in results if r["seed"] == 1000]
     assert len(trials) == 4 and all(r["data"]["validation"]["rows"] == 32 for r in trials)

@@ -12,12 +12,13 @@ import forked
 import pytest
 import torch
 from conftest import ROOT
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from wandb_stub import WandbStub
 
 import tasks
 from dual_lora import set_update_scale
-from dual_lora.lab import cli, evaluation, methods, models, runs, training
+from dual_lora.lab import cli, data, evaluation, methods, models, reevaluation, runs, training
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 
@@ -152,6 +153,65 @@ def test_outputs_do_not_depend_on_the_batch_size(model):
         chosen = settings(model, f"eval.batch_size={size}")
         given[size] = evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test")
     assert given[1] == given[8]
+
+
+@pytest.mark.parametrize("fit", [3, 1])
+def test_rows_that_memory_does_not_hold_at_once_are_evaluated_by_parts(fit, monkeypatch):
+    chosen, task, adapted, tokenizer = attached("tiny-roberta", "lora", "eval.batch_size=8")
+    rows, real, sizes = list(task.split("validation").rows.select(range(16))), evaluation.classify, []
+    whole = evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test")
+
+    def classify(model, tokenizer, task, rows, settings):
+        sizes.append(len(rows))
+        if len(rows) > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, tokenizer, task, rows, settings)
+
+    monkeypatch.setattr(evaluation, "classify", classify)
+    assert evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test") == whole
+    assert sizes == {3: 2 * [8, 4, 2, 2, 4, 2, 2], 1: 2 * [8, *2 * [4, *2 * [2, 1, 1]]]}[fit]
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), [("tiny-roberta", "full"), ("tiny-llama", "full"), ("tiny-deberta", "lora")]
+)
+def test_what_trains_is_held_in_float32_whatever_the_model_is_in(model, method, runs_folder, capsys):
+    chosen, _, adapted, _ = attached(model, method, "model.dtype=bfloat16", "train.lr=1e-5")
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    frozen = {p.dtype for n, p in adapted.named_parameters() if not p.requires_grad and ".original_module." not in n}
+    assert frozen == (set() if method == "full" else {torch.bfloat16})
+    result = training.run(chosen)
+    record = Record(runs_folder / "adhoc" / result["identity"])
+    assert cli.evaluate_again([f"run={record.folder}"]) == 0
+    again, _ = reevaluation.load_trained(chosen, record, tasks.load(chosen.task.name))
+    (file,) = record.folder.glob("*/*model.safetensors")
+    left = load_file(file)
+    assert {t.dtype for t in left.values()} == {torch.float32}
+    held = again.state_dict() if method == "full" else get_peft_model_state_dict(again)
+    assert all(torch.equal(held[name], tensor) for name, tensor in left.items())
+
+
+def test_float16_is_not_trained_in_without_a_gpu(runs_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="^model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16"):
+        training.run(settings("tiny-roberta", "model.dtype=float16"))
+
+
+def test_a_model_has_room_behind_the_position_of_padding():
+    for model, tokens in (("tiny-roberta", 256), ("tiny-deberta", 256), ("tiny-llama", 256)):
+        chosen = settings(model)
+        base, _ = models.load(chosen, tasks.load(chosen.task.name))
+        assert data.room(base) == tokens
+        ids = torch.full((1, tokens), 7)
+        assert base(input_ids=ids).logits.isfinite().all()
+        if model == "tiny-roberta":
+            with pytest.raises(RuntimeError, match="out of bounds"):
+                base(input_ids=torch.full((1, tokens + 1), 7))
+
+
+def test_a_prompt_that_leaves_no_room_for_its_target_is_refused(runs_folder):
+    with pytest.raises(UserError, match=r"^task.max_length=8: the prompt of \S+ is \d+ tokens, so nothing of its"):
+        training.run(settings("tiny-llama", "task.max_length=8"))
 
 
 def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypatch):
@@ -327,12 +387,20 @@ def test_a_folder_is_not_taken_for_a_model_of_the_hub():
         runs.model_facts(chosen)
 
 
-def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path):
+def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path, monkeypatch):
     result = training.run(settings("tiny-roberta"))
     folder = runs_folder / "adhoc" / result["identity"]
     with pytest.raises(UserError, match="no config.yaml there"):
         cli.evaluate_again([f"run={tmp_path}"])
     stored = json.loads((folder / "result.json").read_text())
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="of demo/sentiment, which is now version 99;"):
+        patch.setattr(type(tasks.load("demo/sentiment")), "version", 99)
+        cli.evaluate_again([f"run={folder}"])
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("beams: 1", "beams: 2") + "\n")
+    with pytest.raises(UserError, match="config.yaml: not as the run left it"):
+        cli.evaluate_again([f"run={folder}"])
+    (folder / "config.yaml").write_text(config)
     stored["data"]["validation"]["sha256"] = stored.pop("digest")
     (folder / "result.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="not the validation rows this run was evaluated on"):
@@ -373,6 +441,19 @@ def test_what_an_export_in_16_bits_loses_is_said(runs_folder, tmp_path, capsys):
             cli.evaluate_again([run, *arguments])
 
 
+def test_an_export_that_fails_leaves_nothing_in_the_way_of_the_next(runs_folder, tmp_path, monkeypatch):
+    run = f"run={runs_folder / 'adhoc' / training.run(settings('tiny-roberta'))['identity']}"
+
+    def full(*args, **kwargs):
+        (tmp_path / "out" / "half").write_text("a")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=f"export={tmp_path / 'out'}: "):
+        patch.setattr("dual_lora.lab.export.shutil.copytree", full)
+        cli.evaluate_again([run, f"export={tmp_path / 'out'}"])
+    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}"]) == 0 and not (tmp_path / "out/half").exists()
+
+
 def test_another_batch_size_must_be_a_number(runs_folder):
     with pytest.raises(UserError, match="eval.batch_size=abc: must be a whole number"):
         cli.evaluate_again(["run=nowhere", "eval.batch_size=abc"])
@@ -397,6 +478,16 @@ def test_training_starts_from_another_runs_weights_with_a_fresh_head(method, run
     heads = {name for name in fresh if {"pooler", "classifier"} & set(name.split("."))}
     assert changed and heads and not changed & heads
     assert len(changed) > 0.5 * (len(fresh) - len(heads))
+    assert training.run(chosen)["steps"] == 4
+
+
+def test_training_in_full_starts_from_another_run_of_a_model_with_tied_embeddings(runs_folder):
+    first = training.run(settings("tiny-gpt2", "method=full"))
+    folder = runs_folder / "adhoc" / first["identity"]
+    chosen, _, model, _ = attached("tiny-gpt2", "full", f"init_from={folder}")
+    kept = load_file(folder / "model/model.safetensors")
+    assert "lm_head.weight" not in kept and all(torch.equal(model.state_dict()[n], t) for n, t in kept.items())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
     assert training.run(chosen)["steps"] == 4
 
 
@@ -474,6 +565,20 @@ def test_twenty_steps_have_the_golden_losses(method, runs_folder):
     if os.environ.get("DUAL_LORA_GOLDEN") == "write":
         golden.write_text(json.dumps(losses, indent=1) + "\n")
     assert losses == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
+
+
+def test_how_much_of_signs_gradient_is_clipped_is_logged(runs_folder):
+    found = {}
+    for extra in ("train.loss_scale=null", "train.loss_scale=65536", "+method.peft.kernel=eager", "method=lora"):
+        words = ["train.log_steps=2", extra] + ["train.loss_scale=65536"] * extra.endswith("eager")
+        result = training.run(settings("tiny-roberta", *words))
+        logged = Record(runs_folder / "adhoc" / result["identity"]).logged()
+        shares = [row["train/clipped_share"] for row in logged if "train/clipped_share" in row]
+        assert len(shares) == (0 if extra == "method=lora" else 2)
+        assert result["clipped_share"] == max(shares, default=None)
+        found[extra] = result["clipped_share"]
+    none, scaled, eager, _ = found.values()
+    assert none == 0 and 0 < scaled < 1 and eager == pytest.approx(scaled, rel=1e-3)
 
 
 def test_the_clip_of_signs_gradient_bites_under_a_scaled_loss_alone(runs_folder):

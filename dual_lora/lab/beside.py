@@ -10,8 +10,8 @@ from math import isclose
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.grid import Done, setting
+from dual_lora.lab.experiments import Experiment, setting
+from dual_lora.lab.grid import Done
 from dual_lora.lab.results import Column, columns, headed, heading
 from dual_lora.paper import Row, Table
 

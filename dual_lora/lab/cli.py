@@ -397,7 +397,7 @@ def read_again(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int
         require(whole, f"{key}={value[:80]}: must be a whole number above 0")
         given[key] = known[key](value)
     for key in PLACES & given.keys():
-        place(key, given[key])
+        given[key] = str(place(key, given[key]))
     require("run" in given, "run=runs/STUDY/ID is needed: which run?")
     return Path(given.pop("run")), given
 
@@ -425,7 +425,7 @@ def evaluate_again(argv: list[str]) -> int:
     settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:
-        return export_run(settings, record, Path(folder).expanduser(), dtype or settings.model.dtype)
+        return export_run(settings, record, Path(folder), dtype or settings.model.dtype)
     if analyse == "true":
         return analyse_run(settings, record, Path(against) if against else None, values)
     from dual_lora.lab import reevaluation
@@ -489,5 +489,5 @@ def guard(do: Callable[..., int], *args: object) -> None:
             print(f"{name}: {without_secrets(message)}", file=sys.stderr)
         sys.exit(code)
     except Stopped as stopped:
-        print(f"{name}: stopped by {stopped}; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: stopped by {stopped}; the same command {stopped.then}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -14,8 +14,8 @@ import pandas as pd
 import tasks
 from dual_lora.lab import stats
 from dual_lora.lab.document import Block, Table, Text
-from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.grid import Done, setting
+from dual_lora.lab.experiments import Experiment, setting
+from dual_lora.lab.grid import Done
 from dual_lora.lab.results import FIELDS, columns, heading, unit
 from dual_lora.lab.settings import UserError, require
 from dual_lora.lab.stats import Difference
@@ -111,12 +111,44 @@ def tested(match: Match, further: list[str], sizes: tuple[int, int]) -> Iterator
     """Yield a match by its task's main score and by further ones. sizes: how many comparisons there are of each."""
     metrics = {match.task.metric: sizes[0], **dict.fromkeys(further, sizes[1])}
     try:
+        check_beginnings(match)
         runs = [{cell.settings.seed: predictions(cell) for cell in cells} for cells in (match.ours, match.theirs)]
     except UserError as error:
         yield from (Pair(match, metric, unknown(error)) for metric in metrics)
         return
     for metric, comparisons in metrics.items():
         yield Pair(match, metric, paired(match, runs, metric, comparisons))
+
+
+def check_beginnings(match: Match) -> None:
+    """Refuse to compare runs of the same model and data, as their settings say, that were done with other files.
+
+    Raises:
+        UserError: with the files.
+    """
+    for one in match.ours:
+        for other in match.theirs:
+            if one.settings.model == other.settings.model:
+                known = {weights(cell) for cell in (one, other)} - {None}
+                require(len(known) < 2, f"{one.record.name} and {other.record.name}: other base weights")
+            if one.settings.seed == other.settings.seed and protocol(one) == protocol(other):
+                known = {rows_trained_on(cell) for cell in (one, other)} - {None}
+                require(len(known) < 2, f"{one.record.name} and {other.record.name}: other training rows")
+
+
+def weights(cell: Done) -> str | None:
+    """Return the SHA-256 of the base model's files, as one text; None where they were not written down."""
+    files = cell.record.made_with().get("model_files")
+    return files and json.dumps(files, sort_keys=True)
+
+
+def rows_trained_on(cell: Done) -> str | None:
+    return cell.result["data"].get("train", {}).get("sha256")
+
+
+def protocol(cell: Done) -> object:
+    """Return what of a run's settings chooses its training rows, beside the seed."""
+    return cell.settings.task, cell.settings.eval.holdout, cell.settings.train.max_examples
 
 
 def paired(match: Match, runs: list[dict[int, list[Row]]], metric: str, comparisons: int) -> Difference:
@@ -153,7 +185,7 @@ def predictions(cell: Done) -> list[Row]:
     cell.record.check("predictions.jsonl")
     name = f"{cell.record.name}/predictions.jsonl"
     try:
-        rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").open(encoding="utf-8")]
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: missing or damaged") from error
     require(bool(rows) and all(isinstance(r, dict) and {"split", "id"} <= r.keys() for r in rows), f"{name}: damaged")
@@ -258,8 +290,11 @@ def over_tasks(pairs: list[Pair]) -> Iterator[Block]:
         groups.setdefault(key, {}).update(apart(pair))
     several = {key: found for key, found in groups.items() if len(found) > 1}
     if several:
+        tests = [stats.across_tasks(found) for found in several.values()]
+        adjusted = stats.holm([test.p for test in tests])
         yield Text("Over tasks", heading=True)
-        yield Text(items=tuple(wilcoxon(*key, found) for key, found in several.items()))
+        yield Text(f"Wilcoxon's test of the differences above, Holm's correction over these {len(tests)}.")
+        yield Text(items=tuple(map(wilcoxon, several, several.values(), tests, adjusted)))
 
 
 def apart(pair: Pair) -> dict[str, float]:
@@ -271,13 +306,15 @@ def apart(pair: Pair) -> dict[str, float]:
     return scaled if by_set else whole
 
 
-def wilcoxon(label: str, baseline: str, where: tuple, found: dict[str, float]) -> str:
-    result = stats.across_tasks(found)
+def wilcoxon(key: Key, found: dict[str, float], result: stats.OverTasks, adjusted: float) -> str:
+    """Return a test over tasks as a sentence."""
+    label, baseline, where = key
     at = "".join(f", {heading(key)} {shown(value)}" for key, value in where)
     mean = float(np.mean(list(found.values())))
+    equal = f" ({len(found) - result.tasks} equal)" if result.tasks < len(found) else ""
     return (
-        f"{label} - {baseline}{at}: {mean:+.1f} on average, better on {result.wins} of {result.tasks} tasks; Wilcoxon "
-        f"p = {result.p:.3f}{f' ({result.note})' if result.note else ''}"
+        f"{label} - {baseline}{at}: {mean:+.1f} on average, better on {result.wins} of {len(found)} tasks{equal}; "
+        f"p = {result.p:.3f}, {adjusted:.3f} corrected{f' ({result.note})' if result.note else ''}"
     )
 
 

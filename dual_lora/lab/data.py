@@ -24,12 +24,21 @@ def check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
     Raises:
         UserError: with the model's limit.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or tokens
+    limit = room(model) or tokens
     require(
         tokens <= limit,
         f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, the data needs "
         f"{tokens} with task.max_new_tokens; lower task.max_length or take another model",
     )
+
+
+def room(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model has positions for; None if there is no such limit. RoBERTa's positions begin
+    behind that of padding."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(places, "padding_idx", None)
+    return limit and limit - (0 if padding is None else padding + 1)
 
 
 def sentences(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
@@ -67,6 +76,11 @@ def generation(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callab
         target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids = (prompt + target)[: settings.task.max_length]
         labels = (prompt if settings.task.loss_on_prompt else [IGNORED] * len(prompt)) + target
+        require(
+            any(label != IGNORED for label in labels[: len(ids)]),
+            f"task.max_length={settings.task.max_length}: the prompt of {row['id']} is {len(prompt)} tokens, so "
+            "nothing of its target is trained on; raise it",
+        )
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[: len(ids)]}
 
     return columns

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dual_lora.lab import beam_search, cache, data, hub, models, processes
+from dual_lora.lab.faults import out_of_memory
 from dual_lora.lab.memory import keep_freed
 from dual_lora.lab.runs import told
 from dual_lora.lab.settings import Settings, UserError, require
@@ -83,6 +84,10 @@ def outputs(
     training = model.training
     model.eval()
     ask = ask or (generate if task.form == "generation" else classify)
+
+    def asked(rows: list[Row]) -> list[Output]:
+        return ask(model, tokenizer, task, rows, settings)
+
     texts = [row.get("prompt") or row["text"] + row["text_pair"] for row in rows]
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
@@ -92,15 +97,28 @@ def outputs(
     mine = batches[processes.rank() :: processes.number()] if alone else batches
     found: list[tuple[int, Output]] = []
     bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=not processes.first())
-    with bar, torch.inference_mode() if alone else torch.no_grad():  # gathered weights serve training later
+    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # gathered weights serve training later
+    with bar, no_gradients, models.autocast(model, settings, task):
         for batch in bar:
-            found += zip(batch, ask(model, tokenizer, task, [rows[i] for i in batch], settings), strict=True)
+            found += zip(batch, within_memory(asked, [rows[i] for i in batch], halve=alone), strict=True)
     for module in () if alone else model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # training must gather again, with gradients
     model.train(training)
     output = dict(processes.collect(found) if alone else found)
     return [output[i] for i in range(len(rows))]
+
+
+def within_memory(ask: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
+    """Return what `ask` makes of the rows, of half of them at a time where memory does not suffice for all (`halve`): a
+    smaller `eval.batch_size` would be another run, and its training lost."""
+    try:
+        return ask(rows)
+    except Exception as error:
+        if not halve or len(rows) == 1 or not out_of_memory(error):
+            raise
+    middle = len(rows) // 2  # behind the handler, where the error no longer holds what was computed
+    return [made for part in (rows[:middle], rows[middle:]) for made in within_memory(ask, part, halve)]
 
 
 def classify(

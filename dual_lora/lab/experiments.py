@@ -23,7 +23,8 @@ A file gives, for all scales and again (in place of it; `run` and `seeds` aside)
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
 """
 
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -42,13 +43,15 @@ NAMES = ("name", "scale", "study")  # fields that no file gives
 @dataclass(frozen=True)
 class Tune:
     """The choice of the learning rate, the same for every label: `grid` holds each label's rates, all grids have as
-    many. A rate is chosen by the main score on rows that are not reported, with the seed `seed` of its own: either
-    `holdout` training examples that are set apart from training, or what the task's `options` say is scored."""
+    many; with `relative` they are multiples of the rate a run has otherwise. A rate is chosen by the main score on rows
+    that are not reported, with the seed `seed` of its own: either `holdout` training examples that are set apart from
+    training, or what the task's `options` say is scored."""
 
     grid: dict[str, list[float]]
     holdout: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 1000
+    relative: bool = False
 
     def where(self) -> str:
         """Return what rates are chosen on."""
@@ -142,19 +145,60 @@ class Experiment:
             require(self.tune.where() != "", f"{where}: tune: give holdout or options, rates need rows to be chosen on")
 
     def compose(self, extra: list[str]) -> list[Cell]:
-        """Return every cell, composed and checked. `extra` overrides come last; a seed among them replaces the seeds.
+        """Return every cell, composed and checked. `extra` overrides come last, and a seed among them replaces the
+        seeds. A model, task, method or value of what heads rows and columns that the experiment has itself chooses its
+        runs, with all else they have.
 
         Raises:
-            UserError: one of them is wrong.
+            UserError: one of them is wrong, or different runs would stand in one place of the table.
         """
         study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.study}"]
-        found = []
-        for block in self.blocks:
-            for label, ways in self.cells.items():
-                for way in ways if isinstance(ways[0], list) else [ways]:
-                    for job in cli.parse(newest([*self.run, *block, *way, *study, *extra])):
-                        found += self.seeded(label, cli.load(job), any(e.startswith("seed=") for e in extra))
+        jobs = [
+            (label, dict(map(split, job)))
+            for block in self.blocks
+            for label, ways in self.cells.items()
+            for way in (ways if isinstance(ways[0], list) else [ways])
+            for job in cli.parse(newest([*self.run, *block, *way, *study]))
+        ]
+        places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.heads()}
+        has = {key: {job[key] for _, job in jobs if key in job} for key in places}
+        found: list[Cell] = []
+        for more in map(dict, (map(split, words) for words in cli.parse(newest(extra)))):
+            chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
+            rest = {key: value for key, value in more.items() if key not in chosen}
+            rows = ", ".join(sorted(has["method"]))
+            require("method" not in rest, f"experiment={self.name} method={rest.get('method')}: its rows have {rows}")
+            for label, job in jobs:
+                if all(job.get(key, value) == value for key, value in chosen.items()):
+                    settings = cli.load(list(map("=".join, (job | rest).items())))
+                    found += [cell for cell in self.seeded(label, settings, "seed" in rest) if cell not in found]
+        require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
+        self.check_places(found, extra)
         return found
+
+    def heads(self) -> list[str]:
+        """Return the settings that say where in the table a run stands, beside its label and its task."""
+        named = isinstance(self.columns, str) and self.columns != "published"
+        return [*self.rows, *([self.columns] if named else [])]
+
+    def check_places(self, cells: list[Cell], extra: list[str]) -> None:
+        """Refuse different runs that would be averaged as if they were the same but for the seed.
+
+        Raises:
+            UserError: with a setting in which they differ.
+        """
+        known: dict[tuple, Settings] = {}
+        for cell in cells:
+            mine = cell.settings
+            where = (cell.label, mine.seed, mine.task.name, *(setting(mine, key) for key in self.heads()))
+            other = known.setdefault(where, mine)
+            for key in dict.fromkeys((*flat(asdict(mine)), *flat(asdict(other)))) if mine != other else ():
+                values = setting(other, key), setting(mine, key)
+                require(
+                    values[0] == values[1],
+                    f"experiment={self.name}{''.join(f' {word}' for word in extra)}: {cell.label} would hold runs with "
+                    f"{key} {values[0]} and {values[1]} in one place; choose among the values it has",
+                )
 
     def seeded(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
         """Return a cell for each seed, with the runs its rate is chosen by."""
@@ -170,7 +214,32 @@ class Experiment:
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
         told = replace(settings.wandb, job_type="tune")
         alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
-        return tuple(replace(alone, train=replace(alone.train, lr=float(rate))) for rate in self.tune.grid[label])
+        unit = alone.train.lr if self.tune.relative else 1
+        rates = [float(f"{float(rate) * unit:.6g}") for rate in self.tune.grid[label]]
+        return tuple(replace(alone, train=replace(alone.train, lr=rate)) for rate in rates)
+
+
+def setting(settings: Settings, key: str) -> object:
+    """Return the value of a setting by its full name, e.g. "train.lr"; None where a method does not have it."""
+    value = asdict(settings)
+    for part in key.split("."):
+        value = (value or {}).get(part)
+    return value
+
+
+def flat(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Yield the full name of every setting."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
+
+
+def split(word: str) -> tuple[str, str]:
+    """Return what an override sets, and to what."""
+    key, _, value = word.partition("=")
+    return key, value
 
 
 def no_default(field: Field) -> bool:

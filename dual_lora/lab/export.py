@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dual_lora.lab import faults, models, nf4, reevaluation, training
+from dual_lora.lab.disk import remove
 from dual_lora.lab.loop import disk_errors
 from dual_lora.lab.runs import Record, task_of
 from dual_lora.lab.settings import Settings, UserError
@@ -40,11 +41,15 @@ def write(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
             tokenizer.save_pretrained(folder)
             if (record.folder / "adapter").is_dir():
                 shutil.copytree(record.folder / "adapter", folder / "adapter")
-    except OSError as error:
-        raise UserError(f"export={folder}: {faults.line(error)}") from error
-    options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **models.NO_CODE}
-    loaded = models.head_class(task).from_pretrained(folder, **options)
-    found = logits(loaded.eval())
+        options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **models.NO_CODE}
+        loaded = models.head_class(task).from_pretrained(folder, **options)
+        found = logits(loaded.eval())
+    except BaseException as error:
+        for path in folder.glob("*"):  # it was empty, and is so again for the next try
+            remove(path)
+        if isinstance(error, OSError):
+            raise UserError(f"export={folder}: {faults.line(error)}") from error
+        raise
     error = ((found - unmerged).norm() / unmerged.norm()).item()
     base = ", its 4-bit base dequantised" if settings.hardware.base else ""
     return f"exported: {folder} ({dtype}{base}); its logits differ from the unmerged run's by {error:.1e} of their norm"

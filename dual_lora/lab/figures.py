@@ -41,9 +41,10 @@ def draw(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Figu
     return points(experiment, values, done)
 
 
-def spread(values: pd.DataFrame) -> str:
+def spread(experiment: Experiment, values: pd.DataFrame) -> str:
     """Return what the bars of a figure are."""
-    sizes = sorted(set(values.groupby(["label", "column"], dropna=False)["seed"].nunique()))
+    known = values.dropna(subset="value")
+    sizes = sorted(set(known.groupby([*experiment.rows, "label", "column"], dropna=False)["seed"].nunique()))
     if sizes[-1] == 1:
         return "one run each, so no spread is known"
     return f"bars: ± 1 sample standard deviation of {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} runs"
@@ -70,7 +71,7 @@ def lines(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Fig
         panels[-1].set(title="published" if experiment.scale == "full" else "published: other model and tasks")
     for axes in panels:
         over(axes, experiment.columns, values["column"].dropna())
-    legend(figure, panels, spread(values))
+    legend(figure, panels, spread(experiment, values))
     return figure
 
 
@@ -135,8 +136,9 @@ def published_points(experiment: Experiment) -> dict[str, pd.Series]:
         for row in table.rows if key in table.keys and "avg" in table.columns else ():
             value = row.values.get("avg")
             if value and value.number:
-                extra = f" {row.keys['rank']}" if row.keys[key] is None else ""
-                label = f"{row.keys['model']} {row.keys['method']}{extra} [{value.status}]"
+                words = [str(k) for name, k in row.keys.items() if isinstance(k, str) and name != "params"]
+                words += [str(row.keys["rank"])] if row.keys[key] is None else []
+                label = f"{' '.join(words)} [{value.status}]"
                 found.setdefault(label, []).append((row.keys[key], value.number))
     return {label: pd.Series(dict(pairs)) for label, pairs in found.items()}
 
@@ -169,7 +171,7 @@ def points(experiment: Experiment, values: pd.DataFrame, done: list[Done]) -> Fi
         axes.set(title=str(head), xlabel=unit, yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
         axes.set_yticklabels(order if axes in panels[::PANELS] else [], fontsize="small")
         axes.grid(alpha=0.3)
-    figure.supxlabel(spread(values), fontsize="small")
+    figure.supxlabel(spread(experiment, values), fontsize="small")
     return figure
 
 

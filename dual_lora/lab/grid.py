@@ -4,7 +4,7 @@ import json
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 from operator import itemgetter
 
@@ -76,14 +76,6 @@ def current(result: dict, settings: Settings) -> bool:
 def clean(made_with: dict) -> bool:
     """Whether a run was done with code that a commit holds, as far as its environment tells."""
     return made_with.get("uncommitted_changes") is False
-
-
-def setting(settings: Settings, key: str) -> object:
-    """Return the value of a setting by its full name, e.g. "train.lr"; None where a method does not have it."""
-    value = asdict(settings)
-    for part in key.split("."):
-        value = (value or {}).get(part)
-    return value
 
 
 def tuned(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
@@ -184,8 +176,8 @@ def run_here(jobs: list[Settings], progress: Progress, then: list[Settings]) -> 
         left = progress.left([*jobs[number:], *then])
         print(f"\n[{number + 1}/{len(jobs)}] {Record.of(job).name}, {left}", flush=True)
         started = time.monotonic()
-        cli.attempt(job)
-        progress.add(job, time.monotonic() - started)
+        if cli.attempt(job) is None:  # a failed one tells nothing of how long others take
+            progress.add(job, time.monotonic() - started)
 
 
 def run_all(cells: list[Cell], study: str, launcher: list[str]) -> int:

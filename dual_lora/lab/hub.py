@@ -31,7 +31,7 @@ def address() -> tuple[str, int]:
 @functools.cache
 def cut() -> bool:
     """Return whether nobody answers at the hub's address; behind a proxy that cannot be told, so it is not said."""
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() - {"no"}:
         return False
     where = address()
     try:

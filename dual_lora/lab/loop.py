@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from dual_lora.functional import CLIPPED
 from dual_lora.lab import checkpoints, processes, states
 from dual_lora.lab.disk import remove, writing
 from dual_lora.lab.faults import out_of_memory
 from dual_lora.lab.models import sharded
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
-from dual_lora.lab.stopping import STOP, Stopped
+from dual_lora.lab.stopping import ANEW, GOES_ON, STOP, Stopped
 
 ROW = "row"  # the column with a training example's number
 # What a checkpoint holds beside the Trainer's own files and those of `states`, which takes the place of its pickles.
@@ -71,7 +72,7 @@ class BestEpoch(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
-        if not ended or self.scored == state.global_step or STOP.asked:
+        if not ended or self.scored == state.global_step or processes.any_of(bool(STOP.asked)):
             return
         began = time.perf_counter()
         try:
@@ -161,9 +162,10 @@ class Loop(Trainer):
             Stopped: a stop was asked for; the newest checkpoint is of this moment.
         """
         self.began = self.kept_at = time.perf_counter()
-        with STOP.waiting():
+        CLIPPED.take()  # what a run that failed before this one left
+        with STOP.waiting(then=GOES_ON if self.keeps else ANEW):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        STOP.check()
+            STOP.check()
         self.check()
         return done._replace(training_loss=self.mean(done.training_loss))
 
@@ -191,7 +193,11 @@ class Loop(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         rows = inputs.pop(ROW)
-        loss = super().training_step(model, inputs, num_items_in_batch) / self.scale
+        CLIPPED.watching = (self.state.global_step + 1) % self.args.logging_steps == 0
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch) / self.scale
+        finally:
+            CLIPPED.watching = False
         self.recent.append(("loss", self.state.global_step + 1, [rows], loss))
         return loss
 
@@ -204,7 +210,8 @@ class Loop(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
+        share = CLIPPED.take()
+        super().log(logs if share is None else {**logs, "clipped_share": share}, start_time)
         self.check()
 
     def check(self) -> None:

@@ -60,9 +60,9 @@ def smaller_model(settings: Settings) -> str:
     return f"a smaller model{half} takes less, or take a machine with more"
 
 
-def fewer_rows(settings: Settings) -> str:
-    """Return the setting that evaluates fewer rows at a time."""
-    size = settings.eval.batch_size
+def fewer_rows(settings: Settings, sharded: bool) -> str:
+    """Return what evaluates in less, where a single row does not fit, or several that must be done together."""
+    size = settings.eval.batch_size if sharded else 1
     return f"eval.batch_size={size // 2} takes less" if size > 1 else smaller_model(settings)
 
 

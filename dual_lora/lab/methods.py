@@ -88,8 +88,10 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
     file = init_file(settings)
     with models.readable(f"init_from={settings.init_from}: cannot read {file.name}", "take another run"):
         weights = load_file(file)
-    heads = {"classifier", "score", *settings.model.head}
+    heads = settings.model.heads
     own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    shared = {name for name in getattr(model, "_tied_weights_keys", None) or () if name not in weights}
+    own = {name: t for name, t in own.items() if name not in shared}  # a file has what is tied once
     chosen = {name: t if heads & set(name.split(".")) else weights.pop(name, None) for name, t in own.items()}
     left = [name for name in weights if not heads & set(name.split("."))]
     other = left + [name for name, t in chosen.items() if t is None or t.shape != own[name].shape]
@@ -98,7 +100,7 @@ def start_from(model: torch.nn.Module, settings: Settings) -> None:
         f"init_from={settings.init_from}: does not fit at {other[:1]}; take the run's own model.adapt and method.rank",
     )
     if not isinstance(model, PeftModel):
-        model.load_state_dict(chosen)
+        model.load_state_dict(chosen, strict=not shared)
         return
     set_peft_model_state_dict(model, chosen)
     for factors in factors_of(model):  # a ramp of another length must not start anew in its middle

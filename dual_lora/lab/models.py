@@ -67,7 +67,7 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
-    options = {"dtype": getattr(torch, settings.model.dtype), "use_safetensors": True, **head_options(task)}
+    options = {"dtype": dtype(settings), "use_safetensors": True, **head_options(task)}
     options |= nf4.options(settings)
     file = gguf(settings)
     if file:
@@ -76,7 +76,8 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
         options |= shards(settings, task)
         model, found = head_class(task).from_pretrained(**place(settings), **options, output_loading_info=True)
     nf4.keep_as_loaded(model)
-    fresh = {"classifier", "score", *settings.model.head}
+    hold_trained(model, settings, task)
+    fresh = settings.model.heads
     lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
     require(
         not lacking,
@@ -94,12 +95,37 @@ def load(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTok
     return model, tokenizer
 
 
+def dtype(settings: Settings) -> torch.dtype:
+    """Return what the model's weights are held in: `model.dtype`, but float32 where all of them train. In 16 bits a
+    usual step is less than the distance to the next number, and AdamW's means never decay; products are taken in
+    `model.dtype` all the same (`autocast`)."""
+    return torch.float32 if settings.method.peft is None else getattr(torch, settings.model.dtype)
+
+
+def hold_trained(model: PreTrainedModel, settings: Settings, task: Task) -> None:
+    """Hold in float32, too, what an adapter method trains of the base model: heads, and what it is told to train."""
+    heads = settings.model.heads if task.form != "generation" else set()
+    names = heads | set((settings.method.peft or {}).get("modules_to_save") or ())
+    for name, weight in model.named_parameters():
+        if names & set(name.split(".")) and weight.dtype.itemsize < 4:
+            weight.data = weight.data.float()
+
+
+def autocast(model: torch.nn.Module, settings: Settings, task: Task) -> AbstractContextManager[None]:
+    """Take products in `model.dtype` outside of training as the Trainer does in it, where weights of other types meet:
+    those of a head, and all that were trained."""
+    kind, mixed = getattr(torch, settings.model.dtype), task.form != "generation" or settings.method.peft is None
+    return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
+
+
 def cannot_shard(settings: Settings, task: Task, kind: type) -> str | None:
     """Return why FSDP2 cannot share out a model of this class for this task and method; None if it can."""
     if task.form != "generation":
         return f"not for {task.name}, whose head trains"
     if not getattr(kind, "_fsdp_plan", None):
         return f"transformers cannot shard a {kind.config_class.model_type}"
+    if settings.method.peft is None and settings.model.dtype == "float16":
+        return "transformers shards full tuning in bfloat16 or float32"
     if (settings.method.peft or {}).get("use_dora"):
         return f"method={settings.method.name} starts from the base weights, which are sharded"
     return None
@@ -113,7 +139,8 @@ def shards(settings: Settings, task: Task) -> dict[str, DistributedConfig]:
     config = AutoConfig.from_pretrained(**place(settings))
     why = cannot_shard(settings, task, head_class(task)._model_mapping[type(config)])
     require(why is None, f"hardware.sharding=full: {why}; take hardware=ddp")
-    return {"distributed_config": DistributedConfig(fsdp_size=processes.number())}
+    mixed = settings.model.dtype == "bfloat16" and settings.method.peft is None
+    return {"distributed_config": DistributedConfig(fsdp_size=processes.number(), fsdp_mixed_precision=mixed)}
 
 
 def sharded(model: torch.nn.Module) -> bool:
@@ -165,6 +192,13 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         with readable(f"{where}'s chat template takes no single prompt", "take model.chat=false"):
             data.as_chat(tokenizer, "a prompt")
     return tokenizer
+
+
+def to_device(model: torch.nn.Module) -> None:
+    """Move a model to the accelerator, if there is one, as the Trainer does for training. What is in 4 bits or shared
+    out was loaded there."""
+    if torch.cuda.is_available() and not nf4.held(model) and not sharded(model):
+        model.to("cuda")
 
 
 def head_class(task: Task) -> type:

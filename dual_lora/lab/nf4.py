@@ -1,7 +1,7 @@
 """The frozen base model in 4 bits: NF4 with double quantisation, as in QLoRA (arXiv 2305.14314, section 3), by
 bitsandbytes.
 
-Linear weights are held so. Embeddings, norms, biases and heads stay in model.dtype, as without it, so that two such
+Linear weights are held so. Embeddings, norms, biases and heads are held as without it, so that two such
 runs differ in nothing but 4-bit weights. PEFT's `prepare_model_for_kbit_training` would hold all of these in float32
 (of a 70B model's embeddings 4 GB more, and activations twice as large) and recompute activations; RMS norms compute in
 float32 anyway. The one thing of it that training needs, a frozen base, an adapter brings.
@@ -22,7 +22,7 @@ BLOCK, BLOCKS = 64, 256  # weights that share an 8-bit constant; constants that 
 
 def heads(model: Model) -> set[str]:
     """Return the names of modules that stay as they are, with all below them."""
-    return {"classifier", "score", "lm_head", *model.head}
+    return {"lm_head", *model.heads}
 
 
 def options(settings: Settings) -> dict[str, BitsAndBytesConfig]:

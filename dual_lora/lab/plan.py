@@ -2,9 +2,10 @@
 
 The run's own model, with the run's own method on it, stands on torch's meta device, where tensors have shapes and no
 numbers. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
-operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does, and time and
-activations are those of full-length batches, an upper bound. A base in 4 bits counts as many parameters, operations and
-activations as one that is not: bitsandbytes makes one layer's weight of it at a time, which the reserve is there for.
+operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does. Activations are
+those of full-length batches; hours are those of training on such batches alone, at an assumed share of the peak. A
+base in 4 bits counts as many parameters, operations and activations as one that is not: bitsandbytes makes one layer's
+weight of it at a time, which the reserve is there for.
 """
 
 import copy
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.pytorch_utils import Conv1D
 
 from dual_lora import paper
 from dual_lora.bench import kept_bytes
-from dual_lora.lab import evaluation, methods, models, nf4
+from dual_lora.lab import data, evaluation, methods, models, nf4
 from dual_lora.lab.runs import Record, model_path, task_of
 from dual_lora.lab.settings import Settings, require
 from dual_lora.lab.training import quiet
@@ -31,6 +33,7 @@ from tasks import Task
 
 GB = 1e9
 UTILISATION = 0.4  # of the accelerator's peak, which training of such models reaches at best; assumed, not measured
+COPY = 2  # bytes of a number in 16 bits
 RESERVE = 0.1  # of the sum of all parts, for what is temporary and for fragments; assumed
 ADAM = 2  # AdamW's two moments, as large as the weight
 
@@ -81,7 +84,10 @@ def draw(settings: Settings) -> dict[str, Any]:
     model = methods.attach(base, settings, task.form)
     size = sizes(model, settings, task)
     counts = methods.parameters(model)
-    step = trace(settings, task, layers(model))
+    sharded = settings.hardware.sharding == "full"
+    step = trace(settings, task, layers(model), sharded)
+    apart = size["copies"] and not sharded
+    size["kept_sharded"] = trace(settings, task, layers(model), sharded=True)["kept"] if apart else step["kept"]
     train, hardware = settings.train, settings.hardware
     rows, counted = training_rows(settings, task)
     an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * hardware.devices))
@@ -134,7 +140,9 @@ def skeleton(settings: Settings, task: Task, layers: int | None = None) -> PreTr
     if models.head_class(task)._model_mapping[type(config)]._supports_sdpa:
         config._attn_implementation = "planned"
     with torch.device("meta"):
-        return models.head_class(task).from_config(config, dtype=getattr(torch, settings.model.dtype))
+        model = models.head_class(task).from_config(config, dtype=models.dtype(settings))
+    models.hold_trained(model, settings, task)
+    return model
 
 
 @cache
@@ -171,6 +179,8 @@ def adapted(model: torch.nn.Module) -> dict[str, int]:
 def flash_attention(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling=None, **_) -> tuple[Tensor, None]:
     """Attention as accelerators compute it, which keeps no score for backward; on the meta device torch itself would
     choose the way that keeps them all."""
+    kind = next(module.parameters()).dtype  # positions and a cache may have made them float32; autocast undoes that
+    query, key, value = query.to(kind), key.to(kind), value.to(kind)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     causal = getattr(module, "is_causal", True)
@@ -182,22 +192,25 @@ AttentionInterface.register("planned", flash_attention)
 AttentionMaskInterface.register("planned", lambda *args, **kwargs: None)
 
 
-def trace(settings: Settings, task: Task, layers: int) -> dict[str, int]:
+def trace(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
     """Return what a step of one batch takes: tokens, operations forward and backward, bytes kept for backward.
 
     Each is measured with one layer and with two; the layers are alike, so the rest is a straight line.
     """
-    one, two = (take_step(settings, task, count) for count in (1, 2))
+    one, two = (take_step(settings, task, count, sharded) for count in (1, 2))
     return {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one}
 
 
-def take_step(settings: Settings, task: Task, layers: int) -> dict[str, int]:
+def take_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
     """Take one step on the meta device with so many layers."""
     model = methods.attach(skeleton(settings, task, layers), settings, task.form).train()
-    model.to(getattr(torch, settings.model.dtype))  # as autocast does in training, which the meta device does not know
+    if sharded or settings.method.peft is not None:
+        model.to(getattr(torch, settings.model.dtype))  # as it computes, but for a head
+    else:
+        as_autocast(model, getattr(torch, settings.model.dtype))
     for layer in nf4.would_hold(model, settings.model) if settings.hardware.base else ():
         layer.register_forward_hook(lambda *_: None)  # so that no adapter computes its product and the layer's in one
-    limit = getattr(evaluation.plain(model).config, "max_position_embeddings", settings.task.max_length)
+    limit = data.room(evaluation.plain(model)) or settings.task.max_length
     ids = torch.zeros(settings.train.batch_size, min(settings.task.max_length, limit), dtype=torch.long, device="meta")
     labels = {"generation": ids, "classification": ids[:, 0], "regression": ids[:, 0].float()}[task.form]
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -217,43 +230,65 @@ def take_step(settings: Settings, task: Task, layers: int) -> dict[str, int]:
     return {"tokens": ids.numel(), "kept": kept, **found}
 
 
+def as_autocast(model: torch.nn.Module, kind: torch.dtype) -> None:
+    """Have a model in float32 compute as under autocast, which the meta device does not know: linear layers in `kind`,
+    all else in float32."""
+    for layer in model.modules():
+        if type(layer) in (torch.nn.Linear, Conv1D):
+            for name, weight in list(layer.named_parameters()):
+                setattr(layer, name, torch.nn.Parameter(weight.to(kind)))  # a new one: some are embeddings, too
+            layer.register_forward_pre_hook(lambda _, inputs: tuple(x.to(kind) for x in inputs))
+
+
 def training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
     """Return how many examples training sees an epoch, and whether they were counted in the data."""
     limit, known = settings.train.max_examples, settings.task.train_rows
     counted = known is None or settings.data_dir is not None
-    rows = len(evaluation.load_split(task, "train", settings).rows) if counted else min(known, limit or known)
-    return rows, counted
+    if counted:
+        return len(evaluation.load_split(task, "train", settings).rows), counted
+    rest = known - (settings.eval.holdout or 0)
+    return min(rest, limit or rest), counted
 
 
 def sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
-    """Return bytes of all weights, of all with the base in 4 bits, of those that train, and of what is gathered at once
-    when all is sharded: two of the base model's layers, or all that is in none of them (embeddings, head), whichever is
-    more."""
-    weights = sum(p.nbytes for p in model.parameters())
+    """Return bytes of frozen weights, of these in 4 bits, of weights that train, of the copies in 16 bits that autocast
+    makes of those in float32 for their products, and of what is gathered at once when all is sharded: two of the base
+    model's layers, or all that is in none of them (embeddings, head), whichever is more."""
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     small = [layer.weight for layer in nf4.would_hold(model, settings.model)]
-    one, two = (sum(p.nbytes for p in skeleton(settings, task, count).parameters()) for count in (1, 2))
+    kind = getattr(torch, settings.model.dtype)
+    one, two = (sum(p.numel() for p in skeleton(settings, task, count).parameters()) for count in (1, 2))
+    copied = [m for m in model.modules() if type(m) in (torch.nn.Linear, Conv1D) and m.weight.dtype.itemsize > COPY]
+    copies = COPY * sum(p.numel() for module in copied for p in module.parameters())
     return {
-        "weights": weights,
-        "weights_nf4": weights - sum(w.nbytes - nf4.nbytes(w.numel()) for w in small),
+        "frozen": frozen,
+        "frozen_nf4": frozen - sum(w.nbytes - nf4.nbytes(w.numel()) for w in small),
         "trained": sum(p.nbytes for p in model.parameters() if p.requires_grad),
-        "gathered": max(2 * (two - one), 2 * one - two),
+        "copies": copies if settings.method.peft is None and kind.itemsize == COPY else 0,
+        "gathered": kind.itemsize * max(2 * (two - one), 2 * one - two),
     }
 
 
 def memory(size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None) -> dict[str, float]:
     """Return bytes a device: weights, gradients (twice in DDP, whose buckets are copies), AdamW's moments, what is kept
-    for backward, what AdamW's step takes beyond that when it is gone (once what trains), a reserve, and the peak.
+    for backward, copies in 16 bits, what AdamW's step takes beyond these when they are gone (once what trains), a
+    reserve, and the peak.
 
-    Sharded in full (FSDP2), a device holds its part of the first three, and what it gathers at once.
+    Sharded in full (FSDP2), a device holds its part of the base model, and what it gathers at once; an adapter is whole
+    on every one. Copies are of what is gathered then.
     """
     full = sharding == "full"
-    shards = devices if full else 1
+    frozen, trained = size[f"frozen_{base}" if base else "frozen"], size["trained"]
+    if full:
+        frozen, trained = frozen / devices, trained if frozen else trained / devices
+    copies = 0 if full else size["copies"]
     parts = {
-        "weights": size[f"weights_{base}" if base else "weights"] / shards,
-        "gradients": size["trained"] / shards * (2 if sharding == "replicas" else 1),
-        "optimizer": ADAM * size["trained"] / shards,
+        "weights": frozen + trained,
+        "gradients": trained * (2 if sharding == "replicas" else 1),
+        "optimizer": ADAM * trained,
         "activations": kept,
-        "temporaries": max(0, size["trained"] / shards - kept),
+        "copies": copies,
+        "temporaries": max(0, trained - kept - copies),
         "gathered": size["gathered"] if full else 0,
     }
     reserve = RESERVE * sum(parts.values())
@@ -272,7 +307,8 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     require(able, f"plan: hardware.sharding=full: {alone}; take hardware=ddp")
 
     def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
-        kept = parts["activations"] * batch / train.batch_size
+        kept = parts["size"]["kept_sharded"] if sharding == "full" else parts["activations"]
+        kept *= batch / train.batch_size
         return memory(parts["size"], kept, devices, sharding, base)["peak"] <= room
 
     here = (hardware.devices, hardware.sharding)
@@ -280,8 +316,8 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     more = [] if alone else [2**i for i in range(1, 11) if 2**i > hardware.devices]
     if hardware.sharding == "replicas" and not alone:
         more = [hardware.devices, *more]
-    free = hardware.base is None
-    small = free and hardware.sharding != "full" and parts["size"]["weights_nf4"] < parts["size"]["weights"]
+    free = hardware.base is None and models.gguf(settings) is None  # a GGUF file's weights are read whole
+    small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
     same = [(b, *here, hardware.base) for b in batches]
     held = [(b, *here, "nf4") for b in batches if small]  # the method leaves a base that can be held so
     wide = [(train.batch_size, devices, "full", None) for devices in more if free]
@@ -298,7 +334,7 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
         if (devices, sharding) != here:
             mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
         if devices > hardware.devices:
-            mend += [f"(for {devices // hardware.devices} times as many examples a step)"]
+            mend += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
         mends.append(" ".join(mend))
     require(
         parts["peak"] <= room,
@@ -318,10 +354,10 @@ def shown(found: dict[str, Any], record: Record) -> str:
         "trains": f"{found['trainable_parameters']:,} of {found['parameters']:,} ({found['trainable_percent']:.2f} %), "
         f"{found['adapter_parameters']:,} of them the adapter's",
         "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
-        "memory": f"{parts['peak'] / GB:.2f} GB a device at most: {held}",
+        "memory": f"{parts['peak'] / GB:.2f} GB a device: {held}",
         "step": f"{found['flops']['step'] / 1e12:.2f} TFLOP, {found['tokens_per_device_and_step']:,} tokens a device",
-        "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours at most on {hardware['devices']} x "
-        f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak",
+        "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours of training on {hardware['devices']} x "
+        f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
         "written": f"{record.shown()}/plan.json",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)

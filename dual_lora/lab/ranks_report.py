@@ -12,6 +12,7 @@ from dual_lora.lab.grid import Done
 from dual_lora.lab.rank_figure import Analysed
 
 ANALYSIS = "analysis.json"
+RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
 
 def analyse(done: list[Done]) -> None:
@@ -37,6 +38,9 @@ def blocks(done: list[Done], folder: Path) -> Iterator[Block]:
     for kind, name in rank_figure.KINDS.items():
         yield Image(rank_figure.draw(runs, folder, kind), f"{name.capitalize()} by layer; dashed: random factors.")
     yield Table(by_role(runs, entries), "Entries of dW: medians over layers, the run's | its null's.")
+    ramps = {name: content.get("update_scale") for name, content in found.items()}
+    if told := tuple(f"{name}: {RAMP.format(f=f)}" for name, f in ramps.items() if f not in (None, 1)):
+        yield Text(items=told)
     yield Table(by_role(runs, ranks), "All ranks: medians over layers, the run's | its null's.")
     for number, (name, content) in enumerate(found.items()):
         if path := histogram_figure.draw(content, folder, f"histograms_{number}"):

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from dual_lora.lab.comparison import place, shown
 from dual_lora.lab.document import Table
 from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.grid import Done
+from dual_lora.lab.grid import Done, asked
+from dual_lora.lab.results import heading
 
 # Stands behind a rate that is the lowest or highest of its grid.
 EDGE = "(edge)"
@@ -22,14 +24,16 @@ def told(experiment: Experiment, done: list[Done]) -> Iterator[str]:
         text = ", ".join(f"{rate:g}" for rate in used) or "not chosen yet"
         if tune and label in tune.grid:
             grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
+            grid += " times the rate of its protocol" if tune.relative else ""
+            trials = {trial for cell in cells for trial in map(asked, cell.cell.tuning)}
             diverged = sorted({rate for cell in cells for rate in cell.diverged})
             lost = f"; training diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
             edge = (
                 f"; {EDGE}: at an edge of the grid, where the best may lie beyond" if any(map(at_edge, cells)) else ""
             )
             yield (
-                f"learning rate, {label}: {text}; chosen from {grid} ({len(tune.grid[label])} runs a task) by the main "
-                f"score on {tune.where()}, seed {tune.seed}{lost}{edge}"
+                f"learning rate, {label}: {text}; chosen from {grid} ({len(trials)} runs, {len(tune.grid[label])} a "
+                f"point) by the main score on {tune.where()}, seed {tune.seed}{lost}{edge}"
             )
         else:
             yield f"learning rate, {label}: {text}; given, not tuned here"
@@ -41,15 +45,16 @@ def at_edge(cell: Done) -> bool:
     return bool(grid) and cell.rate in (min(grid), max(grid))
 
 
-def table(done: list[Done]) -> Table:
-    """Return the learning rates by model and task, a column for each label."""
-    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
+def table(experiment: Experiment, done: list[Done]) -> Table:
+    """Return the learning rates by model, task and what else heads rows and columns, a column for each label."""
+    lines: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
     for cell in done:
-        where = (cell.settings.model.name, cell.settings.task.name)
+        where = {"model": cell.settings.model.name, "task": cell.settings.task.name}
+        where |= {heading(key): shown(value) for key, value in place(experiment, cell).items()}
         text = MISSING if cell.rate is None else f"{cell.rate:g}{f' {EDGE}' if at_edge(cell) else ''}"
-        lines.setdefault(where, {}).setdefault(cell.cell.label, []).append(text)
+        lines.setdefault(tuple(where.items()), {}).setdefault(cell.cell.label, []).append(text)
     rows = [
-        {"model": model, "task": task, **{label: ", ".join(dict.fromkeys(t)) for label, t in texts.items()}}
-        for (model, task), texts in lines.items()
+        {**dict(where), **{label: ", ".join(dict.fromkeys(t)) for label, t in texts.items()}}
+        for where, texts in lines.items()
     ]
     return Table(pd.DataFrame(rows).fillna(""), f"Learning rates; {EDGE}: at an edge of the grid it was chosen from.")

@@ -23,16 +23,22 @@ def run(settings: Settings, record: Record) -> int:
     quiet()
     processes.join()
     task = task_of(settings)
+    require(
+        stored.get("task_version") in (task.version, None),
+        f"run={record.shown()}: done with version {stored.get('task_version')} of {task.name}, which is now version "
+        f"{task.version}; its scores are not to be had again",
+    )
     splits = evaluation.load_scored(task, settings)
     for name, split in splits.items():
-        same = split.facts()["sha256"] == stored["data"][name]["sha256"]
+        same = split.facts()["sha256"] == stored["data"].get(name, {}).get("sha256")
         require(
             same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
         )
     model, tokenizer = load_trained(settings, record, task)
+    models.to_device(model)
     if stored.get("merged"):
         methods.merge(model)
-    with memory.told(memory.fewer_rows(settings)):
+    with memory.told(memory.fewer_rows(settings, models.sharded(model))):
         metrics, _ = evaluation.evaluate(model, tokenizer, task, splits, settings)
     print(compared(stored, metrics, record))
     kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
@@ -46,6 +52,7 @@ def load_trained(settings: Settings, record: Record, task: Task, plain: bool = F
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
     """
+    record.check("config.yaml")
     record.check_model(settings)
     tuned = settings.method.peft is None
     load = models.load_plain if plain else models.load

@@ -50,9 +50,9 @@ def write(experiment: Experiment, done: list[Done], folder: Path) -> str:
     blocks = list(body(experiment, done, folder, main, further))
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = document.markdown([Text(title, heading=True), *blocks])
-    (folder / "table.md").write_text(text)
-    (folder / "table.tex").write_text(document.latex(blocks, experiment.study))
-    (folder / "report.html").write_text(document.html(blocks, title))
+    (folder / "table.md").write_text(text, "utf-8")
+    (folder / "table.tex").write_text(document.latex(blocks, experiment.study), "utf-8")
+    (folder / "report.html").write_text(document.html(blocks, title), "utf-8")
     frame(experiment, done).drop(columns="cell").to_csv(folder / "table.csv", index=False)
     comparison.listed([*main, *further]).to_csv(folder / DIFFERENCES, index=False)
     remove_others(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
@@ -82,9 +82,9 @@ def body(
     yield main_table(experiment, done, values, reasons)
     yield Text(items=tuple(notes(experiment, done, values, reasons)))
     if experiment.tune:
-        yield rates.table(done)
+        yield rates.table(experiment, done)
     if not experiment.analyse and (drawn := figures.draw(experiment, values, done)):
-        yield Image(save(drawn, folder, "figure")[0], f"{experiment.title}; {figures.spread(values)}")
+        yield Image(save(drawn, folder, "figure")[0], f"{experiment.title}; {figures.spread(experiment, values)}")
     yield from comparison.blocks(experiment, done, main, further)
     yield from published(experiment, done)
     yield from comparison.sentences(main, further)
@@ -161,7 +161,8 @@ def caption(experiment: Experiment, done: list[Done]) -> str:
         kind = "Scores as the published table has them"
     elif isinstance(experiment.columns, dict):
         kind = "Values of the runs"
-    best = "" if kind == "Values of the runs" else "; best mean bold"
+    measured = isinstance(experiment.columns, dict) and FIELDS.keys() >= set(experiment.columns.values())
+    best = "" if measured else "; best mean bold"
     return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}{best}."
 
 
@@ -198,8 +199,9 @@ def leaders(group: pd.DataFrame, found: list[Column], experiment: Experiment) ->
     are values of a setting other than the task; none where nothing stands beside it."""
     apart = experiment.columns == "task.name"
     means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
-    metrics = [column for column in found if apart or column.task or column.parts]
-    families = [[c] for c in metrics] or [[c for c in found if c.field not in FIELDS]]
+    named = [column for column in found if column.field not in FIELDS]
+    single = apart or isinstance(experiment.columns, dict)
+    families = [[c] for c in named if single or c.task or c.parts] or [named]
     top = set()
     for family in families:
         part = means[means.index.get_level_values("column").isin([c.head for c in family])]
@@ -233,6 +235,13 @@ def notes(experiment: Experiment, done: list[Done], values: pd.DataFrame, reason
     for mark in sorted(set("".join(values["marks"].dropna()))):
         yield f"{mark}: {MARKS[mark]}"
     yield from rates.told(experiment, done)
+    yield from clipped(done)
+    best = sorted({cell.settings.task.name for cell in done if cell.settings.task.checkpoint == "best"})
+    if best:
+        yield (
+            f"checkpoint: of {', '.join(best)} the epoch that did best on the reported rows, as LoRA reports it; "
+            "scores, intervals and p know nothing of that choice"
+        )
     files = {
         f"{name} {facts['origin']}, {facts['rows']:,} rows"
         for cell in done
@@ -242,6 +251,18 @@ def notes(experiment: Experiment, done: list[Done], values: pd.DataFrame, reason
         yield f"data: {'; '.join(sorted(files))}"
     yield from origins(done)
     yield from (f"not read: {trouble}" for trouble in troubles(experiment, done))
+
+
+def clipped(done: list[Done]) -> Iterator[str]:
+    """Yield how much of Sign's gradient was clipped, the largest share of a row's runs."""
+    shares: dict[str, float] = {}
+    for cell in done:
+        if (share := (cell.result or {}).get("clipped_share")) is not None:
+            shares[cell.cell.label] = max(share, shares.get(cell.cell.label, 0.0))
+    if shares:
+        told = ", ".join(f"{label} {share:.2g}" for label, share in shares.items())
+        none = "; where it is 0, clip is identity" if 0 in shares.values() else ""
+        yield f"share of Sign's gradient that was clipped, the largest at a logged step: {told}{none}"
 
 
 def origins(done: list[Done]) -> Iterator[str]:
@@ -254,12 +275,25 @@ def origins(done: list[Done]) -> Iterator[str]:
     if places:
         commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}
         yield f"code: {', '.join(sorted(commit[:10] for commit in commits))}"
+    for name, found in beginnings(done).items():
+        if len(found) > 1:
+            groups = "; ".join(", ".join(some[:MOST]) + (" and more" if len(some) > MOST else "") for some in found)
+            yield f"runs of {name} that were done with different files and do not compare: {groups}"
     if told := [rivals(cell) for cell in done if cell.others]:
         more = f" and {len(told) - MOST} more" if len(told) > MOST else ""
         yield (
             "several finished records of the same settings (other data, weights, task version or code); shown is the "
             "newest of those with the task as it is now and committed code: " + "; ".join(told[:MOST]) + more
         )
+
+
+def beginnings(done: list[Done]) -> dict[str, list[list[str]]]:
+    """Return the names of finished runs by model, and by the files it was loaded from."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for cell in done:
+        if cell.result and (files := comparison.weights(cell)):
+            found.setdefault(cell.settings.model.name, {}).setdefault(files, []).append(cell.record.name)
+    return {name: list(groups.values()) for name, groups in found.items()}
 
 
 def rivals(cell: Done) -> str:

@@ -8,8 +8,8 @@ import pandas as pd
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.grid import Done, clean, current, setting
+from dual_lora.lab.experiments import Experiment, setting
+from dual_lora.lab.grid import Done, clean, current
 from dual_lora.paper import Table
 
 MEAN = "mean"

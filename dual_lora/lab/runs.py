@@ -458,7 +458,7 @@ class Record:
         partial = self.folder / f".{name}.partial"
         with writing(self.folder / name):
             try:
-                with partial.open("w") as stream:
+                with partial.open("w", encoding="utf-8") as stream:
                     stream.write(text)
                     stream.flush()
                     os.fsync(stream.fileno())

@@ -134,6 +134,11 @@ class Model:
     head: list[str]
     architecture: dict[str, Any]
 
+    @property
+    def heads(self) -> set[str]:
+        """The names of modules that are a task's own head."""
+        return {"classifier", "score", *self.head}
+
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         file_name("model.name", self.name, "it names the run's folder")

@@ -12,7 +12,7 @@ What neither can say. p holds for the runs at hand: where the seed alone moves a
 the seeds' variance, none with one seed and half of it with two; but what seeds and examples do together it counts
 about three times (Owen 2007, "The pigeonhole bootstrap"), so that with several seeds it is rather too wide than too
 narrow. A difference is called shown only where both agree, which with several seeds is rare for equal methods
-(tests/test_stats.py); with one seed it is as frequent as p alone, and the sentence says what is missing.
+(tests/test_stats.py), and never with one seed; the sentence then says what is missing.
 
 Every metric here is a function of examples with weights, `measure(columns_NC, weights_RN) -> values_R`: a resample is
 how often each example occurs, a swap is a weight that moves from one method's output to the other's. Examples that all

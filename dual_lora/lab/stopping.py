@@ -10,16 +10,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REQUEUE = signal.SIGUSR2
 
 
+GOES_ON, ANEW = "goes on from here", "starts this run anew: what is sharded and trained in full has no checkpoints"
+
+
 class Stopped(BaseException):
-    """Somebody asked for an end. Not an `Exception`, so that nothing on the way takes it for a failure."""
+    """Somebody asked for an end, by the signal `asked`; `then` is what the same command does next. Not an `Exception`,
+    so that nothing on the way takes it for a failure."""
+
+    def __init__(self, asked: str, then: str = GOES_ON) -> None:
+        super().__init__(asked)
+        self.then = then
 
 
 class Stop:
-    """What was asked for (`asked`: a signal's name, or None) and whether it must wait for a good place (`waits`)."""
+    """What was asked for (`asked`: a signal's name, or None), whether it must wait for a good place (`waits`), and what
+    the same command does next (`then`)."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self.waits = False
+        self.waits, self.then = False, GOES_ON
         self.before: dict[int, object] = {}
 
     def hear(self, number: int, frame: object) -> None:
@@ -27,8 +36,9 @@ class Stop:
         self.asked = signal.Signals(number).name
         self.forget()
         if not self.waits:
-            raise Stopped(self.asked)
-        os.write(2, f"\n{self.asked}: stopping after this step, with a checkpoint; once more ends at once\n".encode())
+            raise Stopped(self.asked, self.then)
+        kept = "with a checkpoint" if self.then == GOES_ON else "without a checkpoint"
+        os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
 
     def forget(self) -> None:
         while self.before:
@@ -38,7 +48,7 @@ class Stop:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Listen to the signals as long as this lasts, but to none that whoever started this has it ignore."""
-        self.asked, self.waits = None, False
+        self.asked, self.waits, self.then = None, False, GOES_ON
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.hear) for number in heard}
@@ -49,18 +59,19 @@ class Stop:
             self.asked = None
 
     @contextmanager
-    def waiting(self, wait: bool = True) -> Iterator[None]:
+    def waiting(self, wait: bool = True, then: str | None = None) -> Iterator[None]:
         """Only note a stop that is asked for in here (`wait`), or end at once (not `wait`)."""
-        before, self.waits = self.waits, wait
+        before = self.waits, self.then
+        self.waits, self.then = wait, then or self.then
         try:
             yield
         finally:
-            self.waits = before
+            self.waits, self.then = before
 
     def check(self) -> None:
         """End here if that was asked for."""
         if self.asked:
-            raise Stopped(self.asked)
+            raise Stopped(self.asked, self.then)
 
 
 STOP = Stop()

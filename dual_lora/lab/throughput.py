@@ -35,12 +35,13 @@ def measure(settings: Settings, record: Record, name: str) -> dict[str, Any]:
     """Return both times in seconds, their ratio and how many of the outputs are equal."""
     import torch
 
-    from dual_lora.lab import data, evaluation, methods, reevaluation, training
+    from dual_lora.lab import data, evaluation, methods, models, reevaluation, training
 
     training.quiet()
     task, protocol = task_of(settings), settings.task
     rows = list(evaluation.load_split(task, name, settings).rows)
     model, tokenizer = reevaluation.load_trained(settings, record, task)
+    models.to_device(model)
     model.eval()
     alone, started = [], time.perf_counter()
     for row in rows:

@@ -29,9 +29,12 @@ from dual_lora.lab.loop import BestEpoch, Loop, saving
 from dual_lora.lab.memory import PeakMemory
 from dual_lora.lab.mirror import Mirror, open_mirror
 from dual_lora.lab.runs import TRAINED, Record, task_of
-from dual_lora.lab.settings import Settings, UserError
+from dual_lora.lab.settings import Settings, UserError, require
 from dual_lora.lab.stopping import STOP, Stopped
 from dual_lora.lab.summary import summary
+
+# The share of entries of dL/dSign that were clipped at a logged step; in a result, the largest.
+CLIPPED = "train/clipped_share"
 
 
 class Progress(ProgressCallback):
@@ -56,7 +59,7 @@ class Progress(ProgressCallback):
 class Log(TrainerCallback):
     """Every logged row into metrics.jsonl and from there to the mirror."""
 
-    NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
+    NAMES = {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "clipped_share")}
 
     def __init__(self, record: Record, mirror: Mirror) -> None:
         self.record, self.mirror = record, mirror
@@ -183,6 +186,8 @@ def mirror_of(settings: Settings, record: Record) -> Mirror:
 def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     """Do the run: everything between an empty record and its result."""
     task = task_of(settings)
+    able = settings.model.dtype != "float16" or torch.cuda.is_available()
+    require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
     with processes.first_alone():
         train = evaluation.load_split(task, "train", settings)
         held_out = evaluation.load_scored(task, settings)
@@ -195,7 +200,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
     log = Log(record, mirror)
 
     def measure(title: str) -> tuple[dict, list]:
-        with memory.told(memory.fewer_rows(settings)):
+        with memory.told(memory.fewer_rows(settings, models.sharded(model))):
             return evaluation.evaluate(model, tokenizer, task, held_out, settings, title)
 
     best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
@@ -245,6 +250,7 @@ def work(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
         "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
         **methods.parameters(model),
         "kernels": methods.kernels(model),
+        "clipped_share": max((row[CLIPPED] for row in record.logged() if CLIPPED in row), default=None),
         "steps": trained["steps"],
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
@@ -263,24 +269,26 @@ def train_and_keep(loop: Loop, best: BestEpoch | None, record: Record, settings:
     """
     with PeakMemory() as peak:
         done = loop.fit(processes.share(record.checkpoint))
-    if best:
-        best.restore(loop.model)
-    loop.check_weights()
-    facts = {
-        "steps": done.global_step,
-        "train_loss": done.training_loss,
-        "train_seconds": loop.seconds,
-        "tokens": loop.state.num_input_tokens_seen,
-        "peak_memory_bytes": peak.peak,
-        "best_epoch": best.epoch if best else None,
-        "metrics_last_epoch": best.last if best else None,
-        "logged": record.logged(),
-    }
-    folder = record.weights(settings)
-    with saving(record.folder):
-        processes.share(lambda: remove(folder))
-        loop.model.save_pretrained(folder, is_main_process=processes.first())
-        processes.share(lambda: checkpoints.seal(folder, record.folder / TRAINED, **facts))
+    with STOP.waiting():  # what is trained is kept first
+        if best:
+            best.restore(loop.model)
+        loop.check_weights()
+        facts = {
+            "steps": done.global_step,
+            "train_loss": done.training_loss,
+            "train_seconds": loop.seconds,
+            "tokens": loop.state.num_input_tokens_seen,
+            "peak_memory_bytes": peak.peak,
+            "best_epoch": best.epoch if best else None,
+            "metrics_last_epoch": best.last if best else None,
+            "logged": record.logged(),
+        }
+        folder = record.weights(settings)
+        with saving(record.folder):
+            processes.share(lambda: remove(folder))
+            loop.model.save_pretrained(folder, is_main_process=processes.first())
+            processes.share(lambda: checkpoints.seal(folder, record.folder / TRAINED, **facts))
+    STOP.check()
     return facts
 
 
