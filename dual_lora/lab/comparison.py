@@ -95,10 +95,7 @@ def matched(experiment: Experiment, done: list[Done]) -> Iterator[Match]:
 
 def place(experiment: Experiment, cell: Done) -> dict[str, object]:
     """Return the settings that say where a run stands, beside its row's label and its task."""
-    keys = [key for key in experiment.rows if key != "task.name"]
-    if isinstance(experiment.columns, str) and experiment.columns not in ("published", "task.name"):
-        keys.append(experiment.columns)
-    return {key: setting(cell.settings, key) for key in keys}
+    return {key: setting(cell.settings, key) for key in experiment.heads() if key != "task.name"}
 
 
 def others(experiment: Experiment, done: list[Done], match: Match) -> list[str]:
