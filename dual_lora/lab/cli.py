@@ -274,13 +274,13 @@ def attempt(settings: Settings) -> dict[str, str] | None:
     try:
         training.run(settings)
         return None
-    except (UserError, lock.Elsewhere) as caught:
-        error = caught
-        if isinstance(caught, lock.Elsewhere):
-            print(f"done elsewhere: {Record.of(settings).shown()}: {caught}", file=sys.stderr)
     except (Exception, SystemExit) as caught:
         error = caught
-        print(without_secrets(traceback.format_exc()), file=sys.stderr)
+    processes.after_the_first()
+    if isinstance(error, lock.Elsewhere):
+        print(f"done elsewhere: {Record.of(settings).shown()}: {error}", file=sys.stderr)
+    elif not isinstance(error, UserError):
+        print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
     unfinished[Record.of(settings).folder] = reason(error)
     if processes.several():  # the others may wait for this one, and would wait in its next run
         sys.exit(conclude([settings]))
@@ -484,10 +484,11 @@ def guard(do: Callable[..., int], *args: object) -> None:
             place("DUAL_LORA_RUNS", str(runs.RUNS))
             sys.exit(do(*args))
     except Exception as error:
+        processes.after_the_first()
         code, message = ended(error)
-        if processes.first():
-            print(f"{name}: {without_secrets(message)}", file=sys.stderr)
+        print(f"{name}: {without_secrets(message)}", file=sys.stderr)
         sys.exit(code)
     except Stopped as stopped:
-        print(f"{name}: stopped by {stopped}; the same command {stopped.then}", file=sys.stderr)
+        if processes.first():
+            print(f"{name}: stopped by {stopped}; the same command {stopped.then}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

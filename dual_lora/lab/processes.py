@@ -5,6 +5,7 @@ process everything here is as if it were not there.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,14 @@ def first() -> bool:
 
 def several() -> bool:
     return number() > 1
+
+
+def after_the_first(seconds: float = 20) -> None:
+    """Let the first process say why it ends before this one does. Whatever started them stops all as soon as one has
+    ended, and most of what goes wrong goes wrong in each of them: the first one then speaks for all. If it does not
+    fail, or not soon, this one goes on and speaks for itself."""
+    if not first():
+        time.sleep(seconds)
 
 
 def check(settings: Settings) -> None:
