@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: run records go to a temporary folder; official data files are optional."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -9,10 +10,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+gc.disable()  # what tests import stays, and searches for garbage among it would take a fifth of the suite's time
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DUAL_LORA_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture

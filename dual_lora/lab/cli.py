@@ -1,12 +1,14 @@
 """From a command line to typed settings, with one clear line for every mistake, before torch is imported."""
 
+import atexit
 import copy
+import gc
 import io
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -41,6 +43,22 @@ MULTIRUN = {"-m", "--multirun"}
 HYDRA_KEYS = re.compile(r"hydra(/|\.)(launcher|sweeper)(\.(?!params)|$)")
 # A record holds every setting, so none may come from the environment, where keys and passwords are.
 OmegaConf.clear_resolver("oc.env")
+
+
+@contextmanager
+def heavy() -> Iterator[None]:
+    """Import what imports torch, transformers and PEFT: half a million objects that all stay. Searches for garbage
+    among them would take a fifth of the time that importing does, and later half a second after each run and plan."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # Triton counts what is left
 
 
 def schema(cls: type) -> type:
@@ -269,7 +287,8 @@ def reason(error: BaseException) -> dict[str, str]:
 def attempt(settings: Settings) -> dict[str, str] | None:
     """Do one job; whatever goes wrong is returned and kept for `conclude`, so that other jobs go on. A stop ends all of
     them, and so does an error in one of several processes."""
-    from dual_lora.lab import lock, training
+    with heavy():
+        from dual_lora.lab import lock, training
 
     try:
         training.run(settings)
@@ -337,7 +356,8 @@ def draw_plans(jobs: list[Settings]) -> int:
     Raises:
         UserError: what one refused plan, or several, would need.
     """
-    from dual_lora.lab import plan
+    with heavy():
+        from dual_lora.lab import plan
 
     require(all(settings.plan for settings in jobs), "plan: true for all runs or for none")
     refused = []
@@ -428,7 +448,8 @@ def evaluate_again(argv: list[str]) -> int:
         return export_run(settings, record, Path(folder), dtype or settings.model.dtype)
     if analyse == "true":
         return analyse_run(settings, record, Path(against) if against else None, values)
-    from dual_lora.lab import reevaluation
+    with heavy():
+        from dual_lora.lab import reevaluation
 
     return reevaluation.run(settings, record)
 
@@ -445,7 +466,8 @@ def analyse_run(settings: Settings, record: Record, against: Path | None, values
             f"against={against}: its model is {other[0].model.name}, this run's is {settings.model.name}; "
             "only changes of the same weights compare",
         )
-    from dual_lora.lab import analysing
+    with heavy():
+        from dual_lora.lab import analysing
 
     print(analysing.run(settings, record, other))
     return EXIT_OK
@@ -458,7 +480,8 @@ def export_run(settings: Settings, record: Record, folder: Path, dtype: str) -> 
     require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")
     require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
     check_writable(folder, "give another folder as export=DIR")
-    from dual_lora.lab import export
+    with heavy():
+        from dual_lora.lab import export
 
     print(export.write(settings, record, folder, dtype))
     return EXIT_OK
