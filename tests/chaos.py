@@ -72,7 +72,7 @@ STATES = {
     "first result": ("result.json", 1),
     "second run begun": ("config.yaml", 2),
 }
-LIMIT = 120  # seconds a worker may take
+LIMIT = 600  # seconds a worker may take
 
 
 @dataclass
@@ -275,7 +275,7 @@ class Chaos:
     def kill(self, count: int) -> None:
         """SIGKILL, two to five times in a row before the study may end."""
         row = self.row("SIGKILL")
-        rare = [kind for kind in set(self.points) if kind not in ("checkpoints", "other")]
+        rare = [kind for kind in sorted(set(self.points)) if kind not in ("checkpoints", "other")]
         while row.tried < count:
             study, tries, finished = self.study(), self.draw.randint(2, 5), {}
             done = 0
@@ -306,7 +306,7 @@ class Chaos:
                 child = study.start()
                 time.sleep(self.draw.uniform(0.3, self.seconds))
                 os.kill(child, self.draw.choice([signal.SIGTERM, signal.SIGINT]))
-                phase, code = PHASES[study.phase[0]], ended(child, 20)
+                phase, code = PHASES[study.phase[0]], ended(child, 60)
                 if code != cli.EXIT_STOPPED:
                     if code != cli.EXIT_OK:
                         print(f"stop in {phase}: exit {code}\n{study.said()[-3000:]}")

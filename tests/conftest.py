@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 gc.disable()  # what tests import stays, and searches for garbage among it would take a fifth of the suite's time
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("DUAL_LORA_DATA", ROOT.parent / "shared" / "data"))
@@ -25,6 +26,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> None:
+    """No test meets the Hydra that an earlier one has set up."""
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture

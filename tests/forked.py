@@ -14,11 +14,14 @@ from typing import IO
 import torch
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
+from tqdm import tqdm
 
 import dual_lora.lab.training  # noqa: F401 - what a fork need not import
 
+tqdm.monitor_interval = 0  # no thread that could hold a lock at a fork
 
-def run(*argv: str, timeout: float = 400) -> subprocess.CompletedProcess:
+
+def run(*argv: str, timeout: float = 1500) -> subprocess.CompletedProcess:
     """Do what `python ARGV` does in the project's folder and return its exit code, output and errors.
 
     Raises:

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -266,11 +267,14 @@ def in_gguf(**options) -> Callable[[Path], None]:
     return lambda here: write_gguf(here / "x.gguf", **options)
 
 
+READ = f"{tempfile.gettempdir()}/pickle-was-read-{os.getpid()}"
+
+
 class Trap:
     """What a pickle could do when it is read."""
 
     def __reduce__(self):
-        return os.mkdir, ("/tmp/dual-lora-pickle-was-read",)
+        return os.mkdir, (READ,)
 
 
 def other_shapes(here: Path) -> None:
@@ -676,7 +680,7 @@ def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capfd):
     assert len(message.splitlines()) == 1 and "Traceback" not in out.err + out.out, out.err
     assert code == case.code
     assert code == cli.EXIT_OK or {p: p.read_bytes() for p in before} == before
-    assert not (tmp_path / "code-was-run").exists() and not Path("/tmp/dual-lora-pickle-was-read").exists()
+    assert not (tmp_path / "code-was-run").exists() and not Path(READ).exists()
     ROWS[case.kind, case.what] = (message, code, seconds)
     if not WRITE:
         assert known()[case.kind, case.what] == (message, str(code))
@@ -736,7 +740,7 @@ def test_as_the_user_sees_it(what, tmp_path, runs_folder):
     code = f"import sys; sys.path[:0] = ['.', 'tests']; import test_bad_inputs as t; t.alone({what!r}, t.Path({str(tmp_path)!r}))"
     command = [sys.executable, "-c", code] if case.under is not Case.under else [sys.executable, case.script, *case.words(tmp_path)]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1500, stdin=subprocess.DEVNULL)
     WHOLE[what] = time.perf_counter() - started
     assert done.returncode == case.code, done.stderr
     said = the_line(case, done.returncode, done.stderr, done.stdout, tmp_path)
@@ -775,6 +779,9 @@ def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
         monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
         hub.cut.cache_clear()
         assert not hub.cut()
+    refusing = socket.socket()  # a port of its own on which nobody listens
+    refusing.bind(("127.0.0.1", 0))
+    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{refusing.getsockname()[1]}")
     hub.cut.cache_clear()
     assert hub.cut()
     for model, task in (("roberta-base", "demo/sentiment"), ("tiny-roberta", "glue/rte")):
@@ -783,3 +790,4 @@ def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
             models.load(chosen, evaluation.load_split(runs.task_of(chosen), "train", chosen))
     assert hub.constants.HF_HUB_OFFLINE and hub.datasets.config.HF_HUB_OFFLINE  # else a minute of retries
     hub.cut.cache_clear()
+    refusing.close()

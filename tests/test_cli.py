@@ -95,7 +95,7 @@ def test_every_task_composes(task):
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, timeout=1500)
 
 
 CODE_AND_TORCH = """

@@ -117,6 +117,8 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "old.py").write_text("VERSION = 1\n")
     monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
     who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
     for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
         assert runs.git(*words) is not None

@@ -10,6 +10,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from test_bad_inputs import challenge_files, commonsense_files, dart_files, e2e_files, webnlg_files
 from test_glue import write_official
 
@@ -20,6 +22,11 @@ from dual_lora.lab.settings import UserError
 
 TIMES = int(os.environ.get("DUAL_LORA_FUZZ", 1))
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+if TIMES == 1:  # Hypothesis would also draw numbers and words of the code itself: others after every change
+    assert callable(providers._get_local_constants)
+    providers._get_local_constants = Constants
 
 
 def draws(count: int):

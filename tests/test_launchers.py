@@ -48,11 +48,12 @@ def start():
 
 def doing(folder: Path, number: int) -> list[int]:
     """Wait until so many runs log steps and return the processes that do them."""
-    end = time.monotonic() + 400
+    end = time.monotonic() + 1500
     while time.monotonic() < end:
         begun = [p.parent for p in folder.glob("adhoc/*/metrics.jsonl") if "loss" in p.read_text()]
         if len(begun) >= number:
-            return [json.loads((run / ".lock").read_text())["pid"] for run in begun]
+            with suppress(FileNotFoundError):  # one has ended since
+                return [json.loads((run / ".lock").read_text())["pid"] for run in begun]
         time.sleep(0.3)
     raise AssertionError(f"{number} runs never began")
 
@@ -95,7 +96,8 @@ def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
 
 
 def test_no_slurm_here_is_told(runs_folder, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("PATH", "PYTHONPATH", "TQDM_DISABLE"):  # the last two it sets: no other test shall see them
+        monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(UserError, match="^hydra/launcher=slurm: Could not detect"):
         launching.launch([cli.load(TINY)], ["hydra/launcher=slurm"])
 
@@ -111,7 +113,7 @@ def test_a_failing_run_stops_no_other(command, runs_folder, start):
     here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "method.rank=1"}
     given = [here.get(word, word) for word in words(command)[3:]]
     process = start(*given, "method.rank=1")
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1500)
     assert f"2 of 2 runs handed to {launching.name_of(given)}" in out
     assert process.returncode == cli.EXIT_USER and "1 of 2 runs finished" in err, err
     assert "dual_lora_s0" in err and "r=1: expected an integer of at least 2" in err
@@ -161,7 +163,7 @@ def test_a_sweep_through_a_launcher(experiment, runs_folder, monkeypatch, capsys
 def test_a_killed_process_ends_in_the_usual_words(runs_folder, start):
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
     os.kill(doing(runs_folder, 2)[0], signal.SIGKILL)
-    out, err = command.communicate(timeout=400)
+    out, err = command.communicate(timeout=1500)
     assert command.returncode == cli.EXIT_FAILED and "Traceback" not in err
     assert err.count("Killed: ended without a result; the same command tries again") == 2
     assert "0 of 2 runs finished" in err
@@ -173,7 +175,7 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", "seed=0,1", *LONG)
     doing(runs_folder, 2)
     os.killpg(command.pid, signal.SIGINT)
-    out, err = command.communicate(timeout=400)
+    out, err = command.communicate(timeout=1500)
     assert command.returncode == cli.EXIT_STOPPED and "Traceback" not in err
     assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))

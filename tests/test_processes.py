@@ -97,7 +97,7 @@ def test_several_processes_evaluate_a_run_again(runs_folder, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("hardware", ["ddp", "fsdp2"])
 def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folder, tmp_path):
-    chosen = [*TEXT, *COMMON, *TWO, f"hardware={hardware}", "train.max_steps=40", "method.dropout=0.1"]
+    chosen = [*TEXT, *COMMON, *TWO, f"hardware={hardware}", "train.max_steps=150", "method.dropout=0.1"]
     whole = start("train.py", *chosen, runs=tmp_path / "whole")
     done(whole)
     folder = Record.of(cli.load(chosen)).folder
@@ -106,7 +106,7 @@ def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folde
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert 0 < len(Record(folder).logged()) < 40 and Record(folder).checkpoint() and not Record(folder).result()
+    assert 0 < len(Record(folder).logged()) < 150 and Record(folder).checkpoint() and not Record(folder).result()
     done(start("train.py", *chosen, runs=runs_folder))
     (other,) = (tmp_path / "whole").glob("adhoc/*")
     assert rows(folder) == rows(other)
@@ -136,19 +136,22 @@ def test_what_several_processes_cannot_do_is_told_in_one_line(arguments, said, r
     process = start("train.py", "wandb.mode=disabled", *arguments, runs=runs_folder)
     out, _ = process.communicate()
     told = [line for line in out.splitlines() if re.match(r"(train\.py|failed): ", line.rpartition("\r")[2])]
-    assert len(told) == 1 and said in told[0], out[-2000:]
+    told = {line for line in told if "stopped by" not in line}  # of the first one, had it been very late
+    assert len(told) == 1 and said in told.pop(), out[-2000:]
     assert process.returncode
 
 
 FAILS = """import os, sys, time
-from dual_lora.lab import cli
+from dual_lora.lab import cli, processes
 from dual_lora.lab.settings import require
 
 def do():
     time.sleep(2 * (os.environ["RANK"] == SLOW))
     require(os.environ["RANK"] not in FAILING, "what=this: does not do")
-    time.sleep(60)
+    time.sleep(600)
 
+if FAILING == "01":
+    processes.PATIENCE = 600.0
 sys.argv[0] = "train.py"
 cli.guard(do)
 """
@@ -161,6 +164,7 @@ cli.guard(do)
 def test_one_process_tells_why_whichever_fails_before_the_others(slow, failing, tmp_path, monkeypatch):
     """The first to end is the end of all: torchrun stops the others."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("DUAL_LORA_LAZY", "1")
     script = tmp_path / "fails.py"
     script.write_text(FAILS.replace("SLOW", repr(slow)).replace("FAILING", repr(failing)))
     process = start(str(script), runs=tmp_path / "runs")

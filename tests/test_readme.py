@@ -55,7 +55,7 @@ ELSEWHERE = (" -m dual", "hydra/launcher", "torchrun")  # below, and in test_lau
 
 
 def started(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")

@@ -353,8 +353,10 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
 def test_a_dead_process_leaves_no_lock(tmp_path):
     child = os.fork()
     if not child:
-        lock.taken(tmp_path / lock.NAME)
-        os._exit(0)
+        try:
+            lock.taken(tmp_path / lock.NAME)
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     path = tmp_path / lock.NAME
     assert json.loads(path.read_text())["pid"] == child
@@ -393,15 +395,14 @@ def test_of_many_that_want_a_lock_one_has_it(tmp_path):
         children.append(child)
         if not child:
             taken = 0
-            while taken < 200:
-                with suppress(lock.Elsewhere), lock.held(tmp_path):
-                    try:
+            try:
+                while taken < 200:
+                    with suppress(lock.Elsewhere), lock.held(tmp_path):
                         alone.touch(exist_ok=False)
-                    except FileExistsError:
-                        os._exit(1)
-                    alone.unlink()
-                    taken += 1
-            os._exit(0)
+                        alone.unlink()
+                        taken += 1
+            finally:
+                os._exit(taken < 200)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
 
 

@@ -121,7 +121,7 @@ def test_no_secret_of_the_environment_reaches_record_mirror_or_screen(tmp_path):
     env.pop("WANDB_MODE", None)
     short = ["train.max_steps=1", "eval.max_examples=4", "wandb.mode=offline", "train.log_steps=1"]
     command = [sys.executable, "train.py", "model=tiny-roberta", "task=demo/sentiment", *short]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("*.wandb")) and list(tmp_path.rglob("environment.json"))
     assert not held(tmp_path)

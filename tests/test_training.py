@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import forked
 import pytest
@@ -18,7 +17,7 @@ from wandb_stub import WandbStub
 
 import tasks
 from dual_lora import set_update_scale
-from dual_lora.lab import cli, data, evaluation, methods, models, reevaluation, runs, training
+from dual_lora.lab import cli, data, evaluation, loop, methods, mirror, models, reevaluation, runs, training
 from dual_lora.lab.runs import Record
 from dual_lora.lab.settings import UserError
 
@@ -250,15 +249,25 @@ def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
 
 
 def test_scoring_epochs_is_no_time_of_training(runs_folder, monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            self.now += 1e-3
+            return self.now
+
+    clock = Clock()
+
     def evaluate(model, tokenizer, task, held_out, settings, title):
-        time.sleep(1)
+        clock.now += 1000
         return {"accuracy": 0.5}, []
 
+    monkeypatch.setattr(loop, "time", clock)
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(evaluation, "warnings", lambda *_: [])
     few = ["train.max_steps=null", "train.max_examples=8", "train.epochs=5", "train.batch_size=8", "eval.before=false"]
     result = training.run(settings("tiny-roberta", "task.checkpoint=best", *few))
-    assert result["train_seconds"] < 5
+    assert result["train_seconds"] < 1000 < clock.now
 
 
 @pytest.mark.parametrize("saving", ["null", "1"])
@@ -537,6 +546,8 @@ def test_reevaluation_is_what_eval_runs(runs_folder):
 
 def test_an_online_mirror_gets_the_run_while_the_record_stays_whole(runs_folder, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+    monkeypatch.setattr(mirror, "INIT_SECONDS", 60.0)
+    monkeypatch.setattr(mirror, "FINISH_SECONDS", 60.0)
     with WandbStub() as stub:
         monkeypatch.setenv("WANDB_BASE_URL", stub.url)
         result = training.run(settings("tiny-roberta", "wandb.mode=online"))

@@ -13,4 +13,5 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.{kind}" for kind in METADATA]
     for path, metadata in zip(paths, METADATA.values(), strict=True):
         figure.savefig(path, dpi=150, metadata=metadata)
+        figure.set_layout_engine("none")  # laid out once: that takes longer than to draw
     return paths

@@ -12,6 +12,8 @@ from typing import Any
 
 from dual_lora.lab.settings import Settings, require
 
+PATIENCE = 20.0  # seconds that another process gives the first one to say why the work ends
+
 
 def number() -> int:
     """Return how many processes were started."""
@@ -31,12 +33,12 @@ def several() -> bool:
     return number() > 1
 
 
-def after_the_first(seconds: float = 20) -> None:
+def after_the_first() -> None:
     """Let the first process say why it ends before this one does. Whatever started them stops all as soon as one has
     ended, and most of what goes wrong goes wrong in each of them: the first one then speaks for all. If it does not
     fail, or not soon, this one goes on and speaks for itself."""
     if not first():
-        time.sleep(seconds)
+        time.sleep(PATIENCE)
 
 
 def check(settings: Settings) -> None:

@@ -11,7 +11,6 @@ def work(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("group", runner.GROUPS)
 def test_group_has_no_unexpected_failure(group, work):
     if not (runner.fetch_tests(work) / f"{runner.GROUPS[group]}.py").exists():
