@@ -416,24 +416,40 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path, 
         cli.evaluate_again([f"run={folder}"])
 
 
-@pytest.mark.parametrize(("model", "method"), [(m, "dual_lora") for m in FAMILIES] + [("tiny-llama", "full")])
-def test_an_exported_run_is_loaded_by_transformers_alone(model, method, runs_folder, tmp_path, capsys):
-    result = training.run(settings(model, f"method={method}"))
-    run = f"run={runs_folder / 'adhoc' / result['identity']}"
-    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}"]) == 0
-    said = re.search(r"differ from the unmerged run's by (\S+) of", capsys.readouterr().out)
-    assert float(said[1]) < 1e-5
-    assert (tmp_path / "out/adapter/adapter_config.json").is_file() == (method != "full")
-    head = "CausalLM" if FAMILIES[model] in ("demo/choice", "demo/restaurants") else "SequenceClassification"
-    code = f"""
-import sys
-from transformers import AutoModelFor{head} as Model, AutoTokenizer
-model = Model.from_pretrained({str(tmp_path / "out")!r})
-AutoTokenizer.from_pretrained({str(tmp_path / "out")!r})
-assert "dual_lora" not in sys.modules and "peft" not in type(model).__module__
+ALONE = """import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+found, ids = {}, torch.tensor(IDS)
+for folder, head in FOLDERS.items():
+    model = globals()["AutoModelFor" + head].from_pretrained(folder).eval()
+    AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        found[folder] = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().tolist()
+    assert "dual_lora" not in sys.modules and "peft" not in type(model).__module__
+print(json.dumps(found))
 """
+
+
+def test_exported_runs_give_their_logits_under_transformers_alone(runs_folder, tmp_path, capsys):
+    heads, expected = {}, {}
+    ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    for model, method in [*((model, "dual_lora") for model in FAMILIES), ("tiny-llama", "full")]:
+        chosen, out = settings(model, f"method={method}"), tmp_path / f"{model}-{method}"
+        record = Record(runs_folder / "adhoc" / training.run(chosen)["identity"])
+        assert cli.evaluate_again([f"run={record.folder}", f"export={out}"]) == 0
+        said = re.search(r"differ from the unmerged run's by (\S+) of", capsys.readouterr().out)
+        assert float(said[1]) < 1e-5
+        assert (out / "adapter/adapter_config.json").is_file() == (method != "full")
+        task = tasks.load(chosen.task.name)
+        heads[str(out)] = "CausalLM" if task.form == "generation" else "SequenceClassification"
+        unmerged = reevaluation.load_trained(chosen, record, task)[0].eval()
+        with torch.inference_mode():
+            expected[str(out)] = unmerged(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double()
+    code = ALONE.replace("IDS", str(ids.tolist())).replace("FOLDERS", str(heads))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    for folder, logits in json.loads(done.stdout).items():
+        torch.testing.assert_close(torch.tensor(logits, dtype=torch.double), expected[folder], rtol=1e-4, atol=1e-4)
 
 
 def test_what_an_export_in_16_bits_loses_is_said(runs_folder, tmp_path, capsys):

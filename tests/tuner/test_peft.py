@@ -234,10 +234,6 @@ def python(code, **env):
     ).stdout.strip()
 
 
-def test_importing_the_package_registers():
-    assert python("import dual_lora, peft; print('DUAL_LORA' in list(peft.PeftType))", DUAL_LORA_LAZY="") == "True"
-
-
 def test_lazy_import_loads_neither_torch_nor_peft():
     code = "import sys, dual_lora; print('torch' in sys.modules, 'peft' in sys.modules); "
     code += "from dual_lora import DualLoraConfig; print(DualLoraConfig().peft_type.value)"
@@ -253,6 +249,8 @@ def test_every_public_name_resolves():
         dual_lora.no_such_name  # noqa: B018
 
 
-def test_import_costs_little_more_than_peft():
-    code = "import time, peft; t = time.process_time(); import dual_lora; print(time.process_time() - t)"
-    assert min(float(python(code, DUAL_LORA_LAZY="")) for _ in range(2)) < 0.2
+def test_importing_registers_and_costs_little_more_than_peft():
+    code = "import time, peft; t = time.process_time(); import dual_lora; print(time.process_time() - t); "
+    code += "print('DUAL_LORA' in list(peft.PeftType))"
+    seconds, registered = python(code, DUAL_LORA_LAZY="").split()
+    assert float(seconds) < 0.2 and registered == "True"
