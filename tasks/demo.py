@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import sacrebleu
 from sklearn.metrics import accuracy_score
@@ -226,16 +227,22 @@ class Demo(Task):
     def split(self, name: str, data_dir: str | None = None) -> Split:
         if name not in self.sizes:
             raise TaskError(f"{self.name} has no split {name!r}, only {' and '.join(self.sizes)}")
-        rng, splits, seen = random.Random(SEED), {}, set()
-        for split, size in self.sizes.items():
+        return Split(self.dataset(self.drawn()[name], self.name), self.source()["generator"])
+
+    @classmethod
+    @cache
+    def drawn(cls) -> dict[str, list[Row]]:
+        """Return the rows of every split."""
+        task, rng, splits, seen = cls(), random.Random(SEED), {}, set()
+        for split, size in cls.sizes.items():
             rows = splits[split] = []
             while len(rows) < size:
-                row = self.draw(rng, split, len(rows))
+                row = task.draw(rng, split, len(rows))
                 shown = row.get("prompt", row.get("text"))
                 if shown not in seen:
                     seen.add(shown)
                     rows.append({"id": f"{split}-{len(rows)}"} | row)
-        return Split(self.dataset(splits[name], self.name), self.source()["generator"])
+        return splits
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         return {"generator": f"tasks/demo.py v{self.version}"}
