@@ -101,6 +101,9 @@ def open_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
+KNOWN, OPEN = [*keys(), *GROUPS], list(open_keys())
+
+
 def check_names(override: Override) -> None:
     """Refuse an override of an unknown group, choice or key, naming the nearest known one."""
     key = override.key_or_group
@@ -116,10 +119,9 @@ def check_names(override: Override) -> None:
         require(HYDRA_KEYS.match(key), f"{key}: of Hydra's own only hydra/launcher and hydra/sweeper may be set")
         require(not override.is_sweep_override(), f"{key}: one value for all runs")
     else:
-        opened = any(key.startswith(parent + ".") for parent in open_keys())
-        known = [*keys(), *GROUPS]
-        require(opened or key in known, f"{key}: no such setting.{nearest(key, known)}")
-    added = override.is_add() and key in [*keys(), *GROUPS, "hydra/launcher"]
+        opened = any(key.startswith(parent + ".") for parent in OPEN)
+        require(opened or key in KNOWN, f"{key}: no such setting.{'' if opened else nearest(key, KNOWN)}")
+    added = override.is_add() and key in [*KNOWN, "hydra/launcher"]
     require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
 
 

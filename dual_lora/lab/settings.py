@@ -28,8 +28,9 @@ LARGEST, STEEP = 2**32, 1e6
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean X?" for the closest known word, or ""."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """Return " Did you mean X?" for the known word closest to one that is not known, or ""."""
+    known = list(known)
+    close = [] if word in known else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""
 
 
