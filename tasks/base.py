@@ -75,7 +75,7 @@ class Split:
     def facts(self) -> dict[str, Any]:
         """Return origin, number of rows and a hash of their content, equal for equal examples whatever their source."""
         digest = hashlib.sha256()
-        for row in self.rows:
+        for row in self.rows.to_list():
             digest.update(repr(sorted(row.items())).encode())
         return {"origin": self.origin, "rows": len(self.rows), "sha256": digest.hexdigest()}
 

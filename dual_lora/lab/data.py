@@ -15,7 +15,7 @@ IGNORED = -100  # label of a token without loss
 def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
     """Return the rows as model inputs with labels, truncated to `task.max_length` tokens."""
     columns = generation(tokenizer, settings) if task.form == "generation" else sentences(tokenizer, settings)
-    return Dataset.from_list([columns(row) for row in rows])
+    return Dataset.from_list([columns(row) for row in rows.to_list()])
 
 
 def check_room(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
