@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: env  ## adapt a bundled model to a demo task, about a minute
 	$(PY) train.py
 
-test: env  ## the test suite, about half an hour on 2 cores
+test: env  ## the test suite, about 20 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 25 --durations-min 5
 
 test-slow: env  ## the minutes-long tests

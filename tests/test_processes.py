@@ -14,16 +14,18 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_readme import COMMANDS, words
 
 from dual_lora.lab import cli, training
 from dual_lora.lab.runs import Record
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+((_, *OPTIONS, SCRIPT, FSDP2, DEVICES),) = (words(command) for command in COMMANDS if command.startswith("torchrun"))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", *OPTIONS]
 COMMON = ["wandb.mode=disabled", "train.max_steps=6", "eval.max_examples=8", "eval.batch_size=4", "train.log_steps=1"]
 TEXT, WORDS = ["model=tiny-llama", "task=demo/restaurants"], ["model=tiny-roberta", "task=demo/sentiment"]
-ONE, TWO = ["train.batch_size=8"], ["train.batch_size=4", "hardware.devices=2"]
+ONE, TWO = ["train.batch_size=8"], ["train.batch_size=4", DEVICES]
 # What may differ: names, and what was not computed but measured.
 OTHER = {"identity", "train_seconds", "tokens_per_second", "peak_memory_bytes", "merged", "train_loss"}
 OTHER |= {"sha256", "digest"}
@@ -65,6 +67,12 @@ def same_record(two: Path, one: Path) -> None:
         torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_the_readme_starts_two_processes_with_fsdp2():
+    """As the test below does, with these very words."""
+    assert [*OPTIONS, SCRIPT] == ["--nproc-per-node", "2", "train.py"]
+    assert [FSDP2, DEVICES] == ["hardware=fsdp2", "hardware.devices=2"]
+
+
 @pytest.mark.parametrize(
     ("hardware", "kind", "methods"),
     [
@@ -77,7 +85,7 @@ def same_record(two: Path, one: Path) -> None:
 def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, kind, methods, runs_folder, capsys):
     chosen = [*kind, *COMMON]
     named = f"method={','.join(methods)}"
-    said = done(start("train.py", "-m", *chosen, *TWO, f"hardware={hardware}", named, runs=runs_folder))
+    said = done(start(SCRIPT, "-m", *chosen, *TWO, f"hardware={hardware}", named, runs=runs_folder))
     assert said.count("record ") == len(methods), "the second process speaks, too"
     for method in methods:
         two = Record.of(cli.load([*chosen, *TWO, f"hardware={hardware}", f"method={method}"])).folder

@@ -51,7 +51,7 @@ def small_bert(tmp_path_factory):
 
 
 ALONE = "python train.py"  # in a process of its own, the others in forks of this one
-ELSEWHERE = (" -m dual", "hydra/launcher", "torchrun")  # below, and in test_launchers.py
+ELSEWHERE = (" -m dual", "hydra/launcher", "torchrun")  # below, in test_launchers.py and in test_processes.py
 
 
 def started(*argv: str) -> subprocess.CompletedProcess:
@@ -93,13 +93,6 @@ def shortened(arguments: list[str]) -> list[str]:
     short = SHORT if arguments == ["train.py"] else [*SHORT, "eval.before=false"]
     short = [*short, "seed=0"] if arguments[0] == "sweep.py" else short
     return [word for word in short if word.partition("=")[0] not in {a.partition("=")[0] for a in arguments}]
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
-def test_torchrun_runs(command, runs_folder):
-    _, *options, script, a, b = words(command)
-    done = started("-m", "torch.distributed.run", "--standalone", *options, script, a, b, *SHORT)
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_benchmark_runs_as_written_and_its_tables_are_the_newest(tmp_path, monkeypatch):
