@@ -232,7 +232,7 @@ class Demo(Task):
     @classmethod
     @cache
     def drawn(cls) -> dict[str, list[Row]]:
-        """Return the rows of every split."""
+        """Return the rows of every split, which are not to be changed."""
         task, rng, splits, seen = cls(), random.Random(SEED), {}, set()
         for split, size in cls.sizes.items():
             rows = splits[split] = []

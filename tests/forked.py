@@ -27,7 +27,7 @@ def run(*argv: str, timeout: float = 1500) -> subprocess.CompletedProcess:
     Raises:
         subprocess.TimeoutExpired: it took longer than so many seconds, and was killed.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         child = os.fork()
         if not child:
             be(argv, out, err)
@@ -48,7 +48,7 @@ def be(argv: tuple[str, ...], out: IO, err: IO) -> None:
     try:
         for number, stream in enumerate((out, err), start=1):
             os.dup2(stream.fileno(), number)
-        sys.stdout, sys.stderr = out, err
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, errors="replace", closefd=False) for n in (1, 2))
         os.chdir(ROOT)
         GlobalHydra.instance().clear()  # set up by an earlier test, perhaps
         torch.set_num_threads(1)  # a fork has lost all threads but one

@@ -16,7 +16,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_readme import COMMANDS, words
 
-from dual_lora.lab import cli, training
+from dual_lora.lab import cli, processes, training
 from dual_lora.lab.runs import Record
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -68,7 +68,7 @@ def same_record(two: Path, one: Path) -> None:
 
 
 def test_the_readme_starts_two_processes_with_fsdp2():
-    """As the test below does, with these very words."""
+    """As the test below does, in these words."""
     assert [*OPTIONS, SCRIPT] == ["--nproc-per-node", "2", "train.py"]
     assert [FSDP2, DEVICES] == ["hardware=fsdp2", "hardware.devices=2"]
 
@@ -84,8 +84,8 @@ def test_the_readme_starts_two_processes_with_fsdp2():
 )
 def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, kind, methods, runs_folder, capsys):
     chosen = [*kind, *COMMON]
-    named = f"method={','.join(methods)}"
-    said = done(start(SCRIPT, "-m", *chosen, *TWO, f"hardware={hardware}", named, runs=runs_folder))
+    named = [f"method={','.join(methods)}", *["-m"][: len(methods) - 1]]
+    said = done(start(SCRIPT, *chosen, *TWO, f"hardware={hardware}", *named, runs=runs_folder))
     assert said.count("record ") == len(methods), "the second process speaks, too"
     for method in methods:
         two = Record.of(cli.load([*chosen, *TWO, f"hardware={hardware}", f"method={method}"])).folder
@@ -147,6 +147,34 @@ def test_what_several_processes_cannot_do_is_told_in_one_line(arguments, said, r
     told = {line for line in told if "stopped by" not in line}  # of the first one, had it been very late
     assert len(told) == 1 and said in told.pop(), out[-2000:]
     assert process.returncode
+
+
+@pytest.mark.parametrize("asked", [None, "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("where", ["before a run", "in a run"])
+def test_another_process_waits_for_the_first_before_it_says_why(where, asked, runs_folder, monkeypatch, capsys):
+    """It is stopped while it waits once the first one has ended, and says nothing then."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def fail(*_):
+        raise ValueError("odd")
+
+    def sleep(seconds: float) -> None:
+        assert seconds == processes.PATIENCE and capsys.readouterr() == ("", "")
+        if asked:
+            os.kill(os.getpid(), getattr(signal, asked))
+
+    monkeypatch.setattr(training, "run", fail)
+    monkeypatch.setattr(processes.time, "sleep", sleep)
+    doing = fail if where == "before a run" else lambda: cli.attempt(cli.load([*WORDS, *COMMON]))
+    with pytest.raises(SystemExit) as end:
+        cli.guard(doing)
+    said = capsys.readouterr().err
+    if asked == "SIGTERM":
+        assert said == "" and end.value.code == cli.EXIT_STOPPED
+    else:
+        assert said.count("Traceback") == 1 and "ValueError: odd" in said.splitlines()[-1]
+        assert end.value.code == cli.EXIT_FAILED
 
 
 FAILS = """import os, sys, time

@@ -507,9 +507,12 @@ def guard(do: Callable[..., int], *args: object) -> None:
     try:
         with STOP.heard(), silence:
             place("DUAL_LORA_RUNS", str(runs.RUNS))
-            sys.exit(do(*args))
+            try:
+                sys.exit(do(*args))
+            except Exception:
+                processes.after_the_first()
+                raise
     except Exception as error:
-        processes.after_the_first()
         code, message = ended(error)
         print(f"{name}: {without_secrets(message)}", file=sys.stderr)
         sys.exit(code)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dual_lora.lab.settings import Settings, require
+from dual_lora.lab.stopping import Stopped
 
 PATIENCE = 20.0  # seconds that another process gives the first one to say why the work ends
 
@@ -36,9 +37,18 @@ def several() -> bool:
 def after_the_first() -> None:
     """Let the first process say why it ends before this one does. Whatever started them stops all as soon as one has
     ended, and most of what goes wrong goes wrong in each of them: the first one then speaks for all. If it does not
-    fail, or not soon, this one goes on and speaks for itself."""
-    if not first():
+    fail, or not soon, or somebody presses Ctrl-C meanwhile, this one goes on and speaks for itself.
+
+    Raises:
+        Stopped: the others have ended.
+    """
+    if first():
+        return
+    try:
         time.sleep(PATIENCE)
+    except Stopped as stopped:
+        if str(stopped) != "SIGINT":
+            raise
 
 
 def check(settings: Settings) -> None:

@@ -250,7 +250,7 @@ def test_every_public_name_resolves():
 
 
 def test_importing_registers_and_costs_little_more_than_peft():
-    code = "import time, peft; t = time.process_time(); import dual_lora; print(time.process_time() - t); "
-    code += "print('DUAL_LORA' in list(peft.PeftType))"
+    code = "import gc, time, peft; gc.disable(); t = time.process_time(); import dual_lora; "
+    code += "print(time.process_time() - t, 'DUAL_LORA' in list(peft.PeftType))"
     seconds, registered = python(code, DUAL_LORA_LAZY="").split()
     assert float(seconds) < 0.2 and registered == "True"
