@@ -221,9 +221,9 @@ class Experiment:
 
 def setting(settings: Settings, key: str) -> object:
     """Return the value of a setting by its full name, e.g. "train.lr"; None where a method does not have it."""
-    value = asdict(settings)
+    value: object = settings
     for part in key.split("."):
-        value = (value or {}).get(part)
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     return value
 
 
