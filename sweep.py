@@ -13,10 +13,12 @@ import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
-from dual_lora.lab import cli, grid
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.config.compose import list_choices
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
-        print(f"{__doc__}\nKnown experiments: {', '.join(cli.choices('experiment'))}")
+        print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")
         sys.exit()
-    cli.guard(grid.sweep, sys.argv[1:])
+    run_command(sweep_command, sys.argv[1:])

@@ -6,19 +6,12 @@ python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2
 """
 
 import os
+import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
-import hydra
-from omegaconf import DictConfig
-
-from dual_lora.lab import cli
-
-
-@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="config")
-def job(config: DictConfig) -> None:
-    cli.attempt(cli.settings(config))
-
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.commands.train import train_command
 
 if __name__ == "__main__":
-    cli.guard(cli.train, job)
+    run_command(train_command, sys.argv[1:])

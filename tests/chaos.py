@@ -42,7 +42,17 @@ import torch
 from tabulate import tabulate
 from wandb_stub import WandbStub
 
-from dual_lora.lab import cli, grid, loop, models, report, runs, training
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.report import write as report_write
+from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.train import run as train_run
+from dual_lora.lab.train import trainer as train_trainer
+from dual_lora.lab.train.trainer import RunTrainer
 
 RUN = ["task=demo/sentiment", "eval.max_examples=8", "train.max_examples=40", "train.batch_size=8"]
 RUN += ["train.max_steps=7", "train.log_steps=2", "method.dropout=0.1"]
@@ -131,10 +141,10 @@ class Study:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            runs.RUNS, sys.argv = self.folder, ["sweep.py", *self.command]
+            paths.RUNS, sys.argv = self.folder, ["sweep.py", *self.command]
             self.tell_phases()
             prepare()
-            cli.guard(grid.sweep, self.command)
+            run_command(sweep_command, self.command)
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -145,10 +155,11 @@ class Study:
 
     def tell_phases(self) -> None:
         """Keep the phase of the work in memory that the parent sees."""
-        places = [(models, "load"), (training.evaluation, "evaluate"), (loop.Loop, "fit")]
-        places += [(loop.Loop, "_save_checkpoint"), (training.checkpoints, "seal"), (report, "write")]
+        places = [(train_run, "load_model"), (train_run, "evaluate_splits"), (RunTrainer, "fit")]
+        places += [(RunTrainer, "_save_checkpoint"), (train_run, "seal_folder"), (report_write, "write_report")]
         for number, (place, function) in enumerate(places, start=1):
             setattr(place, function, self.within(number, getattr(place, function)))
+        train_trainer.seal_folder = train_run.seal_folder
 
     def within(self, number: int, function: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -307,8 +318,8 @@ class Chaos:
                 time.sleep(self.draw.uniform(0.3, self.seconds))
                 os.kill(child, self.draw.choice([signal.SIGTERM, signal.SIGINT]))
                 phase, code = PHASES[study.phase[0]], ended(child, 60)
-                if code != cli.EXIT_STOPPED:
-                    if code != cli.EXIT_OK:
+                if code != EXIT_STOPPED:
+                    if code != EXIT_OK:
                         print(f"stop in {phase}: exit {code}\n{study.said()[-3000:]}")
                         row.tried += 1
                     break
@@ -326,7 +337,7 @@ class Chaos:
                 code = study.finish(limit)
                 row.tried += 1
                 row.where[f"{size >> 10} KiB"] += 1
-                told = code == cli.EXIT_USER and "cannot be written" in study.said() and "Traceback" not in study.said()
+                told = code == EXIT_USER and "cannot be written" in study.said() and "Traceback" not in study.said()
                 if not told:
                     print(f"disk of {size >> 10} KiB: exit {code}\n{study.said()[-3000:]}")
                 finished = study.results()
@@ -347,7 +358,7 @@ class Chaos:
                 time.sleep(0.002)
             code, finished = ended(child), study.results()
             named = "cannot be written" in study.said() or "no folder that can be written" in study.said()
-            told = code == cli.EXIT_USER and named and "Traceback" not in study.said()
+            told = code == EXIT_USER and named and "Traceback" not in study.said()
             if not told:
                 print(f"read-only after {delay} s: exit {code}\n{study.said()[-3000:]}")
             subprocess.run(["mount", "-o", "remount,rw", study.folder], check=True)
@@ -418,7 +429,7 @@ class Chaos:
             study = self.study()
             killed(study, None, weights[0])  # where the first result was to be written
             (path, *_) = study.folder.glob("chaos/*/trained.json")
-            record, data = runs.Record(path.parent), path.read_bytes()
+            record, data = Record(path.parent), path.read_bytes()
             sound = record.trained()
             assert sound, "trained.json is not whole before any bit is flipped"
             for at in range(len(data)) if not number else ():
@@ -439,24 +450,28 @@ class Chaos:
             code = study.finish(lambda: at_call(place, name, number, wrong))  # noqa: B023 - called in this turn
             row.tried += 1
             row.where[name] += 1
-            told = code == cli.EXIT_USER and said in study.said() and "Traceback" not in study.said()
+            told = code == EXIT_USER and said in study.said() and "Traceback" not in study.said()
             if not told:
                 print(f"{fault} at {name}: exit {code}\n{study.said()[-3000:]}")
             row.survived += told and self.concluded(row, study, study.results())
 
     def memory(self) -> None:
-        calls = [(models, "load", 2), (training.methods, "attach", 1), (loop.Trainer, "training_step", 5)]
-        calls += [(training.evaluation, "outputs", 2), (training.methods, "merge", 1)]
+        calls = [
+            (train_run, "load_model", 2),
+            (train_run, "attach_method", 1),
+            (train_trainer.Trainer, "training_step", 5),
+        ]
+        calls += [(evaluate, "compute_outputs", 2), (train_run, "merge_adapter", 1)]
         self.broken("out of memory", "out of memory", [(*call, no_memory) for call in calls])
         row, study = self.row("out of memory for a batch that is scored"), self.study()
-        code = study.finish(lambda: at_call(training.evaluation, "classify", 2, no_memory))
+        code = study.finish(lambda: at_call(evaluate, "classify_rows", 2, no_memory))
         row.tried, row.where["classify"] = 1, 1
-        row.survived += code == cli.EXIT_OK and self.concluded(row, study)
+        row.survived += code == EXIT_OK and self.concluded(row, study)
 
     def numbers(self) -> None:
-        steps = [(loop.Trainer, "training_step", n, lambda loss, *args: loss * float("nan")) for n in (2, 5)]
+        steps = [(train_trainer.Trainer, "training_step", n, lambda loss, *args: loss * float("nan")) for n in (2, 5)]
         self.broken("a loss that is no number", "the loss is nan at step", steps)
-        self.broken("weights that are no numbers", "failed: ", [(loop.Loop, "fit", n, spoil_weights) for n in (1, 3)])
+        self.broken("weights that are no numbers", "failed: ", [(RunTrainer, "fit", n, spoil_weights) for n in (1, 3)])
 
     def together(self, count: int) -> None:
         """The same command several times at once."""
@@ -471,7 +486,7 @@ class Chaos:
             codes = [ended(child) for child in children]
             row.tried += 1
             said = [log.read_text(errors="replace") for log in logs]
-            clean = set(codes) <= {cli.EXIT_OK, cli.EXIT_ELSEWHERE} and not any("Traceback" in s for s in said)
+            clean = set(codes) <= {EXIT_OK, EXIT_ELSEWHERE} and not any("Traceback" in s for s in said)
             if not clean:
                 print(f"together: exit codes {codes}\n" + "\n".join(s[-1500:] for s in said))
             row.where.update(f"exit {code}" for code in codes)
@@ -574,7 +589,7 @@ def no_memory(*args) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def spoil_weights(done: object, trainer: loop.Loop, *args) -> object:
+def spoil_weights(done: object, trainer: RunTrainer, *args) -> object:
     """Put a number that is none into the first trained weight, as a last step could."""
     weight = next(weight for weight in trainer.model.parameters() if weight.requires_grad)
     weight.data.view(-1)[0] = float("nan")
@@ -622,7 +637,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
-    grid.Experiment.load = lambda name, scale=None: grid.Experiment.read(name, SPEC, scale)
+    Experiment.load = lambda name, scale=None: Experiment.read(name, SPEC, scale)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         chaos = Chaos(Path(folder), given.seed)

@@ -45,9 +45,9 @@ def official_data() -> Path:
 @pytest.fixture
 def runs_folder(tmp_path, monkeypatch) -> Path:
     """Run records of this test alone, in this process and in those it starts."""
-    from dual_lora.lab import runs
+    from dual_lora.lab.config import paths
 
     folder = tmp_path / "runs"
-    monkeypatch.setattr(runs, "RUNS", folder)
+    monkeypatch.setattr(paths, "RUNS", folder)
     monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
     return folder

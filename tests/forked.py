@@ -16,7 +16,7 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 from tqdm import tqdm
 
-import dual_lora.lab.training  # noqa: F401 - what a fork need not import
+import dual_lora.lab.train.run  # noqa: F401 - what a fork need not import
 
 tqdm.monitor_interval = 0  # no thread that could hold a lock at a fork
 

@@ -17,8 +17,27 @@ from safetensors.numpy import load_file
 
 import tasks
 from dual_lora import analysis, delta_weight
-from dual_lora.lab import analysing, cli, histogram_figure, methods, models, rank_figure, runs, training, updates
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.recorded import load_recorded_settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
+from dual_lora.lab.weights import analyse as weights_analyse
+from dual_lora.lab.weights import rank_figure as weights_rank_figure
+from dual_lora.lab.weights.analyse import drop_histograms
+from dual_lora.lab.weights.histogram_figure import draw_histograms
+from dual_lora.lab.weights.rank_figure import (
+    AnalysedRun,
+    draw_own_ranks,
+    draw_published_ranks,
+    draw_ranks,
+    read_published_ranks,
+)
+from dual_lora.lab.weights.updates import MIN_DEVIATIONS, draw_initial_factors, find_role, list_adapter_updates
 from dual_lora.tuner.warmup import factors_of
 
 ROLES = {"q", "k", "v", "up", "down"}
@@ -141,31 +160,31 @@ SHORT += ["wandb.mode=disabled"]
 def trained(tmp_path_factory):
     """The folders of one short run of each method on tiny-llama."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "RUNS", tmp_path_factory.mktemp("runs"))
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
         yield {m: train(f"method={m}") for m in METHODS}
 
 
 def train(*overrides: str):
-    chosen = cli.load(["model=tiny-llama", "task=demo/restaurants", *SHORT, *overrides])
-    return runs.RUNS / "adhoc" / training.run(chosen)["identity"]
+    chosen = load_settings(["model=tiny-llama", "task=demo/restaurants", *SHORT, *overrides])
+    return paths.RUNS / "adhoc" / train_run(Run.prepare(chosen))["identity"]
 
 
 @cache
 def analysed(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
     """Return analysis.json and its rows by module; no figure is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analysing, "drawn", lambda *_: None)
+        patch.setattr(weights_analyse, "draw_figures", lambda *_: None)
         return analysed_anew(folder, *arguments)
 
 
 def analysed_anew(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
-    assert cli.evaluate_again([f"run={folder}", "analyse=true", *arguments]) == 0
+    assert evaluate_command([f"run={folder}", "analyse=true", *arguments]) == 0
     content = json.loads((folder / "analysis.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     return content, {row["module"]: row for row in content["rows"]}
 
 
 def base_weight(module: str) -> np.ndarray:
-    weights = load_file(ROOT / "dual_lora/lab/bundled/tiny-llama/model.safetensors")
+    weights = load_file(ROOT / "dual_lora/lab/model/bundled/tiny-llama/model.safetensors")
     return weights[f"{module}.weight"].astype(np.float64)
 
 
@@ -269,15 +288,15 @@ def test_likeness_to_full_tuning_is_that_of_numpy(trained):
 
 
 def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_folder, monkeypatch):
-    load, drawn = models.load, iter(range(1, 99))
+    load, drawn = load_model, iter(range(1, 99))
 
     def load_and_draw(*arguments):
         torch.rand(next(drawn))  # a fresh head would draw too; how much must not matter
         return load(*arguments)
 
-    monkeypatch.setattr(models, "load", load_and_draw)
+    monkeypatch.setattr("dual_lora.lab.weights.updates.load_model", load_and_draw)
     folder = train("method=dual_lora", "train.lr=1e-30", "seed=3")
-    first = updates.redrawn(cli.recorded(folder))
+    first = draw_initial_factors(load_recorded_settings(folder))
     weights = adapter_weights(folder, Q0)
     for name in "ABCD":
         stored = next(v for k, v in weights.items() if k.rpartition(".")[2] == name)
@@ -293,21 +312,21 @@ def test_signs_flipped_are_told_only_where_the_beginning_is_known(trained, tmp_p
     other = shutil.copytree(trained["dual_lora"], tmp_path / "run")
     stored = yaml.safe_load((other / "config.yaml").read_text())
     (other / "config.yaml").write_text(yaml.safe_dump(stored | {"seed": 1}))
-    monkeypatch.setattr("dual_lora.lab.runs.Record.check", lambda *names: None)  # as of one not sealed
+    monkeypatch.setattr("dual_lora.lab.record.record.Record.check", lambda *names: None)  # as of one not sealed
     capsys.readouterr()
     content, rows = analysed(other)
     assert {row["signs_flipped"] for row in rows.values()} == {None}
-    assert not content["beginning"]["rebuilt"] and content["beginning"]["least_over_chance"] < updates.SURE
+    assert not content["beginning"]["rebuilt"] and content["beginning"]["least_over_chance"] < MIN_DEVIATIONS
     assert "Signs flipped: not told, the factors drawn again from the seed are not seen" in capsys.readouterr().out
 
 
 def attached(method: str, *overrides: str):
     """Return settings and tiny-gpt2, whose linear layers keep their weights in x out, with random factors on it."""
-    chosen = cli.load(["model=tiny-gpt2", "task=demo/choice", f"method={method}", *overrides])
+    chosen = load_settings(["model=tiny-gpt2", "task=demo/choice", f"method={method}", *overrides])
     task = tasks.load(chosen.task.name)
-    base, _ = models.load(chosen, task)
+    base, _ = load_model(chosen, task)
     torch.manual_seed(0)
-    model = methods.attach(base, chosen, task.form)
+    model = attach_method(base, chosen, task.form)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -324,7 +343,7 @@ FUSED = "+method.peft.fused_slices={c_attn: [3, [0, 2]]}"
 @pytest.mark.parametrize("case", [("dual_lora",), ("dual_lora", FUSED), ("lora",), ("dora",)])
 def test_dw_is_what_merging_adds_also_in_transposed_and_fused_layers(case):
     chosen, model = attached(*case)
-    found = list(updates.adapted(model, chosen))
+    found = list(list_adapter_updates(model, chosen))
     before = {u.name: u.weight().clone() for u in found}
     changes = {u.name: u.change().clone() for u in found}
     nulls = {u.name: u.drawn("cpu")[0] for u in found}
@@ -337,13 +356,13 @@ def test_dw_is_what_merging_adds_also_in_transposed_and_fused_layers(case):
         assert changes[update.name].any()
     some = next(u for u in found if "c_attn" in u.name)
     assert some.weight().shape == ((128, 128) if FUSED in case else (384, 128))
-    assert updates.role_of(some.module, chosen) == "q/k/v"
+    assert find_role(some.module, chosen) == "q/k/v"
 
 
 @pytest.mark.parametrize("method", ["dual_lora", "lora", "dora"])
 def test_a_null_is_drawn_by_its_module_alone(method):
     chosen, model = attached(method)
-    first, second = [u for u in updates.adapted(model, chosen) if "c_attn" in u.name][:2]
+    first, second = [u for u in list_adapter_updates(model, chosen) if "c_attn" in u.name][:2]
     nulls = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -355,23 +374,23 @@ def test_a_null_is_drawn_by_its_module_alone(method):
 
 
 def test_a_method_it_cannot_take_apart_is_told():
-    chosen = cli.load(["model=tiny-llama", "task=demo/restaurants"])
-    base, _ = models.load(chosen, tasks.load(chosen.task.name))
+    chosen = load_settings(["model=tiny-llama", "task=demo/restaurants"])
+    base, _ = load_model(chosen, tasks.load(chosen.task.name))
     model = get_peft_model(base, LoHaConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UserError, match=r"dual_lora \(LOHA\): not known how to take its dW apart"):
-        list(updates.adapted(model, chosen))
+        list(list_adapter_updates(model, chosen))
 
 
-def analysed_run(name: str, rank: int) -> rank_figure.Analysed:
+def analysed_run(name: str, rank: int) -> AnalysedRun:
     frame = pd.DataFrame({"layer": [0, 1], "role": "q", "out": 40, "in": 50})
     frame = frame.assign(overall_rank=rank, overall_rank_null=30)
-    return rank_figure.Analysed(name, "dual_lora", {"overall": "dW"}, frame)
+    return AnalysedRun(name, "dual_lora", {"overall": "dW"}, frame)
 
 
 def test_runs_stand_beside_one_null_as_shares_of_the_full_rank():
     axes = Figure().subplots()
     runs = [analysed_run("trained", 20), analysed_run("untrained", 10)]
-    rank_figure.ours(axes, runs, "overall", "rank", ("q", 40, 50))
+    draw_own_ranks(axes, runs, "overall", "rank", ("q", 40, 50))
     drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert drawn == {"trained": [0.5, 0.5], "untrained": [0.25, 0.25], "random factors, dual_lora": [0.75, 0.75]}
 
@@ -379,29 +398,29 @@ def test_runs_stand_beside_one_null_as_shares_of_the_full_rank():
 def test_every_value_lies_within_its_axis(trained, tmp_path, monkeypatch):
     content, _ = analysed(trained["dual_lora"])
     drawn = []
-    monkeypatch.setattr(rank_figure, "save", lambda figure, *_: drawn.append(figure) or [tmp_path])
-    run = rank_figure.Analysed("run", "dual_lora", content["labels"], analysing.plain(content["rows"]))
-    rank_figure.draw([run], tmp_path, "stable_rank")
+    monkeypatch.setattr(weights_rank_figure, "save", lambda figure, *_: drawn.append(figure) or [tmp_path])
+    run = AnalysedRun("run", "dual_lora", content["labels"], drop_histograms(content["rows"]))
+    draw_ranks([run], tmp_path, "stable_rank")
     for axes in drawn[0].axes:
         assert max(max(line.get_ydata()) for line in axes.get_lines()) <= axes.get_ylim()[1]
 
 
 def test_published_ranks_and_their_null_are_shares_of_4096_also_those_not_told_by_layer():
     axes = Figure().subplots()
-    rank_figure.known(axes, "overall")
+    draw_published_ranks(axes, "overall")
     drawn = {line.get_label(): line for line in axes.get_lines()}
     published = drawn["published: LLaMA2-7B, 4096 x 4096 (digitized)"]
     assert list(published.get_xdata())[0] == 0 and list(published.get_ydata())[0] == 4003 / 4096
     assert set(drawn["published, rank of LoRA's update: LLaMA2-7B, 4096 x 4096 (digitized)"].get_ydata()) == {32 / 4096}
     assert drawn["random factors, 4096 x 4096, r1 = r2 = 16 (own)"].get_ydata()[0] == 4077 / 4096
-    assert rank_figure.published("magnitude")[1] == (3550 / 4096, 3604 / 4096)
+    assert read_published_ranks("magnitude")[1] == (3550 / 4096, 3604 / 4096)
 
 
 def test_histograms_are_drawn_of_dual_lora_alone(trained, tmp_path):
     content, _ = analysed(trained["dual_lora"])
-    assert histogram_figure.draw(content, tmp_path).stat().st_size > 5000
+    assert draw_histograms(content, tmp_path).stat().st_size > 5000
     content, _ = analysed(trained["lora"])
-    assert histogram_figure.draw(content, tmp_path) is None
+    assert draw_histograms(content, tmp_path) is None
 
 
 def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_path):
@@ -430,5 +449,5 @@ def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_p
         ([f"run={gone}", "analyse=true"], "model: cannot be loaded"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            cli.evaluate_again(arguments)
+            evaluate_command(arguments)
         assert "\n" not in str(caught.value)

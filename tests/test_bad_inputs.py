@@ -34,8 +34,23 @@ from test_gguf import write as write_gguf
 from test_glue import write_official
 
 import train
-from dual_lora.lab import cli, evaluation, grid, hub, models, runs, training
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.commands.train import train_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs import hub as inputs_hub
+from dual_lora.lab.inputs.hub import is_hub_unreachable
+from dual_lora.lab.inputs.splits import load_split
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_USER
+from dual_lora.lab.train.run import train_run
 from tasks.commonsense import SPECS
 
 TABLE = Path(__file__).parent / "golden" / "bad_inputs.md"
@@ -58,7 +73,7 @@ class Case:
     script: str = "train.py"
     env: dict[str, str] = field(default_factory=dict)
     under: Callable[[pytest.MonkeyPatch, Path], None] = lambda patch, here: None
-    code: int = cli.EXIT_USER
+    code: int = EXIT_USER
 
     def words(self, here: Path) -> list[str]:
         given = [word.replace("{here}", str(here)).replace("{_}", " ") for word in self.argv.split()]
@@ -143,7 +158,7 @@ def dart_files(here: Path) -> None:
 
 
 def model(here: Path) -> None:
-    shutil.copytree(runs.BUNDLED / "tiny-roberta", here / "model")
+    shutil.copytree(BUNDLED / "tiny-roberta", here / "model")
 
 
 def finished(here: Path) -> None:
@@ -162,7 +177,7 @@ def unfinished(here: Path) -> None:
 
 def own() -> Path:
     """Return the folder of the very run that the command asks for."""
-    return runs.Record.of(cli.load(TINY)).folder
+    return Run.prepare(load_settings(TINY)).record.folder
 
 
 def damaged_own_result(here: Path) -> None:
@@ -183,7 +198,7 @@ def conf(name: str, content: str) -> Callable[[Path], None]:
     """Return what makes a copy of conf/ with one file of this content; `elsewhere` has it used."""
 
     def make(here: Path) -> None:
-        shutil.copytree(cli.CONF, here / "conf")
+        shutil.copytree(paths.CONF, here / "conf")
         write(f"conf/{name}", content)(here)
 
     return make
@@ -193,7 +208,7 @@ def conf(name: str, content: str) -> Callable[[Path], None]:
 
 
 def elsewhere(patch: pytest.MonkeyPatch, here: Path) -> None:
-    patch.setattr(cli, "CONF", here / "conf")
+    patch.setattr(paths, "CONF", here / "conf")
 
 
 def failing(name: str, number: int, ways: str = "w") -> Callable[[pytest.MonkeyPatch, Path], None]:
@@ -234,10 +249,10 @@ def held_here(patch: pytest.MonkeyPatch, here: Path) -> None:
 
 
 def no_hub(patch: pytest.MonkeyPatch, here: Path) -> None:
-    patch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    patch.setattr(hub.urllib.request, "getproxies", dict)
-    patch.setattr(hub.constants, "ENDPOINT", "http://host:notaport")
-    hub.cut.cache_clear()
+    patch.setattr(inputs_hub.constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(inputs_hub.urllib.request, "getproxies", dict)
+    patch.setattr(inputs_hub.constants, "ENDPOINT", "http://host:notaport")
+    is_hub_unreachable.cache_clear()
 
 
 HELD: io.TextIOBase | None = None
@@ -502,7 +517,7 @@ CASES = [
     Case("environment", "another model's tokenizer", PLACED, "model=tiny-roberta", lambda h: other_tokenizer(h)),
     Case("environment", "no such GGUF file", GGUF, "x.gguf: no such file"),
     Case("environment", "a folder that is called a GGUF file", GGUF, "x.gguf: no such file", lambda h: (h / "x.gguf").mkdir()),
-    Case("environment", "a GGUF file that is none", GGUF, "x.gguf: not a GGUF file", lambda h: shutil.copy(runs.BUNDLED / "tiny-llama/model.safetensors", h / "x.gguf")),
+    Case("environment", "a GGUF file that is none", GGUF, "x.gguf: not a GGUF file", lambda h: shutil.copy(BUNDLED / "tiny-llama/model.safetensors", h / "x.gguf")),
     Case("environment", "a GGUF file that is empty", GGUF, "x.gguf: not a GGUF file", write("x.gguf", "")),
     Case("environment", "a GGUF file that is a pickle", GGUF, "x.gguf: not a GGUF file", lambda h: write("x.gguf", pickle.dumps(Trap()))(h)),
     Case("environment", "a GGUF file cut short", GGUF, "x.gguf: damaged", changed("x.gguf", lambda c: c[: len(c) // 2], in_gguf())),
@@ -562,7 +577,7 @@ CASES = [
     Case("disk", "full under the adapter", "", "cannot be written (No space left on device); free some space", under=raising("peft.PeftModel.save_pretrained", FULL)),
     Case("disk", "full under an export", "run={here}/run export={here}/out", "export=", finished, EVAL, under=raising("transformers.PreTrainedModel.save_pretrained", FULL)),
     Case("disk", "broken under the data", RTE, "dev.tsv: cannot be read ([Errno 5] Input/output error", rte, under=failing("dev.tsv", errno.EIO, "r")),
-    Case("disk", "too many open files", "run={here}/run", "Too many open files; allow more open files", finished, EVAL, under=raising("dual_lora.lab.reevaluation.task_of", OSError(errno.EMFILE, "Too many open files"))),
+    Case("disk", "too many open files", "run={here}/run", "Too many open files; allow more open files", finished, EVAL, under=raising("dual_lora.lab.evaluate.reevaluation.load_task", OSError(errno.EMFILE, "Too many open files"))),
     # permissions
     Case("permission", "runs that may not be written", "", "is no folder that can be written; set DUAL_LORA_RUNS=DIR", under=forbidden),
     Case("permission", "an export that may not be written", "run={here}/run export={here}/out", "is no folder that can be written; give another folder as export=DIR", finished, EVAL, under=forbidden),
@@ -572,22 +587,22 @@ CASES = [
     Case("permission", "data that may not be read", RTE, "dev.tsv: cannot be read ([Errno 13] Permission denied", rte, under=failing("dev.tsv", errno.EACCES, "r")),
     Case("permission", "a model that may not be read", PLACED, "config.json: damaged ([Errno 13] Permission denied", model, under=failing("model/config.json", errno.EACCES, "r")),
     Case("permission", "settings that may not be read", "run={here}/run", "config.yaml: not a run's settings", finished, EVAL, under=failing("run/config.yaml", errno.EACCES, "r")),
-    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; see that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.reevaluation.task_of", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
+    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; see that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
     # memory
     Case("memory", "too little to load", "", "a smaller model or model.dtype=bfloat16 takes less", under=raising(LOADING, CUDA)),
     Case("memory", "too little to load, without an accelerator", "", "can't allocate memory: you tried 9 bytes); a smaller model", under=raising(LOADING, CPU)),
     Case("memory", "the system's word for it", "", "out of memory ([Errno 12] Cannot allocate memory)", under=raising(LOADING, OSError(errno.ENOMEM, "Cannot allocate memory"))),
-    Case("memory", "too little to adapt", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.methods.attach", CUDA)),
+    Case("memory", "too little to adapt", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.train.run.attach_method", CUDA)),
     Case("memory", "too little to train", "train.batch_size=8", "train.batch_size=4 train.accumulation=2 takes less", under=raising("transformers.Trainer.training_step", CUBLAS)),
-    Case("memory", "too little to evaluate one row", "eval.batch_size=8", "a smaller model or model.dtype=bfloat16 takes less", under=raising("dual_lora.lab.evaluation.classify", CUDA)),
-    Case("memory", "too little to merge", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.methods.merge", CUDA)),
-    Case("memory", "too little to evaluate again", "run={here}/run eval.batch_size=6", "a smaller model or model.dtype=bfloat16 takes less", finished, EVAL, under=raising("dual_lora.lab.evaluation.classify", CUDA)),
+    Case("memory", "too little to evaluate one row", "eval.batch_size=8", "a smaller model or model.dtype=bfloat16 takes less", under=raising("dual_lora.lab.evaluate.evaluate.classify_rows", CUDA)),
+    Case("memory", "too little to merge", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.train.run.merge_adapter", CUDA)),
+    Case("memory", "too little to evaluate again", "run={here}/run eval.batch_size=6", "a smaller model or model.dtype=bfloat16 takes less", finished, EVAL, under=raising("dual_lora.lab.evaluate.evaluate.classify_rows", CUDA)),
     Case("memory", "too little to load again", "run={here}/run", "take a machine with more", finished, EVAL, under=raising(LOADING, CPU)),
-    Case("memory", "too little to export", "run={here}/run export={here}/out", "take a machine with more", finished, EVAL, under=raising("dual_lora.lab.export.logits", CUDA)),
-    Case("memory", "too little to analyse", "run={here}/run analyse=true", "take a machine with more", finished, EVAL, under=raising("dual_lora.lab.analysing.row", MemoryError())),
+    Case("memory", "too little to export", "run={here}/run export={here}/out", "take a machine with more", finished, EVAL, under=raising("dual_lora.lab.evaluate.export.compute_probe_logits", CUDA)),
+    Case("memory", "too little to analyse", "run={here}/run analyse=true", "take a machine with more", finished, EVAL, under=raising("dual_lora.lab.weights.analyse.describe_update", MemoryError())),
     # locks
-    Case("lock", "held by a process here", "", "done elsewhere: ", in_own(".lock", lock_of(platform.node())), under=held_here, code=cli.EXIT_ELSEWHERE),
-    Case("lock", "held by another machine", "", "done elsewhere: ", in_own(".lock", lock_of("another")), code=cli.EXIT_ELSEWHERE),
+    Case("lock", "held by a process here", "", "done elsewhere: ", in_own(".lock", lock_of(platform.node())), under=held_here, code=EXIT_ELSEWHERE),
+    Case("lock", "held by another machine", "", "done elsewhere: ", in_own(".lock", lock_of("another")), code=EXIT_ELSEWHERE),
     Case("lock", "a folder in place of a lock", "", ".lock: cannot be written (Is a directory)", in_own(".lock/x", "")),
     Case("environment", "a model that is nowhere", "model=whisper-tiny-gpt2 task=e2e", "not on the hub; give model.path=DIR"),
 ]  # fmt: skip
@@ -627,17 +642,19 @@ def done(tmp_path_factory):
     """Two finished runs, of an adapter and of a whole model."""
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "RUNS", folder)
+        patch.setattr(paths, "RUNS", folder)
         for method in ("dual_lora", "full"):
-            result = training.run(cli.load([*TINY, f"method={method}"]))
+            result = train_run(Run.prepare(load_settings([*TINY, f"method={method}"])))
             DONE[method] = folder / "adhoc" / result["identity"]
 
 
 def entry(script: str, words: list[str]) -> int:
     """Do what a script does when it is started, and return its exit code."""
-    do = {"train.py": (cli.train, train.job), EVAL: (cli.evaluate_again, words), SWEEP: (grid.sweep, words)}[script]
+    do = {"train.py": (train_command, train.job), EVAL: (evaluate_command, words), SWEEP: (sweep_command, words)}[
+        script
+    ]
     with pytest.raises(SystemExit) as end:
-        cli.guard(*do)
+        run_command(*do)
     return end.value.code
 
 
@@ -663,7 +680,7 @@ WRITE = os.environ.get("DUAL_LORA_GOLDEN") == "write"
 def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capfd):
     for name, value in case.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     case.make(tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     case.under(monkeypatch, tmp_path)
@@ -679,7 +696,7 @@ def test_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capfd):
     assert case.said in message.replace(r"\|", "|"), out.err
     assert len(message.splitlines()) == 1 and "Traceback" not in out.err + out.out, out.err
     assert code == case.code
-    assert code == cli.EXIT_OK or {p: p.read_bytes() for p in before} == before
+    assert code == EXIT_OK or {p: p.read_bytes() for p in before} == before
     assert not (tmp_path / "code-was-run").exists() and not Path(READ).exists()
     ROWS[case.kind, case.what] = (message, code, seconds)
     if not WRITE:
@@ -738,7 +755,11 @@ def test_as_the_user_sees_it(what, tmp_path, runs_folder):
     case = next(c for c in CASES if c.what == what)
     case.make(tmp_path)
     code = f"import sys; sys.path[:0] = ['.', 'tests']; import test_bad_inputs as t; t.alone({what!r}, t.Path({str(tmp_path)!r}))"
-    command = [sys.executable, "-c", code] if case.under is not Case.under else [sys.executable, case.script, *case.words(tmp_path)]
+    command = (
+        [sys.executable, "-c", code]
+        if case.under is not Case.under
+        else [sys.executable, case.script, *case.words(tmp_path)]
+    )
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1500, stdin=subprocess.DEVNULL)
     WHOLE[what] = time.perf_counter() - started
@@ -765,29 +786,29 @@ def test_a_record_that_cannot_be_written_is_told(tmp_path, monkeypatch, capfd):
         raise OSError(errno.EROFS, "Read-only file system", str(self.folder / name))
 
     finished(tmp_path)
-    monkeypatch.setattr(runs.Record, "write", denied)
+    monkeypatch.setattr(Record, "write", denied)
     monkeypatch.setattr(sys, "argv", [EVAL])
-    assert entry(EVAL, [f"run={tmp_path / 'run'}"]) == cli.EXIT_USER
+    assert entry(EVAL, [f"run={tmp_path / 'run'}"]) == EXIT_USER
     assert "evaluation.json: Read-only file system; see that you may read and write there" in capfd.readouterr().err
 
 
 def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(inputs_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(inputs_hub.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(inputs_hub.urllib.request, "getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as there:
-        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
-        hub.cut.cache_clear()
-        assert not hub.cut()
+        monkeypatch.setattr(inputs_hub.constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
+        is_hub_unreachable.cache_clear()
+        assert not is_hub_unreachable()
     refusing = socket.socket()  # a port of its own on which nobody listens
     refusing.bind(("127.0.0.1", 0))
-    monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{refusing.getsockname()[1]}")
-    hub.cut.cache_clear()
-    assert hub.cut()
+    monkeypatch.setattr(inputs_hub.constants, "ENDPOINT", f"http://127.0.0.1:{refusing.getsockname()[1]}")
+    is_hub_unreachable.cache_clear()
+    assert is_hub_unreachable()
     for model, task in (("roberta-base", "demo/sentiment"), ("tiny-roberta", "glue/rte")):
-        chosen = cli.load([f"model={model}", f"task={task}"])
+        chosen = load_settings([f"model={model}", f"task={task}"])
         with pytest.raises(UserError, match="cannot load"):
-            models.load(chosen, evaluation.load_split(runs.task_of(chosen), "train", chosen))
-    assert hub.constants.HF_HUB_OFFLINE and hub.datasets.config.HF_HUB_OFFLINE  # else a minute of retries
-    hub.cut.cache_clear()
+            load_model(chosen, load_split(load_task(chosen), "train", chosen))
+    assert inputs_hub.constants.HF_HUB_OFFLINE and inputs_hub.datasets.config.HF_HUB_OFFLINE  # else a minute of retries
+    is_hub_unreachable.cache_clear()
     refusing.close()

@@ -49,7 +49,7 @@ LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-roberta", 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", *LONG])
 def test_model_level_floor(name):
-    path = str(ROOT / "dual_lora/lab/bundled" / name)
+    path = str(ROOT / "dual_lora/lab/model/bundled" / name)
     case = bench.model_case(path, (2, 24), torch.float32, CPU)
     rows = {row.method: row for row in bench.measure(case, rank=16, repeats=1, device=CPU)}
     assert 0.97 < rows["Dual LoRA"].flops_over_floor <= 1.02

@@ -8,8 +8,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dual_lora.lab import cli, runs
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.train import check_command
+from dual_lora.lab.config.compose import GROUPS, list_choices, load_settings
+from dual_lora.lab.config.recorded import load_recorded_settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.record.identity import compute_identity
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 
@@ -43,7 +46,7 @@ MISTAKES = {
 
 def refused(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        cli.check(list(overrides))
+        check_command(list(overrides))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -62,7 +65,7 @@ def test_settings_of_another_method_are_refused():
 
 
 def test_ranks_of_the_two_groups():
-    ours = cli.load([*ENCODER, "method.r1=4", "method.r2=12"]).method
+    ours = load_settings([*ENCODER, "method.r1=4", "method.r2=12"]).method
     assert (ours.rank, ours.magnitude_ratio, ours.peft["r"]) == (16, 0.25, 16)
     assert "method.r1 + method.r2 is 16; drop one" in refused(*ENCODER, "method.rank=8", "method.r1=4", "method.r2=12")
 
@@ -74,24 +77,24 @@ def test_a_model_that_writes_no_text_cannot_do_a_generation_task():
 
 def test_a_sweep_needs_the_multirun_flag():
     assert refused("seed=0,1", "method=lora,dora") == "4 runs asked for: add -m to run them all"
-    jobs = cli.check(["-m", "method=lora,dora", "seed=0,1"])
-    assert [(s.method.name, s.seed) for s in jobs] == [("lora", 0), ("lora", 1), ("dora", 0), ("dora", 1)]
+    jobs = check_command(["-m", "method=lora,dora", "seed=0,1"])
+    assert [(run.settings.method.name, run.settings.seed) for run in jobs] == [("lora", 0), ("lora", 1), ("dora", 0), ("dora", 1)]
 
 
 def test_one_bad_value_in_a_sweep_stops_it_before_the_first_run():
     assert "Did you mean tiny-llama?" in refused("-m", "model=tiny-lama,tiny-gpt2")
 
 
-@pytest.mark.parametrize("model", cli.choices("model"))
-@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("model", list_choices("model"))
+@pytest.mark.parametrize("method", list_choices("method"))
 def test_every_model_composes_with_every_method(model, method):
-    found = cli.load([f"model={model}", "task=glue/rte", f"method={method}"])
+    found = load_settings([f"model={model}", "task=glue/rte", f"method={method}"])
     assert (found.model.name, found.method.name) == (model, method)
 
 
-@pytest.mark.parametrize("task", cli.choices("task"))
+@pytest.mark.parametrize("task", list_choices("task"))
 def test_every_task_composes(task):
-    assert cli.load(["model=tiny-llama", f"task={task}"]).task.name == task
+    assert load_settings(["model=tiny-llama", f"task={task}"]).task.name == task
 
 
 def python(code: str, *argv: str) -> subprocess.CompletedProcess:
@@ -130,15 +133,15 @@ def test_a_mistake_ends_with_code_2_before_torch_is_imported(script, argument, m
 
 def test_help_shows_every_choice_and_lines_to_paste():
     shown = python(CODE_AND_TORCH, "train.py", "--help").stdout
-    for group in cli.GROUPS:
-        for choice in cli.choices(group):
+    for group in GROUPS:
+        for choice in list_choices(group):
             assert choice.rsplit("/", 1)[-1] in shown
     assert "python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2" in shown
 
 
 def test_identity_is_a_hash_of_typed_facts(tmp_path):
     def name(*overrides):
-        return runs.identity(cli.load([*ENCODER, *overrides]))
+        return compute_identity(load_settings([*ENCODER, *overrides]))
 
     plain = name()
     assert plain.startswith("tiny-roberta_demo-sentiment_dual_lora_s0_")
@@ -149,8 +152,8 @@ def test_identity_is_a_hash_of_typed_facts(tmp_path):
 
 
 def test_a_record_from_before_a_setting_existed_is_read_as_it_was_run(tmp_path):
-    chosen = asdict(cli.load([]))
+    chosen = asdict(load_settings([]))
     del chosen["init_from"], chosen["train"]["group_by_length"], chosen["task"]["stop"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(chosen))
-    read = cli.recorded(tmp_path)
+    read = load_recorded_settings(tmp_path)
     assert (read.init_from, read.train.group_by_length, read.task.stop) == (None, None, [])

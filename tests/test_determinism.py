@@ -7,8 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dual_lora.lab import cli, methods, models, runs, training
-from dual_lora.lab.runs import Record, task_of
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.model.adapt import attach_method, list_kernels
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record import provenance as record_provenance
+from dual_lora.lab.record.provenance import describe_environment, has_uncommitted_changes, hash_code, run_git
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
 
 FEW = ["deterministic=true", "train.max_steps=4", "train.batch_size=8", "eval.max_examples=4", "eval.before=false"]
 FAMILIES = {"tiny-roberta": "demo/sentiment", "tiny-llama": "demo/restaurants"}
@@ -21,13 +30,13 @@ def trained(folder) -> dict[str, torch.Tensor]:
 
 def twice(model: str, *overrides: str) -> None:
     """Run the same twice, with draws and a changed number of draws before the second, and compare all that was made."""
-    chosen = cli.load(
+    chosen = load_settings(
         [f"model={model}", f"task={FAMILIES[model]}", *FEW, "wandb.mode=disabled", "force=true", *overrides]
     )
-    record, found = Record.of(chosen), []
+    record, found = Run.prepare(chosen).record, []
     for _ in range(2):
         torch.rand(7)
-        result = training.run(chosen)
+        result = train_run(Run.prepare(chosen))
         assert not torch.are_deterministic_algorithms_enabled()  # or the next run would be another
         predictions = (record.folder / "predictions.jsonl").read_bytes()
         found.append((trained(record.folder), record.logged(), predictions, result["metrics"], result["train_loss"]))
@@ -36,7 +45,7 @@ def twice(model: str, *overrides: str) -> None:
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("method", list_choices("method"))
 def test_every_method_gives_the_same_weights_twice(method, runs_folder):
     twice("tiny-roberta", f"method={method}")
 
@@ -46,7 +55,7 @@ def test_a_model_that_writes_gives_the_same_weights_and_texts_twice(runs_folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("method", list_choices("method"))
 @pytest.mark.parametrize("model", FAMILIES)
 def test_twice_for_longer(model, method, runs_folder):
     twice(model, f"method={method}", "train.max_steps=30")
@@ -54,9 +63,9 @@ def test_twice_for_longer(model, method, runs_folder):
 
 def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
-    result = training.run(chosen)
-    folder = Record.of(chosen).folder
+    chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
+    result = train_run(Run.prepare(chosen))
+    folder = Run.prepare(chosen).record.folder
     found = json.loads((folder / "environment.json").read_text())
     assert {"torch", "transformers", "tokenizers", "peft", "safetensors", "numpy"} <= found["packages"].keys()
     assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +74,7 @@ def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
     assert found["instructions"] and found["processor"]
     assert {"accelerator", "cuda", "cudnn", "python", "platform", "commit", "uncommitted_changes"} <= found.keys()
     assert result["kernels"] == ["recompute"]
-    assert cli.recorded(folder).model.dtype == "float32" and cli.recorded(folder).deterministic
+    assert load_recorded_settings(folder).model.dtype == "float32" and load_recorded_settings(folder).deterministic
 
 
 def test_what_one_run_sets_for_the_process_is_recorded_and_no_other_run_sees_it(runs_folder, monkeypatch):
@@ -75,11 +84,11 @@ def test_what_one_run_sets_for_the_process_is_recorded_and_no_other_run_sees_it(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     found = {}
     for value in (True, False):
-        chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
-        chosen = cli.changed(chosen, {"deterministic": value})
-        training.run(chosen)
+        chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
+        chosen = replace_settings(chosen, {"deterministic": value})
+        train_run(Run.prepare(chosen))
         assert not set(names) & os.environ.keys() and torch.backends.cudnn.benchmark
-        found[value] = Record.of(chosen).made_with()
+        found[value] = Run.prepare(chosen).record.made_with()
     on, off = (found[value]["deterministic"] for value in (True, False))
     assert on == {"algorithms": True, "cudnn": True, "benchmark": False}
     assert off == {"algorithms": False, "cudnn": False, "benchmark": True}
@@ -99,16 +108,16 @@ def test_what_one_run_sets_for_the_process_is_recorded_and_no_other_run_sees_it(
 @pytest.mark.filterwarnings("ignore:kernel='triton'")
 def test_the_kernel_that_was_used_is_told(override, used, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", override])
-    task = task_of(chosen)
-    base, _ = models.load(chosen, task)
-    assert methods.kernels(methods.attach(base, chosen, task.form)) == used
+    chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", override])
+    task = load_task(chosen)
+    base, _ = load_model(chosen, task)
+    assert list_kernels(attach_method(base, chosen, task.form)) == used
 
 
 def test_uncommitted_changes_are_seen(monkeypatch):
     said = {"rev-parse": "abc", "status": " M file"}
-    monkeypatch.setattr(runs, "git", lambda command, *rest: said[command])
-    assert runs.environment()["uncommitted_changes"] is True and runs.environment()["commit"] == "abc"
+    monkeypatch.setattr(record_provenance, "run_git", lambda command, *rest: said[command])
+    assert describe_environment()["uncommitted_changes"] is True and describe_environment()["commit"] == "abc"
 
 
 @pytest.fixture
@@ -116,39 +125,39 @@ def repository(tmp_path, monkeypatch):
     """A repository of one committed task, which takes the place of this one."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "old.py").write_text("VERSION = 1\n")
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
     for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "all"]):
-        assert runs.git(*words) is not None
+        assert run_git(*words) is not None
     return tmp_path
 
 
 def test_a_new_file_of_code_is_an_uncommitted_change_and_a_report_is_none(repository):
-    assert runs.uncommitted_changes() is False
+    assert has_uncommitted_changes() is False
     (repository / "runs" / "study" / "report").mkdir(parents=True)
     (repository / "runs" / "study" / "report" / "table.md").write_text("")
-    assert runs.uncommitted_changes() is False
+    assert has_uncommitted_changes() is False
     (repository / "tasks" / "new.py").write_text("VERSION = 1\n")
-    assert runs.uncommitted_changes() is True
+    assert has_uncommitted_changes() is True
 
 
 def test_changed_code_is_told_apart(repository):
     found = []
     for name, text in (("old.py", "VERSION = 2\n"), ("old.py", "VERSION = 3\n"), ("README.md", "")):
         (repository / "tasks" / name).write_text(text)
-        runs.code.cache_clear()
-        found.append(runs.code())
-    runs.code.cache_clear()
+        hash_code.cache_clear()
+        found.append(hash_code())
+    hash_code.cache_clear()
     assert found[0] != found[1] == found[2]
 
 
 def test_the_tries_of_a_run_are_kept_with_their_code(tmp_path, monkeypatch):
     """Also where nothing but the scores before training is left of one."""
-    record, chosen = Record(tmp_path), cli.load(["model=tiny-roberta", "task=demo/sentiment"])
+    record, chosen = Record(tmp_path), load_settings(["model=tiny-roberta", "task=demo/sentiment"])
     for code in "abc":
-        monkeypatch.setattr(runs, "code", lambda code=code: code)
+        monkeypatch.setattr(record_provenance, "hash_code", lambda code=code: code)
         record.start(chosen)
         record.log({"step": 0, "eval/accuracy": 0.5})
     found = record.made_with()
@@ -156,10 +165,10 @@ def test_the_tries_of_a_run_are_kept_with_their_code(tmp_path, monkeypatch):
 
 
 def test_code_that_git_does_not_know_is_not_called_clean(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
-    assert runs.uncommitted_changes() is None
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert has_uncommitted_changes() is None
     monkeypatch.setenv("PATH", "")
-    assert runs.git("status") is None
+    assert run_git("status") is None
 
 
 @pytest.mark.parametrize(
@@ -167,12 +176,12 @@ def test_code_that_git_does_not_know_is_not_called_clean(tmp_path, monkeypatch):
     [(True, False, True), (False, True, True), (None, False, None), (False, None, None), (False, False, False)],
 )
 def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, together, tmp_path, monkeypatch):
-    record, chosen = Record(tmp_path), cli.load(["model=tiny-roberta", "task=demo/sentiment"])
+    record, chosen = Record(tmp_path), load_settings(["model=tiny-roberta", "task=demo/sentiment"])
     was = {"commit": "old", "uncommitted_changes": begun, "threads": 1, "started": "then"}
     record.write("environment.json", was)
     today = {"commit": "new", "uncommitted_changes": now, "threads": 1, "started": "today"}
-    monkeypatch.setattr(runs, "environment", lambda: today)
-    monkeypatch.setattr(runs, "model_files", lambda settings: {})
+    monkeypatch.setattr("dual_lora.lab.record.record.describe_environment", lambda: today)
+    monkeypatch.setattr("dual_lora.lab.record.record.hash_model_files", lambda settings: {})
     today = today | {"model_files": {}}
     record.start(chosen)
     assert record.made_with() == today  # begun anew

@@ -16,9 +16,19 @@ from test_bad_inputs import challenge_files, commonsense_files, dart_files, e2e_
 from test_glue import write_official
 
 import tasks
-from dual_lora.lab import cli, data, evaluation, models, plan, runs, training
-from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.commands.train import check_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import GROUPS, iterate_keys, list_choices, load_settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs.splits import load_split
+from dual_lora.lab.model.encode import encode_rows
+from dual_lora.lab.model.load import load_tokenizer
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK
+from dual_lora.lab.train.plan import plan_run
+from dual_lora.lab.train.run import train_run
 
 TIMES = int(os.environ.get("DUAL_LORA_FUZZ", 1))
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -82,7 +92,7 @@ JUNK += [
     "${train}",
     "--help",
 ]
-LEAVES = [key for key in list(cli.keys()) if key not in ("plan", "force")]
+LEAVES = [key for key in list(iterate_keys()) if key not in ("plan", "force")]
 KEYS = LEAVES + [f"method.peft.{name}" for name in ("r", "r1", "lora_alpha", "peft_type", "kernel", "ste", "nothing")]
 KEYS += ["hydra.run.dir", "hydra/launcher", "task.options.scored", "nothing", "", "model.roles.q", "task.stop.0"]
 texts = st.one_of(
@@ -92,9 +102,7 @@ texts = st.one_of(
     st.text(st.characters(codec="utf-8"), max_size=8),
 )
 signs = st.sampled_from(["", "", "", "", "+", "++", "~"])
-chosen = st.sampled_from(cli.GROUPS).flatmap(
-    lambda group: st.sampled_from(cli.choices(group)).map(f"{group}={{}}".format)
-)
+chosen = st.sampled_from(GROUPS).flatmap(lambda group: st.sampled_from(list_choices(group)).map(f"{group}={{}}".format))
 single = st.builds("{}{}={}".format, signs, st.sampled_from(KEYS), texts)
 overrides = st.lists(st.one_of(single, single, chosen), min_size=1, max_size=4)
 # Values of the right type, most of them possible, for runs that go further.
@@ -121,34 +129,36 @@ pairs = st.sampled_from(
 @example(many=False, overrides=["method.r1=0", "method.r2=0"])
 def test_any_settings_are_taken_or_refused_in_one_line(many, overrides, runs_folder):
     try:
-        found = cli.check([*["-m"][: int(many)], *overrides])
+        found = check_command([*["-m"][: int(many)], *overrides])
     except UserError as error:
         in_one_line(error)
         return
     for chosen in found:
-        folder = Record.of(chosen).folder
-        assert folder.parent.parent == runs.RUNS and folder.resolve().is_relative_to(runs.RUNS.resolve())
+        folder = Run.prepare(chosen).record.folder
+        assert folder.parent.parent == paths.RUNS and folder.resolve().is_relative_to(paths.RUNS.resolve())
         assert "HOME" not in str(chosen)
 
 
 @draws(5)
-@given(pair=pairs, method=st.sampled_from(cli.choices("method")), overrides=sane)
+@given(pair=pairs, method=st.sampled_from(list_choices("method")), overrides=sane)
 def test_a_plan_is_drawn_or_refused_in_one_line(pair, method, overrides, runs_folder):
     model, task = pair.split()
     try:
-        plan.run(cli.load([f"model={model}", f"task={task}", f"method={method}", "plan=true", *overrides]))
+        plan_run(
+            Run.prepare(load_settings([f"model={model}", f"task={task}", f"method={method}", "plan=true", *overrides]))
+        )
     except UserError as error:
         in_one_line(error)
 
 
 @draws(8)
-@given(pair=pairs, method=st.sampled_from(cli.choices("method")), overrides=sane)
+@given(pair=pairs, method=st.sampled_from(list_choices("method")), overrides=sane)
 def test_a_step_is_taken_or_refused_in_one_line(pair, method, overrides, runs_folder):
     model, task = pair.split()
     short = ["train.max_steps=1", "eval.max_examples=2", "eval.before=false", "wandb.mode=disabled", "force=true"]
     try:
         given = [f"model={model}", f"task={task}", f"method={method}", "task.max_new_tokens=4", *short, *overrides]
-        assert training.run(cli.load(given))["steps"] == 1
+        assert train_run(Run.prepare(load_settings(given)))["steps"] == 1
     except UserError as error:
         in_one_line(error)
 
@@ -232,9 +242,9 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
     make(tmp_path)
     good = (tmp_path / name).read_bytes()
     given_settings = [f"model={model}", f"task={named}", f"data_dir={tmp_path}", *option]
-    chosen = cli.load(given_settings)
-    task = runs.task_of(chosen)
-    tokenizer = models.load_tokenizer(chosen)
+    chosen = load_settings(given_settings)
+    task = load_task(chosen)
+    tokenizer = load_tokenizer(chosen)
 
     @draws(60)
     @given(st.lists(changes, min_size=1, max_size=3), packings)
@@ -244,14 +254,14 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
             content = change(content)
         pack(tmp_path / name, content, packing)
         try:
-            Record.of(chosen)
-            rows = evaluation.load_split(task, split, chosen).rows
+            Run.prepare(chosen)
+            rows = load_split(task, split, chosen).rows
         except UserError as error:
             in_one_line(error)
             assert name.rpartition("/")[2] in str(error) or "below it" in str(error)
             return
         assert rows.features == task.features[task.form] and len(rows) > 0
-        assert len(data.encode(rows, task, tokenizer, chosen)) == len(rows)
+        assert len(encode_rows(rows, task, tokenizer, chosen)) == len(rows)
         output = {"classification": 0, "regression": 1.0, "generation": "a text"}[task.form]
         assert all(task.judge(row, output) for row in rows)
 
@@ -267,7 +277,7 @@ FILES = ["config.yaml", "result.json", "adapter/adapter_config.json", "adapter/a
 @pytest.mark.parametrize("name", FILES)
 def test_any_record_is_evaluated_or_refused_in_one_line(name, runs_folder):
     short = ["train.max_steps=1", "eval.max_examples=2", "eval.before=false", "wandb.mode=disabled"]
-    result = training.run(cli.load(["model=tiny-roberta", "task=demo/sentiment", *short]))
+    result = train_run(Run.prepare(load_settings(["model=tiny-roberta", "task=demo/sentiment", *short])))
     folder = runs_folder / "adhoc" / result["identity"]
     good = (folder / name).read_bytes()
 
@@ -279,7 +289,7 @@ def test_any_record_is_evaluated_or_refused_in_one_line(name, runs_folder):
             content = change(content)
         (folder / name).write_bytes(content)
         try:
-            assert cli.evaluate_again([f"run={folder}"]) in (cli.EXIT_OK, cli.EXIT_FAILED)
+            assert evaluate_command([f"run={folder}"]) in (EXIT_OK, EXIT_FAILED)
         except UserError as error:
             in_one_line(error)
 

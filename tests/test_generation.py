@@ -6,34 +6,47 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dual_lora.lab.evaluate.throughput import measure_command
 
-from dual_lora.lab import beam_search, cache, cli, data, evaluation, methods, models, throughput, training
-from dual_lora.lab.runs import BUNDLED, identity, task_of
-from dual_lora.lab.runs import chosen as chosen_facts
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate import cache as evaluate_cache
+from dual_lora.lab.evaluate.beam_search import search_beams
+from dual_lora.lab.evaluate.cache import read_prompts
+from dual_lora.lab.evaluate.evaluate import compute_outputs
+from dual_lora.lab.evaluate.predict import score_choices
+from dual_lora.lab.inputs.splits import load_split
+from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.encode import IGNORED_LABEL, encode_prompt, encode_rows
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.identity import compute_identity, select_identity_settings
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
 
 WRITERS = ("tiny-gpt2", "tiny-llama")
 READERS = ("tiny-roberta", "tiny-deberta")
-TASKS = cli.choices("task")
+TASKS = list_choices("task")
 
 
 def loaded(model: str, task: str, *overrides: str):
-    chosen = cli.load([f"model={model}", f"task={task}", *overrides])
-    task = task_of(chosen)
+    chosen = load_settings([f"model={model}", f"task={task}", *overrides])
+    task = load_task(chosen)
     torch.manual_seed(0)
-    base, tokenizer = models.load(chosen, task)
+    base, tokenizer = load_model(chosen, task)
     return chosen, task, base, tokenizer
 
 
 def some(task, name: str, chosen, count: int = 9) -> list[dict]:
-    return list(evaluation.load_split(task, name, chosen).rows)[:count]
+    return list(load_split(task, name, chosen).rows)[:count]
 
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("model", WRITERS + READERS)
 def test_predictions_are_the_same_at_batch_1_and_8(model, name, request):
-    chosen = cli.load(["model=tiny-llama", f"task={name}"])
-    writes = task_of(chosen).form == "generation"
+    chosen = load_settings(["model=tiny-llama", f"task={name}"])
+    writes = load_task(chosen).form == "generation"
     if writes and model in READERS:
         pytest.skip(f"{model} writes no text")
     where = [] if name.startswith("demo/") else [f"data_dir={request.getfixturevalue('official_data')}"]
@@ -42,15 +55,17 @@ def test_predictions_are_the_same_at_batch_1_and_8(model, name, request):
     )  # its test file is not among the official ones
     short = ["task.max_new_tokens=12"] if writes else []
     chosen, task, base, tokenizer = loaded(model, name, "method=dual_lora", *where, *short)
-    adapted = methods.attach(base, chosen, task.form)
+    adapted = attach_method(base, chosen, task.form)
     for split in task.eval_splits[:2]:
         rows = sorted(
             some(task, split, chosen, 60), key=lambda row: len(row.get("prompt") or row["text"] + row["text_pair"])
         )[:9]
         given = {}
         for size in (1, 8):
-            sized = cli.load([f"model={model}", f"task={name}", "method=dual_lora", f"eval.batch_size={size}", *short])
-            given[size] = evaluation.outputs(adapted, tokenizer, task, rows, sized, "test")
+            sized = load_settings(
+                [f"model={model}", f"task={name}", "method=dual_lora", f"eval.batch_size={size}", *short]
+            )
+            given[size] = compute_outputs(adapted, tokenizer, task, rows, sized, "test")
         assert given[1] == (pytest.approx(given[8], rel=1e-5) if task.form == "regression" else given[8])
 
 
@@ -61,9 +76,9 @@ def test_outputs_are_those_of_plain_generate(model, beams):
         model, "demo/restaurants", f"task.num_beams={beams}", "task.max_new_tokens=20", "eval.batch_size=5"
     )
     rows = some(task, "validation", chosen, 10)
-    found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test")
+    found = compute_outputs(base, tokenizer, task, rows, chosen, "test")
     for row, text in zip(rows, found, strict=True):
-        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"], chosen)])
+        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"], chosen)])
         with torch.inference_mode():
             made = base.eval().generate(
                 input_ids=ids,
@@ -87,7 +102,7 @@ def test_only_what_was_generated_is_not_repeated(model, beams):
     def outputs(ngram: int, size: int = 10) -> list[list[int]]:
         changed = replace(chosen, task=replace(chosen.task, no_repeat_ngram=ngram))
         changed = replace(changed, eval=replace(changed.eval, batch_size=size))
-        texts = evaluation.outputs(base, tokenizer, task, rows, changed, "test")
+        texts = compute_outputs(base, tokenizer, task, rows, changed, "test")
         return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     def repeats(ids: list[int]) -> bool:
@@ -114,8 +129,8 @@ def test_prompts_of_any_shape_are_read(model, prompts):
     _, _, base, tokenizer = loaded(model, "demo/restaurants")
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     with torch.inference_mode():
-        inputs = cache.read(base.eval(), prompts, tokenizer.pad_token_id)
-        made = base.generate(**inputs, **options, custom_generate=beam_search.search)[:, max(map(len, prompts)) :]
+        inputs = read_prompts(base.eval(), prompts, tokenizer.pad_token_id)
+        made = base.generate(**inputs, **options, custom_generate=search_beams)[:, max(map(len, prompts)) :]
         for prompt, tokens in zip(prompts, made, strict=True):
             ids = torch.tensor([prompt])
             alone = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :]
@@ -126,13 +141,13 @@ def test_prompts_of_any_shape_are_read(model, prompts):
 def test_a_stop_text_of_one_token_ends_the_output(model):
     chosen, task, base, tokenizer = loaded(model, "demo/restaurants", "task.max_new_tokens=20")
     rows = some(task, "validation", chosen, 3)
-    text = evaluation.outputs(base, tokenizer, task, rows, chosen, "test")[0]
+    text = compute_outputs(base, tokenizer, task, rows, chosen, "test")[0]
     words = tokenizer(text, add_special_tokens=False)["input_ids"]
     place = next(i for i in range(2, len(words)) if words[i] not in words[:i])
     stop = tokenizer.decode(words[place])
     assert tokenizer(stop, add_special_tokens=False)["input_ids"] == [words[place]]
     chosen = replace(chosen, task=replace(chosen.task, stop=[stop]))
-    assert evaluation.outputs(base, tokenizer, task, rows, chosen, "test")[0] == tokenizer.decode(words[: place + 1])
+    assert compute_outputs(base, tokenizer, task, rows, chosen, "test")[0] == tokenizer.decode(words[: place + 1])
 
 
 @pytest.mark.parametrize("model", WRITERS)
@@ -141,9 +156,9 @@ def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch)
     rows = some(task, "validation", chosen, 7)
     texts = [[" the", " a restaurant near it", " it serves"], [" one", " two three"]]
     monkeypatch.setattr(task, "choices", lambda row: texts[len(row["prompt"]) % 2])
-    found = evaluation.outputs(base, tokenizer, task, rows, chosen, "test", evaluation.likelihoods)
+    found = compute_outputs(base, tokenizer, task, rows, chosen, "test", score_choices)
     for row, scores in zip(rows, found, strict=True):
-        prompt = data.prompt_ids(tokenizer, row["prompt"], chosen)
+        prompt = encode_prompt(tokenizer, row["prompt"], chosen)
         for text, score in zip(task.choices(row), scores, strict=True):
             choice = tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.inference_mode():
@@ -155,14 +170,14 @@ def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch)
 
 def test_throughput_compares_with_single_prompts_at_equal_outputs(runs_folder, capsys):
     overrides = ["model=tiny-llama", "task=demo/restaurants", "train.max_steps=2", "eval.max_examples=5"]
-    result = training.run(cli.load([*overrides, "wandb.mode=disabled", "task.max_new_tokens=8"]))
+    result = train_run(Run.prepare(load_settings([*overrides, "wandb.mode=disabled", "task.max_new_tokens=8"])))
     run = f"run={runs_folder / 'adhoc' / result['identity']}"
     capsys.readouterr()
-    assert throughput.main([run, "split=validation", "eval.max_examples=6"]) == 0
+    assert measure_command([run, "split=validation", "eval.max_examples=6"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["prompts"] == found["equal_outputs"] == 6 and found["ratio"] > 0
     with pytest.raises(UserError, match="split=test: demo/restaurants has validation"):
-        throughput.main([run, "split=test"])
+        measure_command([run, "split=test"])
 
 
 TEMPLATE = (
@@ -183,20 +198,20 @@ def talker(tmp_path) -> list[str]:
 def test_a_chat_is_the_same_in_training_and_evaluation(talker, monkeypatch):
     chosen, task, base, tokenizer = loaded("tiny-llama", "demo/restaurants", *talker, "task.max_new_tokens=8")
     rows = some(task, "validation", chosen)
-    examples = data.encode(
-        evaluation.load_split(task, "validation", chosen).rows.select(range(9)), task, tokenizer, chosen
-    )
+    examples = encode_rows(load_split(task, "validation", chosen).rows.select(range(9)), task, tokenizer, chosen)
     seen = []
-    read = cache.read
-    monkeypatch.setattr(cache, "read", lambda model, prompts, pad: seen.extend(prompts) or read(model, prompts, pad))
-    evaluation.outputs(base, tokenizer, task, rows, chosen, "test")
+    read = read_prompts
+    monkeypatch.setattr(
+        evaluate_cache, "read_prompts", lambda model, prompts, pad: seen.extend(prompts) or read(model, prompts, pad)
+    )
+    compute_outputs(base, tokenizer, task, rows, chosen, "test")
     for row, example in zip(rows, examples, strict=True):
-        told = [label for label in example["labels"] if label != data.IGNORED]
+        told = [label for label in example["labels"] if label != IGNORED_LABEL]
         prompt = example["input_ids"][: -len(told)]
         said = f"<s>user says {row['prompt']}\nthe restaurant says "
         assert tokenizer.decode(prompt) == said and prompt.count(tokenizer.bos_token_id) == 1
         assert tokenizer.decode(told) == row["target"] + tokenizer.eos_token
-        assert example["labels"] == [data.IGNORED] * len(prompt) + example["input_ids"][len(prompt) :]
+        assert example["labels"] == [IGNORED_LABEL] * len(prompt) + example["input_ids"][len(prompt) :]
         assert prompt in seen
 
 
@@ -206,17 +221,17 @@ def test_a_chat_is_answered_alike_at_any_batch_size(talker):
     given = {}
     for size in (1, 8):
         sized = replace(chosen, eval=replace(chosen.eval, batch_size=size))
-        given[size] = evaluation.outputs(base, tokenizer, task, rows, sized, "test")
+        given[size] = compute_outputs(base, tokenizer, task, rows, sized, "test")
     plainly = replace(chosen, model=replace(chosen.model, chat=False))
-    assert given[1] == given[8] != evaluation.outputs(base, tokenizer, task, rows, plainly, "test")
+    assert given[1] == given[8] != compute_outputs(base, tokenizer, task, rows, plainly, "test")
 
 
 def test_only_a_chat_is_named(talker):
     place, chat = talker
-    known = cli.load(["model=tiny-llama"])
-    assert identity(cli.load(["model=tiny-llama", "model.chat=false"])) == identity(known)
-    assert identity(cli.load(["model=tiny-llama", chat])) != identity(known)
-    assert "chat" not in chosen_facts(known)["model"]
+    known = load_settings(["model=tiny-llama"])
+    assert compute_identity(load_settings(["model=tiny-llama", "model.chat=false"])) == compute_identity(known)
+    assert compute_identity(load_settings(["model=tiny-llama", chat])) != compute_identity(known)
+    assert "chat" not in select_identity_settings(known)["model"]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,20 @@ import torch
 from safetensors.torch import load_file
 from test_training import SHORT
 
-from dual_lora.lab import cli, gguf_file, models, plan, runs, training
-from dual_lora.lab.runs import Record, task_of
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs import gguf as inputs_gguf
+from dual_lora.lab.inputs.gguf import read_checked_header, read_gguf_header
+from dual_lora.lab.inputs.model_files import identify_weights
+from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.plan import compute_plan
+from dual_lora.lab.train.run import train_run
 
-SAVED = runs.BUNDLED / "tiny-llama"
+SAVED = BUNDLED / "tiny-llama"
 NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 NAMES |= {f"self_attn.{r}_proj": f"attn_{r}" for r in "qkv"} | {"self_attn.o_proj": "attn_output"}
 NAMES |= {f"mlp.{r}_proj": f"ffn_{r}" for r in ("gate", "up", "down")}
@@ -85,15 +94,15 @@ def file(tmp_path_factory):
 
 
 def settings(path, *overrides):
-    return cli.load(["model=tiny-llama", "task=demo/restaurants", f"model.path={path}", *SHORT, *overrides])
+    return load_settings(["model=tiny-llama", "task=demo/restaurants", f"model.path={path}", *SHORT, *overrides])
 
 
 def loaded(chosen):
-    return models.load(chosen, task_of(chosen))
+    return load_model(chosen, load_task(chosen))
 
 
 def texts() -> list[str]:
-    rows = task_of(cli.load([])).split("validation").rows
+    rows = load_task(load_settings([])).split("validation").rows
     strange = ["", "  two  blanks", "a1b22 333 4444", "naïve – 東京 🙂", "it's\n\tI'll"]
     return [row["prompt"] for row in rows][:50] + strange
 
@@ -114,18 +123,18 @@ FEW = ["train.max_steps=2", "train.max_examples=32", "eval.max_examples=4", "eva
 
 @pytest.mark.parametrize("method", ["lora", "dual_lora", "full"])
 def test_a_run_is_that_of_the_saved_model_and_evaluates_again(method, file, runs_folder, capsys):
-    made, other = (training.run(settings(path, f"method={method}", *FEW)) for path in (file, SAVED))
+    made, other = (train_run(Run.prepare(settings(path, f"method={method}", *FEW))) for path in (file, SAVED))
     assert made["identity"] != other["identity"]
     assert (made["metrics"], made["train_loss"]) == (other["metrics"], other["train_loss"])
-    assert cli.evaluate_again([f"run={runs_folder / 'adhoc' / made['identity']}"]) == 0
+    assert evaluate_command([f"run={runs_folder / 'adhoc' / made['identity']}"]) == 0
     assert "reproduced exactly" in capsys.readouterr().out
 
 
 def test_a_run_is_exported_and_analysed(file, runs_folder, tmp_path, capsys):
-    made = training.run(settings(file, "model.adapt=[q]", *FEW))
+    made = train_run(Run.prepare(settings(file, "model.adapt=[q]", *FEW)))
     run = f"run={runs_folder / 'adhoc' / made['identity']}"
-    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}"]) == 0
-    assert cli.evaluate_again([run, "analyse=true"]) == 0
+    assert evaluate_command([run, f"export={tmp_path / 'out'}"]) == 0
+    assert evaluate_command([run, "analyse=true"]) == 0
     assert "Signs flipped: since" in capsys.readouterr().out
     exported = loaded(settings(tmp_path / "out"))[0].config
     assert exported.model_type == "llama" and not hasattr(exported, "quantization_config")
@@ -134,15 +143,15 @@ def test_a_run_is_exported_and_analysed(file, runs_folder, tmp_path, capsys):
 def test_its_content_names_the_run_not_its_place(file, tmp_path):
     moved = tmp_path / "other.gguf"
     moved.write_bytes(file.read_bytes())
-    assert Record.of(settings(moved)).name == Record.of(settings(file)).name
+    assert Run.prepare(settings(moved)).record.name == Run.prepare(settings(file)).record.name
     content = bytearray(moved.read_bytes())
     for place in (content.index(b"<pad>"), -1):
         moved.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place:][1:])
-        assert runs.model_facts(settings(moved)) != runs.model_facts(settings(file))
+        assert identify_weights(settings(moved)) != identify_weights(settings(file))
 
 
 def test_a_plan_reads_the_architecture_from_it(file):
-    mine, saved = (plan.draw(settings(path, "method=dual_lora")) for path in (file, SAVED))
+    mine, saved = (compute_plan(settings(path, "method=dual_lora")) for path in (file, SAVED))
     assert mine == saved
 
 
@@ -160,7 +169,7 @@ def test_files_beside_it_are_not_read(file, tmp_path):
     ("cut", "pieces"), [("gpt-2", ["room", "Ġ2024"]), ("smollm", ["room", "Ġ", *"2024"]), ("llama-bpe", None)]
 )
 def test_a_text_is_cut_as_the_file_says(cut, pieces, tmp_path):
-    tokenizer = models.load_tokenizer(settings(write(tmp_path / "x.gguf", cut=cut)))
+    tokenizer = load_tokenizer(settings(write(tmp_path / "x.gguf", cut=cut)))
     backend = tokenizer.backend_tokenizer
     found = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("room 2024")]
     assert found == (pieces or ["room", "Ġ", "202", "4"])
@@ -177,7 +186,7 @@ def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
         ]
     ):
         with pytest.raises(UserError, match=message):
-            Record.of(settings(write(tmp_path / f"{number}.gguf", **options)))
+            Run.prepare(settings(write(tmp_path / f"{number}.gguf", **options)))
     biased = settings(write(tmp_path / "bias.gguf", extra=["blk.0.attn_q.bias"]))
     with pytest.raises(UserError, match="holds 31 weights, LlamaForCausalLM takes 30"):
         loaded(biased)
@@ -185,25 +194,25 @@ def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
 
 def test_a_header_that_is_cut_or_changed_anywhere_ends_in_one_line(file, tmp_path):
     content, here = file.read_bytes(), tmp_path / "x.gguf"
-    size = gguf_file.header(file).size
+    size = read_gguf_header(file).size
     for place in range(0, size, size // 200):
         here.write_bytes(content[:place])
         with pytest.raises(UserError, match=r"not a GGUF file|damaged"):
-            gguf_file.header(here)
+            read_gguf_header(here)
         here.write_bytes(content[:place] + b"\xff" * 8 + content[place + 8 :])
         try:
-            gguf_file.header(here)
+            read_gguf_header(here)
         except UserError as error:
             assert len(str(error).splitlines()) == 1
 
 
 def test_without_the_package_the_extra_is_named(file, monkeypatch):
-    gguf_file.checked.cache_clear()
-    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    read_checked_header.cache_clear()
+    monkeypatch.setattr(inputs_gguf, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"need the package gguf; pip install -e '.\[quantised\]'"):
-        Record.of(settings(file))
+        Run.prepare(settings(file))
 
 
 def test_a_sentence_is_classified_with_a_fresh_head(file, runs_folder):
-    chosen = cli.load(["model=tiny-llama", "task=demo/sentiment", f"model.path={file}", *SHORT, *FEW])
-    assert training.run(chosen)["steps"] == 2
+    chosen = load_settings(["model=tiny-llama", "task=demo/sentiment", f"model.path={file}", *SHORT, *FEW])
+    assert train_run(Run.prepare(chosen))["steps"] == 2

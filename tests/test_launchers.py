@@ -17,13 +17,37 @@ from omegaconf import OmegaConf
 from test_readme import COMMANDS, README, words
 from test_sweep import SMALL, SPEC
 
-from dual_lora.lab import cli, grid, launching, runs
-from dual_lora.lab.experiments import Experiment
-from dual_lora.lab.settings import UserError
-from dual_lora.lab.stopping import REQUEUE, STOP, Stopped
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.commands.train import check_command
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.errors import Stopped, UserError
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study import launch
+from dual_lora.lab.study.execute import (
+    EXIT_ELSEWHERE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    execute_run,
+    failures,
+    report_failures,
+)
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.launch import (
+    call_in_thread,
+    check_launcher,
+    compose_launcher,
+    execute_launched_run,
+    get_launcher_name,
+    launch_runs,
+    note_failures,
+    prepare_launch_folder,
+)
+from dual_lora.lab.system.signals import REQUEUE, STOP
+from dual_lora.lab.train import run as train_run
 
 TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
-INSTALLED = [name for name in cli.choices("hydra/launcher") if name != "ray_cluster"]
+INSTALLED = [name for name in list_choices("hydra/launcher") if name != "ray_cluster"]
 LONG = ["train.max_steps=4000"]
 
 
@@ -60,7 +84,7 @@ def doing(folder: Path, number: int) -> list[int]:
 
 @pytest.mark.parametrize("name", INSTALLED)
 def test_every_launcher_composes(name):
-    assert launching.composed([f"hydra/launcher={name}"]).hydra.launcher._target_.startswith("hydra_plugins.")
+    assert compose_launcher([f"hydra/launcher={name}"]).hydra.launcher._target_.startswith("hydra_plugins.")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +103,10 @@ def test_every_launcher_composes(name):
     ],
 )
 def test_mistakes(words, message):
-    for refuse in (lambda: cli.check(["-m", *words.split()]), lambda: grid.sweep(["experiment=cost", *words.split()])):
+    for refuse in (
+        lambda: check_command(["-m", *words.split()]),
+        lambda: sweep_command(["experiment=cost", *words.split()]),
+    ):
         with pytest.raises(UserError) as caught:
             refuse()
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
@@ -89,21 +116,21 @@ def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
     def missing(words):
         raise MissingConfigException("no such config", "hydra/launcher/x")
 
-    monkeypatch.setattr(launching, "composed", missing)
+    monkeypatch.setattr(launch, "compose_launcher", missing)
     for name, extra in {"ray_cluster": "ray", "slurm": "launchers", "workstation": "launchers"}.items():
         with pytest.raises(UserError, match=rf"hydra/launcher={name}: not installed; pip install -e '.\[{extra}\]'$"):
-            launching.check([f"hydra/launcher={name}"])
+            check_launcher([f"hydra/launcher={name}"])
 
 
 def test_no_slurm_here_is_told(runs_folder, monkeypatch):
     for name in ("PATH", "PYTHONPATH", "TQDM_DISABLE"):  # the last two it sets: no other test shall see them
         monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(UserError, match="^hydra/launcher=slurm: Could not detect"):
-        launching.launch([cli.load(TINY)], ["hydra/launcher=slurm"])
+        launch_runs([Run.prepare(load_settings(TINY))], ["hydra/launcher=slurm"])
 
 
 def test_the_readme_names_every_launcher():
-    assert all(f"| `{name}` |" in README for name in cli.choices("hydra/launcher"))
+    assert all(f"| `{name}` |" in README for name in list_choices("hydra/launcher"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "hydra/launcher" in c])
@@ -114,8 +141,8 @@ def test_a_failing_run_stops_no_other(command, runs_folder, start):
     given = [here.get(word, word) for word in words(command)[3:]]
     process = start(*given, "method.rank=1")
     out, err = process.communicate(timeout=1500)
-    assert f"2 of 2 runs handed to {launching.name_of(given)}" in out
-    assert process.returncode == cli.EXIT_USER and "1 of 2 runs finished" in err, err
+    assert f"2 of 2 runs handed to {get_launcher_name(given)}" in out
+    assert process.returncode == EXIT_USER and "1 of 2 runs finished" in err, err
     assert "dual_lora_s0" in err and "r=1: expected an integer of at least 2" in err
     assert [p.parent.name.count("dual_lora") for p in runs_folder.glob("adhoc/*/result.json")] == [0]
     assert list((runs_folder / ".multirun").iterdir()), "a launch with a failure keeps its logs"
@@ -134,25 +161,27 @@ def test_a_sweep_hands_over_what_is_missing(experiment, runs_folder, monkeypatch
     """First the runs that choose rates, then the table's own, each cell with its own settings."""
     handed = []
 
-    def launch(jobs, words):
-        handed.append([(job.method.name, job.seed, job.train.lr) for job in jobs])
+    def launch(runs, words):
+        handed.append([(run.settings.method.name, run.settings.seed, run.settings.train.lr) for run in runs])
         assert words == ["hydra/launcher=slurm_local"]
-        for job in jobs:
-            cli.attempt(job)
+        for run in runs:
+            execute_run(run)
 
-    monkeypatch.setattr(launching, "launch", launch)
-    assert grid.sweep(experiment) == 0
+    monkeypatch.setattr("dual_lora.lab.study.schedule.launch_runs", launch)
+    assert sweep_command(experiment) == 0
     trials = [("lora", 1000, 1e-3), ("dual_lora", 1000, 2e-3)]
     assert handed == [trials, [("lora", 0, 1e-3), ("dual_lora", 0, 2e-3)]]
-    assert grid.sweep(experiment) == 0
+    assert sweep_command(experiment) == 0
     assert handed[2:] == [[], []]
 
 
 @pytest.mark.slow
 def test_a_sweep_through_a_launcher(experiment, runs_folder, monkeypatch, capsys):
-    monkeypatch.setattr(grid, "tuned", lambda cell, study: cell)  # no trials: seconds less
+    monkeypatch.setattr(
+        "dual_lora.lab.study.schedule.choose_learning_rate", lambda cell, study: cell
+    )  # no trials: seconds less
     monkeypatch.setattr(Experiment, "trials", lambda *_: ())
-    assert grid.sweep(experiment) == 0
+    assert sweep_command(experiment) == 0
     shown = capsys.readouterr().out
     assert "2 of 2 runs handed to slurm_local" in shown and "| LoRA" in shown
     assert len(list(runs_folder.glob("small/*/result.json"))) == 2
@@ -164,7 +193,7 @@ def test_a_killed_process_ends_in_the_usual_words(runs_folder, start):
     command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
     os.kill(doing(runs_folder, 2)[0], signal.SIGKILL)
     out, err = command.communicate(timeout=1500)
-    assert command.returncode == cli.EXIT_FAILED and "Traceback" not in err
+    assert command.returncode == EXIT_FAILED and "Traceback" not in err
     assert err.count("Killed: ended without a result; the same command tries again") == 2
     assert "0 of 2 runs finished" in err
 
@@ -176,7 +205,7 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     doing(runs_folder, 2)
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=1500)
-    assert command.returncode == cli.EXIT_STOPPED and "Traceback" not in err
+    assert command.returncode == EXIT_STOPPED and "Traceback" not in err
     assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
 
@@ -184,14 +213,14 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
 @pytest.fixture
 def work(runs_folder, monkeypatch):
     """A function that does job 0 of a launch as a launcher's process does, with `attempt` in place of the run."""
-    monkeypatch.setattr(launching, "told", [])
-    folder = launching.prepared([cli.load(TINY)])
+    monkeypatch.setattr(launch, "stop_reasons", [])
+    folder = prepare_launch_folder([load_settings(TINY)])
     here = OmegaConf.create({"job": {"num": 0}})
-    monkeypatch.setattr(launching.HydraConfig, "get", lambda: here)
+    monkeypatch.setattr(launch.HydraConfig, "get", lambda: here)
 
-    def do(attempt=cli.attempt):
-        monkeypatch.setattr(cli, "attempt", attempt)
-        return launching.work(folder, None)
+    def do(attempt=execute_run):
+        monkeypatch.setattr("dual_lora.lab.study.launch.execute_run", attempt)
+        return execute_launched_run(folder, None)
 
     do.folder = folder
     return do
@@ -236,34 +265,32 @@ def test_the_signal_of_a_time_limit_is_left_alone_where_nobody_listens():
 
 
 def test_sys_exit_is_a_failed_run_like_any_other(runs_folder, monkeypatch, capsys):
-    from dual_lora.lab import training
-
-    monkeypatch.setattr(training, "work", lambda *_: sys.exit(3))
-    settings = cli.load(TINY)
-    cli.attempt(settings)
-    assert cli.conclude([settings]) == cli.EXIT_FAILED
+    monkeypatch.setattr(train_run, "train_and_evaluate", lambda *_: sys.exit(3))
+    run = Run.prepare(load_settings(TINY))
+    execute_run(run)
+    assert report_failures([run]) == EXIT_FAILED
     assert "SystemExit: 3" in capsys.readouterr().err
 
 
 def test_a_process_that_died_over_a_forced_run_is_told_though_an_old_result_is_there(runs_folder, capsys):
-    settings = cli.load([*TINY, "force=true"])
-    cli.attempt(settings)
-    launching.note([settings], [None])
-    assert cli.conclude([settings]) == cli.EXIT_FAILED
+    run = Run.prepare(load_settings([*TINY, "force=true"]))
+    execute_run(run)
+    note_failures([run], [None])
+    assert report_failures([run]) == EXIT_FAILED
     assert "Killed: ended without a result" in capsys.readouterr().err
 
 
 def test_exit_codes_of_what_other_processes_tell(runs_folder, capsys):
-    settings = cli.load(TINY)
-    expected = {"Stopped": cli.EXIT_STOPPED, "Elsewhere": cli.EXIT_ELSEWHERE, "UserError": cli.EXIT_USER}
-    for error, code in {**expected, "ValueError": cli.EXIT_FAILED}.items():
-        cli.unfinished[runs.Record.of(settings).folder] = {"error": error, "message": "SIGTERM"}
-        assert cli.conclude([settings]) == code
+    run = Run.prepare(load_settings(TINY))
+    expected = {"Stopped": EXIT_STOPPED, "Elsewhere": EXIT_ELSEWHERE, "UserError": EXIT_USER}
+    for error, code in {**expected, "ValueError": EXIT_FAILED}.items():
+        failures[run.record.folder] = {"error": error, "message": "SIGTERM"}
+        assert report_failures([run]) == code
     assert "by SIGTERM; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_thread_hears_no_ctrl_c_nor_do_its_processes():
-    masks = launching.aside(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [])).result()
+    masks = call_in_thread(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [])).result()
     assert masks == {signal.SIGINT}
     with pytest.raises(Stopped):
-        launching.aside(lambda: (_ for _ in ()).throw(Stopped("SIGTERM"))).result()
+        call_in_thread(lambda: (_ for _ in ()).throw(Stopped("SIGTERM"))).result()

@@ -15,9 +15,11 @@ import pytest
 from matplotlib.figure import Figure
 from wandb_stub import WandbStub
 
-from dual_lora.lab import cli, mirror, training
-from dual_lora.lab.mirror import Mirror, open_mirror
-from dual_lora.lab.runs import Record
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.record import mirror
+from dual_lora.lab.record.mirror import Mirror, open_mirror
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.train.run import open_run_mirror
 
 KEY = "0123456789abcdef" * 3
 LIMIT = 45.0  # seconds for what takes 5 or 8 on a machine that is free, and minutes or for ever without a limit
@@ -112,11 +114,11 @@ def test_tables_and_images_are_logged(start, tmp_path):
 
 def test_a_run_tells_what_it_is_for(monkeypatch, tmp_path):
     given = {}
-    monkeypatch.setattr(training, "open_mirror", lambda mode, **facts: given.update(facts))
-    chosen = cli.load(["wandb.job_type=tune", "wandb.tags=[nlu,small]"])
-    training.mirror_of(chosen, Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
+    monkeypatch.setattr("dual_lora.lab.train.run.open_mirror", lambda mode, **facts: given.update(facts))
+    chosen = load_settings(["wandb.job_type=tune", "wandb.tags=[nlu,small]"])
+    open_run_mirror(chosen, Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
     assert given["job_type"] == "tune" and given["tags"][-2:] == ["nlu", "small"]
-    training.mirror_of(cli.load([]), Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
+    open_run_mirror(load_settings([]), Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
     assert given["job_type"] == "train" and "tune" not in given["tags"]
 
 
@@ -246,7 +248,7 @@ def test_helper_process_dies(start, stub, key):
 def test_disabled_does_not_import_wandb():
     code = """if True:
         import sys
-        from dual_lora.lab.mirror import open_mirror
+        from dual_lora.lab.record.mirror import open_mirror
         facts = dict.fromkeys("project entity run_id name group job_type tags config folder".split())
         mirror = open_mirror("disabled", **facts)
         mirror.log({"step": 1}), mirror.summary({}), mirror.finish()

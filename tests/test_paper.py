@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab import cli
+from dual_lora.lab.config.compose import list_choices
 
 DEVIATIONS = ROOT / "dual_lora/paper/DEVIATIONS.md"
 SOURCE = re.compile(
@@ -157,12 +157,12 @@ def test_names_of_ours_exist():
                 continue
             task = tasks.load(name)
             known = {*task.eval_splits, "average", "BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "TER", task.metric}
-            assert name in cli.choices("task") and metric in known
+            assert name in list_choices("task") and metric in known
             assert metric == task.metric or not name.startswith("glue")
 
 
 def test_models_and_methods_have_the_name_of_their_choice():
-    known = {re.sub(r"\W|_", "", name): name for name in [*cli.choices("model"), *cli.choices("method")]}
+    known = {re.sub(r"\W|_", "", name): name for name in [*list_choices("model"), *list_choices("method")]}
     for _, row in every_row():
         for name in filter(None, (row.keys.get("model"), row.keys.get("method"))):
             assert known.get(re.sub(r"\W|_", "", name.lower()), name) == name

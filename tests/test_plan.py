@@ -12,21 +12,28 @@ from torch.utils.flop_counter import FlopCounterMode
 import train  # noqa: F401 - sets the lazy import the command line uses
 from dual_lora import paper
 from dual_lora.bench import kept_bytes
-from dual_lora.lab import cli, grid, methods, models, plan
-from dual_lora.lab.runs import task_of
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.commands.train import plan_runs, train_command
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.adapt import attach_method, count_parameters
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.meta_step import build_meta_model
+from dual_lora.lab.train.plan import compute_plan, count_training_rows, estimate_memory, plan_run
 
-MODELS, METHODS = cli.choices("model"), cli.choices("method")
+MODELS, METHODS = list_choices("model"), list_choices("method")
 TABLE = Path(paper.FOLDER) / "PARAMETERS.md"
 PUBLISHED = {"dora_table1_commonsense": "commonsense", "lora_table2_glue": "glue/rte", "lora_table3_e2e": "e2e"}
 
 
 def planned(*overrides: str) -> dict:
-    return plan.draw(cli.load([*overrides, "plan=true"]))
+    return compute_plan(load_settings([*overrides, "plan=true"]))
 
 
 def task_for(model: str) -> str:
-    return "e2e" if cli.load([f"model={model}", "task=glue/rte"]).model.generates else "glue/rte"
+    return "e2e" if load_settings([f"model={model}", "task=glue/rte"]).model.generates else "glue/rte"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -66,11 +73,11 @@ def test_adapters_of_a_rank_train_alike_and_dora_one_vector_more():
 def test_a_plan_is_what_a_real_step_takes(model, dtype, method):
     overrides = [f"model={model}", f"task=demo/{'restaurants' if model == 'tiny-llama' else 'sentiment'}"]
     overrides += [f"method={method}", f"model.dtype={dtype}", "train.batch_size=4", "task.max_length=64"]
-    chosen = cli.load(overrides)
-    task = task_of(chosen)
-    found = plan.draw(chosen)
-    base, _ = models.load(chosen, task)
-    adapted = methods.attach(base, chosen, task.form).train()
+    chosen = load_settings(overrides)
+    task = load_task(chosen)
+    found = compute_plan(chosen)
+    base, _ = load_model(chosen, task)
+    adapted = attach_method(base, chosen, task.form).train()
     ids = torch.randint(5, 50, (4, 64))
     labels = ids if task.form == "generation" else ids[:, 0] % 2
     counter = FlopCounterMode(display=False)
@@ -93,10 +100,10 @@ def test_a_plan_is_what_a_real_step_takes(model, dtype, method):
 
 def test_sharding_divides_what_it_shards_and_a_larger_batch_keeps_more():
     size = {"frozen": 720, "trained": 80, "copies": 0, "gathered": 200}
-    one, full = plan.memory(size, 1000, 1, "none"), plan.memory(size, 1000, 8, "full")
-    copies = plan.memory(size, 1000, 8, "replicas")
+    one, full = estimate_memory(size, 1000, 1, "none"), estimate_memory(size, 1000, 8, "full")
+    copies = estimate_memory(size, 1000, 8, "replicas")
     assert copies == one | {"gradients": 160, "reserve": 212, "peak": 2332}
-    assert one["temporaries"] == 0 and plan.memory(size, 10, 1, "none")["temporaries"] == 70
+    assert one["temporaries"] == 0 and estimate_memory(size, 10, 1, "none")["temporaries"] == 70
     assert (full["weights"], full["gradients"], full["optimizer"]) == (90 + 80, 80, 160)  # an adapter is whole
     assert full["activations"] == one["activations"] == 1000 and full["gathered"] == 200
     assert one["peak"] == pytest.approx(1.1 * (800 + 80 + 160 + 1000))
@@ -104,14 +111,16 @@ def test_sharding_divides_what_it_shards_and_a_larger_batch_keeps_more():
 
 def test_what_is_trained_in_full_is_shared_out_and_copied_in_16_bits_where_it_is_not():
     size = {"frozen": 0, "trained": 800, "copies": 300, "gathered": 200}
-    one, full = plan.memory(size, 100, 1, "none"), plan.memory(size, 100, 8, "full")
+    one, full = estimate_memory(size, 100, 1, "none"), estimate_memory(size, 100, 8, "full")
     assert (one["weights"], one["copies"], one["temporaries"]) == (800, 300, 400)
     assert (full["weights"], full["gradients"], full["optimizer"], full["copies"]) == (100, 100, 200, 0)
 
 
 def test_rows_set_apart_are_not_planned_to_be_trained_on():
     chosen = ["model=roberta-base", "task=glue/rte", "method=lora", "plan=true"]
-    rows = [plan.training_rows(s, task_of(s))[0] for s in map(cli.load, (chosen, [*chosen, "eval.holdout=500"]))]
+    rows = [
+        count_training_rows(s, load_task(s))[0] for s in map(load_settings, (chosen, [*chosen, "eval.holdout=500"]))
+    ]
     assert rows == [2490, 1990]
 
 
@@ -119,8 +128,8 @@ def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, m
     monkeypatch.setattr(
         "sys.argv", ["train.py", "model=llama3-8b", "task=commonsense", "method=lora", "method.rank=32", "plan=true"]
     )
-    monkeypatch.setattr(models, "load", lambda *a: pytest.fail("a model was loaded"))
-    assert cli.train(lambda: pytest.fail("a run was started")) == 0
+    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *a: pytest.fail("a model was loaded"))
+    assert train_command(lambda: pytest.fail("a run was started")) == 0
     shown = capsys.readouterr().out
     assert "56,623,104 of 8,086,884,352 (0.70 %)" in shown and "0.70 % (dora_table1_commonsense)" in shown
     (file,) = runs_folder.glob("adhoc/llama3-8b_commonsense_lora_s0_*/plan.json")
@@ -144,11 +153,11 @@ def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, m
 def test_a_plan_that_does_not_fit_is_refused_with_what_would(overrides, mend, runs_folder, capsys):
     overrides = [*overrides, "task=commonsense"]
     with pytest.raises(UserError, match="a100-80gb has 80; would fit: ") as error:
-        plan.run(cli.load([*overrides, "plan=true"]))
+        plan_run(Run.prepare(load_settings([*overrides, "plan=true"])))
     assert mend in str(error.value)
     for option in str(error.value).partition("would fit: ")[2].split(", or "):
         proposed = option.partition(" (for ")[0].split()
-        plan.run(cli.load([*overrides, "plan=true", *proposed]))  # what is proposed does fit
+        plan_run(Run.prepare(load_settings([*overrides, "plan=true", *proposed])))  # what is proposed does fit
     capsys.readouterr()
 
 
@@ -162,29 +171,29 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_would(overrides, mend, ru
 )
 def test_what_cannot_be_planned_is_one_line(overrides, message, runs_folder):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
-        plan.run(cli.load([*overrides, "plan=true"]))
+        plan_run(Run.prepare(load_settings([*overrides, "plan=true"])))
 
 
 def test_several_plans_are_all_drawn_and_those_that_do_not_fit_told_in_the_end(runs_folder, capsys):
-    jobs = [cli.load(["model=llama3-8b", "task=e2e", f"method={m}", "plan=true"]) for m in ("full", "lora")]
+    jobs = [load_settings(["model=llama3-8b", "task=e2e", f"method={m}", "plan=true"]) for m in ("full", "lora")]
     with pytest.raises(UserError, match="llama3-8b with full needs"):
-        cli.draw_plans(jobs)
+        plan_runs(jobs)
     assert capsys.readouterr().out.count("written") == 2
     with pytest.raises(UserError, match="plan: true for all runs or for none"):
-        cli.draw_plans([jobs[0], replace(jobs[1], plan=False)])
+        plan_runs([jobs[0], replace(jobs[1], plan=False)])
 
 
 def test_an_experiment_is_planned_and_not_run(runs_folder, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "attempt", lambda *a: pytest.fail("a run was started"))
-    assert grid.sweep(["experiment=cost", "scale=smoke", "plan=true"]) == 0
+    monkeypatch.setattr("dual_lora.lab.commands.train.execute_run", lambda *a: pytest.fail("a run was started"))
+    assert sweep_command(["experiment=cost", "scale=smoke", "plan=true"]) == 0
     assert "plan     tiny-" in capsys.readouterr().out
 
 
 def test_a_model_of_unknown_architecture_is_refused():
-    chosen = cli.load(["model=llama3-8b", "task=e2e", "plan=true"])
+    chosen = load_settings(["model=llama3-8b", "task=e2e", "plan=true"])
     unknown = replace(chosen, model=replace(chosen.model, architecture={}))
     with pytest.raises(UserError, match="model=llama3-8b: no architecture in its YAML; give model.path=DIR"):
-        plan.draw(unknown)
+        compute_plan(unknown)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +205,13 @@ def test_a_model_of_unknown_architecture_is_refused():
 )
 def test_a_plan_of_what_cannot_be_sharded_is_refused(overrides, why, runs_folder):
     with pytest.raises(UserError, match=f"^plan: hardware.sharding=full: {why}"):
-        plan.run(cli.load([*overrides, "hardware=fsdp2", "plan=true"]))
+        plan_run(Run.prepare(load_settings([*overrides, "hardware=fsdp2", "plan=true"])))
 
 
 def test_no_sharding_is_offered_to_what_cannot_be_sharded(runs_folder):
     large = ["model=deberta-v2-xxlarge", "task=glue/mnli", "method=full", "train.batch_size=64", "task.max_length=512"]
     with pytest.raises(UserError, match="would fit: ") as told:
-        plan.run(cli.load([*large, "model.dtype=float32", "plan=true"]))
+        plan_run(Run.prepare(load_settings([*large, "model.dtype=float32", "plan=true"])))
     assert "sharding" not in str(told.value)
 
 
@@ -220,9 +229,9 @@ def parameter_table() -> str:
             if model not in MODELS or method not in ("lora", "dora") or not printed:
                 continue
             for tried in (rank,) if rank else (8, 16):
-                chosen = cli.load([f"model={model}", f"task={task}", f"method={method}", f"method.rank={tried}"])
-                about = task_of(chosen)
-                found = methods.parameters(methods.attach(plan.skeleton(chosen, about), chosen, about.form))
+                chosen = load_settings([f"model={model}", f"task={task}", f"method={method}", f"method.rank={tried}"])
+                about = load_task(chosen)
+                found = count_parameters(attach_method(build_meta_model(chosen, about), chosen, about.form))
                 count = found["adapter_parameters"]
                 percent = 100 * count / found["parameters"]
                 digits = len(printed.rstrip("M").partition(".")[2])

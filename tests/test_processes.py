@@ -16,8 +16,14 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_readme import COMMANDS, words
 
-from dual_lora.lab import cli, processes, training
-from dual_lora.lab.runs import Record
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_STOPPED, execute_run
+from dual_lora.lab.system import distributed
+from dual_lora.lab.train.run import train_run
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -88,16 +94,16 @@ def test_two_processes_leave_the_record_of_one_with_the_doubled_batch(hardware, 
     said = done(start(SCRIPT, *chosen, *TWO, f"hardware={hardware}", *named, runs=runs_folder))
     assert said.count("record ") == len(methods), "the second process speaks, too"
     for method in methods:
-        two = Record.of(cli.load([*chosen, *TWO, f"hardware={hardware}", f"method={method}"])).folder
-        one = training.run(cli.load([*chosen, *ONE, f"method={method}"]))
+        two = Run.prepare(load_settings([*chosen, *TWO, f"hardware={hardware}", f"method={method}"])).record.folder
+        one = train_run(Run.prepare(load_settings([*chosen, *ONE, f"method={method}"])))
         same_record(two, runs_folder / "adhoc" / one["identity"])
         assert json.loads((two / "environment.json").read_text())["processes"] == 2
-        assert cli.evaluate_again([f"run={two}"]) == 0, "one process evaluates what two have trained"
+        assert evaluate_command([f"run={two}"]) == 0, "one process evaluates what two have trained"
 
 
 @pytest.mark.slow
 def test_several_processes_evaluate_a_run_again(runs_folder, capsys):
-    result = training.run(cli.load([*TEXT, *COMMON, *ONE]))
+    result = train_run(Run.prepare(load_settings([*TEXT, *COMMON, *ONE])))
     said = done(start("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", runs=runs_folder))
     assert said.count("reproduced exactly") == 1
 
@@ -108,7 +114,7 @@ def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folde
     chosen = [*TEXT, *COMMON, *TWO, f"hardware={hardware}", "train.max_steps=150", "method.dropout=0.1"]
     whole = start("train.py", *chosen, runs=tmp_path / "whole")
     done(whole)
-    folder = Record.of(cli.load(chosen)).folder
+    folder = Run.prepare(load_settings(chosen)).record.folder
     process = start("train.py", *chosen, runs=runs_folder)
     while process.poll() is None and not (folder.is_dir() and len(Record(folder).logged()) > 4):
         time.sleep(0.05)
@@ -160,26 +166,27 @@ def test_another_process_waits_for_the_first_before_it_says_why(where, asked, ru
         raise ValueError("odd")
 
     def sleep(seconds: float) -> None:
-        assert seconds == processes.PATIENCE and capsys.readouterr() == ("", "")
+        assert seconds == distributed.FIRST_PROCESS_SECONDS and capsys.readouterr() == ("", "")
         if asked:
             os.kill(os.getpid(), getattr(signal, asked))
 
-    monkeypatch.setattr(training, "run", fail)
-    monkeypatch.setattr(processes.time, "sleep", sleep)
-    doing = fail if where == "before a run" else lambda: cli.attempt(cli.load([*WORDS, *COMMON]))
+    monkeypatch.setattr("dual_lora.lab.train.run.train_run", fail)
+    monkeypatch.setattr(distributed.time, "sleep", sleep)
+    doing = fail if where == "before a run" else lambda: execute_run(Run.prepare(load_settings([*WORDS, *COMMON])))
     with pytest.raises(SystemExit) as end:
-        cli.guard(doing)
+        run_command(doing)
     said = capsys.readouterr().err
     if asked == "SIGTERM":
-        assert said == "" and end.value.code == cli.EXIT_STOPPED
+        assert said == "" and end.value.code == EXIT_STOPPED
     else:
         assert said.count("Traceback") == 1 and "ValueError: odd" in said.splitlines()[-1]
-        assert end.value.code == cli.EXIT_FAILED
+        assert end.value.code == EXIT_FAILED
 
 
 FAILS = """import os, sys, time
-from dual_lora.lab import cli, processes
-from dual_lora.lab.settings import require
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.errors import require
+from dual_lora.lab.system import distributed
 
 def do():
     time.sleep(2 * (os.environ["RANK"] == SLOW))
@@ -187,9 +194,9 @@ def do():
     time.sleep(600)
 
 if FAILING == "01":
-    processes.PATIENCE = 600.0
+    distributed.FIRST_PROCESS_SECONDS = 600.0
 sys.argv[0] = "train.py"
-cli.guard(do)
+run_command(do)
 """
 
 

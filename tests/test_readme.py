@@ -13,8 +13,10 @@ from conftest import ROOT
 from test_glue import write_official
 
 from dual_lora import bench
-from dual_lora.lab import cli, plan, runs
-from dual_lora.lab.runs import Record
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.plan import compute_plan, format_plan
 
 README = (ROOT / "README.md").read_text()
 STARTS = ("    python ", "    make ", "    torchrun ")
@@ -43,7 +45,7 @@ def small_bert(tmp_path_factory):
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("bert")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "dual_lora/lab/bundled/tiny-deberta")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "dual_lora/lab/model/bundled/tiny-deberta")
     tokenizer.save_pretrained(folder)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **size)).save_pretrained(folder)
@@ -62,10 +64,10 @@ def started(*argv: str) -> subprocess.CompletedProcess:
 def a_run(tmp_path_factory):
     """The folder of a finished run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "RUNS", tmp_path_factory.mktemp("run"))
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("run"))
         done = forked.run("train.py", *SHORT)
         assert done.returncode == 0, done.stderr
-        (folder,) = runs.RUNS.glob("adhoc/*")
+        (folder,) = paths.RUNS.glob("adhoc/*")
     return folder
 
 
@@ -117,8 +119,8 @@ def test_the_results_are_those_of_the_report():
 
 def test_the_plan_is_as_shown(runs_folder):
     (command,) = [c for c in COMMANDS if "plan=true" in c]
-    settings = cli.load(words(command)[2:])
-    lines = plan.shown(plan.draw(settings), Record.of(settings)).splitlines()
+    settings = load_settings(words(command)[2:])
+    lines = format_plan(compute_plan(settings), Run.prepare(settings).record).splitlines()
     assert len(lines) == 7
     for line in lines[:-1]:
         assert line in README
@@ -127,7 +129,7 @@ def test_the_plan_is_as_shown(runs_folder):
 def test_the_python_example_adapts_any_model():
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "dual_lora/lab/bundled/tiny-llama")
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "dual_lora/lab/model/bundled/tiny-llama")
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {"base": base}
     exec(code, names)

@@ -14,11 +14,21 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 
 import tasks
-from dual_lora.lab import cli, comparison, document, figures, grid, report, results
-from dual_lora.lab.document import Table, Text
-from dual_lora.lab.experiments import SCALES, Cell, Experiment
-from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.sweep import report_experiment, run_experiment, sweep_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.present.document import Table, Text, escape_latex, render_html, render_latex
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.report import write as report_write
+from dual_lora.lab.report.comparison import compare_cells, format_sentence, iterate_matches
+from dual_lora.lab.report.figures import draw_results, find_published_points, set_setting_axis
+from dual_lora.lab.report.table import build_main_table, letter_reasons
+from dual_lora.lab.report.values import MARKS, build_frame, list_columns
+from dual_lora.lab.report.write import DIFFERENCES_FILE, mirror_report, write_report
+from dual_lora.lab.study.experiment import SCALES, Cell, Experiment
+from dual_lora.lab.study.outcome import find_outcomes
 
 GLUE = {
     "title": "GLUE",
@@ -52,7 +62,7 @@ def scales(name: str) -> list[str]:
 
 def finish(settings, right: int, of: int = 100, **changes) -> Record:
     """Write the record of a run that had `right` of `of` sentences right: the last ones, so that runs nest."""
-    record = Record.of(settings)
+    record = Run.prepare(settings).record
     record.folder.mkdir(parents=True)
     record.write("config.yaml", yaml.safe_dump(asdict(settings)))
     environment = {"uncommitted_changes": False, "processor": "abacus", "threads": 1, "commit": "c0ffee" * 6}
@@ -85,16 +95,16 @@ def study(runs_folder):
         cells = experiment.compose([])
         for cell in cells:
             number = right(cell.label, cell.settings)
-            if number is not None and not Record.of(cell.settings).result():
+            if number is not None and not Run.prepare(cell.settings).record.result():
                 finish(cell.settings, number, **changes)
-        return experiment, grid.look_up(cells, "made")
+        return experiment, find_outcomes(cells, "made")
 
     return study
 
 
 def test_ours_stands_beside_the_published_rows_of_the_same_model_method_and_rank(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 80 + 2 * s.seed + 5 * (label == "Dual LoRA"))
-    text = report.write(experiment, done, tmp_path)
+    text = write_report(experiment, done, tmp_path)
     head, *lines = rows_of(text)
     assert head == ["model", "method", "SST-2", "RTE", "mean of 2", "trained", "s/step"]
     ours, published, dual = lines[:3]
@@ -107,7 +117,7 @@ def test_the_best_of_every_task_is_bold_where_tasks_are_columns(study, tmp_path)
     spec = GLUE | {"columns": "task.name", "published": []}
     right = {"LoRA": {"glue/sst2": 90, "glue/rte": 60}, "Dual LoRA": {"glue/sst2": 80, "glue/rte": 70}}
     experiment, done = study(spec, lambda label, s: right[label][s.task.name])
-    lines = {line[1]: line for line in rows_of(report.write(experiment, done, tmp_path))}
+    lines = {line[1]: line for line in rows_of(write_report(experiment, done, tmp_path))}
     bold = {label: [cell.startswith("**") for cell in line[2:4]] for label, line in lines.items() if label in right}
     assert bold == {"LoRA": [True, False], "Dual LoRA": [False, True]}
 
@@ -116,14 +126,14 @@ def test_all_parts_make_the_published_average(study, tmp_path):
     names = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     whole = GLUE | {"full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names]}}
     experiment = Experiment.read("made", whole)
-    done = grid.look_up(experiment.compose(["seed=0"]), "made")
-    heads = [column.head for column in results.columns(experiment, done)]
+    done = find_outcomes(experiment.compose(["seed=0"]), "made")
+    heads = [column.head for column in list_columns(experiment, done)]
     assert heads == ["MNLI", "SST-2", "MRPC", "CoLA", "QNLI", "QQP", "RTE", "STS-B", "avg"]
 
 
 def test_differences_are_tested_on_the_predictions_and_over_tasks(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    text = report.write(experiment, done, tmp_path)
+    text = write_report(experiment, done, tmp_path)
     shown = [line for line in text.splitlines() if line.startswith("- glue/")]
     assert len(shown) == 2
     assert shown[0].startswith("- glue/sst2 (accuracy), model roberta-base: Dual LoRA - LoRA: +20.0, 95 % interval +1")
@@ -134,19 +144,19 @@ def test_differences_are_tested_on_the_predictions_and_over_tasks(study, tmp_pat
 def test_one_seed_shows_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
     one = GLUE | {"full": GLUE["full"] | {"seeds": [0]}}
     experiment, done = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
-    text = report.write(experiment, done, tmp_path)
+    text = write_report(experiment, done, tmp_path)
     assert "not shown" in text and "what a seed does is in neither" in text
     lines = done[0].record.folder / "predictions.jsonl"
     lines.write_text(lines.read_text().replace("v-0", "w-0"))
-    assert "cannot be compared" in report.write(experiment, done, tmp_path)
+    assert "cannot be compared" in write_report(experiment, done, tmp_path)
 
 
 def test_a_report_has_the_same_bytes_whatever_the_locales_encoding(study, tmp_path, monkeypatch):
     experiment, done = study(GLUE, lambda label, s: 80 if s.seed else None)
-    report.write(experiment, done, tmp_path / "utf-8")
+    write_report(experiment, done, tmp_path / "utf-8")
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "latin-1")  # what pathlib asks
-    report.write(experiment, done, tmp_path / "latin-1")
-    for name in ("table.md", "table.tex", "report.html", "table.csv", report.DIFFERENCES):
+    write_report(experiment, done, tmp_path / "latin-1")
+    for name in ("table.md", "table.tex", "report.html", "table.csv", DIFFERENCES_FILE):
         assert (tmp_path / "latin-1" / name).read_bytes() == (tmp_path / "utf-8" / name).read_bytes()
 
 
@@ -155,7 +165,7 @@ def test_lines_of_predictions_end_at_line_feeds_alone(study, tmp_path):
     for cell in done:
         path = cell.record.folder / "predictions.jsonl"
         path.write_text(path.read_text().replace('"answer"', '"output": "a\u2028b\x85c", "answer"'))
-    assert "cannot be compared" not in report.write(experiment, done, tmp_path)
+    assert "cannot be compared" not in write_report(experiment, done, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +184,7 @@ def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
     assert (odd.cell.label, odd.settings.seed, odd.settings.task.name) == ("LoRA", 0, "glue/sst2")
     shutil.rmtree(odd.record.folder)
     finish(odd.settings, 80, **(files | rows | changes if changes else {}))
-    text = report.write(experiment, grid.look_up([cell.cell for cell in done], "made"), tmp_path)
+    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
     assert text.count("cannot be compared") == (said is not None) and (said or "") in text
     assert ("were done with different files and do not compare" in text) == (said == "other base weights")
 
@@ -182,7 +192,7 @@ def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
 def test_that_the_best_epoch_is_reported_is_said(study, tmp_path):
     for rule in ("last", "best"):
         spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], f"task.checkpoint={rule}"]}}
-        text = report.write(*study(spec, lambda label, s: 80), tmp_path)
+        text = write_report(*study(spec, lambda label, s: 80), tmp_path)
         assert ("the epoch that did best on the reported rows" in text) == (rule == "best")
 
 
@@ -196,8 +206,8 @@ def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
     for cell in cells:
         for number, trial in enumerate(cell.tuning):
             finish(trial, 50 + 9 * (number == (trial.method.rank == 8)))
-    done = grid.look_up(cells, "made")
-    text = report.write(experiment, done, tmp_path)
+    done = find_outcomes(cells, "made")
+    text = write_report(experiment, done, tmp_path)
     assert "LoRA: 0.001, 0.004; chosen from 1, 2 times the rate of its protocol (4 runs, 2 a point)" in text
     lines = [line for line in rows_of(text) if line[:2] == ["roberta-base", "glue/rte"]]
     rates = (("4", "0.001 (edge)"), ("8", "0.004 (edge)"))
@@ -206,7 +216,7 @@ def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
 
 def test_published_points_of_two_printings_are_two_lines():
     spec = GLUE | {"columns": "method.rank", "published": ["dora_table15_rank_robustness"]}
-    points = figures.published_points(Experiment.read("made", spec))
+    points = find_published_points(Experiment.read("made", spec))
     assert points["llama-7b lora paper [published]"][32] == 74.7
     assert points["llama-7b dora readme [published]"].to_dict() == {64: 76.8}
 
@@ -222,29 +232,29 @@ def test_published_points_of_two_printings_are_two_lines():
 )
 def test_runs_that_deserve_doubt_are_marked(study, tmp_path, changes, mark):
     experiment, done = study(GLUE, lambda label, s: 80 if s.seed == 0 and label == "LoRA" else None, **changes)
-    text = report.write(experiment, done, tmp_path)
-    assert f"80.0 (1){mark} [a]" in text and f"- {mark}: {results.MARKS[mark]}" in text
+    text = write_report(experiment, done, tmp_path)
+    assert f"80.0 (1){mark} [a]" in text and f"- {mark}: {MARKS[mark]}" in text
     clean, done = study(GLUE, lambda label, s: 80)
-    (dual,) = [cells for cells in rows_of(report.write(clean, done, tmp_path)) if cells[1] == "Dual LoRA"]
+    (dual,) = [cells for cells in rows_of(write_report(clean, done, tmp_path)) if cells[1] == "Dual LoRA"]
     assert mark not in "".join(dual)
 
 
 def test_a_missing_part_leaves_the_mean_empty_and_a_failure_says_why(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: None if s.task.name.endswith("rte") else 80)
     (failed,) = [c for c in done if c.result is None and c.cell.label == "LoRA" and c.settings.seed == 0]
-    record = Record.of(failed.settings)
+    record = Run.prepare(failed.settings).record
     record.folder.mkdir(parents=True)
     record.write("config.yaml", yaml.safe_dump(asdict(failed.settings)))
     record.fail(RuntimeError("the loss is nan at step 3"))
-    done = grid.look_up(experiment.compose([]), "made")
-    _, ours, _, dual, *_ = rows_of(report.write(experiment, done, tmp_path))
+    done = find_outcomes(experiment.compose([]), "made")
+    _, ours, _, dual, *_ = rows_of(write_report(experiment, done, tmp_path))
     assert ours[2:5] == ["80.0 ± 0.0 (2)", "– [a, b]", "– [c]"] and dual[3] == "– [b]"
     assert "[a]: failed: the loss is nan at step 3" in (tmp_path / "table.md").read_text()
 
 
 def test_a_setting_heads_columns_and_what_lacks_it_has_its_own(study, tmp_path):
     experiment, done = study(RATIOS, lambda label, s: 70 + s.seed + (s.method.magnitude_ratio or 0) * 8)
-    head, lora, dual, *_ = rows_of(report.write(experiment, done, tmp_path))
+    head, lora, dual, *_ = rows_of(write_report(experiment, done, tmp_path))
     assert head[:5] == ["task", "method", "no magnitude ratio", "0.25", "0.5"]
     assert lora[2:5] == ["71.0 ± 1.0 (3)", "", ""] and dual[2:5] == ["", "73.0 ± 1.0 (3)", "**75.0 ± 1.0 (3)**"]
     lines = (tmp_path / "table.md").read_text().splitlines()
@@ -272,7 +282,7 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_else_and_is_the_same_twice(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 80 + s.seed)
     for folder in ("a", "b"):
-        report.write(experiment, done, tmp_path / folder)
+        write_report(experiment, done, tmp_path / folder)
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("a", "b"))
     assert first == second
     page = Page()
@@ -282,13 +292,13 @@ def test_the_page_needs_nothing_else_and_is_the_same_twice(study, tmp_path):
 
 
 def test_latex_prints_bars_and_angles_in_any_encoding():
-    assert document.tex("570 | 569 < 576 >") == r"570 \textbar{} 569 \textless{} 576 \textgreater{}"
+    assert escape_latex("570 | 569 < 576 >") == r"570 \textbar{} 569 \textless{} 576 \textgreater{}"
 
 
 def test_latex_escapes_what_it_must():
     cells = pd.DataFrame([["a_b & 5 %", "1.0 ± 0.1 (2)‡"], ["– [a]", "{x}$"]], columns=["m#", "s/step"])
     bold = pd.DataFrame([[False, True], [False, False]], columns=cells.columns)
-    text = document.latex([Text("no table"), Table(cells, "100 %", bold)], "made")
+    text = render_latex([Text("no table"), Table(cells, "100 %", bold)], "made")
     for part in (r"a\_b \& 5 \%", r"\textbf{1.0 $\pm$ 0.1 (2)\ddag{}}", r"m\#", r"\toprule", r"\caption{100 \%}"):
         assert part in text
     assert text.count("{") == text.count("}") and "‡" not in text and "–" not in text
@@ -299,7 +309,7 @@ def test_latex_has_labels_legends_words_flush_left_and_published_rows_set_off():
         [["x", "1.0", "dev"], ["y", "– [a]", "–"], ["z", "3", "test"]], columns=["row", "score", "set"]
     )
     blocks = [Table(cells, "first", aside=frozenset({1})), Text(items=("– [a]: not run",)), Table(cells, "second")]
-    first, second = document.latex(blocks, "made").split(r"\end{table}")[:2]
+    first, second = render_latex(blocks, "made").split(r"\end{table}")[:2]
     assert r"\begin{tabular}{lrl}" in first and r"\label{tab:made-1}" in first and r"\label{tab:made-2}" in second
     assert "-- [a]: not run" in first and "not run" not in second
     assert r"\textit{y} & \textit{-- [a]}" in first and r"\addlinespace z" in first and "textit" not in second
@@ -307,7 +317,7 @@ def test_latex_has_labels_legends_words_flush_left_and_published_rows_set_off():
 
 def test_the_page_sets_words_left_and_lets_wide_tables_scroll():
     cells = pd.DataFrame([["x", "1.0 ± 0.2 (2)", "dev"]], columns=["row", "score", "set"])
-    text = document.html([Table(cells, "a table")], "page")
+    text = render_html([Table(cells, "a table")], "page")
     assert '<div class="wide"><table>' in text
     assert '<td class="words">x</td><td>1.0 ± 0.2 (2)</td><td class="words">dev</td>' in text
 
@@ -316,14 +326,14 @@ def test_a_report_removes_figures_that_it_no_longer_has(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 80)
     (tmp_path / "ranks_0.png").write_bytes(b"old")
     (tmp_path / "notes.txt").write_text("mine")
-    report.write(experiment, done, tmp_path)
+    write_report(experiment, done, tmp_path)
     assert {path.name for path in tmp_path.glob("*.p*")} == {"figure.png", "figure.pdf"}
     assert (tmp_path / "notes.txt").is_file()
 
 
 def test_differences_are_a_table_and_after_all_tables_sentences(study, tmp_path):
     experiment, done = study(GLUE | {"limit": "one rate"}, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    text = report.write(experiment, done, tmp_path)
+    text = write_report(experiment, done, tmp_path)
     assert "Limit: one rate" in text
     (line,) = [cells for cells in rows_of(text) if cells[0] == "glue/rte" and cells[1] == "accuracy"]
     assert line[2:5] == ["roberta-base", "Dual LoRA - LoRA", "+20.0"] and line[-1] == "shown"
@@ -333,7 +343,7 @@ def test_differences_are_a_table_and_after_all_tables_sentences(study, tmp_path)
 def test_equal_lines_and_points_stay_visible_in_a_figure(study):
     same = RATIOS | {"cells": {**RATIOS["cells"], "DoRA": ["method=dora"], "again": RATIOS["cells"]["Dual LoRA"]}}
     experiment, done = study(same, lambda label, s: 70 + s.seed)
-    drawn = figures.draw(experiment, results.frame(experiment, done), done)
+    drawn = draw_results(experiment, build_frame(experiment, done), done)
     axes = drawn.axes[0]
     flat = [line for line in axes.get_lines() if line.get_label() in ("LoRA", "DoRA")]
     assert len({line._dash_pattern[0] for line in flat}) == 2
@@ -350,13 +360,13 @@ def test_equal_lines_and_points_stay_visible_in_a_figure(study):
 
 def test_learning_rates_have_a_logarithmic_axis():
     axes = Figure().subplots()
-    figures.over(axes, "train.lr", pd.Series([5e-5, 2e-3]))
+    set_setting_axis(axes, "train.lr", pd.Series([5e-5, 2e-3]))
     assert axes.get_xscale() == "log"
-    figures.over(axes, "method.rank", pd.Series([4.0, 256.0]))
+    set_setting_axis(axes, "method.rank", pd.Series([4.0, 256.0]))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "256"]
 
 
-ALL = [Experiment.load(name, s) for name in cli.choices("experiment") for s in ("full", "small") if s in scales(name)]
+ALL = [Experiment.load(name, s) for name in list_choices("experiment") for s in ("full", "small") if s in scales(name)]
 
 
 @pytest.mark.parametrize("study", [e.study for e in ALL if (ROOT / "runs" / e.study / "report/table.md").is_file()])
@@ -365,18 +375,18 @@ def test_a_committed_report_is_made_again_byte_for_byte_from_committed_records(s
         pytest.skip("its records are not kept below runs/")
     (experiment,) = [e for e in ALL if e.study == study]
     shutil.copytree(ROOT / "runs" / study, runs_folder / study, ignore=shutil.ignore_patterns("report"))
-    assert grid.sweep([f"experiment={experiment.name}", f"scale={experiment.scale}", "run=false"]) == 0
+    assert sweep_command([f"experiment={experiment.name}", f"scale={experiment.scale}", "run=false"]) == 0
     for path in [p for p in (ROOT / "runs" / study / "report").iterdir() if p.suffix in (".md", ".tex", ".csv")]:
         assert (runs_folder / study / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_the_csv_holds_every_value(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 80 + s.seed)
-    report.write(experiment, done, tmp_path)
+    write_report(experiment, done, tmp_path)
     values = pd.read_csv(tmp_path / "table.csv")
     runs = values.dropna(subset="run")
     for _, row in runs.iterrows():
-        result = json.loads((grid.runs.RUNS / "made" / row["run"] / "result.json").read_text())
+        result = json.loads((paths.RUNS / "made" / row["run"] / "result.json").read_text())
         assert row["value"] == pytest.approx(100 * result["metrics"]["accuracy"])
     assert len(runs) == 8 and len(values) == 12
 
@@ -389,7 +399,7 @@ def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
     """Each of 2000 resamples alone could show none: 120 / 2001 is more than 0.05."""
     experiment = Experiment.read("made", RATIOS)
     base = [
-        cli.load(["model=roberta-base", "task=glue/rte", f"method={name}", "study=made"])
+        load_settings(["model=roberta-base", "task=glue/rte", f"method={name}", "study=made"])
         for name in ("lora", "dual_lora")
     ]
     ratios = [None, *(number / 240 for number in range(1, 121))]
@@ -401,7 +411,7 @@ def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
         cells += [Cell(label, replace(settings, method=method, seed=seed)) for seed in (0, 1)]
     for cell in cells:
         finish(cell.settings, 80 if cell.settings.method.magnitude_ratio == 0.5 else 60)
-    text = report.write(experiment, grid.look_up(cells, "made"), tmp_path)
+    text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
     said = [line for line in text.splitlines() if line.startswith("- glue/rte")]
     assert len(said) == 120 and [line.endswith(": shown") for line in said].count(True) == 1
     assert "magnitude_ratio 0.5: Dual LoRA - LoRA: +20.0" in next(line for line in said if line.endswith(": shown"))
@@ -412,7 +422,7 @@ def test_rows_that_are_the_same_runs_are_compared_once(study, tmp_path):
     held = RATIOS["cells"] | {"held": ["method=dual_lora", "method.alpha=16", "method.magnitude_ratio=0.5"]}
     experiment, done = study(RATIOS | {"cells": held}, lambda label, s: 70)
     assert {cell.settings.method.alpha for cell in done if cell.cell.label != "LoRA"} == {16}
-    found = [(match.label, match.place) for match in comparison.matched(experiment, done)]
+    found = [(match.label, match.place) for match in iterate_matches(experiment, done)]
     assert found == [("Dual LoRA", {"method.magnitude_ratio": ratio}) for ratio in (0.25, 0.5)]
 
 
@@ -447,7 +457,7 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
     cells = experiment.compose([])
     for cell in cells:
         finish_sets(cell.settings, {"boolq": 90, "piqa": 65} if cell.label == "Dual LoRA" else {})
-    text = report.write(experiment, grid.look_up(cells, "made"), tmp_path)
+    text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
     main, further = text.split("## By set and by other scores")
     assert [cells[1] for cells in rows_of(main) if cells[0] == "commonsense"] == ["average"]
     whole, *said = [line for line in further.splitlines() if line.startswith("- commonsense (")]
@@ -466,19 +476,19 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
 def test_a_score_that_is_not_resampled_is_told_without_a_test_and_one_not_measured_is_said_so(study, tmp_path):
     spec = GLUE | {"columns": {"accuracy": "accuracy", "slow": "slow"}, "mean": None}
     experiment, done = study(spec, lambda label, s: 80, metrics={"accuracy": 0.8, "slow": 0.5})
-    _, further = comparison.compared(experiment, done)
+    _, further = compare_cells(experiment, done)
     assert [(pair.metric, pair.difference.mean, pair.p) for pair in further] == [("slow", 0, None)] * 2
-    assert "no test: slow is not resampled" in comparison.told(further[0])
+    assert "no test: slow is not resampled" in format_sentence(further[0])
     for cell in done:
         cell.result["metrics"].pop("slow")
-    _, further = comparison.compared(experiment, done)
-    assert comparison.told(further[0]).endswith("cannot be compared (slow not measured)")
+    _, further = compare_cells(experiment, done)
+    assert format_sentence(further[0]).endswith("cannot be compared (slow not measured)")
 
 
 def test_a_score_that_is_no_fraction_is_not_told_in_percent(study, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "plain", ("accuracy",))
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    text = report.write(experiment, done, tmp_path)
+    text = write_report(experiment, done, tmp_path)
     assert (
         "Dual LoRA - LoRA, model roberta-base: +0.2 on average" in text and "| Dual LoRA | roberta-base | 0.8 " in text
     )
@@ -511,9 +521,9 @@ def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study
     started = {"started": "2020-01-01T00:00:00Z"}
     experiment, done = study(spec, lambda label, s: 80, environment=started)
     other = beside(done[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
-    (shown, _) = grid.look_up([cell.cell for cell in done], "made")
+    (shown, _) = find_outcomes([cell.cell for cell in done], "made")
     assert shown.record == done[0].record and shown.others == (other,)
-    text = report.write(experiment, [shown], tmp_path)
+    text = write_report(experiment, [shown], tmp_path)
     assert f"{done[0].record.name} (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
 
 
@@ -524,47 +534,47 @@ def test_a_rate_that_diverged_is_the_worst_and_one_that_failed_says_why(study, t
     assert dual.reason == "learning rate not chosen yet" and dual.rate is None and lora.rate == lora.settings.train.lr
 
     def fail(trial, error):
-        record = Record.of(trial)
+        record = Run.prepare(trial).record
         record.folder.mkdir(parents=True, exist_ok=True)
         record.write("config.yaml", yaml.safe_dump(asdict(trial)))
         record.fail(error)
 
     low, middle, high = dual.cell.tuning
     fail(high, UserError("the loss is nan at step 3; take a lower train.lr", diverged=True))
-    assert grid.look_up([dual.cell], "made")[0].reason == "learning rate not chosen yet"  # two trials are not done
+    assert find_outcomes([dual.cell], "made")[0].reason == "learning rate not chosen yet"  # two trials are not done
     assert {t.wandb.job_type for t in dual.cell.tuning} == {"tune"} and low.wandb.tags == ["made", "full"]
     finish(low, 70), finish(middle, 60)
     fail(high, UserError("no room; take less"))
-    known = grid.look_up([dual.cell], "made")[0]
+    known = find_outcomes([dual.cell], "made")[0]
     assert known.reason == "learning rate not chosen: failed: no room"
     fail(high, UserError("the loss is nan at step 3; take a lower train.lr", diverged=True))
-    known = grid.look_up([dual.cell], "made")[0]
+    known = find_outcomes([dual.cell], "made")[0]
     assert known.rate == 1e-4 and known.diverged == (1e-2,)
-    text = report.write(experiment, [lora, known], tmp_path)
+    text = write_report(experiment, [lora, known], tmp_path)
     assert "training diverged at 0.01" in text and "(edge): at an edge of the grid" in text
     assert "| roberta-base | glue/rte |" in text and "| 0.0001 (edge) |" in text
     values = pd.read_csv(tmp_path / "table.csv").set_index("label")
     assert values["lr"]["Dual LoRA"] == 1e-4 and values["lr"]["LoRA"] == lora.rate
     for trial in (low, middle):
-        (Record.of(trial).folder / "result.json").unlink()
+        (Run.prepare(trial).record.folder / "result.json").unlink()
         fail(trial, UserError("the loss is nan at step 1; take a lower train.lr", diverged=True))
-    assert grid.look_up([dual.cell], "made")[0].reason == "learning rate not chosen: failed: the loss is nan at step 1"
+    assert find_outcomes([dual.cell], "made")[0].reason == "learning rate not chosen: failed: the loss is nan at step 1"
 
 
 def test_any_number_of_reasons_has_letters():
     values = pd.DataFrame({"value": [None] * 800, "reason": [f"failed: step {i}" for i in range(800)]})
-    found = list(report.numbered(values).values())
+    found = list(letter_reasons(values).values())
     assert found[:2] + found[25:28] == ["a", "b", "z", "aa", "ab"] and len(set(found)) == 800
 
 
 def test_damaged_files_of_a_run_cost_the_report_nothing_else(study, tmp_path, capsys):
     experiment, done = study(GLUE, lambda label, s: 80)
     cells = [cell.cell for cell in done]
-    assert grid.reported(experiment, cells, False) == 0
+    assert report_experiment(experiment, cells, False) == 0
     (done[0].record.folder / "environment.json").write_text("{")
     (done[1].record.folder / "predictions.jsonl").unlink()
     (done[2].record.folder / "predictions.jsonl").write_text('{"split": "validation"}\n')
-    assert grid.do(experiment, cells, None) == 2
+    assert run_experiment(experiment, cells, None) == 2
     shown = capsys.readouterr()
     assert "80.0 ± 0.0 (2)‡" in shown.out and shown.out.count("cannot be compared (") >= 1
     for name in ("environment.json: damaged", f"{done[1].record.name}/predictions.jsonl: missing"):
@@ -575,24 +585,24 @@ def test_damaged_files_of_a_run_cost_the_report_nothing_else(study, tmp_path, ca
 def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_path, capsys, monkeypatch):
     spec = GLUE | {"analyse": True, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
     experiment, done = study(spec, lambda label, s: 80)
-    monkeypatch.setattr(report, "mirrored", lambda *_: None)
-    monkeypatch.setattr(grid, "run_all", lambda *_: 0)
-    assert grid.do(experiment, [cell.cell for cell in done], []) == 2
+    monkeypatch.setattr(report_write, "mirror_report", lambda *_: None)
+    monkeypatch.setattr("dual_lora.lab.commands.sweep.run_cells", lambda *_: 0)
+    assert run_experiment(experiment, [cell.cell for cell in done], []) == 2
     shown = capsys.readouterr()
     assert shown.err.count("not analysed: ") == 2 and "| LoRA " in shown.out
     (done[0].record.folder / "analysis.json").write_text("[]")
-    assert grid.do(experiment, [cell.cell for cell in done], None) == 2
+    assert run_experiment(experiment, [cell.cell for cell in done], None) == 2
     assert "Of the analyses no more can be told: " in capsys.readouterr().out
 
 
 def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatch):
     experiment, done = study(GLUE, lambda label, s: 80)
-    whole = report.write
-    monkeypatch.setattr(report, "write", lambda *_: 1 / 0)
-    assert grid.do(experiment, [cell.cell for cell in done], None) == 1
+    whole = write_report
+    monkeypatch.setattr(report_write, "write_report", lambda *_: 1 / 0)
+    assert run_experiment(experiment, [cell.cell for cell in done], None) == 1
     assert "made: no report" in (shown := capsys.readouterr().err) and "ZeroDivisionError" in shown
-    monkeypatch.setattr(report, "write", whole)
-    assert grid.do(experiment, [cell.cell for cell in done], None) == 0
+    monkeypatch.setattr(report_write, "write_report", whole)
+    assert run_experiment(experiment, [cell.cell for cell in done], None) == 0
 
 
 # Published rows beside ours
@@ -601,9 +611,9 @@ def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatc
 def asides(spec: dict, *cells: str) -> list[list[str]]:
     """Return the published lines of an experiment's table, without empty cells, none of its runs done."""
     experiment = Experiment.read("made", spec)
-    done = grid.look_up(experiment.compose(["seed=0"]), "made")
-    values = results.frame(experiment, done)
-    table = report.main_table(experiment, done, values, report.numbered(values))
+    done = find_outcomes(experiment.compose(["seed=0"]), "made")
+    values = build_frame(experiment, done)
+    table = build_main_table(experiment, done, values, letter_reasons(values))
     return [[cell for cell in table.cells.iloc[i] if cell] for i in sorted(table.aside)]
 
 
@@ -669,7 +679,7 @@ def test_a_published_average_of_glue_stands_under_ours_of_all_eight_tasks_alone(
 def test_published_tables_say_what_they_have_to_do_with_ours(study, tmp_path):
     spec = GLUE | {"published": ["lora_table2_glue", "dora_table15_rank_robustness", "own_rank_null"]}
     experiment, done = study(spec, lambda label, s: 80)
-    text = report.write(experiment, done, tmp_path)
+    text = write_report(experiment, done, tmp_path)
     assert "LoRA Table 2, GLUE development sets: roberta-base as above, and other models (published; version:" in text
     assert "by rank, LLaMA-7B: other models than above (published; version: PDF of 10 Jul 2024;" in text
     assert "Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
@@ -678,8 +688,8 @@ def test_published_tables_say_what_they_have_to_do_with_ours(study, tmp_path):
 def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path, capsys):
     experiment, done = study(RATIOS, lambda label, s: 80 + s.seed)
     assert {tag for cell in done for tag in cell.settings.wandb.tags} == {"made", "full"}
-    report.write(experiment, done, tmp_path / "report")
-    report.mirrored(experiment, done, tmp_path / "report")
+    write_report(experiment, done, tmp_path / "report")
+    mirror_report(experiment, done, tmp_path / "report")
     assert "W&B" not in capsys.readouterr().out
     media = next(tmp_path.glob("wandb/*/files/media"))
     found = {re.sub(r"_\d+_\w+\.table\.json$", "", path.name): path for path in media.glob("table/**/*.json")}

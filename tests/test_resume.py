@@ -15,10 +15,29 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dual_lora.lab import checkpoints, cli, evaluation, lock, loop, memory, runs, states, training
-from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import UserError
-from dual_lora.lab.stopping import ANEW, GOES_ON, STOP, Stopped
+from dual_lora.lab.commands import guard as commands_guard
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import RESTARTS, RESUMES, Elsewhere, Stopped, UserError, translate_memory_errors
+from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
+from dual_lora.lab.model.load import load_tokenizer
+from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER, execute_run, report_failures
+from dual_lora.lab.system import lock
+from dual_lora.lab.system.files import translate_save_errors
+from dual_lora.lab.system.lock import LOCK_NAME, STALE_SECONDS, acquire_lock, hold_lock
+from dual_lora.lab.system.memory import suggest_smaller_batch
+from dual_lora.lab.system.sealed import MANIFEST, parse_checkpoint_step, read_seal, seal_folder
+from dual_lora.lab.system.signals import STOP
+from dual_lora.lab.train import trainer as train_trainer
+from dual_lora.lab.train.callbacks import BestEpoch
+from dual_lora.lab.train.optimizer_state import OPTIMIZER_FILE, load_random_state, save_random_state
+from dual_lora.lab.train.run import train_run
+from dual_lora.lab.train.trainer import RunTrainer, StopAndResume
 
 # 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
 SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
@@ -27,7 +46,7 @@ TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "d
 
 
 def chosen(*overrides: str):
-    return cli.load([*SMALL, "train.max_steps=7", *overrides])
+    return load_settings([*SMALL, "train.max_steps=7", *overrides])
 
 
 class Killed(BaseException):
@@ -50,9 +69,9 @@ def reference(tmp_path, monkeypatch):
 
     def reference(settings) -> dict:
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "RUNS", tmp_path / "reference")
-            training.run(settings)
-            return kept(Record.of(settings).folder)
+            patch.setattr(paths, "RUNS", tmp_path / "reference")
+            train_run(Run.prepare(settings))
+            return kept(Run.prepare(settings).record.folder)
 
     return reference
 
@@ -60,18 +79,18 @@ def reference(tmp_path, monkeypatch):
 @contextmanager
 def at_step(step: int, do):
     """Call `do` at the end of one optimizer step, after its losses are added up and before anything is saved."""
-    real = loop.GoOn.on_step_end
+    real = StopAndResume.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             do()
         real(self, args, state, control, **kwargs)
 
-    loop.GoOn.on_step_end = on_step_end
+    StopAndResume.on_step_end = on_step_end
     try:
         yield
     finally:
-        loop.GoOn.on_step_end = real
+        StopAndResume.on_step_end = real
 
 
 def terminate() -> None:
@@ -85,8 +104,8 @@ def kill() -> None:
 def stopped(settings, step: int) -> Record:
     """Start a run, stop it politely in a step and return its record."""
     with at_step(step, terminate), STOP.heard(), pytest.raises(Stopped):
-        training.run(settings)
-    return Record.of(settings)
+        train_run(Run.prepare(settings))
+    return Run.prepare(settings).record
 
 
 @pytest.mark.parametrize(
@@ -98,11 +117,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(method, steps, runs_folder, ref
     whole = reference(settings)
     for step in steps:
         record = stopped(settings, step)
-        assert checkpoints.step_of(record.checkpoint()) == step
+        assert parse_checkpoint_step(record.checkpoint()) == step
         assert record.result() is None and record.failure() is None
-    training.run(settings)
+    train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
-    assert not (record.folder / "checkpoints").exists() and not (record.folder / runs.TRAINED).exists()
+    assert not (record.folder / "checkpoints").exists() and not (record.folder / TRAINED_FILE).exists()
 
 
 @pytest.mark.parametrize("method", ["dual_lora", "full"])
@@ -111,33 +130,33 @@ def test_checkpoints_that_fall_due_by_time_change_no_digit(method, runs_folder, 
     settings = chosen(f"method={method}", "train.save_minutes=1e-9")  # due at the end of every step
     kept_at = []
     with at_step(6, kill), pytest.raises(Killed):
-        training.run(settings)
-    record = Record.of(settings)
-    assert checkpoints.step_of(record.checkpoint()) == 5
-    with at_step(7, lambda: kept_at.append(checkpoints.step_of(record.checkpoint()))):
-        training.run(settings)
+        train_run(Run.prepare(settings))
+    record = Run.prepare(settings).record
+    assert parse_checkpoint_step(record.checkpoint()) == 5
+    with at_step(7, lambda: kept_at.append(parse_checkpoint_step(record.checkpoint()))):
+        train_run(Run.prepare(settings))
     assert kept_at == [6] and kept(record.folder) == whole
 
 
 def test_a_checkpoint_falls_due_after_the_newest_one(runs_folder, monkeypatch):
     """By default, and by a clock that goes on by four minutes a step."""
     clock, found = [0.0], []
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
-    real = loop.GoOn.on_step_end
+    monkeypatch.setattr(train_trainer.time, "perf_counter", lambda: clock[0])
+    real = StopAndResume.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         clock[0] += 240
         real(self, args, state, control, **kwargs)
         found.append(control.should_save)
 
-    monkeypatch.setattr(loop.GoOn, "on_step_end", on_step_end)
-    training.run(chosen())
+    monkeypatch.setattr(StopAndResume, "on_step_end", on_step_end)
+    train_run(Run.prepare(chosen()))
     assert found == [False, False, True, False, False, True, False]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama", "tiny-roberta", "tiny-deberta"])
-@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("method", list_choices("method"))
 def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, runs_folder, reference):
     task = {"tiny-gpt2": "demo/choice", "tiny-llama": "demo/restaurants"}.get(model, "demo/sentiment")
     dropout = [] if method == "full" else ["method.dropout=0.1"]
@@ -145,20 +164,20 @@ def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, r
     whole = reference(settings)
     for step in (2, 3, 6):
         record = stopped(settings, step)
-    training.run(settings)
+    train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
 
 
 def test_a_signal_stops_at_once_outside_training(runs_folder, monkeypatch, capsys):
     settings, steps = chosen(), []
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: terminate())
+    monkeypatch.setattr("dual_lora.lab.train.run.evaluate_splits", lambda *args: terminate())
     with STOP.heard(), at_step(1, lambda: steps.append(1)), pytest.raises(Stopped):
-        training.run(settings)
-    assert not steps and Record.of(settings).failure() is None
-    monkeypatch.setattr(cli.sys, "argv", ["train.py"])
+        train_run(Run.prepare(settings))
+    assert not steps and Run.prepare(settings).record.failure() is None
+    monkeypatch.setattr(commands_guard.sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as ended:
-        cli.guard(lambda: terminate() or cli.EXIT_OK)
-    assert ended.value.code == cli.EXIT_STOPPED
+        run_command(lambda: terminate() or EXIT_OK)
+    assert ended.value.code == EXIT_STOPPED
     assert "train.py: stopped by SIGTERM" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -169,14 +188,14 @@ BEST = ["task.checkpoint=best", "train.max_steps=null", "train.epochs=4"]
 @pytest.fixture
 def uneven(monkeypatch):
     """Scores by epoch that rise and fall, from the weights alone, so that a second measuring gives them again."""
-    real = evaluation.evaluate
+    real = evaluate_splits
 
     def evaluate(model, *args):
         _, predictions = real(model, *args)
         total = sum(p.detach().double().sum() for p in model.parameters() if p.requires_grad)
         return {"accuracy": float(torch.sin(1e4 * total))}, predictions
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
 
 
 @pytest.mark.parametrize("method", ["dual_lora", "full"])
@@ -187,20 +206,20 @@ def test_a_run_that_keeps_its_best_epoch_remembers_it(method, runs_folder, refer
     record = stopped(settings, 5)
     stopped(settings, 6)  # the end of an epoch, before it is scored
     with monkeypatch.context() as patch:  # in the next epoch's scoring
-        real = loop.BestEpoch.on_epoch_end
+        real = BestEpoch.on_epoch_end
 
         def on_epoch_end(self, args, state, control, **kwargs):
             if state.global_step == 9:
                 self.measure = lambda title: terminate()
             return real(self, args, state, control, **kwargs)
 
-        patch.setattr(loop.BestEpoch, "on_epoch_end", on_epoch_end)
+        patch.setattr(BestEpoch, "on_epoch_end", on_epoch_end)
         with STOP.heard(), pytest.raises(Stopped):
-            training.run(settings)
-    assert checkpoints.step_of(record.checkpoint()) == 9
+            train_run(Run.prepare(settings))
+    assert parse_checkpoint_step(record.checkpoint()) == 9
     with at_step(11, kill), pytest.raises(Killed):
-        training.run(settings)
-    training.run(settings)
+        train_run(Run.prepare(settings))
+    train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
 
 
@@ -211,9 +230,9 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "no manifest": lambda folder: (folder / checkpoints.MANIFEST).unlink(),
-    "half a manifest": lambda folder: (folder / checkpoints.MANIFEST).write_text('{"files": {'),
-    "a flipped bit": lambda folder: flip(folder / states.OPTIMIZER),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "half a manifest": lambda folder: (folder / MANIFEST).write_text('{"files": {'),
+    "a flipped bit": lambda folder: flip(folder / OPTIMIZER_FILE),
     "cut short": lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"half"),
     "a file gone": lambda folder: (folder / "random_0.json").unlink(),
 }
@@ -234,18 +253,18 @@ def edited(path: Path, edit) -> None:
 def test_an_edited_manifest_counts_for_nothing(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     for what, edit in EDITS.items():
-        checkpoints.seal(tmp_path / "checkpoint-4", None, steps=4, train_loss=0.79, logged=[{"step": 1}])
-        assert checkpoints.sealed(tmp_path / "checkpoint-4")["steps"] == 4
-        edited(tmp_path / "checkpoint-4" / checkpoints.MANIFEST, edit)
-        assert checkpoints.sealed(tmp_path / "checkpoint-4") is None, what
+        seal_folder(tmp_path / "checkpoint-4", None, steps=4, train_loss=0.79, logged=[{"step": 1}])
+        assert read_seal(tmp_path / "checkpoint-4")["steps"] == 4
+        edited(tmp_path / "checkpoint-4" / MANIFEST, edit)
+        assert read_seal(tmp_path / "checkpoint-4") is None, what
 
 
 def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
     settings = chosen()
-    training.run(settings)
-    record = Record.of(settings)
+    train_run(Run.prepare(settings))
+    record = Run.prepare(settings).record
     record.check()
-    assert cli.evaluate_again([f"run={record.folder}"]) == 0
+    assert evaluate_command([f"run={record.folder}"]) == 0
     left = [p for p in record.folder.rglob("*") if p.is_file() and p.name not in ("evaluation.json", "README.md")]
     assert {p.name for p in left} > {"config.yaml", "environment.json", "adapter_config.json", "predictions.jsonl"}
     for path in left:
@@ -256,9 +275,9 @@ def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
         path.write_bytes(before)
     flip(weights := record.folder / "adapter/adapter_model.safetensors")
     for use in (
-        lambda: cli.evaluate_again([f"run={record.folder}"]),
-        lambda: cli.evaluate_again([f"run={record.folder}", f"export={runs_folder / 'out'}"]),
-        lambda: Record.of(chosen(f"init_from={record.folder}")),
+        lambda: evaluate_command([f"run={record.folder}"]),
+        lambda: evaluate_command([f"run={record.folder}", f"export={runs_folder / 'out'}"]),
+        lambda: Run.prepare(chosen(f"init_from={record.folder}")).record,
     ):
         with pytest.raises(UserError, match=f"{weights}: not as the run left it"):
             use()
@@ -267,11 +286,11 @@ def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
 
 def test_records_of_earlier_versions_have_no_seals(runs_folder, capsys):
     settings = chosen()
-    training.run(settings)
-    record = Record.of(settings)
+    train_run(Run.prepare(settings))
+    record = Run.prepare(settings).record
     edited(record.folder / "result.json", lambda held: {k: held[k] for k in held if k not in ("sha256", "digest")})
     record.check()
-    assert cli.evaluate_again([f"run={record.folder}"]) == 0
+    assert evaluate_command([f"run={record.folder}"]) == 0
 
 
 def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder, reference, capsys):
@@ -279,13 +298,13 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder,
     whole = reference(settings)
     for damage in DAMAGE.values():
         with at_step(7, kill), pytest.raises(Killed):
-            training.run(settings)
-        record = Record.of(settings)
+            train_run(Run.prepare(settings))
+        record = Run.prepare(settings).record
         assert [p.name for p in sorted(record.folder.glob("checkpoints/*"))] == ["checkpoint-4", "checkpoint-6"]
         damage(record.folder / "checkpoints/checkpoint-6")
-        assert checkpoints.step_of(record.checkpoint()) == 4
+        assert parse_checkpoint_step(record.checkpoint()) == 4
         assert "checkpoint-6 is damaged or was cut short: removed" in capsys.readouterr().out
-    training.run(settings)
+    train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
 
 
@@ -293,20 +312,20 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder,
 def test_what_is_trained_is_not_trained_again(method, runs_folder, reference, monkeypatch):
     settings = chosen(f"method={method}")
     whole = reference(settings)
-    real, calls = evaluation.evaluate, []
+    real, calls = evaluate_splits, []
 
     def evaluate(*args):
         calls.append(1)
         return real(*args) if len(calls) == 1 else kill()
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(evaluation, "evaluate", evaluate)
-        training.run(settings)
-    record = Record.of(settings)
+        patch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
+        train_run(Run.prepare(settings))
+    record = Run.prepare(settings).record
     assert record.trained()["steps"] == 7
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "fit", kill)
-        training.run(settings)
+        patch.setattr(RunTrainer, "fit", kill)
+        train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
     (record.folder / "result.json").unlink()
     assert record.trained() is None
@@ -322,7 +341,7 @@ def test_checkpoints_hold_no_pickle(method, runs_folder, monkeypatch):
     record = stopped(chosen(f"method={method}"), 2)
     kinds = {path.suffix for path in record.folder.glob("checkpoints/*/*")}
     assert kinds - {".md"} == {".json", ".jsonl", ".safetensors"}
-    training.run(chosen(f"method={method}"))
+    train_run(Run.prepare(chosen(f"method={method}")))
 
 
 def test_random_numbers_go_on_after_a_draw_of_any_kind(tmp_path):
@@ -330,59 +349,59 @@ def test_random_numbers_go_on_after_a_draw_of_any_kind(tmp_path):
         return [random.gauss(0, 1), random.random(), *np.random.normal(size=3), *torch.randn(3).tolist()]
 
     draw()  # leaves a spare number of a pair
-    states.save_random(tmp_path / "random.json")
+    save_random_state(tmp_path / "random.json")
     first = draw()
     draw()
-    states.load_random(tmp_path / "random.json")
+    load_random_state(tmp_path / "random.json")
     assert draw() == first
 
 
 def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     settings = chosen()
-    folder = Record.of(settings).folder
+    folder = Run.prepare(settings).record.folder
     folder.mkdir(parents=True)
-    with lock.held(folder):
-        with pytest.raises(lock.Elsewhere, match=f"process {os.getpid()} on .* is doing it since"):
-            training.run(settings)
-        cli.attempt(settings)
-        assert cli.conclude([settings]) == cli.EXIT_ELSEWHERE
+    with hold_lock(folder):
+        with pytest.raises(Elsewhere, match=f"process {os.getpid()} on .* is doing it since"):
+            train_run(Run.prepare(settings))
+        execute_run(Run.prepare(settings))
+        assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE
     assert "done elsewhere: " in capsys.readouterr().err
-    assert not (folder / lock.NAME).exists() and list(folder.iterdir()) == []
+    assert not (folder / LOCK_NAME).exists() and list(folder.iterdir()) == []
 
 
 def test_a_dead_process_leaves_no_lock(tmp_path):
     child = os.fork()
     if not child:
         try:
-            lock.taken(tmp_path / lock.NAME)
+            acquire_lock(tmp_path / LOCK_NAME)
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    path = tmp_path / lock.NAME
+    path = tmp_path / LOCK_NAME
     assert json.loads(path.read_text())["pid"] == child
-    with lock.held(tmp_path):
+    with hold_lock(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     path.write_text("{")
-    with lock.held(tmp_path):
+    with hold_lock(tmp_path):
         pass
 
 
 def test_another_machines_lock_holds_as_long_as_it_is_touched(tmp_path, monkeypatch):
-    path = tmp_path / lock.NAME
-    monkeypatch.setattr(lock, "BEAT", 0.01)
-    with lock.held(tmp_path):
+    path = tmp_path / LOCK_NAME
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.01)
+    with hold_lock(tmp_path):
         os.utime(path, (0, 0))
         while not path.stat().st_mtime:  # for ever, if nothing touches it
             time.sleep(0.01)
     path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
     with (
-        pytest.raises(lock.Elsewhere, match=f"process 1 on elsewhere .* try again in 3 minutes or remove {path}"),
-        lock.held(tmp_path),
+        pytest.raises(Elsewhere, match=f"process 1 on elsewhere .* try again in 3 minutes or remove {path}"),
+        hold_lock(tmp_path),
     ):
         pass
-    before = path.stat().st_mtime - lock.STALE
+    before = path.stat().st_mtime - STALE_SECONDS
     os.utime(path, (before, before))
-    with lock.held(tmp_path):
+    with hold_lock(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
@@ -397,7 +416,7 @@ def test_of_many_that_want_a_lock_one_has_it(tmp_path):
             taken = 0
             try:
                 while taken < 200:
-                    with suppress(lock.Elsewhere), lock.held(tmp_path):
+                    with suppress(Elsewhere), hold_lock(tmp_path):
                         alone.touch(exist_ok=False)
                         alone.unlink()
                         taken += 1
@@ -408,19 +427,19 @@ def test_of_many_that_want_a_lock_one_has_it(tmp_path):
 
 def test_a_forced_run_keeps_the_old_result_until_the_new_one_is_whole(runs_folder, monkeypatch):
     settings, forced = chosen(), chosen("force=true")
-    training.run(settings)
-    record = Record.of(settings)
+    train_run(Run.prepare(settings))
+    record = Run.prepare(settings).record
     old = kept(record.folder)
     (record.folder / "evaluation.json").write_text("{}")
     with at_step(3, kill), pytest.raises(Killed):
-        training.run(forced)
+        train_run(Run.prepare(forced))
     assert kept(record.folder) | old == kept(record.folder)
     record.read("result.json")
     before = record.folder.joinpath("result.json").stat().st_mtime_ns
     real, moved = Path.replace, []
 
     def replace(self, target):
-        if self.parent.name == runs.AGAIN and not self.name.startswith("."):
+        if self.parent.name == RERUN_FOLDER and not self.name.startswith("."):
             moved.append(self.name)
             if len(moved) == 3:
                 raise Killed
@@ -428,28 +447,28 @@ def test_a_forced_run_keeps_the_old_result_until_the_new_one_is_whole(runs_folde
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "replace", replace)
-        training.run(forced)
-    training.run(settings)
+        train_run(Run.prepare(forced))
+    train_run(Run.prepare(settings))
     assert kept(record.folder) == old
     assert record.folder.joinpath("result.json").stat().st_mtime_ns > before
-    assert not (record.folder / runs.AGAIN).exists() and not (record.folder / "evaluation.json").exists()
+    assert not (record.folder / RERUN_FOLDER).exists() and not (record.folder / "evaluation.json").exists()
 
 
 def test_a_loss_that_is_no_number_names_its_examples_and_the_last_good_checkpoint(runs_folder, monkeypatch):
     settings = chosen("train.save_steps=2", "train.log_steps=5")
-    real, seen = loop.Loop.compute_loss, []
+    real, seen = RunTrainer.compute_loss, []
 
     def compute_loss(self, model, inputs, **kwargs):
         seen.append(inputs["input_ids"])
         return real(self, model, inputs, **kwargs) * (float("nan") if len(seen) == 6 else 1.0)
 
-    monkeypatch.setattr(loop.Loop, "compute_loss", compute_loss)
+    monkeypatch.setattr(RunTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="the loss is nan at step 4; .* last good checkpoint: checkpoint-2") as caught:
-        training.run(settings)
-    failure = Record.of(settings).failure()
+        train_run(Run.prepare(settings))
+    failure = Run.prepare(settings).record.failure()
     assert (failure["step"], failure["last_good_checkpoint"]) == (4, "checkpoint-2")
-    rows = {row["id"]: row for row in runs.task_of(settings).split("train").rows}
-    tokenizer = training.models.load_tokenizer(settings)
+    rows = {row["id"]: row for row in load_task(settings).split("train").rows}
+    tokenizer = load_tokenizer(settings)
     texts = tokenizer([rows[i]["text"] for i in failure["examples"]], truncation=True, max_length=64, padding=True)
     assert texts["input_ids"] == seen[5].tolist()
     assert ", ".join(failure["examples"][:5]) + " and 3 more" in str(caught.value)
@@ -457,35 +476,35 @@ def test_a_loss_that_is_no_number_names_its_examples_and_the_last_good_checkpoin
 
 def test_a_loss_that_is_no_number_is_told_before_its_epoch_is_scored(runs_folder, monkeypatch):
     settings = chosen("task.checkpoint=best", "train.max_steps=null", "train.epochs=2", "train.log_steps=99")
-    real = loop.Loop.compute_loss
-    monkeypatch.setattr(loop.Loop, "compute_loss", lambda self, *args, **kw: real(self, *args, **kw) * float("nan"))
+    real = RunTrainer.compute_loss
+    monkeypatch.setattr(RunTrainer, "compute_loss", lambda self, *args, **kw: real(self, *args, **kw) * float("nan"))
     with pytest.raises(UserError, match="the loss is nan at step 1; "):
-        training.run(settings)
-    assert Record.of(settings).failure()["diverged"]
+        train_run(Run.prepare(settings))
+    assert Run.prepare(settings).record.failure()["diverged"]
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_too(runs_folder, monkeypatch):
-    real = loop.Trainer._get_grad_norm
+    real = train_trainer.Trainer._get_grad_norm
 
     def norm(self, model, grad_norm=None):
         found = real(self, model, grad_norm=grad_norm)
         return found * float("nan") if self.state.global_step == 2 else found
 
-    monkeypatch.setattr(loop.Trainer, "_get_grad_norm", norm)
+    monkeypatch.setattr(train_trainer.Trainer, "_get_grad_norm", norm)
     with pytest.raises(UserError, match="the gradient norm is nan at step 3; .* last good checkpoint: none"):
-        training.run(chosen())
-    assert len(Record.of(chosen()).failure()["examples"]) == 8
+        train_run(Run.prepare(chosen()))
+    assert len(Run.prepare(chosen()).record.failure()["examples"]) == 8
 
 
 def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "generate", lambda *args: [" "] * len(args[3]))
-    result = training.run(chosen("model=tiny-llama", "task=demo/restaurants", "train.max_steps=1"))
+    monkeypatch.setattr("dual_lora.lab.evaluate.evaluate.generate_texts", lambda *args: [" "] * len(args[3]))
+    result = train_run(Run.prepare(chosen("model=tiny-llama", "task=demo/restaurants", "train.max_steps=1")))
     assert result["warnings"] == ["validation: 8 of 8 outputs are empty"]
     assert "8 of 8 outputs are empty" in capsys.readouterr().out
-    task = runs.task_of(chosen("model=tiny-llama", "task=commonsense"))
+    task = load_task(chosen("model=tiny-llama", "task=commonsense"))
     rows = [{"split": "test", "output": "x", "answer": a} for a in (None, None, "", "true", None)]
-    assert evaluation.warnings(task, rows) == ["test: 4 of 5 outputs have no answer in them"]
-    assert evaluation.warnings(task, rows[2:4]) == []
+    assert find_warnings(task, rows) == ["test: 4 of 5 outputs have no answer in them"]
+    assert find_warnings(task, rows[2:4]) == []
 
 
 @pytest.mark.parametrize(
@@ -495,8 +514,8 @@ def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
 def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, monkeypatch, capsys):
     settings = chosen("train.save_steps=2")
     finished = chosen("seed=1")
-    training.run(finished)
-    before = kept(Record.of(finished).folder)
+    train_run(Run.prepare(finished))
+    before = kept(Run.prepare(finished).record.folder)
 
     def full(*args, **kwargs):
         raise OSError(number, os.strerror(number))
@@ -504,13 +523,13 @@ def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, m
     for where in ("shutil.copyfile", "os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(where, full)
-            cli.attempt(settings)
-        assert cli.conclude([finished, settings]) == cli.EXIT_USER
+            execute_run(Run.prepare(settings))
+        assert report_failures(list(map(Run.prepare, (finished, settings)))) == EXIT_USER
         said = capsys.readouterr().err
         assert f"cannot be written ({os.strerror(number)}); {mend}" in said and "Traceback" not in said
-    assert not list(Record.of(settings).folder.glob("checkpoints/*"))
-    assert kept(Record.of(finished).folder) == before
-    training.run(settings)
+    assert not list(Run.prepare(settings).record.folder.glob("checkpoints/*"))
+    assert kept(Run.prepare(finished).record.folder) == before
+    train_run(Run.prepare(settings))
 
 
 def test_errors_of_safetensors_and_torch_on_a_full_disk_are_told(tmp_path, monkeypatch):
@@ -520,13 +539,13 @@ def test_errors_of_safetensors_and_torch_on_a_full_disk_are_told(tmp_path, monke
     ):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-            with pytest.raises(UserError, match=f"cannot be written \\({said}\\)"), loop.saving(tmp_path):
+            with pytest.raises(UserError, match=f"cannot be written \\({said}\\)"), translate_save_errors(tmp_path):
                 raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_no_other_error_of_saving_is_taken_for_the_disks(error, tmp_path):
-    with pytest.raises(type(error), match=str(error)), loop.saving(tmp_path / "not-there"):
+    with pytest.raises(type(error), match=str(error)), translate_save_errors(tmp_path / "not-there"):
         raise error
 
 
@@ -534,18 +553,18 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
     def step(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore")
 
-    monkeypatch.setattr(loop.Trainer, "training_step", step)
+    monkeypatch.setattr(train_trainer.Trainer, "training_step", step)
     with pytest.raises(UserError, match="out of memory .*; train.batch_size=4 train.accumulation=4 takes less"):
-        training.run(chosen())
-    with pytest.raises(UserError, match="out of memory .*; mend"), memory.told("mend"):
+        train_run(Run.prepare(chosen()))
+    with pytest.raises(UserError, match="out of memory .*; mend"), translate_memory_errors("mend"):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="another"), memory.told("mend"):
+    with pytest.raises(RuntimeError, match="another"), translate_memory_errors("mend"):
         raise RuntimeError("another")
-    assert memory.smaller_batch(chosen("train.batch_size=9")).startswith("train.batch_size=3 train.accum")
-    assert "task.max_length" in memory.smaller_batch(chosen("train.batch_size=1"))
+    assert suggest_smaller_batch(chosen("train.batch_size=9")).startswith("train.batch_size=3 train.accum")
+    assert "task.max_length" in suggest_smaller_batch(chosen("train.batch_size=1"))
 
 
-@pytest.mark.parametrize(("then", "kept"), [(GOES_ON, "with a checkpoint"), (ANEW, "without a checkpoint")])
+@pytest.mark.parametrize(("then", "kept"), [(RESUMES, "with a checkpoint"), (RESTARTS, "without a checkpoint")])
 def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(then, kept, capfd):
     def work() -> int:
         with STOP.waiting(then=then):
@@ -554,21 +573,21 @@ def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(then, kept
         return 0
 
     with pytest.raises(SystemExit) as ended:
-        cli.guard(work)
+        run_command(work)
     said = capfd.readouterr().err
-    assert ended.value.code == cli.EXIT_STOPPED
+    assert ended.value.code == EXIT_STOPPED
     assert f"SIGTERM: stopping after this step, {kept};" in said and f"the same command {then}" in said
 
 
 def test_a_stop_while_weights_are_kept_costs_no_training(runs_folder, monkeypatch):
-    asked, real = chosen("method=lora"), loop.Loop.check_weights
+    asked, real = chosen("method=lora"), RunTrainer.check_weights
 
     def stopped(self):
         os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
     with monkeypatch.context() as patch, STOP.heard(), pytest.raises(Stopped):
-        patch.setattr(loop.Loop, "check_weights", stopped)
-        training.run(asked)
-    monkeypatch.setattr(loop.Loop, "fit", lambda *a: pytest.fail("trained again"))
-    assert training.run(asked)["steps"] == 7
+        patch.setattr(RunTrainer, "check_weights", stopped)
+        train_run(Run.prepare(asked))
+    monkeypatch.setattr(RunTrainer, "fit", lambda *a: pytest.fail("trained again"))
+    assert train_run(Run.prepare(asked))["steps"] == 7

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dual_lora.lab import cli, models, runs
-from dual_lora.lab.runs import task_of
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.train import asks_hydra, check_command
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.secrets import redact_secrets
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import NO_CODE, load_model, locate_model
+from dual_lora.lab.record.record import Record
 
 FILES = [*ROOT.glob("*.py"), *(ROOT / "dual_lora").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
@@ -83,17 +88,17 @@ def test_the_rule_bites(line):
 
 
 def test_places_and_options_never_trust_code():
-    assert models.NO_CODE == {"trust_remote_code": False}
-    for model in cli.choices("model"):
-        chosen = cli.load([f"model={model}", "task=glue/rte"])
-        assert models.place(chosen)["trust_remote_code"] is False
+    assert NO_CODE == {"trust_remote_code": False}
+    for model in list_choices("model"):
+        chosen = load_settings([f"model={model}", "task=glue/rte"])
+        assert locate_model(chosen)["trust_remote_code"] is False
 
 
 @pytest.mark.parametrize("kind", ["config.json", "tokenizer_config.json"])
 def test_code_beside_a_known_model_is_left_alone(kind, tmp_path):
     """A model whose kind transformers knows is loaded by transformers' own code, whatever it brings."""
     folder = tmp_path / "model"
-    shutil.copytree(runs.BUNDLED / "tiny-roberta", folder)
+    shutil.copytree(BUNDLED / "tiny-roberta", folder)
     code = {
         "AutoConfig": "own.Own",
         "AutoModelForSequenceClassification": "own.Own",
@@ -102,8 +107,8 @@ def test_code_beside_a_known_model_is_left_alone(kind, tmp_path):
     content = json.loads((folder / kind).read_text())
     (folder / kind).write_text(json.dumps(content | {"auto_map": code}))
     (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'code-was-run')!r})\n")
-    chosen = cli.load(["model=tiny-roberta", "task=demo/sentiment", f"model.path={folder}"])
-    model, _ = models.load(chosen, task_of(chosen))
+    chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", f"model.path={folder}"])
+    model, _ = load_model(chosen, load_task(chosen))
     assert type(model).__module__.startswith("transformers.") and not (tmp_path / "code-was-run").exists()
 
 
@@ -143,15 +148,15 @@ def test_no_setting_takes_a_secret(override, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as caught:
-        cli.check([override.format(**SECRETS)])
-    assert not [value for value in SECRETS.values() if value in runs.without_secrets(str(caught.value))]
+        check_command([override.format(**SECRETS)])
+    assert not [value for value in SECRETS.values() if value in redact_secrets(str(caught.value))]
 
 
 def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SSH_KEY", "/home/somebody/.ssh/id")  # where a key is, is no secret
-    record = runs.Record(tmp_path)
+    record = Record(tmp_path)
     record.fail(OSError(f"proxy http://me:{SECRETS['MY_PASSWORD']}@host refused; see /home/somebody/.ssh/id"))
     assert not held(tmp_path)
     assert record.failure()["message"] == "proxy http://me:***@host refused; see /home/somebody/.ssh/id"
@@ -160,9 +165,9 @@ def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--config-dir", "-cd", "--run", "-sc"])
 @pytest.mark.parametrize("shown", ["--info", "--cfg=job", "--help"])
 def test_hydra_shows_and_does_nothing_else(shown, option):
-    assert cli.asks_hydra([shown])
+    assert asks_hydra([shown])
     with pytest.raises(UserError, match=f"^{option}: no such option"):
-        cli.asks_hydra([shown, option, "x"])
+        asks_hydra([shown, option, "x"])
 
 
 def test_the_environment_cannot_be_asked_from_a_file(tmp_path):

@@ -14,8 +14,20 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_structure import imported
 
 import tasks
-from dual_lora.lab import stats
-from dual_lora.lab.stats import Difference, across_tasks, compare, holm, iqm, sentence, shown
+from dual_lora.lab.statistics.compare import Difference, compare_runs, count_resamples, format_difference, is_shown
+from dual_lora.lab.statistics.measures import (
+    BLEUS,
+    count_ngrams,
+    weigh_bleu,
+    weigh_f1,
+    weigh_matthews,
+    weigh_mean,
+    weigh_pearson,
+    weigh_pearson_spearman,
+    weigh_spearman,
+)
+from dual_lora.lab.statistics.multiple import adjust_holm, compute_iqm, test_across_tasks
+from dual_lora.lab.statistics.resampling import average_over_seeds, draw_swaps, group_equal_examples
 from tasks import metrics
 
 WORDS = ["the", "a", "pub", "near", "river", "serves", "cheap", "food", "and", "is", "family", ",", "can", "not"]
@@ -100,11 +112,11 @@ def test_classification_on_a_resample_is_sklearns_on_the_same_examples(classes):
     indices, weights = drawn(rng, 30)
     columns = np.stack([answers, gold], axis=1).astype(float)
     expected = [matthews_corrcoef(gold[i], answers[i]) for i in indices]
-    np.testing.assert_allclose(stats.matthews(columns, weights), expected)
+    np.testing.assert_allclose(weigh_matthews(columns, weights), expected)
     right = (answers == gold).astype(float)[:, None]
-    np.testing.assert_allclose(stats.share(right, weights), [accuracy_score(gold[i], answers[i]) for i in indices])
+    np.testing.assert_allclose(weigh_mean(right, weights), [accuracy_score(gold[i], answers[i]) for i in indices])
     if classes == 2:
-        np.testing.assert_allclose(stats.f1(columns, weights), [f1_score(gold[i], answers[i]) for i in indices])
+        np.testing.assert_allclose(weigh_f1(columns, weights), [f1_score(gold[i], answers[i]) for i in indices])
 
 
 def test_correlations_on_a_resample_are_scipys_on_the_same_examples():
@@ -113,18 +125,18 @@ def test_correlations_on_a_resample_are_scipys_on_the_same_examples():
     columns = np.stack([numbers(rng, gold, 1.0), gold], axis=1)
     indices, weights = drawn(rng, 40)
     both = [(pearsonr(*columns[i].T)[0], spearmanr(*columns[i].T)[0]) for i in indices]
-    np.testing.assert_allclose(stats.pearson(columns, weights), [p for p, _ in both], atol=1e-9)
-    np.testing.assert_allclose(stats.spearman(columns, weights), [s for _, s in both], atol=1e-9)
-    np.testing.assert_allclose(stats.pearson_spearman(columns, weights), np.mean(both, axis=1), atol=1e-9)
+    np.testing.assert_allclose(weigh_pearson(columns, weights), [p for p, _ in both], atol=1e-9)
+    np.testing.assert_allclose(weigh_spearman(columns, weights), [s for _, s in both], atol=1e-9)
+    np.testing.assert_allclose(weigh_pearson_spearman(columns, weights), np.mean(both, axis=1), atol=1e-9)
 
 
 def test_a_constant_answer_has_no_correlation():
     columns = np.array([[1.1, 2.0], [1.1, 3.0], [1.1, 4.0], [2.3, 5.0]])
     constant, other = [[1.0, 1.0, 5.0, 0.0]], [[1.0, 0.0, 0.0, 1.0]]
-    for measure in (stats.pearson, stats.spearman):
+    for measure in (weigh_pearson, weigh_spearman):
         assert measure(columns, np.array(constant)) == 0 and measure(columns, np.array(other)) == pytest.approx(1)
     ones = np.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    assert stats.matthews(ones, np.ones((1, 3))) == 0 and stats.f1(0 * ones, np.ones((1, 3))) == 0
+    assert weigh_matthews(ones, np.ones((1, 3))) == 0 and weigh_f1(0 * ones, np.ones((1, 3))) == 0
 
 
 @pytest.mark.parametrize("examples, end", [(40, ""), (40, " and the pub is cheap"), (3, "")])
@@ -132,22 +144,22 @@ def test_bleu_on_a_resample_is_the_tasks_own_on_the_same_examples(examples, end)
     """Outputs shorter than their references, longer ones, and few enough to lack a match of four words."""
     rows = [row | {"answer": row["answer"] + end} for row in written(5, 1, examples)[0]]
     indices, weights = drawn(np.random.default_rng(1), examples, 40)
-    plain = np.array([stats.BLEUS["e2e"].columns(row) for row in rows])
-    cased = np.array([stats.BLEUS["demo/restaurants"].columns(row) for row in rows])
+    plain = np.array([BLEUS["e2e"].columns(row) for row in rows])
+    cased = np.array([BLEUS["demo/restaurants"].columns(row) for row in rows])
     expected, smoothed = [], []
     for index in indices:
         answers, references = zip(*((rows[i]["answer"], rows[i]["references"]) for i in index), strict=True)
         expected.append(metrics.bleu(answers, references))
         smoothed.append(min(sacrebleu.corpus_bleu(answers, list(zip(*references, strict=True))).score / 100, 1))
-    np.testing.assert_allclose(stats.bleu(plain, weights), expected, atol=1e-12)
-    np.testing.assert_allclose(stats.bleu(cased, weights, smooth=True), smoothed, atol=1e-12)
+    np.testing.assert_allclose(weigh_bleu(plain, weights), expected, atol=1e-12)
+    np.testing.assert_allclose(weigh_bleu(cased, weights, smooth=True), smoothed, atol=1e-12)
     assert (0 in expected) == (examples == 3) and 0 not in smoothed
 
 
 def test_no_output_at_all_has_no_bleu():
-    counts = np.array([stats.ngram_counts("", ("a pub",), True), stats.ngram_counts("a pub", ("a pub",), True)])
-    assert stats.bleu(counts, np.array([[1.0, 0.0], [1.0, 1.0]])).tolist() == [0, 0]
-    assert stats.bleu(counts, np.array([[1.0, 0.0]]), smooth=True) == 0
+    counts = np.array([count_ngrams("", ("a pub",), True), count_ngrams("a pub", ("a pub",), True)])
+    assert weigh_bleu(counts, np.array([[1.0, 0.0], [1.0, 1.0]])).tolist() == [0, 0]
+    assert weigh_bleu(counts, np.array([[1.0, 0.0]]), smooth=True) == 0
 
 
 # The mean is the task's own score
@@ -159,7 +171,7 @@ def tell_apart(task, ours, theirs, without=()):
     resampled = set()
     for metric in scores[0][0]:
         mine, others = (np.mean([s[metric] for s in method]) for method in scores)
-        found = compare(dict(enumerate(ours)), dict(enumerate(theirs)), task, metric, resamples=50)
+        found = compare_runs(dict(enumerate(ours)), dict(enumerate(theirs)), task, metric, resamples=50)
         assert found.mean == pytest.approx(mine - others, abs=1e-12), metric
         if found.p is not None:
             resampled.add(metric)
@@ -196,7 +208,7 @@ def test_every_score_of_commonsense():
     runs = [chosen(rng, sizes, 0.7) for _ in range(4)]
     without = [{k: v for k, v in row.items() if k != "likelihood_score"} for row in runs[0]]
     with pytest.raises(ValueError, match="likelihood_average: the predictions of a run have no 'likelihood_score'"):
-        compare({0: runs[0]}, {0: without}, task, "likelihood_average")
+        compare_runs({0: runs[0]}, {0: without}, task, "likelihood_average")
     assert len(tell_apart(task, runs[:2], runs[2:])) == 3 * 9 + 2 * 8
 
 
@@ -212,15 +224,15 @@ def test_every_score_of_the_generation_tasks(no_java):
 def test_a_score_that_no_task_gives_or_that_cannot_be_computed_here_is_named(no_java):
     run = {0: judged([0, 1], [0, 1])}
     with pytest.raises(ValueError, match="glue/sst2 gives no bleu here, only accuracy, matthews, f1"):
-        compare(run, run, tasks.load("glue/sst2"), "bleu")
+        compare_runs(run, run, tasks.load("glue/sst2"), "bleu")
     with pytest.raises(ValueError, match="glue/mnli gives no f1"):
-        compare(*[{0: judged([0, 1, 2], [0, 1, 2], "validation_matched")}] * 2, tasks.load("glue/mnli"), "f1")
+        compare_runs(*[{0: judged([0, 1, 2], [0, 1, 2], "validation_matched")}] * 2, tasks.load("glue/mnli"), "f1")
     (rows,) = written(0, 1)
     with pytest.raises(ValueError, match="e2e gives no METEOR here, only BLEU, NIST"):
-        compare({0: rows}, {0: rows}, tasks.load("e2e"), "METEOR")
+        compare_runs({0: rows}, {0: rows}, tasks.load("e2e"), "METEOR")
     with pytest.raises(ValueError, match="mismatched_accuracy: no prediction belongs to it"):
         run = {0: judged([0, 1], [0, 1], "validation_matched")}
-        compare(run, run, tasks.load("glue/mnli"), "mismatched_accuracy")
+        compare_runs(run, run, tasks.load("glue/mnli"), "mismatched_accuracy")
 
 
 # Intervals and p-values against direct computations
@@ -245,7 +257,7 @@ def answers(runs) -> np.ndarray:
 def test_interval_is_that_of_a_bootstrap_by_loop(seeds):
     """Matthews correlation of two classes is the correlation of their numbers."""
     ours, theirs, gold = pair(1, 120, seeds)
-    found = compare(ours, theirs, tasks.load("glue/cola"), "matthews", resamples=4000)
+    found = compare_runs(ours, theirs, tasks.load("glue/cola"), "matthews", resamples=4000)
     one, other = answers(ours), answers(theirs)
     rng, by_loop = np.random.default_rng(7), []
     for _ in range(3000):
@@ -263,7 +275,7 @@ def test_seeds_that_disagree_widen_the_interval():
     task = tasks.load("glue/sst2")
     alike, apart = ({0: good, 1: second} for second in (good, bad))
     theirs = {0: bad, 1: bad}
-    narrow, wide = compare(alike, theirs, task, "accuracy"), compare(apart, theirs, task, "accuracy")
+    narrow, wide = compare_runs(alike, theirs, task, "accuracy"), compare_runs(apart, theirs, task, "accuracy")
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low) and wide.low == 0
 
 
@@ -283,7 +295,7 @@ def test_p_is_that_of_scipys_permutation_test(metric):
         return statistic(*([(c // 2, c % 2) for c in side] for side in (one, other)))
 
     expected = permutation_test(codes, decoded, permutation_type="samples", n_resamples=np.inf, vectorized=False)
-    found = compare(ours, theirs, tasks.load("glue/cola"), metric, resamples=8000)
+    found = compare_runs(ours, theirs, tasks.load("glue/cola"), metric, resamples=8000)
     assert found.test == "paired permutation" and found.mean == pytest.approx(expected.statistic)
     assert 0 < expected.pvalue < 0.3 and found.p == pytest.approx(expected.pvalue, abs=0.02)
 
@@ -291,10 +303,10 @@ def test_p_is_that_of_scipys_permutation_test(metric):
 def test_a_share_needs_no_more_than_mean_differences():
     ours, theirs, gold = pair(5, 200, 3)
     outputs = np.array([(answers(method) == gold)[..., None] for method in (ours, theirs)], dtype=float)
-    whole = stats.grouped(outputs)
-    few = stats.averaged(whole)
+    whole = group_equal_examples(outputs)
+    few = average_over_seeds(whole)
     assert len(few.sizes) <= 4 < len(whole.sizes) and few.sizes.sum() == 200
-    spread = [stats.swaps([s], stats.share, 4000, np.random.default_rng(1)) for s in (whole, few)]
+    spread = [draw_swaps([s], weigh_mean, 4000, np.random.default_rng(1)) for s in (whole, few)]
     assert np.std(spread[0]) == pytest.approx(np.std(spread[1]), rel=0.06)
 
 
@@ -310,7 +322,7 @@ def test_p_of_a_correlation_is_that_of_a_loop(metric):
         by_loop.append(measure(a, gold)[0] - measure(b, gold)[0])
     p = np.mean(np.abs(by_loop) >= abs(by_loop[0]) - 1e-9)
     runs = ({0: judged(a.tolist(), gold.tolist())} for a in (one, other))
-    assert compare(*runs, tasks.load("glue/stsb"), metric, resamples=8000).p == pytest.approx(p, abs=0.02)
+    assert compare_runs(*runs, tasks.load("glue/stsb"), metric, resamples=8000).p == pytest.approx(p, abs=0.02)
 
 
 def test_p_of_bleu_is_that_of_sacrebleus_own_test(monkeypatch):
@@ -321,19 +333,19 @@ def test_p_of_bleu_is_that_of_sacrebleus_own_test(monkeypatch):
     systems = [(name, [row["answer"] for row in rows]) for name, rows in (("theirs", theirs), ("ours", ours))]
     scorer = {"BLEU": sacrebleu.BLEU(lowercase=True, smooth_method="none")}
     _, table = PairedTest(systems, scorer, streams, "ar", n_samples=4000)()
-    found = compare({0: ours}, {0: theirs}, tasks.load("e2e"), "BLEU", resamples=4000)
+    found = compare_runs({0: ours}, {0: theirs}, tasks.load("e2e"), "BLEU", resamples=4000)
     assert 100 * found.mean == pytest.approx(table["BLEU"][1].score - table["BLEU"][0].score)
     assert found.p == pytest.approx(table["BLEU"][1].p_value, abs=0.02)
 
 
 def test_one_seed_of_right_and_wrong_answers_is_mcnemars_exact_test():
     ours, theirs, gold = pair(3, 200, 1)
-    found = compare(ours, theirs, tasks.load("glue/sst2"), "accuracy")
+    found = compare_runs(ours, theirs, tasks.load("glue/sst2"), "accuracy")
     one, other = (answers(m)[0] == gold for m in (ours, theirs))
     only_ours, only_theirs = (one & ~other).sum(), (other & ~one).sum()
     assert found.test == "McNemar" and found.p == pytest.approx(binomtest(only_ours, only_ours + only_theirs).pvalue)
     assert (found.examples, found.seeds) == (200, 1)
-    same = compare(ours, ours, tasks.load("glue/sst2"), "accuracy")
+    same = compare_runs(ours, ours, tasks.load("glue/sst2"), "accuracy")
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
@@ -344,10 +356,10 @@ def test_a_mean_over_splits_weighs_splits_alike():
     ours = [row | {"score": float(row["split"] == "boolq" or int(row["id"][5:]) >= 60)} for row in rows]
     theirs = [row | {"score": float(row["split"] == "piqa" or int(row["id"][6:]) >= 20)} for row in rows]
     task = tasks.load("commonsense")
-    found = compare({0: ours}, {0: theirs}, task, "average")
+    found = compare_runs({0: ours}, {0: theirs}, task, "average")
     assert found.mean == pytest.approx((0.5 - 60 / 800) / 2) and found.low > 0 and found.p < 0.01
     assert found.test == "paired permutation" and found.examples == 840
-    alone = compare({0: ours}, {0: theirs}, task, "boolq")
+    alone = compare_runs({0: ours}, {0: theirs}, task, "boolq")
     assert alone.test == "McNemar" and alone.examples == 40 and alone.mean == 0.5
     spread = np.sqrt(0.25 / 40 + 0.075 * 0.925 / 800) / 2  # of half the sum of two shares
     assert (found.high - found.low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.06)
@@ -361,7 +373,7 @@ def shares(ours, theirs, metric, seeds, sets=300, examples=100):
     small, held = 0, 0
     for number in range(sets):
         runs = pair(1000 + number, examples, seeds, ours, theirs)[:2]
-        found = compare(*runs, tasks.load("glue/cola"), metric, resamples=200, seed=number)
+        found = compare_runs(*runs, tasks.load("glue/cola"), metric, resamples=200, seed=number)
         small, held = small + (found.p < 0.05), held + (found.low <= 0 <= found.high)
     return small / sets, held / sets
 
@@ -392,8 +404,8 @@ def test_p_alone_knows_nothing_of_other_seeds_but_shown_asks_for_the_interval_to
         runs = [rng.random(872) < hard * (1 + rng.normal() * 0.01 / 0.09) for _ in range(6)]
         rows = [judged((1 * run).tolist(), gold.tolist()) for run in runs]
         ours, theirs = dict(enumerate(rows[:3])), dict(enumerate(rows[3:]))
-        found = compare(ours, theirs, tasks.load("glue/sst2"), "accuracy", resamples=400)
-        small, said = small + (found.p < 0.05), said + shown(found)
+        found = compare_runs(ours, theirs, tasks.load("glue/sst2"), "accuracy", resamples=400)
+        small, said = small + (found.p < 0.05), said + is_shown(found)
     assert small > 0.08 * 120 and said <= 0.06 * 120
 
 
@@ -405,7 +417,7 @@ def test_p_alone_knows_nothing_of_other_seeds_but_shown_asks_for_the_interval_to
 def test_swapping_the_methods_changes_the_sign(metric, seeds):
     ours, theirs, _ = pair(9, seeds=seeds)
     task = tasks.load("glue/cola")
-    one, other = compare(ours, theirs, task, metric), compare(theirs, ours, task, metric)
+    one, other = compare_runs(ours, theirs, task, metric), compare_runs(theirs, ours, task, metric)
     assert (one.mean, one.low, one.high) == pytest.approx((-other.mean, -other.high, -other.low), abs=1e-12)
     assert one.p == other.p and one.mean > 0
 
@@ -413,19 +425,23 @@ def test_swapping_the_methods_changes_the_sign(metric, seeds):
 def test_the_same_seed_gives_the_same_numbers_and_order_of_rows_none_other():
     ours, theirs, _ = pair(10)
     task = tasks.load("glue/cola")
-    first = compare(ours, theirs, task, "matthews", seed=1)
-    assert first == compare(ours, theirs, task, "matthews", seed=1) != compare(ours, theirs, task, "matthews", seed=2)
-    assert first == compare(ours, {s: rows[::-1] for s, rows in theirs.items()}, task, "matthews", seed=1)
+    first = compare_runs(ours, theirs, task, "matthews", seed=1)
+    assert (
+        first
+        == compare_runs(ours, theirs, task, "matthews", seed=1)
+        != compare_runs(ours, theirs, task, "matthews", seed=2)
+    )
+    assert first == compare_runs(ours, {s: rows[::-1] for s, rows in theirs.items()}, task, "matthews", seed=1)
 
 
 def test_only_seeds_of_both_methods_count():
     ours, theirs, _ = pair(11, seeds=3)
     task = tasks.load("glue/sst2")
-    found = compare(ours, {s: theirs[s] for s in (0, 2)}, task, "accuracy")
-    assert found == compare({s: ours[s] for s in (2, 0)}, {s: theirs[s] for s in (0, 2)}, task, "accuracy")
+    found = compare_runs(ours, {s: theirs[s] for s in (0, 2)}, task, "accuracy")
+    assert found == compare_runs({s: ours[s] for s in (2, 0)}, {s: theirs[s] for s in (0, 2)}, task, "accuracy")
     assert found.seeds == 2
     with pytest.raises(ValueError, match=r"no seed in common: \[0, 1, 2\] against \[7\]"):
-        compare(ours, {7: theirs[0]}, task, "accuracy")
+        compare_runs(ours, {7: theirs[0]}, task, "accuracy")
 
 
 def test_runs_on_other_data_are_refused():
@@ -438,13 +454,13 @@ def test_runs_on_other_data_are_refused():
     }
     for message, changed in other.items():
         with pytest.raises(ValueError, match=f"changed data: {message}"):
-            compare({0: rows}, {0: changed}, task, "accuracy")
+            compare_runs({0: rows}, {0: changed}, task, "accuracy")
         with pytest.raises(ValueError, match="changed data"):  # in another seed of the same method, too
-            compare({0: rows, 1: changed}, {0: rows, 1: rows}, task, "accuracy")
+            compare_runs({0: rows, 1: changed}, {0: rows, 1: rows}, task, "accuracy")
     with pytest.raises(ValueError, match="6 predictions of 3 examples"):
-        compare({0: rows}, {0: rows + rows}, task, "accuracy")
+        compare_runs({0: rows}, {0: rows + rows}, task, "accuracy")
     with pytest.raises(ValueError, match="0 predictions"):
-        compare({0: []}, {0: []}, task, "accuracy")
+        compare_runs({0: []}, {0: []}, task, "accuracy")
 
 
 @pytest.mark.parametrize("metric, seconds", [("accuracy", 2), ("matthews", 2), ("pearson", 2), ("spearman", 4)])
@@ -461,15 +477,17 @@ def test_872_examples_of_two_seeds_take_seconds_at_most(metric, seconds):
 
     def took() -> float:
         start = time.process_time()
-        compare(ours, theirs, task, metric)
+        compare_runs(ours, theirs, task, metric)
         return time.process_time() - start
 
     assert any(took() < seconds for _ in range(3))  # a busy machine counts what others do, too
 
 
 def test_it_knows_nothing_of_training():
-    roots = {name.split(".")[0] for name in imported(ROOT / "dual_lora/lab/stats.py")}
-    assert not roots & {"torch", "transformers", "peft", "matplotlib", "dual_lora", "pathlib", "os"}
+    for path in (ROOT / "dual_lora/lab/statistics").glob("*.py"):
+        names = {name for name in imported(path) if not name.startswith("dual_lora.lab.statistics.")}
+        roots = {name.split(".")[0] for name in names}
+        assert not roots & {"torch", "transformers", "peft", "matplotlib", "dual_lora", "pathlib", "os"}
 
 
 # Over tasks, over comparisons, in words
@@ -477,80 +495,85 @@ def test_it_knows_nothing_of_training():
 
 def test_wilcoxon_over_tasks():
     eight = dict(zip("abcdefgh", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, -0.05], strict=True))
-    found = across_tasks(eight)
+    found = test_across_tasks(eight)
     assert (found.tasks, found.wins, found.least, found.note) == (8, 7, 2 / 2**8, "")
     assert found.p == 4 / 2**8 == wilcoxon(list(eight.values()), method="exact").pvalue  # -0.05 has rank 1
-    assert across_tasks(dict.fromkeys("abcdefgh", 0.1)).p == 2 / 2**8  # ties, by all 256 signs
-    assert across_tasks({"a": 1.0, "b": 1.0, "c": -1.0}).p == 1
+    assert test_across_tasks(dict.fromkeys("abcdefgh", 0.1)).p == 2 / 2**8  # ties, by all 256 signs
+    assert test_across_tasks({"a": 1.0, "b": 1.0, "c": -1.0}).p == 1
 
 
 def test_wilcoxon_says_what_few_tasks_cannot():
-    five = across_tasks({"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5, "f": 0.0})
+    five = test_across_tasks({"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5, "f": 0.0})
     assert five.p == five.least == 0.0625 and five.tasks == 5
     assert five.note == "with 5 tasks p cannot be below 0.0625"
-    assert across_tasks(dict(zip("abcdef", [1, 2, 3, 4, 5, 6], strict=True))).note == ""
+    assert test_across_tasks(dict(zip("abcdef", [1, 2, 3, 4, 5, 6], strict=True))).note == ""
     for nothing in ({}, {"a": 0.0}):
-        found = across_tasks(nothing)
+        found = test_across_tasks(nothing)
         assert (found.p, found.tasks, found.least) == (1, 0, 1)
 
 
 def test_holm_by_hand():
-    assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
-    assert holm([0.6, 0.9]) == [1, 1] and holm([None]) == [None] and holm([]) == []
+    assert adjust_holm([0.01, None, 0.04, 0.03]) == [
+        pytest.approx(0.03),
+        None,
+        pytest.approx(0.06),
+        pytest.approx(0.06),
+    ]
+    assert adjust_holm([0.6, 0.9]) == [1, 1] and adjust_holm([None]) == [None] and adjust_holm([]) == []
 
 
 @pytest.mark.parametrize("comparisons", [1, 5, 64, 192, 1000])
 def test_the_smallest_p_of_a_family_can_be_shown(comparisons):
     ours, theirs, _ = pair(21, 100, 2, 1.0, 0.5)
-    found = compare(ours, theirs, tasks.load("glue/cola"), "matthews", comparisons=comparisons)
-    assert found.p == 1 / (1 + stats.enough(comparisons)) <= 1 / 2001
-    assert holm([found.p, *[1.0] * (comparisons - 1)])[0] < 0.05 / 10
+    found = compare_runs(ours, theirs, tasks.load("glue/cola"), "matthews", comparisons=comparisons)
+    assert found.p == 1 / (1 + count_resamples(comparisons)) <= 1 / 2001
+    assert adjust_holm([found.p, *[1.0] * (comparisons - 1)])[0] < 0.05 / 10
     even = pair(22, 100, 2, 0.8, 0.8)[:2]
-    one, many = (compare(*even, tasks.load("glue/cola"), "matthews", comparisons=n) for n in (1, comparisons))
+    one, many = (compare_runs(*even, tasks.load("glue/cola"), "matthews", comparisons=n) for n in (1, comparisons))
     assert one == many and one.p > 0.05  # a large p needs no more resamples
 
 
 def test_iqm_by_hand():
     scores = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 100.0]])
-    value, low, high = iqm(scores)
+    value, low, high = compute_iqm(scores)
     assert value == 3.5  # of 2, 3, 4, 5
-    assert iqm(scores) == (value, low, high)
-    assert iqm(scores[:, :1]) == (3.0, None, None)
+    assert compute_iqm(scores) == (value, low, high)
+    assert compute_iqm(scores[:, :1]) == (3.0, None, None)
     assert low < value < high
     for missing in ([[1.0, np.nan]], [1.0, 2.0], np.empty((0, 2))):
         with pytest.raises(ValueError, match="one is needed for every task and seed"):
-            iqm(missing)
+            compute_iqm(missing)
 
 
 def test_the_interval_of_iqm_redraws_seeds_within_each_task():
     scores, rng = np.arange(12.0)[:, None] + [0, 10], np.random.default_rng(3)
     redrawn = [[task[rng.integers(2, size=2)] for task in scores] for _ in range(4000)]
     by_loop = np.percentile([trim_mean(np.ravel(r), 0.25) for r in redrawn], (2.5, 97.5))
-    assert iqm(scores, resamples=4000)[1:] == pytest.approx(tuple(by_loop), abs=0.25)
+    assert compute_iqm(scores, resamples=4000)[1:] == pytest.approx(tuple(by_loop), abs=0.25)
     assert by_loop[1] - by_loop[0] < 6  # 10 if all tasks drew the same seeds
 
 
 def test_one_sentence():
     some = Difference(0.004, -0.002, 0.011, 0.31, "McNemar", 872, 2)
     expected = "Dual LoRA - LoRA: +0.4, 95 % interval -0.2 to +1.1 (872 examples, 2 seeds; McNemar p = 0.31, Holm 0.62)"
-    assert sentence("Dual LoRA", "LoRA", some, adjusted_p=0.62) == f"{expected}: not shown"
+    assert format_difference("Dual LoRA", "LoRA", some, adjusted_p=0.62) == f"{expected}: not shown"
     alone = Difference(-0.031, -0.052, -0.012, 0.0004, "McNemar", 1872, 1)
-    assert sentence("A", "B", alone) == (
+    assert format_difference("A", "B", alone) == (
         "A - B: -3.1, 95 % interval -5.2 to -1.2 (1,872 examples, 1 seed; McNemar p < 0.001): not shown; "
         "what a seed does is in neither"
     )
     none = Difference(0.0413, None, None, None, "no test: NIST is not resampled", 630, 3)
-    assert sentence("A", "B", none, scale=1) == (
+    assert format_difference("A", "B", none, scale=1) == (
         "A - B: +0.041, no interval (630 examples, 3 seeds; no test: NIST is not resampled): not shown"
     )
 
 
 def test_shown_needs_interval_and_adjusted_p():
     def verdict(low, high, p, adjusted=None):
-        return shown(Difference((low + high) / 2, low, high, p, "", 9, 2), adjusted)
+        return is_shown(Difference((low + high) / 2, low, high, p, "", 9, 2), adjusted)
 
     assert verdict(0.1, 0.3, 0.04) and verdict(-0.3, -0.1, 0.01, 0.04)
     assert not verdict(0.1, 0.3, 0.05) and not verdict(0.1, 0.3, 0.01, 0.08) and not verdict(0.0, 0.3, 0.01)
     assert not verdict(-0.1, 0.3, 0.01)
-    assert not shown(Difference(0.1, None, None, None, "", 9, 2), 0.01)
-    assert not shown(Difference(0.2, 0.1, 0.3, 0.001, "", 9, 1))  # one seed
+    assert not is_shown(Difference(0.1, None, None, None, "", 9, 2), 0.01)
+    assert not is_shown(Difference(0.2, 0.1, 0.3, 0.001, "", 9, 1))  # one seed

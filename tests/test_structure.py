@@ -8,7 +8,8 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 import tasks
-from dual_lora.lab import cli
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import list_choices
 
 
 def imported(path: Path) -> set[str]:
@@ -33,6 +34,50 @@ FORBIDDEN = {
 }
 
 
+# The rooms of the harness. A room imports from those on the lines above it, and from none beside it.
+LAYERS = (
+    {"errors", "present", "statistics"},
+    {"config"},
+    {"system"},
+    {"inputs"},
+    {"record"},
+    {"model"},
+    {"evaluate"},
+    {"train", "weights"},
+    {"study"},
+    {"report"},
+    {"commands"},
+)
+LAB = "dual_lora.lab."
+MAX_FILES = 9
+
+
+def test_rooms_import_from_lower_layers_only():
+    height = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+    places = {path.stem if path.is_file() else path.name for path in (ROOT / "dual_lora/lab").glob("[!_]*")}
+    assert places == height.keys()
+    for path in (ROOT / "dual_lora/lab").rglob("[!_]*.py"):
+        room = path.relative_to(ROOT / "dual_lora/lab").parts[0].removesuffix(".py")
+        for other in {name.removeprefix(LAB).split(".")[0] for name in imported(path) if name.startswith(LAB)}:
+            assert other == room or height[other] < height[room], f"{path} imports from {other}"
+
+
+def test_no_file_imports_itself_over_others():
+    files = {path: imported(path) for path in (ROOT / "dual_lora").rglob("*.py") if path.name != "__init__.py"}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    known = {name: {other for other in names if {other} & files[path]} for name, path in names.items()}
+    for name, path in names.items():  # `from package import module`, and `from module import name`
+        known[name] |= {other for other in names if any(found.startswith(other + ".") for found in files[path])}
+    while leaves := [name for name, others in known.items() if not others]:
+        known = {name: others - set(leaves) for name, others in known.items() if name not in leaves}
+    assert not known, f"circles among {sorted(known)}"
+
+
+def test_no_folder_holds_more_files_than_a_reader_keeps_in_mind():
+    for folder in {path.parent for path in (ROOT / "dual_lora/lab").rglob("*.py")}:
+        assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
+
+
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_import_directions(folder):
     place = ROOT / folder
@@ -42,22 +87,22 @@ def test_import_directions(folder):
 
 
 def test_methods_and_tasks_do_not_know_each_other():
-    methods = {OmegaConf.load(ROOT / "conf/method" / f"{m}.yaml").name for m in cli.choices("method")}
+    methods = {OmegaConf.load(ROOT / "conf/method" / f"{m}.yaml").name for m in list_choices("method")}
     for path in (ROOT / "tasks").glob("*.py"):
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         assert not methods & strings, path
-    for path in (ROOT / "dual_lora/lab").glob("*.py"):
+    for path in (ROOT / "dual_lora/lab").rglob("*.py"):
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         assert not strings & {"lora", "lora_plus", "dora", "dual_lora", "glue", "demo"}, path
 
 
 @pytest.mark.parametrize("group", ["model", "task", "method"])
 def test_the_name_of_a_choice_is_the_name_of_its_file(group):
-    for choice in cli.choices(group):
-        assert OmegaConf.load(cli.CONF / group / f"{choice}.yaml").name == choice
+    for choice in list_choices(group):
+        assert OmegaConf.load(paths.CONF / group / f"{choice}.yaml").name == choice
 
 
-@pytest.mark.parametrize("name", cli.choices("task"))
+@pytest.mark.parametrize("name", list_choices("task"))
 def test_every_task_setting_has_its_module(name):
     task = tasks.load(name)
     assert task.name == name and task.version >= 1 and task.metric

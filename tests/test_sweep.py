@@ -14,12 +14,22 @@ from omegaconf import OmegaConf
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab import cli, comparison, evaluation, experiments, grid
-from dual_lora.lab.experiments import SCALES, Cell, Experiment, newest
-from dual_lora.lab.progress import Progress
-from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import UserError
-from dual_lora.lab.stats import enough, holm
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs.splits import load_scored_splits, load_split
+from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import prepare_runs
+from dual_lora.lab.report.comparison import iterate_matches
+from dual_lora.lab.statistics.compare import count_resamples
+from dual_lora.lab.statistics.multiple import adjust_holm
+from dual_lora.lab.study import schedule as study_schedule
+from dual_lora.lab.study.experiment import SCALES, Cell, Experiment, drop_replaced_overrides
+from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.schedule import run_cells
+from dual_lora.lab.study.time_left import TimeLeft
 
 SMALL = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false"]
 SMALL += ["wandb.mode=disabled"]
@@ -56,7 +66,7 @@ def experiment(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("name", cli.choices("experiment"))
+@pytest.mark.parametrize("name", list_choices("experiment"))
 def test_every_experiment_composes_and_can_show_a_difference(name):
     scales = [scale for scale in SCALES if scale in content(name)]
     assert "smoke" in scales
@@ -65,7 +75,7 @@ def test_every_experiment_composes_and_can_show_a_difference(name):
         assert len(cells) > 1
         assert all(cell.settings.model.bundled for cell in cells) == (scale == "smoke")
         count = comparisons(Experiment.load(name, scale), cells)
-        assert holm([1 / (1 + enough(count)), *[1.0] * (count - 1)])[0] < 0.05
+        assert adjust_holm([1 / (1 + count_resamples(count)), *[1.0] * (count - 1)])[0] < 0.05
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def test_a_value_of_the_table_chooses_among_its_runs(name, extra, labels, same):
     assert len({cell.label for cell in cells}) == labels
     assert not any(cell in cells[:number] for number, cell in enumerate(cells))
     for key, values in same.items():
-        assert {experiments.setting(cell.settings, key) for cell in cells} == values
+        assert {get_setting(cell.settings, key) for cell in cells} == values
 
 
 def test_different_runs_in_one_place_of_the_table_are_refused():
@@ -108,10 +118,12 @@ def test_a_grid_can_be_relative_to_the_rate_of_a_runs_protocol():
     assert rates["LoRA"] == rates["Dual LoRA"] == [3e-5, 6e-5, 1.2e-4] and rates["Full"] == [1.5e-6, 3e-6, 6e-6]
 
 
-def comparisons(experiment: Experiment, cells: list[grid.Cell]) -> int:
+def comparisons(experiment: Experiment, cells: list[Cell]) -> int:
     """Return how many comparisons of main scores there are once all cells are finished."""
-    done = [grid.Done(cell, Record(Path(grid.asked(cell.settings))), {"metrics": {}}, None) for cell in cells]
-    return max(1, len(list(comparison.matched(experiment, done))))
+    done = [
+        Outcome(cell, Record(Path(serialize_identity_settings(cell.settings))), {"metrics": {}}, None) for cell in cells
+    ]
+    return max(1, len(list(iterate_matches(experiment, done))))
 
 
 def head(name: str) -> dict[str, str]:
@@ -122,7 +134,7 @@ def head(name: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True)) | {"": parts[0]}
 
 
-EXPERIMENTS = [(name, s) for name in cli.choices("experiment") for s in SCALES if s in content(name)]
+EXPERIMENTS = [(name, s) for name in list_choices("experiment") for s in SCALES if s in content(name)]
 
 
 @pytest.mark.parametrize(("name", "scale"), EXPERIMENTS)
@@ -132,8 +144,8 @@ def test_every_experiment_says_runs_time_hardware_and_what_to_expect(name, scale
     told = said[scale]
     assert re.search(r"minutes?|hours?", told) and re.search("A100 80 GB|AMD EPYC", told) and "Expected: " in told
     cells = composed(name, scale)
-    trials = grid.distinct([trial for cell in cells for trial in cell.tuning])
-    runs = cells if trials else grid.distinct([cell.settings for cell in cells])  # at most so many, by the rates chosen
+    trials = prepare_runs([trial for cell in cells for trial in cell.tuning])
+    runs = cells if trials else prepare_runs([cell.settings for cell in cells])  # at most, by the rates chosen
     assert told.startswith(f"{len(experiment.seeds) * len(runs)} runs")
     assert not trials or f" and {len(trials)} to choose rates" in told
 
@@ -159,8 +171,8 @@ def test_the_published_settings_of_glue_are_those_of_the_paper():
 
 
 def test_every_experiment_runs_with_bundled_models_and_reports(runs_folder, capsys):
-    assert grid.sweep(["experiment=all", "scale=smoke", "wandb.mode=disabled"]) == 0
-    for name in cli.choices("experiment"):
+    assert sweep_command(["experiment=all", "scale=smoke", "wandb.mode=disabled"]) == 0
+    for name in list_choices("experiment"):
         study = Experiment.load(name, "smoke").study
         made = {path.name for path in (runs_folder / study / "report").iterdir()}
         assert {"table.md", "table.tex", "table.csv", "report.html"} <= made
@@ -169,32 +181,32 @@ def test_every_experiment_runs_with_bundled_models_and_reports(runs_folder, caps
 
 
 def test_later_overrides_replace_earlier_ones():
-    assert newest(["a=1", "b=2", "a=3", "+c.d=4", "+c.d=5"]) == ["b=2", "a=3", "+c.d=5"]
+    assert drop_replaced_overrides(["a=1", "b=2", "a=3", "+c.d=4", "+c.d=5"]) == ["b=2", "a=3", "+c.d=5"]
 
 
 def test_missing_runs_are_done_once_and_the_report_is_the_same_from_the_records(experiment, runs_folder, capsys):
     name = experiment()
-    assert grid.sweep([name, *SMALL]) == 0
+    assert sweep_command([name, *SMALL]) == 0
     shown = capsys.readouterr().out
     assert "4 runs, 0 finished, 4 to do" in shown and "| LoRA" in shown
     assert "Main score (accuracy)" in shown and shown.count("data: train tasks/demo.py v") == 1
     report = runs_folder / "small" / "report"
     first = {p.name: p.read_bytes() for p in report.iterdir()}
-    assert grid.sweep([name, *SMALL]) == 0
+    assert sweep_command([name, *SMALL]) == 0
     assert "4 runs, 4 finished, 0 to do" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in report.iterdir()} == first
     report.rename(report.with_name("old"))
-    assert grid.sweep([name, "run=false", *SMALL]) == 0
+    assert sweep_command([name, "run=false", *SMALL]) == 0
     assert {p.name: p.read_bytes() for p in report.iterdir()} == first
 
 
 def test_the_time_left_is_judged_by_the_runs_most_like_those_to_do():
     def job(model: str, *more: str):
-        return cli.load([f"model={model}", "task=demo/sentiment", *more])
+        return load_settings([f"model={model}", "task=demo/sentiment", *more])
 
     lora, dual = job("tiny-roberta", "method=lora"), job("tiny-roberta", "method=dual_lora")
     other, short = job("tiny-deberta", "method=lora"), job("tiny-roberta", "method=lora", "train.max_steps=1")
-    progress = Progress()
+    progress = TimeLeft()
     assert progress.left([lora]) == "time left not known before a run is done"
     progress.add(lora, 60)
     assert progress.left([lora, dual, other]) == "about 3 min left"  # nothing better is known of the others
@@ -210,9 +222,9 @@ def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, 
     spec = SPEC | {"tune": {"holdout": 9, "grid": {"Dual LoRA": [1e-3, 2e-3]}}}
     cells = Experiment.read("small", spec).compose([])
     clock = iter(range(0, 6000, 60))
-    monkeypatch.setattr(grid, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(cli, "attempt", lambda job: None)
-    grid.run_all(cells, "small", [])
+    monkeypatch.setattr(study_schedule, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("dual_lora.lab.study.schedule.execute_run", lambda run: None)
+    run_cells(cells, "small", [])
     left = re.findall(r"\[(\d/\d)\] \S+, (.*)", capsys.readouterr().out)
     assert left == [
         ("1/2", "time left not known before a run is done"),
@@ -224,14 +236,14 @@ def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, 
 
 def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):
     name = experiment(cells={"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora"]})
-    grid.sweep([name, *SMALL])
+    sweep_command([name, *SMALL])
     table = runs_folder / "small" / "report" / "table.md"
     assert table.read_text().count("(2)") == 2
     gone = sorted((runs_folder / "small").glob("*_dual_lora_s*/result.json"))
     for number, path in enumerate(gone):
         for away, reason in ((path.unlink, "begun, not finished"), (partial(shutil.rmtree, path.parent), "not run")):
             away()
-            grid.sweep([name, "run=false", *SMALL])
+            sweep_command([name, "run=false", *SMALL])
             (line,) = (line for line in table.read_text().splitlines() if line.startswith("| Dual LoRA"))
             second = number == 1 and away == path.unlink  # the first is gone, this one begun: two reasons
             why = r"– \[a, b\]" if second else r"– \[a\]" if number else r"\(1\)‡? \[a\]"
@@ -239,7 +251,7 @@ def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):
 
 
 def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_folder, capsys):
-    assert grid.sweep([experiment(), *SMALL, "method.rank=1"]) == 2
+    assert sweep_command([experiment(), *SMALL, "method.rank=1"]) == 2
     shown = capsys.readouterr()
     assert "2 of 4 runs finished" in shown.err and "| LoRA" in shown.out
     assert "[a]: failed: " in shown.out
@@ -249,7 +261,7 @@ def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder,
     grids = {"LoRA": [1e-5, 5e-3], "Dual LoRA": [1e-3, 2e-3]}
     name = experiment(tune={"holdout": 32, "grid": grids})
     steps = [o for o in SMALL if not o.startswith(("train.max", "eval.max"))]
-    assert grid.sweep([name, "train.max_steps=20", "train.max_examples=null", "eval.max_examples=64", *steps]) == 0
+    assert sweep_command([name, "train.max_steps=20", "train.max_examples=null", "eval.max_examples=64", *steps]) == 0
     shown = capsys.readouterr().out
     assert "4 runs to choose learning rates, 0 finished" in shown and "4 runs, 0 finished" in shown
     assert "chosen from 1e-05, 0.005 (2 runs, 2 a point) by the main score on 32 training examples set apart" in shown
@@ -272,17 +284,15 @@ def test_rates_of_e2e_are_chosen_on_validation_records():
 
 def test_rows_set_apart_are_not_trained_on():
     task = tasks.load("demo/sentiment")
-    settings = cli.load(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50"])
-    train = evaluation.load_split(task, "train", settings)
-    apart = evaluation.load_scored(task, settings)["validation"]
+    settings = load_settings(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50"])
+    train = load_split(task, "train", settings)
+    apart = load_scored_splits(task, settings)["validation"]
     ids = set(apart.rows["id"])
     assert len(ids) == 50 and len(train.rows) == 1950 and not ids & set(train.rows["id"])
-    other = cli.load(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50", "seed=7"])
-    assert set(evaluation.load_scored(task, other)["validation"].rows["id"]) == ids
+    other = load_settings(["model=tiny-roberta", "task=demo/sentiment", "eval.holdout=50", "seed=7"])
+    assert set(load_scored_splits(task, other)["validation"].rows["id"]) == ids
     with pytest.raises(UserError, match="eval.holdout=2000: .* has 2000 rows"):
-        evaluation.load_split(
-            task, "train", cli.load(["task=demo/sentiment", "model=tiny-roberta", "eval.holdout=2000"])
-        )
+        load_split(task, "train", load_settings(["task=demo/sentiment", "model=tiny-roberta", "eval.holdout=2000"]))
 
 
 @pytest.mark.parametrize(
@@ -313,4 +323,4 @@ def test_mistakes_in_a_file(changes, message):
 )
 def test_mistakes(argument, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.").replace("?", r"\?")):
-        grid.sweep(argument.split())
+        sweep_command(argument.split())

@@ -17,9 +17,25 @@ from wandb_stub import WandbStub
 
 import tasks
 from dual_lora import set_update_scale
-from dual_lora.lab import cli, data, evaluation, loop, methods, mirror, models, reevaluation, runs, training
-from dual_lora.lab.runs import Record
-from dual_lora.lab.settings import UserError
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.recorded import load_recorded_settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate.evaluate import compute_outputs, evaluate_splits
+from dual_lora.lab.evaluate.predict import classify_rows, score_choices
+from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.inputs.model_files import identify_weights
+from dual_lora.lab.model.adapt import attach_method, count_parameters
+from dual_lora.lab.model.encode import get_position_limit
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record import mirror
+from dual_lora.lab.record.identity import compute_identity
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train import trainer as train_trainer
+from dual_lora.lab.train.callbacks import ProgressBar
+from dual_lora.lab.train.run import train_run
 
 FAMILIES = {
     "tiny-gpt2": "demo/choice",
@@ -31,7 +47,7 @@ SHORT = ["train.max_steps=4", "eval.max_examples=8", "train.log_steps=1", "wandb
 
 
 def settings(model: str, *overrides: str):
-    return cli.load([f"model={model}", f"task={FAMILIES[model]}", *SHORT, *overrides])
+    return load_settings([f"model={model}", f"task={FAMILIES[model]}", *SHORT, *overrides])
 
 
 def attached(model: str, method: str, *overrides: str):
@@ -39,8 +55,8 @@ def attached(model: str, method: str, *overrides: str):
     chosen = settings(model, f"method={method}", *overrides)
     task = tasks.load(chosen.task.name)
     torch.manual_seed(0)
-    base, tokenizer = models.load(chosen, task)
-    return chosen, task, methods.attach(base, chosen, task.form), tokenizer
+    base, tokenizer = load_model(chosen, task)
+    return chosen, task, attach_method(base, chosen, task.form), tokenizer
 
 
 def inputs(model: str, tokenizer) -> dict[str, torch.Tensor]:
@@ -54,17 +70,17 @@ def test_accumulated_batches_train_as_one(model, runs_folder):
     """Also where the model divides its loss by the examples of a batch and not of a step."""
     found = []
     for size, parts in ((8, 1), (4, 2)):
-        result = training.run(settings(model, f"train.batch_size={size}", f"train.accumulation={parts}"))
+        result = train_run(Run.prepare(settings(model, f"train.batch_size={size}", f"train.accumulation={parts}")))
         logged = Record(runs_folder / "adhoc" / result["identity"]).logged()
         found.append([row for row in logged if "train/loss" in row])
     for whole, halves in zip(*found, strict=True):
         assert halves == pytest.approx(whole, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("method", list_choices("method"))
 def test_a_run_leaves_a_whole_record(method, runs_folder):
     chosen = settings("tiny-roberta", f"method={method}")
-    result = training.run(chosen)
+    result = train_run(Run.prepare(chosen))
     folder = runs_folder / "adhoc" / result["identity"]
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
@@ -80,27 +96,27 @@ def test_a_run_leaves_a_whole_record(method, runs_folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4, 4]
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 8
-    assert cli.recorded(folder) == chosen
+    assert load_recorded_settings(folder) == chosen
 
 
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize("method", ["dual_lora", "full"])
 def test_evaluation_from_the_record_alone_gives_every_digit_again(model, method, runs_folder, capsys):
-    result = training.run(settings(model, f"method={method}", "train.max_steps=8"))
+    result = train_run(Run.prepare(settings(model, f"method={method}", "train.max_steps=8")))
     folder = runs_folder / "adhoc" / result["identity"]
-    assert cli.evaluate_again([f"run={folder}"]) == 0
+    assert evaluate_command([f"run={folder}"]) == 0
     assert "reproduced exactly" in capsys.readouterr().out
     assert json.loads((folder / "evaluation.json").read_text())["metrics"] == result["metrics"]
 
 
 def test_the_same_command_again_finds_the_run_finished(runs_folder, capsys):
     chosen = settings("tiny-roberta")
-    first = training.run(chosen)
+    first = train_run(Run.prepare(chosen))
     stamp = (runs_folder / "adhoc" / first["identity"] / "result.json").stat().st_mtime_ns
-    assert training.run(chosen) == first
+    assert train_run(Run.prepare(chosen)) == first
     assert "finished: " in capsys.readouterr().out
     assert (runs_folder / "adhoc" / first["identity"] / "result.json").stat().st_mtime_ns == stamp
-    again = training.run(settings("tiny-roberta", "force=true"))
+    again = train_run(Run.prepare(settings("tiny-roberta", "force=true")))
     assert again["metrics"] == first["metrics"] and again["train_loss"] == first["train_loss"]
     assert (runs_folder / "adhoc" / first["identity"] / "result.json").stat().st_mtime_ns > stamp
 
@@ -110,7 +126,7 @@ def test_equal_budgets_train_equally_many_weights(model):
     counted = {}
     for method in ("lora", "dual_lora"):
         _, _, adapted, _ = attached(model, method, "method.rank=8")
-        counted[method] = methods.parameters(adapted)
+        counted[method] = count_parameters(adapted)
     assert counted["lora"]["trainable_parameters"] == counted["dual_lora"]["trainable_parameters"]
     assert counted["lora"]["adapter_parameters"] == counted["dual_lora"]["adapter_parameters"] > 0
 
@@ -150,15 +166,15 @@ def test_outputs_do_not_depend_on_the_batch_size(model):
     given = {}
     for size in (1, 8):
         chosen = settings(model, f"eval.batch_size={size}")
-        given[size] = evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test")
+        given[size] = compute_outputs(adapted, tokenizer, task, rows, chosen, "test")
     assert given[1] == given[8]
 
 
 @pytest.mark.parametrize("fit", [3, 1])
 def test_rows_that_memory_does_not_hold_at_once_are_evaluated_by_parts(fit, monkeypatch):
     chosen, task, adapted, tokenizer = attached("tiny-roberta", "lora", "eval.batch_size=8")
-    rows, real, sizes = list(task.split("validation").rows.select(range(16))), evaluation.classify, []
-    whole = evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test")
+    rows, real, sizes = list(task.split("validation").rows.select(range(16))), classify_rows, []
+    whole = compute_outputs(adapted, tokenizer, task, rows, chosen, "test")
 
     def classify(model, tokenizer, task, rows, settings):
         sizes.append(len(rows))
@@ -166,8 +182,8 @@ def test_rows_that_memory_does_not_hold_at_once_are_evaluated_by_parts(fit, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, tokenizer, task, rows, settings)
 
-    monkeypatch.setattr(evaluation, "classify", classify)
-    assert evaluation.outputs(adapted, tokenizer, task, rows, chosen, "test") == whole
+    monkeypatch.setattr("dual_lora.lab.evaluate.evaluate.classify_rows", classify)
+    assert compute_outputs(adapted, tokenizer, task, rows, chosen, "test") == whole
     assert sizes == {3: 2 * [8, 4, 2, 2, 4, 2, 2], 1: 2 * [8, *2 * [4, *2 * [2, 1, 1]]]}[fit]
 
 
@@ -179,10 +195,10 @@ def test_what_trains_is_held_in_float32_whatever_the_model_is_in(model, method, 
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     frozen = {p.dtype for n, p in adapted.named_parameters() if not p.requires_grad and ".original_module." not in n}
     assert frozen == (set() if method == "full" else {torch.bfloat16})
-    result = training.run(chosen)
+    result = train_run(Run.prepare(chosen))
     record = Record(runs_folder / "adhoc" / result["identity"])
-    assert cli.evaluate_again([f"run={record.folder}"]) == 0
-    again, _ = reevaluation.load_trained(chosen, record, tasks.load(chosen.task.name))
+    assert evaluate_command([f"run={record.folder}"]) == 0
+    again, _ = load_trained_model(chosen, record, tasks.load(chosen.task.name))
     (file,) = record.folder.glob("*/*model.safetensors")
     left = load_file(file)
     assert {t.dtype for t in left.values()} == {torch.float32}
@@ -193,14 +209,14 @@ def test_what_trains_is_held_in_float32_whatever_the_model_is_in(model, method, 
 def test_float16_is_not_trained_in_without_a_gpu(runs_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="^model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16"):
-        training.run(settings("tiny-roberta", "model.dtype=float16"))
+        train_run(Run.prepare(settings("tiny-roberta", "model.dtype=float16")))
 
 
 def test_a_model_has_room_behind_the_position_of_padding():
     for model, tokens in (("tiny-roberta", 256), ("tiny-deberta", 256), ("tiny-llama", 256)):
         chosen = settings(model)
-        base, _ = models.load(chosen, tasks.load(chosen.task.name))
-        assert data.room(base) == tokens
+        base, _ = load_model(chosen, tasks.load(chosen.task.name))
+        assert get_position_limit(base) == tokens
         ids = torch.full((1, tokens), 7)
         assert base(input_ids=ids).logits.isfinite().all()
         if model == "tiny-roberta":
@@ -210,22 +226,22 @@ def test_a_model_has_room_behind_the_position_of_padding():
 
 def test_a_prompt_that_leaves_no_room_for_its_target_is_refused(runs_folder):
     with pytest.raises(UserError, match=r"^task.max_length=8: the prompt of \S+ is \d+ tokens, so nothing of its"):
-        training.run(settings("tiny-llama", "task.max_length=8"))
+        train_run(Run.prepare(settings("tiny-llama", "task.max_length=8")))
 
 
 def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypatch):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.9])  # before, three epochs, after
     kept = []
-    real = evaluation.evaluate
+    real = evaluate_splits
 
     def evaluate(model, *args):
         _, predictions = real(model, *args)
         kept.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
         return {"accuracy": next(scores)}, predictions
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
     few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
-    result = training.run(settings("tiny-roberta", "task.checkpoint=best", *few))
+    result = train_run(Run.prepare(settings("tiny-roberta", "task.checkpoint=best", *few)))
     assert result["best_epoch"] == 2.0 and result["metrics_last_epoch"] == {"accuracy": 0.2}
     assert all(torch.equal(kept[2][name], kept[4][name]) for name in kept[2])
     assert any(not torch.equal(kept[3][name], kept[4][name]) for name in kept[2])
@@ -234,8 +250,8 @@ def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypa
 def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     chosen = settings("tiny-roberta", "method=full", "train.lr=9e5", "train.max_grad_norm=9e5")
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; take a lower train.lr"):
-        training.run(chosen)
-    record = Record.of(chosen)
+        train_run(Run.prepare(chosen))
+    record = Run.prepare(chosen).record
     assert record.result() is None and record.failure()["error"] == "UserError" and record.failure()["diverged"]
 
 
@@ -244,8 +260,8 @@ def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
     few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
     chosen = settings("tiny-roberta", *wild, *few)
     with pytest.raises(UserError, match="the model's outputs are no numbers; .* a lower train.lr"):
-        training.run(chosen)
-    assert Record.of(chosen).failure()["diverged"]
+        train_run(Run.prepare(chosen))
+    assert Run.prepare(chosen).record.failure()["diverged"]
 
 
 def test_scoring_epochs_is_no_time_of_training(runs_folder, monkeypatch):
@@ -262,11 +278,11 @@ def test_scoring_epochs_is_no_time_of_training(runs_folder, monkeypatch):
         clock.now += 1000
         return {"accuracy": 0.5}, []
 
-    monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    monkeypatch.setattr(evaluation, "warnings", lambda *_: [])
+    monkeypatch.setattr(train_trainer, "time", clock)
+    monkeypatch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
+    monkeypatch.setattr("dual_lora.lab.train.run.find_warnings", lambda *_: [])
     few = ["train.max_steps=null", "train.max_examples=8", "train.epochs=5", "train.batch_size=8", "eval.before=false"]
-    result = training.run(settings("tiny-roberta", "task.checkpoint=best", *few))
+    result = train_run(Run.prepare(settings("tiny-roberta", "task.checkpoint=best", *few)))
     assert result["train_seconds"] < 1000 < clock.now
 
 
@@ -276,8 +292,8 @@ def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
     wild = ["train.weight_decay=1e300", "train.max_grad_norm=0", "train.max_steps=2", f"train.save_steps={saving}"]
     chosen = settings("tiny-roberta", "eval.before=false", *wild)
     with pytest.raises(UserError, match=r"trained weights hold values that are no numbers at step 2; take a lower"):
-        training.run(chosen)
-    record = Record.of(chosen)
+        train_run(Run.prepare(chosen))
+    record = Run.prepare(chosen).record
     assert record.result() is None and record.trained() is None and record.failure()["step"] == 2
     good = record.checkpoint()
     expected = {"null": None, "1": "checkpoint-1"}[saving]
@@ -286,26 +302,26 @@ def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
 
 @pytest.mark.parametrize(("model", "task"), [*FAMILIES.items(), ("tiny-llama", "commonsense")])
 def test_outputs_that_are_no_numbers_are_not_scored(model, task):
-    chosen = cli.load([f"model={model}", f"task={task}", "task.num_beams=1"])
+    chosen = load_settings([f"model={model}", f"task={task}", "task.num_beams=1"])
     asked = tasks.load(task)
-    base, tokenizer = models.load(chosen, asked)
+    base, tokenizer = load_model(chosen, asked)
     with torch.no_grad():
         next(p for name, p in base.named_parameters() if "norm" in name.lower() or "ln_" in name).fill_(float("nan"))
     with pytest.raises(UserError, match="the model's outputs are no numbers"):
         rows = [{"id": "1", "prompt": "one two", "text": "one", "text_pair": [], "label": 0}]
-        ask = {"commonsense": evaluation.likelihoods}.get(task)
+        ask = {"commonsense": score_choices}.get(task)
         asked.choices = lambda row: ["true", "false"]
-        evaluation.outputs(base, tokenizer, asked, rows, chosen, "test", ask)
+        compute_outputs(base, tokenizer, asked, rows, chosen, "test", ask)
 
 
 def test_a_score_that_is_no_number_is_no_result(runs_folder, monkeypatch):
     chosen = settings("tiny-roberta", "eval.before=false")
     monkeypatch.setattr(type(tasks.load(chosen.task.name)), "score", lambda self, judged: {"accuracy": float("nan")})
     with pytest.raises(UserError, match="after: accuracy is nan"):
-        training.run(chosen)
-    assert Record.of(chosen).result() is None
+        train_run(Run.prepare(chosen))
+    assert Run.prepare(chosen).record.result() is None
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Record.of(chosen).write("result.json", {"accuracy": float("inf")})
+        Run.prepare(chosen).record.write("result.json", {"accuracy": float("inf")})
 
 
 @pytest.mark.parametrize(
@@ -324,13 +340,13 @@ def test_a_method_that_does_not_fit_is_told_in_one_line(override, message):
 
 def test_inputs_longer_than_the_model_are_refused_with_its_limit(runs_folder):
     with pytest.raises(UserError, match="tiny-gpt2 takes 256 tokens, the data needs .* lower task.max_length"):
-        training.run(settings("tiny-gpt2", "task.max_new_tokens=250"))
+        train_run(Run.prepare(settings("tiny-gpt2", "task.max_new_tokens=250")))
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folder, monkeypatch):
     chosen = settings("tiny-roberta", "train.max_steps=6", "train.save_steps=2")
-    whole = training.run(chosen)
-    record = Record.of(chosen)
+    whole = train_run(Run.prepare(chosen))
+    record = Run.prepare(chosen).record
     logged = record.logged()
     weights = (record.folder / "adapter/adapter_model.safetensors").read_bytes()
     (record.folder / "result.json").unlink()
@@ -343,13 +359,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folde
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Progress, "on_log", die)
+        patch.setattr(ProgressBar, "on_log", die)
         with pytest.raises(Killed):
-            training.run(chosen)
+            train_run(Run.prepare(chosen))
     assert (record.folder / "checkpoints/checkpoint-4").is_dir() and record.result() is None
     with (record.folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 5, "tra')  # the line a kill cut short
-    resumed = training.run(chosen)
+    resumed = train_run(Run.prepare(chosen))
     assert resumed["metrics"] == whole["metrics"] and resumed["steps"] == 6
     assert resumed["metrics_before"] == whole["metrics_before"]
     assert record.logged() == logged
@@ -360,29 +376,29 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folde
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model.safetensors"])
 def test_a_run_is_not_taken_for_that_of_another_models_files(name, runs_folder, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(runs.BUNDLED / "tiny-llama", folder)
+    shutil.copytree(BUNDLED / "tiny-llama", folder)
     here = f"model.path={folder}"
     chosen = settings("tiny-llama", here, "train.max_steps=1")
-    result = training.run(chosen)
+    result = train_run(Run.prepare(chosen))
     run = runs_folder / "adhoc" / result["identity"]
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
-    uses = [lambda: cli.evaluate_again([f"run={run}", here])]
-    if runs.identity(chosen) == result["identity"]:  # the ends of weights name a run
-        uses.append(lambda: training.run(chosen))
+    uses = [lambda: evaluate_command([f"run={run}", here])]
+    if compute_identity(chosen) == result["identity"]:  # the ends of weights name a run
+        uses.append(lambda: train_run(Run.prepare(chosen)))
     for use in uses:
         with pytest.raises(UserError, match=f"begun with another {name} of model=tiny-llama; give"):
             use()
-    shutil.copy(runs.BUNDLED / "tiny-llama" / name, folder / name)
-    assert training.run(chosen) == result
+    shutil.copy(BUNDLED / "tiny-llama" / name, folder / name)
+    assert train_run(Run.prepare(chosen)) == result
 
 
 def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(runs.BUNDLED / "tiny-roberta", folder)
+    shutil.copytree(BUNDLED / "tiny-roberta", folder)
     chosen = settings("tiny-roberta", f"model.path={folder}", "force=true")
-    record = Record.of(chosen).tried(chosen)
+    record = Run.prepare(chosen).record.tried(chosen)
     record.start(chosen)
     record.log({"step": 0, "eval/accuracy": 0.5})
     (folder / "tokenizer_config.json").write_text("{}")
@@ -391,29 +407,29 @@ def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path
 
 
 def test_a_folder_is_not_taken_for_a_model_of_the_hub():
-    chosen = cli.load(["model=roberta-base", "task=glue/rte", f"model.hub={runs.BUNDLED / 'tiny-roberta'}"])
+    chosen = load_settings(["model=roberta-base", "task=glue/rte", f"model.hub={BUNDLED / 'tiny-roberta'}"])
     with pytest.raises(UserError, match="is a folder here; give it as model.path=DIR"):
-        runs.model_facts(chosen)
+        identify_weights(chosen)
 
 
 def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path, monkeypatch):
-    result = training.run(settings("tiny-roberta"))
+    result = train_run(Run.prepare(settings("tiny-roberta")))
     folder = runs_folder / "adhoc" / result["identity"]
     with pytest.raises(UserError, match="no config.yaml there"):
-        cli.evaluate_again([f"run={tmp_path}"])
+        evaluate_command([f"run={tmp_path}"])
     stored = json.loads((folder / "result.json").read_text())
     with monkeypatch.context() as patch, pytest.raises(UserError, match="of demo/sentiment, which is now version 99;"):
         patch.setattr(type(tasks.load("demo/sentiment")), "version", 99)
-        cli.evaluate_again([f"run={folder}"])
+        evaluate_command([f"run={folder}"])
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("beams: 1", "beams: 2") + "\n")
     with pytest.raises(UserError, match="config.yaml: not as the run left it"):
-        cli.evaluate_again([f"run={folder}"])
+        evaluate_command([f"run={folder}"])
     (folder / "config.yaml").write_text(config)
     stored["data"]["validation"]["sha256"] = stored.pop("digest")
     (folder / "result.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="not the validation rows this run was evaluated on"):
-        cli.evaluate_again([f"run={folder}"])
+        evaluate_command([f"run={folder}"])
 
 
 ALONE = """import json, sys, torch
@@ -435,14 +451,14 @@ def test_exported_runs_give_their_logits_under_transformers_alone(runs_folder, t
     ids = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
     for model, method in [*((model, "dual_lora") for model in FAMILIES), ("tiny-llama", "full")]:
         chosen, out = settings(model, f"method={method}"), tmp_path / f"{model}-{method}"
-        record = Record(runs_folder / "adhoc" / training.run(chosen)["identity"])
-        assert cli.evaluate_again([f"run={record.folder}", f"export={out}"]) == 0
+        record = Record(runs_folder / "adhoc" / train_run(Run.prepare(chosen))["identity"])
+        assert evaluate_command([f"run={record.folder}", f"export={out}"]) == 0
         said = re.search(r"differ from the unmerged run's by (\S+) of", capsys.readouterr().out)
         assert float(said[1]) < 1e-5
         assert (out / "adapter/adapter_config.json").is_file() == (method != "full")
         task = tasks.load(chosen.task.name)
         heads[str(out)] = "CausalLM" if task.form == "generation" else "SequenceClassification"
-        unmerged = reevaluation.load_trained(chosen, record, task)[0].eval()
+        unmerged = load_trained_model(chosen, record, task)[0].eval()
         with torch.inference_mode():
             expected[str(out)] = unmerged(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double()
     code = ALONE.replace("IDS", str(ids.tolist())).replace("FOLDERS", str(heads))
@@ -453,8 +469,8 @@ def test_exported_runs_give_their_logits_under_transformers_alone(runs_folder, t
 
 
 def test_what_an_export_in_16_bits_loses_is_said(runs_folder, tmp_path, capsys):
-    run = f"run={runs_folder / 'adhoc' / training.run(settings('tiny-roberta'))['identity']}"
-    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}", "model.dtype=bfloat16"]) == 0
+    run = f"run={runs_folder / 'adhoc' / train_run(Run.prepare(settings('tiny-roberta')))['identity']}"
+    assert evaluate_command([run, f"export={tmp_path / 'out'}", "model.dtype=bfloat16"]) == 0
     said = re.search(r"bfloat16\); its logits differ .* by (\S+) of", capsys.readouterr().out)
     assert 1e-4 < float(said[1]) < 0.1
     for arguments, message in (
@@ -463,39 +479,39 @@ def test_what_an_export_in_16_bits_loses_is_said(runs_folder, tmp_path, capsys):
         (["model.dtype=bfloat16"], "only with export=DIR"),
     ):
         with pytest.raises(UserError, match=message):
-            cli.evaluate_again([run, *arguments])
+            evaluate_command([run, *arguments])
 
 
 def test_an_export_that_fails_leaves_nothing_in_the_way_of_the_next(runs_folder, tmp_path, monkeypatch):
-    run = f"run={runs_folder / 'adhoc' / training.run(settings('tiny-roberta'))['identity']}"
+    run = f"run={runs_folder / 'adhoc' / train_run(Run.prepare(settings('tiny-roberta')))['identity']}"
 
     def full(*args, **kwargs):
         (tmp_path / "out" / "half").write_text("a")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=f"export={tmp_path / 'out'}: "):
-        patch.setattr("dual_lora.lab.export.shutil.copytree", full)
-        cli.evaluate_again([run, f"export={tmp_path / 'out'}"])
-    assert cli.evaluate_again([run, f"export={tmp_path / 'out'}"]) == 0 and not (tmp_path / "out/half").exists()
+        patch.setattr("dual_lora.lab.evaluate.export.shutil.copytree", full)
+        evaluate_command([run, f"export={tmp_path / 'out'}"])
+    assert evaluate_command([run, f"export={tmp_path / 'out'}"]) == 0 and not (tmp_path / "out/half").exists()
 
 
 def test_another_batch_size_must_be_a_number(runs_folder):
     with pytest.raises(UserError, match="eval.batch_size=abc: must be a whole number"):
-        cli.evaluate_again(["run=nowhere", "eval.batch_size=abc"])
+        evaluate_command(["run=nowhere", "eval.batch_size=abc"])
 
 
 @pytest.mark.parametrize("method", ["lora", "dual_lora", "full"])
 def test_training_starts_from_another_runs_weights_with_a_fresh_head(method, runs_folder):
-    first = training.run(settings("tiny-deberta", f"method={method}"))
+    first = train_run(Run.prepare(settings("tiny-deberta", f"method={method}")))
     folder = runs_folder / "adhoc" / first["identity"]
     chosen = settings("tiny-deberta", f"method={method}", f"init_from={folder}")
-    assert Record.of(chosen).name != first["identity"]
+    assert Run.prepare(chosen).record.name != first["identity"]
     task = tasks.load(chosen.task.name)
 
     def weights(chosen):
         torch.manual_seed(1)
-        base, _ = models.load(chosen, task)
-        model = methods.attach(base, chosen, task.form)
+        base, _ = load_model(chosen, task)
+        model = attach_method(base, chosen, task.form)
         return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
     started, fresh = weights(chosen), weights(settings("tiny-deberta", f"method={method}"))
@@ -503,17 +519,17 @@ def test_training_starts_from_another_runs_weights_with_a_fresh_head(method, run
     heads = {name for name in fresh if {"pooler", "classifier"} & set(name.split("."))}
     assert changed and heads and not changed & heads
     assert len(changed) > 0.5 * (len(fresh) - len(heads))
-    assert training.run(chosen)["steps"] == 4
+    assert train_run(Run.prepare(chosen))["steps"] == 4
 
 
 def test_training_in_full_starts_from_another_run_of_a_model_with_tied_embeddings(runs_folder):
-    first = training.run(settings("tiny-gpt2", "method=full"))
+    first = train_run(Run.prepare(settings("tiny-gpt2", "method=full")))
     folder = runs_folder / "adhoc" / first["identity"]
     chosen, _, model, _ = attached("tiny-gpt2", "full", f"init_from={folder}")
     kept = load_file(folder / "model/model.safetensors")
     assert "lm_head.weight" not in kept and all(torch.equal(model.state_dict()[n], t) for n, t in kept.items())
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert training.run(chosen)["steps"] == 4
+    assert train_run(Run.prepare(chosen))["steps"] == 4
 
 
 @pytest.mark.parametrize(
@@ -526,9 +542,9 @@ def test_training_in_full_starts_from_another_run_of_a_model_with_tied_embedding
     ],
 )
 def test_a_run_to_start_from_must_fit(override, message, runs_folder):
-    run = runs_folder / "adhoc" / training.run(settings("tiny-roberta"))["identity"]
+    run = runs_folder / "adhoc" / train_run(Run.prepare(settings("tiny-roberta")))["identity"]
     with pytest.raises(UserError, match=message):
-        training.run(settings("tiny-roberta", *override.format(run=run).split()))
+        train_run(Run.prepare(settings("tiny-roberta", *override.format(run=run).split())))
 
 
 def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs_folder):
@@ -554,7 +570,7 @@ def test_the_demo_run_shows_before_after_parameters_time_and_the_record(runs_fol
 
 
 def test_reevaluation_is_what_eval_runs(runs_folder):
-    result = training.run(settings("tiny-roberta"))
+    result = train_run(Run.prepare(settings("tiny-roberta")))
     done = forked.run("eval.py", f"run={runs_folder / 'adhoc' / result['identity']}", "eval.batch_size=3")
     assert done.returncode == 0, done.stderr
     assert "reproduced exactly" in done.stdout
@@ -566,7 +582,7 @@ def test_an_online_mirror_gets_the_run_while_the_record_stays_whole(runs_folder,
     monkeypatch.setattr(mirror, "FINISH_SECONDS", 60.0)
     with WandbStub() as stub:
         monkeypatch.setenv("WANDB_BASE_URL", stub.url)
-        result = training.run(settings("tiny-roberta", "wandb.mode=online"))
+        result = train_run(Run.prepare(settings("tiny-roberta", "wandb.mode=online")))
     (mirrored,) = stub.runs.values()
     recorded = (runs_folder / "adhoc" / result["identity"] / "metrics.jsonl").read_text().splitlines()
     assert [row["step"] for row in mirrored["rows"]] == [json.loads(line)["step"] for line in recorded]
@@ -577,15 +593,17 @@ def test_an_online_mirror_gets_the_run_while_the_record_stays_whole(runs_folder,
 def test_a_mirror_without_a_server_does_not_harm_the_run(runs_folder, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    result = training.run(settings("tiny-roberta", "wandb.mode=online"))
+    result = train_run(Run.prepare(settings("tiny-roberta", "wandb.mode=online")))
     assert "wandb sync" in capsys.readouterr().out
     assert list((runs_folder / "adhoc" / result["identity"]).glob("wandb/offline-run-*"))
 
 
-@pytest.mark.parametrize("method", cli.choices("method"))
+@pytest.mark.parametrize("method", list_choices("method"))
 def test_twenty_steps_have_the_golden_losses(method, runs_folder):
     """DUAL_LORA_GOLDEN=write writes the files anew, for a change that is meant to change the losses."""
-    result = training.run(settings("tiny-roberta", f"method={method}", "train.max_steps=20", "eval.before=false"))
+    result = train_run(
+        Run.prepare(settings("tiny-roberta", f"method={method}", "train.max_steps=20", "eval.before=false"))
+    )
     log = (runs_folder / "adhoc" / result["identity"] / "metrics.jsonl").read_text().splitlines()
     losses = [row["train/loss"] for row in map(json.loads, log) if "train/loss" in row]
     golden = ROOT / "tests" / "golden" / f"{method}.json"
@@ -598,7 +616,7 @@ def test_how_much_of_signs_gradient_is_clipped_is_logged(runs_folder):
     found = {}
     for extra in ("train.loss_scale=null", "train.loss_scale=65536", "+method.peft.kernel=eager", "method=lora"):
         words = ["train.log_steps=2", extra] + ["train.loss_scale=65536"] * extra.endswith("eager")
-        result = training.run(settings("tiny-roberta", *words))
+        result = train_run(Run.prepare(settings("tiny-roberta", *words)))
         logged = Record(runs_folder / "adhoc" / result["identity"]).logged()
         shares = [row["train/clipped_share"] for row in logged if "train/clipped_share" in row]
         assert len(shares) == (0 if extra == "method=lora" else 2)
@@ -613,8 +631,8 @@ def test_the_clip_of_signs_gradient_bites_under_a_scaled_loss_alone(runs_folder)
 
     def trained(*overrides):
         chosen = settings("tiny-roberta", "eval.before=false", "method.peft.scale_warmup_steps=0", *overrides)
-        training.run(chosen)
-        return load_file(Record.of(chosen).folder / "adapter" / "adapter_model.safetensors")
+        train_run(Run.prepare(chosen))
+        return load_file(Run.prepare(chosen).record.folder / "adapter" / "adapter_model.safetensors")
 
     def same(one, other):
         return all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,1 @@
+"""What train.py, eval.py and sweep.py do."""

@@ -1,0 +1,92 @@
+"""`eval.py`: evaluate a finished run again, export it, or analyse what it did to the weights."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from dual_lora.lab.config.paths import check_writable, resolve_path
+from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import require, suggest_name
+from dual_lora.lab.inputs.model_files import identify_weights
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.study.execute import EXIT_OK
+from dual_lora.lab.system.libraries import import_heavy_libraries
+
+PATH_KEYS = {"run", "data_dir", "model.path", "export", "against"}
+
+
+def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
+    """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`.
+
+    Raises:
+        UserError: another setting, an impossible value, or no run.
+    """
+    known = {"run": str, "data_dir": str, "model.path": str, "eval.batch_size": int, **more}
+    given = dict(a.partition("=")[::2] for a in argv)
+    for key, value in given.items():
+        require(key in known, f"{key}: no such setting of {Path(sys.argv[0]).name}.{suggest_name(key, list(known))}")
+        require(value, f"{key}=: needs a value")
+        whole = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
+        require(whole, f"{key}={value[:80]}: must be a whole number above 0")
+        given[key] = known[key](value)
+    for key in PATH_KEYS & given.keys():
+        given[key] = str(resolve_path(key, given[key]))
+    require("run" in given, "run=runs/STUDY/ID is needed: which run?")
+    return Path(given.pop("run")), given
+
+
+def evaluate_command(argv: list[str]) -> int:
+    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export or analyse
+    it."""
+    run, values = parse_run_words(argv, **{"export": str, "model.dtype": str, "analyse": str, "against": str})
+    folder, dtype = values.pop("export", None), values.pop("model.dtype", None)
+    analyse, against = values.pop("analyse", "false"), values.pop("against", None)
+    require(folder or not dtype, "model.dtype: only with export=DIR; a run is evaluated in its own dtype")
+    require(analyse in ("true", "false"), f"analyse={analyse}: must be true or false")
+    require(analyse == "true" or not against, "against: only with analyse=true")
+    require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
+    settings = replace_settings(load_recorded_settings(run), values)
+    settings.hardware.check_installed()
+    record = Record(run.resolve())
+    if folder:
+        return export_command(settings, record, Path(folder), dtype or settings.model.dtype)
+    if analyse == "true":
+        return analyse_command(settings, record, Path(against) if against else None, values)
+    with import_heavy_libraries():
+        from dual_lora.lab.evaluate.reevaluation import reevaluate_run
+
+    return reevaluate_run(settings, record)
+
+
+def analyse_command(settings: Settings, record: Record, against: Path | None, values: dict[str, str | int]) -> int:
+    """Check that a run, and the one it is compared to, can be analysed, and do it."""
+    require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    other = None
+    if against:
+        other = replace_settings(load_recorded_settings(against, "against"), values), Record(against.resolve())
+        require(other[1].result() is not None, f"against={against}: not finished, it has no result.json")
+        require(
+            other[0].model.name == settings.model.name and identify_weights(other[0]) == identify_weights(settings),
+            f"against={against}: its model is {other[0].model.name}, this run's is {settings.model.name}; "
+            "only changes of the same weights compare",
+        )
+    with import_heavy_libraries():
+        from dual_lora.lab.weights.analyse import analyse_run
+
+    print(analyse_run(settings, record, other))
+    return EXIT_OK
+
+
+def export_command(settings: Settings, record: Record, folder: Path, dtype: str) -> int:
+    """Check where a run is to be exported to, and export it."""
+    replace(settings.model, dtype=dtype)  # checks its name
+    require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")
+    require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
+    check_writable(folder, "give another folder as export=DIR")
+    with import_heavy_libraries():
+        from dual_lora.lab.evaluate.export import export_model
+
+    print(export_model(settings, record, folder, dtype))
+    return EXIT_OK

@@ -1,0 +1,91 @@
+"""`sweep.py`: run what an experiment needs, then write its report."""
+
+import sys
+import traceback
+
+from dual_lora.lab.commands.train import plan_runs
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import list_choices, parse_overrides
+from dual_lora.lab.config.secrets import redact_secrets
+from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.record.run import prepare_runs
+from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
+from dual_lora.lab.study.experiment import Cell, Experiment
+from dual_lora.lab.study.launch import check_launcher, select_launcher_words
+from dual_lora.lab.study.outcome import Outcome, find_outcomes
+from dual_lora.lab.study.schedule import run_cells
+from dual_lora.lab.system.distributed import check_process_count, is_first_process
+from dual_lora.lab.system.files import translate_write_errors
+
+
+def sweep_command(argv: list[str]) -> int:
+    """Do what `sweep.py` is asked: run the missing cells (unless run=false) of one or more experiments, then write the
+    reports. All cells are composed and checked before the first one runs."""
+    given = dict(a.partition("=")[::2] for a in argv)
+    require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(list_choices('experiment'))}")
+    run = given.get("run", "true")
+    require(run in ("true", "false"), f"run={run}: true or false")
+    launcher = select_launcher_words(argv)
+    extra = [a for a in argv if a not in launcher and a.partition("=")[0] not in ("experiment", "scale", "run")]
+    parse_overrides(launcher)
+    check_launcher(argv)
+    names = list_choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
+    asked_for = [Experiment.load(name, given.get("scale")) for name in names]
+    composed = [(experiment, experiment.compose(extra)) for experiment in asked_for]
+    if any(cell.settings.plan for _, cells in composed for cell in cells):
+        return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
+    for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
+        check_process_count(cell.settings)
+        cell.settings.hardware.check_installed()
+    codes = [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
+    return min((code for code in codes if code), default=EXIT_OK)
+
+
+def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str] | None) -> int:
+    """Run what is missing of an experiment (None: nothing), write its report, print it and return the exit code."""
+    study, run = cells[0].settings.study, launcher is not None
+    code = run_cells(cells, study, launcher) if run else EXIT_OK
+    if not is_first_process():
+        return code
+    try:
+        told = report_experiment(experiment, cells, run)
+    except UserError as error:
+        print(f"{experiment.name}: no report: {error}", file=sys.stderr)
+        told = EXIT_USER
+    except Exception:  # one report is not to cost the others
+        print(f"{experiment.name}: no report\n{redact_secrets(traceback.format_exc())}", file=sys.stderr)
+        told = EXIT_FAILED
+    return code or told
+
+
+def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> int:
+    """Write an experiment's report from the records, print it and return the exit code. run: analyse what is not yet,
+    and mirror the report."""
+    from dual_lora.lab.report.table import find_unreadable
+    from dual_lora.lab.report.write import mirror_report, write_report
+
+    study = cells[0].settings.study
+    folder, done = paths.RUNS / study / "report", find_outcomes(cells, study)
+    lost = experiment.analyse and run and not analyse_outcomes(done)
+    with translate_write_errors(folder):
+        print(write_report(experiment, done, folder))
+    for trouble in (troubles := find_unreadable(experiment, done)):
+        print(f"not read: {trouble}", file=sys.stderr)
+    if run:
+        mirror_report(experiment, done, folder)
+    missing = run and any(cell.result is None for cell in done)
+    return EXIT_USER if missing or troubles or lost else EXIT_OK
+
+
+def analyse_outcomes(done: list[Outcome]) -> bool:
+    """Analyse what is not yet and return whether all of it could be; why not is told."""
+    from dual_lora.lab.report.ranks import analyse_missing
+
+    whole = True
+    for cell in done:
+        try:
+            analyse_missing([cell])
+        except Exception as error:
+            print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
+            whole = False
+    return whole

@@ -1,0 +1,76 @@
+"""Beam search from which every prompt leaves the batch as soon as its own search is done."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from dual_lora.lab.evaluate.cache import expand_cache
+
+IMPOSSIBLE = -1e9  # the score of what must not go on
+
+
+def search_beams(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **inputs: Tensor | Cache,
+) -> Tensor:
+    """Return the best sequence of each prompt, prompts x tokens, padded behind its end.
+
+    To be given to `generate` as `custom_generate`; the sequences are those of its own beam search, which computes on
+    for all prompts of a batch until the last of them is done (they may differ where early_stopping meets more beams
+    than there are tokens to choose from). input_ids: (prompts * beams) x tokens, of which `inputs["past_key_values"]`
+    holds all but the last, one row a prompt.
+    """
+    config, beams = generation_config, generation_config.num_beams
+    start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id
+    candidates = max(2, 1 + len(config._eos_token_tensor)) * beams  # enough of them go on whichever end
+    cache, attention_mask = inputs["past_key_values"], inputs["attention_mask"]
+    if attention_mask is None:  # `generate` drops one without zeros
+        attention_mask = torch.ones_like(input_ids)
+    tokens = input_ids.unflatten(0, (-1, beams))
+    scores = torch.full(tokens.shape[:2], IMPOSSIBLE, device=tokens.device)
+    scores[:, 0] = 0  # at first all beams of a prompt are one
+    found, best = tokens, torch.full_like(scores, -torch.inf)
+    places = torch.arange(len(tokens), device=tokens.device)
+    results = torch.full((len(tokens), end), fill, device=tokens.device)
+    while len(places):
+        rows = tokens.flatten(0, 1)
+        first = rows.shape[1] == start
+        seen = slice(None, None, beams if first else 1)
+        logits = model(
+            input_ids=rows[seen, -1:],
+            attention_mask=attention_mask[seen],
+            position_ids=attention_mask[seen].sum(-1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        if first:
+            expand_cache(cache, beams, end - start)
+            logits = logits.repeat_interleave(beams, 0)
+        gains = logits_processor(rows, logits.float().log_softmax(-1)).unflatten(0, (-1, beams))
+        sums, chosen = (scores[..., None] + gains).flatten(1).topk(candidates)
+        parents, words = chosen // gains.shape[-1], chosen % gains.shape[-1]
+        grown = torch.cat([tokens.take_along_dim(parents[..., None], 1), words[..., None]], -1)
+        ended = stopping_criteria(grown.flatten(0, 1), None).unflatten(0, (-1, candidates))
+        length = grown.shape[-1] - start
+
+        ending = (sums / length**config.length_penalty).masked_fill(~ended, -torch.inf)[:, :beams]
+        best, order = torch.cat([best, ending], 1).topk(beams)
+        found = torch.cat([pad(found, (0, 1), value=fill), grown[:, :beams]], 1).take_along_dim(order[..., None], 1)
+        scores, order = (sums + ended * IMPOSSIBLE).topk(beams)
+        tokens, parents = grown.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
+
+        full = best.isfinite().all(1)
+        reach = end - start if config.early_stopping == "never" and config.length_penalty > 0 else length
+        hopeless = scores[:, 0] / reach**config.length_penalty <= best[:, -1]
+        done = ended.all(1) | (full & (hopeless | (config.early_stopping is True)))
+        results[places[done], : grown.shape[-1]] = found[done, 0]
+        rows = (torch.arange(len(places), device=parents.device)[:, None] * beams + parents)[~done].flatten()
+        cache.reorder_cache(rows)
+        attention_mask = pad(attention_mask[rows], (0, 1), value=1)
+        tokens, scores, found, best, places = (t[~done] for t in (tokens, scores, found, best, places))
+    return results

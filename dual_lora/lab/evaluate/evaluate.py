@@ -1,0 +1,115 @@
+"""Outputs of a model on a task's evaluation splits, judged and scored by the task.
+
+The outputs do not depend on the batch size: rows are padded on the side the model expects with the attention mask set,
+and put back into their own order.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import is_out_of_memory, require
+from dual_lora.lab.evaluate.predict import classify_rows, generate_texts, score_choices
+from dual_lora.lab.model.load import autocast_products, is_sharded
+from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
+from dual_lora.lab.system.memory import keep_freed_memory
+from tasks import Split, Task
+from tasks.base import Output, Row
+
+
+def evaluate_splits(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    splits: dict[str, Split],
+    settings: Settings,
+    title: str = "evaluate",
+) -> tuple[dict[str, float], list[Row]]:
+    """Return the task's scores (fractions) and one row an example: split, id, output, and how it was judged."""
+    judged: dict[str, list[Row]] = {}
+    predictions: list[Row] = []
+    for name, split in splits.items():
+        rows = split.rows
+        given = compute_outputs(model, tokenizer, task, list(rows), settings, title)
+        judged[name] = [task.judge(row, output) for row, output in zip(rows, given, strict=True)]
+        if task.choices(rows[0]):
+            ranked = compute_outputs(
+                model, tokenizer, task, list(rows), settings, f"{title}, likelihoods", score_choices
+            )
+            judged[name] = [v | task.judge_choice(row, s) for v, row, s in zip(judged[name], rows, ranked, strict=True)]
+        for row, output, verdict in zip(rows, given, judged[name], strict=True):
+            predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
+    scores = task.score(judged)
+    for name, score in scores.items():
+        require(math.isfinite(score), f"{title}: {name} is {score}; the outputs cannot be scored")
+    return scores, predictions
+
+
+def find_warnings(task: Task, predictions: list[Row]) -> list[str]:
+    """Return what is wrong with most of a split's texts: they are empty, or hold no answer."""
+    found = []
+    for name in dict.fromkeys(row["split"] for row in predictions) if task.form == "generation" else ():
+        rows = [row for row in predictions if row["split"] == name]
+        empty = sum(not row["output"].strip() for row in rows)
+        mute = sum(not row.get("answer", row["output"]) for row in rows)
+        if empty > len(rows) / 2:
+            found.append(f"{name}: {empty} of {len(rows)} outputs are empty")
+        elif mute > len(rows) / 2:
+            found.append(f"{name}: {mute} of {len(rows)} outputs have no answer in them")
+    return found
+
+
+def compute_outputs(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: list[Row],
+    settings: Settings,
+    title: str,
+    ask: Callable | None = None,
+) -> list[Output]:
+    """Return the model's output for every row: a class index, a number or a text; or what `ask` asks for."""
+    keep_freed_memory()
+    training = model.training
+    model.eval()
+    ask = ask or (generate_texts if task.form == "generation" else classify_rows)
+
+    def asked(rows: list[Row]) -> list[Output]:
+        return ask(model, tokenizer, task, rows, settings)
+
+    texts = [row.get("prompt") or row["text"] + row["text_pair"] for row in rows]
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    size = settings.eval.batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    alone = not is_sharded(model)  # else the processes need each other's weights and do every batch together
+    mine = batches[get_process_index() :: count_processes()] if alone else batches
+    found: list[tuple[int, Output]] = []
+    bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=not is_first_process())
+    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # gathered weights serve training later
+    with bar, no_gradients, autocast_products(model, settings, task):
+        for batch in bar:
+            found += zip(batch, split_until_fits(asked, [rows[i] for i in batch], halve=alone), strict=True)
+    for module in () if alone else model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # training must gather again, with gradients
+    model.train(training)
+    output = dict(gather_items(found) if alone else found)
+    return [output[i] for i in range(len(rows))]
+
+
+def split_until_fits(ask: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
+    """Return what `ask` makes of the rows, of half of them at a time where memory does not suffice for all (`halve`): a
+    smaller `eval.batch_size` would be another run, and its training lost."""
+    try:
+        return ask(rows)
+    except Exception as error:
+        if not halve or len(rows) == 1 or not is_out_of_memory(error):
+            raise
+    middle = len(rows) // 2  # behind the handler, where the error no longer holds what was computed
+    return [made for part in (rows[:middle], rows[middle:]) for made in split_until_fits(ask, part, halve)]

@@ -1,0 +1,114 @@
+"""What a model says of a batch of rows: a class, a number, a text, or the likelihood of given texts."""
+
+import torch
+from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, PreTrainedTokenizerBase
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate.beam_search import search_beams
+from dual_lora.lab.evaluate.cache import expand_cache, read_prompts
+from dual_lora.lab.model.encode import build_sentence_encoder, check_positions, encode_prompt
+from dual_lora.lab.model.load import unwrap_adapter
+from tasks import Task
+from tasks.base import Row
+
+
+def classify_rows(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> list[int] | list[float]:
+    columns = build_sentence_encoder(tokenizer, settings)
+    features = [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
+    batch = tokenizer.pad(features, return_tensors="pt").to(model.device)
+    logits = model(**batch).logits.float()
+    check_finite(logits)
+    return logits.squeeze(-1).tolist() if task.form == "regression" else logits.argmax(-1).tolist()
+
+
+def check_finite(scores: torch.Tensor) -> None:
+    """Refuse a model's scores, ... x choices, whose best is no number; some of them may be forbidden (-inf)."""
+    if not scores.amax(-1).isfinite().all():
+        said = "the model's outputs are no numbers; take model.dtype=float32, a lower train.lr or other weights"
+        raise UserError(said, diverged=True)
+
+
+class FiniteScores(LogitsProcessor):
+    """Refuses scores of a next token that are no numbers."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_finite(scores)
+        return scores
+
+
+def generate_texts(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> list[str]:
+    """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
+    prompts = [encode_prompt(tokenizer, row["prompt"], settings) for row in rows]
+    protocol = settings.task
+    check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
+    base = unwrap_adapter(model)
+    inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
+    if protocol.num_beams > 1:
+        inputs["custom_generate"] = search_beams
+    else:
+        expand_cache(inputs["past_key_values"], 1, protocol.max_new_tokens + 1)
+    start = inputs["input_ids"].shape[1]
+    made = base.generate(**inputs, **get_decoding_options(tokenizer, settings, start))
+    return tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)
+
+
+class NoRepeatInOutput(LogitsProcessor):
+    """Bans a token that would repeat an n-gram of the output, as LoRA's gpt2_beam.py does. transformers' own rule bans
+    those of the prompt, too, padding included, so that no name of n tokens could be copied from it."""
+
+    def __init__(self, size: int, start: int) -> None:
+        self.rule, self.start = NoRepeatNGramLogitsProcessor(size), start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.rule(input_ids[:, self.start :], scores)
+
+
+def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int) -> dict:
+    """Return the protocol's way of decoding, as `generate` takes it. start: the prompts' length with padding."""
+    protocol = settings.task
+    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
+    repeats = [NoRepeatInOutput(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else []
+    return {
+        "max_new_tokens": protocol.max_new_tokens,
+        "num_beams": protocol.num_beams,
+        "do_sample": False,
+        "use_cache": True,
+        "synced_gpus": False,
+        "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
+        "pad_token_id": tokenizer.pad_token_id,
+        "logits_processor": [FiniteScores(), *repeats],
+        **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
+    }
+
+
+def score_choices(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> list[list[float]]:
+    """Return the log-likelihood of each of `task.choices` after a row's prompt, summed over its tokens."""
+    prompts = [encode_prompt(tokenizer, row["prompt"], settings) for row in rows]
+    choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
+    many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
+    check_positions(model, max(map(len, prompts)) + longest, settings)
+    base = unwrap_adapter(model)
+    inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
+    expand_cache(inputs["past_key_values"], many, longest + 1)
+    texts = [ids for options in choices for ids in (options + options[:1] * many)[:many]]
+    ids = torch.tensor([text + [tokenizer.pad_token_id] * (longest - len(text)) for text in texts], device=base.device)
+    real = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts], device=base.device)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(many, 0), real], 1)
+    last = inputs["input_ids"][:, -1:].repeat_interleave(many, 0)
+    logits = base(
+        input_ids=torch.cat([last, ids], 1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1)[:, -longest - 1 :],
+        past_key_values=inputs["past_key_values"],
+        use_cache=True,
+    ).logits[:, :-1]
+    found = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mul(real).sum(-1).view(-1, many)
+    check_finite(found)
+    return [scores[: len(options)] for scores, options in zip(found.tolist(), choices, strict=True)]

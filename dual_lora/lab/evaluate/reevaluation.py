@@ -1,0 +1,87 @@
+"""A finished run evaluated again, from its record alone."""
+
+import torch
+from peft import PeftModel
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import require, translate_memory_errors, translate_read_errors
+from dual_lora.lab.evaluate.evaluate import evaluate_splits
+from dual_lora.lab.inputs.splits import load_scored_splits
+from dual_lora.lab.model.adapt import merge_adapter
+from dual_lora.lab.model.load import (
+    NO_CODE,
+    get_head_class,
+    is_sharded,
+    load_dequantised_model,
+    load_model,
+    load_tokenizer,
+    move_to_device,
+)
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.summary import format_comparison
+from dual_lora.lab.system.distributed import join_processes, share_from_first
+from dual_lora.lab.system.libraries import silence_libraries
+from dual_lora.lab.system.memory import suggest_fewer_rows
+from tasks import Task
+
+
+def reevaluate_run(settings: Settings, record: Record) -> int:
+    """Print the scores now beside the recorded ones, keep them as evaluation.json, return 0 if they are equal, else 1.
+
+    Raises:
+        UserError: the run is not finished, or the rows are not those it was evaluated on.
+    """
+    stored = record.result()
+    require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
+    silence_libraries()
+    join_processes()
+    task = load_task(settings)
+    require(
+        stored.get("task_version") in (task.version, None),
+        f"run={record.shown()}: done with version {stored.get('task_version')} of {task.name}, which is now version "
+        f"{task.version}; its scores are not to be had again",
+    )
+    splits = load_scored_splits(task, settings)
+    for name, split in splits.items():
+        same = split.facts()["sha256"] == stored["data"].get(name, {}).get("sha256")
+        require(
+            same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
+        )
+    model, tokenizer = load_trained_model(settings, record, task)
+    move_to_device(model)
+    if stored.get("merged"):
+        merge_adapter(model)
+    with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
+        metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
+    print(format_comparison(stored, metrics, record))
+    kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
+    share_from_first(lambda: record.write("evaluation.json", kept))
+    return 0 if metrics == stored["metrics"] else 1
+
+
+def load_trained_model(
+    settings: Settings, record: Record, task: Task, plain: bool = False
+) -> tuple[torch.nn.Module, object]:
+    """Return the model as it was when the run ended, and its tokenizer. plain: see `models.load_plain`.
+
+    Raises:
+        UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
+    """
+    record.check("config.yaml")
+    record.check_model(settings)
+    tuned = settings.method.peft is None
+    load = load_dequantised_model if plain else load_model
+    base, tokenizer = (None, load_tokenizer(settings)) if tuned else load(settings, task)
+    folder = record.folder / ("model" if tuned else "adapter")
+    name = "model.safetensors" if tuned else "adapter_model.safetensors"
+    mend = "run its command again with force=true"
+    whole = (folder / name).is_file() or (folder / f"{name}.index.json").is_file()  # the index of a large one's parts
+    require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {mend}")
+    with translate_read_errors(f"{folder}: cannot be loaded", mend):
+        if tuned:
+            model = get_head_class(task).from_pretrained(folder, use_safetensors=True, **NO_CODE)
+        else:
+            model = PeftModel.from_pretrained(base, folder)
+    record.check(folder.name)
+    return model, tokenizer

@@ -1,0 +1,201 @@
+"""A model in one GGUF file, the format of llama.cpp: what the file says of itself, read without torch.
+
+transformers turns such a file into a model and a tokenizer; what it would read otherwise than the file means is
+refused here, before anything heavy is loaded, or set right in `tokenizer`.
+"""
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dual_lora.lab.errors import UserError, get_first_line, require
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+# How the format writes a value, by its number for the type; beside these there are texts and lists.
+FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TEXT, LIST = 8, 9
+SAVED_MODEL_REMEDY = "give the saved Hugging Face model, model.path=DIR"
+# How byte-level tokenizers cut a text before they merge bytes, by llama.cpp's names (src/llama-vocab.cpp). transformers
+# knows a list of its own, and cuts all others as GPT-2 does.
+LIKE_GPT2 = {"gpt-2", "jais", "mpt", "olmo", "phi-2"}
+# Every digit alone, the rest as GPT-2.
+DIGITS = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+# A piece that is a token stays whole, whatever the merges, and a text begins with a special token unless the file says
+# otherwise, which transformers does not know.
+WHOLE = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral"}
+WHOLE |= {"tekken"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the weights: values by name (of a list None), names of tensors, and bytes up to there."""
+
+    values: dict[str, Any]
+    tensors: tuple[str, ...]
+    size: int
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture"))
+
+    @property
+    def cut(self) -> str | None:
+        """Return the name of the way the tokenizer cuts texts, None for tokenizers that are not byte-level."""
+        byte_level = self.values.get("tokenizer.ggml.model") == "gpt2"
+        return str(self.values.get("tokenizer.ggml.pre", "none told")) if byte_level else None
+
+
+class Cursor:
+    """A place in the bytes of a file; going beyond their end is an error."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def skip(self, size: int) -> None:
+        if self.at + size > len(self.data):
+            raise EOFError("it ends too early")
+        self.at += size
+
+    def number(self, kind: str) -> Any:
+        start = self.at
+        self.skip(struct.calcsize(f"<{kind}"))
+        return struct.unpack_from(f"<{kind}", self.data, start)[0]
+
+    def text(self) -> str:
+        length = self.number("Q")
+        self.skip(length)
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == TEXT:
+            return self.text()
+        return self.number(FORMATS[kind]) if kind != LIST else self.pass_list(self.number("I"), self.number("Q"))
+
+    def pass_list(self, kind: int, length: int) -> None:
+        if kind in FORMATS:
+            self.skip(length * struct.calcsize(f"<{FORMATS[kind]}"))
+            return
+        for _ in range(length):
+            self.value(kind)
+
+    def tensor(self) -> tuple[str, int]:
+        """Return a tensor's name and where it begins among the weights."""
+        name = self.text()
+        self.skip(8 * self.number("I") + 4)
+        return name, self.number("Q")
+
+
+def is_gguf_file(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def read_gguf_header(path: Path) -> Header:
+    """Return what a GGUF file says of itself, once it is seen that transformers reads it as it is meant.
+
+    Raises:
+        UserError: there is no such file, it is damaged or of another format, or it is not to be read here.
+    """
+    require(path.is_file(), f"model.path={path}: no such file; give a GGUF file, or the folder of a saved model")
+    stamp = path.stat()
+    return read_checked_header(path, stamp.st_size, stamp.st_mtime_ns)
+
+
+@cache
+def read_checked_header(path: Path, size: int, changed: int) -> Header:
+    """Return the header of a file as it was at a time."""
+    require(read_magic(path) == MAGIC, f"model.path={path}: not a GGUF file; {SAVED_MODEL_REMEDY}")
+    installed = find_spec("gguf") is not None
+    require(installed, f"model.path={path}: GGUF files need the package gguf; pip install -e '.[quantised]'")
+    try:
+        found = parse_header(path)
+    except (EOFError, ValueError, LookupError, RecursionError) as error:
+        raise UserError(f"model.path={path}: damaged ({get_first_line(error)}); get the file again") from error
+    check_gguf_model(path, found)
+    check_gguf_tokenizer(path, found)
+    return found
+
+
+def read_magic(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(len(MAGIC))
+
+
+def parse_header(path: Path) -> Header:
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = Cursor(data)
+        cursor.skip(len(MAGIC))
+        version, tensors, values = (cursor.number(kind) for kind in "IQQ")
+        if version not in VERSIONS:
+            raise ValueError(f"version {version}, known are 2 and 3")
+        told = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(values)}
+        places = dict(cursor.tensor() for _ in range(tensors))
+        found = Header(told, tuple(places), cursor.at)
+        cursor.skip(max(places.values(), default=0))  # where the last tensor begins must be within the file
+        return found
+
+
+def check_gguf_model(path: Path, found: Header) -> None:
+    """Refuse what transformers makes no model of, or one that computes something else."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+
+    known = {name.replace("_", "") for name in {*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}}
+    able = found.architecture.replace("-", "").replace("_", "") in known
+    require(able, f"model.path={path}: transformers reads no {found.architecture} from GGUF; {SAVED_MODEL_REMEDY}")
+    scaled = found.values.get(f"{found.architecture}.rope.scaling.type", "none") != "none"
+    scaled = scaled and found.architecture != "gpt-oss" or any(name.startswith("rope_") for name in found.tensors)
+    require(
+        not scaled,
+        f"model.path={path}: its positions are scaled, which transformers would ignore; {SAVED_MODEL_REMEDY}",
+    )
+
+
+def check_gguf_tokenizer(path: Path, found: Header) -> None:
+    """Refuse a tokenizer that would cut texts otherwise than the model has learned them."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    known = found.cut is None or found.cut in LIKE_GPT2 | DIGITS | set(GGUF_PRE_TOKENIZER_SPLITS)
+    require(
+        known, f"model.path={path}: how its tokenizer cuts texts ({found.cut}) is not known here; {SAVED_MODEL_REMEDY}"
+    )
+    glued = found.cut is None and found.values.get("tokenizer.ggml.add_space_prefix") is False
+    glued = glued and not found.architecture.startswith("gemma")
+    require(
+        not glued,
+        f"model.path={path}: its tokenizer puts no space before a text, transformers would; {SAVED_MODEL_REMEDY}",
+    )
+
+
+@cache
+def link_alone(path: Path) -> TemporaryDirectory:
+    """Return a folder, kept while Python runs, that holds a link to the file and nothing else: transformers would also
+    read an adapter or decoding settings that lie beside it."""
+    folder = TemporaryDirectory(prefix="gguf-")
+    (Path(folder.name) / path.name).symlink_to(path.resolve())
+    return folder
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """Return the file's own tokenizer as transformers makes it, cutting texts as the file says, without the token that
+    transformers adds to every byte-level vocabulary."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, parts, options = get_gguf_tokenizer(str(path))
+    backend, _ = convert_gguf_tokenizer(architecture, parts)
+    state, cut = json.loads(backend.to_str()), read_gguf_header(path).cut
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(parts["tokens"])]
+    if cut in DIGITS:
+        digits = {"type": "Digits", "individual_digits": True}
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, state["pre_tokenizer"]]}
+    if cut in WHOLE:
+        state["model"]["ignore_merges"] = True
+        options.setdefault("add_bos_token", True)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **options)

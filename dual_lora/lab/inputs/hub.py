@@ -1,0 +1,49 @@
+"""Whether the Hugging Face hub can be reached, asked once: without it only the cache is used, at once instead of after
+a minute of the libraries' retries."""
+
+import functools
+import socket
+import urllib.request
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import datasets
+from huggingface_hub import constants
+
+from dual_lora.lab.errors import UserError
+
+CONNECT_SECONDS = 5.0  # for the hub to take a connection
+
+
+def parse_hub_address() -> tuple[str, int]:
+    """Return the hub's host and port.
+
+    Raises:
+        UserError: HF_ENDPOINT names none.
+    """
+    place = urlsplit(constants.ENDPOINT)
+    with suppress(ValueError):  # of a port that is no number
+        if place.hostname and place.scheme in ("http", "https"):
+            return place.hostname, place.port or (443 if place.scheme == "https" else 80)
+    raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: no address; give one like https://huggingface.co")
+
+
+@functools.cache
+def is_hub_unreachable() -> bool:
+    """Return whether nobody answers at the hub's address; behind a proxy that cannot be told, so it is not said."""
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() - {"no"}:
+        return False
+    where = parse_hub_address()
+    try:
+        socket.create_connection(where, CONNECT_SECONDS).close()
+    except OSError:
+        return True
+    return False
+
+
+def use_cache_if_unreachable(models: bool = False, data: bool = False) -> None:
+    """Let models or data sets come from the cache alone where the hub is cut off."""
+    if models and is_hub_unreachable():
+        constants.HF_HUB_OFFLINE = True
+    if data and is_hub_unreachable():
+        datasets.config.HF_HUB_OFFLINE = True

@@ -1,0 +1,1 @@
+"""Base models, the methods that adapt them, and the encoding of rows as model inputs."""

@@ -1,0 +1,98 @@
+"""From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
+
+from collections.abc import Callable
+
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import require
+from tasks import Task
+from tasks.base import Row
+
+IGNORED_LABEL = -100  # label of a token without loss
+
+
+def encode_rows(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+    """Return the rows as model inputs with labels, truncated to `task.max_length` tokens."""
+    columns = (
+        build_generation_encoder(tokenizer, settings)
+        if task.form == "generation"
+        else build_sentence_encoder(tokenizer, settings)
+    )
+    return Dataset.from_list([columns(row) for row in rows.to_list()])
+
+
+def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
+    """Refuse inputs longer than the model has positions for.
+
+    Raises:
+        UserError: with the model's limit.
+    """
+    limit = get_position_limit(model) or tokens
+    require(
+        tokens <= limit,
+        f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, the data needs "
+        f"{tokens} with task.max_new_tokens; lower task.max_length or take another model",
+    )
+
+
+def get_position_limit(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model has positions for; None if there is no such limit. RoBERTa's positions begin
+    behind that of padding."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(places, "padding_idx", None)
+    return limit and limit - (0 if padding is None else padding + 1)
+
+
+def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
+    def columns(row: Row) -> dict:
+        pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
+        found = tokenizer(*pair, truncation=True, max_length=settings.task.max_length)
+        where = f"task={settings.task.name}: {row['id']} is empty"
+        require(found["input_ids"], f"{where}, and {settings.model.name} puts no token of its own; remove the row")
+        return {**found, "labels": row["label"]}
+
+    return columns
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings) -> list[int]:
+    """Return a prompt's tokens with the special tokens the model expects in front, and none behind but its own. With
+    model.chat it is what a user says in the tokenizer's chat template, which brings the special tokens itself."""
+    if settings.model.chat:
+        return tokenizer(apply_chat_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"]
+    added = ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids
+
+
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Return what a model reads before it answers a user who says `prompt`."""
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
+    """Return the encoder of prompt, target and end of text; the prompt carries loss only if the task says so."""
+
+    def columns(row: Row) -> dict:
+        prompt = encode_prompt(tokenizer, row["prompt"], settings)
+        target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = (prompt + target)[: settings.task.max_length]
+        labels = (prompt if settings.task.loss_on_prompt else [IGNORED_LABEL] * len(prompt)) + target
+        require(
+            any(label != IGNORED_LABEL for label in labels[: len(ids)]),
+            f"task.max_length={settings.task.max_length}: the prompt of {row['id']} is {len(prompt)} tokens, so "
+            "nothing of its target is trained on; raise it",
+        )
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[: len(ids)]}
+
+    return columns
+
+
+def build_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable:
+    """Return the function that pads a batch to its longest example."""
+    if task.form == "generation":
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED_LABEL)
+    return DataCollatorWithPadding(tokenizer)

@@ -1,0 +1,96 @@
+"""A run's identity: a hash of every fact that can change a digit of its result.
+
+Settings, task version, data and weights are such facts, so the same facts find the same folder. Where the files
+are, and what is logged where, is not among them.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tasks
+from dual_lora.lab.config.paths import resolve_path
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task, translate_task_errors
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs.model_files import identify_weights
+from dual_lora.lab.record.record import Record
+
+# method.lr is where train.lr has its value from, if it has no other.
+NOT_IDENTITY = {
+    "model": {"path", "architecture"},
+    "task": {"train_rows"},
+    "method": {"lr"},
+    "train": {"save_steps", "save_minutes", "log_steps"},
+    "eval": {"before"},
+}
+
+
+def find_init_weights(settings: Settings) -> Path:
+    """Return the weights file of the run `init_from` names.
+
+    Raises:
+        UserError: there is none, or another method or model trained it.
+    """
+    folder = resolve_path("init_from", settings.init_from)
+    file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
+    if not (folder / "result.json").is_file() or not file.is_file():
+        raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
+    result = Record(folder).result()
+    for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
+        if result[part] != mine:
+            raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
+    Record(folder).check(file.parent.name)
+    return file
+
+
+def select_identity_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that can change a digit of the result. What is null or empty is left out, so that a setting
+    added later does not rename the runs that were done without it."""
+    values = asdict(settings)
+    kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
+    where = settings.hardware
+    kept["hardware"] = {"devices": where.devices, "sharding": where.sharding} if where.devices > 1 else {}
+    kept["hardware"] |= {"base": where.base}
+    kept["init_from"] = Path(settings.init_from).name if settings.init_from else None
+    for group, keys in NOT_IDENTITY.items():
+        kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
+    kept["train"]["group_by_length"] = settings.train.group_by_length or None
+    kept["model"]["chat"] = settings.model.chat or None
+    return drop_empty(kept)
+
+
+def collect_identity_facts(settings: Settings) -> dict[str, Any]:
+    """Return everything that can change a digit of the result: settings, task version, data and weights."""
+    task = load_task(settings)
+    if settings.data_dir:
+        resolve_path("data_dir", settings.data_dir)
+    with translate_task_errors():
+        data = task.source(settings.data_dir)
+    found = {
+        **select_identity_settings(settings),
+        "weights": identify_weights(settings),
+        "data": data,
+        "task_version": task.version,
+    }
+    return found | ({"init_weights": tasks.base.file_sha256(find_init_weights(settings))} if settings.init_from else {})
+
+
+def drop_empty(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values without those that are null or empty."""
+    kept = {key: drop_empty(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value not in (None, {}, [])}
+
+
+def compute_identity(settings: Settings) -> str:
+    """Return the run's name: what a reader wants to see, then ten hexadecimal digits over all facts."""
+    text = json.dumps(collect_identity_facts(settings), sort_keys=True)
+    names = (settings.model.name, settings.task.name.replace("/", "-"), settings.method.name, f"s{settings.seed}")
+    return "_".join(names) + "_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def serialize_identity_settings(settings: Settings) -> str:
+    """Return what of a run is asked for, whatever data and weights it is done with: its settings as canonical text."""
+    return json.dumps(select_identity_settings(settings), sort_keys=True)

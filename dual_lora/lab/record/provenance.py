@@ -1,0 +1,128 @@
+"""Versions, machine and code a run was done with."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.secrets import redact_secrets
+from dual_lora.lab.system.distributed import count_processes
+from dual_lora.lab.system.sealed import hash_file
+
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
+PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf", "bitsandbytes")
+# Variables of the environment that change which kernels run or in which order numbers are added.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TRITON_INTERPRET",
+)
+VARIABLES += ("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
+VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
+# What of the repository can change a digit of a run, as git names paths.
+CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
+# What of a try at a run that went on stays in its environment.
+ATTEMPT_FIELDS = ("started", "commit", "uncommitted_changes", "code")
+
+
+def get_installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def run_git(*args: str) -> str | None:
+    """Return what git says of this repository; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", paths.ROOT, *args], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def has_uncommitted_changes() -> bool | None:
+    """Return whether code or settings are not those of the commit, new files included; None where git does not tell."""
+    said = run_git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+    return None if said is None else bool(said)
+
+
+def merge_environments(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment of a run that goes on: today's, with the commits of its earlier tries, and clean only if
+    all of them were."""
+    earlier = [*begun.get("earlier_commits", []), begun.get("commit")]
+    doubts = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
+    found = {"uncommitted_changes": True if True in doubts else None if None in doubts else False}
+    found["earlier_tries"] = [*begun.get("earlier_tries", []), {name: begun.get(name) for name in ATTEMPT_FIELDS}]
+    found["earlier_commits"] = [c for c in dict.fromkeys(earlier) if c != now["commit"]]
+    return now | found | {"started": begun.get("started", now["started"])}
+
+
+@cache
+def hash_code() -> str:
+    """Return a SHA-256 over the code and the values this process began with."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*paths.ROOT.glob("dual_lora/**/*.py"), *paths.ROOT.glob("tasks/**/*.py"), *paths.ROOT.glob("conf/**/*.yaml")]
+    ):
+        digest.update(f"{path.relative_to(paths.ROOT)} {hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what beside the facts can change a digit of a result: versions, machine, how it computes, code."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "packages": {p: get_installed_version(p) for p in PACKAGES},
+        "platform": platform.platform(),
+        "processor": get_processor_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": "cuda" if cuda else "cpu",
+        "accelerator": torch.cuda.get_device_name() if cuda else None,
+        "devices": torch.cuda.device_count() if cuda else 1,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "processes": count_processes(),
+        "threads": torch.get_num_threads(),
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "deterministic": {
+            "algorithms": torch.are_deterministic_algorithms_enabled(),
+            "cudnn": torch.backends.cudnn.deterministic,
+            "benchmark": torch.backends.cudnn.benchmark,
+        },
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "commit": run_git("rev-parse", "HEAD"),
+        "uncommitted_changes": has_uncommitted_changes(),
+        "code": hash_code(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": [redact_secrets(word) for word in sys.argv],
+    }
+
+
+def get_processor_name() -> str:
+    """Return the processor's name as Linux tells it, or Python's word for it elsewhere."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def is_committed(made_with: dict) -> bool:
+    """Whether a run was done with code that a commit holds, as far as its environment tells."""
+    return made_with.get("uncommitted_changes") is False

@@ -1,0 +1,49 @@
+"""What a run prints when it is done."""
+
+from typing import Any
+
+from tabulate import tabulate
+
+import tasks
+from dual_lora.lab.record.record import Record
+
+
+def format_summary(result: dict[str, Any], record: Record) -> str:
+    """Return a finished run as a small table of scores (in percent), and what it trained, how long, and where it is."""
+    before = result["metrics_before"] or {}
+    ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
+    table = format_scores(result["task"], ordered, before=before, after=result["metrics"])
+    share = result["trainable_parameters"] / result["parameters"]
+    facts = [
+        ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
+        [
+            "time",
+            f"{result['train_seconds']:.1f} s for {result['steps']} steps, "
+            f"{result['tokens_per_second']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ],
+        ["record", record.shown()],
+    ]
+    facts += [["warning", text] for text in result.get("warnings", ())]
+    title = f"{result['model']}  {result['task']}  {result['method']}  seed {result['seed']}"
+    return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def format_comparison(result: dict[str, Any], now: dict[str, float], record: Record) -> str:
+    """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
+    table = format_scores(result["task"], list(now), recorded=result["metrics"], now=now)
+    verdict = "reproduced exactly" if result["metrics"] == now else "NOT reproduced"
+    return f"{table}\n\n{verdict}: {record.shown()}"
+
+
+def format_scores(task: str, names: list[str], **columns: dict[str, float]) -> str:
+    """Return a table of the named scores: in percent, but as they are where the task says so."""
+    plain = tasks.load(task).plain
+    rows = [[name, *(format_score(column.get(name), name in plain) for column in columns.values())] for name in names]
+    aligned = ("left", *("right" for _ in columns))
+    return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
+
+
+def format_score(value: float | None, plain: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if plain else f"{100 * value:.1f}"

@@ -1,0 +1,1 @@
+"""Reports of experiments, from run records alone."""

@@ -1,0 +1,61 @@
+"""What a report says of learning rates: what each row has, and how it came by it."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from dual_lora.lab.present.document import MISSING, Table
+from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.report.values import format_value, get_heading, get_place
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome
+
+# Stands behind a rate that is the lowest or highest of its grid.
+EDGE = "(edge)"
+
+
+def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:
+    """Yield how each row came by its learning rate."""
+    tune = experiment.tune
+    for label in experiment.cells:
+        cells = [cell for cell in done if cell.cell.label == label]
+        used = sorted({cell.rate for cell in cells} - {None})
+        text = ", ".join(f"{rate:g}" for rate in used) or "not chosen yet"
+        if tune and label in tune.grid:
+            grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
+            grid += " times the rate of its protocol" if tune.relative else ""
+            trials = {trial for cell in cells for trial in map(serialize_identity_settings, cell.cell.tuning)}
+            diverged = sorted({rate for cell in cells for rate in cell.diverged})
+            lost = f"; training diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
+            edge = (
+                f"; {EDGE}: at an edge of the grid, where the best may lie beyond"
+                if any(map(is_at_edge, cells))
+                else ""
+            )
+            yield (
+                f"learning rate, {label}: {text}; chosen from {grid} ({len(trials)} runs, {len(tune.grid[label])} a "
+                f"point) by the main score on {tune.where()}, seed {tune.seed}{lost}{edge}"
+            )
+        else:
+            yield f"learning rate, {label}: {text}; given, not tuned here"
+
+
+def is_at_edge(cell: Outcome) -> bool:
+    """Whether a rate was chosen that is the lowest or highest of its grid."""
+    grid = [trial.train.lr for trial in cell.cell.tuning]
+    return bool(grid) and cell.rate in (min(grid), max(grid))
+
+
+def tabulate_learning_rates(experiment: Experiment, done: list[Outcome]) -> Table:
+    """Return the learning rates by model, task and what else heads rows and columns, a column for each label."""
+    lines: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
+    for cell in done:
+        where = {"model": cell.settings.model.name, "task": cell.settings.task.name}
+        where |= {get_heading(key): format_value(value) for key, value in get_place(experiment, cell).items()}
+        text = MISSING if cell.rate is None else f"{cell.rate:g}{f' {EDGE}' if is_at_edge(cell) else ''}"
+        lines.setdefault(tuple(where.items()), {}).setdefault(cell.cell.label, []).append(text)
+    rows = [
+        {**dict(where), **{label: ", ".join(dict.fromkeys(t)) for label, t in texts.items()}}
+        for where, texts in lines.items()
+    ]
+    return Table(pd.DataFrame(rows).fillna(""), f"Learning rates; {EDGE}: at an edge of the grid it was chosen from.")

@@ -1,0 +1,103 @@
+"""The part of a report that tells what runs did to their weights: Figure 3 of arXiv 2512.03402 with its null."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
+from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.weights.analyse import (
+    RANK_KINDS,
+    UPDATE_ENTRIES,
+    analyse_run,
+    drop_histograms,
+    format_median,
+    format_with_null,
+)
+from dual_lora.lab.weights.histogram_figure import draw_histograms
+from dual_lora.lab.weights.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
+
+ANALYSIS_FILE = "analysis.json"
+RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
+
+
+def analyse_missing(done: list[Outcome]) -> None:
+    """Analyse every finished run that is not yet."""
+    for cell in done:
+        if cell.result and not (cell.record.folder / ANALYSIS_FILE).is_file():
+            print(f"analysing {cell.record.name}", flush=True)
+            alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
+            analyse_run(replace(cell.settings, hardware=alone), cell.record)
+
+
+def iterate_rank_blocks(done: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield the ranks of dW in short, the figures, and all medians, as far as runs are analysed."""
+    found = read_analyses(done)
+    if not found:
+        return
+    runs = [load_analysed_run(name, content) for name, content in found.items()]
+    yield Text("Ranks of the update", heading=True)
+    yield Table(
+        tabulate_update_ranks(runs),
+        "dW in short: median over layers of its numerical rank | its stable rank. Random: factors of the same shapes.",
+    )
+    for kind, name in RANK_TITLES.items():
+        yield Image(draw_ranks(runs, folder, kind), f"{name.capitalize()} by layer; dashed: random factors.")
+    yield Table(tabulate_by_role(runs, iterate_entries), "Entries of dW: medians over layers, the run's | its null's.")
+    ramps = {name: content.get("update_scale") for name, content in found.items()}
+    if told := tuple(f"{name}: {RAMP.format(f=f)}" for name, f in ramps.items() if f not in (None, 1)):
+        yield Text(items=told)
+    yield Table(tabulate_by_role(runs, iterate_ranks), "All ranks: medians over layers, the run's | its null's.")
+    for number, (name, content) in enumerate(found.items()):
+        if path := draw_histograms(content, folder, f"histograms_{number}"):
+            yield Image(path, f"{name}: the entries of both groups; dashed: random factors.")
+
+
+def read_analyses(done: list[Outcome]) -> dict[str, dict]:
+    """Return the analyses of finished runs by label, and seed where there are several."""
+    several, found = len({cell.settings.seed for cell in done}) > 1, {}
+    for cell in done:
+        if cell.result and (cell.record.folder / ANALYSIS_FILE).is_file():
+            name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
+            found[name] = cell.record.read(ANALYSIS_FILE)
+    return found
+
+
+def load_analysed_run(name: str, content: dict) -> AnalysedRun:
+    return AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
+
+
+def tabulate_update_ranks(runs: list[AnalysedRun]) -> pd.DataFrame:
+    """Return the ranks of dW, a row for each role, a column for each run and each method's null."""
+    lines = {}
+    for run in runs:
+        for (role, out, fan_in), group in run.rows.groupby(list(PLACE_COLUMNS), sort=False):
+            line = lines.setdefault((role, out, fan_in), {"role": role, "weight": f"{out} x {fan_in}"})
+            for name, null in ((run.name, ""), (f"random, {run.method}", "_null")):
+                line[name] = " | ".join(format_median(group[f"overall_{kind}{null}"]) for kind in RANK_TITLES)
+    return pd.DataFrame(lines.values()).fillna(MISSING)
+
+
+def tabulate_by_role(
+    runs: list[AnalysedRun], cells: Callable[[AnalysedRun, pd.DataFrame], Iterator[dict[str, str]]]
+) -> pd.DataFrame:
+    """Return a table of what `cells` tells of the weights of each role."""
+    lines = []
+    for run in runs:
+        for (role, out, fan_in), group in run.rows.groupby(list(PLACE_COLUMNS), sort=False):
+            lines += [{"run": run.name, "role": role, "weight": f"{out} x {fan_in}", **c} for c in cells(run, group)]
+    return pd.DataFrame(lines)
+
+
+def iterate_ranks(run: AnalysedRun, group: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Yield the ranks of each part of dW."""
+    for part, label in run.labels.items():
+        pairs = {kind.replace("_", " "): format_with_null(group, f"{part}_{kind}") for kind in RANK_KINDS}
+        yield {"of": label, **pairs}
+
+
+def iterate_entries(_: AnalysedRun, group: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Yield zeros, dead rows, size beside the weight's, and flipped signs of dW."""
+    yield {name.replace("_", " "): format_with_null(group, name) for name in UPDATE_ENTRIES}

@@ -1,0 +1,241 @@
+"""The table of an experiment, and the notes a reader needs with it."""
+
+from collections.abc import Callable, Iterator
+from itertools import count, product
+from string import ascii_lowercase
+
+import numpy as np
+import pandas as pd
+
+import tasks
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.present.document import MISSING, Table
+from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
+from dual_lora.lab.report.comparison import describe_weights, read_predictions
+from dual_lora.lab.report.learning_rates import describe_learning_rates
+from dual_lora.lab.report.published import find_published_lines
+from dual_lora.lab.report.ranks import ANALYSIS_FILE
+from dual_lora.lab.report.values import FIELDS, MARKS, Column, get_heading, get_unit, list_columns
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome
+
+# Scores of which less is better.
+LOWER_IS_BETTER = ("TER",)
+# How many runs with other records the notes name.
+MAX_NAMED_RUNS = 5
+
+
+def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
+    """Return what the report needs and finished runs do not have."""
+    found = []
+    for cell in done:
+        for check in iterate_checks(experiment) if cell.result else ():
+            try:
+                check(cell)
+            except UserError as error:
+                found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], object]]:
+    """Yield what reads the files of a run that the report tells of."""
+    yield lambda cell: cell.record.read("environment.json", *ENVIRONMENT_FIELDS)
+    if experiment.baselines:
+        yield read_predictions
+    if experiment.analyse:
+        yield lambda cell: cell.record.read(ANALYSIS_FILE, "rows", "labels")
+
+
+def letter_reasons(values: pd.DataFrame) -> dict[str, str]:
+    """Return a letter for every reason why a value is missing: a to z, then aa, ab and so on."""
+    reasons = dict.fromkeys(values.loc[values["value"].isna(), "reason"].dropna())
+    return dict(zip(reasons, iterate_letters(), strict=False))
+
+
+def iterate_letters() -> Iterator[str]:
+    for size in count(1):
+        yield from map("".join, product(ascii_lowercase, repeat=size))
+
+
+def build_main_table(
+    experiment: Experiment, done: list[Outcome], values: pd.DataFrame, reasons: dict[str, str]
+) -> Table:
+    """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
+    and rank below ours."""
+    found, lines, best, aside = list_columns(experiment, done), [], [], []
+    groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
+    parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
+    runs = {place: [done[i] for i in sorted(set(part["cell"]) - {-1})] for place, part in parts.items()}
+    tops, quotes = (
+        {name: find_best(group, found, experiment) for name, group in groups},
+        find_published_lines(experiment, done, runs),
+    )
+    for (name, label), part in parts.items():
+        heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
+        cells = {format_head(c): format_cell(part[part["column"] == c.head], c, done, reasons) for c in found}
+        lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
+        best.append({key: (label, key) in tops[name] for key in lines[-1]})
+        for table, cells in quotes.get((name, label), {}).items():
+            aside.append(len(lines))
+            cells = {format_head(c): cells[c.head] for c in found if c.head in cells}
+            lines.append({**heads, "method": f"{label} [{table}]", **cells})
+            best.append({})
+    cells = pd.DataFrame(lines).fillna("")
+    bold = pd.DataFrame(best).reindex(columns=cells.columns).fillna(False).astype(bool)
+    return Table(cells, describe_table(experiment, done), bold, frozenset(aside))
+
+
+def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
+    """Return what the numbers are."""
+    seeds = ", ".join(map(str, sorted({cell.settings.seed for cell in done})))
+    kind = f"Main score ({describe_metrics(done)}), %, by {experiment.columns}"
+    if experiment.columns == "published":
+        kind = "Scores as the published table has them"
+    elif isinstance(experiment.columns, dict):
+        kind = "Values of the runs"
+    measured = isinstance(experiment.columns, dict) and FIELDS.keys() >= set(experiment.columns.values())
+    best = "" if measured else "; best mean bold"
+    return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}{best}."
+
+
+def describe_metrics(done: list[Outcome]) -> str:
+    """Return which score is the main one, of which tasks where they differ."""
+    names: dict[str, list[str]] = {}
+    for task in dict.fromkeys(cell.settings.task.name for cell in done):
+        names.setdefault(tasks.load(task).metric, []).append(task)
+    return next(iter(names)) if len(names) == 1 else "; ".join(f"{m} of {', '.join(t)}" for m, t in names.items())
+
+
+def format_head(column: Column) -> str:
+    return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
+
+
+def format_cell(part: pd.DataFrame, column: Column, done: list[Outcome], reasons: dict[str, str]) -> str:
+    """Return a cell: mean ± standard deviation (n) and marks, or a dash with its reason's letter; empty where no run
+    was asked for."""
+    if part.empty:
+        return ""
+    scores = part["value"].dropna()
+    missing = set(part.loc[part["value"].isna(), "reason"].dropna())
+    why = f" [{', '.join(letter for reason, letter in reasons.items() if reason in missing)}]" if missing else ""
+    if scores.empty:
+        return MISSING + why
+    style = column.format(done[0].settings.task.name)
+    spread = f" ± {style.format(scores.std(ddof=1))}" if len(scores) > 1 else ""
+    marks = "".join(sorted(set("".join(part["marks"]))))
+    return f"{style.format(scores.mean())}{spread} ({len(scores)}){marks}{why}"
+
+
+def find_best(group: pd.DataFrame, found: list[Column], experiment: Experiment) -> set[tuple[str, str]]:
+    """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
+    are values of a setting other than the task; none where nothing stands beside it."""
+    apart = experiment.columns == "task.name"
+    means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
+    named = [column for column in found if column.field not in FIELDS]
+    single = apart or isinstance(experiment.columns, dict)
+    families = [[c] for c in named if single or c.task or c.parts] or [named]
+    top = set()
+    for family in families:
+        part = means[means.index.get_level_values("column").isin([c.head for c in family])]
+        if len(part) > 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
+            best = part.min() if family[0].field in LOWER_IS_BETTER else part.max()
+            names = {c.head: format_head(c) for c in family}
+            top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
+    return top
+
+
+def describe_cost(runs: list[Outcome], found: list[Column]) -> dict[str, str]:
+    """Return the trained weights and the seconds a step of a row's runs, unless these are the table's columns."""
+    if any(column.field in FIELDS for column in found):
+        return {}
+    results = [cell.result for cell in runs if cell.result]
+    trained = sorted({result["trainable_parameters"] for result in results})
+    seconds = sorted(FIELDS["seconds_per_step"][0](result) for result in results)
+    return {"trained": format_range(trained, "{:,.0f}"), "s/step": format_range(seconds, "{:.2f}")}
+
+
+def format_range(numbers: list[float], style: str) -> str:
+    """Return the smallest and the largest of sorted numbers, or the one that all print as."""
+    ends = list(dict.fromkeys(style.format(numbers[i]) for i in ((0, -1) if numbers else ())))
+    return " to ".join(ends) or MISSING
+
+
+def iterate_notes(
+    experiment: Experiment, done: list[Outcome], values: pd.DataFrame, reasons: dict[str, str]
+) -> Iterator[str]:
+    """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code."""
+    for reason, letter in reasons.items():
+        yield f"{MISSING} [{letter}]: {reason}"
+    for mark in sorted(set("".join(values["marks"].dropna()))):
+        yield f"{mark}: {MARKS[mark]}"
+    yield from describe_learning_rates(experiment, done)
+    yield from iterate_clipped_notes(done)
+    best = sorted({cell.settings.task.name for cell in done if cell.settings.task.checkpoint == "best"})
+    if best:
+        yield (
+            f"checkpoint: of {', '.join(best)} the epoch that did best on the reported rows, as LoRA reports it; "
+            "scores, intervals and p know nothing of that choice"
+        )
+    files = {
+        f"{name} {facts['origin']}, {facts['rows']:,} rows"
+        for cell in done
+        for name, facts in (cell.result["data"].items() if cell.result else ())
+    }
+    if files:
+        yield f"data: {'; '.join(sorted(files))}"
+    yield from iterate_origin_notes(done)
+    yield from (f"not read: {trouble}" for trouble in find_unreadable(experiment, done))
+
+
+def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
+    """Yield how much of Sign's gradient was clipped, the largest share of a row's runs."""
+    shares: dict[str, float] = {}
+    for cell in done:
+        if (share := (cell.result or {}).get("clipped_share")) is not None:
+            shares[cell.cell.label] = max(share, shares.get(cell.cell.label, 0.0))
+    if shares:
+        told = ", ".join(f"{label} {share:.2g}" for label, share in shares.items())
+        none = "; where it is 0, clip is identity" if 0 in shares.values() else ""
+        yield f"share of Sign's gradient that was clipped, the largest at a logged step: {told}{none}"
+
+
+def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
+    """Yield on what machines and with what code the runs were done, and of which settings there are other records."""
+    places = [cell.record.made_with() for cell in done if cell.result]
+    known = [place for place in places if place]
+    if known:
+        machines = {f"{p.get('accelerator') or p.get('processor')}, {p['threads']} threads" for p in known}
+        yield f"machines: {'; '.join(sorted(machines))}"
+    if places:
+        commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}
+        yield f"code: {', '.join(sorted(commit[:10] for commit in commits))}"
+    for name, found in group_by_model_files(done).items():
+        if len(found) > 1:
+            groups = "; ".join(
+                ", ".join(some[:MAX_NAMED_RUNS]) + (" and more" if len(some) > MAX_NAMED_RUNS else "") for some in found
+            )
+            yield f"runs of {name} that were done with different files and do not compare: {groups}"
+    if told := [describe_rivals(cell) for cell in done if cell.others]:
+        more = f" and {len(told) - MAX_NAMED_RUNS} more" if len(told) > MAX_NAMED_RUNS else ""
+        yield (
+            "several finished records of the same settings (other data, weights, task version or code); shown is the "
+            "newest of those with the task as it is now and committed code: " + "; ".join(told[:MAX_NAMED_RUNS]) + more
+        )
+
+
+def group_by_model_files(done: list[Outcome]) -> dict[str, list[list[str]]]:
+    """Return the names of finished runs by model, and by the files it was loaded from."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for cell in done:
+        if cell.result and (files := describe_weights(cell)):
+            found.setdefault(cell.settings.model.name, {}).setdefault(files, []).append(cell.record.name)
+    return {name: list(groups.values()) for name, groups in found.items()}
+
+
+def describe_rivals(cell: Outcome) -> str:
+    """Return a run that is shown and those that are not, with their main scores."""
+    results = {record.name: record.result() for record in (cell.record, *cell.others)}
+    scores = [
+        f"{name} ({r['metrics'][r['metric']] * get_unit(r['task'], r['metric']):.1f})" for name, r in results.items()
+    ]
+    return f"{scores[0]}, not {', '.join(scores[1:])}"

@@ -1,0 +1,175 @@
+"""The runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+import tasks
+from dual_lora import paper
+from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.record.provenance import is_committed
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome, is_current
+from dual_lora.paper import Table
+
+MEAN = "mean"
+# What can be asked of a run's result beside its scores: the value, how it is printed.
+FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
+    "seconds_per_step": (lambda result: result["train_seconds"] / result["steps"], "{:.3f}"),
+    "tokens_per_second": (lambda result: result["tokens_per_second"], "{:,.0f}"),
+    "peak_memory_mib": (lambda result: result["peak_memory_bytes"] / 2**20, "{:,.0f}"),
+    "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),
+}
+MARKS = {
+    "‡": "the code had changes that no commit holds, or is not known",
+    "†": "done with an older version of the task, or one that was not recorded",
+    "!": "the run warns: see its result.json",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its heading and what of a run's result stands in it, or None where that is the main score
+    of the runs whose setting has this value. `parts` are the headings whose mean it is; `ours` is what tables of
+    dual_lora/paper call it, where they have it."""
+
+    head: Any
+    field: str | None = None
+    task: str | None = None
+    parts: tuple[str, ...] = ()
+    ours: str | None = None
+
+    def value(self, result: dict[str, Any]) -> float:
+        """Return the value in the unit that is printed.
+
+        Raises:
+            KeyError: the run has no such score.
+        """
+        if self.field in FIELDS:
+            return FIELDS[self.field][0](result)
+        metric = self.field or result["metric"]
+        return result["metrics"][metric] * get_unit(result["task"], metric)
+
+    def format(self, task: str) -> str:
+        """Return how a value is printed."""
+        if self.field in FIELDS:
+            return FIELDS[self.field][1]
+        return "{:.2f}" if self.field in tasks.load(task).plain else "{:.1f}"
+
+
+def get_unit(task: str, metric: str) -> int:
+    """Return what a score is multiplied by to be printed: 100 for percent, 1 for one that is no fraction."""
+    return 1 if metric in tasks.load(task).plain else 100
+
+
+def list_columns(experiment: Experiment, done: list[Outcome]) -> list[Column]:
+    """Return the columns of an experiment's table, in order."""
+    if experiment.columns == "published":
+        return list_published_columns(paper.load(experiment.published[0]), {cell.settings.task.name for cell in done})
+    if isinstance(experiment.columns, dict):
+        return [Column(head, field) for head, field in experiment.columns.items()]
+    heads = list(dict.fromkeys(get_column_value(cell, experiment.columns) for cell in done))
+    heads.sort(key=lambda head: (not isinstance(head, str), 0 if isinstance(head, str) else head))
+    return [Column(head) for head in heads]
+
+
+def get_heading(key: str) -> str:
+    """Return how a setting is called at the head of a row or column: task.name is the task, train.lr the lr."""
+    parts = key.split(".")
+    return parts[0] if parts[-1] == "name" else parts[-1]
+
+
+def get_column_value(cell: Outcome, key: str) -> Any:
+    """Return the value of the columns' setting that a run stands under; that there is none is told in words: LoRA has
+    no magnitude ratio."""
+    value = get_setting(cell.settings, key)
+    return f"no {get_heading(key).replace('_', ' ')}" if value is None else value
+
+
+def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
+    """Return the columns of a published table that the tasks asked for have, and its averages as far as they go."""
+    found = []
+    for head, ours in table.ours.items():
+        task, _, metric = ours.partition(":")
+        if task in asked:
+            found.append(Column(head, metric, task, ours=ours))
+    heads = {column.head for column in found}
+    for head, parts in table.average.items():
+        if head not in heads and len(heads) > 1:
+            whole = heads == set(parts)
+            called = {"head": head, "ours": table.ours.get(head)} if whole else {"head": f"mean of {len(heads)}"}
+            found.append(Column(parts=tuple(heads), **called))
+    return found
+
+
+def build_frame(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
+    """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
+    marks, run, its learning rate, and the position of its run in `done` (-1 for a mean)."""
+    found = list_columns(experiment, done)
+    values = pd.DataFrame(
+        [e | {"cell": i} for i, cell in enumerate(done) for e in iterate_values(experiment, cell, found)]
+    )
+    if experiment.mean in experiment.rows and values[experiment.mean].nunique() > 1:
+        return pd.concat([values, average_values(values, experiment.mean)], ignore_index=True)
+    for column in found:
+        if column.parts:
+            extra = average_values(values[values["column"].isin(column.parts)], "column").assign(column=column.head)
+            values = pd.concat([values, extra], ignore_index=True)
+    return values
+
+
+def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -> Iterator[dict[str, Any]]:
+    """Yield the values one run gives."""
+    heads = {key: get_setting(cell.settings, key) for key in experiment.rows}
+    common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": get_marks(cell)}
+    common |= {"run": cell.record.name if cell.record else None, "lr": cell.rate}
+    for column in found:
+        if not belongs_to_column(experiment, cell, column):
+            continue
+        value, reason = None, cell.reason
+        if cell.result:
+            try:
+                value = column.value(cell.result)
+            except KeyError:
+                reason = f"{column.field} not measured"
+        yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
+
+
+def belongs_to_column(experiment: Experiment, cell: Outcome, column: Column) -> bool:
+    """Whether a run has a value in a column."""
+    if column.field is None and not column.parts:
+        return get_column_value(cell, experiment.columns) == column.head
+    return not column.parts and column.task in (None, cell.settings.task.name)
+
+
+def average_values(values: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Return the mean over a column of the frame, called "mean" in it, where none of its values is missing."""
+    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "lr", "cell")]
+    groups = values.groupby(keys, sort=False, dropna=False)
+    found = groups["value"].agg(lambda column: column.mean(skipna=False)).reset_index()
+    complete = groups[over].nunique().reset_index(drop=True) == values[over].nunique()
+    found["value"] = found["value"].where(complete)
+    found["reason"] = None
+    found.loc[found["value"].isna(), "reason"] = "a part is missing"
+    found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
+    return found.assign(**{over: MEAN, "run": None, "lr": None, "cell": -1})
+
+
+def get_marks(cell: Outcome) -> str:
+    """Return the signs of `MARKS` that a finished run deserves."""
+    if not cell.result:
+        return ""
+    found = "" if is_committed(cell.record.made_with()) else "‡"
+    found += "" if is_current(cell.result, cell.settings) else "†"
+    return found + ("!" if cell.result.get("warnings") else "")
+
+
+def format_value(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def get_place(experiment: Experiment, cell: Outcome) -> dict[str, object]:
+    """Return the settings that say where a run stands, beside its row's label and its task."""
+    return {key: get_setting(cell.settings, key) for key in experiment.heads() if key != "task.name"}

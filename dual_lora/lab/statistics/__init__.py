@@ -1,0 +1,1 @@
+"""Paired comparisons of runs by resampling, and corrections for many comparisons."""

@@ -1,0 +1,113 @@
+"""Resamples of examples and seeds, and tests by swapping the outputs of two methods."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from statsmodels.stats.contingency_tables import mcnemar
+
+from dual_lora.lab.statistics.measures import TOLERANCE, Measure, Rule, weigh_mean
+from tasks.base import Row
+
+BLOCK = 250  # resamples drawn at once, which bounds memory
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The outputs of all runs on examples that are resampled together: `outputs_MSGC`, how many each is, `sizes_G`."""
+
+    outputs: np.ndarray
+    sizes: np.ndarray
+
+
+def stratify(runs: list[list[list[Row]]], rule: Rule, metric: str) -> list[Stratum]:
+    """Return the outputs of each stratum as numbers.
+
+    Raises:
+        ValueError: no example belongs to the metric, or one lacks what the metric is made of.
+    """
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(runs[0][0]):
+        if (name := rule.stratum(row)) is not None:
+            places.setdefault(name, []).append(place)
+    if not places:
+        raise ValueError(f"{metric}: no prediction belongs to it")
+    try:
+        outputs = np.array([[[rule.columns(row) for row in rows] for rows in method] for method in runs], dtype=float)
+    except KeyError as lack:
+        raise ValueError(f"{metric}: the predictions of a run have no {lack}") from lack
+    return [group_equal_examples(outputs[:, :, chosen]) for chosen in places.values()]
+
+
+def group_equal_examples(outputs_MSNC: np.ndarray) -> Stratum:
+    """Return equal examples as one, in the order of their first, so that no name of a method or run decides it."""
+    flat = np.moveaxis(outputs_MSNC, 2, 0).reshape(outputs_MSNC.shape[2], -1)
+    _, first, sizes = np.unique(flat, axis=0, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    return Stratum(outputs_MSNC[:, :, first[order]], sizes[order].astype(float))
+
+
+def subtract_measures(measure: Measure, outputs_MSGC: np.ndarray, weights_RG: np.ndarray) -> np.ndarray:
+    """Return ours - theirs on weighted examples, of shape (R, S)."""
+    pairs = zip(*outputs_MSGC, strict=True)
+    return np.stack([measure(ours, weights_RG) - measure(theirs, weights_RG) for ours, theirs in pairs], axis=1)
+
+
+def bootstrap_difference(
+    strata: list[Stratum], measure: Measure, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return the difference on R draws of examples and of seeds."""
+    seeds, found = strata[0].outputs.shape[1], []
+    for count in iterate_blocks(resamples):
+        drawn = [rng.multinomial(int(s.sizes.sum()), s.sizes / s.sizes.sum(), size=count) for s in strata]
+        parts = [subtract_measures(measure, s.outputs, w.astype(float)) for s, w in zip(strata, drawn, strict=True)]
+        often_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
+        found.append((np.mean(parts, axis=0) * often_RS).sum(axis=1) / seeds)
+    return np.concatenate(found)
+
+
+def test_by_permutation(
+    strata: list[Stratum], measure: Measure, mean: float, resamples: int, rng: np.random.Generator
+) -> float:
+    """Return the p of a difference among those that swapping the methods' outputs gives."""
+    strata = [average_over_seeds(stratum) for stratum in strata] if measure is weigh_mean else strata
+    others = draw_swaps(strata, measure, resamples, rng)
+    return float((1 + np.count_nonzero(np.abs(others) >= abs(mean) - TOLERANCE)) / (1 + resamples))
+
+
+def average_over_seeds(stratum: Stratum) -> Stratum:
+    """Return a stratum as one run of the size of each example's mean difference over seeds, all that swaps of a share
+    depend on."""
+    differences_GC = np.abs((stratum.outputs[0] - stratum.outputs[1]).mean(axis=0))
+    values_GC, groups = np.unique(differences_GC.round(12), axis=0, return_inverse=True)
+    sizes = np.bincount(groups.ravel(), weights=stratum.sizes)
+    return Stratum(np.stack([values_GC, np.zeros_like(values_GC)])[:, None], sizes)
+
+
+def draw_swaps(strata: list[Stratum], measure: Measure, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the difference after R times swapping the methods' outputs of every example with probability 1/2."""
+    found = []
+    for count in iterate_blocks(resamples):
+        moved = [rng.binomial(s.sizes.astype(int), 0.5, size=(count, len(s.sizes))) for s in strata]
+        parts = [swap_outputs(s, measure, m_RG) for s, m_RG in zip(strata, moved, strict=True)]
+        found.append(np.mean(parts, axis=0))
+    return np.concatenate(found)
+
+
+def swap_outputs(stratum: Stratum, measure: Measure, moved_RG: np.ndarray) -> np.ndarray:
+    """Return the difference, a mean over seeds, when `moved_RG` examples of every group are the other method's."""
+    stays_RG = stratum.sizes - moved_RG
+    one, other = np.hstack([stays_RG, moved_RG]), np.hstack([moved_RG, stays_RG])
+    both = [np.concatenate(pair) for pair in zip(*stratum.outputs, strict=True)]
+    return np.mean([measure(outputs, one) - measure(outputs, other) for outputs in both], axis=0)
+
+
+def iterate_blocks(resamples: int) -> Iterator[int]:
+    yield from (min(BLOCK, resamples - start) for start in range(0, resamples, BLOCK))
+
+
+def test_by_mcnemar(stratum: Stratum) -> float:
+    """Return the p of McNemar's exact test on right and wrong answers of one run each."""
+    ours, theirs = stratum.outputs[:, 0, :, 0]
+    table = [[stratum.sizes[(ours == a) & (theirs == b)].sum() for b in (1, 0)] for a in (1, 0)]
+    return float(mcnemar(table, exact=True).pvalue)

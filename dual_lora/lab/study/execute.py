@@ -1,0 +1,77 @@
+"""The one executor: of train.py's runs, of a sweep's and of a launcher's process; and what became of each run."""
+
+import sys
+import traceback
+from pathlib import Path
+
+from dual_lora.lab.config.secrets import redact_secrets
+from dual_lora.lab.errors import Elsewhere, UserError, get_first_line
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.distributed import has_several_processes, wait_for_first_process_error
+from dual_lora.lab.system.libraries import import_heavy_libraries
+
+# Exit codes: done; a run failed; something the user can fix; stopped on request, the same command resumes; done by
+# another process.
+EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
+EXIT_CODES = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
+# Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
+failures: dict[Path, dict[str, str]] = {}
+KILLED = {"error": "Killed", "message": "ended without a result; the same command tries again"}
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """Return an error's type and message, as failure.json holds them."""
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def execute_run(run: Run) -> dict[str, str] | None:
+    """Train and evaluate one run. Whatever goes wrong is returned and kept for `report_failures`, so that other runs
+    still happen.
+
+    Raises:
+        Stopped: somebody asked for an end, which ends all runs.
+        SystemExit: the run failed in one of several processes, whose others may be waiting for it.
+    """
+    with import_heavy_libraries():
+        from dual_lora.lab.train.run import train_run
+
+    try:
+        train_run(run)
+        return None
+    except (Exception, SystemExit) as caught:
+        error = caught
+    wait_for_first_process_error()
+    if isinstance(error, Elsewhere):
+        print(f"done elsewhere: {run.record.shown()}: {error}", file=sys.stderr)
+    elif not isinstance(error, UserError):
+        print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+    failures[run.record.folder] = describe_error(error)
+    if has_several_processes():
+        sys.exit(report_failures([run]))
+    return describe_error(error)
+
+
+def report_failures(runs: list[Run]) -> int:
+    """Print every run that did not finish, with the reason, and return the exit code."""
+    failed = [(run.record, failure) for run in runs if (failure := find_failure(run))]
+    for record, failure in failed:
+        error, message = failure["error"], get_first_line(failure["message"])
+        if error == "Elsewhere":
+            line = f"done elsewhere: {record.shown()}" if len(runs) > 1 else ""  # of a single one it was printed before
+        elif error == "Stopped":
+            line = f"stopped: {record.shown()}: by {message}; the same command goes on"
+        else:
+            line = f"failed: {record.shown()}: {message if error == UserError.__name__ else f'{error}: {message}'}"
+        if line:
+            print(redact_secrets(line), file=sys.stderr)
+    if len(runs) > 1:
+        print(f"{len(runs) - len(failed)} of {len(runs)} runs finished", file=sys.stderr)
+    return min((EXIT_CODES.get(failure["error"], EXIT_FAILED) for _, failure in failed), default=EXIT_OK)
+
+
+def find_failure(run: Run) -> dict[str, str] | None:
+    """Return why a run that was tried has no result; None if it has one."""
+    failure = failures.pop(run.record.folder, None) or run.record.tried(run.settings).failure()
+    if (failure is None or failure["error"] == "Elsewhere") and run.record.result():
+        return None
+    return failure or KILLED

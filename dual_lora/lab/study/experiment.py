@@ -1,0 +1,263 @@
+"""Experiments as data: conf/experiment/NAME.yaml, at one of three scales, as the runs a table or figure needs.
+
+    scale=full     the paper's models and protocol
+    scale=small    small real models, hours on two CPU cores
+    scale=smoke    bundled models, seconds; shows that the harness works and nothing else
+
+A file gives, for all scales and again (in place of it; `run` and `seeds` aside) below the name of a scale:
+
+    run       overrides that every run shares; those of the scale come after
+    seeds     the seeds every cell is run with
+    blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
+    cells     a row's label: its overrides, or several lists of them
+    rows      settings whose values head rows beside the label
+    columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
+              from headings to fields of a run's result
+    mean      a setting over whose values a mean is added
+    baselines labels of the rows the others are compared to
+    published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
+    tune      how each row's learning rate is chosen: see `Tune`
+    limit     what a reader must not conclude from the table, printed above it
+    analyse   true: what each run did to its weights is part of the report
+
+conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
+"""
+
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dual_lora import paper
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import describe_config_error, list_choices, load_settings, parse_overrides
+from dual_lora.lab.config.recorded import get_setting, iterate_setting_names
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import UserError, require, suggest_name
+
+SCALES = ("full", "small", "smoke")
+DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
+
+
+@dataclass(frozen=True)
+class Tune:
+    """The choice of the learning rate, the same for every label: `grid` holds each label's rates, all grids have as
+    many; with `relative` they are multiples of the rate a run has otherwise. A rate is chosen by the main score on rows
+    that are not reported, with the seed `seed` of its own: either `holdout` training examples that are set apart from
+    training, or what the task's `options` say is scored."""
+
+    grid: dict[str, list[float]]
+    holdout: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 1000
+    relative: bool = False
+
+    def where(self) -> str:
+        """Return what rates are chosen on."""
+        if self.holdout:
+            return f"{self.holdout} training examples set apart"
+        return ", ".join(f"task.options.{key}={value}" for key, value in self.options.items())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table: its row's label and settings; `tuning` are the runs its learning rate is chosen by."""
+
+    label: str
+    settings: Settings
+    tuning: tuple[Settings, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment at one scale; the fields are told at the head of this module."""
+
+    name: str
+    scale: str
+    study: str
+    title: str
+    cells: dict[str, list]
+    columns: str | dict[str, str]
+    run: list[str]
+    seeds: list[int]
+    blocks: list[list[str]] = field(default_factory=lambda: [[]])
+    rows: list[str] = field(default_factory=list)
+    mean: str | None = None
+    baselines: list[str] = field(default_factory=list)
+    published: list[str] = field(default_factory=list)
+    tune: Tune | None = None
+    limit: str = ""
+    analyse: bool = False
+
+    @classmethod
+    def load(cls, name: str, scale: str | None = None) -> "Experiment":
+        """Return an experiment at a scale, by default the first its file has.
+
+        Raises:
+            UserError: there is no such experiment or scale, or its file is wrong.
+        """
+        known = list_choices("experiment")
+        hint = suggest_name(name, known)
+        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(paths.CONF / "experiment" / f"{name}.yaml"))
+        except YAMLError as error:
+            raise UserError(describe_config_error(error)) from error
+        except (OmegaConfBaseException, OSError, ValueError) as error:
+            raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
+        return cls.read(name, content, scale)
+
+    @classmethod
+    def read(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
+        """Return the experiment a file's content describes."""
+        where = f"conf/experiment/{name}.yaml"
+        has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
+        require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
+        scale = scale or has[0]
+        require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+        common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
+        for part in (common, own):
+            check_fields(cls, part, where)
+        shared = OmegaConf.to_container(OmegaConf.load(paths.CONF / "scale" / f"{scale}.yaml"))
+        run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
+        values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
+        lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
+        require(not lacking, f"{where}: {', '.join(lacking)}: missing")
+        if values.get("tune"):
+            check_fields(Tune, values["tune"], f"{where}: tune")
+            require("grid" in values["tune"], f"{where}: tune.grid: missing")
+            values["tune"] = Tune(**values["tune"])
+        study = name if scale == has[0] else f"{name}_{scale}"
+        return cls(name, scale, study, **values)
+
+    def __post_init__(self) -> None:
+        where = f"conf/experiment/{self.name}.yaml"
+        for label in (label for label, ways in self.cells.items() if not ways):
+            require(False, f"{where}: cells: {label}: no overrides")
+        for label in (*self.baselines, *(self.tune.grid if self.tune else ())):
+            require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
+        for table in self.published:
+            require(table in paper.tables(), f"{where}: {table}: no such table of dual_lora/paper")
+        if self.tune:
+            sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
+            require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
+            require(self.tune.where() != "", f"{where}: tune: give holdout or options, rates need rows to be chosen on")
+
+    def compose(self, extra: list[str]) -> list[Cell]:
+        """Return every cell, composed and checked. `extra` overrides come last, and a seed among them replaces the
+        seeds. A model, task, method or value of what heads rows and columns that the experiment has itself chooses its
+        runs, with all else they have.
+
+        Raises:
+            UserError: one of them is wrong, or different runs would stand in one place of the table.
+        """
+        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.study}"]
+        jobs = [
+            (label, dict(map(split_override, job)))
+            for block in self.blocks
+            for label, ways in self.cells.items()
+            for way in (ways if isinstance(ways[0], list) else [ways])
+            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *way, *study]))
+        ]
+        places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.heads()}
+        has = {key: {job[key] for _, job in jobs if key in job} for key in places}
+        found: list[Cell] = []
+        for more in map(
+            dict, (map(split_override, words) for words in parse_overrides(drop_replaced_overrides(extra)))
+        ):
+            chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
+            rest = {key: value for key, value in more.items() if key not in chosen}
+            rows = ", ".join(sorted(has["method"]))
+            require("method" not in rest, f"experiment={self.name} method={rest.get('method')}: its rows have {rows}")
+            for label, job in jobs:
+                if all(job.get(key, value) == value for key, value in chosen.items()):
+                    settings = load_settings(list(map("=".join, (job | rest).items())))
+                    found += [cell for cell in self.seeded(label, settings, "seed" in rest) if cell not in found]
+        require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
+        self.check_places(found, extra)
+        return found
+
+    def heads(self) -> list[str]:
+        """Return the settings that say where in the table a run stands, beside its label and its task."""
+        named = isinstance(self.columns, str) and self.columns != "published"
+        return [*self.rows, *([self.columns] if named else [])]
+
+    def check_places(self, cells: list[Cell], extra: list[str]) -> None:
+        """Refuse different runs that would be averaged as if they were the same but for the seed.
+
+        Raises:
+            UserError: with a setting in which they differ.
+        """
+        known: dict[tuple, Settings] = {}
+        for cell in cells:
+            mine = cell.settings
+            where = (cell.label, mine.seed, mine.task.name, *(get_setting(mine, key) for key in self.heads()))
+            other = known.setdefault(where, mine)
+            for key in (
+                dict.fromkeys((*iterate_setting_names(asdict(mine)), *iterate_setting_names(asdict(other))))
+                if mine != other
+                else ()
+            ):
+                values = get_setting(other, key), get_setting(mine, key)
+                require(
+                    values[0] == values[1],
+                    f"experiment={self.name}{''.join(f' {word}' for word in extra)}: {cell.label} would hold runs with "
+                    f"{key} {values[0]} and {values[1]} in one place; choose among the values it has",
+                )
+
+    def seeded(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
+        """Return a cell for each seed, with the runs its rate is chosen by."""
+        seeds = [settings.seed] if fixed else self.seeds
+        settings = replace(settings, wandb=replace(settings.wandb, tags=[*settings.wandb.tags, self.name, self.scale]))
+        return [Cell(label, replace(settings, seed=seed), self.trials(label, settings)) for seed in seeds]
+
+    def trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
+        """Return the runs by which a cell's learning rate is chosen."""
+        if self.tune is None or label not in self.tune.grid:
+            return ()
+        scored = replace(settings.eval, holdout=self.tune.holdout, before=False)
+        task = replace(settings.task, options={**settings.task.options, **self.tune.options})
+        told = replace(settings.wandb, job_type="tune")
+        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
+        unit = alone.train.lr if self.tune.relative else 1
+        rates = [float(f"{float(rate) * unit:.6g}") for rate in self.tune.grid[label]]
+        return tuple(replace(alone, train=replace(alone.train, lr=rate)) for rate in rates)
+
+
+def split_override(word: str) -> tuple[str, str]:
+    """Return what an override sets, and to what."""
+    key, _, value = word.partition("=")
+    return key, value
+
+
+def is_required(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def check_fields(cls: type, values: object, where: str) -> None:
+    """Refuse what is no mapping, fields that a class does not have, and values of other types than its fields'."""
+    require(isinstance(values, dict), f"{where}: {str(values)[:80]}: fields with their values are needed here")
+    known = {f.name: f.type for f in fields(cls) if f.name not in DERIVED_FIELDS}
+    for key, value in values.items():
+        require(key in known, f"{where}: {key}: no such field.{suggest_name(str(key), known)}")
+        fine = has_type(value, dict if known[key] == Tune | None and value else known[key])
+        require(fine, f"{where}: {key}: {str(value)[:80]!r} is not of the form that is told in {__name__}")
+
+
+def has_type(value: object, kind: Any) -> bool:
+    """Return whether a value has the type of a field, as deep as its lists and mappings go."""
+    parts, outer = get_args(kind), get_origin(kind) or kind
+    if outer in (Union, UnionType):
+        return any(has_type(value, part) for part in parts)
+    if outer in (list, dict) and parts and isinstance(value, outer):
+        return all(has_type(v, parts[-1]) for v in (value.values() if outer is dict else value))
+    return kind is Any or isinstance(value, (int, float) if kind is float else outer)
+
+
+def drop_replaced_overrides(overrides: list[str]) -> list[str]:
+    """Return the overrides without those that a later one of the same key replaces."""
+    last = {override.partition("=")[0]: number for number, override in enumerate(overrides)}
+    return [override for number, override in enumerate(overrides) if last[override.partition("=")[0]] == number]

@@ -1,0 +1,251 @@
+"""Runs handed to a launcher of Hydra's: to processes of this machine, or to the jobs of a cluster.
+
+Every launch has a folder of its own, removed when all its runs finished:
+
+    runs/.multirun/WHEN_XXXX/
+        N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
+        .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
+        stop            made when the command is stopped: all runs of the launch then stop, wherever they are
+"""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from time import strftime
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import MissingConfigException
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import describe_config_error, list_choices
+from dual_lora.lab.config.recorded import load_recorded_settings
+from dual_lora.lab.errors import Stopped, UserError, get_first_line, require, suggest_name
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
+from dual_lora.lab.system.files import translate_write_errors
+from dual_lora.lab.system.signals import REQUEUE, STOP
+
+IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
+EXTRAS = {"ray_cluster": "ray"}  # of pyproject.toml; all others need `launchers`
+# This process has been told to stop: it takes no more runs.
+stop_reasons: list[str] = []
+
+
+def parse_key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def select_launcher_words(words: list[str]) -> list[str]:
+    """Return what of a command line chooses or sets a launcher."""
+    return [word for word in words if parse_key(word).replace("/", ".").startswith("hydra.launcher")]
+
+
+def get_launcher_name(words: list[str]) -> str:
+    """Return the launcher that a command line chooses."""
+    names = [word.partition("=")[2] for word in words if parse_key(word) == "hydra/launcher"]
+    return names[-1] if names else IN_PROCESS
+
+
+def uses_launcher(words: list[str]) -> bool:
+    """Return whether runs are done outside of this process."""
+    return get_launcher_name(words) != IN_PROCESS
+
+
+def compose_launcher(words: list[str]) -> DictConfig:
+    """Return Hydra's own config with these overrides."""
+    GlobalHydra.instance().clear()
+    initialize_config_dir(str(paths.CONF), version_base="1.3")  # stays: a launcher composes with it
+    return compose("launch", overrides=words, return_hydra_config=True)
+
+
+def check_launcher(words: list[str]) -> None:
+    """Refuse a launcher that is not known or not installed, and settings that it does not have.
+
+    Raises:
+        UserError: what is wrong, and the mend.
+    """
+    words = [word for word in words if re.match(r"hydra[./]", parse_key(word))]
+    if not words:
+        return
+    name, known = get_launcher_name(words), [IN_PROCESS, *list_choices("hydra/launcher")]
+    hint = suggest_name(name, known)
+    require(name in known, f"hydra/launcher={name}: no such launcher.{hint} Known: {', '.join(known)}")
+    has = list_launcher_settings(name)
+    for key in map(parse_key, words):
+        part = key.removeprefix("hydra.launcher.").partition(".")[0]
+        own = key == "hydra/launcher" or not select_launcher_words([key])
+        require(own or part in has, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
+        swept = key.replace("/", ".").startswith("hydra.sweeper") and name != IN_PROCESS
+        require(not swept, f"{key}: not with hydra/launcher={name}, which gets all runs at once")
+    try:
+        compose_launcher(select_launcher_words(words))
+    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
+        raise UserError(describe_config_error(error)) from error
+
+
+def list_launcher_settings(name: str) -> list[str]:
+    """Return the names of a launcher's settings.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return list(compose_launcher([f"hydra/launcher={name}"]).hydra.launcher)
+    except MissingConfigException as error:
+        extra = EXTRAS.get(name, "launchers")
+        raise UserError(f"hydra/launcher={name}: not installed; pip install -e '.[{extra}]'") from error
+
+
+def launch_runs(runs: list[Run], words: list[str]) -> None:
+    """Hand the jobs that are not finished to the launcher that `words` choose, and wait for all of them. Why one did
+    not finish is kept for `cli.conclude`.
+
+    Raises:
+        UserError: the launcher does not take them.
+        Stopped: a stop was asked for; it has reached the jobs, and they have ended.
+    """
+    missing = [run for run in runs if run.is_missing]
+    if not missing:
+        return
+    folder = prepare_launch_folder(missing)
+    print(f"{len(missing)} of {len(runs)} runs handed to {get_launcher_name(words)}, logs below {folder}", flush=True)
+    started = call_in_thread(partial(hand_to_launcher, len(missing), words, folder))
+    try:
+        returned = started.result()
+    except Stopped as stopped:
+        (folder / "stop").touch()
+        print(f"\n{stopped}: the runs are told to stop; once more ends at once", file=sys.stderr)
+        with suppress(Exception):
+            started.result()
+        raise
+    note_failures(missing, returned)
+    if all(done and done.return_value is None for done in returned):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
+    """Keep why runs did not finish; of one whose process died nothing is known."""
+    for run, done in zip(runs, returned, strict=True):
+        failure = done.return_value if done else None
+        if done is None and run.settings.force:  # an old result says nothing of this attempt
+            failure = KILLED
+        if failure:
+            failures[run.record.folder] = failure
+        if failure and failure["error"] == "Elsewhere" and len(runs) == 1:
+            print(f"done elsewhere: {run.record.shown()}: {failure['message']}", file=sys.stderr)
+
+
+def prepare_launch_folder(runs: list[Run]) -> Path:
+    """Return the new folder of a launch, with the settings of every job in it."""
+    place = paths.RUNS.resolve() / ".multirun"
+    with translate_write_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=strftime("%Y-%m-%d_%H-%M-%S_"), dir=place))
+        for number, run in enumerate(runs):
+            (folder / str(number)).mkdir()
+            (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+    return folder
+
+
+def call_in_thread(call: Callable[[], object]) -> Future:
+    """Return what a call comes to, made in a thread in which, and in whose processes, Ctrl-C is not heard: this process
+    hears it and tells them."""
+    done: Future = Future()
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
+
+
+def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobReturn | None]:
+    """Return what the launcher returns for each job; None for one whose process died.
+
+    Raises:
+        UserError: the launcher does not take them.
+    """
+    place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    config = compose_launcher([*words, f"hydra.sweep.dir='{place}'"])
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+    launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
+    # A process that starts anew finds this tree wherever it starts; bars of several runs would fill one screen.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        with wait_patiently():
+            return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
+    except BrokenExecutor:  # joblib ends all its processes when one of them dies
+        return [None] * number
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"hydra/launcher={get_launcher_name(words)}: {get_first_line(error)}") from error
+
+
+def wait_patiently() -> AbstractContextManager:
+    """Return what has submitit, if it is installed, wait for all jobs, whatever becomes of one."""
+    if not find_spec("submitit"):
+        return nullcontext()
+    from dual_lora.lab.study.slurm import wait_for_every_job
+
+    return wait_for_every_job()
+
+
+def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | None:
+    """Do a job in a launcher's process and return why it did not finish; None if it did."""
+    paths.RUNS = folder.parents[1]
+    try:
+        settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
+        with STOP.heard(), stop_on_file(folder / "stop"):
+            return execute_run(Run.prepare(settings))
+    except Stopped as stopped:
+        if str(stopped) == REQUEUE.name:
+            with suppress(Exception):
+                signal.raise_signal(REQUEUE)  # submitit has the job queued again and ends this process
+        stop_reasons.append(str(stopped))
+        return describe_error(stopped)
+    except Exception as error:
+        return describe_error(error)
+
+
+@contextmanager
+def stop_on_file(file: Path) -> Iterator[None]:
+    """Stop this process's work, as a signal would, when the file is made."""
+    if stop_reasons or file.exists():
+        raise Stopped(*stop_reasons[:1] or ["the command that started it"])
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            if file.exists():
+                return None if STOP.asked else os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

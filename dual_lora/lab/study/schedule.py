@@ -1,0 +1,56 @@
+"""Runs in order: those of a command line; of an experiment, those that choose learning rates before the table's own."""
+
+import time
+
+from dual_lora.lab.record.run import Run, prepare_runs
+from dual_lora.lab.study.execute import EXIT_OK, execute_run, report_failures
+from dual_lora.lab.study.experiment import Cell
+from dual_lora.lab.study.launch import launch_runs, uses_launcher
+from dual_lora.lab.study.outcome import choose_learning_rate, find_records
+from dual_lora.lab.study.time_left import TimeLeft
+from dual_lora.lab.system.distributed import is_first_process, join_processes, share_from_first
+
+
+def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str = "runs", later: list[Run] = ()) -> int:
+    """Execute every run that is not finished and return the exit code.
+
+    launcher: the words of the command line that choose one; without them runs are executed here, one after the other.
+    left: how long runs take; finished ones count with the time of their training. later: runs that come after these.
+    """
+    for run in runs if is_first_process() else ():
+        run.record.clean()
+    missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_missing])
+    missing = [runs[number] for number in missing]  # the same list in all processes, whenever each looks
+    print(f"{len(runs)} {what}, {len(runs) - len(missing)} finished, {len(missing)} to do")
+    if uses_launcher(launcher):
+        launch_runs(missing, launcher)
+        return report_failures(runs)
+    for run in runs if missing else ():
+        if result := run.record.result():
+            left.add(run.settings, result["train_seconds"])
+    run_in_process(missing, left, later)
+    return report_failures(runs)
+
+
+def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run]) -> None:
+    """Execute runs in this process, one after the other."""
+    for number, run in enumerate(runs):
+        remaining = left.left([other.settings for other in (*runs[number:], *later)])
+        print(f"\n[{number + 1}/{len(runs)}] {run.identity}, {remaining}", flush=True)
+        started = time.monotonic()
+        if execute_run(run) is None:  # a failed one does not tell how long others take
+            left.add(run.settings, time.monotonic() - started)
+
+
+def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
+    """Execute what is missing of an experiment and return the exit code: first the runs that choose learning rates,
+    then the table's own. A trial that failed does not count where all rates are chosen nevertheless."""
+    trials, left = prepare_runs([trial for cell in cells for trial in cell.tuning]), TimeLeft()
+    join_processes()
+    code = EXIT_OK
+    if trials:
+        later = [run for run in prepare_runs([cell.settings for cell in cells]) if run.is_missing]
+        code = run_missing(trials, launcher, left, "runs to choose learning rates", later)
+    records = share_from_first(lambda: find_records(study)) if trials else {}
+    ready = [chosen.settings for cell in cells if (chosen := choose_learning_rate(cell, records))]
+    return run_missing(prepare_runs(ready), launcher, left) or (code if len(ready) < len(cells) else EXIT_OK)

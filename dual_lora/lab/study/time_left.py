@@ -1,0 +1,36 @@
+"""How long the rest of a sweep may take, judged by the runs that are most like each of the rest."""
+
+from collections.abc import Iterator
+from statistics import mean
+
+from dual_lora.lab.config.schema import Settings
+
+
+def iterate_kinds(job: Settings) -> Iterator[tuple]:
+    """Yield what a run has in common with others, from the most alike to any run. Rate and seed take no time."""
+    train, where = job.train, (job.model.name, job.task.name)
+    yield *where, job.method.name, job.method.rank, train.max_steps, train.epochs, train.batch_size
+    yield *where, job.method.name
+    yield where
+    yield ()
+
+
+class TimeLeft:
+    """The seconds that runs took, by their kinds."""
+
+    def __init__(self) -> None:
+        self.took: dict[tuple, list[float]] = {}
+
+    def add(self, job: Settings, seconds: float) -> None:
+        for kind in iterate_kinds(job):
+            self.took.setdefault(kind, []).append(seconds)
+
+    def seconds(self, job: Settings) -> float:
+        """Return what a run may take, as the most alike did."""
+        return mean(next(self.took[kind] for kind in iterate_kinds(job) if kind in self.took))
+
+    def left(self, jobs: list[Settings]) -> str:
+        """Return what is said of the time that jobs take; nothing is known before a run is done."""
+        if not self.took:
+            return "time left not known before a run is done"
+        return f"about {sum(map(self.seconds, jobs)) / 60:.0f} min left"

@@ -1,0 +1,122 @@
+"""Several processes that do one run together, one a device, as torchrun or accelerate start them.
+
+The first process keeps the record and speaks; what it alone can know (files, locks) it shares with the others. With one
+process everything here is as if it were not there.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import Stopped, require
+
+FIRST_PROCESS_SECONDS = 20.0  # seconds that another process gives the first one to say why the work ends
+
+
+def count_processes() -> int:
+    """Return how many processes were started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def get_process_index() -> int:
+    return int(os.environ.get("RANK") or 0) if has_several_processes() else 0
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that writes and speaks."""
+    return get_process_index() == 0
+
+
+def has_several_processes() -> bool:
+    return count_processes() > 1
+
+
+def wait_for_first_process_error() -> None:
+    """Let the first process say why it ends before this one does. Whatever started them stops all as soon as one has
+    ended, and most of what goes wrong goes wrong in each of them: the first one then speaks for all. If it does not
+    fail, or not soon, or somebody presses Ctrl-C meanwhile, this one goes on and speaks for itself.
+
+    Raises:
+        Stopped: the others have ended.
+    """
+    if is_first_process():
+        return
+    try:
+        time.sleep(FIRST_PROCESS_SECONDS)
+    except Stopped as stopped:
+        if str(stopped) != "SIGINT":
+            raise
+
+
+def check_process_count(settings: Settings) -> None:
+    """Refuse a run that was started as more or fewer processes than it has devices.
+
+    Raises:
+        UserError: with the command that starts it.
+    """
+    devices, found = settings.hardware.devices, count_processes()
+    mend = f"start it with torchrun --nproc-per-node {devices} train.py ..."
+    if devices == 1:
+        mend = f"add hardware=ddp or hardware=fsdp2 and hardware.devices={found}"
+    require(devices == found, f"hardware.devices={devices}: started as {found} process(es); {mend}")
+
+
+def join_processes() -> None:
+    """Meet the other processes; the first call waits for them."""
+    if has_several_processes():
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def share_from_first(make: Callable[[], Any]) -> Any:
+    """Return in all processes what the first one makes; an error there is raised in all of them."""
+    if not has_several_processes():
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    said: list[Any] = [None, None]
+    if is_first_process():
+        try:
+            said[0] = make()
+        except Exception as error:
+            said[1] = error
+    made, error = broadcast_object_list(said)
+    if error:
+        raise error
+    return made
+
+
+def gather_items(items: list[Any]) -> list[Any]:
+    """Return the items of all processes, in all of them."""
+    if not has_several_processes():
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def any_process(flag: bool) -> bool:
+    """Return whether the flag is set in any process."""
+    return any(gather_items([bool(flag)]))
+
+
+def wait_for_everyone() -> None:
+    """Wait until all processes have come here."""
+    gather_items([None])
+
+
+@contextmanager
+def run_first_process_first() -> Iterator[None]:
+    """Let the first process do something before the others do it: fill a cache, say."""
+    if not has_several_processes():
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        yield

@@ -1,0 +1,119 @@
+"""What happens beside training: the progress bar, the log, and the scores of every epoch."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ProgressCallback, TrainerCallback
+
+from dual_lora.lab.errors import Stopped
+from dual_lora.lab.record.mirror import Mirror
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.system.distributed import any_process, has_several_processes, is_first_process
+from dual_lora.lab.system.signals import STOP
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar with the newest loss and the speed beside it, instead of a line for every log step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.started, self.seen = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            speed = (state.num_input_tokens_seen - self.seen) / (time.perf_counter() - self.started)
+            self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": f"{speed:,.0f}"})
+
+    def close(self) -> None:
+        """End the bar's line, also where training has failed, so that what is said next has a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+
+class LogCallback(TrainerCallback):
+    """Every logged row into metrics.jsonl and from there to the mirror."""
+
+    NAMES = {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "clipped_share")}
+
+    def __init__(self, record: Record, mirror: Mirror) -> None:
+        self.record, self.mirror = record, mirror
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        if not is_first_process():
+            return
+        row = {"step": step, **row}
+        self.record.log(row)
+        self.mirror.log(row)
+
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        self.write(step, {f"eval/{name}": value for name, value in scores.items()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES}
+        self.write(state.global_step, {"epoch": round(state.epoch, 4), **row})
+
+
+# What a checkpoint holds beside the Trainer's own files and those of `states`, which takes the place of its pickles.
+STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
+
+
+def get_trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return everything training may change: trained weights and buffers. What a frozen weight in 4 bits keeps beside
+    it goes by its name and a dot."""
+    frozen = tuple(f"{name}." for name, p in model.named_parameters() if not p.requires_grad)
+    return {name: value.detach() for name, value in model.state_dict().items() if not f"{name}.".startswith(frozen)}
+
+
+class BestEpoch(TrainerCallback):
+    """Scores every epoch and keeps the trained weights of the best one, for tasks whose protocol says so."""
+
+    def __init__(self, measure: Callable[[str], tuple[dict, list]], metric: str, log: Any) -> None:
+        self.measure, self.metric, self.log = measure, metric, log
+        self.best, self.epoch, self.weights, self.last = -float("inf"), None, {}, None
+        self.scored = 0  # the step of the newest scores
+        self.seconds = 0.0  # that scoring took here
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A checkpoint of an epoch's last step is older than that epoch's scores."""
+        self.on_epoch_end(args, state, control, **kwargs)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
+        if not ended or self.scored == state.global_step or any_process(bool(STOP.asked)):
+            return
+        began = time.perf_counter()
+        try:
+            with STOP.waiting(has_several_processes()):  # of several none may leave the others alone
+                scores, _ = self.measure("epoch")
+        except Stopped:
+            control.should_save = control.should_training_stop = True
+            return
+        finally:
+            self.seconds += time.perf_counter() - began
+        self.last, self.scored = scores, state.global_step
+        self.log.scores(state.global_step, scores)
+        if scores[self.metric] > self.best:
+            self.best, self.epoch = scores[self.metric], round(state.epoch, 4)
+            self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
+
+    def keep(self, folder: Path) -> dict[str, Any]:
+        """Write the best weights so far into a checkpoint and return what else is to be remembered."""
+        if not self.weights:
+            return {}
+        save_file({name: value.contiguous() for name, value in self.weights.items()}, folder / BEST_FILE)
+        return {"best": self.best, "epoch": self.epoch, "last": self.last, "scored": self.scored}
+
+    def go_on(self, folder: Path, kept: dict[str, Any]) -> None:
+        if kept:
+            self.best, self.epoch, self.last, self.scored = (kept[k] for k in ("best", "epoch", "last", "scored"))
+            self.weights = load_file(folder / BEST_FILE)
+
+    def restore(self, model: torch.nn.Module) -> None:
+        model.load_state_dict(self.weights, strict=False)

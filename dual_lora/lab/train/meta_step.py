@@ -1,0 +1,131 @@
+"""One training step on torch's meta device, where tensors have shapes and no numbers."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.pytorch_utils import Conv1D
+
+from dual_lora.bench import kept_bytes
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.inputs.model_files import find_model
+from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.encode import get_position_limit
+from dual_lora.lab.model.load import (
+    cast_trained_to_float32,
+    get_head_class,
+    get_head_options,
+    get_weight_dtype,
+    locate_model,
+    unwrap_adapter,
+)
+from dual_lora.lab.model.nf4 import list_quantisable_layers
+from tasks import Task
+
+
+def build_meta_model(settings: Settings, task: Task, layers: int | None = None) -> PreTrainedModel:
+    """Return the base model on the meta device, with all its layers or so many.
+
+    Raises:
+        UserError: neither the model's YAML nor a folder tells its architecture.
+    """
+    values = settings.model.architecture
+    path = find_model(settings)
+    require(
+        path or values,
+        f"model={settings.model.name}: no architecture in its YAML; give model.path=DIR or architecture there",
+    )
+    options = get_head_options(task)
+    if task.form == "classification":
+        options["problem_type"] = "single_label_classification"  # else some models look into the labels
+    with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
+        config = copy.deepcopy(read_config(**locate_model(settings))) if path else AutoConfig.for_model(**values)
+        config.update(options)
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    if get_head_class(task)._model_mapping[type(config)]._supports_sdpa:
+        config._attn_implementation = "planned"
+    with torch.device("meta"):
+        model = get_head_class(task).from_config(config, dtype=get_weight_dtype(settings))
+    cast_trained_to_float32(model, settings, task)
+    return model
+
+
+@cache
+def read_config(**place: str) -> PretrainedConfig:
+    """Return the configuration of a saved model, read once: a GGUF file's takes seconds."""
+    return AutoConfig.from_pretrained(**place)
+
+
+def compute_flash_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, mask, scaling=None, **_
+) -> tuple[Tensor, None]:
+    """Attention as accelerators compute it, which keeps no score for backward; on the meta device torch itself would
+    choose the way that keeps them all."""
+    kind = next(module.parameters()).dtype  # positions and a cache may have made them float32; autocast undoes that
+    query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    causal = getattr(module, "is_causal", True)
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)[0]
+    return found.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("planned", compute_flash_attention)
+AttentionMaskInterface.register("planned", lambda *args, **kwargs: None)
+
+
+def trace_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
+    """Return what a step of one batch takes: tokens, operations forward and backward, bytes kept for backward.
+
+    Each is measured with one layer and with two; the layers are alike, so the rest is a straight line.
+    """
+    one, two = (take_meta_step(settings, task, count, sharded) for count in (1, 2))
+    return {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one}
+
+
+def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
+    """Take one step on the meta device with so many layers."""
+    model = attach_method(build_meta_model(settings, task, layers), settings, task.form).train()
+    if sharded or settings.method.peft is not None:
+        model.to(getattr(torch, settings.model.dtype))  # as it computes, but for a head
+    else:
+        imitate_autocast(model, getattr(torch, settings.model.dtype))
+    for layer in list_quantisable_layers(model, settings.model) if settings.hardware.base else ():
+        layer.register_forward_hook(lambda *_: None)  # so that no adapter computes its product and the layer's in one
+    limit = get_position_limit(unwrap_adapter(model)) or settings.task.max_length
+    ids = torch.zeros(settings.train.batch_size, min(settings.task.max_length, limit), dtype=torch.long, device="meta")
+    labels = {"generation": ids, "classification": ids[:, 0], "regression": ids[:, 0].float()}[task.form]
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+
+    def step() -> Callable[[], None]:
+        with forward:
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+        def back() -> None:
+            with backward:
+                loss.backward()
+
+        return back
+
+    kept = kept_bytes(model, step)
+    found = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    return {"tokens": ids.numel(), "kept": kept, **found}
+
+
+def imitate_autocast(model: torch.nn.Module, kind: torch.dtype) -> None:
+    """Have a model in float32 compute as under autocast, which the meta device does not know: linear layers in `kind`,
+    all else in float32."""
+    for layer in model.modules():
+        if type(layer) in (torch.nn.Linear, Conv1D):
+            for name, weight in list(layer.named_parameters()):
+                setattr(layer, name, torch.nn.Parameter(weight.to(kind)))  # a new one: some are embeddings, too
+            layer.register_forward_pre_hook(lambda _, inputs: tuple(x.to(kind) for x in inputs))

@@ -1,0 +1,58 @@
+"""What a checkpoint keeps beside the weights, as safetensors and JSON: optimizer, schedule, random numbers.
+
+The Trainer writes pickles instead. Numbers come back bit for bit: JSON holds a float by the shortest text that reads
+back as the same one.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+OPTIMIZER_FILE, SCHEDULE_FILE = "optimizer.safetensors", "schedule.json"
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """Write the optimizer's tensors, by the number of their weight and their name, and all else in one file."""
+    held = optimizer.state_dict()
+    tensors = {f"{i}.{name}": t.contiguous() for i, state in held["state"].items() for name, t in state.items()}
+    save_file(tensors, folder / OPTIMIZER_FILE)
+    schedule = {"groups": held["param_groups"], "schedule": scheduler.state_dict()}
+    (folder / SCHEDULE_FILE).write_text(json.dumps(schedule))
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    held = json.loads((folder / SCHEDULE_FILE).read_text())
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": held["groups"]})
+    scheduler.load_state_dict(held["schedule"])
+
+
+def save_random_state(path: Path) -> None:
+    """Write the state of every source of random numbers of this process."""
+    kind, numbers, *rest = np.random.get_state()
+    device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # its own; others are for others
+    held = {
+        "python": random.getstate(),
+        "numpy": [kind, numbers.tolist(), *rest],
+        "torch": [state.tolist() for state in (torch.get_rng_state(), *device)],
+    }
+    path.write_text(json.dumps(held))
+
+
+def load_random_state(path: Path) -> None:
+    held = json.loads(path.read_text())
+    version, numbers, spare = held["python"]
+    random.setstate((version, tuple(numbers), spare))
+    np.random.set_state(tuple(held["numpy"]))
+    cpu, *device = (torch.tensor(state, dtype=torch.uint8) for state in held["torch"])
+    torch.set_rng_state(cpu)
+    for state in device:
+        torch.cuda.set_rng_state(state)

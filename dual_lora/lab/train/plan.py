@@ -1,0 +1,268 @@
+"""What a run would take, from the model's architecture alone: nothing is downloaded, no weight is loaded.
+
+The run's own model, with the run's own method on it, stands on torch's meta device, where tensors have shapes and no
+numbers. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
+operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does. Activations are
+those of full-length batches; hours are those of training on such batches alone, at an assumed share of the peak. A
+base in 4 bits counts as many parameters, operations and activations as one that is not: bitsandbytes makes one layer's
+weight of it at a time, which the reserve is there for.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
+
+from dual_lora import paper
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import require
+from dual_lora.lab.inputs.splits import load_split
+from dual_lora.lab.model.adapt import attach_method, count_parameters
+from dual_lora.lab.model.load import explain_unshardable, find_gguf_file, unwrap_adapter
+from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.libraries import silence_libraries
+from dual_lora.lab.train.meta_step import build_meta_model, trace_step
+from tasks import Task
+
+GB = 1e9
+UTILISATION = 0.4  # of the accelerator's peak, which training of such models reaches at best; assumed, not measured
+COPY_BYTES = 2  # bytes of a number in 16 bits
+RESERVE_SHARE = 0.1  # of the sum of all parts, for what is temporary and for fragments; assumed
+ADAM_MOMENTS = 2  # AdamW's two moments, as large as the weight
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Memory in GB, peak in 1e12 operations a second without sparsity, as the vendor states them."""
+
+    memory: float
+    bfloat16: float
+    float32: float
+
+
+# NVIDIA's data sheets; float32 without TF32.
+ACCELERATORS = {
+    "a100-40gb": Accelerator(40, 312, 19.5),
+    "a100-80gb": Accelerator(80, 312, 19.5),
+    "h100-80gb": Accelerator(80, 989, 67),
+    "h200-141gb": Accelerator(141, 989, 67),
+    "l4-24gb": Accelerator(24, 121, 30.3),
+    "rtx4090-24gb": Accelerator(24, 165, 82.6),
+}
+
+
+def plan_run(run: Run) -> None:
+    """Print the plan of a run and write it to plan.json in the run's folder.
+
+    Raises:
+        UserError: the model's architecture is not known, or the run does not fit; the message says what would.
+    """
+    settings, record = run.settings, run.record
+    known = settings.hardware.accelerator in ACCELERATORS
+    require(known, f"hardware.accelerator={settings.hardware.accelerator}: known are {', '.join(ACCELERATORS)}")
+    silence_libraries()
+    found = compute_plan(replace(settings, init_from=None))
+    record.folder.mkdir(parents=True, exist_ok=True)
+    record.write("plan.json", found)
+    print(format_plan(found, record))
+    check_fit(settings, found)
+
+
+def compute_plan(settings: Settings) -> dict[str, Any]:
+    """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
+    included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
+    task = load_task(settings)
+    base = build_meta_model(settings, task)
+    alone = explain_unshardable(settings, task, type(base))
+    model = attach_method(base, settings, task.form)
+    size = measure_sizes(model, settings, task)
+    counts = count_parameters(model)
+    sharded = settings.hardware.sharding == "full"
+    step = trace_step(settings, task, count_layers(model), sharded)
+    apart = size["copies"] and not sharded
+    size["kept_sharded"] = (
+        trace_step(settings, task, count_layers(model), sharded=True)["kept"] if apart else step["kept"]
+    )
+    train, hardware = settings.train, settings.hardware
+    rows, counted = count_training_rows(settings, task)
+    an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * hardware.devices))
+    steps = train.max_steps or math.ceil(an_epoch * train.epochs)
+    flops = {part: step[part] * train.accumulation for part in ("forward", "backward")}
+    device = ACCELERATORS[hardware.accelerator]
+    speed = device.float32 if settings.model.dtype == "float32" else device.bfloat16
+    return {
+        "model": settings.model.name,
+        "task": settings.task.name,
+        "method": settings.method.name,
+        "modules": count_adapted_modules(model),
+        **counts,
+        "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
+        "published": find_published_parameters(settings),
+        "memory": estimate_memory(size, step["kept"], hardware.devices, hardware.sharding, hardware.base),
+        "tokens_per_device_and_step": step["tokens"] * train.accumulation,
+        "flops": {**flops, "step": sum(flops.values())},
+        "train_rows": rows,
+        "train_rows_from": "the data" if counted else "the task's configuration",
+        "steps": steps,
+        "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILISATION) / 3600,
+        "cannot_shard": alone,
+        "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilisation": UTILISATION},
+    }
+
+
+def count_layers(model: torch.nn.Module) -> int:
+    return unwrap_adapter(model).config.num_hidden_layers
+
+
+def find_published_parameters(settings: Settings) -> list[dict[str, str]]:
+    """Return what papers print as the trained weights of this model with this method at this rank, with the table."""
+    keys = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
+    found = []
+    for row in paper.find(**keys):
+        text = f"{row.values['params'].text} %" if "params" in row.values else row.keys.get("params")
+        if text and {"params": text, "table": row.table} not in found:
+            found.append({"params": text, "table": row.table})
+    return found
+
+
+def count_adapted_modules(model: torch.nn.Module) -> dict[str, int]:
+    """Return how many modules the method changes, by the last part of their names."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            key = name.rpartition(".")[2]
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
+    """Return how many examples training sees an epoch, and whether they were counted in the data."""
+    limit, known = settings.train.max_examples, settings.task.train_rows
+    counted = known is None or settings.data_dir is not None
+    if counted:
+        return len(load_split(task, "train", settings).rows), counted
+    rest = known - (settings.eval.holdout or 0)
+    return min(rest, limit or rest), counted
+
+
+def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
+    """Return bytes of frozen weights, of these in 4 bits, of weights that train, of the copies in 16 bits that autocast
+    makes of those in float32 for their products, and of what is gathered at once when all is sharded: two of the base
+    model's layers, or all that is in none of them (embeddings, head), whichever is more."""
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    small = [layer.weight for layer in list_quantisable_layers(model, settings.model)]
+    kind = getattr(torch, settings.model.dtype)
+    one, two = (sum(p.numel() for p in build_meta_model(settings, task, count).parameters()) for count in (1, 2))
+    copied = [
+        m for m in model.modules() if type(m) in (torch.nn.Linear, Conv1D) and m.weight.dtype.itemsize > COPY_BYTES
+    ]
+    copies = COPY_BYTES * sum(p.numel() for module in copied for p in module.parameters())
+    return {
+        "frozen": frozen,
+        "frozen_nf4": frozen - sum(w.nbytes - count_nf4_bytes(w.numel()) for w in small),
+        "trained": sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        "copies": copies if settings.method.peft is None and kind.itemsize == COPY_BYTES else 0,
+        "gathered": kind.itemsize * max(2 * (two - one), 2 * one - two),
+    }
+
+
+def estimate_memory(
+    size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
+) -> dict[str, float]:
+    """Return bytes a device: weights, gradients (twice in DDP, whose buckets are copies), AdamW's moments, what is kept
+    for backward, copies in 16 bits, what AdamW's step takes beyond these when they are gone (once what trains), a
+    reserve, and the peak.
+
+    Sharded in full (FSDP2), a device holds its part of the base model, and what it gathers at once; an adapter is whole
+    on every one. Copies are of what is gathered then.
+    """
+    full = sharding == "full"
+    frozen, trained = size[f"frozen_{base}" if base else "frozen"], size["trained"]
+    if full:
+        frozen, trained = frozen / devices, trained if frozen else trained / devices
+    copies = 0 if full else size["copies"]
+    parts = {
+        "weights": frozen + trained,
+        "gradients": trained * (2 if sharding == "replicas" else 1),
+        "optimizer": ADAM_MOMENTS * trained,
+        "activations": kept,
+        "copies": copies,
+        "temporaries": max(0, trained - kept - copies),
+        "gathered": size["gathered"] if full else 0,
+    }
+    reserve = RESERVE_SHARE * sum(parts.values())
+    return {"size": size, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
+
+
+def check_fit(settings: Settings, found: dict[str, Any]) -> None:
+    """Refuse a plan that needs more than the device has, saying what would fit.
+
+    Raises:
+        UserError: with those settings.
+    """
+    train, hardware, parts = settings.train, settings.hardware, found["memory"]
+    room, alone = found["hardware"]["memory"], found["cannot_shard"]
+    able = hardware.sharding != "full" or alone is None
+    require(able, f"plan: hardware.sharding=full: {alone}; take hardware=ddp")
+
+    def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
+        kept = parts["size"]["kept_sharded"] if sharding == "full" else parts["activations"]
+        kept *= batch / train.batch_size
+        return estimate_memory(parts["size"], kept, devices, sharding, base)["peak"] <= room
+
+    here = (hardware.devices, hardware.sharding)
+    batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
+    more = [] if alone else [2**i for i in range(1, 11) if 2**i > hardware.devices]
+    if hardware.sharding == "replicas" and not alone:
+        more = [hardware.devices, *more]
+    free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
+    small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
+    same = [(b, *here, hardware.base) for b in batches]
+    held = [(b, *here, "nf4") for b in batches if small]  # the method leaves a base that can be held so
+    wide = [(train.batch_size, devices, "full", None) for devices in more if free]
+    wide += [(b, devices, "full", None) for devices in more for b in batches if free]
+    chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]
+    mends = []
+    for batch, devices, sharding, base in filter(None, chosen):
+        mend = []
+        if batch != train.batch_size:
+            accumulation = train.accumulation * train.batch_size // batch
+            mend += [f"train.batch_size={batch} train.accumulation={accumulation}"]
+        if base != hardware.base:
+            mend += [f"hardware.base={base}"]
+        if (devices, sharding) != here:
+            mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
+        if devices > hardware.devices:
+            mend += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
+        mends.append(" ".join(mend))
+    require(
+        parts["peak"] <= room,
+        f"plan: {settings.model.name} with {settings.method.name} needs {parts['peak'] / GB:.1f} GB a device, "
+        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(mends) or 'a larger accelerator'}",
+    )
+
+
+def format_plan(found: dict[str, Any], record: Record) -> str:
+    """Return the plan as a few lines."""
+    parts, hardware = found["memory"], found["hardware"]
+    modules = ", ".join(f"{count} {name}" for name, count in found["modules"].items()) or "all weights"
+    held = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size and name not in ("size", "peak"))
+    lines = {
+        "plan": f"{found['model']} + {found['method']} on {found['task']}",
+        "adapts": modules,
+        "trains": f"{found['trainable_parameters']:,} of {found['parameters']:,} ({found['trainable_percent']:.2f} %), "
+        f"{found['adapter_parameters']:,} of them the adapter's",
+        "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
+        "memory": f"{parts['peak'] / GB:.2f} GB a device: {held}",
+        "step": f"{found['flops']['step'] / 1e12:.2f} TFLOP, {found['tokens_per_device_and_step']:,} tokens a device",
+        "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours of training on {hardware['devices']} x "
+        f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
+        "written": f"{record.shown()}/plan.json",
+    }
+    return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)

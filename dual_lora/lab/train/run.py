@@ -1,0 +1,283 @@
+"""One run from settings to its record: load, evaluate, train, evaluate again, write down."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import enable_full_determinism
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
+from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
+from dual_lora.lab.inputs.splits import load_scored_splits, load_split
+from dual_lora.lab.model.adapt import attach_method, build_optimizer, count_parameters, list_kernels, merge_adapter
+from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
+from dual_lora.lab.model.load import is_sharded, load_model
+from dual_lora.lab.record.mirror import Mirror, open_mirror
+from dual_lora.lab.record.record import TRAINED_FILE, Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.record.summary import format_summary
+from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
+from dual_lora.lab.system.files import remove_path, translate_save_errors
+from dual_lora.lab.system.libraries import silence_libraries
+from dual_lora.lab.system.lock import hold_lock
+from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
+from dual_lora.lab.system.sealed import seal_folder
+from dual_lora.lab.system.signals import STOP
+from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
+from dual_lora.lab.train.trainer import RunTrainer
+
+# The share of entries of dL/dSign that were clipped at a logged step; in a result, the largest.
+CLIPPED_COLUMN = "train/clipped_share"
+
+
+@translate_machine_errors()
+def train_run(run: Run) -> dict[str, Any]:
+    """Train and evaluate one run, or find it finished; print what it came to and return its result.
+
+    Raises:
+        UserError: something the user can mend. `failure.json` keeps the reason of any failed run.
+        Elsewhere: another process does this run.
+        Stopped: a stop was asked for; the next try goes on from the newest checkpoint.
+    """
+    STOP.check()
+    join_processes()
+    settings, record = run.settings, run.record
+    share_from_first(record.clean)
+    result = find_result(settings, record)
+    if result:
+        print(f"finished: {record.shown()} (force=true runs it anew)")
+    else:
+        silence_libraries()
+        with ExitStack() as held:
+            share_from_first(lambda: held.enter_context(hold_lock(record.folder)))
+            result = find_result(settings, record) or attempt_run(settings, record)  # another may just have done it
+            share_from_first(record.settle)
+            share_from_first(record.tidy)
+    print(format_summary(result, record))
+    return result
+
+
+def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
+    """Return the result of a run that is done and not to be done again."""
+    return None if settings.force else share_from_first(record.result)
+
+
+def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
+    """Do a run that is not finished and return its result; what it sets for the process ends with it."""
+    with isolate_determinism(settings):
+        return record_attempt(settings, record)
+
+
+def record_attempt(settings: Settings, record: Record) -> dict[str, Any]:
+    """Do a run in its record and its mirror, and keep the reason if it fails."""
+    tried = record.tried(settings)
+    share_from_first(lambda: tried.start(settings))
+    mirror = open_run_mirror(settings, record)
+    try:
+        with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
+            result = train_and_evaluate(settings, tried, mirror)
+        mirror.summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
+        mirror.finish(0)
+        return result
+    except Stopped:
+        mirror.finish(1)
+        raise
+    except BaseException as error:
+        with suppress(UserError):  # a full disk takes no reason either
+            tried.fail(error)
+        mirror.finish(1)
+        raise
+
+
+@contextmanager
+def isolate_determinism(settings: Settings) -> Iterator[None]:
+    """Set what deterministic=true asks for, before the record tells of it, and keep that from the runs after this one:
+    it holds for the whole process."""
+    cudnn, variables = torch.backends.cudnn, dict(os.environ)
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    try:
+        if settings.deterministic:
+            enable_full_determinism(settings.seed)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        _, cudnn.deterministic, cudnn.benchmark = before
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
+
+
+def open_run_mirror(settings: Settings, record: Record) -> Mirror:
+    names = (settings.model.name, settings.task.name, settings.method.name)
+    return open_mirror(
+        settings.wandb.mode if is_first_process() else "disabled",
+        project=settings.wandb.project,
+        entity=settings.wandb.entity,
+        run_id=f"{settings.study}-{record.name.rsplit('_', 1)[1]}",
+        name=record.name,
+        group=settings.study,
+        job_type=settings.wandb.job_type,
+        tags=["/".join(names), *names, *settings.wandb.tags],
+        config=asdict(settings),
+        folder=record.folder,
+    )
+
+
+def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
+    """Do the run: everything between an empty record and its result."""
+    task = load_task(settings)
+    able = settings.model.dtype != "float16" or torch.cuda.is_available()
+    require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
+    with run_first_process_first():
+        train = load_split(task, "train", settings)
+        held_out = load_scored_splits(task, settings)
+    set_seed(settings.seed)
+    base, tokenizer = load_model(settings, task)
+    set_seed(settings.seed)  # so that the adapter's draw does not depend on what loading drew
+    model = attach_method(base, settings, task.form)
+    examples = encode_rows(train.rows, task, tokenizer, settings)
+    check_positions(base, max(map(len, examples["input_ids"])), settings)
+    log = LogCallback(record, mirror)
+
+    def measure(title: str) -> tuple[dict, list]:
+        with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
+            return evaluate_splits(model, tokenizer, task, held_out, settings, title)
+
+    best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
+    loop = RunTrainer(
+        record,
+        train.rows["id"],
+        best,
+        settings.train.loss_scale,
+        settings.train.save_minutes,
+        model=model,
+        args=build_training_arguments(settings, record),
+        train_dataset=examples,
+        data_collator=build_collator(task, tokenizer),
+        processing_class=tokenizer,
+        optimizers=(build_optimizer(model, settings), None),
+        callbacks=[log, best] if best else [log],
+    )
+    loop.remove_callback(PrinterCallback)
+    progress = ProgressBar()
+    loop.add_callback(progress)
+    before = share_from_first(lambda: read_initial_scores(record))
+    if before is None and settings.eval.before:
+        before = measure("before")[0]
+        log.scores(0, before)
+    trained = share_from_first(record.trained)
+    if trained:
+        loop.load(record.weights(settings))
+    else:
+        with closing(progress), translate_memory_errors(suggest_smaller_batch(settings)):
+            trained = train_and_save(loop, best, record, settings)
+    merged = merge_adapter(model)
+    metrics, predictions = measure("after")
+    log.scores(trained["steps"], metrics)
+    share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
+    result = {
+        "identity": record.name,
+        "model": settings.model.name,
+        "task": task.name,
+        "task_version": task.version,
+        "method": settings.method.name,
+        "seed": settings.seed,
+        "metric": task.metric,
+        "metrics": metrics,
+        "merged": merged,
+        "metrics_before": before,
+        "best_epoch": trained["best_epoch"],
+        "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
+        **count_parameters(model),
+        "kernels": list_kernels(model),
+        "clipped_share": max((row[CLIPPED_COLUMN] for row in record.logged() if CLIPPED_COLUMN in row), default=None),
+        "steps": trained["steps"],
+        "train_loss": trained["train_loss"],
+        "train_seconds": trained["train_seconds"],
+        "tokens_per_second": trained["tokens"] / trained["train_seconds"],
+        "peak_memory_bytes": trained["peak_memory_bytes"],
+        "warnings": find_warnings(task, predictions),
+        "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
+    }
+    return share_from_first(lambda: record.finish(result))
+
+
+def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
+    """Train, from the newest checkpoint if there is one, and return what the result tells of it.
+
+    The weights are kept, and then `trained.json`, so that no later kill costs the training.
+    """
+    with PeakMemory() as peak:
+        done = loop.fit(share_from_first(record.checkpoint))
+    with STOP.waiting():  # what is trained is kept first
+        if best:
+            best.restore(loop.model)
+        loop.check_weights()
+        facts = {
+            "steps": done.global_step,
+            "train_loss": done.training_loss,
+            "train_seconds": loop.seconds,
+            "tokens": loop.state.num_input_tokens_seen,
+            "peak_memory_bytes": peak.peak,
+            "best_epoch": best.epoch if best else None,
+            "metrics_last_epoch": best.last if best else None,
+            "logged": record.logged(),
+        }
+        folder = record.weights(settings)
+        with translate_save_errors(record.folder):
+            share_from_first(lambda: remove_path(folder))
+            loop.model.save_pretrained(folder, is_main_process=is_first_process())
+            share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, **facts))
+    STOP.check()
+    return facts
+
+
+def read_initial_scores(record: Record) -> dict[str, float] | None:
+    """Return the scores before training that an earlier try of this run has logged."""
+    for row in record.logged():
+        scores = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
+        if row["step"] == 0 and scores:
+            return scores
+    return None
+
+
+def build_training_arguments(settings: Settings, record: Record) -> TrainingArguments:
+    """Return the Trainer's arguments: the task's protocol and the run's settings."""
+    train, task, cuda = settings.train, settings.task, torch.cuda.is_available()
+    found = TrainingArguments(
+        output_dir=str(record.folder / "checkpoints"),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=task.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        label_smoothing_factor=task.label_smoothing,
+        optim="adamw_torch",
+        bf16=settings.model.dtype == "bfloat16",
+        fp16=settings.model.dtype == "float16" and cuda,
+        use_cpu=not cuda,
+        ddp_find_unused_parameters=False,
+        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+        seed=settings.seed,
+        full_determinism=settings.deterministic,
+        logging_steps=train.log_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if train.save_steps else "no",
+        save_steps=train.save_steps or 500,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,  # for `Progress`
+    )
+    found._n_gpu = min(found.n_gpu, 1)  # else one process would share every batch among all GPUs it sees
+    return found

@@ -1,0 +1,282 @@
+"""The Trainer, which goes on exactly where it stopped, keeps no half checkpoint and names the batch that broke it."""
+
+import json
+import shutil
+import time
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+
+from dual_lora.functional import CLIPPED
+from dual_lora.lab.errors import RESTARTS, RESUMES, UserError
+from dual_lora.lab.model.load import is_sharded
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.system.distributed import gather_items, share_from_first, wait_for_everyone
+from dual_lora.lab.system.files import remove_path, translate_save_errors
+from dual_lora.lab.system.sealed import parse_checkpoint_step, seal_folder
+from dual_lora.lab.system.signals import STOP
+from dual_lora.lab.train.callbacks import SCALER_FILE, STATE_FILE, BestEpoch
+from dual_lora.lab.train.optimizer_state import load_optimizer, load_random_state, save_optimizer, save_random_state
+
+ROW_COLUMN = "row"  # the column with a training example's number
+MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
+
+
+class RunTrainer(Trainer):
+    """A Trainer for one run.
+
+    record: the run's; ids: the names of the training examples, by row; best: the callback whose state checkpoints keep;
+    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it;
+    minutes: how long after the newest checkpoint the next one is due. `keeps` tells whether it can write checkpoints:
+    not of a model that is sharded and trained in full.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        ids: list[str],
+        best: BestEpoch | None,
+        scale: float | None,
+        minutes: float | None,
+        **kwargs: Any,
+    ) -> None:
+        examples = kwargs.pop("train_dataset")
+        examples = examples.add_column(ROW_COLUMN, list(range(len(examples))))
+        callbacks = [StopAndResume(self), *kwargs.pop("callbacks")]  # the first one: others look at what it brings back
+        args, part = kwargs["args"], is_sharded(kwargs["model"])
+        args.save_only_model = part  # else the Trainer refuses all sharded models, but an adapter on one is whole
+        super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
+        args.save_only_model = False
+        # The Trainer takes every model for one that divides its loss by the tokens of a whole step. Only the loss of a
+        # causal language model does; others, and the smoothed one, are means of what they see at a time.
+        self.model_accepts_loss_kwargs &= self._loss_shifts_labels and not args.label_smoothing_factor
+        self.keeps = not part or isinstance(self.model, PeftModel)
+        self.record, self.ids, self.best, self.scale = record, ids, best, scale or 1.0
+        for weight in self.model.parameters() if scale else ():
+            if weight.requires_grad:
+                weight.register_hook(lambda gradient: gradient / scale)
+        self.recent: list[tuple[str, int, list[torch.Tensor], Any]] = []  # since the last check, on the device
+        self.earlier, self.began = 0.0, time.perf_counter()
+        self.minutes, self.kept_at = minutes, self.began
+
+    @property
+    def seconds(self) -> float:
+        """The time training has taken without the scoring of epochs, earlier tries up to their checkpoints included."""
+        return self.earlier + time.perf_counter() - self.began - (self.best.seconds if self.best else 0)
+
+    def fit(self, checkpoint: Path | None) -> Any:
+        """Train, from a checkpoint if there is one, and return the Trainer's figures.
+
+        Raises:
+            UserError: a loss or a gradient that is no number, or a checkpoint that cannot be written.
+            Stopped: a stop was asked for; the newest checkpoint is of this moment.
+        """
+        self.began = self.kept_at = time.perf_counter()
+        CLIPPED.take()  # what a run that failed before this one left
+        with STOP.waiting(then=RESUMES if self.keeps else RESTARTS):
+            done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            STOP.check()
+        self.check()
+        return done._replace(training_loss=self.mean(done.training_loss))
+
+    def due(self) -> bool:
+        """Return whether the newest checkpoint is older than it may be."""
+        return self.minutes is not None and time.perf_counter() - self.kept_at > 60 * self.minutes
+
+    def load(self, folder: Path) -> None:
+        """Give the model the weights saved in a folder."""
+        self._load_from_checkpoint(str(folder))
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """As the Trainer's, but a checkpoint of the very last step is not trained on."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW_COLUMN not in self._signature_columns:
+            self._signature_columns.append(ROW_COLUMN)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if self.scale == 1 else loss * self.scale
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        rows = inputs.pop(ROW_COLUMN)
+        CLIPPED.watching = (self.state.global_step + 1) % self.args.logging_steps == 0
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch) / self.scale
+        finally:
+            CLIPPED.watching = False
+        self.recent.append(("loss", self.state.global_step + 1, [rows], loss))
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm, step = super()._get_grad_norm(model, grad_norm=grad_norm), self.state.global_step + 1
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not self.args.fp16:  # its loss scaling provokes infinite gradients, and skips them
+            rows = [rows for _, s, given, _ in self.recent if s == step for rows in given]
+            self.recent.append(("gradient norm", step, rows, norm))
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        share = CLIPPED.take()
+        super().log(logs if share is None else {**logs, "clipped_share": share}, start_time)
+        self.check()
+
+    def check(self) -> None:
+        """Look at the losses and gradient norms since the last check, all at once because every look waits for the
+        device.
+
+        Raises:
+            UserError: one is no number.
+        """
+        recent, self.recent = self.recent, []
+        values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for *_, value in recent]
+        for (what, step, rows, _), value in zip(recent, torch.stack(values).tolist() if values else (), strict=True):
+            if not isfinite(value):
+                raise self.no_number(what, value, step, [self.ids[i] for part in rows for i in part.tolist()])
+
+    def no_number(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
+        good = self.last_good()
+        more = f" and {len(ids) - MAX_NAMED_EXAMPLES} more" if len(ids) > MAX_NAMED_EXAMPLES else ""
+        return UserError(
+            f"the {what} is {value} at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or "
+            f"model.dtype=float32; examples of that step: {', '.join(map(str, ids[:MAX_NAMED_EXAMPLES]))}{more}; "
+            f"last good checkpoint: {good or 'none'}",
+            step=step,
+            examples=ids,
+            last_good_checkpoint=good,
+            diverged=True,
+        )
+
+    def last_good(self) -> str | None:
+        kept = self.record.checkpoint()
+        return f"checkpoint-{parse_checkpoint_step(kept)}" if kept else None
+
+    def check_weights(self) -> None:
+        """Look at what is trained before it is kept.
+
+        Raises:
+            UserError: a weight has a value that is no number.
+        """
+        trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+        mine = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in trained]
+        bad = [name for (name, _), weight in zip(trained, mine, strict=True) if not weight.isfinite().all()]
+        bad, step = list(dict.fromkeys(gather_items(bad))), self.state.global_step
+        if bad:
+            good = self.last_good()
+            raise UserError(
+                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers "
+                f"at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; "
+                f"last good checkpoint: {good or 'none'}",
+                step=step,
+                last_good_checkpoint=good,
+                diverged=True,
+            )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As the Trainer's, then what it forgets, and the manifest as the last file."""
+        self.check()
+        self.check_weights()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            with translate_save_errors(folder):
+                super()._save_checkpoint(model, trial)
+                state = {
+                    "loss_since_log": self.mean(self._tr_loss.item()),
+                    "logged_at": self._globalstep_last_logged,
+                    "loss_sum": self.mean(self._total_loss_scalar),
+                    "seconds": self.seconds,
+                }
+                wait_for_everyone()  # for what the others save
+                share_from_first(lambda: self.complete(folder, state))
+        except UserError:
+            remove_path(folder)
+            raise
+
+    def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
+        """As the Trainer's, without the tokenizer and its own settings, which nobody reads."""
+        if self.args.should_save or is_sharded(self.model):  # all processes gather what is shared out
+            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = self.accelerator.scaler
+        if scaler and self.args.should_save:
+            (Path(output_dir) / SCALER_FILE).write_text(json.dumps(scaler.state_dict()))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(json.loads((Path(checkpoint) / SCALER_FILE).read_text()))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(exist_ok=True)  # the first process may be slower
+        save_random_state(Path(output_dir) / self.random_file)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            load_random_state(Path(checkpoint) / self.random_file)
+
+    @property
+    def random_file(self) -> str:
+        return f"random_{self.args.process_index}.json"
+
+    def complete(self, folder: Path, state: dict[str, Any]) -> None:
+        """Add to a checkpoint what the Trainer does not know, and seal it."""
+        state["best"] = self.best.keep(folder) if self.best else {}
+        (folder / STATE_FILE).write_text(json.dumps(state))
+        shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
+        seal_folder(folder)
+
+    @staticmethod
+    def mean(value: float) -> float:
+        """Return the mean over all processes, each of which knows the losses of its own examples."""
+        found = gather_items([value])
+        return sum(found) / len(found)
+
+
+class StopAndResume(TrainerCallback):
+    """Stops at the end of a step, with a checkpoint, when that is asked for; and goes on from one as if never stopped:
+    the Trainer forgets the losses since its last log and the sum of all before."""
+
+    def __init__(self, loop: RunTrainer) -> None:
+        self.loop = loop
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.global_step:
+            return
+        loop, folder = self.loop, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        kept = json.loads((folder / STATE_FILE).read_text())
+        state.compute_steps(args, state.max_steps)  # a checkpoint's own would outlive a changed train.save_steps
+        loop._tr_loss += kept["loss_since_log"]
+        loop._globalstep_last_logged, loop._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
+        loop._initial_global_step, loop.earlier = 0, kept["seconds"]
+        if loop.best:
+            loop.best.go_on(folder, kept["best"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        told = gather_items([(bool(STOP.asked), self.loop.due())])
+        stop, due = (any(words) for words in zip(*told, strict=True))
+        control.should_save = self.loop.keeps if stop else control.should_save or (due and self.loop.keeps)
+        control.should_training_stop = control.should_training_stop or stop
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.loop.best:  # before anything is scored
+            self.loop.check()
+            self.loop.check_weights()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.loop.kept_at = time.perf_counter()

@@ -1,0 +1,176 @@
+"""`eval.py run=... analyse=true`: ranks and entries of what a finished run did to its base weights; needs no data.
+
+Every number stands beside that of random factors in the same place (its null, *_null), because a high rank alone says
+nothing about training. Written into the run's folder: analysis.json (all), analysis.csv (without histograms) and,
+as PNG and PDF, ranks, stable_ranks and, of Dual LoRA, histograms.
+"""
+
+import pandas as pd
+import torch
+from tabulate import tabulate
+
+from dual_lora import analysis
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import require
+from dual_lora.lab.present.document import MISSING
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.system.libraries import silence_libraries
+from dual_lora.lab.weights.histogram_figure import draw_histograms
+from dual_lora.lab.weights.rank_figure import RANK_TITLES, AnalysedRun, draw_ranks
+from dual_lora.lab.weights.updates import (
+    NULL_SEED,
+    DualLoraUpdate,
+    Update,
+    find_layer_number,
+    find_role,
+    load_updates,
+    rebuild_initial_factors,
+)
+from dual_lora.tuner.factors import DualLoraFactors
+
+RANK_KINDS = ("rank", "stable_rank", "effective_rank")
+UPDATE_ENTRIES = ("zeros", "dead_rows", "relative_size", "signs_flipped")
+ENTRIES = (*UPDATE_ENTRIES, "cosine", "sign_agreement")
+
+
+def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Record] | None = None) -> str:
+    """Analyse a finished run, write its files, and return what to tell the user.
+
+    other: a second run of the same model, to whose updates this one's are compared.
+
+    Raises:
+        UserError: a run cannot be loaded or taken apart, or the two have no weight in common.
+    """
+    silence_libraries()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = load_updates(settings, record)
+    require(bool(mine), f"run={record.shown()}: no weight of a role that model={settings.model.name} names was changed")
+    theirs = {update.module: update for update in load_updates(*other)} if other else {}
+    if other:
+        common = any(update.module in theirs for update in mine)
+        require(common, f"against={other[1].shown()}: changed none of the weights that this run changed")
+    first, beginning = rebuild_initial_factors(settings, mine)
+    rows = [describe_update(u, theirs.get(u.module), first.get(u.module), settings, device) for u in mine]
+    content = {
+        "run": record.name,
+        "against": other[1].name if other else None,
+        "model": settings.model.name,
+        "method": settings.method.name,
+        "seed": settings.seed,
+        "device": device,
+        "null": mine[0].null,
+        "null_seed": NULL_SEED,
+        "labels": mine[0].labels,
+        "rank_tolerance": "max(out, in) * eps of float32, relative to the largest singular value",
+        "update_scale": min(
+            (u.factors.update_scale.item() for u in mine if isinstance(u, DualLoraUpdate)), default=None
+        ),
+        "beginning": beginning,
+        "magnitude_edges": analysis.MAGNITUDE_EDGES,
+        "direction_edges": analysis.DIRECTION_EDGES,
+        "rows": rows,
+    }
+    record.write("analysis.json", content)
+    record.write("analysis.csv", drop_histograms(rows).to_csv(index=False))
+    draw_figures(content, record)
+    return format_analysis(content, record)
+
+
+def draw_figures(content: dict, record: Record) -> None:
+    """Draw the figures of an analysis."""
+    name = f"{content['model']}, {content['method']}"
+    run = AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
+    for kind in RANK_TITLES:
+        draw_ranks([run], record.folder, kind)
+    draw_histograms(content, record.folder)
+
+
+def describe_update(
+    update: Update, other: Update | None, first: DualLoraFactors | None, settings: Settings, device: str
+) -> dict[str, object]:
+    """Return what is known of one weight: where it is, and every number of dW with that of the null behind it.
+
+    other: the other run's update of this module; first: the factors this run began with. What cannot be told without
+    them is None, and so is the size of a null whose size means nothing.
+    """
+    W0 = update.weight().to(device)
+    theirs = None if other is None else other.whole()[update.block].to(device)
+    trained = update.parts(device) | measure_update(update.change().to(device), W0, theirs)
+    drawn, null = update.drawn(device)
+    null |= measure_update(drawn.to(device), W0 if update.sized else None, theirs)
+    values = {key: value for name in trained for key, value in ((name, trained[name]), (f"{name}_null", null[name]))}
+    return locate_update(update, settings) | values | {"signs_flipped": first and update.flipped(first, device)}
+
+
+def locate_update(update: Update, settings: Settings) -> dict[str, object]:
+    """Return what a row is about; `ranks` are the inner dimensions of the factors, r1+r2 or r."""
+    out, fan_in = update.weight().shape
+    role = find_role(update.module, settings) + update.name.removeprefix(update.module)
+    layer = find_layer_number(update.module)
+    return {"module": update.name, "layer": layer, "role": role, "out": out, "in": fan_in, "ranks": update.ranks}
+
+
+def measure_update(dW: torch.Tensor, W0: torch.Tensor | None, theirs: torch.Tensor | None) -> dict[str, float | None]:
+    """Return the numbers of one dW: out x in, and of its likeness to another run's."""
+    likeness = dict.fromkeys(("cosine", "sign_agreement")) if theirs is None else analysis.agreement(dW, theirs)
+    return analysis.overall(dW, W0) | likeness
+
+
+def drop_histograms(rows: list[dict]) -> pd.DataFrame:
+    """Return the rows without their histograms."""
+    return pd.DataFrame([{k: v for k, v in row.items() if "histogram" not in k} for row in rows])
+
+
+def format_analysis(content: dict, record: Record) -> str:
+    """Return medians over the layers of each role, trained | null, and what to know about them."""
+    frame = drop_histograms(content["rows"])
+    entries = [name for name in ENTRIES if frame[name].notna().any()]
+    ranks, rest = [], []
+    for (role, out, fan_in), group in frame.groupby(["role", "out", "in"], sort=False):
+        where = [role, f"{out} x {fan_in}"]
+        parts = content["labels"].items()
+        ranks += [
+            [*where, label, *(format_with_null(group, f"{part}_{kind}") for kind in RANK_KINDS)]
+            for part, label in parts
+        ]
+        rest.append([*where, *(format_with_null(group, name) for name in entries)])
+    tables = [
+        format_medians(ranks, "role", "weight", "of", *RANK_KINDS),
+        format_medians(rest, "role", "weight", *entries),
+    ]
+    figures = ", ".join(sorted(path.name for path in record.folder.glob("*.png")))
+    files = f"analysis.json, analysis.csv, {figures} (and as PDF)"
+    return "\n\n".join([*tables, "\n".join(explain_analysis(content)), f"analysed: {record.shown()}: {files}"])
+
+
+def explain_analysis(content: dict) -> list[str]:
+    """Return what a reader must know about the numbers, a line each."""
+    beginning, scale = content["beginning"], content["update_scale"]
+    found = [f"Medians over layers, trained | null. Null: {content['null']}."]
+    if scale not in (None, 1.0):
+        found.append(f"The ramp had reached f = {scale:g} when training ended; the null is at f = 1.")
+    if beginning["rebuilt"]:
+        cosine, sure = beginning["least_cosine"], beginning["least_over_chance"]
+        found.append(
+            "Signs flipped: since the factors that the run's seed draws; a trained factor's cosine with its draw is at "
+            f"least {cosine:.2f}, {sure:.0f} standard deviations above chance."
+        )
+    elif scale is not None:
+        found.append(f"Signs flipped: not told, {beginning['why']}.")
+    if content["against"]:
+        found.append(f"Cosine and sign agreement: with the dW of {content['against']}.")
+    return found
+
+
+def format_medians(rows: list[list[str]], *heads: str) -> str:
+    return tabulate(rows, headers=[head.replace("_", " ") for head in heads], disable_numparse=True)
+
+
+def format_with_null(group: pd.DataFrame, name: str) -> str:
+    """Return the medians of a column and of its null, as far as they are there."""
+    return " | ".join(format_median(group[n]) for n in (name, f"{name}_null") if n in group) or MISSING
+
+
+def format_median(column: pd.Series) -> str:
+    values = pd.to_numeric(column).dropna()
+    return MISSING if values.empty else f"{values.median():.4g}"

@@ -1,0 +1,303 @@
+"""What a finished run did to each weight it changed: dW, its parts, and what random factors give in its place.
+
+A weight is out x in here, also where the layer keeps it in x out (GPT-2's Conv1D, embeddings).
+"""
+
+import copy
+import math
+import re
+import zlib
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
+
+from dual_lora import analysis
+from dual_lora.functional import delta_weight
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError, require
+from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.record import Record
+from dual_lora.tuner.factors import DualLoraFactors
+from dual_lora.tuner.layer import DualLoraLayer
+
+ADAPTER = "default"
+NULL_SEED = 0
+# A rebuilt draw counts as the run's own when every trained factor is more like it than chance by this many standard
+# deviations: the cosine with an unrelated draw of n entries has a standard deviation of 1 / sqrt(n).
+MIN_DEVIATIONS = 8.0
+
+
+def orient_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight of this base layer, or dW in its shape, as out x in in float32."""
+    weight = weight.detach().float()
+    return weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
+
+
+class Update:
+    """One changed weight. `ranks` are the inner dimensions of its factors, `null` says what the random draw is,
+    `labels` name its parts for people."""
+
+    ranks = ""
+    sized = False  # whether the size of a drawn dW means anything
+    null = "a Gaussian matrix of the same shape"
+    labels = {"overall": "dW"}
+
+    def __init__(self, module: str, base: nn.Module) -> None:
+        self.module, self.base, self.block = module, base, slice(None)
+        self.name = module
+
+    def weight(self) -> Tensor:
+        """Return W0."""
+        return orient_weight(self.base, self.base.weight)[self.block]
+
+    def change(self) -> Tensor:
+        """Return dW."""
+        return self.whole()[self.block]
+
+    def whole(self) -> Tensor:
+        """Return dW of the whole module, of which `change` may be a block of rows."""
+        raise NotImplementedError
+
+    def parts(self, device: str) -> dict:
+        """Return the numbers of what dW is made of."""
+        return {}
+
+    def drawn(self, device: str) -> tuple[Tensor, dict]:
+        """Return dW of random factors, and the numbers of its parts."""
+        return self.gaussian(*self.weight().shape), {}
+
+    def seed(self) -> int:
+        return zlib.crc32(f"{NULL_SEED} {self.name}".encode())
+
+    def gaussian(self, out: int, fan_in: int, rank: int | None = None) -> Tensor:
+        """Return a standard normal out x in matrix, or a product of two over `rank`."""
+        generator = torch.Generator().manual_seed(self.seed())
+        if rank is None:
+            return torch.randn(out, fan_in, generator=generator)
+        return torch.randn(out, rank, generator=generator) @ torch.randn(rank, fan_in, generator=generator)
+
+
+class TunedUpdate(Update):
+    """A weight trained as it is: dW is trained minus base."""
+
+    def __init__(self, module: str, base: nn.Module, trained: nn.Module) -> None:
+        super().__init__(module, base)
+        self.trained = trained
+
+    def whole(self) -> Tensor:
+        return orient_weight(self.trained, self.trained.weight) - orient_weight(self.base, self.base.weight)
+
+
+class LowRankUpdate(Update):
+    """LoRA: dW = alpha / r * B A, from the factors, so that no rounding of W0 + dW raises its rank."""
+
+    null = "B A with both factors Gaussian (its ranks do not depend on their sizes)"
+    labels = {"overall": "dW = BA"}
+
+    def __init__(self, module: str, layer: LoraLayer) -> None:
+        super().__init__(module, layer.get_base_layer())
+        self.layer = layer
+        self.ranks = str(layer.r[ADAPTER])
+
+    def product(self) -> Tensor:
+        return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
+
+    def whole(self) -> Tensor:
+        return self.product()
+
+    def drawn(self, device: str) -> tuple[Tensor, dict]:
+        return self.gaussian(*self.weight().shape, self.layer.r[ADAPTER]), {}
+
+
+class VariantUpdate(LowRankUpdate):
+    """LoRA's layer with more to it (DoRA's magnitudes): dW is merged minus base; B A is beside it as `product`."""
+
+    sized = True
+    null = "B A with both factors Gaussian and ||B A|| as trained, all else as at initialisation"
+    labels = {"product": "BA", "overall": "dW"}
+
+    def whole(self) -> Tensor:
+        return self.merged(copy.deepcopy(self.layer).double())
+
+    def merged(self, layer: LoraLayer) -> Tensor:
+        """Return what merging changes, in float64: in float32 W0 + dW - W0 would be of full rank by rounding alone."""
+        layer.merge(adapter_names=[ADAPTER])
+        return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
+
+    def parts(self, device: str) -> dict:
+        return measure_product(self.product().to(device))
+
+    @torch.no_grad()
+    def drawn(self, device: str) -> tuple[Tensor, dict]:
+        layer = copy.deepcopy(self.layer).double()
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        B.zero_()
+        layer.lora_variant[ADAPTER].init(layer, ADAPTER)
+        generator = torch.Generator().manual_seed(self.seed())
+        for factor in (A, B):
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+        B.mul_(self.product().norm() / layer.get_delta_weight(ADAPTER).norm())
+        numbers = measure_product(orient_weight(self.base, layer.get_delta_weight(ADAPTER)).to(device))
+        return self.merged(layer), numbers
+
+
+def measure_product(BA: Tensor) -> dict:
+    return {f"product_{key}": value for key, value in analysis.spectrum(BA).items()}
+
+
+class DualLoraUpdate(Update):
+    """Dual LoRA; of a fused layer one adapted block of rows."""
+
+    sized = True
+    null = "fresh factors by the adapter's own rule and shapes, at full scale"
+    NAMES = {"relu": "ReLU", "sign": "Sign", "identity": ""}
+
+    def __init__(self, module: str, layer: DualLoraLayer, config: object, index: int | None = None) -> None:
+        super().__init__(module, layer.get_base_layer())
+        self.layer, self.config, self.index = layer, config, index
+        self.factors: DualLoraFactors = layer.dual_lora_factors[ADAPTER]
+        A, _, C, _ = self.tensors(self.factors)
+        self.r1, self.r2 = len(A), len(C)
+        self.ranks = f"{self.r1}+{self.r2}"
+        size, sign = (self.NAMES.get(self.factors.kinds[k], self.factors.kinds[k]) for k in ("magnitude", "direction"))
+        self.labels = {"magnitude": f"{size}(BA)", "direction": f"{sign}(DC)", "overall": "dW"}
+        if index is not None:
+            n, blocks = layer.fused_slices[ADAPTER]
+            rows = layer.out_features // n
+            self.block = slice(blocks[index] * rows, (blocks[index] + 1) * rows)
+            self.name = f"{module}[{blocks[index]}]"
+
+    def tensors(self, factors: DualLoraFactors) -> list[Tensor]:
+        """Return A, B, C, D of this update."""
+        four = (factors.A, factors.B, factors.C, factors.D)
+        return [t.detach() if self.index is None else t.detach()[self.index] for t in four]
+
+    def whole(self) -> Tensor:
+        return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
+
+    def numbers(self, factors: DualLoraFactors, device: str) -> dict:
+        kinds = factors.kinds
+        return analysis.dual(*(t.to(device) for t in self.tensors(factors)), kinds["magnitude"], kinds["direction"])
+
+    def parts(self, device: str) -> dict:
+        return self.numbers(self.factors, device)
+
+    @torch.no_grad()
+    def drawn(self, device: str) -> tuple[Tensor, dict]:
+        factors = self.fresh()
+        four = [t.to(device) for t in self.tensors(factors)]
+        return delta_weight(*four, factors.scaling, **factors.kinds), self.numbers(factors, device)
+
+    def fresh(self) -> DualLoraFactors:
+        """Return factors newly drawn by the adapter's own rule."""
+        trained = self.factors
+        fan_in, fan_out = trained.A.shape[-1], trained.B.shape[-2]
+        alpha = trained.scaling * math.sqrt(self.r1 * self.r2)
+        blocks = None if trained.A.ndim == 2 else len(trained.A)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed())
+            return type(trained)(self.config, fan_in, fan_out, self.r1 + self.r2, alpha, blocks)
+
+    def flipped(self, first: DualLoraFactors, device: str) -> float:
+        """Return the share of signs that differ from those of the factors the run began with."""
+        C, D, C0, D0 = (t.to(device) for t in (*self.tensors(self.factors)[2:], *self.tensors(first)[2:]))
+        return analysis.flipped(C, D, C0, D0)
+
+
+def load_updates(settings: Settings, record: Record) -> list[Update]:
+    """Return every weight a finished run changed, of a fully trained model those that have a role. W0 of a base in 4
+    bits is what these stand for.
+
+    Raises:
+        UserError: the run cannot be loaded, has a value that is no number, or a method that is not known here.
+    """
+    task = load_task(settings)
+    trained, _ = load_trained_model(settings, record, task, plain=True)
+    for name, parameter in trained.named_parameters():
+        require(bool(parameter.isfinite().all()), f"run={record.shown()}: {name} has values that are no numbers")
+    if isinstance(trained, PeftModel):
+        return list(list_adapter_updates(trained, settings))
+    base, _ = load_model(settings, task)
+    after = dict(trained.named_modules())
+    names = [(name, module) for name, module in base.named_modules() if find_role(name, settings)]
+    return [TunedUpdate(name, module, after[name]) for name, module in names]
+
+
+def list_adapter_updates(model: PeftModel, settings: Settings) -> Iterator[Update]:
+    """Yield the updates of an adapted model."""
+    config = model.peft_config[ADAPTER]
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, DualLoraLayer):
+            fused = getattr(layer, "fused_slices", {}).get(ADAPTER)
+            indexes = [None] if fused is None else range(len(fused[1]))
+            yield from (DualLoraUpdate(name, layer, config, index) for index in indexes)
+        elif isinstance(layer, LoraLayer) and (ADAPTER not in layer.lora_variant or ADAPTER in layer.lora_A):
+            yield (VariantUpdate if ADAPTER in layer.lora_variant else LowRankUpdate)(name, layer)
+        elif isinstance(layer, BaseTunerLayer):
+            kind = config.peft_type.value
+            raise UserError(f"analyse: method={settings.method.name} ({kind}): not known how to take its dW apart")
+
+
+def find_role(module: str, settings: Settings) -> str:
+    """Return the roles a module has, "q" or, where one weight serves several, "q/k/v"; "" if none."""
+    roles = settings.model.roles.items()
+    return "/".join(role for role, pattern in roles if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
+
+
+def find_layer_number(module: str) -> int | None:
+    """Return the layer number in a module's name."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(found[1]) if found else None
+
+
+def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[dict[str, DualLoraFactors], dict]:
+    """Return the factors the run began with, by module, drawn again as training draws them, and what is known of them.
+
+    The record does not hold them. They are taken for the run's own only if every trained factor is far more like its
+    redrawn self than chance allows (`SURE`): one draw more or less before, and none would be. Rounding may differ
+    between machines, and sigma between versions of the rule; neither moves a sign. Otherwise nothing is returned, with
+    the reason.
+    """
+    dual = [u for u in updates if isinstance(u, DualLoraUpdate)]
+    if not dual:
+        return {}, {"rebuilt": False, "why": "the method has no sign of its own"}
+    try:
+        first = draw_initial_factors(settings)
+    except UserError as error:
+        return {}, {"rebuilt": False, "why": str(error)}
+    likeness, surest = [], []
+    for update in dual:
+        if update.module not in first:
+            return {}, {"rebuilt": False, "why": f"training would not adapt {update.module} now"}
+        pairs = list(zip(update.tensors(update.factors), update.tensors(first[update.module]), strict=True))
+        if any(a.shape != b.shape for a, b in pairs):
+            return {}, {"rebuilt": False, "why": f"training would give {update.module} other shapes now"}
+        for a, b in pairs:
+            cosine = analysis.likeness(a, b) or 0.0
+            likeness.append(cosine)
+            surest.append(cosine * math.sqrt(a.numel()))
+    found = {"least_cosine": min(likeness), "least_over_chance": min(surest)}
+    if min(surest) < MIN_DEVIATIONS:
+        why = "the factors drawn again from the seed are not seen to be those this run began with"
+        return {}, {"rebuilt": False, "why": why, **found}
+    return first, {"rebuilt": True, "why": None, **found}
+
+
+def draw_initial_factors(settings: Settings) -> dict[str, DualLoraFactors]:
+    """Return the factors as training draws them from the run's seed, by module."""
+    task = load_task(settings)
+    set_seed(settings.seed)
+    base, _ = load_model(settings, task)
+    set_seed(settings.seed)
+    model = attach_method(base, settings, task.form)
+    layers = model.get_base_model().named_modules()
+    return {name: m.dual_lora_factors[ADAPTER] for name, m in layers if isinstance(m, DualLoraLayer)}
