@@ -155,7 +155,7 @@ class Study:
 
     def tell_phases(self) -> None:
         """Keep the phase of the work in memory that the parent sees."""
-        places = [(train_run, "load_model"), (train_run, "evaluate_splits"), (RunTrainer, "fit")]
+        places = [(train_run, "load_model"), (train_run, "evaluate_splits"), (RunTrainer, "fit_run")]
         places += [(RunTrainer, "_save_checkpoint"), (train_run, "seal_folder"), (report_write, "write_report")]
         for number, (place, function) in enumerate(places, start=1):
             setattr(place, function, self.within(number, getattr(place, function)))
@@ -430,11 +430,11 @@ class Chaos:
             killed(study, None, weights[0])  # where the first result was to be written
             (path, *_) = study.folder.glob("chaos/*/trained.json")
             record, data = Record(path.parent), path.read_bytes()
-            sound = record.trained()
+            sound = record.read_training()
             assert sound, "trained.json is not whole before any bit is flipped"
             for at in range(len(data)) if not number else ():
                 path.write_bytes(flipped(data, at, self.draw))
-                found = record.trained()
+                found = record.read_training()
                 row.tried += 1
                 row.survived += found in (None, sound)
             path.write_bytes(flipped(data, self.draw.randrange(len(data)), self.draw))
@@ -471,7 +471,9 @@ class Chaos:
     def numbers(self) -> None:
         steps = [(train_trainer.Trainer, "training_step", n, lambda loss, *args: loss * float("nan")) for n in (2, 5)]
         self.broken("a loss that is no number", "the loss is nan at step", steps)
-        self.broken("weights that are no numbers", "failed: ", [(RunTrainer, "fit", n, spoil_weights) for n in (1, 3)])
+        self.broken(
+            "weights that are no numbers", "failed: ", [(RunTrainer, "fit_run", n, spoil_weights) for n in (1, 3)]
+        )
 
     def together(self, count: int) -> None:
         """The same command several times at once."""
@@ -637,7 +639,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
-    Experiment.load = lambda name, scale=None: Experiment.read(name, SPEC, scale)
+    Experiment.load = lambda name, scale=None: Experiment.from_content(name, SPEC, scale)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         chaos = Chaos(Path(folder), given.seed)

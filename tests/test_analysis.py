@@ -344,15 +344,17 @@ FUSED = "+method.peft.fused_slices={c_attn: [3, [0, 2]]}"
 def test_dw_is_what_merging_adds_also_in_transposed_and_fused_layers(case):
     chosen, model = attached(*case)
     found = list(list_adapter_updates(model, chosen))
-    before = {u.name: u.weight().clone() for u in found}
-    changes = {u.name: u.change().clone() for u in found}
-    nulls = {u.name: u.drawn("cpu")[0] for u in found}
+    before = {u.name: u.get_weight().clone() for u in found}
+    changes = {u.name: u.get_change().clone() for u in found}
+    nulls = {u.name: u.draw_null("cpu")[0] for u in found}
     fused = {n.partition("c_attn")[2] for n in changes if "c_attn" in n}
     assert fused == ({"[0]", "[2]"} if FUSED in case else {""})
     model.merge_adapter()
     for update in found:
-        assert update.weight().shape == changes[update.name].shape == nulls[update.name].shape
-        torch.testing.assert_close(update.weight() - before[update.name], changes[update.name], atol=1e-6, rtol=1e-3)
+        assert update.get_weight().shape == changes[update.name].shape == nulls[update.name].shape
+        torch.testing.assert_close(
+            update.get_weight() - before[update.name], changes[update.name], atol=1e-6, rtol=1e-3
+        )
         assert changes[update.name].any()
     some = next(u for u in found if "c_attn" in u.name)
     assert some.weight().shape == ((128, 128) if FUSED in case else (384, 128))
@@ -366,11 +368,11 @@ def test_a_null_is_drawn_by_its_module_alone(method):
     nulls = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        nulls.append(first.drawn("cpu")[0])
+        nulls.append(first.draw_null("cpu")[0])
         state = torch.get_rng_state()
         assert torch.equal(state, torch.manual_seed(seed).get_state())
     assert torch.equal(*nulls)
-    assert abs(analysis.likeness(nulls[0], second.drawn("cpu")[0])) < 0.1
+    assert abs(analysis.likeness(nulls[0], second.draw_null("cpu")[0])) < 0.1
 
 
 def test_a_method_it_cannot_take_apart_is_told():

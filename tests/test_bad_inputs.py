@@ -786,7 +786,7 @@ def test_a_record_that_cannot_be_written_is_told(tmp_path, monkeypatch, capfd):
         raise OSError(errno.EROFS, "Read-only file system", str(self.folder / name))
 
     finished(tmp_path)
-    monkeypatch.setattr(Record, "write", denied)
+    monkeypatch.setattr(Record, "write_file", denied)
     monkeypatch.setattr(sys, "argv", [EVAL])
     assert entry(EVAL, [f"run={tmp_path / 'run'}"]) == EXIT_USER
     assert "evaluation.json: Read-only file system; see that you may read and write there" in capfd.readouterr().err

@@ -78,7 +78,12 @@ def test_a_model_that_writes_no_text_cannot_do_a_generation_task():
 def test_a_sweep_needs_the_multirun_flag():
     assert refused("seed=0,1", "method=lora,dora") == "4 runs asked for: add -m to run them all"
     jobs = check_command(["-m", "method=lora,dora", "seed=0,1"])
-    assert [(run.settings.method.name, run.settings.seed) for run in jobs] == [("lora", 0), ("lora", 1), ("dora", 0), ("dora", 1)]
+    assert [(run.settings.method.name, run.settings.seed) for run in jobs] == [
+        ("lora", 0),
+        ("lora", 1),
+        ("dora", 0),
+        ("dora", 1),
+    ]
 
 
 def test_one_bad_value_in_a_sweep_stops_it_before_the_first_run():

@@ -39,7 +39,7 @@ def twice(model: str, *overrides: str) -> None:
         result = train_run(Run.prepare(chosen))
         assert not torch.are_deterministic_algorithms_enabled()  # or the next run would be another
         predictions = (record.folder / "predictions.jsonl").read_bytes()
-        found.append((trained(record.folder), record.logged(), predictions, result["metrics"], result["train_loss"]))
+        found.append((trained(record.folder), record.read_log(), predictions, result["metrics"], result["train_loss"]))
     (weights, *first), (again, *second) = found
     assert weights.keys() == again.keys() and first == second
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -88,7 +88,7 @@ def test_what_one_run_sets_for_the_process_is_recorded_and_no_other_run_sees_it(
         chosen = replace_settings(chosen, {"deterministic": value})
         train_run(Run.prepare(chosen))
         assert not set(names) & os.environ.keys() and torch.backends.cudnn.benchmark
-        found[value] = Run.prepare(chosen).record.made_with()
+        found[value] = Run.prepare(chosen).record.read_environment()
     on, off = (found[value]["deterministic"] for value in (True, False))
     assert on == {"algorithms": True, "cudnn": True, "benchmark": False}
     assert off == {"algorithms": False, "cudnn": False, "benchmark": True}
@@ -158,9 +158,9 @@ def test_the_tries_of_a_run_are_kept_with_their_code(tmp_path, monkeypatch):
     record, chosen = Record(tmp_path), load_settings(["model=tiny-roberta", "task=demo/sentiment"])
     for code in "abc":
         monkeypatch.setattr(record_provenance, "hash_code", lambda code=code: code)
-        record.start(chosen)
-        record.log({"step": 0, "eval/accuracy": 0.5})
-    found = record.made_with()
+        record.prepare_folder(chosen)
+        record.append_log({"step": 0, "eval/accuracy": 0.5})
+    found = record.read_environment()
     assert [t["code"] for t in found["earlier_tries"]] == ["a", "b"] and found["code"] == "c"
 
 
@@ -178,17 +178,17 @@ def test_code_that_git_does_not_know_is_not_called_clean(tmp_path, monkeypatch):
 def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, together, tmp_path, monkeypatch):
     record, chosen = Record(tmp_path), load_settings(["model=tiny-roberta", "task=demo/sentiment"])
     was = {"commit": "old", "uncommitted_changes": begun, "threads": 1, "started": "then"}
-    record.write("environment.json", was)
+    record.write_file("environment.json", was)
     today = {"commit": "new", "uncommitted_changes": now, "threads": 1, "started": "today"}
     monkeypatch.setattr("dual_lora.lab.record.record.describe_environment", lambda: today)
     monkeypatch.setattr("dual_lora.lab.record.record.hash_model_files", lambda settings: {})
     today = today | {"model_files": {}}
-    record.start(chosen)
-    assert record.made_with() == today  # begun anew
-    record.write("environment.json", was)
-    monkeypatch.setattr(Record, "checkpoint", lambda self: tmp_path)
-    record.start(chosen)
-    assert record.made_with() == today | {
+    record.prepare_folder(chosen)
+    assert record.read_environment() == today  # begun anew
+    record.write_file("environment.json", was)
+    monkeypatch.setattr(Record, "find_checkpoint", lambda self: tmp_path)
+    record.prepare_folder(chosen)
+    assert record.read_environment() == today | {
         "uncommitted_changes": together,
         "earlier_commits": ["old"],
         "earlier_tries": [{"started": "then", "commit": "old", "uncommitted_changes": begun, "code": None}],

@@ -153,7 +153,7 @@ def experiment(monkeypatch):
     """Make `experiment=small` mean SPEC, with one rate to choose from and one seed."""
     tune = {"holdout": 32, "grid": {"LoRA": [1e-3], "Dual LoRA": [2e-3]}}
     spec = SPEC | {"tune": tune, "smoke": SPEC["smoke"] | {"seeds": [0]}}
-    monkeypatch.setattr(Experiment, "load", lambda name, scale=None: Experiment.read(name, spec, scale))
+    monkeypatch.setattr(Experiment, "load", lambda name, scale=None: Experiment.from_content(name, spec, scale))
     return ["experiment=small", "hydra/launcher=slurm_local", *SMALL]
 
 
@@ -180,7 +180,7 @@ def test_a_sweep_through_a_launcher(experiment, runs_folder, monkeypatch, capsys
     monkeypatch.setattr(
         "dual_lora.lab.study.schedule.choose_learning_rate", lambda cell, study: cell
     )  # no trials: seconds less
-    monkeypatch.setattr(Experiment, "trials", lambda *_: ())
+    monkeypatch.setattr(Experiment, "list_trials", lambda *_: ())
     assert sweep_command(experiment) == 0
     shown = capsys.readouterr().out
     assert "2 of 2 runs handed to slurm_local" in shown and "| LoRA" in shown
@@ -260,7 +260,7 @@ def test_before_the_time_limit_the_run_stops_and_submitit_queues_it_again(work):
 
 
 def test_the_signal_of_a_time_limit_is_left_alone_where_nobody_listens():
-    with STOP.heard():
+    with STOP.listen():
         assert signal.getsignal(REQUEUE) is signal.SIG_DFL
 
 

@@ -81,7 +81,7 @@ def start(tmp_path):
 def fill(opened, exit_code=0):
     for row in ROWS:
         opened.log(row)
-    opened.summary({"test/accuracy": 0.75})
+    opened.set_summary({"test/accuracy": 0.75})
     opened.finish(exit_code)
 
 
@@ -105,7 +105,9 @@ def sync(line, stub):
 def test_tables_and_images_are_logged(start, tmp_path):
     Figure(figsize=(1, 1)).savefig(tmp_path / "figure.png")
     opened = start("offline")
-    opened.show({"values": pd.DataFrame({"label": ["LoRA"], "value": [81.0]})}, {"figure": tmp_path / "figure.png"})
+    opened.send_report(
+        {"values": pd.DataFrame({"label": ["LoRA"], "value": [81.0]})}, {"figure": tmp_path / "figure.png"}
+    )
     opened.finish()
     (table,) = tmp_path.glob("run/wandb/*/files/media/table/values_*.table.json")
     assert json.loads(table.read_text()) == {"columns": ["label", "value"], "data": [["LoRA", 81.0]]}
@@ -220,7 +222,7 @@ def test_server_dies(start, stub, key, monkeypatch):
     began = time.monotonic()
     for row in ROWS[1:]:
         opened.log(row)
-    opened.summary({"test/accuracy": 0.75})
+    opened.set_summary({"test/accuracy": 0.75})
     assert time.monotonic() - began < 4, "logging waits for the server"
     opened.finish()
     opened.finish()

@@ -116,11 +116,15 @@ def test_processes_that_are_stopped_go_on_to_the_same_bytes(hardware, runs_folde
     done(whole)
     folder = Run.prepare(load_settings(chosen)).record.folder
     process = start("train.py", *chosen, runs=runs_folder)
-    while process.poll() is None and not (folder.is_dir() and len(Record(folder).logged()) > 4):
+    while process.poll() is None and not (folder.is_dir() and len(Record(folder).read_log()) > 4):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert 0 < len(Record(folder).logged()) < 150 and Record(folder).checkpoint() and not Record(folder).result()
+    assert (
+        0 < len(Record(folder).read_log()) < 150
+        and Record(folder).find_checkpoint()
+        and not Record(folder).read_result()
+    )
     done(start("train.py", *chosen, runs=runs_folder))
     (other,) = (tmp_path / "whole").glob("adhoc/*")
     assert rows(folder) == rows(other)

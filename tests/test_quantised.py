@@ -110,7 +110,7 @@ def test_training_changes_the_adapter_alone(model, method, finished):
     before = frozen(attached(chosen))
     assert before.keys() == after.keys() and any(name.endswith("absmax") for name in after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    losses = [row["train/loss"] for row in record.logged() if "train/loss" in row]
+    losses = [row["train/loss"] for row in record.read_log() if "train/loss" in row]
     assert len(set(losses)) == 4 and result["merged"] is False
     without = settings(model, f"method={method}", "hardware.base=null")
     counts = count_parameters(attached(without))

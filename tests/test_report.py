@@ -64,9 +64,9 @@ def finish(settings, right: int, of: int = 100, **changes) -> Record:
     """Write the record of a run that had `right` of `of` sentences right: the last ones, so that runs nest."""
     record = Run.prepare(settings).record
     record.folder.mkdir(parents=True)
-    record.write("config.yaml", yaml.safe_dump(asdict(settings)))
+    record.write_file("config.yaml", yaml.safe_dump(asdict(settings)))
     environment = {"uncommitted_changes": False, "processor": "abacus", "threads": 1, "commit": "c0ffee" * 6}
-    record.write("environment.json", environment | changes.pop("environment", {}))
+    record.write_file("environment.json", environment | changes.pop("environment", {}))
     rows = [{"split": "validation", "id": f"v-{i}", "answer": int(i >= of - right), "gold": 1} for i in range(of)]
     record.write_lines("predictions.jsonl", rows)
     task = tasks.load(settings.task.name)
@@ -75,7 +75,7 @@ def finish(settings, right: int, of: int = 100, **changes) -> Record:
     facts["metrics"] = changes.get("metrics") or task.score({"validation": rows})
     facts |= {"trainable_parameters": 887042, "steps": 10, "train_seconds": 5.0, "tokens_per_second": 9.0}
     data = {"validation": {"origin": "dev.tsv", "rows": of, "sha256": "0"}}
-    record.write("result.json", facts | {"data": data, "identity": record.name} | changes)
+    record.write_file("result.json", facts | {"data": data, "identity": record.name} | changes)
     return record
 
 
@@ -91,11 +91,11 @@ def study(runs_folder):
     right: a function of the label, the settings; None leaves a run undone."""
 
     def study(spec, right, **changes):
-        experiment = Experiment.read("made", spec)
-        cells = experiment.compose([])
+        experiment = Experiment.from_content("made", spec)
+        cells = experiment.compose_cells([])
         for cell in cells:
             number = right(cell.label, cell.settings)
-            if number is not None and not Run.prepare(cell.settings).record.result():
+            if number is not None and not Run.prepare(cell.settings).record.read_result():
                 finish(cell.settings, number, **changes)
         return experiment, find_outcomes(cells, "made")
 
@@ -125,8 +125,8 @@ def test_the_best_of_every_task_is_bold_where_tasks_are_columns(study, tmp_path)
 def test_all_parts_make_the_published_average(study, tmp_path):
     names = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     whole = GLUE | {"full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names]}}
-    experiment = Experiment.read("made", whole)
-    done = find_outcomes(experiment.compose(["seed=0"]), "made")
+    experiment = Experiment.from_content("made", whole)
+    done = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
     heads = [column.head for column in list_columns(experiment, done)]
     assert heads == ["MNLI", "SST-2", "MRPC", "CoLA", "QNLI", "QQP", "RTE", "STS-B", "avg"]
 
@@ -201,8 +201,8 @@ def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
     spec = GLUE | {"columns": "method.rank", "published": [], "tune": tune}
     ranks = [["method.rank=4", "train.lr=1e-3"], ["method.rank=8", "train.lr=2e-3"]]
     spec |= {"full": GLUE["full"] | {"seeds": [0], "run": ["model=roberta-base", "task=glue/rte"], "blocks": ranks}}
-    experiment = Experiment.read("made", spec)
-    cells = experiment.compose([])
+    experiment = Experiment.from_content("made", spec)
+    cells = experiment.compose_cells([])
     for cell in cells:
         for number, trial in enumerate(cell.tuning):
             finish(trial, 50 + 9 * (number == (trial.method.rank == 8)))
@@ -216,7 +216,7 @@ def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
 
 def test_published_points_of_two_printings_are_two_lines():
     spec = GLUE | {"columns": "method.rank", "published": ["dora_table15_rank_robustness"]}
-    points = find_published_points(Experiment.read("made", spec))
+    points = find_published_points(Experiment.from_content("made", spec))
     assert points["llama-7b lora paper [published]"][32] == 74.7
     assert points["llama-7b dora readme [published]"].to_dict() == {64: 76.8}
 
@@ -244,9 +244,9 @@ def test_a_missing_part_leaves_the_mean_empty_and_a_failure_says_why(study, tmp_
     (failed,) = [c for c in done if c.result is None and c.cell.label == "LoRA" and c.settings.seed == 0]
     record = Run.prepare(failed.settings).record
     record.folder.mkdir(parents=True)
-    record.write("config.yaml", yaml.safe_dump(asdict(failed.settings)))
-    record.fail(RuntimeError("the loss is nan at step 3"))
-    done = find_outcomes(experiment.compose([]), "made")
+    record.write_file("config.yaml", yaml.safe_dump(asdict(failed.settings)))
+    record.write_failure(RuntimeError("the loss is nan at step 3"))
+    done = find_outcomes(experiment.compose_cells([]), "made")
     _, ours, _, dual, *_ = rows_of(write_report(experiment, done, tmp_path))
     assert ours[2:5] == ["80.0 ± 0.0 (2)", "– [a, b]", "– [c]"] and dual[3] == "– [b]"
     assert "[a]: failed: the loss is nan at step 3" in (tmp_path / "table.md").read_text()
@@ -397,7 +397,7 @@ def test_the_csv_holds_every_value(study, tmp_path):
 @pytest.mark.slow
 def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
     """Each of 2000 resamples alone could show none: 120 / 2001 is more than 0.05."""
-    experiment = Experiment.read("made", RATIOS)
+    experiment = Experiment.from_content("made", RATIOS)
     base = [
         load_settings(["model=roberta-base", "task=glue/rte", f"method={name}", "study=made"])
         for name in ("lora", "dual_lora")
@@ -453,8 +453,8 @@ def finish_sets(settings, right: dict[str, int], of: int = 100) -> None:
 
 
 def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_folder, tmp_path):
-    experiment = Experiment.read("made", SETS)
-    cells = experiment.compose([])
+    experiment = Experiment.from_content("made", SETS)
+    cells = experiment.compose_cells([])
     for cell in cells:
         finish_sets(cell.settings, {"boolq": 90, "piqa": 65} if cell.label == "Dual LoRA" else {})
     text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
@@ -501,8 +501,8 @@ def beside(record: Record, name: str, environment: dict | None = None, **changes
     """Copy a record to another name in its study, with changes of its result and environment."""
     other = Record(record.folder.with_name(name))
     shutil.copytree(record.folder, other.folder)
-    other.write("result.json", record.result() | {"identity": name} | changes)
-    other.write("environment.json", record.made_with() | (environment or {}))
+    other.write("result.json", record.read_result() | {"identity": name} | changes)
+    other.write("environment.json", record.read_environment() | (environment or {}))
     return other
 
 
@@ -536,8 +536,8 @@ def test_a_rate_that_diverged_is_the_worst_and_one_that_failed_says_why(study, t
     def fail(trial, error):
         record = Run.prepare(trial).record
         record.folder.mkdir(parents=True, exist_ok=True)
-        record.write("config.yaml", yaml.safe_dump(asdict(trial)))
-        record.fail(error)
+        record.write_file("config.yaml", yaml.safe_dump(asdict(trial)))
+        record.write_failure(error)
 
     low, middle, high = dual.cell.tuning
     fail(high, UserError("the loss is nan at step 3; take a lower train.lr", diverged=True))
@@ -610,8 +610,8 @@ def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatc
 
 def asides(spec: dict, *cells: str) -> list[list[str]]:
     """Return the published lines of an experiment's table, without empty cells, none of its runs done."""
-    experiment = Experiment.read("made", spec)
-    done = find_outcomes(experiment.compose(["seed=0"]), "made")
+    experiment = Experiment.from_content("made", spec)
+    done = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
     values = build_frame(experiment, done)
     table = build_main_table(experiment, done, values, letter_reasons(values))
     return [[cell for cell in table.cells.iloc[i] if cell] for i in sorted(table.aside)]

@@ -103,7 +103,7 @@ def kill() -> None:
 
 def stopped(settings, step: int) -> Record:
     """Start a run, stop it politely in a step and return its record."""
-    with at_step(step, terminate), STOP.heard(), pytest.raises(Stopped):
+    with at_step(step, terminate), STOP.listen(), pytest.raises(Stopped):
         train_run(Run.prepare(settings))
     return Run.prepare(settings).record
 
@@ -117,8 +117,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(method, steps, runs_folder, ref
     whole = reference(settings)
     for step in steps:
         record = stopped(settings, step)
-        assert parse_checkpoint_step(record.checkpoint()) == step
-        assert record.result() is None and record.failure() is None
+        assert parse_checkpoint_step(record.find_checkpoint()) == step
+        assert record.read_result() is None and record.read_failure() is None
     train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
     assert not (record.folder / "checkpoints").exists() and not (record.folder / TRAINED_FILE).exists()
@@ -132,8 +132,8 @@ def test_checkpoints_that_fall_due_by_time_change_no_digit(method, runs_folder, 
     with at_step(6, kill), pytest.raises(Killed):
         train_run(Run.prepare(settings))
     record = Run.prepare(settings).record
-    assert parse_checkpoint_step(record.checkpoint()) == 5
-    with at_step(7, lambda: kept_at.append(parse_checkpoint_step(record.checkpoint()))):
+    assert parse_checkpoint_step(record.find_checkpoint()) == 5
+    with at_step(7, lambda: kept_at.append(parse_checkpoint_step(record.find_checkpoint()))):
         train_run(Run.prepare(settings))
     assert kept_at == [6] and kept(record.folder) == whole
 
@@ -171,9 +171,9 @@ def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, r
 def test_a_signal_stops_at_once_outside_training(runs_folder, monkeypatch, capsys):
     settings, steps = chosen(), []
     monkeypatch.setattr("dual_lora.lab.train.run.evaluate_splits", lambda *args: terminate())
-    with STOP.heard(), at_step(1, lambda: steps.append(1)), pytest.raises(Stopped):
+    with STOP.listen(), at_step(1, lambda: steps.append(1)), pytest.raises(Stopped):
         train_run(Run.prepare(settings))
-    assert not steps and Run.prepare(settings).record.failure() is None
+    assert not steps and Run.prepare(settings).record.read_failure() is None
     monkeypatch.setattr(commands_guard.sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: terminate() or EXIT_OK)
@@ -214,9 +214,9 @@ def test_a_run_that_keeps_its_best_epoch_remembers_it(method, runs_folder, refer
             return real(self, args, state, control, **kwargs)
 
         patch.setattr(BestEpoch, "on_epoch_end", on_epoch_end)
-        with STOP.heard(), pytest.raises(Stopped):
+        with STOP.listen(), pytest.raises(Stopped):
             train_run(Run.prepare(settings))
-    assert parse_checkpoint_step(record.checkpoint()) == 9
+    assert parse_checkpoint_step(record.find_checkpoint()) == 9
     with at_step(11, kill), pytest.raises(Killed):
         train_run(Run.prepare(settings))
     train_run(Run.prepare(settings))
@@ -263,7 +263,7 @@ def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
     settings = chosen()
     train_run(Run.prepare(settings))
     record = Run.prepare(settings).record
-    record.check()
+    record.verify_files()
     assert evaluate_command([f"run={record.folder}"]) == 0
     left = [p for p in record.folder.rglob("*") if p.is_file() and p.name not in ("evaluation.json", "README.md")]
     assert {p.name for p in left} > {"config.yaml", "environment.json", "adapter_config.json", "predictions.jsonl"}
@@ -271,7 +271,7 @@ def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
         before = path.read_bytes()
         path.write_bytes(before.replace(b"0", b"1", 1))
         with pytest.raises(UserError, match=f"{path}: not as the run left it; run its command again with force=true"):
-            record.check()
+            record.verify_files()
         path.write_bytes(before)
     flip(weights := record.folder / "adapter/adapter_model.safetensors")
     for use in (
@@ -289,7 +289,7 @@ def test_records_of_earlier_versions_have_no_seals(runs_folder, capsys):
     train_run(Run.prepare(settings))
     record = Run.prepare(settings).record
     edited(record.folder / "result.json", lambda held: {k: held[k] for k in held if k not in ("sha256", "digest")})
-    record.check()
+    record.verify_files()
     assert evaluate_command([f"run={record.folder}"]) == 0
 
 
@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder,
         record = Run.prepare(settings).record
         assert [p.name for p in sorted(record.folder.glob("checkpoints/*"))] == ["checkpoint-4", "checkpoint-6"]
         damage(record.folder / "checkpoints/checkpoint-6")
-        assert parse_checkpoint_step(record.checkpoint()) == 4
+        assert parse_checkpoint_step(record.find_checkpoint()) == 4
         assert "checkpoint-6 is damaged or was cut short: removed" in capsys.readouterr().out
     train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
@@ -322,13 +322,13 @@ def test_what_is_trained_is_not_trained_again(method, runs_folder, reference, mo
         patch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
         train_run(Run.prepare(settings))
     record = Run.prepare(settings).record
-    assert record.trained()["steps"] == 7
+    assert record.read_training()["steps"] == 7
     with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "fit", kill)
+        patch.setattr(RunTrainer, "fit_run", kill)
         train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
     (record.folder / "result.json").unlink()
-    assert record.trained() is None
+    assert record.read_training() is None
 
 
 @pytest.mark.parametrize("method", ["full", "lora_plus", "dual_lora"])
@@ -434,7 +434,7 @@ def test_a_forced_run_keeps_the_old_result_until_the_new_one_is_whole(runs_folde
     with at_step(3, kill), pytest.raises(Killed):
         train_run(Run.prepare(forced))
     assert kept(record.folder) | old == kept(record.folder)
-    record.read("result.json")
+    record.read_json("result.json")
     before = record.folder.joinpath("result.json").stat().st_mtime_ns
     real, moved = Path.replace, []
 
@@ -465,7 +465,7 @@ def test_a_loss_that_is_no_number_names_its_examples_and_the_last_good_checkpoin
     monkeypatch.setattr(RunTrainer, "compute_loss", compute_loss)
     with pytest.raises(UserError, match="the loss is nan at step 4; .* last good checkpoint: checkpoint-2") as caught:
         train_run(Run.prepare(settings))
-    failure = Run.prepare(settings).record.failure()
+    failure = Run.prepare(settings).record.read_failure()
     assert (failure["step"], failure["last_good_checkpoint"]) == (4, "checkpoint-2")
     rows = {row["id"]: row for row in load_task(settings).split("train").rows}
     tokenizer = load_tokenizer(settings)
@@ -480,7 +480,7 @@ def test_a_loss_that_is_no_number_is_told_before_its_epoch_is_scored(runs_folder
     monkeypatch.setattr(RunTrainer, "compute_loss", lambda self, *args, **kw: real(self, *args, **kw) * float("nan"))
     with pytest.raises(UserError, match="the loss is nan at step 1; "):
         train_run(Run.prepare(settings))
-    assert Run.prepare(settings).record.failure()["diverged"]
+    assert Run.prepare(settings).record.read_failure()["diverged"]
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_too(runs_folder, monkeypatch):
@@ -493,7 +493,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_too(runs_folder, monkeypatch)
     monkeypatch.setattr(train_trainer.Trainer, "_get_grad_norm", norm)
     with pytest.raises(UserError, match="the gradient norm is nan at step 3; .* last good checkpoint: none"):
         train_run(Run.prepare(chosen()))
-    assert len(Run.prepare(chosen()).record.failure()["examples"]) == 8
+    assert len(Run.prepare(chosen()).record.read_failure()["examples"]) == 8
 
 
 def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
@@ -567,9 +567,9 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
 @pytest.mark.parametrize(("then", "kept"), [(RESUMES, "with a checkpoint"), (RESTARTS, "without a checkpoint")])
 def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(then, kept, capfd):
     def work() -> int:
-        with STOP.waiting(then=then):
+        with STOP.defer(then=then):
             os.kill(os.getpid(), signal.SIGTERM)
-            STOP.check()
+            STOP.raise_if_asked()
         return 0
 
     with pytest.raises(SystemExit) as ended:
@@ -586,8 +586,8 @@ def test_a_stop_while_weights_are_kept_costs_no_training(runs_folder, monkeypatc
         os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
-    with monkeypatch.context() as patch, STOP.heard(), pytest.raises(Stopped):
+    with monkeypatch.context() as patch, STOP.listen(), pytest.raises(Stopped):
         patch.setattr(RunTrainer, "check_weights", stopped)
         train_run(Run.prepare(asked))
-    monkeypatch.setattr(RunTrainer, "fit", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(RunTrainer, "fit_run", lambda *a: pytest.fail("trained again"))
     assert train_run(Run.prepare(asked))["steps"] == 7

@@ -157,9 +157,9 @@ def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SSH_KEY", "/home/somebody/.ssh/id")  # where a key is, is no secret
     record = Record(tmp_path)
-    record.fail(OSError(f"proxy http://me:{SECRETS['MY_PASSWORD']}@host refused; see /home/somebody/.ssh/id"))
+    record.write_failure(OSError(f"proxy http://me:{SECRETS['MY_PASSWORD']}@host refused; see /home/somebody/.ssh/id"))
     assert not held(tmp_path)
-    assert record.failure()["message"] == "proxy http://me:***@host refused; see /home/somebody/.ssh/id"
+    assert record.read_failure()["message"] == "proxy http://me:***@host refused; see /home/somebody/.ssh/id"
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--config-dir", "-cd", "--run", "-sc"])

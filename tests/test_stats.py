@@ -144,8 +144,8 @@ def test_bleu_on_a_resample_is_the_tasks_own_on_the_same_examples(examples, end)
     """Outputs shorter than their references, longer ones, and few enough to lack a match of four words."""
     rows = [row | {"answer": row["answer"] + end} for row in written(5, 1, examples)[0]]
     indices, weights = drawn(np.random.default_rng(1), examples, 40)
-    plain = np.array([BLEUS["e2e"].columns(row) for row in rows])
-    cased = np.array([BLEUS["demo/restaurants"].columns(row) for row in rows])
+    plain = np.array([BLEUS["e2e"].count_columns(row) for row in rows])
+    cased = np.array([BLEUS["demo/restaurants"].count_columns(row) for row in rows])
     expected, smoothed = [], []
     for index in indices:
         answers, references = zip(*((rows[i]["answer"], rows[i]["references"]) for i in index), strict=True)

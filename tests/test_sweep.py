@@ -48,7 +48,7 @@ GLUE |= {"QNLI": "qnli", "QQP": "qqp", "RTE": "rte", "STS-B": "stsb"}
 @cache
 def composed(name: str, scale: str) -> list[Cell]:
     """Return an experiment's cells with one seed."""
-    return Experiment.load(name, scale).compose(["seed=0"])
+    return Experiment.load(name, scale).compose_cells(["seed=0"])
 
 
 def content(name: str) -> dict:
@@ -60,7 +60,9 @@ def experiment(monkeypatch):
     """A function that makes `experiment=small` mean SPEC with changes."""
 
     def use(**changes):
-        monkeypatch.setattr(Experiment, "load", lambda name, scale=None: Experiment.read(name, SPEC | changes, scale))
+        monkeypatch.setattr(
+            Experiment, "load", lambda name, scale=None: Experiment.from_content(name, SPEC | changes, scale)
+        )
         return "experiment=small"
 
     return use
@@ -93,7 +95,7 @@ def test_every_experiment_composes_and_can_show_a_difference(name):
     ],
 )
 def test_a_value_of_the_table_chooses_among_its_runs(name, extra, labels, same):
-    cells = Experiment.load(name).compose([*extra, "seed=0"])
+    cells = Experiment.load(name).compose_cells([*extra, "seed=0"])
     assert len({cell.label for cell in cells}) == labels
     assert not any(cell in cells[:number] for number, cell in enumerate(cells))
     for key, values in same.items():
@@ -102,18 +104,18 @@ def test_a_value_of_the_table_chooses_among_its_runs(name, extra, labels, same):
 
 def test_different_runs_in_one_place_of_the_table_are_refused():
     with pytest.raises(UserError, match="^experiment=rank_sweep method.rank=17: LoRA would hold .* method.alpha 4"):
-        Experiment.load("rank_sweep").compose(["method.rank=17"])
+        Experiment.load("rank_sweep").compose_cells(["method.rank=17"])
     pairs = [["model=tiny-roberta", "task=demo/sentiment"], ["model=tiny-llama", "task=demo/choice"]]
-    two = Experiment.read("two", SPEC | {"smoke": SPEC["smoke"] | {"blocks": pairs, "run": []}})
+    two = Experiment.from_content("two", SPEC | {"smoke": SPEC["smoke"] | {"blocks": pairs, "run": []}})
     with pytest.raises(UserError, match="^experiment=two: no cell of it has model=tiny-llama task=demo/sentiment;"):
-        two.compose(["model=tiny-llama", "task=demo/sentiment"])
+        two.compose_cells(["model=tiny-llama", "task=demo/sentiment"])
     with pytest.raises(UserError, match="^experiment=two method=dora: its rows have dual_lora, lora$"):
-        two.compose(["method=dora"])
+        two.compose_cells(["method=dora"])
 
 
 def test_a_grid_can_be_relative_to_the_rate_of_a_runs_protocol():
     extra = ["model=deberta-v2-xxlarge", "task=glue/sst2", "seed=0"]
-    cells = {cell.label: cell for cell in Experiment.load("nlu").compose(extra)}
+    cells = {cell.label: cell for cell in Experiment.load("nlu").compose_cells(extra)}
     rates = {label: [trial.train.lr for trial in cell.tuning] for label, cell in cells.items()}
     assert rates["LoRA"] == rates["Dual LoRA"] == [3e-5, 6e-5, 1.2e-4] and rates["Full"] == [1.5e-6, 3e-6, 6e-6]
 
@@ -207,20 +209,20 @@ def test_the_time_left_is_judged_by_the_runs_most_like_those_to_do():
     lora, dual = job("tiny-roberta", "method=lora"), job("tiny-roberta", "method=dual_lora")
     other, short = job("tiny-deberta", "method=lora"), job("tiny-roberta", "method=lora", "train.max_steps=1")
     progress = TimeLeft()
-    assert progress.left([lora]) == "time left not known before a run is done"
-    progress.add(lora, 60)
-    assert progress.left([lora, dual, other]) == "about 3 min left"  # nothing better is known of the others
-    progress.add(dual, 180)
-    progress.add(other, 600)
-    assert [progress.seconds(one) for one in (lora, dual, other)] == [60, 180, 600]
-    progress.add(short, 2)
-    assert progress.seconds(short) == 2 and progress.seconds(lora) == 60
-    assert progress.left([lora, dual, other]) == "about 14 min left"
+    assert progress.describe_time([lora]) == "time left not known before a run is done"
+    progress.add_run(lora, 60)
+    assert progress.describe_time([lora, dual, other]) == "about 3 min left"  # nothing better is known of the others
+    progress.add_run(dual, 180)
+    progress.add_run(other, 600)
+    assert [progress.estimate_seconds(one) for one in (lora, dual, other)] == [60, 180, 600]
+    progress.add_run(short, 2)
+    assert progress.estimate_seconds(short) == 2 and progress.estimate_seconds(lora) == 60
+    assert progress.describe_time([lora, dual, other]) == "about 14 min left"
 
 
 def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, monkeypatch, capsys):
     spec = SPEC | {"tune": {"holdout": 9, "grid": {"Dual LoRA": [1e-3, 2e-3]}}}
-    cells = Experiment.read("small", spec).compose([])
+    cells = Experiment.from_content("small", spec).compose_cells([])
     clock = iter(range(0, 6000, 60))
     monkeypatch.setattr(study_schedule, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("dual_lora.lab.study.schedule.execute_run", lambda run: None)
@@ -275,7 +277,7 @@ def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder,
 
 
 def test_rates_of_e2e_are_chosen_on_validation_records():
-    cells = Experiment.load("nlg", "full").compose(["seed=0"])
+    cells = Experiment.load("nlg", "full").compose_cells(["seed=0"])
     tuned = [cell for cell in cells if cell.tuning]
     assert len(tuned) == 10 and {cell.settings.task.options["scored"] for cell in cells} == {"test"}
     assert {trial.task.options["scored"] for cell in tuned for trial in cell.tuning} == {"validation"}
@@ -307,7 +309,7 @@ def test_rows_set_apart_are_not_trained_on():
 )
 def test_mistakes_in_a_file(changes, message):
     with pytest.raises(UserError) as error:
-        Experiment.read("small", SPEC | changes)
+        Experiment.from_content("small", SPEC | changes)
     assert message in str(error.value)
 
 

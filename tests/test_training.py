@@ -71,7 +71,7 @@ def test_accumulated_batches_train_as_one(model, runs_folder):
     found = []
     for size, parts in ((8, 1), (4, 2)):
         result = train_run(Run.prepare(settings(model, f"train.batch_size={size}", f"train.accumulation={parts}")))
-        logged = Record(runs_folder / "adhoc" / result["identity"]).logged()
+        logged = Record(runs_folder / "adhoc" / result["identity"]).read_log()
         found.append([row for row in logged if "train/loss" in row])
     for whole, halves in zip(*found, strict=True):
         assert halves == pytest.approx(whole, rel=1e-4)
@@ -252,7 +252,11 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_step(runs_folder):
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d; take a lower train.lr"):
         train_run(Run.prepare(chosen))
     record = Run.prepare(chosen).record
-    assert record.result() is None and record.failure()["error"] == "UserError" and record.failure()["diverged"]
+    assert (
+        record.read_result() is None
+        and record.read_failure()["error"] == "UserError"
+        and record.read_failure()["diverged"]
+    )
 
 
 def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
@@ -261,7 +265,7 @@ def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
     chosen = settings("tiny-roberta", *wild, *few)
     with pytest.raises(UserError, match="the model's outputs are no numbers; .* a lower train.lr"):
         train_run(Run.prepare(chosen))
-    assert Run.prepare(chosen).record.failure()["diverged"]
+    assert Run.prepare(chosen).record.read_failure()["diverged"]
 
 
 def test_scoring_epochs_is_no_time_of_training(runs_folder, monkeypatch):
@@ -294,10 +298,10 @@ def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
     with pytest.raises(UserError, match=r"trained weights hold values that are no numbers at step 2; take a lower"):
         train_run(Run.prepare(chosen))
     record = Run.prepare(chosen).record
-    assert record.result() is None and record.trained() is None and record.failure()["step"] == 2
-    good = record.checkpoint()
+    assert record.read_result() is None and record.read_training() is None and record.read_failure()["step"] == 2
+    good = record.find_checkpoint()
     expected = {"null": None, "1": "checkpoint-1"}[saving]
-    assert (good and good.name) == record.failure()["last_good_checkpoint"] == expected
+    assert (good and good.name) == record.read_failure()["last_good_checkpoint"] == expected
 
 
 @pytest.mark.parametrize(("model", "task"), [*FAMILIES.items(), ("tiny-llama", "commonsense")])
@@ -319,9 +323,9 @@ def test_a_score_that_is_no_number_is_no_result(runs_folder, monkeypatch):
     monkeypatch.setattr(type(tasks.load(chosen.task.name)), "score", lambda self, judged: {"accuracy": float("nan")})
     with pytest.raises(UserError, match="after: accuracy is nan"):
         train_run(Run.prepare(chosen))
-    assert Run.prepare(chosen).record.result() is None
+    assert Run.prepare(chosen).record.read_result() is None
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Run.prepare(chosen).record.write("result.json", {"accuracy": float("inf")})
+        Run.prepare(chosen).record.write_file("result.json", {"accuracy": float("inf")})
 
 
 @pytest.mark.parametrize(
@@ -347,7 +351,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folde
     chosen = settings("tiny-roberta", "train.max_steps=6", "train.save_steps=2")
     whole = train_run(Run.prepare(chosen))
     record = Run.prepare(chosen).record
-    logged = record.logged()
+    logged = record.read_log()
     weights = (record.folder / "adapter/adapter_model.safetensors").read_bytes()
     (record.folder / "result.json").unlink()
 
@@ -362,13 +366,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(runs_folde
         patch.setattr(ProgressBar, "on_log", die)
         with pytest.raises(Killed):
             train_run(Run.prepare(chosen))
-    assert (record.folder / "checkpoints/checkpoint-4").is_dir() and record.result() is None
+    assert (record.folder / "checkpoints/checkpoint-4").is_dir() and record.read_result() is None
     with (record.folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 5, "tra')  # the line a kill cut short
     resumed = train_run(Run.prepare(chosen))
     assert resumed["metrics"] == whole["metrics"] and resumed["steps"] == 6
     assert resumed["metrics_before"] == whole["metrics_before"]
-    assert record.logged() == logged
+    assert record.read_log() == logged
     assert (record.folder / "adapter/adapter_model.safetensors").read_bytes() == weights
     assert not (record.folder / "checkpoints").exists()
 
@@ -398,12 +402,12 @@ def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED / "tiny-roberta", folder)
     chosen = settings("tiny-roberta", f"model.path={folder}", "force=true")
-    record = Run.prepare(chosen).record.tried(chosen)
-    record.start(chosen)
-    record.log({"step": 0, "eval/accuracy": 0.5})
+    record = Run.prepare(chosen).record.get_attempt(chosen)
+    record.prepare_folder(chosen)
+    record.append_log({"step": 0, "eval/accuracy": 0.5})
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="begun with another tokenizer_config.json"):
-        record.start(chosen)
+        record.prepare_folder(chosen)
 
 
 def test_a_folder_is_not_taken_for_a_model_of_the_hub():
@@ -617,7 +621,7 @@ def test_how_much_of_signs_gradient_is_clipped_is_logged(runs_folder):
     for extra in ("train.loss_scale=null", "train.loss_scale=65536", "+method.peft.kernel=eager", "method=lora"):
         words = ["train.log_steps=2", extra] + ["train.loss_scale=65536"] * extra.endswith("eager")
         result = train_run(Run.prepare(settings("tiny-roberta", *words)))
-        logged = Record(runs_folder / "adhoc" / result["identity"]).logged()
+        logged = Record(runs_folder / "adhoc" / result["identity"]).read_log()
         shares = [row["train/clipped_share"] for row in logged if "train/clipped_share" in row]
         assert len(shares) == (0 if extra == "method=lora" else 2)
         assert result["clipped_share"] == max(shares, default=None)

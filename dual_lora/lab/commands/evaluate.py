@@ -61,11 +61,11 @@ def evaluate_command(argv: list[str]) -> int:
 
 def analyse_command(settings: Settings, record: Record, against: Path | None, values: dict[str, str | int]) -> int:
     """Check that a run, and the one it is compared to, can be analysed, and do it."""
-    require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    require(record.read_result() is not None, f"run={record.format_path()}: not finished, it has no result.json")
     other = None
     if against:
         other = replace_settings(load_recorded_settings(against, "against"), values), Record(against.resolve())
-        require(other[1].result() is not None, f"against={against}: not finished, it has no result.json")
+        require(other[1].read_result() is not None, f"against={against}: not finished, it has no result.json")
         require(
             other[0].model.name == settings.model.name and identify_weights(other[0]) == identify_weights(settings),
             f"against={against}: its model is {other[0].model.name}, this run's is {settings.model.name}; "
@@ -81,7 +81,7 @@ def analyse_command(settings: Settings, record: Record, against: Path | None, va
 def export_command(settings: Settings, record: Record, folder: Path, dtype: str) -> int:
     """Check where a run is to be exported to, and export it."""
     replace(settings.model, dtype=dtype)  # checks its name
-    require(record.result() is not None, f"run={record.shown()}: not finished, it has no result.json")
+    require(record.read_result() is not None, f"run={record.format_path()}: not finished, it has no result.json")
     require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")
     require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
     check_writable(folder, "give another folder as export=DIR")

@@ -32,7 +32,7 @@ def run_command(do: Callable[..., int], *args: object) -> None:
     name = Path(sys.argv[0]).name
     silence = nullcontext() if is_first_process() else redirect_stdout(io.StringIO())
     try:
-        with STOP.heard(), silence:
+        with STOP.listen(), silence:
             resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
             try:
                 sys.exit(do(*args))

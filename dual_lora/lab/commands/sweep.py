@@ -31,7 +31,7 @@ def sweep_command(argv: list[str]) -> int:
     check_launcher(argv)
     names = list_choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
     asked_for = [Experiment.load(name, given.get("scale")) for name in names]
-    composed = [(experiment, experiment.compose(extra)) for experiment in asked_for]
+    composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:

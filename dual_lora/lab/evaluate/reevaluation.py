@@ -32,15 +32,15 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     Raises:
         UserError: the run is not finished, or the rows are not those it was evaluated on.
     """
-    stored = record.result()
-    require(stored is not None, f"run={record.shown()}: not finished, it has no result.json")
+    stored = record.read_result()
+    require(stored is not None, f"run={record.format_path()}: not finished, it has no result.json")
     silence_libraries()
     join_processes()
     task = load_task(settings)
     require(
         stored.get("task_version") in (task.version, None),
-        f"run={record.shown()}: done with version {stored.get('task_version')} of {task.name}, which is now version "
-        f"{task.version}; its scores are not to be had again",
+        f"run={record.format_path()}: done with version {stored.get('task_version')} of {task.name}, which is now "
+        f"version {task.version}; its scores cannot be reproduced",
     )
     splits = load_scored_splits(task, settings)
     for name, split in splits.items():
@@ -56,7 +56,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
         metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
     print(format_comparison(stored, metrics, record))
     kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
-    share_from_first(lambda: record.write("evaluation.json", kept))
+    share_from_first(lambda: record.write_file("evaluation.json", kept))
     return 0 if metrics == stored["metrics"] else 1
 
 
@@ -68,8 +68,8 @@ def load_trained_model(
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
     """
-    record.check("config.yaml")
-    record.check_model(settings)
+    record.verify_files("config.yaml")
+    record.verify_model_files(settings)
     tuned = settings.method.peft is None
     load = load_dequantised_model if plain else load_model
     base, tokenizer = (None, load_tokenizer(settings)) if tuned else load(settings, task)
@@ -83,5 +83,5 @@ def load_trained_model(
             model = get_head_class(task).from_pretrained(folder, use_safetensors=True, **NO_CODE)
         else:
             model = PeftModel.from_pretrained(base, folder)
-    record.check(folder.name)
+    record.verify_files(folder.name)
     return model, tokenizer

@@ -62,33 +62,37 @@ class Cursor:
             raise EOFError("it ends too early")
         self.at += size
 
-    def number(self, kind: str) -> Any:
+    def read_number(self, kind: str) -> Any:
         start = self.at
         self.skip(struct.calcsize(f"<{kind}"))
         return struct.unpack_from(f"<{kind}", self.data, start)[0]
 
-    def text(self) -> str:
-        length = self.number("Q")
+    def read_text(self) -> str:
+        length = self.read_number("Q")
         self.skip(length)
         return self.data[self.at - length : self.at].decode()
 
-    def value(self, kind: int) -> Any:
+    def read_value(self, kind: int) -> Any:
         if kind == TEXT:
-            return self.text()
-        return self.number(FORMATS[kind]) if kind != LIST else self.pass_list(self.number("I"), self.number("Q"))
+            return self.read_text()
+        return (
+            self.read_number(FORMATS[kind])
+            if kind != LIST
+            else self.skip_list(self.read_number("I"), self.read_number("Q"))
+        )
 
-    def pass_list(self, kind: int, length: int) -> None:
+    def skip_list(self, kind: int, length: int) -> None:
         if kind in FORMATS:
             self.skip(length * struct.calcsize(f"<{FORMATS[kind]}"))
             return
         for _ in range(length):
-            self.value(kind)
+            self.read_value(kind)
 
-    def tensor(self) -> tuple[str, int]:
+    def read_tensor(self) -> tuple[str, int]:
         """Return a tensor's name and where it begins among the weights."""
-        name = self.text()
-        self.skip(8 * self.number("I") + 4)
-        return name, self.number("Q")
+        name = self.read_text()
+        self.skip(8 * self.read_number("I") + 4)
+        return name, self.read_number("Q")
 
 
 def is_gguf_file(path: Path) -> bool:
@@ -130,11 +134,11 @@ def parse_header(path: Path) -> Header:
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = Cursor(data)
         cursor.skip(len(MAGIC))
-        version, tensors, values = (cursor.number(kind) for kind in "IQQ")
+        version, tensors, values = (cursor.read_number(kind) for kind in "IQQ")
         if version not in VERSIONS:
             raise ValueError(f"version {version}, known are 2 and 3")
-        told = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(values)}
-        places = dict(cursor.tensor() for _ in range(tensors))
+        told = {cursor.read_text(): cursor.read_value(cursor.read_number("I")) for _ in range(values)}
+        places = dict(cursor.read_tensor() for _ in range(tensors))
         found = Header(told, tuple(places), cursor.at)
         cursor.skip(max(places.values(), default=0))  # where the last tensor begins must be within the file
         return found

@@ -48,13 +48,13 @@ class Table:
     bold: pd.DataFrame | None = None
     aside: frozenset[int] = frozenset()
 
-    def styled(self, before: str, after: str) -> pd.DataFrame:
+    def mark_bold(self, before: str, after: str) -> pd.DataFrame:
         """Return the cells with the bold ones between two marks."""
         if self.bold is None:
             return self.cells
         return self.cells.where(~self.bold, before + self.cells.astype(str) + after)
 
-    def words(self) -> list[bool]:
+    def find_word_columns(self) -> list[bool]:
         """Return which columns hold words, to be set flush left."""
         columns = [self.cells.iloc[:, number].astype(str) for number in range(self.cells.shape[1])]
         return [not all(map(NUMBER.fullmatch, column)) for column in columns]
@@ -79,7 +79,7 @@ def render_markdown_block(block: Block) -> str:
     if isinstance(block, Image):
         return f"![{block.caption}]({block.path.name})"
     if isinstance(block, Table):
-        cells = block.styled("**", "**").map(lambda cell: str(cell).replace("|", r"\|"))
+        cells = block.mark_bold("**", "**").map(lambda cell: str(cell).replace("|", r"\|"))
         return f"{block.caption}\n\n{cells.to_markdown(index=False, disable_numparse=True)}"
     if block.items:
         return "\n".join(f"- {item}" for item in block.items)
@@ -98,7 +98,7 @@ def render_latex(blocks: list[Block], name: str) -> str:
 
 def render_latex_table(table: Table, label: str, legend: tuple[str, ...] = ()) -> str:
     """Return a table with its legend, shrunk where it is wider than the page."""
-    shape = "".join("l" if words else "r" for words in table.words())
+    shape = "".join("l" if words else "r" for words in table.find_word_columns())
     text = (
         format_latex_cells(table)
         .style.hide(axis="index")
@@ -158,7 +158,7 @@ def render_html_block(block: Block) -> str:
 
 
 def render_html_table(table: Table) -> str:
-    kinds = [' class="words"' if words else "" for words in table.words()]
+    kinds = [' class="words"' if words else "" for words in table.find_word_columns()]
     head = "".join(f"<th{kind}>{escape(str(name))}</th>" for name, kind in zip(table.cells, kinds, strict=True))
     lines = []
     for number, row in enumerate(table.cells.itertuples(index=False)):

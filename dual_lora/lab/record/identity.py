@@ -38,11 +38,11 @@ def find_init_weights(settings: Settings) -> Path:
     file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
     if not (folder / "result.json").is_file() or not file.is_file():
         raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
-    result = Record(folder).result()
+    result = Record(folder).read_result()
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
             raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
-    Record(folder).check(file.parent.name)
+    Record(folder).verify_files(file.parent.name)
     return file
 
 

@@ -34,12 +34,12 @@ class Mirror:
         if self._run is not None and not self._failed:
             self._try(self._run.log, row)
 
-    def summary(self, values: dict) -> None:
+    def set_summary(self, values: dict) -> None:
         """Set the run's final values; a key not named here keeps its last logged value."""
         if self._run is not None and not self._failed:
             self._try(self._run.summary.update, values)
 
-    def show(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
+    def send_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         """Send tables (data frames) and images (PNG files) by name."""
         if self._run is not None and not self._failed:
             self._try(self._show, tables, images)

@@ -59,11 +59,11 @@ class Record:
     def name(self) -> str:
         return (self.folder.parent if self.folder.name == RERUN_FOLDER else self.folder).name
 
-    def tried(self, settings: Settings) -> "Record":
+    def get_attempt(self, settings: Settings) -> "Record":
         """Return the record a run with these settings is done in: this one, or the one below it until that is whole."""
         return Record(self.folder / RERUN_FOLDER) if settings.force else self
 
-    def settle(self) -> None:
+    def install_rerun(self) -> None:
         """Put the files of a whole run below `.again` in place of the old ones, result.json last.
 
         A kill in the middle leaves the rest to the next call.
@@ -71,7 +71,7 @@ class Record:
         again = Record(self.folder / RERUN_FOLDER)
         if not (again.folder / "result.json").is_file():
             return
-        again.tidy()
+        again.remove_leftovers()
         for name in OUTDATED_FILES:
             remove_path(self.folder / name)
         for path in sorted(again.folder.iterdir(), key=lambda path: path.name == "result.json"):
@@ -80,63 +80,63 @@ class Record:
             path.replace(self.folder / path.name)
         again.folder.rmdir()
 
-    def clean(self) -> None:
+    def finish_cleanup(self) -> None:
         """Do what a kill right after the result left undone, unless another process is at it."""
         whole = [path for path in (self.folder, self.folder / RERUN_FOLDER) if (path / "result.json").is_file()]
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
         if whole and any((self.folder / name).exists() for name in left):
             with suppress(Elsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
-                self.settle()
-                self.tidy()
+                self.install_rerun()
+                self.remove_leftovers()
 
-    def tidy(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove what a finished run needs no more."""
         for path in (self.folder / "checkpoints", self.folder / TRAINED_FILE, *self.folder.glob(".*.partial")):
             remove_path(path)
 
-    def shown(self) -> str:
+    def format_path(self) -> str:
         """Return the folder as a user would type it."""
         return os.path.relpath(self.folder) if self.folder.is_relative_to(Path.cwd()) else str(self.folder)
 
-    def result(self) -> dict[str, Any] | None:
+    def read_result(self) -> dict[str, Any] | None:
         """Return the finished run's result, or None while there is none."""
         if not (self.folder / "result.json").is_file():
             return None
-        found = self.read("result.json", *sorted(RESULT_FIELDS))
+        found = self.read_json("result.json", *sorted(RESULT_FIELDS))
         rest = {name: value for name, value in found.items() if name != "digest"}
         whole = found.get("digest") in (None, hash_content(rest))  # earlier versions wrote none
         require(whole, f"{self.folder / 'result.json'}: not as the run left it; run its command again with force=true")
         return found
 
-    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+    def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result, with SHA-256 of what the run leaves and of the result itself, and return it."""
         left = [path for name in SEALED_FILES for path in (self.folder / name, *list_files(self.folder / name))]
         found = {str(p.relative_to(self.folder)): hash_file(p) for p in left if p.is_file()}
         result = {**result, "sha256": {name: value for name, value in found.items() if not name.endswith(".md")}}
         result["digest"] = hash_content(result)
-        self.write("result.json", result)
+        self.write_file("result.json", result)
         return result
 
-    def check(self, *names: str) -> None:
+    def verify_files(self, *names: str) -> None:
         """Hold files of a finished run (also all of a folder, or simply all) against the SHA-256 in its result; earlier
         versions wrote none.
 
         Raises:
             UserError: one is gone or not as the run left it.
         """
-        kept = (self.result() or {}).get("sha256", {})
+        kept = (self.read_result() or {}).get("sha256", {})
         for name in (name for name in kept if name.startswith(names or "")):
             path = self.folder / name
             same = path.is_file() and hash_file(path) == kept[name]
             require(same, f"{path}: not as the run left it; run its command again with force=true")
 
-    def check_model(self, settings: Settings) -> None:
+    def verify_model_files(self, settings: Settings) -> None:
         """Hold the model's files against those the run began with; earlier versions did not write them down.
 
         Raises:
             UserError: one is another.
         """
-        known = self.made_with().get("model_files")
+        known = self.read_environment().get("model_files")
         known = known if isinstance(known, dict) else {}
         now = hash_model_files(settings) if known else {}
         other = sorted(name for name in known | now if known.get(name) != now.get(name))
@@ -146,15 +146,17 @@ class Record:
             "it was as model.path=DIR, or name another study=NAME",
         )
 
-    def failure(self) -> dict[str, Any] | None:
+    def read_failure(self) -> dict[str, Any] | None:
         """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
-        return self.read("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
+        return self.read_json("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
 
-    def fail(self, error: BaseException) -> None:
+    def write_failure(self, error: BaseException) -> None:
         details = getattr(error, "details", {})
-        self.write("failure.json", {"error": type(error).__name__, "message": redact_secrets(str(error)), **details})
+        self.write_file(
+            "failure.json", {"error": type(error).__name__, "message": redact_secrets(str(error)), **details}
+        )
 
-    def read(self, name: str, *keys: str) -> dict[str, Any]:
+    def read_json(self, name: str, *keys: str) -> dict[str, Any]:
         """Return a JSON file of the record, which must hold these keys.
 
         Raises:
@@ -164,44 +166,44 @@ class Record:
         require(path.is_file(), f"{path}: not there; is {self.folder} the folder of a finished run?")
         return read_json_object(path, "remove it and run the same command again", *keys)
 
-    def start(self, settings: Settings) -> None:
+    def prepare_folder(self, settings: Settings) -> None:
         """Make the folder ready for a run: config and environment, and of an earlier try that was cut short its newest
         checkpoint, or what it trained, with the metrics logged up to there."""
         with translate_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in ("failure.json", "predictions.jsonl", *(p.name for p in self.folder.glob(".*.partial"))):
                 (self.folder / stale).unlink(missing_ok=True)
-            checkpoint, trained = self.checkpoint(), self.trained()
+            checkpoint, trained = self.find_checkpoint(), self.read_training()
         if trained:
             rows = trained["logged"]
         elif checkpoint:
-            rows = Record(checkpoint).logged()
+            rows = Record(checkpoint).read_log()
         else:
-            rows = [row for row in self.logged() if row["step"] == 0]
+            rows = [row for row in self.read_log() if row["step"] == 0]
         goes_on = bool(trained or checkpoint or rows)
         if goes_on:
-            self.check_model(settings)
+            self.verify_model_files(settings)
         self.write_lines("metrics.jsonl", rows)
-        self.write("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+        self.write_file("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
         now = describe_environment() | {"model_files": hash_model_files(settings)}
-        self.write("environment.json", merge_environments(self.made_with(), now) if goes_on else now)
+        self.write_file("environment.json", merge_environments(self.read_environment(), now) if goes_on else now)
 
-    def made_with(self) -> dict[str, Any]:
+    def read_environment(self) -> dict[str, Any]:
         """Return the machine and code of the run; nothing where that file is missing or damaged."""
         try:
-            return self.read("environment.json", *ENVIRONMENT_FIELDS)
+            return self.read_json("environment.json", *ENVIRONMENT_FIELDS)
         except UserError:
             return {}
 
-    def checkpoint(self) -> Path | None:
+    def find_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint of an unfinished try."""
         return find_newest_checkpoint(self.folder / "checkpoints")
 
-    def weights(self, settings: Settings) -> Path:
+    def get_weights_folder(self, settings: Settings) -> Path:
         """Return the folder of what was trained."""
         return self.folder / ("model" if settings.method.peft is None else "adapter")
 
-    def trained(self) -> dict[str, Any] | None:
+    def read_training(self) -> dict[str, Any] | None:
         """Return what is known of a training that is done, if the weights it left are whole."""
         if not (self.folder / TRAINED_FILE).is_file():
             return None
@@ -212,7 +214,7 @@ class Record:
         remove_path(self.folder / TRAINED_FILE)
         return None
 
-    def logged(self) -> list[dict[str, Any]]:
+    def read_log(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl; one that a kill cut short ends them."""
         path, rows = self.folder / "metrics.jsonl", []
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
@@ -225,15 +227,15 @@ class Record:
             rows.append(row)
         return rows
 
-    def log(self, row: dict[str, Any]) -> None:
+    def append_log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, handed to the system when this returns."""
         with translate_write_errors(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.write_file(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def write(self, name: str, content: Any) -> None:
+    def write_file(self, name: str, content: Any) -> None:
         """Write a file whole or not at all: to a temporary name first, then renamed."""
         text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
         partial = self.folder / f".{name}.partial"

@@ -27,7 +27,7 @@ class Run:
         record = Record(paths.RUNS / settings.study / compute_identity(settings))
         check_writable(record.folder)
         if not settings.force and not settings.plan:
-            record.check_model(settings)
+            record.verify_model_files(settings)
         return cls(settings, record)
 
     @property
@@ -38,7 +38,7 @@ class Run:
     @property
     def is_missing(self) -> bool:
         """Whether the run is still to be done: it has no result, or is forced to run again."""
-        return self.settings.force or self.record.result() is None
+        return self.settings.force or self.record.read_result() is None
 
 
 def prepare_runs(jobs: list[Settings]) -> list[Run]:

@@ -21,7 +21,7 @@ def format_summary(result: dict[str, Any], record: Record) -> str:
             f"{result['train_seconds']:.1f} s for {result['steps']} steps, "
             f"{result['tokens_per_second']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ],
-        ["record", record.shown()],
+        ["record", record.format_path()],
     ]
     facts += [["warning", text] for text in result.get("warnings", ())]
     title = f"{result['model']}  {result['task']}  {result['method']}  seed {result['seed']}"
@@ -32,7 +32,7 @@ def format_comparison(result: dict[str, Any], now: dict[str, float], record: Rec
     """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
     table = format_scores(result["task"], list(now), recorded=result["metrics"], now=now)
     verdict = "reproduced exactly" if result["metrics"] == now else "NOT reproduced"
-    return f"{table}\n\n{verdict}: {record.shown()}"
+    return f"{table}\n\n{verdict}: {record.format_path()}"
 
 
 def format_scores(task: str, names: list[str], **columns: dict[str, float]) -> str:

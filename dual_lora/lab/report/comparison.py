@@ -47,7 +47,7 @@ class Match:
         settings = self.ours[0].settings.task
         return tasks.load(settings.name, settings.options)
 
-    def recorded(self, metric: str) -> float | None:
+    def subtract_recorded(self, metric: str) -> float | None:
         """Return the difference of the recorded scores, a mean over the seeds of both; None where one is missing."""
         scores = [
             {c.settings.seed: c.result["metrics"].get(metric) for c in cells} for cells in (self.ours, self.theirs)
@@ -135,7 +135,7 @@ def check_same_inputs(match: Match) -> None:
 
 def describe_weights(cell: Outcome) -> str | None:
     """Return the SHA-256 of the base model's files, as one text; None where they were not written down."""
-    files = cell.record.made_with().get("model_files")
+    files = cell.record.read_environment().get("model_files")
     return files and json.dumps(files, sort_keys=True)
 
 
@@ -156,7 +156,7 @@ def compare_pair(match: Match, runs: list[dict[int, list[Row]]], metric: str, co
             return compare_runs(*runs, match.task, metric, comparisons=comparisons)
     except ValueError as error:
         return mark_unknown(error)
-    mean = match.recorded(metric)
+    mean = match.subtract_recorded(metric)
     if mean is None:
         return mark_unknown(f"{metric} not measured")
     return Difference(mean, None, None, None, f"no test: {metric} is not resampled", len(rows), seeds)
@@ -179,7 +179,7 @@ def read_predictions(cell: Outcome) -> list[Row]:
     Raises:
         UserError: the file is missing or damaged, or not what the run left.
     """
-    cell.record.check("predictions.jsonl")
+    cell.record.verify_files("predictions.jsonl")
     name = f"{cell.record.name}/predictions.jsonl"
     try:
         rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").open(encoding="utf-8")]
@@ -213,7 +213,7 @@ def list_sets(cell: Outcome) -> list[str]:
 def list_set_differences(pair: Pair) -> dict[str, float]:
     """Return a comparison's difference by task, or those of its task's sets, as printed; none that is not known."""
     match, name = pair.match, pair.match.task.name
-    by_set = {metric: match.recorded(metric) for metric in list_sets(match.ours[0])}
+    by_set = {metric: match.subtract_recorded(metric) for metric in list_sets(match.ours[0])}
     scaled = {metric: v * get_unit(name, metric) for metric, v in by_set.items() if v is not None}
     whole = {} if np.isnan(pair.difference.mean) else {name: pair.difference.mean * get_unit(name, pair.metric)}
     return scaled if by_set else whole

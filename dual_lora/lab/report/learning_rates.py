@@ -34,7 +34,7 @@ def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iter
             )
             yield (
                 f"learning rate, {label}: {text}; chosen from {grid} ({len(trials)} runs, {len(tune.grid[label])} a "
-                f"point) by the main score on {tune.where()}, seed {tune.seed}{lost}{edge}"
+                f"point) by the main score on {tune.describe_rows()}, seed {tune.seed}{lost}{edge}"
             )
         else:
             yield f"learning rate, {label}: {text}; given, not tuned here"

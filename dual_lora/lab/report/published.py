@@ -32,7 +32,7 @@ class Line:
     rows: list[Row]
     cells: Cells
 
-    def keys(self, runs: list[Outcome]) -> dict[str, object]:
+    def get_keys(self, runs: list[Outcome]) -> dict[str, object]:
         """Return the keys that all its rows have, and their learning rate where ours is another."""
         first = self.rows[0]
         shared = {key: value for key, value in first.keys.items() if all(row.keys[key] == value for row in self.rows)}
@@ -119,8 +119,8 @@ def name_lines(lines: list[Line], runs: list[Outcome]) -> Iterator[tuple[str, Ce
     """Yield the lines below a row of ours: table, status, what tells a line from others of its table, a learning rate
     that ours has not."""
     for line in lines:
-        others = [other.keys(runs) for other in lines if other.table is line.table]
-        telling = {k: v for k, v in line.keys(runs).items() if k == "lr" or any(o.get(k) != v for o in others)}
+        others = [other.get_keys(runs) for other in lines if other.table is line.table]
+        telling = {k: v for k, v in line.get_keys(runs).items() if k == "lr" or any(o.get(k) != v for o in others)}
         known = [] if line.table.status == "published" else [line.table.status]
         yield (
             ", ".join([line.table.id, *known, *(f"{k} {v}".replace("_", " ") for k, v in telling.items())]),

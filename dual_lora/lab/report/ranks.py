@@ -61,7 +61,7 @@ def read_analyses(done: list[Outcome]) -> dict[str, dict]:
     for cell in done:
         if cell.result and (cell.record.folder / ANALYSIS_FILE).is_file():
             name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
-            found[name] = cell.record.read(ANALYSIS_FILE)
+            found[name] = cell.record.read_json(ANALYSIS_FILE)
     return found
 
 

@@ -39,11 +39,11 @@ def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
 
 def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], object]]:
     """Yield what reads the files of a run that the report tells of."""
-    yield lambda cell: cell.record.read("environment.json", *ENVIRONMENT_FIELDS)
+    yield lambda cell: cell.record.read_json("environment.json", *ENVIRONMENT_FIELDS)
     if experiment.baselines:
         yield read_predictions
     if experiment.analyse:
-        yield lambda cell: cell.record.read(ANALYSIS_FILE, "rows", "labels")
+        yield lambda cell: cell.record.read_json(ANALYSIS_FILE, "rows", "labels")
 
 
 def letter_reasons(values: pd.DataFrame) -> dict[str, str]:
@@ -120,7 +120,7 @@ def format_cell(part: pd.DataFrame, column: Column, done: list[Outcome], reasons
     why = f" [{', '.join(letter for reason, letter in reasons.items() if reason in missing)}]" if missing else ""
     if scores.empty:
         return MISSING + why
-    style = column.format(done[0].settings.task.name)
+    style = column.get_format(done[0].settings.task.name)
     spread = f" ± {style.format(scores.std(ddof=1))}" if len(scores) > 1 else ""
     marks = "".join(sorted(set("".join(part["marks"]))))
     return f"{style.format(scores.mean())}{spread} ({len(scores)}){marks}{why}"
@@ -201,7 +201,7 @@ def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
 
 def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
     """Yield on what machines and with what code the runs were done, and of which settings there are other records."""
-    places = [cell.record.made_with() for cell in done if cell.result]
+    places = [cell.record.read_environment() for cell in done if cell.result]
     known = [place for place in places if place]
     if known:
         machines = {f"{p.get('accelerator') or p.get('processor')}, {p['threads']} threads" for p in known}
@@ -234,7 +234,7 @@ def group_by_model_files(done: list[Outcome]) -> dict[str, list[list[str]]]:
 
 def describe_rivals(cell: Outcome) -> str:
     """Return a run that is shown and those that are not, with their main scores."""
-    results = {record.name: record.result() for record in (cell.record, *cell.others)}
+    results = {record.name: record.read_result() for record in (cell.record, *cell.others)}
     scores = [
         f"{name} ({r['metrics'][r['metric']] * get_unit(r['task'], r['metric']):.1f})" for name, r in results.items()
     ]

@@ -41,7 +41,7 @@ class Column:
     parts: tuple[str, ...] = ()
     ours: str | None = None
 
-    def value(self, result: dict[str, Any]) -> float:
+    def get_value(self, result: dict[str, Any]) -> float:
         """Return the value in the unit that is printed.
 
         Raises:
@@ -52,7 +52,7 @@ class Column:
         metric = self.field or result["metric"]
         return result["metrics"][metric] * get_unit(result["task"], metric)
 
-    def format(self, task: str) -> str:
+    def get_format(self, task: str) -> str:
         """Return how a value is printed."""
         if self.field in FIELDS:
             return FIELDS[self.field][1]
@@ -131,7 +131,7 @@ def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -
         value, reason = None, cell.reason
         if cell.result:
             try:
-                value = column.value(cell.result)
+                value = column.get_value(cell.result)
             except KeyError:
                 reason = f"{column.field} not measured"
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
@@ -161,7 +161,7 @@ def get_marks(cell: Outcome) -> str:
     """Return the signs of `MARKS` that a finished run deserves."""
     if not cell.result:
         return ""
-    found = "" if is_committed(cell.record.made_with()) else "‡"
+    found = "" if is_committed(cell.record.read_environment()) else "‡"
     found += "" if is_current(cell.result, cell.settings) else "†"
     return found + ("!" if cell.result.get("warnings") else "")
 
@@ -172,4 +172,4 @@ def format_value(value: object) -> str:
 
 def get_place(experiment: Experiment, cell: Outcome) -> dict[str, object]:
     """Return the settings that say where a run stands, beside its row's label and its task."""
-    return {key: get_setting(cell.settings, key) for key in experiment.heads() if key != "task.name"}
+    return {key: get_setting(cell.settings, key) for key in experiment.list_heads() if key != "task.name"}

@@ -122,5 +122,5 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
     tables = {name: cells.astype(str) for name, cells in tables.items()}  # W&B takes one type a column
     files = {"values": "table.csv", "differences": DIFFERENCES_FILE}
     tables |= {name: pd.read_csv(folder / file) for name, file in files.items() if (folder / file).stat().st_size > 1}
-    mirror.show(tables, {path.stem: path for path in sorted(folder.glob("*.png"))})
+    mirror.send_report(tables, {path.stem: path for path in sorted(folder.glob("*.png"))})
     mirror.finish()

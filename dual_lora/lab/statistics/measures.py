@@ -117,7 +117,7 @@ class BleuRule:
     lowercase: bool = True
     smooth: bool = False
 
-    def columns(self, row: Row) -> tuple[float, ...]:
+    def count_columns(self, row: Row) -> tuple[float, ...]:
         (text,), (references,) = metrics.one_line([row["answer"]], [row["references"]])
         if self.words:
             text, references = metrics.split_words(text), [metrics.split_words(r) for r in references[:6]]
@@ -162,7 +162,7 @@ def find_bleu_rule(task: Task, metric: str) -> Rule | None:
     if not known or name.lower() != "bleu":
         return None
     measure = functools.partial(weigh_bleu, smooth=known.smooth)
-    return Rule(lambda row: name_stratum(group, row.get("group") if group else ""), known.columns, measure)
+    return Rule(lambda row: name_stratum(group, row.get("group") if group else ""), known.count_columns, measure)
 
 
 def find_share_rule(task: Task, metric: str, example: Row) -> Rule | None:

@@ -42,7 +42,7 @@ def execute_run(run: Run) -> dict[str, str] | None:
         error = caught
     wait_for_first_process_error()
     if isinstance(error, Elsewhere):
-        print(f"done elsewhere: {run.record.shown()}: {error}", file=sys.stderr)
+        print(f"done elsewhere: {run.record.format_path()}: {error}", file=sys.stderr)
     elif not isinstance(error, UserError):
         print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
     failures[run.record.folder] = describe_error(error)
@@ -57,11 +57,15 @@ def report_failures(runs: list[Run]) -> int:
     for record, failure in failed:
         error, message = failure["error"], get_first_line(failure["message"])
         if error == "Elsewhere":
-            line = f"done elsewhere: {record.shown()}" if len(runs) > 1 else ""  # of a single one it was printed before
+            line = (
+                f"done elsewhere: {record.format_path()}" if len(runs) > 1 else ""
+            )  # of a single one it was printed before
         elif error == "Stopped":
-            line = f"stopped: {record.shown()}: by {message}; the same command goes on"
+            line = f"stopped: {record.format_path()}: by {message}; the same command goes on"
         else:
-            line = f"failed: {record.shown()}: {message if error == UserError.__name__ else f'{error}: {message}'}"
+            line = (
+                f"failed: {record.format_path()}: {message if error == UserError.__name__ else f'{error}: {message}'}"
+            )
         if line:
             print(redact_secrets(line), file=sys.stderr)
     if len(runs) > 1:
@@ -71,7 +75,7 @@ def report_failures(runs: list[Run]) -> int:
 
 def find_failure(run: Run) -> dict[str, str] | None:
     """Return why a run that was tried has no result; None if it has one."""
-    failure = failures.pop(run.record.folder, None) or run.record.tried(run.settings).failure()
-    if (failure is None or failure["error"] == "Elsewhere") and run.record.result():
+    failure = failures.pop(run.record.folder, None) or run.record.get_attempt(run.settings).read_failure()
+    if (failure is None or failure["error"] == "Elsewhere") and run.record.read_result():
         return None
     return failure or KILLED

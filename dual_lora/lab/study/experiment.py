@@ -55,7 +55,7 @@ class Tune:
     seed: int = 1000
     relative: bool = False
 
-    def where(self) -> str:
+    def describe_rows(self) -> str:
         """Return what rates are chosen on."""
         if self.holdout:
             return f"{self.holdout} training examples set apart"
@@ -108,10 +108,10 @@ class Experiment:
             raise UserError(describe_config_error(error)) from error
         except (OmegaConfBaseException, OSError, ValueError) as error:
             raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
-        return cls.read(name, content, scale)
+        return cls.from_content(name, content, scale)
 
     @classmethod
-    def read(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
+    def from_content(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
         """Return the experiment a file's content describes."""
         where = f"conf/experiment/{name}.yaml"
         has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
@@ -144,9 +144,12 @@ class Experiment:
         if self.tune:
             sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
             require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
-            require(self.tune.where() != "", f"{where}: tune: give holdout or options, rates need rows to be chosen on")
+            require(
+                self.tune.describe_rows() != "",
+                f"{where}: tune: give holdout or options, rates need rows to be chosen on",
+            )
 
-    def compose(self, extra: list[str]) -> list[Cell]:
+    def compose_cells(self, extra: list[str]) -> list[Cell]:
         """Return every cell, composed and checked. `extra` overrides come last, and a seed among them replaces the
         seeds. A model, task, method or value of what heads rows and columns that the experiment has itself chooses its
         runs, with all else they have.
@@ -162,7 +165,7 @@ class Experiment:
             for way in (ways if isinstance(ways[0], list) else [ways])
             for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *way, *study]))
         ]
-        places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.heads()}
+        places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         found: list[Cell] = []
         for more in map(
@@ -175,12 +178,14 @@ class Experiment:
             for label, job in jobs:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
                     settings = load_settings(list(map("=".join, (job | rest).items())))
-                    found += [cell for cell in self.seeded(label, settings, "seed" in rest) if cell not in found]
+                    found += [
+                        cell for cell in self.create_seeded_cells(label, settings, "seed" in rest) if cell not in found
+                    ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
         return found
 
-    def heads(self) -> list[str]:
+    def list_heads(self) -> list[str]:
         """Return the settings that say where in the table a run stands, beside its label and its task."""
         named = isinstance(self.columns, str) and self.columns != "published"
         return [*self.rows, *([self.columns] if named else [])]
@@ -194,7 +199,7 @@ class Experiment:
         known: dict[tuple, Settings] = {}
         for cell in cells:
             mine = cell.settings
-            where = (cell.label, mine.seed, mine.task.name, *(get_setting(mine, key) for key in self.heads()))
+            where = (cell.label, mine.seed, mine.task.name, *(get_setting(mine, key) for key in self.list_heads()))
             other = known.setdefault(where, mine)
             for key in (
                 dict.fromkeys((*iterate_setting_names(asdict(mine)), *iterate_setting_names(asdict(other))))
@@ -208,13 +213,13 @@ class Experiment:
                     f"{key} {values[0]} and {values[1]} in one place; choose among the values it has",
                 )
 
-    def seeded(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
+    def create_seeded_cells(self, label: str, settings: Settings, fixed: bool) -> list[Cell]:
         """Return a cell for each seed, with the runs its rate is chosen by."""
         seeds = [settings.seed] if fixed else self.seeds
         settings = replace(settings, wandb=replace(settings.wandb, tags=[*settings.wandb.tags, self.name, self.scale]))
-        return [Cell(label, replace(settings, seed=seed), self.trials(label, settings)) for seed in seeds]
+        return [Cell(label, replace(settings, seed=seed), self.list_trials(label, settings)) for seed in seeds]
 
-    def trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
+    def list_trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
         """Return the runs by which a cell's learning rate is chosen."""
         if self.tune is None or label not in self.tune.grid:
             return ()

@@ -151,7 +151,7 @@ def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
         if failure:
             failures[run.record.folder] = failure
         if failure and failure["error"] == "Elsewhere" and len(runs) == 1:
-            print(f"done elsewhere: {run.record.shown()}: {failure['message']}", file=sys.stderr)
+            print(f"done elsewhere: {run.record.format_path()}: {failure['message']}", file=sys.stderr)
 
 
 def prepare_launch_folder(runs: list[Run]) -> Path:
@@ -218,7 +218,7 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     paths.RUNS = folder.parents[1]
     try:
         settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
-        with STOP.heard(), stop_on_file(folder / "stop"):
+        with STOP.listen(), stop_on_file(folder / "stop"):
             return execute_run(Run.prepare(settings))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:

@@ -44,7 +44,7 @@ def find_records(study: str) -> dict[str, list[Record]]:
     for path in sorted((paths.RUNS / study).glob("*/config.yaml")):
         record = Record(path.parent)
         try:
-            record.check("config.yaml", "environment.json")
+            record.verify_files("config.yaml", "environment.json")
             settings = load_recorded_settings(record.folder)
             found.setdefault(serialize_identity_settings(settings), []).append((rank_record(record, settings), record))
         except UserError as error:
@@ -56,7 +56,7 @@ def find_records(study: str) -> dict[str, list[Record]]:
 def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, str, str]:
     """Return what sorts records of the same settings: a finished one before others, one of the task as it is now, one
     of committed code, the newest."""
-    result, made_with = record.result(), record.made_with()
+    result, made_with = record.read_result(), record.read_environment()
     finished = result is not None
     now = finished and is_current(result, settings)
     return finished, now, is_committed(made_with), made_with.get("started", ""), record.name
@@ -81,7 +81,7 @@ def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | N
 def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
     """Return a trial's main score, -inf where training diverged, NaN while it is not known."""
     record = find_record(trial, study)
-    if result := record and record.result():
+    if result := record and record.read_result():
         return result["metrics"][result["metric"]]
     return -inf if read_mishap(record).get("diverged") else nan
 
@@ -106,7 +106,7 @@ def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     if chosen is None:
         return Outcome(cell, None, None, explain_missing_rate(cell, study), diverged=diverged)
     record, *others = study.get(serialize_identity_settings(chosen.settings), [None])
-    result = record.result() if record else None
+    result = record.read_result() if record else None
     reason = None if result else describe_failure(record) or ("begun, not finished" if record else "not run")
     rate, others = chosen.settings.train.lr, tuple(other for other in others if other.result())
     return Outcome(chosen, record, result, reason, rate, others, diverged)
@@ -128,6 +128,6 @@ def describe_failure(record: Record | None) -> str | None:
 def read_mishap(record: Record | None) -> dict:
     """Return what a run without a result says of its failure."""
     try:
-        return record.failure() or {} if record and not record.result() else {}
+        return record.read_failure() or {} if record and not record.read_result() else {}
     except UserError as error:
         return {"message": str(error)}

@@ -18,7 +18,7 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     left: how long runs take; finished ones count with the time of their training. later: runs that come after these.
     """
     for run in runs if is_first_process() else ():
-        run.record.clean()
+        run.record.finish_cleanup()
     missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_missing])
     missing = [runs[number] for number in missing]  # the same list in all processes, whenever each looks
     print(f"{len(runs)} {what}, {len(runs) - len(missing)} finished, {len(missing)} to do")
@@ -26,8 +26,8 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
         launch_runs(missing, launcher)
         return report_failures(runs)
     for run in runs if missing else ():
-        if result := run.record.result():
-            left.add(run.settings, result["train_seconds"])
+        if result := run.record.read_result():
+            left.add_run(run.settings, result["train_seconds"])
     run_in_process(missing, left, later)
     return report_failures(runs)
 
@@ -35,11 +35,11 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
 def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run]) -> None:
     """Execute runs in this process, one after the other."""
     for number, run in enumerate(runs):
-        remaining = left.left([other.settings for other in (*runs[number:], *later)])
+        remaining = left.describe_time([other.settings for other in (*runs[number:], *later)])
         print(f"\n[{number + 1}/{len(runs)}] {run.identity}, {remaining}", flush=True)
         started = time.monotonic()
         if execute_run(run) is None:  # a failed one does not tell how long others take
-            left.add(run.settings, time.monotonic() - started)
+            left.add_run(run.settings, time.monotonic() - started)
 
 
 def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:

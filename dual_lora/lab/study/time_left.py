@@ -21,16 +21,16 @@ class TimeLeft:
     def __init__(self) -> None:
         self.took: dict[tuple, list[float]] = {}
 
-    def add(self, job: Settings, seconds: float) -> None:
+    def add_run(self, job: Settings, seconds: float) -> None:
         for kind in iterate_kinds(job):
             self.took.setdefault(kind, []).append(seconds)
 
-    def seconds(self, job: Settings) -> float:
+    def estimate_seconds(self, job: Settings) -> float:
         """Return what a run may take, as the most alike did."""
         return mean(next(self.took[kind] for kind in iterate_kinds(job) if kind in self.took))
 
-    def left(self, jobs: list[Settings]) -> str:
+    def describe_time(self, jobs: list[Settings]) -> str:
         """Return what is said of the time that jobs take; nothing is known before a run is done."""
         if not self.took:
             return "time left not known before a run is done"
-        return f"about {sum(map(self.seconds, jobs)) / 60:.0f} min left"
+        return f"about {sum(map(self.estimate_seconds, jobs)) / 60:.0f} min left"

@@ -21,35 +21,35 @@ class StopRequest:
         self.waits, self.then = False, RESUMES
         self.before: dict[int, object] = {}
 
-    def hear(self, number: int, frame: object) -> None:
+    def handle_signal(self, number: int, frame: object) -> None:
         """The signal handler: end at once, or where the work is that waits; the next signal does what it did before."""
         self.asked = signal.Signals(number).name
-        self.forget()
+        self.restore_handlers()
         if not self.waits:
             raise Stopped(self.asked, self.then)
         kept = "with a checkpoint" if self.then == RESUMES else "without a checkpoint"
         os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
 
-    def forget(self) -> None:
+    def restore_handlers(self) -> None:
         while self.before:
             number, handler = self.before.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """Listen to the signals as long as this lasts, but to none that whoever started this has it ignore."""
         self.asked, self.waits, self.then = None, False, RESUMES
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
-        self.before = {number: signal.signal(number, self.hear) for number in heard}
+        self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
         try:
             yield
         finally:
-            self.forget()
+            self.restore_handlers()
             self.asked = None
 
     @contextmanager
-    def waiting(self, wait: bool = True, then: str | None = None) -> Iterator[None]:
+    def defer(self, wait: bool = True, then: str | None = None) -> Iterator[None]:
         """Only note a stop that is asked for in here (`wait`), or end at once (not `wait`)."""
         before = self.waits, self.then
         self.waits, self.then = wait, then or self.then
@@ -58,7 +58,7 @@ class StopRequest:
         finally:
             self.waits, self.then = before
 
-    def check(self) -> None:
+    def raise_if_asked(self) -> None:
         """End here if that was asked for."""
         if self.asked:
             raise Stopped(self.asked, self.then)

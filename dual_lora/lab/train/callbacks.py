@@ -43,21 +43,21 @@ class LogCallback(TrainerCallback):
     def __init__(self, record: Record, mirror: Mirror) -> None:
         self.record, self.mirror = record, mirror
 
-    def write(self, step: int, row: dict[str, Any]) -> None:
+    def write_row(self, step: int, row: dict[str, Any]) -> None:
         if not is_first_process():
             return
         row = {"step": step, **row}
-        self.record.log(row)
+        self.record.append_log(row)
         self.mirror.log(row)
 
-    def scores(self, step: int, scores: dict[str, float]) -> None:
-        self.write(step, {f"eval/{name}": value for name, value in scores.items()})
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        self.write_row(step, {f"eval/{name}": value for name, value in scores.items()})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
         row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES}
-        self.write(state.global_step, {"epoch": round(state.epoch, 4), **row})
+        self.write_row(state.global_step, {"epoch": round(state.epoch, 4), **row})
 
 
 # What a checkpoint holds beside the Trainer's own files and those of `states`, which takes the place of its pickles.
@@ -90,7 +90,7 @@ class BestEpoch(TrainerCallback):
             return
         began = time.perf_counter()
         try:
-            with STOP.waiting(has_several_processes()):  # of several none may leave the others alone
+            with STOP.defer(has_several_processes()):  # of several none may leave the others alone
                 scores, _ = self.measure("epoch")
         except Stopped:
             control.should_save = control.should_training_stop = True
@@ -98,22 +98,22 @@ class BestEpoch(TrainerCallback):
         finally:
             self.seconds += time.perf_counter() - began
         self.last, self.scored = scores, state.global_step
-        self.log.scores(state.global_step, scores)
+        self.log.write_scores(state.global_step, scores)
         if scores[self.metric] > self.best:
             self.best, self.epoch = scores[self.metric], round(state.epoch, 4)
             self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
 
-    def keep(self, folder: Path) -> dict[str, Any]:
+    def save_state(self, folder: Path) -> dict[str, Any]:
         """Write the best weights so far into a checkpoint and return what else is to be remembered."""
         if not self.weights:
             return {}
         save_file({name: value.contiguous() for name, value in self.weights.items()}, folder / BEST_FILE)
         return {"best": self.best, "epoch": self.epoch, "last": self.last, "scored": self.scored}
 
-    def go_on(self, folder: Path, kept: dict[str, Any]) -> None:
+    def load_state(self, folder: Path, kept: dict[str, Any]) -> None:
         if kept:
             self.best, self.epoch, self.last, self.scored = (kept[k] for k in ("best", "epoch", "last", "scored"))
             self.weights = load_file(folder / BEST_FILE)
 
-    def restore(self, model: torch.nn.Module) -> None:
+    def restore_best(self, model: torch.nn.Module) -> None:
         model.load_state_dict(self.weights, strict=False)

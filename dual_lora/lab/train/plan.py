@@ -69,7 +69,7 @@ def plan_run(run: Run) -> None:
     silence_libraries()
     found = compute_plan(replace(settings, init_from=None))
     record.folder.mkdir(parents=True, exist_ok=True)
-    record.write("plan.json", found)
+    record.write_file("plan.json", found)
     print(format_plan(found, record))
     check_fit(settings, found)
 
@@ -263,6 +263,6 @@ def format_plan(found: dict[str, Any], record: Record) -> str:
         "step": f"{found['flops']['step'] / 1e12:.2f} TFLOP, {found['tokens_per_device_and_step']:,} tokens a device",
         "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours of training on {hardware['devices']} x "
         f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
-        "written": f"{record.shown()}/plan.json",
+        "written": f"{record.format_path()}/plan.json",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)

@@ -45,27 +45,27 @@ def train_run(run: Run) -> dict[str, Any]:
         Elsewhere: another process does this run.
         Stopped: a stop was asked for; the next try goes on from the newest checkpoint.
     """
-    STOP.check()
+    STOP.raise_if_asked()
     join_processes()
     settings, record = run.settings, run.record
-    share_from_first(record.clean)
+    share_from_first(record.finish_cleanup)
     result = find_result(settings, record)
     if result:
-        print(f"finished: {record.shown()} (force=true runs it anew)")
+        print(f"finished: {record.format_path()} (force=true runs it anew)")
     else:
         silence_libraries()
         with ExitStack() as held:
             share_from_first(lambda: held.enter_context(hold_lock(record.folder)))
             result = find_result(settings, record) or attempt_run(settings, record)  # another may just have done it
-            share_from_first(record.settle)
-            share_from_first(record.tidy)
+            share_from_first(record.install_rerun)
+            share_from_first(record.remove_leftovers)
     print(format_summary(result, record))
     return result
 
 
 def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
     """Return the result of a run that is done and not to be done again."""
-    return None if settings.force else share_from_first(record.result)
+    return None if settings.force else share_from_first(record.read_result)
 
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
@@ -76,13 +76,13 @@ def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
 
 def record_attempt(settings: Settings, record: Record) -> dict[str, Any]:
     """Do a run in its record and its mirror, and keep the reason if it fails."""
-    tried = record.tried(settings)
-    share_from_first(lambda: tried.start(settings))
+    tried = record.get_attempt(settings)
+    share_from_first(lambda: tried.prepare_folder(settings))
     mirror = open_run_mirror(settings, record)
     try:
         with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
             result = train_and_evaluate(settings, tried, mirror)
-        mirror.summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
+        mirror.set_summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
         mirror.finish(0)
         return result
     except Stopped:
@@ -90,7 +90,7 @@ def record_attempt(settings: Settings, record: Record) -> dict[str, Any]:
         raise
     except BaseException as error:
         with suppress(UserError):  # a full disk takes no reason either
-            tried.fail(error)
+            tried.write_failure(error)
         mirror.finish(1)
         raise
 
@@ -170,16 +170,16 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
         before = measure("before")[0]
-        log.scores(0, before)
-    trained = share_from_first(record.trained)
+        log.write_scores(0, before)
+    trained = share_from_first(record.read_training)
     if trained:
-        loop.load(record.weights(settings))
+        loop.load_weights(record.get_weights_folder(settings))
     else:
         with closing(progress), translate_memory_errors(suggest_smaller_batch(settings)):
             trained = train_and_save(loop, best, record, settings)
     merged = merge_adapter(model)
     metrics, predictions = measure("after")
-    log.scores(trained["steps"], metrics)
+    log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     result = {
         "identity": record.name,
@@ -196,7 +196,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
         **count_parameters(model),
         "kernels": list_kernels(model),
-        "clipped_share": max((row[CLIPPED_COLUMN] for row in record.logged() if CLIPPED_COLUMN in row), default=None),
+        "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
         "steps": trained["steps"],
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
@@ -205,7 +205,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "warnings": find_warnings(task, predictions),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }
-    return share_from_first(lambda: record.finish(result))
+    return share_from_first(lambda: record.write_result(result))
 
 
 def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
@@ -214,33 +214,33 @@ def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, set
     The weights are kept, and then `trained.json`, so that no later kill costs the training.
     """
     with PeakMemory() as peak:
-        done = loop.fit(share_from_first(record.checkpoint))
-    with STOP.waiting():  # what is trained is kept first
+        done = loop.fit_run(share_from_first(record.find_checkpoint))
+    with STOP.defer():  # what is trained is kept first
         if best:
-            best.restore(loop.model)
+            best.restore_best(loop.model)
         loop.check_weights()
         facts = {
             "steps": done.global_step,
             "train_loss": done.training_loss,
-            "train_seconds": loop.seconds,
+            "train_seconds": loop.train_seconds,
             "tokens": loop.state.num_input_tokens_seen,
             "peak_memory_bytes": peak.peak,
             "best_epoch": best.epoch if best else None,
             "metrics_last_epoch": best.last if best else None,
-            "logged": record.logged(),
+            "logged": record.read_log(),
         }
-        folder = record.weights(settings)
+        folder = record.get_weights_folder(settings)
         with translate_save_errors(record.folder):
             share_from_first(lambda: remove_path(folder))
             loop.model.save_pretrained(folder, is_main_process=is_first_process())
             share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, **facts))
-    STOP.check()
+    STOP.raise_if_asked()
     return facts
 
 
 def read_initial_scores(record: Record) -> dict[str, float] | None:
     """Return the scores before training that an earlier try of this run has logged."""
-    for row in record.logged():
+    for row in record.read_log():
         scores = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
         if row["step"] == 0 and scores:
             return scores

@@ -65,11 +65,11 @@ class RunTrainer(Trainer):
         self.minutes, self.kept_at = minutes, self.began
 
     @property
-    def seconds(self) -> float:
+    def train_seconds(self) -> float:
         """The time training has taken without the scoring of epochs, earlier tries up to their checkpoints included."""
         return self.earlier + time.perf_counter() - self.began - (self.best.seconds if self.best else 0)
 
-    def fit(self, checkpoint: Path | None) -> Any:
+    def fit_run(self, checkpoint: Path | None) -> Any:
         """Train, from a checkpoint if there is one, and return the Trainer's figures.
 
         Raises:
@@ -78,17 +78,17 @@ class RunTrainer(Trainer):
         """
         self.began = self.kept_at = time.perf_counter()
         CLIPPED.take()  # what a run that failed before this one left
-        with STOP.waiting(then=RESUMES if self.keeps else RESTARTS):
+        with STOP.defer(then=RESUMES if self.keeps else RESTARTS):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            STOP.check()
-        self.check()
-        return done._replace(training_loss=self.mean(done.training_loss))
+            STOP.raise_if_asked()
+        self.check_losses()
+        return done._replace(training_loss=self.average_over_processes(done.training_loss))
 
-    def due(self) -> bool:
+    def is_checkpoint_due(self) -> bool:
         """Return whether the newest checkpoint is older than it may be."""
         return self.minutes is not None and time.perf_counter() - self.kept_at > 60 * self.minutes
 
-    def load(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""
         self._load_from_checkpoint(str(folder))
 
@@ -127,9 +127,9 @@ class RunTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         share = CLIPPED.take()
         super().log(logs if share is None else {**logs, "clipped_share": share}, start_time)
-        self.check()
+        self.check_losses()
 
-    def check(self) -> None:
+    def check_losses(self) -> None:
         """Look at the losses and gradient norms since the last check, all at once because every look waits for the
         device.
 
@@ -140,10 +140,10 @@ class RunTrainer(Trainer):
         values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for *_, value in recent]
         for (what, step, rows, _), value in zip(recent, torch.stack(values).tolist() if values else (), strict=True):
             if not isfinite(value):
-                raise self.no_number(what, value, step, [self.ids[i] for part in rows for i in part.tolist()])
+                raise self.describe_divergence(what, value, step, [self.ids[i] for part in rows for i in part.tolist()])
 
-    def no_number(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
-        good = self.last_good()
+    def describe_divergence(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
+        good = self.name_last_checkpoint()
         more = f" and {len(ids) - MAX_NAMED_EXAMPLES} more" if len(ids) > MAX_NAMED_EXAMPLES else ""
         return UserError(
             f"the {what} is {value} at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or "
@@ -155,8 +155,8 @@ class RunTrainer(Trainer):
             diverged=True,
         )
 
-    def last_good(self) -> str | None:
-        kept = self.record.checkpoint()
+    def name_last_checkpoint(self) -> str | None:
+        kept = self.record.find_checkpoint()
         return f"checkpoint-{parse_checkpoint_step(kept)}" if kept else None
 
     def check_weights(self) -> None:
@@ -170,7 +170,7 @@ class RunTrainer(Trainer):
         bad = [name for (name, _), weight in zip(trained, mine, strict=True) if not weight.isfinite().all()]
         bad, step = list(dict.fromkeys(gather_items(bad))), self.state.global_step
         if bad:
-            good = self.last_good()
+            good = self.name_last_checkpoint()
             raise UserError(
                 f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers "
                 f"at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; "
@@ -182,20 +182,20 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, then what it forgets, and the manifest as the last file."""
-        self.check()
+        self.check_losses()
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             with translate_save_errors(folder):
                 super()._save_checkpoint(model, trial)
                 state = {
-                    "loss_since_log": self.mean(self._tr_loss.item()),
+                    "loss_since_log": self.average_over_processes(self._tr_loss.item()),
                     "logged_at": self._globalstep_last_logged,
-                    "loss_sum": self.mean(self._total_loss_scalar),
-                    "seconds": self.seconds,
+                    "loss_sum": self.average_over_processes(self._total_loss_scalar),
+                    "seconds": self.train_seconds,
                 }
                 wait_for_everyone()  # for what the others save
-                share_from_first(lambda: self.complete(folder, state))
+                share_from_first(lambda: self.complete_checkpoint(folder, state))
         except UserError:
             remove_path(folder)
             raise
@@ -234,15 +234,15 @@ class RunTrainer(Trainer):
     def random_file(self) -> str:
         return f"random_{self.args.process_index}.json"
 
-    def complete(self, folder: Path, state: dict[str, Any]) -> None:
+    def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         """Add to a checkpoint what the Trainer does not know, and seal it."""
-        state["best"] = self.best.keep(folder) if self.best else {}
+        state["best"] = self.best.save_state(folder) if self.best else {}
         (folder / STATE_FILE).write_text(json.dumps(state))
         shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
         seal_folder(folder)
 
     @staticmethod
-    def mean(value: float) -> float:
+    def average_over_processes(value: float) -> float:
         """Return the mean over all processes, each of which knows the losses of its own examples."""
         found = gather_items([value])
         return sum(found) / len(found)
@@ -265,17 +265,17 @@ class StopAndResume(TrainerCallback):
         loop._globalstep_last_logged, loop._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
         loop._initial_global_step, loop.earlier = 0, kept["seconds"]
         if loop.best:
-            loop.best.go_on(folder, kept["best"])
+            loop.best.load_state(folder, kept["best"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        told = gather_items([(bool(STOP.asked), self.loop.due())])
+        told = gather_items([(bool(STOP.asked), self.loop.is_checkpoint_due())])
         stop, due = (any(words) for words in zip(*told, strict=True))
         control.should_save = self.loop.keeps if stop else control.should_save or (due and self.loop.keeps)
         control.should_training_stop = control.should_training_stop or stop
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.loop.best:  # before anything is scored
-            self.loop.check()
+            self.loop.check_losses()
             self.loop.check_weights()
 
     def on_save(self, args, state, control, **kwargs):

@@ -44,11 +44,14 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
     silence_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mine = load_updates(settings, record)
-    require(bool(mine), f"run={record.shown()}: no weight of a role that model={settings.model.name} names was changed")
+    require(
+        bool(mine),
+        f"run={record.format_path()}: no weight of a role that model={settings.model.name} names was changed",
+    )
     theirs = {update.module: update for update in load_updates(*other)} if other else {}
     if other:
         common = any(update.module in theirs for update in mine)
-        require(common, f"against={other[1].shown()}: changed none of the weights that this run changed")
+        require(common, f"against={other[1].format_path()}: changed none of the weights that this run changed")
     first, beginning = rebuild_initial_factors(settings, mine)
     rows = [describe_update(u, theirs.get(u.module), first.get(u.module), settings, device) for u in mine]
     content = {
@@ -70,8 +73,8 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
         "direction_edges": analysis.DIRECTION_EDGES,
         "rows": rows,
     }
-    record.write("analysis.json", content)
-    record.write("analysis.csv", drop_histograms(rows).to_csv(index=False))
+    record.write_file("analysis.json", content)
+    record.write_file("analysis.csv", drop_histograms(rows).to_csv(index=False))
     draw_figures(content, record)
     return format_analysis(content, record)
 
@@ -93,18 +96,22 @@ def describe_update(
     other: the other run's update of this module; first: the factors this run began with. What cannot be told without
     them is None, and so is the size of a null whose size means nothing.
     """
-    W0 = update.weight().to(device)
-    theirs = None if other is None else other.whole()[update.block].to(device)
-    trained = update.parts(device) | measure_update(update.change().to(device), W0, theirs)
-    drawn, null = update.drawn(device)
+    W0 = update.get_weight().to(device)
+    theirs = None if other is None else other.get_whole_change()[update.block].to(device)
+    trained = update.measure_parts(device) | measure_update(update.get_change().to(device), W0, theirs)
+    drawn, null = update.draw_null(device)
     null |= measure_update(drawn.to(device), W0 if update.sized else None, theirs)
     values = {key: value for name in trained for key, value in ((name, trained[name]), (f"{name}_null", null[name]))}
-    return locate_update(update, settings) | values | {"signs_flipped": first and update.flipped(first, device)}
+    return (
+        locate_update(update, settings)
+        | values
+        | {"signs_flipped": first and update.measure_flipped_signs(first, device)}
+    )
 
 
 def locate_update(update: Update, settings: Settings) -> dict[str, object]:
     """Return what a row is about; `ranks` are the inner dimensions of the factors, r1+r2 or r."""
-    out, fan_in = update.weight().shape
+    out, fan_in = update.get_weight().shape
     role = find_role(update.module, settings) + update.name.removeprefix(update.module)
     layer = find_layer_number(update.module)
     return {"module": update.name, "layer": layer, "role": role, "out": out, "in": fan_in, "ranks": update.ranks}
@@ -140,7 +147,7 @@ def format_analysis(content: dict, record: Record) -> str:
     ]
     figures = ", ".join(sorted(path.name for path in record.folder.glob("*.png")))
     files = f"analysis.json, analysis.csv, {figures} (and as PDF)"
-    return "\n\n".join([*tables, "\n".join(explain_analysis(content)), f"analysed: {record.shown()}: {files}"])
+    return "\n\n".join([*tables, "\n".join(explain_analysis(content)), f"analysed: {record.format_path()}: {files}"])
 
 
 def explain_analysis(content: dict) -> list[str]:

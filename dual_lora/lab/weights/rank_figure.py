@@ -30,7 +30,7 @@ class AnalysedRun:
     labels: dict[str, str]
     rows: pd.DataFrame
 
-    def of(self, place: WeightPlace) -> pd.DataFrame:
+    def select_rows(self, place: WeightPlace) -> pd.DataFrame:
         """Return the rows of a role by layer. place: its name, out and in."""
         here = (self.rows[list(PLACE_COLUMNS)] == list(place)).all(axis=1)
         return self.rows[here].sort_values("layer", kind="stable")
@@ -62,7 +62,7 @@ def draw_own_ranks(axes: Axes, runs: list[AnalysedRun], part: str, kind: str, pl
     """Draw a line for each run, and one for each different null, in a gray of its method's."""
     nulls, grays = {}, dict(zip(dict.fromkeys(run.method for run in runs), ("black", "gray", "silver"), strict=False))
     for number, run in enumerate(runs):
-        rows, scale = run.of(place), min(place[1:]) if kind == "rank" else 1
+        rows, scale = run.select_rows(place), min(place[1:]) if kind == "rank" else 1
         if part in run.labels and len(rows):
             axes.plot(rows["layer"], rows[f"{part}_{kind}"] / scale, ".-", color=f"C{number}", label=run.name)
             null = rows[f"{part}_{kind}_null"] / scale

@@ -55,32 +55,32 @@ class Update:
         self.module, self.base, self.block = module, base, slice(None)
         self.name = module
 
-    def weight(self) -> Tensor:
+    def get_weight(self) -> Tensor:
         """Return W0."""
         return orient_weight(self.base, self.base.weight)[self.block]
 
-    def change(self) -> Tensor:
+    def get_change(self) -> Tensor:
         """Return dW."""
-        return self.whole()[self.block]
+        return self.get_whole_change()[self.block]
 
-    def whole(self) -> Tensor:
+    def get_whole_change(self) -> Tensor:
         """Return dW of the whole module, of which `change` may be a block of rows."""
         raise NotImplementedError
 
-    def parts(self, device: str) -> dict:
+    def measure_parts(self, device: str) -> dict:
         """Return the numbers of what dW is made of."""
         return {}
 
-    def drawn(self, device: str) -> tuple[Tensor, dict]:
+    def draw_null(self, device: str) -> tuple[Tensor, dict]:
         """Return dW of random factors, and the numbers of its parts."""
-        return self.gaussian(*self.weight().shape), {}
+        return self.draw_gaussian(*self.get_weight().shape), {}
 
-    def seed(self) -> int:
+    def get_seed(self) -> int:
         return zlib.crc32(f"{NULL_SEED} {self.name}".encode())
 
-    def gaussian(self, out: int, fan_in: int, rank: int | None = None) -> Tensor:
+    def draw_gaussian(self, out: int, fan_in: int, rank: int | None = None) -> Tensor:
         """Return a standard normal out x in matrix, or a product of two over `rank`."""
-        generator = torch.Generator().manual_seed(self.seed())
+        generator = torch.Generator().manual_seed(self.get_seed())
         if rank is None:
             return torch.randn(out, fan_in, generator=generator)
         return torch.randn(out, rank, generator=generator) @ torch.randn(rank, fan_in, generator=generator)
@@ -93,7 +93,7 @@ class TunedUpdate(Update):
         super().__init__(module, base)
         self.trained = trained
 
-    def whole(self) -> Tensor:
+    def get_whole_change(self) -> Tensor:
         return orient_weight(self.trained, self.trained.weight) - orient_weight(self.base, self.base.weight)
 
 
@@ -108,14 +108,14 @@ class LowRankUpdate(Update):
         self.layer = layer
         self.ranks = str(layer.r[ADAPTER])
 
-    def product(self) -> Tensor:
+    def get_product(self) -> Tensor:
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
-    def whole(self) -> Tensor:
-        return self.product()
+    def get_whole_change(self) -> Tensor:
+        return self.get_product()
 
-    def drawn(self, device: str) -> tuple[Tensor, dict]:
-        return self.gaussian(*self.weight().shape, self.layer.r[ADAPTER]), {}
+    def draw_null(self, device: str) -> tuple[Tensor, dict]:
+        return self.draw_gaussian(*self.get_weight().shape, self.layer.r[ADAPTER]), {}
 
 
 class VariantUpdate(LowRankUpdate):
@@ -125,29 +125,29 @@ class VariantUpdate(LowRankUpdate):
     null = "B A with both factors Gaussian and ||B A|| as trained, all else as at initialisation"
     labels = {"product": "BA", "overall": "dW"}
 
-    def whole(self) -> Tensor:
-        return self.merged(copy.deepcopy(self.layer).double())
+    def get_whole_change(self) -> Tensor:
+        return self.subtract_merged(copy.deepcopy(self.layer).double())
 
-    def merged(self, layer: LoraLayer) -> Tensor:
+    def subtract_merged(self, layer: LoraLayer) -> Tensor:
         """Return what merging changes, in float64: in float32 W0 + dW - W0 would be of full rank by rounding alone."""
         layer.merge(adapter_names=[ADAPTER])
         return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
 
-    def parts(self, device: str) -> dict:
-        return measure_product(self.product().to(device))
+    def measure_parts(self, device: str) -> dict:
+        return measure_product(self.get_product().to(device))
 
     @torch.no_grad()
-    def drawn(self, device: str) -> tuple[Tensor, dict]:
+    def draw_null(self, device: str) -> tuple[Tensor, dict]:
         layer = copy.deepcopy(self.layer).double()
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         B.zero_()
         layer.lora_variant[ADAPTER].init(layer, ADAPTER)
-        generator = torch.Generator().manual_seed(self.seed())
+        generator = torch.Generator().manual_seed(self.get_seed())
         for factor in (A, B):
             factor.copy_(torch.randn(factor.shape, generator=generator))
-        B.mul_(self.product().norm() / layer.get_delta_weight(ADAPTER).norm())
+        B.mul_(self.get_product().norm() / layer.get_delta_weight(ADAPTER).norm())
         numbers = measure_product(orient_weight(self.base, layer.get_delta_weight(ADAPTER)).to(device))
-        return self.merged(layer), numbers
+        return self.subtract_merged(layer), numbers
 
 
 def measure_product(BA: Tensor) -> dict:
@@ -165,7 +165,7 @@ class DualLoraUpdate(Update):
         super().__init__(module, layer.get_base_layer())
         self.layer, self.config, self.index = layer, config, index
         self.factors: DualLoraFactors = layer.dual_lora_factors[ADAPTER]
-        A, _, C, _ = self.tensors(self.factors)
+        A, _, C, _ = self.get_factors(self.factors)
         self.r1, self.r2 = len(A), len(C)
         self.ranks = f"{self.r1}+{self.r2}"
         size, sign = (self.NAMES.get(self.factors.kinds[k], self.factors.kinds[k]) for k in ("magnitude", "direction"))
@@ -176,40 +176,40 @@ class DualLoraUpdate(Update):
             self.block = slice(blocks[index] * rows, (blocks[index] + 1) * rows)
             self.name = f"{module}[{blocks[index]}]"
 
-    def tensors(self, factors: DualLoraFactors) -> list[Tensor]:
+    def get_factors(self, factors: DualLoraFactors) -> list[Tensor]:
         """Return A, B, C, D of this update."""
         four = (factors.A, factors.B, factors.C, factors.D)
         return [t.detach() if self.index is None else t.detach()[self.index] for t in four]
 
-    def whole(self) -> Tensor:
+    def get_whole_change(self) -> Tensor:
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
-    def numbers(self, factors: DualLoraFactors, device: str) -> dict:
+    def measure_factors(self, factors: DualLoraFactors, device: str) -> dict:
         kinds = factors.kinds
-        return analysis.dual(*(t.to(device) for t in self.tensors(factors)), kinds["magnitude"], kinds["direction"])
+        return analysis.dual(*(t.to(device) for t in self.get_factors(factors)), kinds["magnitude"], kinds["direction"])
 
-    def parts(self, device: str) -> dict:
-        return self.numbers(self.factors, device)
+    def measure_parts(self, device: str) -> dict:
+        return self.measure_factors(self.factors, device)
 
     @torch.no_grad()
-    def drawn(self, device: str) -> tuple[Tensor, dict]:
-        factors = self.fresh()
-        four = [t.to(device) for t in self.tensors(factors)]
-        return delta_weight(*four, factors.scaling, **factors.kinds), self.numbers(factors, device)
+    def draw_null(self, device: str) -> tuple[Tensor, dict]:
+        factors = self.draw_fresh_factors()
+        four = [t.to(device) for t in self.get_factors(factors)]
+        return delta_weight(*four, factors.scaling, **factors.kinds), self.measure_factors(factors, device)
 
-    def fresh(self) -> DualLoraFactors:
+    def draw_fresh_factors(self) -> DualLoraFactors:
         """Return factors newly drawn by the adapter's own rule."""
         trained = self.factors
         fan_in, fan_out = trained.A.shape[-1], trained.B.shape[-2]
         alpha = trained.scaling * math.sqrt(self.r1 * self.r2)
         blocks = None if trained.A.ndim == 2 else len(trained.A)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed())
+            torch.manual_seed(self.get_seed())
             return type(trained)(self.config, fan_in, fan_out, self.r1 + self.r2, alpha, blocks)
 
-    def flipped(self, first: DualLoraFactors, device: str) -> float:
+    def measure_flipped_signs(self, first: DualLoraFactors, device: str) -> float:
         """Return the share of signs that differ from those of the factors the run began with."""
-        C, D, C0, D0 = (t.to(device) for t in (*self.tensors(self.factors)[2:], *self.tensors(first)[2:]))
+        C, D, C0, D0 = (t.to(device) for t in (*self.get_factors(self.factors)[2:], *self.get_factors(first)[2:]))
         return analysis.flipped(C, D, C0, D0)
 
 
@@ -223,7 +223,7 @@ def load_updates(settings: Settings, record: Record) -> list[Update]:
     task = load_task(settings)
     trained, _ = load_trained_model(settings, record, task, plain=True)
     for name, parameter in trained.named_parameters():
-        require(bool(parameter.isfinite().all()), f"run={record.shown()}: {name} has values that are no numbers")
+        require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} has values that are no numbers")
     if isinstance(trained, PeftModel):
         return list(list_adapter_updates(trained, settings))
     base, _ = load_model(settings, task)
@@ -278,7 +278,7 @@ def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[
     for update in dual:
         if update.module not in first:
             return {}, {"rebuilt": False, "why": f"training would not adapt {update.module} now"}
-        pairs = list(zip(update.tensors(update.factors), update.tensors(first[update.module]), strict=True))
+        pairs = list(zip(update.get_factors(update.factors), update.get_factors(first[update.module]), strict=True))
         if any(a.shape != b.shape for a, b in pairs):
             return {}, {"rebuilt": False, "why": f"training would give {update.module} other shapes now"}
         for a, b in pairs:
