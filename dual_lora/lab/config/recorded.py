@@ -20,7 +20,7 @@ DEFAULTS_OF_OLD_RECORDS = {
     "model": {"architecture": {}, "chat": False},
     "task": {"stop": [], "train_rows": None},
     "train": {"save_minutes": None, "group_by_length": None, "loss_scale": None},
-    "eval": {"holdout": None},
+    "eval": {"holdout": None, "holdout_skip": None},
     "wandb": {"job_type": "train", "tags": []},
     "hardware": {"name": "single", "accelerator": "a100-80gb", "devices": 1, "sharding": "none", "base": None},
 }

@@ -222,16 +222,26 @@ class Evaluate:
     """Rows at a time, whether the base is scored before training, rows of each split at most (null: all).
 
     `holdout` sets so many training rows apart, the same for every run, and evaluates on them instead of on the task's
-    own splits: to choose settings by, without looking at what is reported.
+    own splits: to choose settings by, without looking at what is reported. The first `holdout_skip` rows set apart are
+    neither trained nor evaluated on, so that two runs can be evaluated on disjoint rows: rates are chosen on some,
+    scores reported on others.
     """
 
     batch_size: int
     before: bool
     max_examples: int | None
     holdout: int | None
+    holdout_skip: int | None
 
     def __post_init__(self) -> None:
-        check_positive("eval", self, "batch_size", "max_examples", "holdout")
+        check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip")
+        apart = self.holdout is not None or self.holdout_skip is None
+        require(apart, f"eval.holdout_skip={self.holdout_skip}: needs eval.holdout, the rows after those skipped")
+
+    @property
+    def rows_apart(self) -> int:
+        """How many training rows are left out of training."""
+        return (self.holdout or 0) + (self.holdout_skip or 0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Rows of a task: its own splits, and training rows that are set apart."""
 
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import Evaluate, Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.hub import use_cache_if_unreachable
@@ -19,7 +19,7 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     """
     split, train = read_split(task, name, settings), name == "train"
     if train and settings.eval.holdout:
-        split = split_holdout(split, settings.eval.holdout)[0]
+        split = split_holdout(split, settings.eval)[0]
     limit = (settings.train if train else settings.eval).max_examples
     if limit is None or limit >= len(split.rows):
         return split
@@ -35,17 +35,26 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
     """
     if not settings.eval.holdout:
         return {name: load_split(task, name, settings) for name in task.eval_splits}
-    apart = split_holdout(read_split(task, "train", settings), settings.eval.holdout)[1]
+    apart = split_holdout(read_split(task, "train", settings), settings.eval)[1]
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
     return {task.eval_splits[0]: Split(apart.rows.select(range(limit)), apart.origin)}
 
 
-def split_holdout(train: Split, number: int) -> tuple[Split, Split]:
-    """Return the training rows without `number` of them, and these, the same for every run."""
-    rows = train.rows
-    require(number < len(rows), f"eval.holdout={number}: {train.origin} has {len(rows)} rows; set fewer apart")
+def split_holdout(train: Split, settings: Evaluate) -> tuple[Split, Split]:
+    """Return the rows to train on and those set apart for evaluation, in an order that is the same for every run.
+
+    The first `holdout_skip` rows are in neither: another run is evaluated on them.
+
+    Raises:
+        UserError: there are not enough rows.
+    """
+    rows, end = train.rows, settings.rows_apart
+    asked = f"eval.holdout={settings.holdout}" + (
+        f" eval.holdout_skip={settings.holdout_skip}" if settings.holdout_skip else ""
+    )
+    require(end < len(rows), f"{asked}: {train.origin} has {len(rows)} rows; set fewer apart")
     mixed = rows.shuffle(seed=HOLDOUT_SEED)
-    rest, apart = mixed.select(range(number, len(rows))), mixed.select(range(number))
+    rest, apart = mixed.select(range(end, len(rows))), mixed.select(range(settings.holdout_skip or 0, end))
     return Split(rest, train.origin), Split(apart, f"{train.origin} (set apart)")
 
 

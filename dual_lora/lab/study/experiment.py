@@ -223,7 +223,9 @@ class Experiment:
         """Return the runs by which a cell's learning rate is chosen."""
         if self.tune is None or label not in self.tune.grid:
             return ()
-        scored = replace(settings.eval, holdout=self.tune.holdout, before=False)
+        # Rows that the reported runs are scored on are neither trained nor chosen on.
+        skip = settings.eval.holdout if self.tune.holdout else None
+        scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=skip, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
         told = replace(settings.wandb, job_type="tune")
         alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
