@@ -8,14 +8,6 @@ import pandas as pd
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.study.outcome import Outcome
-from dual_lora.lab.weights.analyse import (
-    RANK_KINDS,
-    UPDATE_ENTRIES,
-    analyse_run,
-    drop_histograms,
-    format_median,
-    format_with_null,
-)
 from dual_lora.lab.weights.histogram_figure import draw_histograms
 from dual_lora.lab.weights.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
 

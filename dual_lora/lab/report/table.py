@@ -11,7 +11,8 @@ import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
-from dual_lora.lab.report.comparison import describe_weights, read_predictions
+from dual_lora.lab.report.comparison.floors import ModelTask
+from dual_lora.lab.report.comparison.matches import describe_weights, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
 from dual_lora.lab.report.published import find_published_lines
 from dual_lora.lab.report.ranks import ANALYSIS_FILE
@@ -161,13 +162,20 @@ def format_range(numbers: list[float], style: str) -> str:
 
 
 def iterate_notes(
-    experiment: Experiment, done: list[Outcome], values: pd.DataFrame, reasons: dict[str, str]
+    experiment: Experiment,
+    done: list[Outcome],
+    values: pd.DataFrame,
+    reasons: dict[str, str],
+    unlearned: set[ModelTask],
 ) -> Iterator[str]:
     """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code."""
     for reason, letter in reasons.items():
         yield f"{MISSING} [{letter}]: {reason}"
     for mark in sorted(set("".join(values["marks"].dropna()))):
         yield f"{mark}: {MARKS[mark]}"
+    if unlearned:
+        names = ", ".join(f"{task} ({model})" for model, task in sorted(unlearned))
+        yield f"not learned, and left out of means: {names}; see the table of floors"
     yield from describe_learning_rates(experiment, done)
     yield from iterate_clipped_notes(done)
     best = sorted({cell.settings.task.name for cell in done if cell.settings.task.checkpoint == "best"})

@@ -1,6 +1,6 @@
 """The runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,18 +104,28 @@ def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
     return found
 
 
-def build_frame(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
+def build_frame(
+    experiment: Experiment, done: list[Outcome], unlearned: Collection[tuple[str, str]] = ()
+) -> pd.DataFrame:
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
-    marks, run, its learning rate, and the position of its run in `done` (-1 for a mean)."""
+    marks, run, its learning rate, and the position of its run in `done` (-1 for a mean).
+
+    unlearned: models and tasks that means leave out.
+    """
     found = list_columns(experiment, done)
     values = pd.DataFrame(
         [e | {"cell": i} for i, cell in enumerate(done) for e in iterate_values(experiment, cell, found)]
     )
-    if experiment.mean in experiment.rows and values[experiment.mean].nunique() > 1:
-        return pd.concat([values, average_values(values, experiment.mean)], ignore_index=True)
+    left_out = {
+        i for i, cell in enumerate(done) if (cell.settings.model.name, cell.settings.task.name) in set(unlearned)
+    }
+    learned = values[~values["cell"].isin(left_out)]
+    if experiment.mean in experiment.rows:
+        return pd.concat([values, average_values(experiment, learned, experiment.mean)], ignore_index=True)
     for column in found:
         if column.parts:
-            extra = average_values(values[values["column"].isin(column.parts)], "column").assign(column=column.head)
+            parts = learned[learned["column"].isin(column.parts)]
+            extra = average_values(experiment, parts, "column").assign(column=column.head)
             values = pd.concat([values, extra], ignore_index=True)
     return values
 
@@ -144,17 +154,24 @@ def belongs_to_column(experiment: Experiment, cell: Outcome, column: Column) -> 
     return not column.parts and column.task in (None, cell.settings.task.name)
 
 
-def average_values(values: pd.DataFrame, over: str) -> pd.DataFrame:
-    """Return the mean over a column of the frame, called "mean" in it, where none of its values is missing."""
+def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Return the mean over a column of the frame, called "mean" in it, where none of its values is missing; nothing
+    where only one of its values has been learned."""
+    within = [key for key in experiment.rows if key != over]
+    count = values.groupby(within)[over].transform("nunique") if within else values[over].nunique()
+    values = values.assign(parts=count)
+    values = values[values["parts"] > 1]
+    if values.empty:
+        return values.drop(columns="parts")
     keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "lr", "cell")]
     groups = values.groupby(keys, sort=False, dropna=False)
     found = groups["value"].agg(lambda column: column.mean(skipna=False)).reset_index()
-    complete = groups[over].nunique().reset_index(drop=True) == values[over].nunique()
+    complete = groups[over].nunique().reset_index(drop=True) == found["parts"]
     found["value"] = found["value"].where(complete)
     found["reason"] = None
     found.loc[found["value"].isna(), "reason"] = "a part is missing"
     found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
-    return found.assign(**{over: MEAN, "run": None, "lr": None, "cell": -1})
+    return found.drop(columns="parts").assign(**{over: MEAN, "run": None, "lr": None, "cell": -1})
 
 
 def get_marks(cell: Outcome) -> str:

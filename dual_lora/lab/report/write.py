@@ -1,7 +1,7 @@
 """The report of an experiment, from run records alone. The same records give the same bytes.
 
 runs/STUDY/report/
-    table.md         the table, differences, published figures
+    table.md         verdicts, the table, further differences, published figures
     table.tex        its tables for LaTeX, with booktabs
     table.csv        every value of every run
     differences.csv  every comparison with a baseline
@@ -10,6 +10,7 @@ runs/STUDY/report/
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -17,17 +18,20 @@ import pandas as pd
 from dual_lora import paper
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import Block, Image, Text, render_html, render_latex, render_markdown
-from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.mirror import open_mirror
-from dual_lora.lab.report.comparison import (
-    Pair,
-    compare_cells,
-    iterate_difference_blocks,
-    iterate_sentences,
-    tabulate_pairs,
+from dual_lora.lab.report.comparison.blocks import (
+    iterate_exploratory_blocks,
+    iterate_floor_blocks,
+    iterate_power_blocks,
+    iterate_verdict_blocks,
+    tabulate_comparisons,
 )
-from dual_lora.lab.report.figures import describe_spread, draw_results
+from dual_lora.lab.report.comparison.comparisons import Comparisons, compare_cells
+from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_floors, find_unlearned
+from dual_lora.lab.report.comparison.matches import Predictions
+from dual_lora.lab.report.figures.draw import draw_figures
 from dual_lora.lab.report.learning_rates import tabulate_learning_rates
+from dual_lora.lab.report.protocol import iterate_protocol_blocks
 from dual_lora.lab.report.published import iterate_published_blocks, tabulate_published
 from dual_lora.lab.report.ranks import iterate_rank_blocks
 from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons
@@ -38,22 +42,41 @@ from dual_lora.lab.study.outcome import Outcome
 DIFFERENCES_FILE = "differences.csv"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a report is made of: every value, the floors, the tasks that were not learned, and the comparisons."""
+
+    values: pd.DataFrame
+    floors: list[Floor]
+    unlearned: set[ModelTask]
+    comparisons: Comparisons
+
+    @classmethod
+    def compute(cls, experiment: Experiment, done: list[Outcome]) -> "Findings":
+        """Compute them from the records."""
+        predictions = Predictions()
+        floors = find_floors(experiment, done, predictions)
+        unlearned = find_unlearned(floors)
+        comparisons = compare_cells(experiment, done, predictions, unlearned)
+        return cls(build_frame(experiment, done, unlearned), floors, unlearned, comparisons)
+
+
 def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> str:
-    """Write the report below `folder` and return its table and sentences as Markdown.
+    """Write the report below `folder` and return its Markdown.
 
     Raises:
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    main, further = compare_cells(experiment, done)
-    blocks = list(iterate_blocks_of_report(experiment, done, folder, main, further))
+    findings = Findings.compute(experiment, done)
+    blocks = list(iterate_blocks_of_report(experiment, done, folder, findings))
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = render_markdown([Text(title, heading=True), *blocks])
     (folder / "table.md").write_text(text, "utf-8")
     (folder / "table.tex").write_text(render_latex(blocks, experiment.study), "utf-8")
     (folder / "report.html").write_text(render_html(blocks, title), "utf-8")
-    build_frame(experiment, done).drop(columns="cell").to_csv(folder / "table.csv", index=False)
-    tabulate_pairs([*main, *further]).to_csv(folder / DIFFERENCES_FILE, index=False)
+    findings.values.drop(columns="cell").to_csv(folder / "table.csv", index=False)
+    tabulate_comparisons(findings.comparisons.all).to_csv(folder / DIFFERENCES_FILE, index=False)
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
 
@@ -66,37 +89,37 @@ def remove_stale_figures(folder: Path, figures: set[str]) -> None:
 
 
 def iterate_blocks_of_report(
-    experiment: Experiment, done: list[Outcome], folder: Path, main: list[Pair], further: list[Pair]
+    experiment: Experiment, done: list[Outcome], folder: Path, findings: Findings
 ) -> Iterator[Block]:
-    """Yield what the report consists of, its figures written. main, further: the comparisons."""
-    values = build_frame(experiment, done)
+    """Yield what the report consists of, its figures written."""
+    values, comparisons = findings.values, findings.comparisons
     reasons = letter_reasons(values)
     if experiment.scale == "smoke":
         yield Text("Smoke: a few steps of bundled models show that the harness works; the numbers mean nothing.")
     if experiment.limit:
         yield Text(f"Limit: {experiment.limit}.")
+    yield from iterate_verdict_blocks(comparisons)
     if experiment.analyse:
         yield from iterate_until_error(iterate_rank_blocks(done, folder), "the analyses")
-        yield Text("Runs", heading=True)
+    yield Text("Runs", heading=True)
     yield build_main_table(experiment, done, values, reasons)
-    yield Text(items=tuple(iterate_notes(experiment, done, values, reasons)))
+    yield Text(items=tuple(iterate_notes(experiment, done, values, reasons, findings.unlearned)))
+    yield from iterate_floor_blocks(findings.floors, findings.unlearned)
+    yield from draw_figures(experiment, done, values, comparisons, findings.floors, folder)
+    yield from iterate_exploratory_blocks(comparisons)
+    yield from iterate_power_blocks(comparisons)
     if experiment.tune:
         yield tabulate_learning_rates(experiment, done)
-    if not experiment.analyse and (drawn := draw_results(experiment, values, done)):
-        yield Image(
-            save_figure(drawn, folder, "figure")[0], f"{experiment.title}; {describe_spread(experiment, values)}"
-        )
-    yield from iterate_difference_blocks(experiment, done, main, further)
+    yield from iterate_protocol_blocks(experiment, done)
     yield from iterate_published_blocks(experiment, done)
-    yield from iterate_sentences(main, further)
 
 
 def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:
-    """Yield blocks up to the first that cannot be told, and then why."""
+    """Yield blocks up to the first that cannot be made, and then why."""
     try:
         yield from blocks
     except UserError as error:
-        yield Text(f"Of {what} no more can be told: {error}")
+        yield Text(f"The rest of {what} is missing: {error}")
 
 
 def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> None:
@@ -116,7 +139,7 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
         config={"experiment": experiment.name, "scale": experiment.scale},
         folder=folder.parent,
     )
-    values = build_frame(experiment, done)
+    values = Findings.compute(experiment, done).values
     tables = {"table": build_main_table(experiment, done, values, letter_reasons(values)).cells}
     tables |= {f"published/{name}": tabulate_published(paper.load(name)) for name in experiment.published}
     tables = {name: cells.astype(str) for name, cells in tables.items()}  # W&B takes one type a column

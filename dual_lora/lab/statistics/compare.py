@@ -1,18 +1,18 @@
 """Are two methods different? Paired comparisons from stored predictions, by resampling; no normal law is assumed.
 
-An interval is a percentile bootstrap of `ours - theirs`: examples are drawn with replacement, the same ones for both
+The interval is a percentile bootstrap of `ours - theirs`: examples are drawn with replacement, the same ones for both
 methods and all seeds, within each split where a metric is a mean over splits; and seeds are drawn with replacement
-(Efron and Tibshirani 1993, chapter 13). A p-value is two-sided and conditional on the runs at hand: each example's two
-outputs could as well have been each other's (all seeds of it together), tried at random (Noreen 1989; Yeh 2000 for F1;
-Riezler and Maxwell 2005 for BLEU), or, for a share of right answers with one seed, exactly: McNemar's test. R tries
-give no p below 1 / (R + 1): one of at most 0.05 after 2000 is found anew from as many as its correction needs.
+(Efron and Tibshirani 1993, chapter 13). The p-value is two-sided and conditional on the runs at hand. Under the null
+hypothesis each example's two outputs could be swapped (all seeds of it together). Swaps are drawn at random (Noreen
+1989; Yeh 2000 for F1; Riezler and Maxwell 2005 for BLEU) or, for a share of right answers with one seed, counted
+exactly: McNemar's test. R draws give no p below 1 / (R + 1), so a p of at most 0.05 after 2000 draws is estimated again
+from as many as its correction needs.
 
 What neither can say. p holds for the runs at hand: where the seed alone moves accuracy by a point, p is below 0.05 for
 16 to 20 % of equal methods on 872 examples, whatever the number of seeds. The interval over S seeds has (S - 1) / S of
-the seeds' variance, none with one seed and half of it with two; but what seeds and examples do together it counts
-about three times (Owen 2007, "The pigeonhole bootstrap"), so that with several seeds it is rather too wide than too
-narrow. A difference is called shown only where both agree, which with several seeds is rare for equal methods
-(tests/test_stats.py), and never with one seed; the sentence then says what is missing.
+the seeds' variance: none with one seed, half of it with two. Interactions of seeds and examples it counts about three
+times (Owen 2007, "The pigeonhole bootstrap"), so that with several seeds it is rather too wide than too narrow.
+Therefore no verdict rests on them alone: `verdict` asks the seeds as well.
 
 Every metric here is a function of examples with weights, `measure(columns_NC, weights_RN) -> values_R`: a resample is
 how often each example occurs, a swap is a weight that moves from one method's output to the other's. Examples that all
@@ -20,9 +20,9 @@ runs treat alike are one group, whose weight is drawn at once (multinomial, bino
 
     M  methods, ours and theirs       N  examples, or outputs       R  resamples
     S  seeds                          G  groups of equal examples   C  numbers that stand for one output
-    K  classes                        T  tasks
+    K  classes
 
-NIST, METEOR, ROUGE-L, CIDEr and TER are not resampled: their scorers would have to run thousands of times.
+A task says which of its scores are resampled, and how.
 """
 
 from dataclasses import dataclass
@@ -39,10 +39,10 @@ from dual_lora.lab.statistics.resampling import (
     test_by_mcnemar,
     test_by_permutation,
 )
+from dual_lora.lab.statistics.seeds import LEVEL
 from tasks import Task
 from tasks.base import Row
 
-LEVEL = 0.05
 RESAMPLES = 2000
 
 
@@ -55,6 +55,7 @@ class Difference:
         p: two-sided; None likewise.
         test: what gave p, or why there is none.
         examples, seeds: how many of each are in both methods.
+        by_seed: the difference of each seed, in their order; none where only the mean is known.
     """
 
     mean: float
@@ -64,6 +65,7 @@ class Difference:
     test: str
     examples: int
     seeds: int
+    by_seed: tuple[float, ...] = ()
 
 
 def compare_runs(
@@ -83,15 +85,35 @@ def compare_runs(
         return subtract_scores(runs, task, metric)
     strata = stratify(runs, rule, metric)
     rng = np.random.default_rng(seed)
+    by_seed = np.mean([subtract_measures(rule.measure, s.outputs, s.sizes[None])[0] for s in strata], axis=0)
     mean = float(np.mean([subtract_measures(rule.measure, s.outputs, s.sizes[None]) for s in strata]))
     low, high = np.percentile(bootstrap_difference(strata, rule.measure, resamples, rng), (2.5, 97.5))
     examples, seeds = int(sum(s.sizes.sum() for s in strata)), len(runs[0])
+    known = {"examples": examples, "seeds": seeds, "by_seed": tuple(by_seed.tolist())}
     if seeds == 1 and len(strata) == 1 and rule.measure is weigh_mean and set(np.unique(strata[0].outputs)) <= {0, 1}:
-        return Difference(mean, float(low), float(high), test_by_mcnemar(strata[0]), "McNemar", examples, seeds)
+        return Difference(mean, float(low), float(high), test_by_mcnemar(strata[0]), "McNemar", **known)
     p = test_by_permutation(strata, rule.measure, mean, resamples, rng)
     if p <= LEVEL and count_resamples(comparisons) > resamples:
         p = test_by_permutation(strata, rule.measure, mean, count_resamples(comparisons), rng)
-    return Difference(mean, float(low), float(high), p, "paired permutation", examples, seeds)
+    return Difference(mean, float(low), float(high), p, "paired permutation", **known)
+
+
+def estimate_difference(
+    ours: Runs, theirs: Runs, task: Task, metric: str, resamples: int = 500, seed: int = 0
+) -> tuple[float, float] | None:
+    """Return the difference in `metric` and its standard error over examples and seeds; None where not resampled.
+
+    Raises:
+        ValueError: as `compare_runs`.
+    """
+    runs = pair_rows(ours, theirs)
+    rule = find_rule(task, metric, runs[0][0][0])
+    if not rule:
+        return None
+    strata = stratify(runs, rule, metric)
+    mean = np.mean([subtract_measures(rule.measure, s.outputs, s.sizes[None]) for s in strata])
+    redrawn = bootstrap_difference(strata, rule.measure, resamples, np.random.default_rng(seed))
+    return float(mean), float(redrawn.std(ddof=1))
 
 
 def count_resamples(comparisons: int) -> int:
@@ -107,7 +129,9 @@ def is_resampled(task: Task, metric: str, example: Row) -> bool:
 def subtract_scores(runs: list[list[list[Row]]], task: Task, metric: str) -> Difference:
     ours, theirs = ([compute_score(rows, task, metric) for rows in method] for method in runs)
     reason = f"no test: {metric} is not resampled"
-    return Difference(float(np.mean(ours) - np.mean(theirs)), None, None, None, reason, len(runs[0][0]), len(ours))
+    by_seed = tuple(one - other for one, other in zip(ours, theirs, strict=True))
+    mean = float(np.mean(ours) - np.mean(theirs))
+    return Difference(mean, None, None, None, reason, len(runs[0][0]), len(ours), by_seed)
 
 
 def compute_score(rows: list[Row], task: Task, metric: str) -> float:
@@ -123,36 +147,3 @@ def compute_score(rows: list[Row], task: Task, metric: str) -> float:
     if metric not in scores:
         raise ValueError(f"{task.name} gives no {metric} here, only {', '.join(scores)}")
     return scores[metric]
-
-
-def is_shown(difference: Difference, adjusted_p: float | None = None) -> bool:
-    """Return whether there are several seeds, the interval excludes zero and p, adjusted where it is, is below 0.05.
-
-    With one seed nothing is shown: between equal methods whose runs differ by one point from seed to seed, one seed of
-    872 examples had p < 0.05 in 16 % of simulated comparisons.
-    """
-    p = difference.p if adjusted_p is None else adjusted_p
-    known = None not in (p, difference.low) and difference.seeds > 1
-    return known and p < LEVEL and not difference.low <= 0 <= difference.high
-
-
-def format_difference(
-    ours_name: str, theirs_name: str, difference: Difference, scale: float = 100, adjusted_p: float | None = None
-) -> str:
-    """Return the comparison as one sentence; `scale` is 100 for percent and 1 for a score that is no fraction."""
-    digits = 1 if scale >= 100 else 3
-    interval = "no interval"
-    if difference.low is not None:
-        low, high = (f"{bound * scale:+.{digits}f}" for bound in (difference.low, difference.high))
-        interval = f"95 % interval {low} to {high}"
-    test = difference.test if difference.p is None else f"{difference.test} p {format_p(difference.p)}"
-    adjusted = "" if adjusted_p is None else f", Holm {format_p(adjusted_p).removeprefix('= ')}"
-    count = f"{difference.examples:,} examples, {difference.seeds} seed{'s' * (difference.seeds > 1)}"
-    verdict = "shown" if is_shown(difference, adjusted_p) else "not shown"
-    alone = "; what a seed does is in neither" if difference.seeds == 1 and difference.low is not None else ""
-    mean = f"{difference.mean * scale:+.{digits}f}"
-    return f"{ours_name} - {theirs_name}: {mean}, {interval} ({count}; {test}{adjusted}): {verdict}{alone}"
-
-
-def format_p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.{2 if p >= 0.1 else 3}f}"

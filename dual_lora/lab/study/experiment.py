@@ -15,6 +15,10 @@ A file gives, for all scales and again (in place of it; `run` and `seeds` aside)
               from headings to fields of a run's result
     mean      a setting over whose values a mean is added
     baselines labels of the rows the others are compared to
+    planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
+              p is corrected for their number. All other comparisons are exploratory
+    margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
+    floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
     published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
@@ -39,6 +43,8 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
+MARGINS = ("task", "mean")
+MARGIN_FORM = "positive points for task or mean are needed"
 DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
 
 
@@ -87,6 +93,9 @@ class Experiment:
     rows: list[str] = field(default_factory=list)
     mean: str | None = None
     baselines: list[str] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
+    margin: dict[str, float] = field(default_factory=dict)
+    floors: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
     limit: str = ""
@@ -137,8 +146,12 @@ class Experiment:
         where = f"conf/experiment/{self.name}.yaml"
         for label in (label for label, ways in self.cells.items() if not ways):
             require(False, f"{where}: cells: {label}: no overrides")
-        for label in (*self.baselines, *(self.tune.grid if self.tune else ())):
+        for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
+        for label in self.planned:
+            require(label not in self.baselines, f"{where}: {label}: planned and a baseline; give it in one of them")
+        for kind, points in self.margin.items():
+            require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
             require(table in paper.tables(), f"{where}: {table}: no such table of dual_lora/paper")
         if self.tune:

@@ -1,0 +1,1 @@
+"""Which runs a report compares, by what tests, and what it says of them."""

@@ -1,0 +1,173 @@
+"""The comparisons of a report as tables: verdicts first, then what is exploratory, then what the design could find."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from dual_lora.lab.present.document import MISSING, Block, Table, Text
+from dual_lora.lab.report.comparison.comparisons import OVER_SEEDS, Comparison, Comparisons
+from dual_lora.lab.report.comparison.floors import STANDARD_ERRORS, Floor, ModelTask
+from dual_lora.lab.report.values import format_value, get_heading
+from dual_lora.lab.statistics.seeds import MIN_SEEDS, compute_detectable_difference
+from dual_lora.lab.statistics.verdict import EQUIVALENT, UNDECIDED
+
+PLANNED_SEEDS = (3, 5, 8, 12, 20)  # what the power table looks ahead to
+
+
+def tabulate_comparisons(found: list[Comparison]) -> pd.DataFrame:
+    """Return comparisons as a table of numbers, in points."""
+    lines = []
+    for c in found:
+        seeds, difference = c.seed_test, c.difference
+        low, high = (None if v is None else v * c.unit for v in (difference.low, difference.high))
+        lines.append(
+            {"task": c.task, "score": c.score, **c.place, "method": c.label, "baseline": c.baseline}
+            | {"planned": c.planned, "difference": difference.mean * c.unit}
+            | {"low": seeds and seeds.low, "high": seeds and seeds.high}
+            | {"low_examples": None, "high_examples": None}
+            | ({} if difference.test == OVER_SEEDS else {"low_examples": low, "high_examples": high})
+            | {"p_predictions": None if difference.test == OVER_SEEDS else difference.p, "p_seeds": seeds and seeds.p}
+            | {"p": c.p, "margin": c.margin, "p_equivalent": c.p_equivalent, "test": difference.test}
+            | {"examples": difference.examples, "seeds": difference.seeds}
+            | {"deviation": seeds and seeds.deviation, "could_find": c.detectable, "verdict": c.verdict}
+        )
+    return pd.DataFrame(lines)
+
+
+def iterate_verdict_blocks(found: Comparisons) -> Iterator[Block]:
+    """Yield the planned family, if there is one."""
+    if not found.planned:
+        return
+    yield Text("Verdicts", heading=True)
+    yield Table(
+        format_comparisons(found.planned),
+        f"The planned comparisons, in points; p is corrected for all {len(found.planned)} by Holm's method.",
+    )
+    yield Text(explain_verdicts(found.planned))
+
+
+def explain_verdicts(found: list[Comparison]) -> str:
+    """Return how verdicts are reached."""
+    margins = {c.margin: c.task.startswith("mean of") for c in found if c.margin}
+    said = " and ".join(f"{m:g} {'on a mean over tasks' if mean else 'on one task'}" for m, mean in margins.items())
+    equivalent = (
+        f" Equivalent: two one-sided t-tests reject a difference of the margin ({said} points), corrected likewise."
+        if margins
+        else " No margin is given, so nothing is called equivalent."
+    )
+    return (
+        f"Better or worse needs at least {MIN_SEEDS} seeds and a p below 0.05 in both of two tests: of the predictions "
+        "(paired by example; exact McNemar or permutation, and an interval over examples and seeds that excludes zero) "
+        "and of the seeds (paired t). A mean over tasks, and several sets scored by one training, count as one "
+        "observation a seed; a mean is tested over seeds alone." + equivalent + " Undecided: neither. The last column "
+        "is the smallest difference that as many seeds with the same spread would find in four of five studies, before "
+        "correction. The interval is the t-interval over seeds, for these test examples."
+    )
+
+
+def iterate_exploratory_blocks(found: Comparisons) -> Iterator[Block]:
+    """Yield the comparisons that are not planned, outside any correction."""
+    groups = {"by the main score": found.exploratory, "by set and by other scores": found.further}
+    if any(groups.values()):
+        yield Text("Exploratory", heading=True)
+        yield Text(
+            "Not planned, and not corrected for their number: of twenty such comparisons of equal methods one has a p "
+            "below 0.05. They suggest what to test next and show nothing."
+        )
+    for name, some in groups.items():
+        if some:
+            yield Table(format_comparisons(some), f"Exploratory differences {name}, in points, uncorrected.")
+
+
+def format_comparisons(found: list[Comparison]) -> pd.DataFrame:
+    """Return comparisons as they are printed."""
+    frame = tabulate_comparisons(found)
+    styles = ["+.1f" if c.unit == 100 or c.difference.test == OVER_SEEDS else "+.3f" for c in found]
+    table = frame[["task", "score"]].copy()
+    for key in dict.fromkeys(key for c in found for key in c.place):
+        table[get_heading(key).replace("_", " ")] = frame[key].map(
+            lambda value: format_value(None if pd.isna(value) else value)
+        )
+    table["comparison"] = frame["method"] + " - " + frame["baseline"]
+    table["difference"], low, high = (
+        list(map(format_number, frame[key], styles)) for key in ("difference", "low", "high")
+    )
+    table["95 % t-interval"] = [
+        MISSING if MISSING in ends else " to ".join(ends) for ends in zip(low, high, strict=True)
+    ]
+    holm = "Holm" if found[0].planned else "larger p"
+    for head, column in (("p predictions", "p_predictions"), ("p seeds", "p_seeds"), (holm, "p")):
+        table[head] = [format_p(p) for p in frame[column]]
+    table["seeds"] = frame["seeds"]
+    table["verdict" if found[0].planned else "verdict, uncorrected"] = list(map(format_verdict, found))
+    table["could find"] = [
+        format_number(c.detectable, style.replace("+", "")) if c.verdict == UNDECIDED else ""
+        for c, style in zip(found, styles, strict=True)
+    ]
+    return table
+
+
+def format_verdict(comparison: Comparison) -> str:
+    """Return a verdict with what it depends on: the margin, or that seeds are missing."""
+    verdict, difference = comparison.verdict, comparison.difference
+    if np.isnan(difference.mean):
+        return f"cannot be compared ({difference.test})"
+    if verdict == EQUIVALENT:
+        return f"{verdict} within {comparison.margin:g}"
+    if verdict == UNDECIDED and difference.seeds < MIN_SEEDS:
+        return f"{verdict}: under {MIN_SEEDS} seeds"
+    if verdict == UNDECIDED and difference.p is None:
+        return f"{verdict}: {difference.test}"
+    return verdict
+
+
+def format_number(value: float | None, style: str) -> str:
+    return MISSING if pd.isna(value) else format(value, style)
+
+
+def format_p(p: float | None) -> str:
+    return MISSING if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iterator[Block]:
+    """Yield the floors and which tasks were not learned."""
+    known = [floor for floor in floors if floor.best is not None]
+    if not known:
+        return
+    several = len({floor.place[0] for floor in known}) > 1
+    lines = [
+        ({"model": f.place[0]} if several else {})
+        | {"task": f.place[1], "floor": f.name, "score": f"{f.score:.1f}", "furthest above": f.best}
+        | {"by": f"{f.above:+.1f}", "standard error": f"{f.error:.1f}"}
+        | {"task learned": "not learned" if f.place in unlearned else "learned"}
+        for f in known
+    ]
+    yield Table(
+        pd.DataFrame(lines),
+        f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "
+        "examples and seeds). A task that is not learned ranks no methods and is left out of means over tasks.",
+    )
+
+
+def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
+    """Yield what smallest differences more seeds would find, by task, from the spread that was seen."""
+    deviations: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for c in [*found.planned, *found.exploratory]:
+        if (test := c.seed_test) and test.deviation is not None:
+            deviations.setdefault((c.task, c.score), []).append((test.deviation, test.seeds))
+    lines = []
+    for (task, score), some in deviations.items():
+        pooled = float(np.sqrt(np.mean([deviation**2 for deviation, _ in some])))
+        seeds = max(seeds for _, seeds in some)
+        counts = sorted({seeds, *PLANNED_SEEDS})
+        ahead = {f"{n} seeds": f"{compute_detectable_difference(pooled, n):.1f}" for n in counts}
+        lines.append({"task": task, "score": score, "comparisons": len(some), "spread": f"{pooled:.2f}", **ahead})
+    if lines:
+        yield Text("Power", heading=True)
+        yield Table(
+            pd.DataFrame(lines).fillna(MISSING),
+            "The smallest difference, in points, that a paired t-test over so many seeds finds in four of five studies "
+            "(two-sided, 0.05, one comparison; noncentral t). Spread: standard deviation of the seeds' differences, "
+            f"pooled over the comparisons. Under {MIN_SEEDS} seeds no verdict is given.",
+        )

@@ -1,0 +1,208 @@
+"""What came out of comparing rows with baselines: the planned family, and all else, which is exploratory.
+
+The planned family are the main scores of the rows an experiment plans, and their means over tasks. Its p-values are
+corrected together. Further scores of a published table's columns, single sets and other metrics are exploratory.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
+from dual_lora.lab.report.comparison.matches import (
+    Key,
+    Match,
+    Predictions,
+    average,
+    check_same_inputs,
+    iterate_matches,
+)
+from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
+from dual_lora.lab.statistics.compare import Difference, compare_runs, is_resampled
+from dual_lora.lab.statistics.multiple import adjust_holm
+from dual_lora.lab.statistics.seeds import SeedTest, compute_detectable_difference, compute_seed_test
+from dual_lora.lab.statistics.verdict import combine_p, find_equivalence_p, reach_verdict
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome
+from tasks.base import Row
+
+OVER_SEEDS = "t-test over seeds"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row minus a baseline by one score, on one task or in the mean over several.
+
+    Attributes:
+        task, score: as they are printed.
+        place: the settings that head rows and columns, and their values.
+        difference: in the score's unit, which `unit` turns into points.
+        margin: what difference counts as none, in points.
+        p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
+    """
+
+    label: str
+    baseline: str
+    task: str
+    score: str
+    place: dict[str, object]
+    difference: Difference
+    unit: int
+    margin: float | None = None
+    lower_is_better: bool = False
+    planned: bool = False
+    p: float | None = None
+    p_equivalent: float | None = None
+
+    @functools.cached_property
+    def seed_test(self) -> SeedTest | None:
+        """The t-test over seeds, in points; None where no seed's difference is known."""
+        by_seed = [value * self.unit for value in self.difference.by_seed]
+        return compute_seed_test(by_seed) if by_seed else None
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest difference that this design finds in four of five studies, in points."""
+        known = self.seed_test
+        return compute_detectable_difference(known.deviation, known.seeds) if known else None
+
+    @property
+    def verdict(self) -> str:
+        return reach_verdict(self.difference, self.p, self.p_equivalent, self.lower_is_better)
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The planned family, and the exploratory comparisons by main scores and by further ones."""
+
+    planned: list[Comparison]
+    exploratory: list[Comparison]
+    further: list[Comparison]
+
+    @property
+    def all(self) -> list[Comparison]:
+        return [*self.planned, *self.exploratory, *self.further]
+
+
+def compare_cells(
+    experiment: Experiment, done: list[Outcome], predictions: Predictions, unlearned: set[ModelTask]
+) -> Comparisons:
+    """Return every comparison. unlearned: models and tasks that are left out of means."""
+    matches = list(iterate_matches(experiment, done))
+    means = list_mean_groups(matches, unlearned)
+    size = sum(match.label in experiment.planned for match in matches)
+    size += sum(key[0] in experiment.planned for key in means)
+    tested = {match: list(test_match(experiment, done, match, predictions, size)) for match in matches}
+    found = [comparison for some in tested.values() for comparison in some[:1]]
+    found += [average_over_tasks(experiment, key, {m: tested[m][0] for m in group}) for key, group in means.items()]
+    return Comparisons(
+        correct_family([c for c in found if c.planned]),
+        [c for c in found if not c.planned],
+        [comparison for some in tested.values() for comparison in some[1:]],
+    )
+
+
+def test_match(
+    experiment: Experiment, done: list[Outcome], match: Match, predictions: Predictions, family: int
+) -> Iterator[Comparison]:
+    """Yield a match by its task's main score, and by further ones. family: how many comparisons are planned."""
+    planned, task = match.label in experiment.planned, match.task
+    metrics = [task.metric, *list_further_scores(experiment, done, match)]
+    runs, error = None, None
+    try:
+        check_same_inputs(match)
+        runs = [predictions.read_runs(cells) for cells in (match.ours, match.theirs)]
+    except UserError as found:
+        error = found
+    for metric in metrics:
+        main = metric == task.metric
+        count = family if planned and main else 1
+        difference = compare_scores(match, runs, metric, count) if runs else describe_unknown(error)
+        unit = get_unit(task.name, metric)
+        yield add_tests(
+            Comparison(
+                label=match.label,
+                baseline=match.baseline,
+                task=task.name,
+                score=metric,
+                place=match.place,
+                difference=difference,
+                unit=unit,
+                margin=experiment.margin.get("task") if unit == 100 else None,
+                lower_is_better=metric in task.lower_is_better,
+                planned=planned and main,
+            )
+        )
+
+
+def add_tests(comparison: Comparison) -> Comparison:
+    """Return a comparison with its p-values, before any correction."""
+    margin = comparison.margin and comparison.margin / comparison.unit
+    p_equivalent = find_equivalence_p(comparison.difference, margin)
+    return replace(comparison, p=combine_p(comparison.difference), p_equivalent=p_equivalent)
+
+
+def list_further_scores(experiment: Experiment, done: list[Outcome], match: Match) -> list[str]:
+    """Return the scores beside the main one that stand in columns of the table."""
+    here = [c.field for c in list_columns(experiment, done) if c.field and c.task in (None, match.task.name)]
+    return [field for field in here if field not in FIELDS and field != match.task.metric]
+
+
+def compare_scores(match: Match, runs: list[dict[int, list[Row]]], metric: str, family: int) -> Difference:
+    """Return the difference in a score, tested where it can be."""
+    rows = next(iter(runs[0].values()))
+    try:
+        if metric == match.task.metric or is_resampled(match.task, metric, rows[0]):
+            return compare_runs(*runs, match.task, metric, comparisons=family)
+    except ValueError as error:
+        return describe_unknown(error)
+    by_seed = match.subtract_recorded(metric)
+    if not by_seed:
+        return describe_unknown(f"{metric} not measured")
+    reason = f"no test on predictions: {metric} is not resampled"
+    return Difference(average(by_seed), None, None, None, reason, len(rows), len(by_seed), by_seed)
+
+
+def describe_unknown(reason: object) -> Difference:
+    """Return what is known of a difference that cannot be computed."""
+    return Difference(float("nan"), None, None, None, str(reason), 0, 0)
+
+
+def list_mean_groups(matches: list[Match], unlearned: set[ModelTask]) -> dict[Key, list[Match]]:
+    """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks."""
+    groups: dict[Key, list[Match]] = {}
+    for match in matches:
+        if get_model_task(match.ours[0]) not in unlearned:
+            key = (match.label, match.baseline, tuple(match.place.items()))
+            groups.setdefault(key, []).append(match)
+    return {key: some for key, some in groups.items() if len(some) > 1}
+
+
+def average_over_tasks(experiment: Experiment, key: Key, parts: dict[Match, Comparison]) -> Comparison:
+    """Return the comparison of the means over tasks, in points: a seed's mean over its tasks is one observation."""
+    label, baseline, place = key
+    by_seed = [
+        {seed: value * part.unit for seed, value in zip(match.seeds, part.difference.by_seed, strict=False)}
+        for match, part in parts.items()
+    ]
+    seeds = sorted(set.intersection(*(set(some) for some in by_seed)))
+    values = tuple(average(tuple(some[seed] for some in by_seed)) for seed in seeds)
+    difference = describe_unknown("no seed has a difference on every task")
+    if values:
+        test = compute_seed_test(values)
+        count = sum(part.difference.examples for part in parts.values())
+        difference = Difference(test.mean, test.low, test.high, test.p, OVER_SEEDS, count, len(values), values)
+    margin = experiment.margin.get("mean")
+    name, scores = f"mean of {len(parts)} tasks", {part.score for part in parts.values()}
+    score = scores.pop() if len(scores) == 1 else "main scores"
+    planned = label in experiment.planned
+    return add_tests(
+        Comparison(label, baseline, name, score, dict(place), difference, unit=1, margin=margin, planned=planned)
+    )
+
+
+def correct_family(found: list[Comparison]) -> list[Comparison]:
+    """Return the comparisons of one family with Holm's correction."""
+    both = (adjust_holm([c.p for c in found]), adjust_holm([c.p_equivalent for c in found]))
+    return [replace(c, p=p, p_equivalent=same) for c, p, same in zip(found, *both, strict=True)]

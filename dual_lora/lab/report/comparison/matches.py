@@ -1,0 +1,166 @@
+"""Which runs are compared with which, and their predictions."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import tasks
+from dual_lora.lab.errors import UserError, require
+from dual_lora.lab.report.values import get_place
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome
+from tasks import Task
+from tasks.base import Row
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """The runs of a row and of a baseline on one task in one place (the settings that head rows and columns)."""
+
+    label: str
+    baseline: str
+    place: dict[str, object]
+    ours: list[Outcome]
+    theirs: list[Outcome]
+
+    @property
+    def task(self) -> Task:
+        return load_task_of(self.ours[0])
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of both, sorted."""
+        ours, theirs = ({cell.settings.seed for cell in cells} for cells in (self.ours, self.theirs))
+        return sorted(ours & theirs)
+
+    def subtract_recorded(self, metric: str) -> tuple[float, ...]:
+        """Return the difference of the recorded scores of each seed of both; nothing where one is missing."""
+        ours, theirs = (
+            {c.settings.seed: c.result["metrics"].get(metric) for c in cells} for cells in (self.ours, self.theirs)
+        )
+        pairs = [(ours[seed], theirs[seed]) for seed in self.seeds]
+        return () if None in sum(pairs, ()) else tuple(one - other for one, other in pairs)
+
+
+def load_task_of(cell: Outcome) -> Task:
+    """Return the task of a run as its settings have it."""
+    return tasks.load(cell.settings.task.name, cell.settings.task.options)
+
+
+def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Match]:
+    """Yield every row that is neither baseline nor floor with every baseline on each task, as far as runs are finished.
+
+    A baseline that has no value of the columns' setting stands against all columns. Rows that are the same runs are
+    compared once.
+    """
+    runs = group_by_place(experiment, done)
+    apart, seen = {*experiment.baselines, *experiment.floors}, set()
+    for label in [label for label in runs if label not in apart]:
+        for baseline in experiment.baselines:
+            known = runs.get(baseline, {})
+            for where, ours in runs[label].items():
+                theirs = known.get(where) or known.get((*where[:-1], None), [])
+                same = tuple(frozenset(cell.record.name for cell in cells) for cells in (ours, theirs))
+                match = Match(label, baseline, get_place(experiment, ours[0]), ours, theirs)
+                if match.seeds and same[0] != same[1] and same not in seen:
+                    seen.add(same)
+                    yield match
+
+
+def group_by_place(experiment: Experiment, done: list[Outcome]) -> dict[str, dict[Key, list[Outcome]]]:
+    """Return the finished runs by label, and by task and place."""
+    runs: dict[str, dict[Key, list[Outcome]]] = {}
+    for cell in done:
+        if cell.result:
+            where = (cell.settings.task.name, *get_place(experiment, cell).values())
+            runs.setdefault(cell.cell.label, {}).setdefault(where, []).append(cell)
+    return runs
+
+
+def check_same_inputs(match: Match) -> None:
+    """Refuse to compare runs of the same model and data, as their settings say, that were done with other files.
+
+    Raises:
+        UserError: with the files.
+    """
+    for one in match.ours:
+        for other in match.theirs:
+            if one.settings.model == other.settings.model:
+                known = {describe_weights(cell) for cell in (one, other)} - {None}
+                require(len(known) < 2, f"{one.record.name} and {other.record.name}: other base weights")
+            if one.settings.seed == other.settings.seed and get_row_protocol(one) == get_row_protocol(other):
+                known = {get_training_hash(cell) for cell in (one, other)} - {None}
+                require(len(known) < 2, f"{one.record.name} and {other.record.name}: other training rows")
+
+
+def describe_weights(cell: Outcome) -> str | None:
+    """Return the SHA-256 of the base model's files, as one text; None where they were not recorded."""
+    files = cell.record.read_environment().get("model_files")
+    return files and json.dumps(files, sort_keys=True)
+
+
+def get_training_hash(cell: Outcome) -> str | None:
+    return cell.result["data"].get("train", {}).get("sha256")
+
+
+def get_row_protocol(cell: Outcome) -> object:
+    """Return what of a run's settings chooses its training rows, beside the seed."""
+    return cell.settings.task, cell.settings.eval.rows_apart, cell.settings.train.max_examples
+
+
+class Predictions:
+    """The judged rows of runs, each file read and verified once in a report."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, list[Row] | UserError] = {}
+
+    def read_runs(self, cells: list[Outcome]) -> dict[int, list[Row]]:
+        """Return the rows of several runs by seed.
+
+        Raises:
+            UserError: as `read_predictions`.
+        """
+        return {cell.settings.seed: self.read(cell) for cell in cells}
+
+    def read(self, cell: Outcome) -> list[Row]:
+        """Return a run's rows.
+
+        Raises:
+            UserError: as `read_predictions`.
+        """
+        folder = cell.record.folder
+        if folder not in self._known:
+            try:
+                self._known[folder] = read_predictions(cell)
+            except UserError as error:
+                self._known[folder] = error
+        found = self._known[folder]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+
+def read_predictions(cell: Outcome) -> list[Row]:
+    """Return a run's judged rows.
+
+    Raises:
+        UserError: the file is missing or damaged, or not what the run left.
+    """
+    cell.record.verify_files("predictions.jsonl")
+    name = f"{cell.record.name}/predictions.jsonl"
+    try:
+        rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").open(encoding="utf-8")]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: missing or damaged") from error
+    require(bool(rows) and all(isinstance(r, dict) and {"split", "id"} <= r.keys() for r in rows), f"{name}: damaged")
+    return rows
+
+
+def average(values: tuple[float, ...]) -> float:
+    """Return the mean, NaN of nothing."""
+    return float(np.mean(values)) if values else float("nan")

@@ -1,0 +1,142 @@
+"""What the seeds say: each seed's difference is one observation, whatever the number of its examples and test sets.
+
+A paired t-test and its interval (Student 1908), the two one-sided tests of equivalence (Schuirmann 1987) and the power
+of both. They need no law of the predictions and hold with few seeds, where resampling does not (see `calibration`).
+They speak of the test examples at hand: that other examples could give another difference is for the tests on
+predictions to say.
+
+Units are those of the differences given: fractions, or points of percent.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import chi, norm, t
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
+
+LEVEL = 0.05
+POWER = 0.8
+# Fewer seeds than this decide nothing, whatever their p: their standard deviation is hardly known.
+MIN_SEEDS = 5
+# Differences are equal up to this: sums of floats are not exact, and a standard deviation of 1e-17 would decide a test.
+DECIMALS = 12
+
+
+@dataclass(frozen=True)
+class SeedTest:
+    """The mean of the seeds' differences and its t-test against zero; what one seed cannot say is None.
+
+    Attributes:
+        deviation: sample standard deviation of the differences.
+        low, high: 95 % t-interval of the mean.
+        p: two-sided.
+    """
+
+    mean: float
+    seeds: int
+    deviation: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+def compute_seed_test(differences: Sequence[float]) -> SeedTest:
+    """Return the t-test of the seeds' differences, of shape (S,).
+
+    Raises:
+        ValueError: there is no difference, or one is NaN or infinite.
+    """
+    values_S = check_differences(differences)
+    if len(values_S) == 1:
+        return SeedTest(float(values_S[0]), 1)
+    found = DescrStatsW(values_S)
+    with allow_zero_deviation():
+        low, high = found.tconfint_mean(LEVEL)
+        p = found.ttest_mean(0)[1]
+    mean, deviation = float(values_S.mean()), float(values_S.std(ddof=1))
+    # 0 / 0, where no seed differs: nothing speaks against equality
+    return SeedTest(mean, len(values_S), deviation, float(low), float(high), 1.0 if np.isnan(p) else float(p))
+
+
+def compute_equivalence_p(differences: Sequence[float], margin: float) -> float | None:
+    """Return the p of two one-sided t-tests that the mean lies within -margin and +margin; None with one seed.
+
+    Raises:
+        ValueError: as `compute_seed_test`, or the margin is not positive.
+    """
+    values_S = check_differences(differences)
+    if margin <= 0:
+        raise ValueError(f"margin {margin}: a positive number is needed")
+    if len(values_S) == 1:
+        return None
+    with allow_zero_deviation():
+        p = DescrStatsW(values_S).ttost_mean(-margin, margin)[0]
+    return 1.0 if np.isnan(p) else float(p)
+
+
+def check_differences(differences: Sequence[float]) -> np.ndarray:
+    """Return the differences as an array.
+
+    Raises:
+        ValueError: there is none, or one is NaN or infinite.
+    """
+    values_S = np.round(np.asarray(differences, dtype=float), DECIMALS)
+    if values_S.ndim != 1 or not values_S.size or not np.isfinite(values_S).all():
+        raise ValueError(f"differences {differences}: one finite number a seed is needed")
+    return values_S
+
+
+def allow_zero_deviation() -> warnings.catch_warnings:
+    """Return a context in which equal differences divide by zero silently, as their t is meant to be infinite."""
+    return warnings.catch_warnings(action="ignore", category=RuntimeWarning)
+
+
+@functools.cache
+def solve_effect_size(seeds: int, level: float = LEVEL, power: float = POWER) -> float:
+    """Return the mean, in standard deviations, that a two-sided t-test over so many seeds finds with this power.
+
+    From the noncentral t distribution. Two seeds need 5.5 standard deviations, five 1.7, eight 1.2.
+
+    Raises:
+        ValueError: fewer than two seeds.
+    """
+    if seeds < 2:
+        raise ValueError(f"{seeds} seeds: a t-test needs two")
+    low, high = 0.0, 1.0
+    while compute_power(high, seeds, level) < power:
+        low, high = high, 2 * high
+    for _ in range(60):  # statsmodels' own solver fails for two seeds
+        middle = (low + high) / 2
+        low, high = (middle, high) if compute_power(middle, seeds, level) < power else (low, middle)
+    return high
+
+
+def compute_power(effect_size: float, seeds: int, level: float) -> float:
+    """Return the power of a two-sided t-test. effect_size: the mean in standard deviations."""
+    return float(TTestPower().power(effect_size, seeds, level))
+
+
+def compute_detectable_difference(deviation: float | None, seeds: int) -> float | None:
+    """Return the smallest difference that so many seeds find in four of five studies; None with one seed.
+
+    deviation: the standard deviation of the seeds' differences. Before any correction for several comparisons.
+    """
+    return None if deviation is None or seeds < 2 else deviation * solve_effect_size(seeds)
+
+
+def compute_equivalence_power(deviation: float, seeds: int, margin: float) -> float:
+    """Return how often equal methods are found equivalent, over the law of the estimated standard deviation.
+
+    deviation: the true standard deviation of the seeds' differences.
+    """
+    error, freedom = deviation / np.sqrt(seeds), seeds - 1
+    threshold = t.ppf(1 - LEVEL, freedom) / np.sqrt(freedom)
+
+    def find_share(root: float) -> float:  # root: the square root of a chi-squared number
+        return max(0.0, 2 * norm.cdf(margin / error - threshold * root) - 1)
+
+    return float(chi(freedom).expect(find_share))
