@@ -72,6 +72,24 @@ def offered(prompt: str) -> list[str]:
     return prompt.rpartition("Answer format: ")[2].partition("\n")[0].strip().split("/")
 
 
+def check_item(item: Item, row: Row, words: tuple[str, ...] | None) -> None:
+    """Refuse an item whose answer is not among the set's `words` or not offered, that contradicts itself, or that has
+    a part its prompt would leave out.
+
+    Raises:
+        ValueError: with the answer.
+    """
+    answer, number = item["answer"], row["id"].rpartition("-")[2]
+    if words and answer not in words:
+        raise ValueError(f"item {number} has the answer {answer!r}, not one of {', '.join(words)},")
+    if answer not in offered(row["prompt"]):
+        raise ValueError(f"item {number} has the answer {answer!r}, which its instruction does not offer,")
+    if item["output"] != TARGET.format(answer):
+        raise ValueError(f"item {number} has the answer {answer!r} and the output {item['output']!r}")
+    if item.get("input"):
+        raise ValueError(f"item {number} has the input {item['input']!r}, for which the prompt has no place,")
+
+
 def boolq(row: Row) -> Item:
     asked = f"Please answer the following question with true or false, question: {row['question']}?"
     return answered(f"{asked}\n\nAnswer format: true/false", str(row["answer"]).lower())
@@ -239,6 +257,7 @@ class Commonsense(Task):
         Raises:
             TaskError: they are no items of LLM-Adapters, or there are none.
         """
+        items = list(items)
         head, _, tail = (TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT).partition("{}")
         with base.expected("a list of LLM-Adapters' items", source):
             rows = [
@@ -250,13 +269,11 @@ class Commonsense(Task):
                 }
                 for number, item in enumerate(items)
             ]
-        words = SPECS[split].words if split in SPECS else ()
-        if odd := [row for row in rows if words and row["references"][0] not in words]:
-            raise TaskError(
-                f"{source}: item {odd[0]['id'].rpartition('-')[2]} has the answer {odd[0]['references'][0]!r}, "
-                f"not one of {', '.join(words)}; fetch the file again"
-            )
-        return self.dataset(rows, source)
+        found = self.dataset(rows, source)
+        with base.expected("one of LLM-Adapters' items", source):
+            for row, item in zip(rows, items, strict=True):
+                check_item(item, row, SPECS[split].words if split in SPECS else None)
+        return found
 
     def choices(self, row: Row) -> list[str]:
         """Return the target for every answer the prompt offers."""

@@ -35,6 +35,8 @@ class WebNlg(DataToText):
     def pairs(self, path: Path) -> Iterator[Pair]:
         with base.expected("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
+                if len(holder) > 1:
+                    raise ValueError(f"entry {number} holds {len(holder)} entries")
                 entry = holder[str(number)]
                 facts = triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
                 group = "seen" if entry["category"] in SEEN else "unseen"
