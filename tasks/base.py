@@ -22,9 +22,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal
 
 from datasets import Dataset, DownloadManager, Features, List, Value
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 Row = dict[str, Any]
 Output = int | float | str
@@ -84,7 +87,8 @@ class Split:
 
 
 class Task:
-    """One task. Subclasses set the attributes and give `split` and `score`; `judge` may add per-example columns.
+    """One task. Subclasses set the attributes and give `split` and `score`; `judge` may add per-example columns, and
+    `declare_scores` gives the scores intervals and tests.
 
     Attributes:
         name: as the user types it, e.g. "glue/sst2".
@@ -94,6 +98,7 @@ class Task:
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
         plain: keys of scores that are no fractions and are shown as they are, not in percent.
+        lower: keys of scores that are the better the lower they are.
     """
 
     name: str
@@ -103,6 +108,7 @@ class Task:
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
     plain: tuple[str, ...] = ()
+    lower: tuple[str, ...] = ()
 
     features: ClassVar[dict[str, Features]] = {
         "classification": CLASSIFICATION,
@@ -138,6 +144,11 @@ class Task:
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
         """Return metrics (fractions, not percent) from the judged rows of every evaluation split."""
         raise NotImplementedError
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        """Return how scores are computed again on rows drawn anew, by key (tasks/measures.py). `example` is any judged
+        row, for its columns. A score that is not among them has no interval and no test."""
+        return {}
 
     def dataset(self, rows: Iterable[Row], source: object) -> Dataset:
         """Return `rows` as a Dataset with exactly the columns and types of this task's form.

@@ -22,13 +22,17 @@ LLM-Adapters picks the checkpoint of the lowest loss on 120 training rows; here 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, load_dataset
 
 from tasks import base
 from tasks.base import Output, Row, Split, Task, TaskError
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 VERSION = 2
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
@@ -317,6 +321,35 @@ class Commonsense(Task):
             empty = {name: mean(not row[f"{prefix}answer"] for row in rows) for name, rows in results.items()}
             scores |= {f"{prefix}unanswered_{name}": share for name, share in empty.items()}
         return scores
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        """Return accuracies and shares without an answer of every set, and the averages, whose strata the sets are."""
+        from tasks import measures
+
+        def share(columns: Callable[[Row], tuple[float]], split: str | None) -> "Score":
+            return measures.Score(columns, measures.mean, partial(stratum_of, split))
+
+        found = {}
+        for prefix in ("", "lenient_", "likelihood_"):
+            if f"{prefix}score" not in example:
+                continue
+            score, answer = measures.column(f"{prefix}score"), f"{prefix}answer"
+            found |= {f"{prefix}{name}": share(score, name) for name in self.eval_splits}
+            found[f"{prefix}average"] = share(score, None)
+            if prefix != "likelihood_":
+                empty = partial(is_empty, answer)
+                found |= {f"{prefix}unanswered_{name}": share(empty, name) for name in self.eval_splits}
+        return found
+
+
+def stratum_of(split: str | None, row: Row) -> str | None:
+    """Return a row's set, if that is the one asked for or none is."""
+    return row["split"] if split in (None, row["split"]) else None
+
+
+def is_empty(answer: str, row: Row) -> tuple[float]:
+    """Return 1 where a row has no such answer."""
+    return (not row[answer],)
 
 
 def mean(values: Iterable[float]) -> float:

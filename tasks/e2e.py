@@ -45,6 +45,7 @@ class E2e(DataToText):
     """What both forms share."""
 
     name, version, metric, plain = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
+    words = False
     form_of_text: str
 
     def origin(self, name: str, path: Path, data_dir: str | None) -> str:

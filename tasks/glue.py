@@ -10,11 +10,15 @@ known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, load_dataset
 
 from tasks import base
 from tasks.base import Row, Split, Task, TaskError
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 VERSION = 1
 HUB, REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
@@ -188,9 +192,25 @@ class Glue(Task):
 
         scores = {}
         for split, rows in results.items():
-            prefix = "mismatched_" if split.endswith("mismatched") else ""
+            prefix = "mismatched_" if is_mismatched(split) else ""
             pairs = [r["answer"] for r in rows], [r["gold"] for r in rows]
             regression = self.form == "regression"
             found = metrics.regression(*pairs) if regression else metrics.classification(*pairs, len(self.labels))
             scores.update({prefix + key: value for key, value in found.items()})
         return scores
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        from tasks import measures
+
+        regression = self.form == "regression"
+        scores = measures.regression_scores() if regression else measures.classification_scores(len(self.labels))
+        parts = {"": lambda row: not is_mismatched(row["split"])}
+        if self.subset == "mnli":
+            parts["mismatched_"] = lambda row: is_mismatched(row["split"])
+        found = [measures.within(scores, prefix, belongs) for prefix, belongs in parts.items()]
+        return {name: score for part in found for name, score in part.items()}
+
+
+def is_mismatched(split: str) -> bool:
+    """Whether a split is MNLI's of other genres than training's."""
+    return split.endswith("mismatched")
