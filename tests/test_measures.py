@@ -1,11 +1,14 @@
 """What tasks declare of their scores gives the task's own score, on all rows and on rows drawn anew."""
 
+import json
+
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_stats import chosen, judged, labels, numbers, results, written
 
 import tasks
-from dual_lora.lab import stats
+from dual_lora.lab.statistics.compare import compare_runs
 from tasks import measures
 
 # What no task declares: a scorer that would have to run thousands of times, or a share nobody asked about.
@@ -59,18 +62,17 @@ def test_a_declaration_gives_the_tasks_own_score(name, no_java):
 
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_a_declaration_gives_the_same_intervals_and_tests_to_the_last_digit(name, seeds, no_java, monkeypatch):
-    """The harness's own rules, which know tasks and scores by name, are what the declarations stand in for."""
+def test_a_declaration_gives_the_same_intervals_and_tests_to_the_last_digit(name, seeds, no_java):
+    """The golden values are those of the harness's former rules, which knew tasks and scores by name."""
     task, runs = tasks.load(name), runs_of(name, 2 * seeds)
-    metrics = [metric for metric in task.score(results(runs[0])) if metric not in UNDECLARED]
     ours, theirs = dict(enumerate(runs[:seeds])), dict(enumerate(runs[seeds:]))
-    before = {metric: stats.compare(ours, theirs, task, metric, resamples=60) for metric in metrics}
-
-    def rule_of(task, metric, example):
-        score = task.declare_scores(example)[metric]
-        measure = stats.share if score.measure is measures.mean else score.measure
-        return stats.Rule(score.stratum, score.columns, measure)
-
-    monkeypatch.setattr(stats, "rule_of", rule_of)
-    assert {metric: stats.compare(ours, theirs, task, metric, resamples=60) for metric in metrics} == before
-    assert {found.test for found in before.values()} <= {"McNemar", "paired permutation"}
+    golden = json.loads((ROOT / "tests/golden/differences.json").read_text())
+    declared = task.declare_scores(runs[0][0])
+    assert {f"{name} {metric} {seeds}" for metric in declared} == {
+        key for key in golden if key.startswith(f"{name} ") and key.endswith(f" {seeds}")
+    }
+    for metric in declared:
+        found = compare_runs(ours, theirs, task, metric, resamples=60)
+        expected = golden[f"{name} {metric} {seeds}"]
+        assert [found.mean, found.low, found.high, found.p] == pytest.approx(expected[:4], rel=1e-12), metric
+        assert found.test == expected[4] and np.mean(found.by_seed) == pytest.approx(found.mean, abs=1e-12)

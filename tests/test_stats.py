@@ -9,26 +9,15 @@ import pytest
 import sacrebleu
 from conftest import ROOT
 from sacrebleu.significance import PairedTest
-from scipy.stats import binomtest, pearsonr, permutation_test, spearmanr, trim_mean, wilcoxon
+from scipy.stats import binomtest, pearsonr, permutation_test, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_structure import imported
 
 import tasks
-from dual_lora.lab.statistics.compare import Difference, compare_runs, count_resamples, format_difference, is_shown
-from dual_lora.lab.statistics.measures import (
-    BLEUS,
-    count_ngrams,
-    weigh_bleu,
-    weigh_f1,
-    weigh_matthews,
-    weigh_mean,
-    weigh_pearson,
-    weigh_pearson_spearman,
-    weigh_spearman,
-)
-from dual_lora.lab.statistics.multiple import adjust_holm, compute_iqm, test_across_tasks
+from dual_lora.lab.statistics.compare import compare_runs, count_resamples
+from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.statistics.resampling import average_over_seeds, draw_swaps, group_equal_examples
-from tasks import metrics
+from tasks import measures, metrics
 
 WORDS = ["the", "a", "pub", "near", "river", "serves", "cheap", "food", "and", "is", "family", ",", "can", "not"]
 
@@ -112,11 +101,11 @@ def test_classification_on_a_resample_is_sklearns_on_the_same_examples(classes):
     indices, weights = drawn(rng, 30)
     columns = np.stack([answers, gold], axis=1).astype(float)
     expected = [matthews_corrcoef(gold[i], answers[i]) for i in indices]
-    np.testing.assert_allclose(weigh_matthews(columns, weights), expected)
+    np.testing.assert_allclose(measures.matthews(columns, weights), expected)
     right = (answers == gold).astype(float)[:, None]
-    np.testing.assert_allclose(weigh_mean(right, weights), [accuracy_score(gold[i], answers[i]) for i in indices])
+    np.testing.assert_allclose(measures.mean(right, weights), [accuracy_score(gold[i], answers[i]) for i in indices])
     if classes == 2:
-        np.testing.assert_allclose(weigh_f1(columns, weights), [f1_score(gold[i], answers[i]) for i in indices])
+        np.testing.assert_allclose(measures.f1(columns, weights), [f1_score(gold[i], answers[i]) for i in indices])
 
 
 def test_correlations_on_a_resample_are_scipys_on_the_same_examples():
@@ -125,18 +114,18 @@ def test_correlations_on_a_resample_are_scipys_on_the_same_examples():
     columns = np.stack([numbers(rng, gold, 1.0), gold], axis=1)
     indices, weights = drawn(rng, 40)
     both = [(pearsonr(*columns[i].T)[0], spearmanr(*columns[i].T)[0]) for i in indices]
-    np.testing.assert_allclose(weigh_pearson(columns, weights), [p for p, _ in both], atol=1e-9)
-    np.testing.assert_allclose(weigh_spearman(columns, weights), [s for _, s in both], atol=1e-9)
-    np.testing.assert_allclose(weigh_pearson_spearman(columns, weights), np.mean(both, axis=1), atol=1e-9)
+    np.testing.assert_allclose(measures.pearson(columns, weights), [p for p, _ in both], atol=1e-9)
+    np.testing.assert_allclose(measures.spearman(columns, weights), [s for _, s in both], atol=1e-9)
+    np.testing.assert_allclose(measures.pearson_spearman(columns, weights), np.mean(both, axis=1), atol=1e-9)
 
 
 def test_a_constant_answer_has_no_correlation():
     columns = np.array([[1.1, 2.0], [1.1, 3.0], [1.1, 4.0], [2.3, 5.0]])
     constant, other = [[1.0, 1.0, 5.0, 0.0]], [[1.0, 0.0, 0.0, 1.0]]
-    for measure in (weigh_pearson, weigh_spearman):
+    for measure in (measures.pearson, measures.spearman):
         assert measure(columns, np.array(constant)) == 0 and measure(columns, np.array(other)) == pytest.approx(1)
     ones = np.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    assert weigh_matthews(ones, np.ones((1, 3))) == 0 and weigh_f1(0 * ones, np.ones((1, 3))) == 0
+    assert measures.matthews(ones, np.ones((1, 3))) == 0 and measures.f1(0 * ones, np.ones((1, 3))) == 0
 
 
 @pytest.mark.parametrize("examples, end", [(40, ""), (40, " and the pub is cheap"), (3, "")])
@@ -144,22 +133,22 @@ def test_bleu_on_a_resample_is_the_tasks_own_on_the_same_examples(examples, end)
     """Outputs shorter than their references, longer ones, and few enough to lack a match of four words."""
     rows = [row | {"answer": row["answer"] + end} for row in written(5, 1, examples)[0]]
     indices, weights = drawn(np.random.default_rng(1), examples, 40)
-    plain = np.array([BLEUS["e2e"].count_columns(row) for row in rows])
-    cased = np.array([BLEUS["demo/restaurants"].count_columns(row) for row in rows])
+    plain = np.array([measures.Bleu().columns(row) for row in rows])
+    cased = np.array([measures.Bleu(lowercase=False, smooth=True).columns(row) for row in rows])
     expected, smoothed = [], []
     for index in indices:
         answers, references = zip(*((rows[i]["answer"], rows[i]["references"]) for i in index), strict=True)
         expected.append(metrics.bleu(answers, references))
         smoothed.append(min(sacrebleu.corpus_bleu(answers, list(zip(*references, strict=True))).score / 100, 1))
-    np.testing.assert_allclose(weigh_bleu(plain, weights), expected, atol=1e-12)
-    np.testing.assert_allclose(weigh_bleu(cased, weights, smooth=True), smoothed, atol=1e-12)
+    np.testing.assert_allclose(measures.bleu(plain, weights), expected, atol=1e-12)
+    np.testing.assert_allclose(measures.bleu(cased, weights, smooth=True), smoothed, atol=1e-12)
     assert (0 in expected) == (examples == 3) and 0 not in smoothed
 
 
 def test_no_output_at_all_has_no_bleu():
-    counts = np.array([count_ngrams("", ("a pub",), True), count_ngrams("a pub", ("a pub",), True)])
-    assert weigh_bleu(counts, np.array([[1.0, 0.0], [1.0, 1.0]])).tolist() == [0, 0]
-    assert weigh_bleu(counts, np.array([[1.0, 0.0]]), smooth=True) == 0
+    counts = np.array([measures.ngram_counts("", ("a pub",), True), measures.ngram_counts("a pub", ("a pub",), True)])
+    assert measures.bleu(counts, np.array([[1.0, 0.0], [1.0, 1.0]])).tolist() == [0, 0]
+    assert measures.bleu(counts, np.array([[1.0, 0.0]]), smooth=True) == 0
 
 
 # The mean is the task's own score
@@ -306,7 +295,7 @@ def test_a_share_needs_no_more_than_mean_differences():
     whole = group_equal_examples(outputs)
     few = average_over_seeds(whole)
     assert len(few.sizes) <= 4 < len(whole.sizes) and few.sizes.sum() == 200
-    spread = [draw_swaps([s], weigh_mean, 4000, np.random.default_rng(1)) for s in (whole, few)]
+    spread = [draw_swaps([s], measures.mean, 4000, np.random.default_rng(1)) for s in (whole, few)]
     assert np.std(spread[0]) == pytest.approx(np.std(spread[1]), rel=0.06)
 
 
@@ -395,20 +384,6 @@ def test_a_real_difference_is_found(metric, seeds):
     assert small > 0.9 and held < 0.1
 
 
-def test_p_alone_knows_nothing_of_other_seeds_but_shown_asks_for_the_interval_too():
-    """Runs whose accuracy moves by a point with the seed, equal methods, three seeds each."""
-    gold, small, said = np.zeros(872, dtype=int), 0, 0
-    for number in range(120):
-        rng = np.random.default_rng(number)
-        hard = rng.beta(0.6, 6, size=872)  # how often each example is answered wrongly, 9 % in the mean
-        runs = [rng.random(872) < hard * (1 + rng.normal() * 0.01 / 0.09) for _ in range(6)]
-        rows = [judged((1 * run).tolist(), gold.tolist()) for run in runs]
-        ours, theirs = dict(enumerate(rows[:3])), dict(enumerate(rows[3:]))
-        found = compare_runs(ours, theirs, tasks.load("glue/sst2"), "accuracy", resamples=400)
-        small, said = small + (found.p < 0.05), said + is_shown(found)
-    assert small > 0.08 * 120 and said <= 0.06 * 120
-
-
 # Properties
 
 
@@ -490,26 +465,7 @@ def test_it_knows_nothing_of_training():
         assert not roots & {"torch", "transformers", "peft", "matplotlib", "dual_lora", "pathlib", "os"}
 
 
-# Over tasks, over comparisons, in words
-
-
-def test_wilcoxon_over_tasks():
-    eight = dict(zip("abcdefgh", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, -0.05], strict=True))
-    found = test_across_tasks(eight)
-    assert (found.tasks, found.wins, found.least, found.note) == (8, 7, 2 / 2**8, "")
-    assert found.p == 4 / 2**8 == wilcoxon(list(eight.values()), method="exact").pvalue  # -0.05 has rank 1
-    assert test_across_tasks(dict.fromkeys("abcdefgh", 0.1)).p == 2 / 2**8  # ties, by all 256 signs
-    assert test_across_tasks({"a": 1.0, "b": 1.0, "c": -1.0}).p == 1
-
-
-def test_wilcoxon_says_what_few_tasks_cannot():
-    five = test_across_tasks({"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4, "e": 0.5, "f": 0.0})
-    assert five.p == five.least == 0.0625 and five.tasks == 5
-    assert five.note == "with 5 tasks p cannot be below 0.0625"
-    assert test_across_tasks(dict(zip("abcdef", [1, 2, 3, 4, 5, 6], strict=True))).note == ""
-    for nothing in ({}, {"a": 0.0}):
-        found = test_across_tasks(nothing)
-        assert (found.p, found.tasks, found.least) == (1, 0, 1)
+# Over comparisons
 
 
 def test_holm_by_hand():
@@ -531,49 +487,3 @@ def test_the_smallest_p_of_a_family_can_be_shown(comparisons):
     even = pair(22, 100, 2, 0.8, 0.8)[:2]
     one, many = (compare_runs(*even, tasks.load("glue/cola"), "matthews", comparisons=n) for n in (1, comparisons))
     assert one == many and one.p > 0.05  # a large p needs no more resamples
-
-
-def test_iqm_by_hand():
-    scores = np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 100.0]])
-    value, low, high = compute_iqm(scores)
-    assert value == 3.5  # of 2, 3, 4, 5
-    assert compute_iqm(scores) == (value, low, high)
-    assert compute_iqm(scores[:, :1]) == (3.0, None, None)
-    assert low < value < high
-    for missing in ([[1.0, np.nan]], [1.0, 2.0], np.empty((0, 2))):
-        with pytest.raises(ValueError, match="one is needed for every task and seed"):
-            compute_iqm(missing)
-
-
-def test_the_interval_of_iqm_redraws_seeds_within_each_task():
-    scores, rng = np.arange(12.0)[:, None] + [0, 10], np.random.default_rng(3)
-    redrawn = [[task[rng.integers(2, size=2)] for task in scores] for _ in range(4000)]
-    by_loop = np.percentile([trim_mean(np.ravel(r), 0.25) for r in redrawn], (2.5, 97.5))
-    assert compute_iqm(scores, resamples=4000)[1:] == pytest.approx(tuple(by_loop), abs=0.25)
-    assert by_loop[1] - by_loop[0] < 6  # 10 if all tasks drew the same seeds
-
-
-def test_one_sentence():
-    some = Difference(0.004, -0.002, 0.011, 0.31, "McNemar", 872, 2)
-    expected = "Dual LoRA - LoRA: +0.4, 95 % interval -0.2 to +1.1 (872 examples, 2 seeds; McNemar p = 0.31, Holm 0.62)"
-    assert format_difference("Dual LoRA", "LoRA", some, adjusted_p=0.62) == f"{expected}: not shown"
-    alone = Difference(-0.031, -0.052, -0.012, 0.0004, "McNemar", 1872, 1)
-    assert format_difference("A", "B", alone) == (
-        "A - B: -3.1, 95 % interval -5.2 to -1.2 (1,872 examples, 1 seed; McNemar p < 0.001): not shown; "
-        "what a seed does is in neither"
-    )
-    none = Difference(0.0413, None, None, None, "no test: NIST is not resampled", 630, 3)
-    assert format_difference("A", "B", none, scale=1) == (
-        "A - B: +0.041, no interval (630 examples, 3 seeds; no test: NIST is not resampled): not shown"
-    )
-
-
-def test_shown_needs_interval_and_adjusted_p():
-    def verdict(low, high, p, adjusted=None):
-        return is_shown(Difference((low + high) / 2, low, high, p, "", 9, 2), adjusted)
-
-    assert verdict(0.1, 0.3, 0.04) and verdict(-0.3, -0.1, 0.01, 0.04)
-    assert not verdict(0.1, 0.3, 0.05) and not verdict(0.1, 0.3, 0.01, 0.08) and not verdict(0.0, 0.3, 0.01)
-    assert not verdict(-0.1, 0.3, 0.01)
-    assert not is_shown(Difference(0.1, None, None, None, "", 9, 2), 0.01)
-    assert not is_shown(Difference(0.2, 0.1, 0.3, 0.001, "", 9, 1))  # one seed

@@ -104,16 +104,16 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
         yield "tuning: none; one given rate for each row"
     asked = sum(cell.settings.deterministic for cell in finished)
     yield (
-        f"determinism: deterministic=true in {asked} of {len(finished)} runs. The seed sets data order, initial adapter "
-        "and dropout; where runs are deterministic, the same settings on the same machine give the same bits, so that "
-        "what varies between runs of a row is the seed alone"
+        f"determinism: deterministic=true in {asked} of {len(finished)} runs. The seed sets data order, initial "
+        "adapter and dropout. Where runs are deterministic, the same settings on the same machine give the same bits: "
+        "what varies between the runs of a row is the seed alone"
     )
     clean = sum(map(is_committed, places))
-    yield f"code: {clean} of {len(finished)} runs are of committed code; commands and package versions are in the records"
+    yield f"code: {clean} of {len(finished)} runs are of committed code; records hold commands and package versions"
     current = sum(is_current(cell.result, cell.settings) for cell in finished)
     yield f"task version: {current} of {len(finished)} runs are of the tasks as they are now"
     hashed = sum(bool(cell.result.get("sha256")) for cell in finished)
-    yield f"integrity: {hashed} of {len(finished)} runs sealed what they left with SHA-256; data and weights are hashed, too"
+    yield f"integrity: {hashed} of {len(finished)} runs sealed their files by SHA-256; data and weights are hashed, too"
     splits = sorted({name for cell in finished for name in cell.result["data"] if name != "train"})
     yield f"scores: on {', '.join(splits)}, after the {describe_checkpoint_rule(done)}"
 

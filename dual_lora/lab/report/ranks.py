@@ -9,6 +9,13 @@ import pandas as pd
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.study.outcome import Outcome
 from dual_lora.lab.weights.histogram_figure import draw_histograms
+from dual_lora.lab.weights.medians import (
+    RANK_KINDS,
+    UPDATE_ENTRIES,
+    drop_histograms,
+    format_median,
+    format_with_null,
+)
 from dual_lora.lab.weights.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
 
 ANALYSIS_FILE = "analysis.json"
@@ -17,6 +24,8 @@ RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size
 
 def analyse_missing(done: list[Outcome]) -> None:
     """Analyse every finished run that is not yet."""
+    from dual_lora.lab.weights.analyse import analyse_run  # imports torch, which a report does not need
+
     for cell in done:
         if cell.result and not (cell.record.folder / ANALYSIS_FILE).is_file():
             print(f"analysing {cell.record.name}", flush=True)

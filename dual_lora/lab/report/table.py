@@ -20,8 +20,6 @@ from dual_lora.lab.report.values import FIELDS, MARKS, Column, get_heading, get_
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
-# Scores of which less is better.
-LOWER_IS_BETTER = ("TER",)
 # How many runs with other records the notes name.
 MAX_NAMED_RUNS = 5
 
@@ -68,7 +66,7 @@ def build_main_table(
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
     runs = {place: [done[i] for i in sorted(set(part["cell"]) - {-1})] for place, part in parts.items()}
     tops, quotes = (
-        {name: find_best(group, found, experiment) for name, group in groups},
+        {name: find_best(group, found, experiment, done) for name, group in groups},
         find_published_lines(experiment, done, runs),
     )
     for (name, label), part in parts.items():
@@ -127,7 +125,15 @@ def format_cell(part: pd.DataFrame, column: Column, done: list[Outcome], reasons
     return f"{style.format(scores.mean())}{spread} ({len(scores)}){marks}{why}"
 
 
-def find_best(group: pd.DataFrame, found: list[Column], experiment: Experiment) -> set[tuple[str, str]]:
+def is_lower_better(column: Column, done: list[Outcome]) -> bool:
+    """Whether less of a column's score is better, by what its task or any of the runs' tasks says."""
+    names = [column.task] if column.task else {cell.settings.task.name for cell in done}
+    return any(column.field in tasks.load(name).lower for name in names)
+
+
+def find_best(
+    group: pd.DataFrame, found: list[Column], experiment: Experiment, done: list[Outcome]
+) -> set[tuple[str, str]]:
     """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
     are values of a setting other than the task; none where nothing stands beside it."""
     apart = experiment.columns == "task.name"
@@ -139,7 +145,7 @@ def find_best(group: pd.DataFrame, found: list[Column], experiment: Experiment) 
     for family in families:
         part = means[means.index.get_level_values("column").isin([c.head for c in family])]
         if len(part) > 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
-            best = part.min() if family[0].field in LOWER_IS_BETTER else part.max()
+            best = part.min() if is_lower_better(family[0], done) else part.max()
             names = {c.head: format_head(c) for c in family}
             top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
     return top

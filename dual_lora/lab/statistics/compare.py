@@ -22,7 +22,7 @@ runs treat alike are one group, whose weight is drawn at once (multinomial, bino
     S  seeds                          G  groups of equal examples   C  numbers that stand for one output
     K  classes
 
-A task says which of its scores are resampled, and how.
+A task declares which of its scores are resampled, and how (tasks/measures.py).
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from math import ceil
 
 import numpy as np
 
-from dual_lora.lab.statistics.measures import find_rule, weigh_mean
 from dual_lora.lab.statistics.pairing import Runs, pair_rows
 from dual_lora.lab.statistics.resampling import (
+    Stratum,
     bootstrap_difference,
     stratify,
     subtract_measures,
@@ -40,7 +40,7 @@ from dual_lora.lab.statistics.resampling import (
     test_by_permutation,
 )
 from dual_lora.lab.statistics.seeds import LEVEL
-from tasks import Task
+from tasks import Task, measures
 from tasks.base import Row
 
 RESAMPLES = 2000
@@ -80,22 +80,27 @@ def compare_runs(
         ValueError: no seed in common, runs on other examples or with other gold, or the task gives no such score.
     """
     runs = pair_rows(ours, theirs)
-    rule = find_rule(task, metric, runs[0][0][0])
-    if not rule:
+    score = task.declare_scores(runs[0][0][0]).get(metric)
+    if not score:
         return subtract_scores(runs, task, metric)
-    strata = stratify(runs, rule, metric)
+    strata = stratify(runs, score, metric)
     rng = np.random.default_rng(seed)
-    by_seed = np.mean([subtract_measures(rule.measure, s.outputs, s.sizes[None])[0] for s in strata], axis=0)
-    mean = float(np.mean([subtract_measures(rule.measure, s.outputs, s.sizes[None]) for s in strata]))
-    low, high = np.percentile(bootstrap_difference(strata, rule.measure, resamples, rng), (2.5, 97.5))
+    by_seed = np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None])[0] for s in strata], axis=0)
+    mean = float(np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None]) for s in strata]))
+    low, high = np.percentile(bootstrap_difference(strata, score.measure, resamples, rng), (2.5, 97.5))
     examples, seeds = int(sum(s.sizes.sum() for s in strata)), len(runs[0])
     known = {"examples": examples, "seeds": seeds, "by_seed": tuple(by_seed.tolist())}
-    if seeds == 1 and len(strata) == 1 and rule.measure is weigh_mean and set(np.unique(strata[0].outputs)) <= {0, 1}:
+    if seeds == 1 and is_share(strata, score.measure):
         return Difference(mean, float(low), float(high), test_by_mcnemar(strata[0]), "McNemar", **known)
-    p = test_by_permutation(strata, rule.measure, mean, resamples, rng)
+    p = test_by_permutation(strata, score.measure, mean, resamples, rng)
     if p <= LEVEL and count_resamples(comparisons) > resamples:
-        p = test_by_permutation(strata, rule.measure, mean, count_resamples(comparisons), rng)
+        p = test_by_permutation(strata, score.measure, mean, count_resamples(comparisons), rng)
     return Difference(mean, float(low), float(high), p, "paired permutation", **known)
+
+
+def is_share(strata: list[Stratum], measure: measures.Measure) -> bool:
+    """Whether a score is a share of right answers on one set, which McNemar's test takes."""
+    return len(strata) == 1 and measure is measures.mean and set(np.unique(strata[0].outputs)) <= {0, 1}
 
 
 def estimate_difference(
@@ -107,12 +112,12 @@ def estimate_difference(
         ValueError: as `compare_runs`.
     """
     runs = pair_rows(ours, theirs)
-    rule = find_rule(task, metric, runs[0][0][0])
-    if not rule:
+    score = task.declare_scores(runs[0][0][0]).get(metric)
+    if not score:
         return None
-    strata = stratify(runs, rule, metric)
-    mean = np.mean([subtract_measures(rule.measure, s.outputs, s.sizes[None]) for s in strata])
-    redrawn = bootstrap_difference(strata, rule.measure, resamples, np.random.default_rng(seed))
+    strata = stratify(runs, score, metric)
+    mean = np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None]) for s in strata])
+    redrawn = bootstrap_difference(strata, score.measure, resamples, np.random.default_rng(seed))
     return float(mean), float(redrawn.std(ddof=1))
 
 
@@ -123,7 +128,7 @@ def count_resamples(comparisons: int) -> int:
 
 def is_resampled(task: Task, metric: str, example: Row) -> bool:
     """Whether a metric is one that is resampled; `example` is any row of the predictions."""
-    return find_rule(task, metric, example) is not None
+    return metric in task.declare_scores(example)
 
 
 def subtract_scores(runs: list[list[list[Row]]], task: Task, metric: str) -> Difference:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from statsmodels.stats.contingency_tables import mcnemar
 
-from dual_lora.lab.statistics.measures import TOLERANCE, Measure, Rule, weigh_mean
 from tasks.base import Row
+from tasks.measures import TINY, Measure, Score, mean
 
 BLOCK = 250  # resamples drawn at once, which bounds memory
 
@@ -20,7 +20,7 @@ class Stratum:
     sizes: np.ndarray
 
 
-def stratify(runs: list[list[list[Row]]], rule: Rule, metric: str) -> list[Stratum]:
+def stratify(runs: list[list[list[Row]]], score: Score, metric: str) -> list[Stratum]:
     """Return the outputs of each stratum as numbers.
 
     Raises:
@@ -28,12 +28,12 @@ def stratify(runs: list[list[list[Row]]], rule: Rule, metric: str) -> list[Strat
     """
     places: dict[str, list[int]] = {}
     for place, row in enumerate(runs[0][0]):
-        if (name := rule.stratum(row)) is not None:
+        if (name := score.stratum(row)) is not None:
             places.setdefault(name, []).append(place)
     if not places:
         raise ValueError(f"{metric}: no prediction belongs to it")
     try:
-        outputs = np.array([[[rule.columns(row) for row in rows] for rows in method] for method in runs], dtype=float)
+        outputs = np.array([[[score.columns(row) for row in rows] for rows in method] for method in runs], dtype=float)
     except KeyError as lack:
         raise ValueError(f"{metric}: the predictions of a run have no {lack}") from lack
     return [group_equal_examples(outputs[:, :, chosen]) for chosen in places.values()]
@@ -67,12 +67,12 @@ def bootstrap_difference(
 
 
 def test_by_permutation(
-    strata: list[Stratum], measure: Measure, mean: float, resamples: int, rng: np.random.Generator
+    strata: list[Stratum], measure: Measure, difference: float, resamples: int, rng: np.random.Generator
 ) -> float:
     """Return the p of a difference among those that swapping the methods' outputs gives."""
-    strata = [average_over_seeds(stratum) for stratum in strata] if measure is weigh_mean else strata
+    strata = [average_over_seeds(stratum) for stratum in strata] if measure is mean else strata
     others = draw_swaps(strata, measure, resamples, rng)
-    return float((1 + np.count_nonzero(np.abs(others) >= abs(mean) - TOLERANCE)) / (1 + resamples))
+    return float((1 + np.count_nonzero(np.abs(others) >= abs(difference) - TINY)) / (1 + resamples))
 
 
 def average_over_seeds(stratum: Stratum) -> Stratum:

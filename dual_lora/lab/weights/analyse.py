@@ -5,17 +5,16 @@ nothing about training. Written into the run's folder: analysis.json (all), anal
 as PNG and PDF, ranks, stable_ranks and, of Dual LoRA, histograms.
 """
 
-import pandas as pd
 import torch
 from tabulate import tabulate
 
 from dual_lora import analysis
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
-from dual_lora.lab.present.document import MISSING
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.weights.histogram_figure import draw_histograms
+from dual_lora.lab.weights.medians import RANK_KINDS, UPDATE_ENTRIES, drop_histograms, format_with_null
 from dual_lora.lab.weights.rank_figure import RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.weights.updates import (
     NULL_SEED,
@@ -28,8 +27,6 @@ from dual_lora.lab.weights.updates import (
 )
 from dual_lora.tuner.factors import DualLoraFactors
 
-RANK_KINDS = ("rank", "stable_rank", "effective_rank")
-UPDATE_ENTRIES = ("zeros", "dead_rows", "relative_size", "signs_flipped")
 ENTRIES = (*UPDATE_ENTRIES, "cosine", "sign_agreement")
 
 
@@ -123,11 +120,6 @@ def measure_update(dW: torch.Tensor, W0: torch.Tensor | None, theirs: torch.Tens
     return analysis.overall(dW, W0) | likeness
 
 
-def drop_histograms(rows: list[dict]) -> pd.DataFrame:
-    """Return the rows without their histograms."""
-    return pd.DataFrame([{k: v for k, v in row.items() if "histogram" not in k} for row in rows])
-
-
 def format_analysis(content: dict, record: Record) -> str:
     """Return medians over the layers of each role, trained | null, and what to know about them."""
     frame = drop_histograms(content["rows"])
@@ -171,13 +163,3 @@ def explain_analysis(content: dict) -> list[str]:
 
 def format_medians(rows: list[list[str]], *heads: str) -> str:
     return tabulate(rows, headers=[head.replace("_", " ") for head in heads], disable_numparse=True)
-
-
-def format_with_null(group: pd.DataFrame, name: str) -> str:
-    """Return the medians of a column and of its null, as far as they are there."""
-    return " | ".join(format_median(group[n]) for n in (name, f"{name}_null") if n in group) or MISSING
-
-
-def format_median(column: pd.Series) -> str:
-    values = pd.to_numeric(column).dropna()
-    return MISSING if values.empty else f"{values.median():.4g}"

@@ -1,4 +1,5 @@
 """All figures of a report, drawn and written."""
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,5 +12,12 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
 
-def draw_figures(experiment: Experiment, done: list[Outcome], values: pd.DataFrame, comparisons: Comparisons, floors: list[Floor], folder: Path) -> Iterator[Block]:
+def draw_figures(
+    experiment: Experiment,
+    done: list[Outcome],
+    values: pd.DataFrame,
+    comparisons: Comparisons,
+    floors: list[Floor],
+    folder: Path,
+) -> Iterator[Block]:
     yield from ()
