@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow test-slurm smoke chaos lint audit clean
+.PHONY: help env demo test test-slow test-slurm smoke chaos calibration lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ smoke: env  ## every experiment with bundled models, report included, minutes
 
 chaos: env  ## kill, starve and damage a small study in many ways, about 20 minutes
 	$(PY) tests/chaos.py
+
+calibration: env  ## simulate equal methods: are verdicts and intervals right as often as promised; minutes
+	OMP_NUM_THREADS=1 $(PY) -m tools.calibrate
 
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .

@@ -243,7 +243,7 @@ def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):
     assert table.read_text().count("(2)") == 2
     gone = sorted((runs_folder / "small").glob("*_dual_lora_s*/result.json"))
     for number, path in enumerate(gone):
-        for away, reason in ((path.unlink, "begun, not finished"), (partial(shutil.rmtree, path.parent), "not run")):
+        for away, reason in ((path.unlink, "started, not finished"), (partial(shutil.rmtree, path.parent), "not run")):
             away()
             sweep_command([name, "run=false", *SMALL])
             (line,) = (line for line in table.read_text().splitlines() if line.startswith("| Dual LoRA"))

@@ -13,8 +13,13 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current
 
 GROUPS = ("method", "train", "task", "eval")
-# What does not change a number, or stands elsewhere in the report.
+# What does not change a number, stands elsewhere in the report, or is PEFT's name of what `method` says.
 NOT_LISTED = {
+    "method.peft.peft_type",
+    "method.peft.r",
+    "method.peft.lora_alpha",
+    "method.peft.lora_dropout",
+    "method.peft.magnitude_ratio",
     "method.name",
     "method.lr",
     "task.name",

@@ -20,8 +20,11 @@ from dual_lora.lab.study.experiment import Cell
 class Outcome:
     """One cell of a table and what is known of it: the run's record and result, or why there is none.
 
-    rate: the learning rate, None while it is not chosen; others: finished records of the same settings that are not
-    shown; diverged: rates that could not be trained with, whose trials count as the worst.
+    Attributes:
+        rate: the learning rate, None while it is not chosen.
+        others: finished records of the same settings that are not shown.
+        trials: the rates it was chosen from, each with its trial's main score: -inf where training diverged, NaN while
+            it is not known.
     """
 
     cell: Cell
@@ -30,16 +33,21 @@ class Outcome:
     reason: str | None
     rate: float | None = None
     others: tuple[Record, ...] = ()
-    diverged: tuple[float, ...] = ()
+    trials: tuple[tuple[float, float], ...] = ()
 
     @property
     def settings(self) -> Settings:
         return self.cell.settings
 
+    @property
+    def diverged(self) -> tuple[float, ...]:
+        """The rates with which training diverged; their trials count as the worst."""
+        return tuple(rate for rate, score in self.trials if score == -inf)
+
 
 def find_records(study: str) -> dict[str, list[Record]]:
-    """Return the records of a study by what was asked for, the one to be shown first, from the records alone. A damaged
-    one is told and left out."""
+    """Return the records of a study by their settings, the one to be shown first. A damaged one is left out with a
+    message."""
     found: dict[str, list[tuple[tuple, Record]]] = {}
     for path in sorted((paths.RUNS / study).glob("*/config.yaml")):
         record = Record(path.parent)
@@ -54,8 +62,8 @@ def find_records(study: str) -> dict[str, list[Record]]:
 
 
 def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, str, str]:
-    """Return what sorts records of the same settings: a finished one before others, one of the task as it is now, one
-    of committed code, the newest."""
+    """Return the sort key of records of the same settings; the highest is shown: finished, of the task's present
+    version, of committed code, the newest."""
     result, made_with = record.read_result(), record.read_environment()
     finished = result is not None
     now = finished and is_current(result, settings)
@@ -63,13 +71,13 @@ def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, s
 
 
 def is_current(result: dict, settings: Settings) -> bool:
-    """Whether a run was done with the task's present version."""
+    """Whether a run was done with the present version of its task."""
     return result.get("task_version") == tasks.load(settings.task.name, settings.task.options).version
 
 
 def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
-    """Return the cell with the learning rate that did best among its trials, the lower one of equals; None while a
-    trial is missing, or all of them diverged. The rates it chose from stay in `tuning`."""
+    """Return the cell with the best learning rate of its trials, the lower of equals; None while a trial is missing or
+    if all diverged. The trials stay in `tuning`."""
     if not cell.tuning:
         return cell
     scores = [(-get_trial_score(trial, study), trial.train.lr) for trial in cell.tuning]
@@ -87,46 +95,44 @@ def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
 
 
 def find_record(settings: Settings, study: dict[str, list[Record]]) -> Record | None:
-    """Return the record that stands for a run."""
+    """Return the record that is shown for these settings; None if there is none."""
     return study.get(serialize_identity_settings(settings), [None])[0]
 
 
 def find_outcomes(cells: list[Cell], study: str) -> list[Outcome]:
-    """Return what is known of every cell, from the records alone."""
+    """Return what the records say of every cell."""
     found = find_records(study)
     return [find_outcome(cell, found) for cell in cells]
 
 
 def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
-    """Return what is known of a cell."""
-    chosen, diverged = (
-        choose_learning_rate(cell, study),
-        tuple(t.train.lr for t in cell.tuning if get_trial_score(t, study) == -inf),
-    )
+    """Return what the records of a study say of one cell."""
+    trials = tuple((trial.train.lr, get_trial_score(trial, study)) for trial in cell.tuning)
+    chosen = choose_learning_rate(cell, study)
     if chosen is None:
-        return Outcome(cell, None, None, explain_missing_rate(cell, study), diverged=diverged)
+        return Outcome(cell, None, None, explain_missing_rate(cell, study), trials=trials)
     record, *others = study.get(serialize_identity_settings(chosen.settings), [None])
     result = record.read_result() if record else None
-    reason = None if result else describe_failure(record) or ("begun, not finished" if record else "not run")
-    rate, others = chosen.settings.train.lr, tuple(other for other in others if other.result())
-    return Outcome(chosen, record, result, reason, rate, others, diverged)
+    reason = None if result else describe_failure(record) or ("started, not finished" if record else "not run")
+    rate, others = chosen.settings.train.lr, tuple(other for other in others if other.read_result())
+    return Outcome(chosen, record, result, reason, rate, others, trials)
 
 
 def explain_missing_rate(cell: Cell, study: dict[str, list[Record]]) -> str:
-    """Return why a cell has no learning rate: what became of the trials that are missing, or of all, which diverged."""
+    """Return why a cell has no learning rate: the first failure of its missing trials, or of all if all diverged."""
     missing = [trial for trial in cell.tuning if isnan(get_trial_score(trial, study))] or cell.tuning
     failed = [why for trial in missing if (why := describe_failure(find_record(trial, study)))]
     return f"learning rate not chosen: {failed[0]}" if failed else "learning rate not chosen yet"
 
 
 def describe_failure(record: Record | None) -> str | None:
-    """Return why a run failed, up to where its message turns to what to do; None if it did not."""
+    """Return why a run failed, without the remedy in its message; None if it did not fail."""
     message = read_mishap(record).get("message")
     return message and f"failed: {get_first_line(message).partition(';')[0]}"
 
 
 def read_mishap(record: Record | None) -> dict:
-    """Return what a run without a result says of its failure."""
+    """Return the failure that an unfinished run recorded; empty if there is none."""
     try:
         return record.read_failure() or {} if record and not record.read_result() else {}
     except UserError as error:

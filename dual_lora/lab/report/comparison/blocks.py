@@ -30,7 +30,12 @@ def tabulate_comparisons(found: list[Comparison]) -> pd.DataFrame:
             | {"p_predictions": None if difference.test == OVER_SEEDS else difference.p, "p_seeds": seeds and seeds.p}
             | {"p": c.p, "margin": c.margin, "p_equivalent": c.p_equivalent, "test": difference.test}
             | {"examples": difference.examples, "seeds": difference.seeds}
-            | {"deviation": seeds and seeds.deviation, "could_find": c.detectable, "verdict": c.verdict}
+            | {
+                "deviation": seeds and seeds.deviation,
+                "spread": c.spread,
+                "could_find": c.detectable,
+                "verdict": c.verdict,
+            }
         )
     return pd.DataFrame(lines)
 
@@ -44,26 +49,33 @@ def iterate_verdict_blocks(found: Comparisons) -> Iterator[Block]:
         format_comparisons(found.planned),
         f"The planned comparisons, in points; p is corrected for all {len(found.planned)} by Holm's method.",
     )
-    yield Text(explain_verdicts(found.planned))
+    yield Text(items=tuple(explain_verdicts(found.planned)))
 
 
-def explain_verdicts(found: list[Comparison]) -> str:
-    """Return how verdicts are reached."""
-    margins = {c.margin: c.task.startswith("mean of") for c in found if c.margin}
-    said = " and ".join(f"{m:g} {'on a mean over tasks' if mean else 'on one task'}" for m, mean in margins.items())
-    equivalent = (
-        f" Equivalent: two one-sided t-tests reject a difference of the margin ({said} points), corrected likewise."
-        if margins
-        else " No margin is given, so nothing is called equivalent."
+def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
+    """Yield how verdicts are reached."""
+    yield (
+        f"better, worse: at least {MIN_SEEDS} seeds, and a p below 0.05 in each of two tests. One is of the predictions, "
+        "paired by example (exact McNemar or permutation), whose interval over examples and seeds must exclude zero, "
+        "too; the other is of the seeds (paired t)"
     )
-    return (
-        f"Better or worse needs at least {MIN_SEEDS} seeds and a p below 0.05 in both of two tests: of the predictions "
-        "(paired by example; exact McNemar or permutation, and an interval over examples and seeds that excludes zero) "
-        "and of the seeds (paired t). A mean over tasks, and several sets scored by one training, count as one "
-        "observation a seed; a mean is tested over seeds alone." + equivalent + " Undecided: neither. The last column "
-        "is the smallest difference that as many seeds with the same spread would find in four of five studies, before "
-        "correction. The interval is the t-interval over seeds, for these test examples."
+    margins = {c.margin: c.difference.test == OVER_SEEDS for c in found if c.margin}
+    known = " or ".join(f"{m:g} ({'mean over tasks' if mean else 'one task'})" for m, mean in margins.items())
+    yield (
+        f"equivalent: two one-sided t-tests over seeds reject a difference of {known} points, corrected likewise"
+        if known
+        else "equivalent: never, as the experiment gives no margin"
     )
+    yield "undecided: neither"
+    yield (
+        "could find: the smallest difference that as many seeds would find in four of five studies, before correction, "
+        "given the spread of the seeds' differences (pooled over the comparisons on a task)"
+    )
+    yield (
+        "a mean over tasks, or over several sets that one training is scored on, is one observation a seed; means over "
+        "tasks are tested over seeds alone"
+    )
+    yield "the interval is the t-interval over seeds; it speaks of these test examples"
 
 
 def iterate_exploratory_blocks(found: Comparisons) -> Iterator[Block]:
@@ -152,17 +164,17 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
 
 def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
     """Yield what smallest differences more seeds would find, by task, from the spread that was seen."""
-    deviations: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    counts: dict[tuple[str, str], list[Comparison]] = {}
     for c in [*found.planned, *found.exploratory]:
-        if (test := c.seed_test) and test.deviation is not None:
-            deviations.setdefault((c.task, c.score), []).append((test.deviation, test.seeds))
+        if c.spread is not None:
+            counts.setdefault((c.task, c.score), []).append(c)
     lines = []
-    for (task, score), some in deviations.items():
-        pooled = float(np.sqrt(np.mean([deviation**2 for deviation, _ in some])))
-        seeds = max(seeds for _, seeds in some)
-        counts = sorted({seeds, *PLANNED_SEEDS})
-        ahead = {f"{n} seeds": f"{compute_detectable_difference(pooled, n):.1f}" for n in counts}
-        lines.append({"task": task, "score": score, "comparisons": len(some), "spread": f"{pooled:.2f}", **ahead})
+    for (task, score), some in counts.items():
+        ahead = sorted({max(c.difference.seeds for c in some), *PLANNED_SEEDS} - {0, 1})
+        known = {f"{n} seeds": f"{compute_detectable_difference(some[0].spread, n):.1f}" for n in ahead}
+        lines.append(
+            {"task": task, "score": score, "comparisons": len(some), "spread": f"{some[0].spread:.2f}", **known}
+        )
     if lines:
         yield Text("Power", heading=True)
         yield Table(

@@ -8,6 +8,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import (
@@ -40,6 +42,8 @@ class Comparison:
         difference: in the score's unit, which `unit` turns into points.
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
+        spread: standard deviation of the seeds' differences in points, pooled over the comparisons by this score on
+            this task, since that of a few seeds is hardly known.
     """
 
     label: str
@@ -54,6 +58,7 @@ class Comparison:
     planned: bool = False
     p: float | None = None
     p_equivalent: float | None = None
+    spread: float | None = None
 
     @functools.cached_property
     def seed_test(self) -> SeedTest | None:
@@ -64,8 +69,7 @@ class Comparison:
     @property
     def detectable(self) -> float | None:
         """The smallest difference that this design finds in four of five studies, in points."""
-        known = self.seed_test
-        return compute_detectable_difference(known.deviation, known.seeds) if known else None
+        return compute_detectable_difference(self.spread, self.difference.seeds)
 
     @property
     def verdict(self) -> str:
@@ -96,11 +100,19 @@ def compare_cells(
     tested = {match: list(test_match(experiment, done, match, predictions, size)) for match in matches}
     found = [comparison for some in tested.values() for comparison in some[:1]]
     found += [average_over_tasks(experiment, key, {m: tested[m][0] for m in group}) for key, group in means.items()]
-    return Comparisons(
-        correct_family([c for c in found if c.planned]),
-        [c for c in found if not c.planned],
-        [comparison for some in tested.values() for comparison in some[1:]],
-    )
+    found = pool_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
+    main, further = found[: len(tested) + len(means)], found[len(tested) + len(means) :]
+    return Comparisons(correct_family([c for c in main if c.planned]), [c for c in main if not c.planned], further)
+
+
+def pool_spreads(found: list[Comparison]) -> list[Comparison]:
+    """Return comparisons with their pooled spread."""
+    variances: dict[tuple[str, str], list[float]] = {}
+    for c in found:
+        if c.seed_test and c.seed_test.deviation is not None:
+            variances.setdefault((c.task, c.score), []).append(c.seed_test.deviation**2)
+    spreads = {key: float(np.sqrt(np.mean(some))) for key, some in variances.items()}
+    return [replace(c, spread=spreads.get((c.task, c.score))) for c in found]
 
 
 def test_match(

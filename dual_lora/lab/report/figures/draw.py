@@ -4,12 +4,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from dual_lora.lab.present.document import Block
-from dual_lora.lab.report.comparison.comparisons import Comparisons
-from dual_lora.lab.report.comparison.floors import Floor
+from dual_lora.lab.present.document import Image
+from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.report.comparison.comparisons import Comparison, Comparisons
+from dual_lora.lab.report.comparison.floors import Floor, find_unlearned
+from dual_lora.lab.report.figures.forest import describe_forest, draw_forest
+from dual_lora.lab.report.figures.layout import STYLE
+from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
+from dual_lora.lab.report.figures.results import describe_spread, draw_results
+from dual_lora.lab.report.figures.training import collect_costs, draw_costs, draw_curves
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
+
+Drawn = tuple[str, Figure | None, str]  # a figure's file name, the figure, its caption
 
 
 def draw_figures(
@@ -19,5 +29,43 @@ def draw_figures(
     comparisons: Comparisons,
     floors: list[Floor],
     folder: Path,
-) -> Iterator[Block]:
-    yield from ()
+) -> Iterator[Image]:
+    """Write the figures that the records allow and yield them, the one of verdicts first."""
+    with rc_context(STYLE):
+        for name, figure, caption in iterate_figures(experiment, done, values, comparisons, floors):
+            if figure:
+                yield Image(save_figure(figure, folder, name)[0], caption)
+
+
+def iterate_figures(
+    experiment: Experiment,
+    done: list[Outcome],
+    values: pd.DataFrame,
+    comparisons: Comparisons,
+    floors: list[Floor],
+) -> Iterator[Drawn]:
+    """Yield every figure with its caption."""
+    unlearned = find_unlearned(floors)
+    found = select_learned(comparisons, {task for _, task in unlearned})
+    yield "forest", draw_forest(found), describe_forest(found, bool(comparisons.planned))
+    if not experiment.analyse:
+        caption = f"{experiment.title}; {describe_spread(experiment, values)}" if values["value"].notna().any() else ""
+        yield "figure", draw_results(experiment, values, done, floors), caption
+    yield (
+        "rates",
+        draw_rates(collect_rates(experiment, done)),
+        "Score by learning rate, in points: the lighter, the better; ring: chosen; cross: training diverged",
+    )
+    yield "curves", draw_curves(done), "Training loss: mean over each row's runs, between the lowest and the highest"
+    which = "learned tasks" if unlearned else "tasks"
+    yield (
+        "cost",
+        draw_costs(collect_costs(experiment, done, unlearned)),
+        f"Main score against what a run costs, means over {which} and seeds; a dot for each row and column",
+    )
+
+
+def select_learned(comparisons: Comparisons, unlearned: set[str]) -> list[Comparison]:
+    """Return the planned comparisons on learned tasks; where none are planned, the exploratory ones by main score."""
+    found = comparisons.planned or comparisons.exploratory
+    return [comparison for comparison in found if comparison.task not in unlearned]

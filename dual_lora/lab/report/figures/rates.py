@@ -1,0 +1,73 @@
+"""Scores by learning rate: a dot for each method and rate, its colour the score, the chosen one ringed."""
+
+from math import isfinite
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+import tasks
+from dual_lora.lab.report.figures.layout import create_panels
+from dual_lora.lab.report.values import format_value, get_place, get_unit
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome
+
+RATE_SETTING = "train.lr"
+MAX_PANELS = 9
+
+
+def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
+    """Return a row for each place, label and rate: its mean score in points, and whether it was chosen.
+
+    From the trials that chose rates, else from the runs of an experiment whose columns are rates. A rate with which
+    training diverged has no score.
+    """
+    lines = []
+    for cell in done:
+        where = {key: value for key, value in get_place(experiment, cell).items() if key != RATE_SETTING}
+        names = dict.fromkeys([cell.settings.task.name, *map(format_value, where.values())])
+        line = {"place": ", ".join(names), "label": cell.cell.label}
+        task = tasks.load(cell.settings.task.name)
+        unit = get_unit(task.name, task.metric)
+        lines += [line | {"rate": r, "score": score * unit, "chosen": r == cell.rate} for r, score in cell.trials]
+        if experiment.columns == RATE_SETTING and cell.result:
+            score = cell.result["metrics"][cell.result["metric"]] * unit
+            lines.append(line | {"rate": cell.rate, "score": score, "chosen": False})
+    frame = pd.DataFrame(lines, columns=["place", "label", "rate", "score", "chosen"])
+    frame["score"] = frame["score"].where(frame["score"].map(isfinite))
+    groups = frame.groupby(["place", "label", "rate"], sort=False)
+    return groups.agg(score=("score", "mean"), chosen=("chosen", "any")).reset_index()
+
+
+def draw_rates(frame: pd.DataFrame) -> Figure | None:
+    """Return a panel for each place of `collect_rates`, at most nine; None where no rate has a score."""
+    places = list(dict.fromkeys(frame.dropna(subset="score")["place"]))[:MAX_PANELS]
+    if not places:
+        return None
+    labels = list(dict.fromkeys(frame["label"]))
+    figure, panels = create_panels(len(places), 0.8 + 0.3 * len(labels), columns=min(2, len(places)))
+    for axes, place in zip(panels, places, strict=True):
+        draw_rate_panel(axes, frame[frame["place"] == place], labels)
+        axes.set_title(place)
+    return figure
+
+
+def draw_rate_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
+    """Draw one place: the lighter a dot, the better its score; what diverged is a cross."""
+    known, lost = part.dropna(subset="score"), part[part["score"].isna()]
+    heights = known["label"].map(labels.index)
+    norm = Normalize(known["score"].min() - 1e-9, known["score"].max() + 1e-9)
+    edges = np.where(known["chosen"], "black", "none")
+    axes.scatter(
+        known["rate"], heights, c=known["score"], cmap="cividis", norm=norm, s=90, edgecolors=edges, linewidths=2
+    )
+    for row, height in zip(known.itertuples(), heights, strict=True):
+        color = "black" if norm(row.score) > 0.5 else "white"
+        axes.annotate(f"{row.score:.0f}", (row.rate, height), ha="center", va="center", fontsize=5.5, color=color)
+    axes.plot(lost["rate"], lost["label"].map(labels.index), "x", color="#D55E00", markersize=6)
+    axes.set(xscale="log", xlabel="learning rate", yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6))
+    axes.set_yticklabels(labels)
+    axes.grid(axis="x", alpha=0.3)
+    axes.margins(x=0.12)

@@ -1,0 +1,115 @@
+"""How training went, and what it cost: learning curves, and scores against step time and memory."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
+from dual_lora.lab.report.comparison.matches import Key
+from dual_lora.lab.report.figures.layout import add_legend, create_panels, equalize_spans, get_style
+from dual_lora.lab.report.values import FIELDS, get_place, get_unit
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import Outcome
+
+LOSS = "train/loss"
+COSTS = {"seconds_per_step": "seconds a step", "peak_memory_mib": "peak memory, MiB"}
+MAX_PANELS = 9
+MIN_STEPS = 3  # logged steps that make a curve
+
+
+def draw_curves(done: list[Outcome]) -> Figure | None:
+    """Return the training loss by step, a panel for each model and task: the mean over each label's runs, between the
+    lowest and the highest run. None where no run logged several steps."""
+    frame = pd.DataFrame(
+        [line for cell in done if cell.result for line in iterate_losses(cell)],
+        columns=["place", "label", "run", "step", "loss"],
+    )
+    steps = frame.groupby("place", sort=False)["step"].nunique()
+    places = [place for place in dict.fromkeys(frame["place"]) if steps[place] >= MIN_STEPS][:MAX_PANELS]
+    if not places:
+        return None
+    labels = list(dict.fromkeys(frame["label"]))
+    figure, panels = create_panels(len(places), 2.1)
+    for axes, place in zip(panels, places, strict=True):
+        draw_curve_panel(axes, frame[frame["place"] == place], labels)
+        axes.set(title=place[1] if len({model for model, _ in places}) == 1 else ", ".join(place))
+    panels[0].set_ylabel("training loss")
+    add_legend(figure, panels)
+    return figure
+
+
+def iterate_losses(cell: Outcome) -> Iterator[dict[str, object]]:
+    """Yield the logged training losses of a run; none where its log cannot be read."""
+    path = cell.record.folder / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    except (OSError, ValueError):  # what is damaged is said elsewhere in the report
+        return
+    where = {"place": get_model_task(cell), "label": cell.cell.label, "run": cell.record.name}
+    yield from (where | {"step": line["step"], "loss": line[LOSS]} for line in lines if LOSS in line)
+
+
+def draw_curve_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
+    """Draw the curves of one model and task."""
+    for label, runs in part.groupby("label", sort=False):
+        color, by_step = get_style(labels.index(label))["color"], runs.groupby("step")["loss"]
+        mean = by_step.mean()
+        axes.plot(mean.index, mean, color=color, linewidth=1.2, label=label)
+        axes.fill_between(mean.index, by_step.min(), by_step.max(), color=color, alpha=0.12, linewidth=0)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+
+
+def collect_costs(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> pd.DataFrame:
+    """Return a row for each label and place with runs on every learned task: its mean score and its costs, each a mean
+    over tasks of means over seeds. Where no task was learned, all count."""
+    finished = [cell for cell in done if cell.result]
+    learned = [cell for cell in finished if get_model_task(cell) not in unlearned] or finished
+    groups: dict[Key, list[dict[str, object]]] = {}
+    for cell in learned:
+        key = (cell.cell.label, *(str(value) for value in get_place(experiment, cell).values()))
+        groups.setdefault(key, []).append(measure_cost(cell))
+    wanted = {get_model_task(cell) for cell in learned}
+    names = {task for _, task in wanted}
+    lines = []
+    for (label, *_), some in groups.items():
+        by_task = pd.DataFrame(some).groupby("task").mean()
+        if set(by_task.index) == names:
+            lines.append({"label": label, **by_task.mean().to_dict()})
+    return pd.DataFrame(lines, columns=["label", "score", *COSTS])
+
+
+def measure_cost(cell: Outcome) -> dict[str, object]:
+    """Return a run's main score in points, and its costs; NaN where its device counted no memory."""
+    result, task = cell.result, cell.settings.task.name
+    score = result["metrics"][result["metric"]] * get_unit(task, result["metric"])
+    costs = {name: FIELDS[name][0](result) if name != "peak_memory_mib" else read_memory(result) for name in COSTS}
+    return {"task": task, "score": score, **costs}
+
+
+def read_memory(result: dict) -> float:
+    return result["peak_memory_bytes"] / 2**20 if result.get("peak_memory_bytes") else float("nan")
+
+
+def draw_costs(frame: pd.DataFrame) -> Figure | None:
+    """Return score against each cost of `collect_costs`, a dot for each row; None where there is nothing to compare."""
+    drawn = [name for name in COSTS if frame[name].notna().any()]
+    labels = list(dict.fromkeys(frame["label"]))
+    if len(labels) < 2 or not drawn:
+        return None
+    figure, panels = create_panels(len(drawn), 2.3, columns=2)
+    for axes, name in zip(panels, drawn, strict=True):
+        for label, part in frame.groupby("label", sort=False):
+            style = get_style(labels.index(label))
+            axes.plot(part[name], part["score"], linestyle="", markersize=5, alpha=0.8, label=label, **style)
+        high = np.nanmax(frame[name])
+        axes.set(xlabel=COSTS[name], xlim=(0, 1.1 * high))
+        axes.grid(alpha=0.3)
+    equalize_spans(panels)
+    panels[0].set_ylabel("mean score, points")
+    add_legend(figure, panels)
+    return figure

@@ -1,0 +1,171 @@
+"""Do verdicts and intervals keep their promise? Studies of two methods under a known law, judged by the shipped code.
+
+The law. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A run's
+seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with probability
+h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on all
+examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers that
+share more of the examples rightly.
+
+What is promised of two methods:
+    different        equal ones are called better or worse in at most 6 % of studies
+    coverage         95 % t-intervals hold the true difference on the examples at hand in 93 to 97 %
+    equivalent       equal ones are called equivalent within 1 point as often as computed, within 3 points of percent
+    too far apart    methods that differ by the margin are called equivalent in at most 6 %
+
+    Q  studies   M  methods (2)   S  seeds   N  examples
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t
+
+from dual_lora.lab.statistics.compare import Difference
+from dual_lora.lab.statistics.resampling import (
+    bootstrap_difference,
+    group_equal_examples,
+    test_by_permutation,
+)
+from dual_lora.lab.statistics.seeds import (
+    LEVEL,
+    MIN_SEEDS,
+    compute_equivalence_power,
+)
+from dual_lora.lab.statistics.verdict import (
+    BETTER,
+    EQUIVALENT,
+    WORSE,
+    combine_p,
+    find_equivalence_p,
+    reach_verdict,
+)
+from tasks.measures import mean
+
+ERROR_RATE = 0.09
+SHAPE = 0.6  # of the beta distribution: most examples are easy, few are hard
+MARGIN = 0.01
+RESAMPLES = 400
+BLOCK = 100  # studies drawn at once, which bounds memory
+MAX_DIFFERENT, MAX_TOO_FAR, COVERAGE, TOLERANCE = 0.06, 0.06, (0.93, 0.97), 0.03
+SEEDS, SPREADS, EXAMPLES = (2, 3, 5, 8), (0.0, 0.005, 0.01, 0.02, 0.04), (277, 872)
+
+
+@dataclass(frozen=True)
+class Law:
+    """One kind of study: seeds a method, the seeds' standard deviation and the gap as shares, and test examples."""
+
+    seeds: int
+    spread: float
+    examples: int
+    own: bool = False
+    gap: float = 0.0
+
+
+def list_laws() -> list[Law]:
+    """Return the kinds of studies: equal methods of like and of own difficulties, and methods a margin apart."""
+    grid = [(s, spread, n) for n in EXAMPLES for s in SEEDS for spread in SPREADS]
+    decided = [cell for cell in grid if cell[0] >= MIN_SEEDS]
+    equal = [Law(*cell) for cell in grid]
+    return [*equal, *(Law(*cell, own=True) for cell in decided), *(Law(*cell, gap=MARGIN) for cell in decided)]
+
+
+def simulate(law: Law, studies: int, rng: np.random.Generator) -> dict[str, object]:
+    """Return the shares of verdicts and covering intervals under a law, one row of the table."""
+    verdicts, covered, deviations = [], [], []
+    for count in [min(BLOCK, studies - start) for start in range(0, studies, BLOCK)]:
+        right_QMSN, truth_Q = draw_studies(law, count, rng)
+        difference_QS = right_QMSN[:, 0].mean(axis=2, dtype=float) - right_QMSN[:, 1].mean(axis=2, dtype=float)
+        deviations.append(difference_QS.var(axis=1, ddof=1))
+        covered += covers_truth(difference_QS, truth_Q).tolist()
+        if law.seeds >= MIN_SEEDS:  # with fewer, every verdict is "undecided"
+            pairs = zip(right_QMSN, difference_QS, strict=True)
+            verdicts += [judge_study(outputs, by_seed, rng) for outputs, by_seed in pairs]
+    deviation = float(np.sqrt(np.concatenate(deviations).mean()))
+    found = {
+        "examples": law.examples,
+        "seeds": law.seeds,
+        "seed SD": 100 * law.spread,
+        "methods": "a margin apart" if law.gap else "equal, own difficulties" if law.own else "equal",
+        "covered": float(np.mean(covered)),
+        "different": sum(v in (BETTER, WORSE) for v in verdicts) / studies,
+        "equivalent": sum(v == EQUIVALENT for v in verdicts) / studies,
+    }
+    decided = law.seeds >= MIN_SEEDS and not law.own and not law.gap
+    return found | {"computed": compute_equivalence_power(deviation, law.seeds, MARGIN) if decided else None}
+
+
+def draw_studies(law: Law, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return which answers are right, of shape (Q, M, S, N), and the true difference on the drawn examples, (Q,)."""
+    shape = (count, 2 if law.own else 1, 1, law.examples)
+    hard = rng.beta(SHAPE, SHAPE * (1 - ERROR_RATE) / ERROR_RATE, size=shape).astype(np.float32)
+    moved = law.spread * rng.standard_normal((count, 2, law.seeds, 1), dtype=np.float32)
+    moved[:, 0] -= law.gap
+    wrong = np.clip(hard * (1 + moved / ERROR_RATE), 0, 1)
+    right = rng.random((count, 2, law.seeds, law.examples), dtype=np.float32) >= wrong
+    means = hard.mean(axis=(2, 3)) * (1 - np.array([law.gap, 0.0]) / ERROR_RATE)
+    return right, (means[:, 1] - means[:, 0]).astype(float)
+
+
+def covers_truth(difference_QS: np.ndarray, truth_Q: np.ndarray) -> np.ndarray:
+    """Return whether each study's t-interval holds its true difference."""
+    seeds = difference_QS.shape[1]
+    half = t.ppf(1 - LEVEL / 2, seeds - 1) * difference_QS.std(axis=1, ddof=1) / np.sqrt(seeds)
+    return np.abs(difference_QS.mean(axis=1) - truth_Q) <= half + 1e-12
+
+
+def judge_study(right_MSN: np.ndarray, by_seed: np.ndarray, rng: np.random.Generator) -> str:
+    """Return the verdict on one study. Tests on predictions are left out where the seeds alone rule a finding out."""
+    average, values = float(by_seed.mean()), tuple(by_seed.tolist())
+    alone = Difference(average, average, average, 0.0, "", right_MSN.shape[2], len(values), values)
+    p_equivalent = find_equivalence_p(alone, MARGIN)
+    if reach_verdict(alone, combine_p(alone), None) not in (BETTER, WORSE):
+        return reach_verdict(alone, None, p_equivalent)
+    strata = [group_equal_examples(right_MSN[..., None].astype(float))]
+    low, high = np.percentile(bootstrap_difference(strata, mean, RESAMPLES, rng), (2.5, 97.5))
+    p = test_by_permutation(strata, mean, average, RESAMPLES, rng)
+    found = Difference(average, low, high, p, "", right_MSN.shape[2], len(values), values)
+    return reach_verdict(found, combine_p(found), p_equivalent)
+
+
+def calibrate(studies: int, seed: int = 0, laws: list[Law] | None = None) -> pd.DataFrame:
+    """Return a row for every law, over so many studies each."""
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame([simulate(law, studies, rng) for law in laws or list_laws()])
+
+
+def find_misses(found: pd.DataFrame) -> list[str]:
+    """Return every promise that the table breaks, one line each."""
+    return [
+        f"{row['examples']} examples, {row['seeds']} seeds, seed SD {row['seed SD']:g}, {row['methods']}: {said}"
+        for row in found.to_dict("records")
+        for said in iterate_misses(row)
+    ]
+
+
+def iterate_misses(row: dict) -> Iterator[str]:
+    """Yield what one row of the table misses."""
+    if not COVERAGE[0] <= row["covered"] <= COVERAGE[1]:
+        yield f"intervals cover {row['covered']:.1%}"
+    if row["methods"] == "a margin apart":
+        if row["equivalent"] > MAX_TOO_FAR:
+            yield f"called equivalent in {row['equivalent']:.1%}"
+    elif row["different"] > MAX_DIFFERENT:
+        yield f"called different in {row['different']:.1%}"
+    if not pd.isna(row["computed"]) and abs(row["equivalent"] - row["computed"]) > TOLERANCE:
+        yield f"called equivalent in {row['equivalent']:.1%}, computed {row['computed']:.1%}"
+
+
+def summarize(found: pd.DataFrame) -> str:
+    """Return the worst cases of a table in one line."""
+    equal = found[found["methods"] != "a margin apart"]
+    apart = found[found["methods"] == "a margin apart"]
+    off = (found["equivalent"] - found["computed"]).abs().max()
+    return (
+        f"worst cases: equal methods called different {equal['different'].max():.1%} (at most {MAX_DIFFERENT:.0%}); "
+        f"intervals cover {found['covered'].min():.1%} to {found['covered'].max():.1%} "
+        f"({COVERAGE[0]:.0%} to {COVERAGE[1]:.0%}); equivalence is {100 * off:.1f} points off its computed power "
+        f"(at most {100 * TOLERANCE:g}); methods a margin apart called equivalent {apart['equivalent'].max():.1%} "
+        f"(at most {MAX_TOO_FAR:.0%})"
+    )
