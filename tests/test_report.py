@@ -22,8 +22,16 @@ from dual_lora.lab.present.document import Table, Text, escape_latex, render_htm
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report import write as report_write
-from dual_lora.lab.report.comparison import compare_cells, format_sentence, iterate_matches
-from dual_lora.lab.report.figures import draw_results, find_published_points, set_setting_axis
+from dual_lora.lab.report.comparison.blocks import format_verdict
+from dual_lora.lab.report.comparison.comparisons import compare_cells
+from dual_lora.lab.report.comparison.matches import Predictions, iterate_matches
+from dual_lora.lab.report.figures.layout import compute_half_interval
+from dual_lora.lab.report.figures.results import (
+    describe_spread,
+    draw_results,
+    find_published_points,
+    set_setting_axis,
+)
 from dual_lora.lab.report.table import build_main_table, letter_reasons
 from dual_lora.lab.report.values import MARKS, build_frame, list_columns
 from dual_lora.lab.report.write import DIFFERENCES_FILE, mirror_report, write_report
@@ -67,7 +75,10 @@ def finish(settings, right: int, of: int = 100, **changes) -> Record:
     record.write_file("config.yaml", yaml.safe_dump(asdict(settings)))
     environment = {"uncommitted_changes": False, "processor": "abacus", "threads": 1, "commit": "c0ffee" * 6}
     record.write_file("environment.json", environment | changes.pop("environment", {}))
-    rows = [{"split": "validation", "id": f"v-{i}", "answer": int(i >= of - right), "gold": 1} for i in range(of)]
+    gold = [i % 2 for i in range(of)]
+    answers = [label if i >= of - right else 1 - label for i, label in enumerate(gold)]
+    pairs = enumerate(zip(answers, gold, strict=True))
+    rows = [{"split": "validation", "id": f"v-{i}", "answer": answer, "gold": label} for i, (answer, label) in pairs]
     record.write_lines("predictions.jsonl", rows)
     task = tasks.load(settings.task.name)
     facts = {"model": settings.model.name, "task": task.name, "method": settings.method.name, "seed": settings.seed}
@@ -117,7 +128,8 @@ def test_the_best_of_every_task_is_bold_where_tasks_are_columns(study, tmp_path)
     spec = GLUE | {"columns": "task.name", "published": []}
     right = {"LoRA": {"glue/sst2": 90, "glue/rte": 60}, "Dual LoRA": {"glue/sst2": 80, "glue/rte": 70}}
     experiment, done = study(spec, lambda label, s: right[label][s.task.name])
-    lines = {line[1]: line for line in rows_of(write_report(experiment, done, tmp_path))}
+    runs = write_report(experiment, done, tmp_path).partition("## Runs")[2].partition("\n## ")[0]
+    lines = {line[1]: line for line in rows_of(runs)}
     bold = {label: [cell.startswith("**") for cell in line[2:4]] for label, line in lines.items() if label in right}
     assert bold == {"LoRA": [True, False], "Dual LoRA": [False, True]}
 
@@ -131,23 +143,91 @@ def test_all_parts_make_the_published_average(study, tmp_path):
     assert heads == ["MNLI", "SST-2", "MRPC", "CoLA", "QNLI", "QQP", "RTE", "STS-B", "avg"]
 
 
-def test_differences_are_tested_on_the_predictions_and_over_tasks(study, tmp_path):
+PLANNED = GLUE | {"planned": ["Dual LoRA"], "margin": {"task": 1.0, "mean": 0.5}}
+PLANNED |= {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3, 4]}}
+
+
+def test_planned_comparisons_get_verdicts_on_every_task_and_on_the_mean(study, tmp_path):
+    experiment, done = study(PLANNED, lambda label, s: 60 + s.seed + (20 + s.seed % 2) * (label == "Dual LoRA"))
+    text = write_report(experiment, done, tmp_path)
+    head, *lines = rows_of(text)
+    assert head[:5] == ["task", "score", "model", "comparison", "difference"] and head[-2:] == ["verdict", "could find"]
+    assert [line[0] for line in lines[:3]] == ["glue/sst2", "glue/rte", "mean of 2 tasks"]
+    for line in lines[:3]:
+        assert line[2:5] == ["roberta-base", "Dual LoRA - LoRA", "+20.4"] and line[-2:] == ["better", ""]
+    assert text.index("## Verdicts") < text.index("## Runs") and "corrected for all 3 by Holm's method" in text
+    assert "## Exploratory" not in text
+    listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
+    assert listed["verdict"].tolist() == ["better"] * 3 and listed["planned"].all()
+    assert listed["low"].tolist() == pytest.approx([20.4 - 0.5477 / 5**0.5 * 2.776] * 3, abs=1e-3)
+
+
+def test_four_seeds_decide_nothing(study, tmp_path):
+    four = PLANNED | {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3]}}
+    experiment, done = study(four, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
+    lines = rows_of(write_report(experiment, done, tmp_path))
+    assert [line[-2] for line in lines[1:4]] == ["undecided: under 5 seeds"] * 3
+
+
+def test_equal_methods_are_equivalent_within_the_margin_and_undecided_without_one(study, tmp_path):
+    right = {0: 80, 1: 81, 2: 80, 3: 81, 4: 80}
+    spec = PLANNED | {"margin": {"task": 3.0, "mean": 1.0}}
+    experiment, done = study(spec, lambda label, s: right[s.seed] if label == "LoRA" else 80)
+    said = [line[-2] for line in rows_of(write_report(experiment, done, tmp_path))[1:4]]
+    assert said == ["equivalent within 3", "equivalent within 3", "equivalent within 1"]
+    without, done = study(PLANNED | {"margin": {}}, lambda label, s: 80)
+    lines = rows_of(write_report(without, done, tmp_path))[1:4]
+    assert [line[-2] for line in lines] == ["undecided"] * 3 and [line[-1] for line in lines] == ["0.9"] * 3
+    assert "equivalent: never, as the experiment gives no margin" in (tmp_path / "table.md").read_text()
+
+
+def test_what_is_not_planned_is_exploratory_and_not_corrected(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
     text = write_report(experiment, done, tmp_path)
-    shown = [line for line in text.splitlines() if line.startswith("- glue/")]
-    assert len(shown) == 2
-    assert shown[0].startswith("- glue/sst2 (accuracy), model roberta-base: Dual LoRA - LoRA: +20.0, 95 % interval +1")
-    assert "Holm" in shown[0] and shown[0].endswith(": shown")
-    assert "better on 2 of 2 tasks; p = 0.500, 0.500 corrected" in text and "Interquartile mean" in text
+    assert "## Verdicts" not in text and "Not planned, and not corrected for their number" in text
+    listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
+    assert not listed["planned"].any() and (listed["p"] == listed[["p_predictions", "p_seeds"]].max(axis=1)).all()
 
 
-def test_one_seed_shows_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
-    one = GLUE | {"full": GLUE["full"] | {"seeds": [0]}}
-    experiment, done = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
+def test_a_task_that_no_row_learns_leaves_the_mean(study, tmp_path):
+    spec = PLANNED | {"full": PLANNED["full"] | {"blocks": [[f"task=glue/{name}"] for name in ("sst2", "rte", "mrpc")]}}
+    low = "glue/mrpc"  # of which the most frequent class gives 50
+    experiment, done = study(spec, lambda label, s: 55 if s.task.name == low else 80 + 5 * (label == "Dual LoRA"))
     text = write_report(experiment, done, tmp_path)
-    assert "not shown" in text and "what a seed does is in neither" in text
-    lines = done[0].record.folder / "predictions.jsonl"
-    lines.write_text(lines.read_text().replace("v-0", "w-0"))
+    floors = {line[0]: line for line in rows_of(text) if line[1] == "majority class"}
+    assert {name: line[-1] for name, line in floors.items()} == {
+        "glue/sst2": "learned",
+        "glue/rte": "learned",
+        low: "not learned",
+    }
+    assert floors[low][2] == "50.0" and floors["glue/rte"][3:5] == ["Dual LoRA", "+35.0"]
+    assert "not learned, and left out of means: glue/mrpc (roberta-base)" in text
+    means = [line for line in rows_of(text) if line[0].startswith("mean of")]
+    assert {line[0] for line in means} == {"mean of 2 tasks"}
+    values = pd.read_csv(tmp_path / "table.csv")
+    assert set(values.loc[values["column"] == "mean of 3", "value"]) == {80, 85}
+
+
+def test_a_floor_row_raises_the_floor_and_is_compared_with_nothing(study, tmp_path):
+    cells = GLUE["cells"] | {"head only": ["method=lora", "method.rank=1"]}
+    spec = PLANNED | {"cells": cells, "floors": ["head only"]}
+    right = {"LoRA": 82, "Dual LoRA": 83, "head only": 80}
+    experiment, done = study(spec, lambda label, s: right[label])
+    text = write_report(experiment, done, tmp_path)
+    listed = rows_of(text.partition("Floors.")[2].partition("\n## ")[0])[1:]
+    assert {(line[0], line[1]): line[-1] for line in listed} == {
+        (f"glue/{task}", floor): "not learned" for task in ("sst2", "rte") for floor in ("head only", "majority class")
+    }
+    assert "head only - LoRA" not in text and "mean of" not in "".join(line[0] for line in rows_of(text))
+
+
+def test_one_seed_decides_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
+    one = PLANNED | {"full": GLUE["full"] | {"seeds": [0]}}
+    experiment, done = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
+    lines = rows_of(write_report(experiment, done, tmp_path))[1:4]
+    assert [line[-2] for line in lines] == ["undecided: under 5 seeds"] * 3 and lines[0][5] == lines[0][-1] == "–"
+    predictions = done[0].record.folder / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace("v-0", "w-0"))
     assert "cannot be compared" in write_report(experiment, done, tmp_path)
 
 
@@ -185,7 +265,8 @@ def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
     shutil.rmtree(odd.record.folder)
     finish(odd.settings, 80, **(files | rows | changes if changes else {}))
     text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
-    assert text.count("cannot be compared") == (said is not None) and (said or "") in text
+    assert text.count("cannot be compared") == 2 * (said is not None)  # the task, and the mean over tasks
+    assert (said or "") in text
     assert ("were done with different files and do not compare" in text) == (said == "other base weights")
 
 
@@ -258,8 +339,8 @@ def test_a_setting_heads_columns_and_what_lacks_it_has_its_own(study, tmp_path):
     assert head[:5] == ["task", "method", "no magnitude ratio", "0.25", "0.5"]
     assert lora[2:5] == ["71.0 ± 1.0 (3)", "", ""] and dual[2:5] == ["", "73.0 ± 1.0 (3)", "**75.0 ± 1.0 (3)**"]
     lines = (tmp_path / "table.md").read_text().splitlines()
-    shown = [line for line in lines if line.startswith("- ") and "Dual LoRA - LoRA" in line]
-    assert ["magnitude_ratio 0.25: " in shown[0], "magnitude_ratio 0.5: " in shown[1]] == [True, True]
+    compared = [line[2:5] for line in rows_of("\n".join(lines)) if line[3:4] == ["Dual LoRA - LoRA"]]
+    assert compared == [["0.25", "Dual LoRA - LoRA", "+2.0"], ["0.5", "Dual LoRA - LoRA", "+4.0"]]
     values = pd.read_csv(tmp_path / "table.csv")
     assert len(values) == 9 and set(values.columns) >= {"task.name", "label", "column", "seed", "value", "run"}
 
@@ -327,35 +408,58 @@ def test_a_report_removes_figures_that_it_no_longer_has(study, tmp_path):
     (tmp_path / "ranks_0.png").write_bytes(b"old")
     (tmp_path / "notes.txt").write_text("mine")
     write_report(experiment, done, tmp_path)
-    assert {path.name for path in tmp_path.glob("*.p*")} == {"figure.png", "figure.pdf"}
+    assert {path.name for path in tmp_path.glob("*.p*")} == {
+        f"{name}.{kind}" for name in ("forest", "figure", "cost") for kind in ("png", "pdf")
+    }
     assert (tmp_path / "notes.txt").is_file()
 
 
-def test_differences_are_a_table_and_after_all_tables_sentences(study, tmp_path):
-    experiment, done = study(GLUE | {"limit": "one rate"}, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+def test_verdicts_come_first_and_published_figures_last(study, tmp_path):
+    experiment, done = study(PLANNED | {"limit": "one rate"}, lambda label, s: 60 + s.seed)
     text = write_report(experiment, done, tmp_path)
-    assert "Limit: one rate" in text
-    (line,) = [cells for cells in rows_of(text) if cells[0] == "glue/rte" and cells[1] == "accuracy"]
-    assert line[2:5] == ["roberta-base", "Dual LoRA - LoRA", "+20.0"] and line[-1] == "shown"
-    assert text.index("| glue/rte ") < text.index("Set beside") < text.index("- glue/rte (accuracy)")
+    heads = ["Limit: one rate", "## Verdicts", "## Runs", "## Power", "## Hyper-parameters", "## Reproducibility"]
+    places = [text.index(head) for head in [*heads, "## Set beside"]]
+    assert places == sorted(places)
+
+
+def test_hyper_parameters_stand_by_method(study, tmp_path):
+    experiment, done = study(RATIOS, lambda label, s: 70)
+    lines = {line[0]: line[1:] for line in rows_of(write_report(experiment, done, tmp_path))}
+    assert lines["method.magnitude_ratio"] == ["–", "0.25, 0.5"]
+    assert lines["train.schedule"] == ["linear"] and "method.name" not in lines
+
+
+def test_the_checklist_is_counted_from_the_records(study, tmp_path):
+    experiment, done = study(GLUE, lambda label, s: 80 if s.seed else None)
+    text = write_report(experiment, done, tmp_path)
+    assert "- runs: 4 of 8 finished; seeds 0, 1" in text and "- tuning: none; one given rate for each row" in text
+    assert "- code: 4 of 4 runs are of committed code" in text
+    assert "deterministic=true in 0 of 4 runs" in text and "- scores: on validation, after the last epoch" in text
 
 
 def test_equal_lines_and_points_stay_visible_in_a_figure(study):
     same = RATIOS | {"cells": {**RATIOS["cells"], "DoRA": ["method=dora"], "again": RATIOS["cells"]["Dual LoRA"]}}
     experiment, done = study(same, lambda label, s: 70 + s.seed)
-    drawn = draw_results(experiment, build_frame(experiment, done), done)
+    drawn = draw_results(experiment, build_frame(experiment, done), done, [])
     axes = drawn.axes[0]
     flat = [line for line in axes.get_lines() if line.get_label() in ("LoRA", "DoRA")]
     assert len({line._dash_pattern[0] for line in flat}) == 2
     left, right = (bars.lines[0] for bars in axes.containers)
     assert list(left.get_xdata()) == list(right.get_xdata()) == [0.25, 0.5]
     at = [line.get_transform().transform((0.25, 71))[0] for line in (left, right)]
-    assert at[1] - at[0] == pytest.approx(3 / 72 * drawn.dpi)
+    assert at[1] - at[0] == pytest.approx(4 / 72 * drawn.dpi)
     assert axes.get_ylabel() == "accuracy, %" and axes.get_xscale() == "linear"
     assert axes.get_xlim()[0] < 0.25 and axes.get_xlim()[1] > 0.5
     (legend,) = drawn.legends
-    assert legend.get_title().get_text() == "bars: ± 1 sample standard deviation of 3 runs"
+    assert describe_spread(experiment, build_frame(experiment, done)) == (
+        "small dots: 3 seeds each; large ones: their mean; bars: 95 % t-interval over seeds"
+    )
     assert len(legend.get_texts()) > 3 and legend.get_window_extent().width < drawn.bbox.width
+
+
+def test_bars_are_t_intervals_and_two_seeds_have_none():
+    assert compute_half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5)
+    assert compute_half_interval([1.0, 9.0]) == 0
 
 
 def test_learning_rates_have_a_logarithmic_axis():
@@ -395,9 +499,9 @@ def test_the_csv_holds_every_value(study, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
-    """Each of 2000 resamples alone could show none: 120 / 2001 is more than 0.05."""
-    experiment = Experiment.from_content("made", RATIOS)
+def test_one_difference_of_120_can_be_found(runs_folder, tmp_path):
+    """Each of 2000 resamples alone could find none: 120 / 2001 is more than 0.05."""
+    experiment = Experiment.from_content("made", RATIOS | {"planned": ["Dual LoRA"]})
     base = [
         load_settings(["model=roberta-base", "task=glue/rte", f"method={name}", "study=made"])
         for name in ("lora", "dual_lora")
@@ -408,14 +512,14 @@ def test_one_difference_of_120_can_be_shown(runs_folder, tmp_path):
         settings = base[ratio is not None]
         method = replace(settings.method, magnitude_ratio=ratio)
         label = "LoRA" if ratio is None else "Dual LoRA"
-        cells += [Cell(label, replace(settings, method=method, seed=seed)) for seed in (0, 1)]
+        cells += [Cell(label, replace(settings, method=method, seed=seed)) for seed in range(5)]
     for cell in cells:
         finish(cell.settings, 80 if cell.settings.method.magnitude_ratio == 0.5 else 60)
-    text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
-    said = [line for line in text.splitlines() if line.startswith("- glue/rte")]
-    assert len(said) == 120 and [line.endswith(": shown") for line in said].count(True) == 1
-    assert "magnitude_ratio 0.5: Dual LoRA - LoRA: +20.0" in next(line for line in said if line.endswith(": shown"))
-    assert "120 comparisons; a p from resampling is at least 2.1e-05, 0.0025 corrected" in text
+    write_report(experiment, find_outcomes(cells, "made"), tmp_path)
+    listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
+    assert len(listed) == 120 and listed["planned"].all()
+    found = listed[listed["verdict"] == "better"]
+    assert found["method.magnitude_ratio"].tolist() == [0.5] and found["difference"].tolist() == pytest.approx([20])
 
 
 def test_rows_that_are_the_same_runs_are_compared_once(study, tmp_path):
@@ -458,40 +562,38 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
     for cell in cells:
         finish_sets(cell.settings, {"boolq": 90, "piqa": 65} if cell.label == "Dual LoRA" else {})
     text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
-    main, further = text.split("## By set and by other scores")
-    assert [cells[1] for cells in rows_of(main) if cells[0] == "commonsense"] == ["average"]
-    whole, *said = [line for line in further.splitlines() if line.startswith("- commonsense (")]
-    assert whole.startswith("- commonsense (average), model tiny-llama: Dual LoRA - LoRA: +4.4")
-    assert len(said) == 8 and said[0].startswith("- commonsense (boolq), model tiny-llama: Dual LoRA - LoRA: +30.0")
-    assert said[0].endswith(": shown") and said[2].endswith(": not shown")
-    assert "corrected over these 8 comparisons" in further
-    assert "+4.4 on average, better on 2 of 8 tasks (6 equal); p = 0.500, 0.500 corrected" in further
-    assert (
-        "Interquartile mean of the main score over 8 tasks" in further and "| Dual LoRA | tiny-llama | 60.0" in further
-    )
-    listed = pd.read_csv(tmp_path / "differences.csv")
-    assert len(listed) == 9 and listed["shown"].sum() == 2 and listed["difference"][1] == pytest.approx(30)
+    lines = [line for line in rows_of(text) if line[0] == "commonsense"]
+    assert [line[1] for line in lines[:9]] == ["average", *tasks.load("commonsense").eval_splits]
+    assert "Exploratory differences by set and by other scores" in text
+    assert "mean of 8 tasks" not in text  # eight sets of one training are one observation
+    listed = pd.read_csv(tmp_path / "differences.csv").set_index("score")
+    assert len(listed) == 9 and listed["difference"]["average"] == pytest.approx(4.375)
+    assert listed["difference"]["boolq"] == pytest.approx(30) and set(listed["seeds"]) == {2}
+    assert set(listed["verdict"]) == {"undecided"}
 
 
-def test_a_score_that_is_not_resampled_is_told_without_a_test_and_one_not_measured_is_said_so(study, tmp_path):
+def list_further(experiment, done):
+    return compare_cells(experiment, done, Predictions(), set()).further
+
+
+def test_a_score_that_is_not_resampled_has_no_verdict_and_one_not_measured_is_said_so(study, tmp_path):
     spec = GLUE | {"columns": {"accuracy": "accuracy", "slow": "slow"}, "mean": None}
+    spec |= {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3, 4]}}
     experiment, done = study(spec, lambda label, s: 80, metrics={"accuracy": 0.8, "slow": 0.5})
-    _, further = compare_cells(experiment, done)
-    assert [(pair.metric, pair.difference.mean, pair.p) for pair in further] == [("slow", 0, None)] * 2
-    assert "no test: slow is not resampled" in format_sentence(further[0])
+    further = list_further(experiment, done)
+    assert [(found.score, found.difference.mean, found.p) for found in further] == [("slow", 0, None)] * 2
+    assert format_verdict(further[0]) == "undecided: no test on predictions: slow is not resampled"
     for cell in done:
         cell.result["metrics"].pop("slow")
-    _, further = compare_cells(experiment, done)
-    assert format_sentence(further[0]).endswith("cannot be compared (slow not measured)")
+    assert format_verdict(list_further(experiment, done)[0]) == "cannot be compared (slow not measured)"
 
 
-def test_a_score_that_is_no_fraction_is_not_told_in_percent(study, tmp_path, monkeypatch):
+def test_a_score_that_is_no_fraction_is_not_printed_in_percent(study, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "plain", ("accuracy",))
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
-    assert (
-        "Dual LoRA - LoRA, model roberta-base: +0.2 on average" in text and "| Dual LoRA | roberta-base | 0.8 " in text
-    )
+    lines = rows_of(write_report(experiment, done, tmp_path))
+    (line,) = [line for line in lines if line[:2] == ["glue/rte", "accuracy"] and line[3] == "Dual LoRA - LoRA"]
+    assert line[4] == "+0.200"
 
 
 # Several records of the same settings, trials that failed, files that are damaged
@@ -501,8 +603,8 @@ def beside(record: Record, name: str, environment: dict | None = None, **changes
     """Copy a record to another name in its study, with changes of its result and environment."""
     other = Record(record.folder.with_name(name))
     shutil.copytree(record.folder, other.folder)
-    other.write("result.json", record.read_result() | {"identity": name} | changes)
-    other.write("environment.json", record.read_environment() | (environment or {}))
+    other.write_file("result.json", record.read_result() | {"identity": name} | changes)
+    other.write_file("environment.json", record.read_environment() | (environment or {}))
     return other
 
 
@@ -592,7 +694,7 @@ def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_pat
     assert shown.err.count("not analysed: ") == 2 and "| LoRA " in shown.out
     (done[0].record.folder / "analysis.json").write_text("[]")
     assert run_experiment(experiment, [cell.cell for cell in done], None) == 2
-    assert "Of the analyses no more can be told: " in capsys.readouterr().out
+    assert "The rest of the analyses is missing: " in capsys.readouterr().out
 
 
 def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatch):
@@ -696,4 +798,4 @@ def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path,
     assert found.keys() == {"table", "values", "differences", "dual_lora_fig2_magnitude_ratio"}
     assert json.loads(found["table"].read_text())["columns"][:3] == ["task", "method", "no magnitude ratio"]
     assert len(json.loads(found["differences"].read_text())["data"]) == 2
-    assert [path.name.partition("_")[0] for path in media.glob("images/*")] == ["figure"]
+    assert {path.name.partition("_")[0] for path in media.glob("images/*")} == {"figure", "forest", "cost"}

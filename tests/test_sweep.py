@@ -22,7 +22,7 @@ from dual_lora.lab.inputs.splits import load_scored_splits, load_split
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import prepare_runs
-from dual_lora.lab.report.comparison import iterate_matches
+from dual_lora.lab.report.comparison.matches import iterate_matches
 from dual_lora.lab.statistics.compare import count_resamples
 from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.study import schedule as study_schedule

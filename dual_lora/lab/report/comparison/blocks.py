@@ -55,9 +55,9 @@ def iterate_verdict_blocks(found: Comparisons) -> Iterator[Block]:
 def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
     """Yield how verdicts are reached."""
     yield (
-        f"better, worse: at least {MIN_SEEDS} seeds, and a p below 0.05 in each of two tests. One is of the predictions, "
-        "paired by example (exact McNemar or permutation), whose interval over examples and seeds must exclude zero, "
-        "too; the other is of the seeds (paired t)"
+        f"better, worse: at least {MIN_SEEDS} seeds, and a p below 0.05 in each of two tests: one of the "
+        "predictions, paired by example (exact McNemar or permutation), whose interval over examples and seeds must "
+        "exclude zero, too; one of the seeds (paired t)"
     )
     margins = {c.margin: c.difference.test == OVER_SEEDS for c in found if c.margin}
     known = " or ".join(f"{m:g} ({'mean over tasks' if mean else 'one task'})" for m, mean in margins.items())
