@@ -266,9 +266,7 @@ class StopAndResume(TrainerCallback):
             return
         loop, folder = self.loop, Path(args.output_dir) / f"checkpoint-{state.global_step}"
         kept = json.loads((folder / STATE_FILE).read_text())
-        state.compute_steps(
-            args, state.max_steps
-        )  # train.save_steps may have changed
+        state.compute_steps(args, state.max_steps)  # train.save_steps may have changed
         loop._tr_loss += kept["loss_since_log"]
         loop._globalstep_last_logged, loop._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
         loop._initial_global_step, loop.earlier = 0, kept["seconds"]
