@@ -84,13 +84,13 @@ def test_every_experiment_composes_and_can_show_a_difference(name):
     ("name", "extra", "labels", "same"),
     [
         ("nlu", ["model=roberta-base", "task=glue/rte"], 6, {"train.epochs": {80}, "method.alpha": {None, 8}}),
-        ("commonsense", ["model=llama3-8b"], 8, {"hardware.base": {None}, "train.batch_size": {16}}),
+        ("commonsense", ["model=llama3-8b"], 10, {"hardware.base": {None}, "train.batch_size": {2, 16}}),
         ("rank_allocation", ["method.magnitude_ratio=0.0625"], 6, {"method.magnitude_ratio": {None, 0.0625}}),
         ("rank_allocation", ["method.magnitude_ratio=0.25,0.5"], 6, {"method.magnitude_ratio": {None, 0.25, 0.5}}),
         ("nlu", ["method=lora,dual_lora", "model=roberta-base", "task=glue/rte"], 3, {"method.rank": {8}}),
         ("nlg", ["model=gpt2-medium"], 6, {"model.name": {"gpt2-medium"}}),
         # what says not where a run stands is a setting of all
-        ("commonsense", ["model=llama3-8b", "train.batch_size=8"], 8, {"train.batch_size": {8}}),
+        ("commonsense", ["model=llama3-8b", "train.batch_size=8"], 10, {"train.batch_size": {8}}),
         ("update_rank", ["train.max_steps=1"], 3, {"train.max_steps": {1}}),
     ],
 )
