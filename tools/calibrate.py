@@ -17,9 +17,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "calibration.md"
 INTRODUCTION = """# Do verdicts and intervals keep their promise?
 
 `make calibration` simulates studies of two methods and judges them with the code that judges real ones
-(`dual_lora/lab/statistics/calibration.py` states the law). Every row is {studies:,} studies. Examples are answered
-wrongly in 9 % on average, few hard ones more often. "Seed SD" is how far a seed alone moves a run's accuracy, in
-points.
+(`dual_lora/lab/statistics/calibration.py` states the law). Examples are answered wrongly in 9 % on average, a few hard
+ones more often. "Seed SD" is how far a seed alone moves a run's accuracy, in points.
 
 - equal: both methods have the same chance of error on every example. Different: called better or worse, which never
   happens with under five seeds. Computed: how often equal methods should be called equivalent within 1 point, given the
@@ -36,7 +35,7 @@ def main(studies: int) -> int:
     found = calibrate(studies)
     table = format_table(found)
     misses = find_misses(found)
-    lines = [INTRODUCTION.format(studies=studies), table, "", *(f"missed: {miss}" for miss in misses), summarize(found)]
+    lines = [INTRODUCTION, table, "", *(f"missed: {miss}" for miss in misses), summarize(found)]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines[1:]))
@@ -50,7 +49,7 @@ def format_table(found: pd.DataFrame) -> str:
     for name in shares:
         cells[name] = ["–" if pd.isna(value) else f"{100 * value:.1f}" for value in found[name]]
     cells = cells.rename(columns={name: f"{name}, %" for name in shares})
-    return cells.to_markdown(index=False, disable_numparse=True, colalign=("right",) * 3 + ("left",) + ("right",) * 4)
+    return cells.to_markdown(index=False, disable_numparse=True, colalign=("right",) * 3 + ("left",) + ("right",) * 5)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,13 @@ def iterate_verdict_blocks(found: Comparisons) -> Iterator[Block]:
     yield Text("Verdicts", heading=True)
     yield Table(
         format_comparisons(found.planned),
-        f"The planned comparisons, in points; p is corrected for all {len(found.planned)} by Holm's method.",
+        f"The planned comparisons, in points{describe_correction(len(found.planned))}.",
     )
     yield Text(items=tuple(explain_verdicts(found.planned)))
+
+
+def describe_correction(number: int) -> str:
+    return f"; p is corrected for all {number} by Holm's method" if number > 1 else ""
 
 
 def explain_verdicts(found: list[Comparison]) -> Iterator[str]:

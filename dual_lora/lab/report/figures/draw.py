@@ -60,7 +60,7 @@ def iterate_figures(
     which = "learned tasks" if unlearned else "tasks"
     yield (
         "cost",
-        draw_costs(collect_costs(experiment, done, unlearned)),
+        None if experiment.analyse else draw_costs(collect_costs(experiment, done, unlearned)),
         f"Main score against what a run costs, means over {which} and seeds; a dot for each row and column",
     )
 

@@ -14,9 +14,9 @@ VERDICT_COLORS = {BETTER: COLORS[2], WORSE: COLORS[4], EQUIVALENT: COLORS[0]}
 
 
 def draw_forest(found: list[Comparison]) -> Figure | None:
-    """Return the forest plot of comparisons in points; None where no difference is known."""
+    """Return the forest plot of comparisons in points; None where no difference of several seeds is known."""
     rows = [c for c in found if c.seed_test]
-    if not rows:
+    if all(c.difference.seeds < 2 for c in rows):
         return None
     groups: dict[str, list[Comparison]] = {}
     for c in rows:

@@ -32,13 +32,15 @@ def draw_results(
     experiment: Experiment, values: pd.DataFrame, done: list[Outcome], floors: list[Floor]
 ) -> Figure | None:
     """Return the figure of an experiment: lines over a numeric setting, else a panel of points for each column; None
-    while there is nothing to draw."""
+    while there is nothing to draw, or many columns hold one run each, which the table says better."""
     values = values.dropna(subset="value")
     if values.empty:
         return None
     numbers = pd.to_numeric(values["column"], errors="coerce")
     if isinstance(experiment.columns, str) and numbers.notna().any():
         return draw_lines(experiment, values.assign(column=numbers), done, floors)
+    if values["column"].nunique() > PANELS and values["seed"].nunique() == 1:
+        return None
     return draw_points(experiment, values, done, floors)
 
 
