@@ -1,11 +1,12 @@
 """The settings that a run's record holds, and settings looked up or replaced by their full names."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -33,6 +34,12 @@ DEFAULTS_OF_OLD_RECORDS = {
 }
 
 
+@functools.cache
+def build_defaults() -> DictConfig:
+    """Return the schema with the defaults of old records; the same for every record, and slow to build."""
+    return OmegaConf.merge(OmegaConf.structured(SCHEMA), DEFAULTS_OF_OLD_RECORDS)
+
+
 def load_recorded_settings(run: Path, key: str = "run") -> Settings:
     """Return the settings a run's record holds. key: what the command line calls that run.
 
@@ -44,7 +51,7 @@ def load_recorded_settings(run: Path, key: str = "run") -> Settings:
     try:
         stored = OmegaConf.load(path)
         check_text(str(OmegaConf.to_container(stored)), "its values")
-        return build_settings(OmegaConf.merge(OmegaConf.structured(SCHEMA), DEFAULTS_OF_OLD_RECORDS, stored))
+        return build_settings(OmegaConf.merge(build_defaults(), stored))
     except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a run's settings as this version knows them ({describe_config_error(error)})"

@@ -11,7 +11,7 @@ def pair_rows(ours: Runs, theirs: Runs) -> list[list[list[Row]]]:
     """Return the rows of both methods, [method][seed][example], for the seeds of both, in one order of examples.
 
     Raises:
-        ValueError: see `compare`.
+        ValueError: no seed in common, an example twice or not at all, or different examples or gold.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -36,7 +36,11 @@ def index_rows(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
 
 
 def check_same_data(first: dict[tuple[str, str], Row], other: dict[tuple[str, str], Row]) -> None:
-    """Raise ValueError unless both runs were measured on the same examples."""
+    """Refuse runs that were scored on different examples.
+
+    Raises:
+        ValueError: with an example, or a gold value, that only one of them has.
+    """
     if lost := sorted(first.keys() ^ other.keys()):
         at = f"{len(lost)} are in one only, such as {' '.join(lost[0])}"
         raise ValueError(f"changed data: {len(first)} examples in one run, {len(other)} in another; {at}")
