@@ -1,13 +1,4 @@
-"""The report of an experiment, from run records alone. The same records give the same bytes.
-
-runs/STUDY/report/
-    table.md         the table, differences, published figures
-    table.tex        its tables for LaTeX, with booktabs
-    table.csv        every value of every run
-    differences.csv  every comparison with a baseline
-    report.html      all of it as one page that needs nothing else
-    *.png, *.pdf     figures
-"""
+"""Blocks of text, tables and figures, rendered as Markdown, LaTeX and HTML."""
 
 import base64
 import re
@@ -32,7 +23,7 @@ TEX |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `heading` makes it a heading, several `items` a list."""
+    """A paragraph, a heading (`heading`), or a list (`items`)."""
 
     text: str = ""
     heading: bool = False
@@ -41,7 +32,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of printed cells. bold: cells to set off, of its shape; aside: positions of rows that are not ours."""
+    """A table of printed cells.
+
+    Attributes:
+        bold: which cells are bold, of the table's shape.
+        aside: positions of published rows, set apart from ours.
+    """
 
     cells: pd.DataFrame
     caption: str
@@ -49,20 +45,20 @@ class Table:
     aside: frozenset[int] = frozenset()
 
     def mark_bold(self, before: str, after: str) -> pd.DataFrame:
-        """Return the cells with the bold ones between two marks."""
+        """Return the cells, each bold one between two marks."""
         if self.bold is None:
             return self.cells
         return self.cells.where(~self.bold, before + self.cells.astype(str) + after)
 
     def find_word_columns(self) -> list[bool]:
-        """Return which columns hold words, to be set flush left."""
+        """Return which columns hold words. They are aligned to the left, numbers to the right."""
         columns = [self.cells.iloc[:, number].astype(str) for number in range(self.cells.shape[1])]
         return [not all(map(NUMBER.fullmatch, column)) for column in columns]
 
 
 @dataclass(frozen=True)
 class Image:
-    """A figure in a PNG file, with its words."""
+    """A figure in a PNG file, with its caption."""
 
     path: Path
     caption: str
@@ -97,7 +93,7 @@ def render_latex(blocks: list[Block], name: str) -> str:
 
 
 def render_latex_table(table: Table, label: str, legend: tuple[str, ...] = ()) -> str:
-    """Return a table with its legend, shrunk where it is wider than the page."""
+    """Return a table with its legend, scaled down if it is wider than the page."""
     shape = "".join("l" if words else "r" for words in table.find_word_columns())
     text = (
         format_latex_cells(table)
@@ -117,7 +113,7 @@ def render_latex_table(table: Table, label: str, legend: tuple[str, ...] = ()) -
 
 
 def format_latex_cells(table: Table) -> pd.DataFrame:
-    """Return the cells for LaTeX: rows that are not ours in italics, with a little room before the next of ours."""
+    """Return the cells for LaTeX: published rows in italics, with a little space after them."""
     cells = table.cells.rename(columns=escape_latex).map(escape_latex)
     if table.bold is not None:
         cells = cells.where(~table.bold.set_axis(cells.columns, axis=1), r"\textbf{" + cells + "}")
@@ -129,7 +125,7 @@ def format_latex_cells(table: Table) -> pd.DataFrame:
 
 
 def escape_latex(cell: object) -> str:
-    """Return text with what LaTeX reads as commands escaped."""
+    """Return text in which LaTeX's special characters are escaped."""
     text = str(cell).replace("\\", r"\textbackslash{}")
     for sign in "&%$#_{}":
         text = text if sign in "{}" else text.replace(sign, "\\" + sign)
@@ -139,7 +135,7 @@ def escape_latex(cell: object) -> str:
 
 
 def render_html(blocks: list[Block], title: str) -> str:
-    """Return a page that needs nothing but itself: figures are inside it."""
+    """Return a self-contained page, its figures embedded."""
     body = "\n".join(map(render_html_block, blocks))
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     page = f"<head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body>"

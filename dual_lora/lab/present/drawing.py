@@ -1,10 +1,10 @@
-"""Figures as files: the same figure gives the same bytes."""
+"""Figures as files. The same figure gives the same bytes."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-# Else the files would hold the time they were made at, and matplotlib's version.
+# Without these, files would hold their creation time and matplotlib's version.
 METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
@@ -13,5 +13,5 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.{kind}" for kind in METADATA]
     for path, metadata in zip(paths, METADATA.values(), strict=True):
         figure.savefig(path, dpi=150, metadata=metadata)
-        figure.set_layout_engine("none")  # laid out once: that takes longer than to draw
+        figure.set_layout_engine("none")  # the layout is computed once: it takes longer than drawing
     return paths

@@ -1,7 +1,7 @@
 """Published rows beside ours: of the same model, method and rank, and of the same value of the columns' setting.
 
 A published row stands once in every part of a table: below the first row of ours it belongs to, or below the one with
-its learning rate where that is known. What tells it from others of its table stands behind its name.
+its learning rate where that is known. Keys that distinguish it from other rows of its table follow its name.
 """
 
 from collections.abc import Iterator
@@ -116,14 +116,16 @@ def add_line(experiment: Experiment, lines: list[Line], new: Line) -> None:
 
 
 def name_lines(lines: list[Line], runs: list[Outcome]) -> Iterator[tuple[str, Cells]]:
-    """Yield the lines below a row of ours: table, status, what tells a line from others of its table, a learning rate
-    that ours has not."""
+    """Yield the lines below a row of ours, each named by table, status and the keys that distinguish it from others of
+    its table, with its learning rate where ours is another."""
     for line in lines:
         others = [other.get_keys(runs) for other in lines if other.table is line.table]
-        telling = {k: v for k, v in line.get_keys(runs).items() if k == "lr" or any(o.get(k) != v for o in others)}
+        distinguishing = {
+            k: v for k, v in line.get_keys(runs).items() if k == "lr" or any(o.get(k) != v for o in others)
+        }
         known = [] if line.table.status == "published" else [line.table.status]
         yield (
-            ", ".join([line.table.id, *known, *(f"{k} {v}".replace("_", " ") for k, v in telling.items())]),
+            ", ".join([line.table.id, *known, *(f"{k} {v}".replace("_", " ") for k, v in distinguishing.items())]),
             line.cells,
         )
 

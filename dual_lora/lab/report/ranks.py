@@ -1,4 +1,4 @@
-"""The part of a report that tells what runs did to their weights: Figure 3 of arXiv 2512.03402 with its null."""
+"""What runs did to their weights, as part of a report: Figure 3 of arXiv 2512.03402 beside its null."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +23,11 @@ RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size
 
 
 def analyse_missing(done: list[Outcome]) -> None:
-    """Analyse every finished run that is not yet."""
+    """Analyse every finished run that has no analysis yet.
+
+    Raises:
+        UserError: a run cannot be loaded or taken apart.
+    """
     from dual_lora.lab.weights.analyse import analyse_run  # imports torch, which a report does not need
 
     for cell in done:
@@ -48,8 +52,8 @@ def iterate_rank_blocks(done: list[Outcome], folder: Path) -> Iterator[Block]:
         yield Image(draw_ranks(runs, folder, kind), f"{name.capitalize()} by layer; dashed: random factors.")
     yield Table(tabulate_by_role(runs, iterate_entries), "Entries of dW: medians over layers, the run's | its null's.")
     ramps = {name: content.get("update_scale") for name, content in found.items()}
-    if told := tuple(f"{name}: {RAMP.format(f=f)}" for name, f in ramps.items() if f not in (None, 1)):
-        yield Text(items=told)
+    if partial := tuple(f"{name}: {RAMP.format(f=f)}" for name, f in ramps.items() if f not in (None, 1)):
+        yield Text(items=partial)
     yield Table(tabulate_by_role(runs, iterate_ranks), "All ranks: medians over layers, the run's | its null's.")
     for number, (name, content) in enumerate(found.items()):
         if path := draw_histograms(content, folder, f"histograms_{number}"):
@@ -84,7 +88,7 @@ def tabulate_update_ranks(runs: list[AnalysedRun]) -> pd.DataFrame:
 def tabulate_by_role(
     runs: list[AnalysedRun], cells: Callable[[AnalysedRun, pd.DataFrame], Iterator[dict[str, str]]]
 ) -> pd.DataFrame:
-    """Return a table of what `cells` tells of the weights of each role."""
+    """Return a table of what `cells` gives for the weights of each role."""
     lines = []
     for run in runs:
         for (role, out, fan_in), group in run.rows.groupby(list(PLACE_COLUMNS), sort=False):

@@ -25,7 +25,7 @@ MAX_NAMED_RUNS = 5
 
 
 def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
-    """Return what the report needs and finished runs do not have."""
+    """Return what the report needs and finished runs lack."""
     found = []
     for cell in done:
         for check in iterate_checks(experiment) if cell.result else ():
@@ -37,7 +37,7 @@ def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
 
 
 def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], object]]:
-    """Yield what reads the files of a run that the report tells of."""
+    """Yield functions that read the files of a run which the report needs."""
     yield lambda cell: cell.record.read_json("environment.json", *ENVIRONMENT_FIELDS)
     if experiment.baselines:
         yield read_predictions
@@ -152,7 +152,7 @@ def find_best(
 
 
 def describe_cost(runs: list[Outcome], found: list[Column]) -> dict[str, str]:
-    """Return the trained weights and the seconds a step of a row's runs, unless these are the table's columns."""
+    """Return trained parameters and seconds a step of a row's runs, unless these are the table's columns."""
     if any(column.field in FIELDS for column in found):
         return {}
     results = [cell.result for cell in runs if cell.result]
@@ -162,7 +162,7 @@ def describe_cost(runs: list[Outcome], found: list[Column]) -> dict[str, str]:
 
 
 def format_range(numbers: list[float], style: str) -> str:
-    """Return the smallest and the largest of sorted numbers, or the one that all print as."""
+    """Return the smallest and the largest of sorted numbers; one where both print alike."""
     ends = list(dict.fromkeys(style.format(numbers[i]) for i in ((0, -1) if numbers else ())))
     return " to ".join(ends) or MISSING
 
@@ -208,13 +208,13 @@ def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
         if (share := (cell.result or {}).get("clipped_share")) is not None:
             shares[cell.cell.label] = max(share, shares.get(cell.cell.label, 0.0))
     if shares:
-        told = ", ".join(f"{label} {share:.2g}" for label, share in shares.items())
+        listed = ", ".join(f"{label} {share:.2g}" for label, share in shares.items())
         none = "; where it is 0, clip is identity" if 0 in shares.values() else ""
-        yield f"share of Sign's gradient that was clipped, the largest at a logged step: {told}{none}"
+        yield f"share of Sign's gradient that was clipped, the largest at a logged step: {listed}{none}"
 
 
 def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
-    """Yield on what machines and with what code the runs were done, and of which settings there are other records."""
+    """Yield machines and code of the runs, runs with other files of a model, and other records of the same settings."""
     places = [cell.record.read_environment() for cell in done if cell.result]
     known = [place for place in places if place]
     if known:
@@ -229,11 +229,13 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
                 ", ".join(some[:MAX_NAMED_RUNS]) + (" and more" if len(some) > MAX_NAMED_RUNS else "") for some in found
             )
             yield f"runs of {name} that were done with different files and do not compare: {groups}"
-    if told := [describe_rivals(cell) for cell in done if cell.others]:
-        more = f" and {len(told) - MAX_NAMED_RUNS} more" if len(told) > MAX_NAMED_RUNS else ""
+    if rivals := [describe_rivals(cell) for cell in done if cell.others]:
+        more = f" and {len(rivals) - MAX_NAMED_RUNS} more" if len(rivals) > MAX_NAMED_RUNS else ""
         yield (
             "several finished records of the same settings (other data, weights, task version or code); shown is the "
-            "newest of those with the task as it is now and committed code: " + "; ".join(told[:MAX_NAMED_RUNS]) + more
+            "newest of those with the task as it is now and committed code: "
+            + "; ".join(rivals[:MAX_NAMED_RUNS])
+            + more
         )
 
 

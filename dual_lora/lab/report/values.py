@@ -60,7 +60,7 @@ class Column:
 
 
 def get_unit(task: str, metric: str) -> int:
-    """Return what a score is multiplied by to be printed: 100 for percent, 1 for one that is no fraction."""
+    """Return what a score is multiplied by to be printed: 100 for percent, 1 for a score that is not a fraction."""
     return 1 if metric in tasks.load(task).plain else 100
 
 
@@ -82,7 +82,7 @@ def get_heading(key: str) -> str:
 
 
 def get_column_value(cell: Outcome, key: str) -> Any:
-    """Return the value of the columns' setting that a run stands under; that there is none is told in words: LoRA has
+    """Return the value of the columns' setting that a run stands under, in words where it has none: LoRA has
     no magnitude ratio."""
     value = get_setting(cell.settings, key)
     return f"no {get_heading(key).replace('_', ' ')}" if value is None else value
@@ -175,7 +175,7 @@ def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> p
 
 
 def get_marks(cell: Outcome) -> str:
-    """Return the signs of `MARKS` that a finished run deserves."""
+    """Return the marks of `MARKS` that apply to a finished run."""
     if not cell.result:
         return ""
     found = "" if is_committed(cell.record.read_environment()) else "‡"

@@ -73,7 +73,7 @@ def compare_runs(
 ) -> Difference:
     """Return the difference in `metric`, a key of `task.score`, over the seeds and examples of both methods.
 
-    A p of at most 0.05 is drawn again, from as many resamples as its correction for so many `comparisons` needs. A
+    A p of at most 0.05 is estimated again, from as many resamples as its correction for `comparisons` p-values needs. A
     metric that is not resampled is computed by `task.score`, once for every run.
 
     Raises:

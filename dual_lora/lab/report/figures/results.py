@@ -217,7 +217,7 @@ def draw_column(axes: Axes, part: pd.DataFrame, order: list[str]) -> None:
 
 
 def get_column_unit(column: Column, done: list[Outcome]) -> str:
-    """Return the unit of a score that a column names; none of what is no score."""
+    """Return the unit of the score that a column names; empty if it names no score."""
     return "" if column.field in FIELDS or column.field in tasks.load(done[0].settings.task.name).plain else "%"
 
 
