@@ -1,0 +1,142 @@
+"""What the figures of a report show: verdicts in colours, chosen rates, curves from the records, costs."""
+
+import os
+import subprocess
+import sys
+from math import inf
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from matplotlib.colors import to_hex
+from test_report import GLUE, RATIOS, finish, study  # noqa: F401 (a fixture)
+
+from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests
+from dual_lora.lab.report.figures.forest import VERDICT_COLORS, draw_forest
+from dual_lora.lab.report.figures.layout import GREY, WIDTH, equalize_spans
+from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
+from dual_lora.lab.report.figures.training import collect_costs, draw_costs, draw_curves
+from dual_lora.lab.report.write import write_report
+from dual_lora.lab.statistics.compare import Difference
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import find_outcomes
+
+
+def compare(by_seed: list[float], baseline="LoRA", margin=1.0) -> Comparison:
+    """Return a comparison whose seeds differ by so many points."""
+    values, mean = tuple(v / 100 for v in by_seed), float(np.mean(by_seed)) / 100
+    ends = (mean - 0.001, mean + 0.001)
+    found = Difference(mean, *ends, 0.001, "paired permutation", 872, len(values), values)
+    return add_tests(Comparison("Dual LoRA", baseline, "glue/sst2", "accuracy", {}, found, 100, margin=margin))
+
+
+def test_the_forest_plot_has_a_row_a_comparison_with_seeds_mean_interval_and_band():
+    better = compare([2.0, 2.1, 2.2, 2.0, 2.1], "LoRA+")
+    equal, open_ = compare([0.05, -0.1, 0.1, 0.0, -0.1], "DoRA"), compare([3.0, -2.0, 1.0, -3.0, 2.0], "Full")
+    assert [c.verdict for c in (better, equal, open_)] == ["better", "equivalent", "undecided"]
+    figure = draw_forest([better, equal, open_])
+    (axes,) = figure.axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["glue/sst2 (accuracy)", "Dual LoRA - LoRA+", "Dual LoRA - DoRA", "Dual LoRA - Full"]
+    means = {line.get_xdata()[0]: line for line in axes.get_lines() if line.get_marker() == "D"}
+    assert sorted(means) == pytest.approx(sorted([2.08, -0.01, 0.2]))
+    colors = [to_hex(line.get_color()).upper() for line in means.values()]
+    assert colors == [VERDICT_COLORS["better"], VERDICT_COLORS["equivalent"], GREY]
+    bands = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert bands == [(-1, 2)] * 3 and figure.get_size_inches()[0] == WIDTH
+    assert max(abs(end) for end in axes.get_xlim()) > 3
+
+
+def test_an_interval_that_leaves_the_frame_ends_in_an_arrow_and_two_seeds_have_none():
+    wide = compare([3.0, -2.9, 0.2])  # t-interval of 7 points to each side
+    markers = [line.get_marker() for line in draw_forest([wide]).axes[0].get_lines()]
+    assert markers.count("<") == markers.count(">") == 1
+    two = [line.get_marker() for line in draw_forest([compare([3.0, -2.9])]).axes[0].get_lines()]
+    assert "<" not in two and two.count("o") == two.count("D") == 1
+    assert draw_forest([]) is None and draw_forest([compare([1.0])]) is None
+
+
+def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study):  # noqa: F811
+    tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3, 4e-3], "Dual LoRA": [1e-3, 2e-3, 4e-3]}}
+    spec = GLUE | {"tune": tune, "full": GLUE["full"] | {"blocks": [["task=glue/rte"]]}}
+    experiment = Experiment.from_content("made", spec)
+    cells = experiment.compose_cells([])
+    for trial in {repr(t): t for cell in cells for t in cell.tuning}.values():
+        if trial.train.lr < 4e-3:
+            finish(trial, 60 + round(5000 * trial.train.lr))
+    done = find_outcomes(cells, "made")
+    assert np.isnan(collect_rates(experiment, done)["score"]).sum() == 2  # the third rate is missing
+    (first,) = {cell.trials for cell in done if cell.cell.label == "LoRA"}
+    assert [rate for rate, _ in first] == [1e-3, 2e-3, 4e-3]
+    frame = pd.DataFrame(
+        [
+            {"place": "rte", "label": "LoRA", "rate": rate, "score": score, "chosen": rate == 2e-3}
+            for rate, score in ((1e-3, 65.0), (2e-3, 70.0), (4e-3, np.nan))
+        ]
+    )
+    (axes,) = draw_rates(frame).axes
+    (dots,) = axes.collections
+    assert [to_hex(color) for color in dots.get_edgecolors()][-1] == "#000000"
+    assert dots.get_array().tolist() == [65, 70] and axes.get_xscale() == "log"
+    (cross,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
+    assert list(cross.get_xdata()) == [4e-3]
+    assert draw_rates(frame.assign(score=np.nan)) is None
+
+
+def test_a_rate_that_diverged_has_no_score(study):  # noqa: F811
+    experiment, done = study(GLUE, lambda label, s: 80)
+    object.__setattr__(done[0], "trials", ((1e-3, -inf), (2e-3, 0.7)))
+    frame = collect_rates(experiment, done[:1])
+    assert frame["score"].isna().tolist() == [True, False] and frame["score"][1] == pytest.approx(70)
+
+
+def test_learning_curves_are_drawn_from_the_records(study, tmp_path):  # noqa: F811
+    experiment, done = study(GLUE, lambda label, s: 80)
+    assert draw_curves(done) is None  # nothing logged
+    for cell in done:
+        lines = [{"step": step, "train/loss": 1 / step + cell.settings.seed} for step in (10, 20, 30)]
+        cell.record.write_lines("metrics.jsonl", [*lines, {"step": 30, "eval/accuracy": 0.8}])
+    figure = draw_curves(done)
+    assert [axes.get_title() for axes in figure.axes] == ["glue/sst2", "glue/rte"]
+    drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert list(drawn) == ["LoRA", "Dual LoRA"]
+    assert drawn["LoRA"].get_ydata() == pytest.approx([1 / step + 0.5 for step in (10, 20, 30)])
+    write_report(experiment, done, tmp_path)
+    assert (tmp_path / "curves.png").is_file()
+    (done[0].record.folder / "metrics.jsonl").write_text("{")
+    assert draw_curves(done[:1]) is None  # damaged: the other figures are drawn all the same
+
+
+def test_costs_stand_against_the_mean_score_of_learned_tasks(study):  # noqa: F811
+    experiment, done = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), peak_memory_bytes=2**30)
+    frame = collect_costs(experiment, done, set()).set_index("label")
+    assert frame["score"].to_dict() == {"LoRA": 80, "Dual LoRA": 85}
+    assert set(frame["seconds_per_step"]) == {0.5} and set(frame["peak_memory_mib"]) == {1024}
+    assert len(draw_costs(frame.reset_index()).axes) == 2
+    one = collect_costs(experiment, done, {("roberta-base", "glue/rte")})
+    assert set(one["score"]) == {80, 85}
+    assert draw_costs(frame.reset_index()[:1]) is None  # nothing to compare
+
+
+def test_related_panels_have_one_span(study):  # noqa: F811
+    figure = draw_forest([compare([0.0, 1.0])])
+    one, other = figure.subplots(1, 2)
+    one.set_ylim(0, 20), other.set_ylim(70, 71)
+    equalize_spans([one, other])
+    assert one.get_ylim() == (0, 20) and other.get_ylim() == (60.5, 80.5)
+    equalize_spans([other.figure.add_subplot()])
+
+
+def test_a_report_loads_neither_torch_nor_peft():
+    code = "import sys, dual_lora.lab.report.write; print(sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    environment = os.environ | {"DUAL_LORA_LAZY": "1"}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout.strip() == "[]", done.stdout
+
+
+def test_lines_show_seeds_beside_means(study, tmp_path):  # noqa: F811
+    experiment, done = study(RATIOS, lambda label, s: 70 + s.seed)
+    text = write_report(experiment, done, tmp_path)
+    assert "small dots: 3 seeds each; large ones: their mean; bars: 95 % t-interval over seeds" in text
