@@ -8,6 +8,7 @@ import pandas as pd
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
 from dual_lora.lab.report.comparison.comparisons import OVER_SEEDS, Comparison, Comparisons
 from dual_lora.lab.report.comparison.floors import STANDARD_ERRORS, Floor, ModelTask
+from dual_lora.lab.report.comparison.matches import Key
 from dual_lora.lab.report.values import format_value, get_heading
 from dual_lora.lab.statistics.seeds import MIN_SEEDS, compute_detectable_difference
 from dual_lora.lab.statistics.verdict import EQUIVALENT, UNDECIDED
@@ -168,17 +169,16 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
 
 def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
     """Yield what smallest differences more seeds would find, by task, from the spread that was seen."""
-    counts: dict[tuple[str, str], list[Comparison]] = {}
+    pools: dict[Key, list[Comparison]] = {}
     for c in [*found.planned, *found.exploratory]:
         if c.spread is not None:
-            counts.setdefault((c.task, c.score), []).append(c)
+            pools.setdefault(c.pool, []).append(c)
     lines = []
-    for (task, score), some in counts.items():
+    for (model, task, score), some in pools.items():
         ahead = sorted({max(c.difference.seeds for c in some), *PLANNED_SEEDS} - {0, 1})
         known = {f"{n} seeds": f"{compute_detectable_difference(some[0].spread, n):.1f}" for n in ahead}
-        lines.append(
-            {"task": task, "score": score, "comparisons": len(some), "spread": f"{some[0].spread:.2f}", **known}
-        )
+        where = ({"model": model} if model else {}) | {"task": task, "score": score}
+        lines.append(where | {"comparisons": len(some), "spread": f"{some[0].spread:.2f}"} | known)
     if lines:
         yield Text("Power", heading=True)
         yield Table(

@@ -30,6 +30,7 @@ from dual_lora.lab.study.outcome import Outcome
 from tasks.base import Row
 
 OVER_SEEDS = "t-test over seeds"
+MODEL_SETTING = "model.name"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Comparison:
         difference: in the score's unit, which `unit` turns into points.
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
-        spread: standard deviation of the seeds' differences in points, pooled over the comparisons by this score on
-            this task, since that of a few seeds is hardly known.
+        spread: standard deviation of the seeds' differences in points, pooled over the comparisons of its `pool`,
+            since that of a few seeds is hardly known.
     """
 
     label: str
@@ -65,6 +66,11 @@ class Comparison:
         """The t-test over seeds, in points; None where no seed's difference is known."""
         by_seed = [value * self.unit for value in self.difference.by_seed]
         return compute_seed_test(by_seed) if by_seed else None
+
+    @property
+    def pool(self) -> Key:
+        """What comparisons with a common spread share: the model, where it heads rows, the task and the score."""
+        return self.place.get(MODEL_SETTING), self.task, self.score
 
     @property
     def detectable(self) -> float | None:
@@ -107,12 +113,12 @@ def compare_cells(
 
 def pool_spreads(found: list[Comparison]) -> list[Comparison]:
     """Return comparisons with their pooled spread."""
-    variances: dict[tuple[str, str], list[float]] = {}
+    variances: dict[Key, list[float]] = {}
     for c in found:
         if c.seed_test and c.seed_test.deviation is not None:
-            variances.setdefault((c.task, c.score), []).append(c.seed_test.deviation**2)
+            variances.setdefault(c.pool, []).append(c.seed_test.deviation**2)
     spreads = {key: float(np.sqrt(np.mean(some))) for key, some in variances.items()}
-    return [replace(c, spread=spreads.get((c.task, c.score))) for c in found]
+    return [replace(c, spread=spreads.get(c.pool)) for c in found]
 
 
 def test_match(
