@@ -1,7 +1,9 @@
 """DualLoraConfig: what a user may choose about the method."""
 
 from dataclasses import dataclass, field
+from numbers import Real
 
+import torch
 from peft.config import PeftConfig
 
 from ..functional import DIRECTIONS, MAGNITUDES, STRAIGHT_THROUGH
@@ -29,6 +31,9 @@ class DualLoraConfig(PeftConfig):
             f = 1 has a root mean square of 0.02 / sqrt(fan_in), 2 % of a usual pretrained weight, whatever the width,
             ranks and alpha: sigma^2 = 0.02 * sqrt(2 * r2 / fan_in) / lora_alpha (`dual_lora.init_std`). fan_in is
             in_features, or in_channels / groups * kernel size, or embedding_dim.
+        direction_init_std: sigma of C and D where it shall differ from that of A and B; None takes the same. Sign(D C)
+            does not depend on it, but training does: the gradients of C and D are proportional to it, so a larger one
+            keeps them clear of Adam's epsilon, while Adam's steps, as large as the learning rate, then flip signs later.
         scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1.
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
         magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
@@ -58,7 +63,8 @@ class DualLoraConfig(PeftConfig):
     lora_alpha: float = field(default=16, metadata={"help": "Scale numerator: alpha / sqrt(r1 * r2)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     init_weights: bool = field(default=True, metadata={"help": "True: f starts at 0; False: at 1."})
-    init_std: float | None = field(default=None, metadata={"help": "Sigma of all four factors; None: by the rule."})
+    init_std: float | None = field(default=None, metadata={"help": "Sigma of the factors; None: by the rule."})
+    direction_init_std: float | None = field(default=None, metadata={"help": "Sigma of C and D; None: as init_std."})
     scale_warmup_steps: int = field(default=100, metadata={"help": "Optimizer steps over which f goes from 0 to 1."})
     ste: str = field(default="clip", metadata={"help": "Gradient of Sign: clip, identity or hardtanh."})
     magnitude: str = field(default="relu", metadata={"help": "relu, abs, softplus or identity."})
@@ -116,13 +122,17 @@ class DualLoraConfig(PeftConfig):
             ("kernel", KERNELS),
         ):
             _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(kinds)}")
-        steps, std = self.scale_warmup_steps, self.init_std
-        _require(isinstance(steps, int) and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
-        _require(std is None or std > 0, "init_std", std, "None or above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        steps = self.scale_warmup_steps
+        whole = isinstance(steps, int) and not isinstance(steps, bool)
+        _require(whole and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
+        for name in ("init_std", "direction_init_std"):
+            std = getattr(self, name)
+            _require(std is None or _is_positive(std), name, std, "None or a finite number above 0")
+        dropout = self.lora_dropout
+        _require(isinstance(dropout, Real) and 0 <= dropout < 1, "lora_dropout", dropout, "at least 0 and below 1")
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
-            _require(alpha > 0, name, alpha, "above 0")
+            _require(_is_positive(alpha), name, alpha, "a finite number above 0")
 
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
@@ -138,6 +148,12 @@ class DualLoraConfig(PeftConfig):
             except (TypeError, ValueError):
                 good = False
             _require(good, f"fused_slices[{key!r}]", value, "[n, [i, ...]]: n >= 2 blocks and distinct indexes below n")
+
+
+def _is_positive(value) -> bool:
+    """Whether the value is a number that float32, in which dW is scaled, holds as finite and above 0."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max
 
 
 def _require(condition: bool, name: str, value, expected: str) -> None:

@@ -5,10 +5,12 @@ forward, so gradient accumulation and activation checkpointing cannot disturb th
 two buffers of its factors (`step`, `update_scale`) and is saved with it.
 """
 
+import math
 import weakref
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .factors import LIVE, DualLoraFactors
@@ -26,9 +28,13 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     """Set f by hand, for every Dual LoRA adapter in the model.
 
     factor: the new f. ramp: False ends the ramp, so that f stays as set whatever optimizer steps follow; True goes on
-    ramping from the whole step nearest to f. Raises ValueError when the model has no Dual LoRA adapter, or when factor
-    is outside [0, 1] with ramp=True.
+    ramping from the whole step nearest to f.
+
+    Raises:
+        ValueError: the model has no Dual LoRA adapter, factor is NaN or infinite, or it is outside [0, 1] and ramp=True.
     """
+    if not math.isfinite(factor):
+        raise ValueError(f"factor={factor}: expected a finite number")
     factors = factors_of(model)
     if not factors:
         raise ValueError("the model has no Dual LoRA adapter")
@@ -36,6 +42,22 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
         raise ValueError(f"factor={factor}: a ramp can only go on from a value in [0, 1]")
     for f in factors:
         f.set_update_scale(factor, ramp)
+
+
+def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
+    """Return a sentence's end on the shortest of ramps that have not ended, None where all have.
+
+    states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand, which ends the ramp, is meant.
+    """
+    open_ramps = [(float(f), int(step), steps) for step, f, steps in states if int(step) < steps and float(f) < 1]
+    if not open_ramps:
+        return None
+    f, step, steps = min(open_ramps)
+    return (
+        f"at f = {f:.3g} of its ramp, {step} of {steps} steps done and {steps - step} left: it computes that share of dW. "
+        "Train on, take a scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
+        "dual_lora.set_update_scale(model, 1.0)."
+    )
 
 
 def first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:

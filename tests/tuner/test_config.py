@@ -82,6 +82,7 @@ EVERY_FIELD = {
     "lora_dropout": 0.1,
     "init_weights": False,
     "init_std": 0.03,
+    "direction_init_std": 0.05,
     "scale_warmup_steps": 17,
     "ste": "hardtanh",
     "magnitude": "abs",
