@@ -78,7 +78,7 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
-        # The clip of "clip" bounds what comes from the loss, which forward mode does not know: the tangent passes whole.
+        # The clip of "clip" acts on what comes from the loss, which forward mode does not know: the tangent passes.
         if ctx.ste == "hardtanh":
             (x,) = ctx.saved_tensors
             return tangent * (x.abs() <= 1)

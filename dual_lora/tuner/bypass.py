@@ -21,7 +21,7 @@ METADATA = {
 }  # fmt: skip
 QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "len", "type"}
 # Base classes that know no child by name, and whose long sources would take seconds to read.
-INFRASTRUCTURE = ("transformers.modeling_", "transformers.generation", "transformers.integrations", "transformers.utils")
+INFRASTRUCTURE = ("transformers.modeling_", "transformers.generation", "transformers.integrations")
 # Methods that set a model up rather than run it.
 SETUP = ("__init__", "_init", "get_", "init_", "reset_", "_reset", "resize_", "set_", "tie_", "_tie")
 

@@ -45,7 +45,7 @@ class DualLoraFactors(nn.Module):
     ) -> None:
         super().__init__()
         if fan_in == 0 or fan_out == 0:
-            raise ValueError(f"a weight of {fan_out} x {fan_in} has nothing to adapt; leave it out with exclude_modules")
+            raise ValueError(f"a weight of {fan_out} x {fan_in} cannot be adapted; leave it out with exclude_modules")
         r1, r2 = config.split(r)
         lead = () if blocks is None else (blocks,)
         self.A = nn.Parameter(torch.empty(*lead, r1, fan_in, dtype=dtype))
@@ -89,8 +89,8 @@ class DualLoraFactors(nn.Module):
     def reset_parameters(self, std: float, direction_std: float | None = None) -> None:
         """Draw A and B from N(0, std^2), C and D from N(0, direction_std^2) (None: std^2).
 
-        Drawn again where every entry of a ReLU(B A) comes out 0: such a layer has no gradient and stays 0 for ever. Only
-        layers of a few entries can meet with it, so a 64 x 64 corner is enough.
+        Drawn again where every entry of a ReLU(B A) comes out 0: such a layer has no gradient and stays 0 for ever.
+        Only layers of a few entries can meet with it, so a 64 x 64 corner is enough.
 
         Raises:
             ValueError: the products of such factors are beyond what float32 holds, 0 or infinite.
@@ -187,7 +187,7 @@ class DualLoraFactors(nn.Module):
         if not self.training and not torch.is_grad_enabled():
             return self._infer(x, weight, bias)
         x = F.dropout(x, self.dropout, self.training)
-        if not self.recomputes:
+        if not self.recomputes or x.is_nested:  # nested: what nn.TransformerEncoder makes of a padding mask
             return F.linear(x, self.delta_weight().flatten(0, -2).to(x.dtype))
         factors, options = self._upcast(self.A, self.B, self.C, self.D), self._kernel_options
         if self.A.ndim == 2:

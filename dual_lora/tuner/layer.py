@@ -20,8 +20,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer with any number of Dual LoRA adapters.
 
     y = base(x) + the sum over the active adapters of x dW^T. In 16 bits the base output and the adapter's own term are
-    computed apart, since rounding W0 + dW would swallow most of dW. A base layer of a class with a forward of its own is
-    run on W0 + dW instead, since only it knows what it does with a weight.
+    computed apart, since rounding W0 + dW would swallow most of dW. A base layer of a class with a forward of its own
+    is run on W0 + dW instead, since only it knows what it does with a weight.
 
     Args:
         base_layer: the layer to adapt.
@@ -247,6 +247,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return None
         return weight._version
 
+    def __setstate__(self, state: dict) -> None:
+        """A copy's tensors start with versions of their own."""
+        super().__setstate__(state)
+        self._unmerged = [(kept, self._weight_version()) for kept, _ in self._unmerged]
+
     def _writes_to_its_weight(self) -> bool:
         """Whether the base layer's own forward writes to its weight."""
         return False
@@ -357,6 +362,7 @@ class Linear(DualLoraLayer):
             or self.merged
             or len(names) != 1
             or names[0] in self.fused_slices
+            or x.is_nested
             or type(base) not in (nn.Linear, Conv1D)
             or "forward" in base.__dict__
             or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
@@ -499,6 +505,7 @@ def has_plain_forward(base_layer: nn.Module) -> bool:
     rows = torch.linspace(-1, 1, 2 * n_in, device=weight.device, dtype=weight.dtype).view(2, n_in)
     try:
         with torch.no_grad():
-            return torch.allclose(type(base_layer).forward(base_layer, rows), kind.forward(base_layer, rows), 1e-2, 1e-4)
+            own, plain = type(base_layer).forward(base_layer, rows), kind.forward(base_layer, rows)
+        return torch.allclose(own, plain, 1e-2, 1e-4)
     except Exception:  # a forward that wants something else, or a weight on the meta device: as PEFT takes it
         return True

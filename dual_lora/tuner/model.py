@@ -60,7 +60,7 @@ class DualLoraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """True: factors in float32, whatever the base is in. False, at the user's risk: in the dtype of the base.
 
-        PEFT calls this last when it has loaded an adapter, so that this is also where a ramp that has not ended is told.
+        PEFT calls this last when it has loaded an adapter, so this is also where a ramp that has not ended is told of.
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
@@ -98,7 +98,8 @@ class DualLoraModel(BaseTuner):
                 raise ValueError(f"{name}: {error}") from None
         bypassed = [name for name, layer in layers.items() if layer.bypassed]
         if bypassed:
-            warnings.warn(f"Dual LoRA: {_list_names(bypassed)} not merged: no forward has used these factors.", stacklevel=3)
+            unused = f"Dual LoRA: {_list_names(bypassed)} not merged, since no forward has used the factors."
+            warnings.warn(unused, stacklevel=3)
         self._warn_of_ramp(self.active_adapters, "merged")
 
     @contextmanager
@@ -161,14 +162,15 @@ class DualLoraModel(BaseTuner):
         bypassed = [name for name, layer in layers.items() if adapter_name in layer.dual_lora_factors]
         if bypassed:
             warnings.warn(
-                f"Dual LoRA: {_list_names(bypassed)} never called by the parent module, which uses the weight itself or looks it up "
-                "elsewhere: an adapter has no effect there and will not be merged. Leave it out with exclude_modules.",
+                f"Dual LoRA: {_list_names(bypassed)} never called by the parent module, which uses the weight itself "
+                "or through another layer. An adapter has no effect there and will not be merged; leave it out with "
+                "exclude_modules.",
                 stacklevel=4,
             )
         if self._partly_called:
             warnings.warn(
-                f"Dual LoRA: {_list_names(self._partly_called)} in part used by the parent module without a call, which computes "
-                "with the weight itself: there the adapter has no effect until it is merged.",
+                f"Dual LoRA: {_list_names(self._partly_called)} called by the parent module in some places; in others "
+                "it computes with the weight itself, where the adapter has no effect until it is merged.",
                 stacklevel=4,
             )
 

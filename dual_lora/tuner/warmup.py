@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers import TrainerCallback
 
 from .factors import LIVE, DualLoraFactors
 
@@ -31,7 +32,7 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     ramping from the whole step nearest to f.
 
     Raises:
-        ValueError: the model has no Dual LoRA adapter, factor is NaN or infinite, or it is outside [0, 1] and ramp=True.
+        ValueError: the model has no Dual LoRA adapter, or factor is NaN, infinite or, with ramp=True, outside [0, 1].
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor={factor}: expected a finite number")
@@ -47,15 +48,15 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
 def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
     """Return a sentence's end on the shortest of ramps that have not ended, None where all have.
 
-    states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand, which ends the ramp, is meant.
+    states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand ends the ramp.
     """
     open_ramps = [(float(f), int(step), steps) for step, f, steps in states if int(step) < steps and float(f) < 1]
     if not open_ramps:
         return None
     f, step, steps = min(open_ramps)
     return (
-        f"at f = {f:.3g} of its ramp, {step} of {steps} steps done and {steps - step} left: it computes that share of dW. "
-        "Train on, take a scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
+        f"at f = {f:.3g} of its ramp, {step} of {steps} steps done and {steps - step} left, so it computes that share "
+        "of dW. Train on, take a scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
         "dual_lora.set_update_scale(model, 1.0)."
     )
 
@@ -85,3 +86,18 @@ def _advance(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 
 register_optimizer_step_post_hook(_advance)
+
+
+class DualLoraWarmupCallback(TrainerCallback):
+    """Advances f once per optimizer step of a Hugging Face Trainer, unless the optimizer hook has done so.
+
+    Only needed where the optimizer holds copies or flat partitions of the parameters (DeepSpeed); harmless elsewhere.
+    """
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._before = [(f, int(f.step)) for f in factors_of(model) if first_trained(f) is not None]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for factors, step in self._before:
+            if int(factors.step) == step:
+                factors.advance()
