@@ -81,9 +81,20 @@ def jamba():
 def x_vector():
     return Wav2Vec2ForXVector(
         Wav2Vec2Config(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(16, 16),
-            conv_kernel=(4, 4), conv_stride=(2, 2), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
-            num_feat_extract_layers=2, vocab_size=32, tdnn_dim=(16, 16), tdnn_kernel=(3, 3), tdnn_dilation=(1, 1),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            conv_dim=(16, 16),
+            conv_kernel=(4, 4),
+            conv_stride=(2, 2),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            num_feat_extract_layers=2,
+            vocab_size=32,
+            tdnn_dim=(16, 16),
+            tdnn_kernel=(3, 3),
+            tdnn_dilation=(1, 1),
             xvector_output_dim=8,
         )  # fmt: skip
     )
@@ -364,7 +375,9 @@ def test_a_base_that_trains_along_goes_on_training_after_and_while_merged():
     torch.testing.assert_close(weight.detach(), after - dW)
 
 
-@pytest.mark.parametrize("change", [lambda m: m.bfloat16(), lambda m: m.double(), copy.deepcopy], ids=["16", "64", "copy"])
+@pytest.mark.parametrize(
+    "change", [lambda m: m.bfloat16(), lambda m: m.double(), copy.deepcopy], ids=["16", "64", "copy"]
+)
 def test_a_merged_model_may_be_cast_and_copied(change):
     model = adapted(nn.Linear(IN, OUT))
     before = layer_of(model).weight.detach().clone()
