@@ -114,12 +114,13 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
     return _Sign.apply(x, ste)
 
 
-def autocasts(device_type: str) -> bool:
+def is_autocast_on(device_type: str) -> bool:
     """Return whether autocast is on for a device type; the meta device has none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def autocast_off(device_type: str):
+def suspend_autocast(device_type: str):
+    """A context in which autocast is off for a device type; the meta device has none."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # the meta device
@@ -146,7 +147,7 @@ def delta_weight(
         KeyError: unknown magnitude or direction.
         ValueError: unknown ste.
     """
-    with autocast_off(A.device.type):
+    with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
         sign = sign_ste(D @ C, ste) if direction == "sign" else DIRECTIONS[direction](D @ C)

@@ -97,7 +97,7 @@ class DualLoraConfig(PeftConfig):
         self._check_targets()
 
     def split(self, r: int) -> tuple[int, int]:
-        """The budget r as (r1, r2)."""
+        """Return the budget r, at least 2, as (r1, r2)."""
         r1 = min(max(round(r * self.magnitude_ratio), 1), r - 1)
         return r1, r - r1
 

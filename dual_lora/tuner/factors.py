@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import autocasts, delta_weight, init_std
+from ..functional import delta_weight, init_std, is_autocast_on
 from .config import DualLoraConfig
 
 MAX_DRAWS = 100
@@ -60,7 +60,7 @@ class DualLoraFactors(nn.Module):
         ramp_over = not config.init_weights or self.warmup_steps == 0
         self.register_buffer("step", torch.tensor(self.warmup_steps if ramp_over else 0))
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
-        fan = self.usual_fan(fan_in, fan_out)
+        fan = self.choose_fan(fan_in, fan_out)
         std = config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction)
         self.reset_parameters(std, config.direction_init_std)
         self.keeps = True  # whether evaluation may keep dW, which is as large as the weight
@@ -76,7 +76,7 @@ class DualLoraFactors(nn.Module):
         LIVE.add(self)  # a copy or an unpickled module did not pass through __init__
 
     @staticmethod
-    def usual_fan(fan_in: int, fan_out: int) -> int:
+    def choose_fan(fan_in: int, fan_out: int) -> int:
         """n where pretrained weights of this kind are usually of size 1 / sqrt(n)."""
         return fan_in
 
@@ -151,7 +151,7 @@ class DualLoraFactors(nn.Module):
         return {
             "scale": self.scale,
             "ste": self.kinds["ste"],
-            "ops": kernels.ops_for(self.kernel, self.A.device),
+            "ops": kernels.choose_ops(self.kernel, self.A.device),
         }
 
     def advance(self) -> None:
@@ -182,7 +182,7 @@ class DualLoraFactors(nn.Module):
         `drops`, since the base is not dropped from.
         """
         device = x.device.type
-        if autocasts(device) and x.dtype != torch.float64:
+        if is_autocast_on(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if not self.training and not torch.is_grad_enabled():
             return self._infer(x, weight, bias)
@@ -272,7 +272,7 @@ class EmbeddingFactors(DualLoraFactors):
     scale_grad_by_freq = False
 
     @staticmethod
-    def usual_fan(fan_in: int, fan_out: int) -> int:
+    def choose_fan(fan_in: int, fan_out: int) -> int:
         return fan_out
 
     def delta_weight(self) -> Tensor:

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..functional import autocast_off, autocasts
+from ..functional import is_autocast_on, suspend_autocast
 from .config import DualLoraConfig
 from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
 
@@ -314,7 +314,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         state = {name: t.to(dW.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         state["weight"] = self._rows_as_looked_up(state["weight"]) + dW
         precise = x.to(dW.dtype) if x.is_floating_point() else x
-        with autocast_off(x.device.type):
+        with suspend_autocast(x.device.type):
             result = torch.func.functional_call(base, state, (precise, *args), kwargs)
         return result.to(x.dtype if x.is_floating_point() else base.weight.dtype)
 
@@ -371,7 +371,7 @@ class Linear(DualLoraLayer):
         constants = [base.weight] if base.bias is None else [base.weight, base.bias]
         if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
             return None
-        if x.dtype != base.weight.dtype and not autocasts(x.device.type):
+        if x.dtype != base.weight.dtype and not is_autocast_on(x.device.type):
             return None  # the base layer has its own say on that
         factors = self.dual_lora_factors[names[0]]
         return factors if factors.recomputes else None

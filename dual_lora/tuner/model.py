@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -235,10 +236,17 @@ class DualLoraModel(BaseTuner):
             self._partly_called.append(key)
 
 
-def _find_shared_weights(modules) -> set[int]:
-    """Ids of the parameters that several of the modules hold."""
-    holders = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
-    return {parameter for parameter, count in holders.items() if count > 1}
+def _find_shared_weights(modules: Iterable[nn.Module]) -> set[int]:
+    """Ids of the parameters whose memory several of the modules hold, as one parameter or as several."""
+    held = [p for module in modules for p in module._parameters.values() if p is not None]
+    holders = Counter(_locate(p) for p in held)
+    return {id(p) for p in held if holders[_locate(p)] > 1}
+
+
+def _locate(parameter: nn.Parameter) -> int:
+    """A parameter's address; its identity where it has none."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
+    return parameter.data_ptr() if plain else id(parameter)
 
 
 def _set_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:

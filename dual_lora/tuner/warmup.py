@@ -61,27 +61,27 @@ def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str
     )
 
 
-def first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
+def find_first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
     """The first of the factors that has requires_grad."""
     return next((p for p in factors.parameters() if p.requires_grad), default)
 
 
-def _trained_by(optimizer: Optimizer) -> list[weakref.ref]:
+def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
     """The factors whose first trained parameter this optimizer holds, so that exactly one optimizer advances each."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     known = _TRAINED_BY.get(optimizer)
     if known is None or known[0] != held:
         ids = set(held)
-        known = held, [weakref.ref(f) for f in LIVE if id(first_trained(f, f.A)) in ids]
+        known = held, [weakref.ref(f) for f in LIVE if id(find_first_trained(f, f.A)) in ids]
         _TRAINED_BY[optimizer] = known
     return known[1]
 
 
 @torch.no_grad()
 def _advance(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for ref in _trained_by(optimizer):
+    for ref in _find_trained(optimizer):
         factors = ref()
-        if factors is not None and first_trained(factors) is not None:
+        if factors is not None and find_first_trained(factors) is not None:
             factors.advance()
 
 
@@ -95,7 +95,7 @@ class DualLoraWarmupCallback(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._before = [(f, int(f.step)) for f in factors_of(model) if first_trained(f) is not None]
+        self._before = [(f, int(f.step)) for f in factors_of(model) if find_first_trained(f) is not None]
 
     def on_step_end(self, args, state, control, **kwargs):
         for factors, step in self._before:

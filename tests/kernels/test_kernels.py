@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dual_lora import functional
-from dual_lora.kernels import delta_weight, dual_linear, ops_for, recompute
+from dual_lora.kernels import choose_ops, delta_weight, dual_linear, recompute
 
 OUT, IN, R1, R2 = 70, 45, 3, 5
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -22,7 +22,7 @@ def small_pieces(monkeypatch):
 
 
 def ops(kernel):
-    return ops_for(kernel, torch.device("cpu"))
+    return choose_ops(kernel, torch.device("cpu"))
 
 
 def drawn(dtype, size=0.7):
@@ -157,4 +157,4 @@ def test_without_triton_plain_torch_serves(monkeypatch):
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
     kernels._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="kernel='triton': no Triton"):
-        assert kernels.ops_for("triton", torch.device("cpu")) is recompute.TORCH
+        assert kernels.choose_ops("triton", torch.device("cpu")) is recompute.TORCH

@@ -359,6 +359,23 @@ def test_merging_keeps_the_very_parameter():
         assert layer_of(model).base_layer.weight is weight and torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("data", [False, True], ids=["parameter", "storage"])
+def test_a_tied_weight_is_left_to_its_partner(data):
+    base = ReadsDtype()
+    base.layer = nn.Linear(IN, IN)
+    if data:
+        base.layer.weight.data = base.before.weight.data
+    else:
+        base.layer.weight = base.before.weight
+    model = get_peft_model(base, config(init_weights=False))
+    partner = model.base_model.model.before.weight
+    before = partner.detach().clone()
+    model.merge_adapter()
+    assert torch.equal(partner, before) and not torch.equal(layer_of(model).weight, before)
+    model.unmerge_adapter()
+    assert layer_of(model).weight.data_ptr() == partner.data_ptr()
+
+
 def test_a_base_that_trains_along_goes_on_training_after_and_while_merged():
     model = adapted(nn.Linear(IN, OUT))
     weight = layer_of(model).base_layer.weight.requires_grad_()
