@@ -493,19 +493,23 @@ def has_plain_forward(base_layer: nn.Module) -> bool:
     """Whether the layer computes what the torch or transformers class it derives from computes.
 
     A subclass may pad, shift or scale. Scaled embeddings with an `embed_scale` are known; a linear layer with a forward
-    of its own is tried on two rows.
+    of its own is tried on two rows. Weights in other formats count as plain: their layers are known by type.
     """
     kind = next((kind for kind in ADAPTED if isinstance(base_layer, kind)), None)
-    if kind is None or type(base_layer).forward is kind.forward or hasattr(base_layer, "embed_scale"):
+    weight = getattr(base_layer, "weight", None)
+    known = kind is None or type(base_layer).forward is kind.forward or hasattr(base_layer, "embed_scale")
+    if known or weight is None or not weight.is_floating_point():
         return True
+    return kind in (nn.Linear, Conv1D) and _agrees_on_two_rows(base_layer, kind)
+
+
+def _agrees_on_two_rows(base_layer: nn.Module, kind: type[nn.Module]) -> bool:
     weight = base_layer.weight
-    if kind not in (nn.Linear, Conv1D) or not weight.is_floating_point():
-        return False
-    n_in = weight.shape[0 if kind is Conv1D else 1]
-    rows = torch.linspace(-1, 1, 2 * n_in, device=weight.device, dtype=weight.dtype).view(2, n_in)
     try:
+        n_in = weight.shape[0 if kind is Conv1D else 1]
+        rows = torch.linspace(-1, 1, 2 * n_in, device=weight.device, dtype=weight.dtype).view(2, n_in)
         with torch.no_grad():
             own, plain = type(base_layer).forward(base_layer, rows), kind.forward(base_layer, rows)
         return torch.allclose(own, plain, 1e-2, 1e-4)
-    except Exception:  # a forward that wants something else, or a weight on the meta device: as PEFT takes it
+    except Exception:  # a forward that wants something else, or a weight that is not here: as PEFT takes it
         return True
