@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import functional
 from ..functional import CLIPPED, STRAIGHT_THROUGH, suspend_autocast
 
 # Entries of an out x in matrix held in passing (64 MB of float32), and worked on at once where caches are small.
@@ -49,13 +51,15 @@ def dual_linear(
     """x (weight + dW)^T + bias, or x dW^T where there is no weight: ... x in -> ... x out, in x's dtype.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
-    weight, out x in, and bias, out. ops: None for plain torch. Differentiable once, in reverse mode; for second
-    derivatives and torch.func there is `dual_lora.functional.delta_weight`.
+    weight, out x in, and bias, out. ops: None for plain torch. Differentiable once, in reverse mode; inside a transform
+    of torch.func, which knows no such function, it is computed by plain autograd.
 
     Raises:
         ValueError: unknown ste.
     """
     _check(ste)
+    if _is_transformed(x, A, B, C, D):
+        return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
     return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH)
 
 
@@ -64,12 +68,14 @@ def delta_weight(
 ) -> Tensor:
     """dW, out x in, as `dual_lora.functional.delta_weight` has it, keeping the factors only. Differentiable once.
 
-    Shapes as in `dual_linear`.
+    Shapes, and what holds inside torch.func, as in `dual_linear`.
 
     Raises:
         ValueError: unknown ste.
     """
     _check(ste)
+    if _is_transformed(A, B, C, D):
+        return functional.delta_weight(A, B, C, D, scale, ste=ste)
     return _DeltaWeight.apply(A, B, C, D, scale, ste, ops or TORCH)
 
 
@@ -198,6 +204,22 @@ class _DeltaWeight(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return *ctx.ops.project(grad, *ctx.saved_tensors, ctx.ste), None, None, None
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work on one of the tensors."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What `dual_linear` computes, of a dW, out x in."""
+    if weight is not None and x.dtype == dW.dtype:
+        return F.linear(x, weight + dW, bias)
+    term = F.linear(x, dW.to(x.dtype))
+    if weight is None:
+        return term
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + term
 
 
 def _check(ste: str) -> None:

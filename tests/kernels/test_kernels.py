@@ -158,3 +158,17 @@ def test_without_triton_plain_torch_serves(monkeypatch):
     kernels._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="kernel='triton': no Triton"):
         assert kernels.choose_ops("triton", torch.device("cpu")) is recompute.TORCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_inside_torch_func_autograd_takes_over(dtype, with_weight):
+    x, factors, weight, bias, _ = drawn(torch.float32)
+    x, scale = x.to(dtype), torch.tensor(1.25)
+    plain = {"weight": weight.to(dtype), "bias": bias.to(dtype)} if with_weight else {}
+    loss = lambda A, row: dual_linear(row, A, *factors[1:], scale, **plain).float().square().sum()  # noqa: E731
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors[0], x)
+    for row, gradient in zip(x, found, strict=True):
+        A = factors[0].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(A, row), A)
+        assert (gradient - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()

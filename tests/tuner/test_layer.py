@@ -316,12 +316,13 @@ def test_a_sigma_whose_products_float32_does_not_hold_is_refused(fields):
 
 
 class TestTorchFunc:
-    """kernel="eager" under torch.func: what plain autograd gives row by row."""
+    """Under torch.func: what plain autograd gives row by row."""
 
-    @pytest.fixture(params=KINDS)
+    @pytest.fixture(params=[*((kind, "eager") for kind in KINDS), ("linear", "auto"), ("embedding", "auto")], ids=str)
     def model(self, request):
-        model = adapted(KINDS[request.param].base(), kernel="eager", ste="identity")
-        model.inputs = KINDS[request.param].inputs()
+        kind, kernel = request.param
+        model = adapted(KINDS[kind].base(), kernel=kernel, ste="identity")
+        model.inputs = KINDS[kind].inputs()
         return model
 
     def function(self, model):
