@@ -76,11 +76,11 @@ class DualLoraModel(BaseTuner):
     def _warn_of_ramp(self, adapters: list[str], occasion: str, loaded: bool | None = None) -> None:
         """Say once for each occasion that an adapter is not at full scale yet."""
         told = self.__dict__.setdefault("_told", set())
-        for name in adapters:
+        for name in [name for name in adapters if (name, occasion) not in told]:
             factors = [layer.dual_lora_factors[name] for layer in self._layers() if name in layer.dual_lora_factors]
             meant = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
             ramp = find_ramp((f.step, f.update_scale, f.warmup_steps) for f in meant)
-            if ramp is not None and (name, occasion) not in told:
+            if ramp is not None:
                 told.add((name, occasion))
                 warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
 
@@ -99,9 +99,27 @@ class DualLoraModel(BaseTuner):
                 raise ValueError(f"{name}: {error}") from None
         bypassed = [name for name, layer in layers.items() if layer.bypassed]
         if bypassed:
-            unused = f"Dual LoRA: {_list_names(bypassed)} not merged, since no forward has used the factors."
-            warnings.warn(unused, stacklevel=3)
-        self._warn_of_ramp(self.active_adapters, "merged")
+            warnings.warn(
+                f"Dual LoRA: {_list_names(bypassed)} not merged, since no forward has used the factors. If another "
+                "module calls the layer, run one forward before merging.",
+                stacklevel=3,
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; warns, once, of an adapter that is not at full scale yet.
+
+        Raises:
+            ValueError: a layer's weight is computed from other tensors, or NaN or infinite values with safe_merge.
+        """
+        self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As in PEFT; warns and raises as `merge_adapter`."""
+        self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

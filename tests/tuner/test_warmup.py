@@ -206,6 +206,17 @@ def test_a_short_ramp_is_told_of_once_at_save_at_load_and_at_merge(told, tmp_pat
     assert all("\n" not in line for line in lines)
 
 
+def test_the_adapter_that_is_merged_is_the_one_told_of(told):
+    model = quarter()
+    model.add_adapter("full", config(scale_warmup_steps=0))
+    copy.deepcopy(model).merge_and_unload(adapter_names=["full"])
+    model.merge_adapter(["full"])
+    assert told() == []
+    model.set_adapter("full")
+    model.merge_adapter(["default"])
+    assert len(told()) == 1 and "'default' is merged at f = 0.25" in told()[0]
+
+
 def test_nothing_is_told_at_full_scale_or_of_an_f_set_by_hand(told, tmp_path):
     for number, factor in enumerate((1.0, 0.3)):
         model = ramping()
