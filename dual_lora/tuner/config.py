@@ -38,7 +38,7 @@ class DualLoraConfig(PeftConfig):
             keeps them clear of Adam's epsilon, but Adam's steps, as large as the learning rate, then flip signs later.
         scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1. A run should be
             several times as long: what is saved or merged before the end of the ramp is only a part of dW. Default 10,
-            which suits runs of 20 steps and costs runs of 200 nothing (1 % of the loss at most, on tiny models).
+            which suits runs of 20 steps and costs runs of 200 nothing (under 2 % of the loss, on tiny models).
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
         magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
         direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
