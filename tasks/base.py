@@ -134,8 +134,8 @@ class Task:
         """Return the texts a likelihood decides between, as continuations of the prompt; none where it has no say."""
         return []
 
-    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
-        """Return what the predictions file keeps of the log-likelihoods of `choices`."""
+    def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
+        """Return what the predictions file keeps of the log-likelihoods of `choices`, each summed over its `tokens`."""
         raise NotImplementedError
 
     def judge(self, row: Row, output: Output) -> Row:

@@ -107,7 +107,7 @@ def test_options_are_checked_and_change_what_they_say(files):
             tasks.load("e2e", options)
 
 
-@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense"])
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense", "classification", "instruction"])
 def test_the_settings_hold_the_options_with_their_defaults(name):
     build = importlib.import_module(f"tasks.{name}").task
     defaults = {p.name: p.default for p in list(inspect.signature(build).parameters.values())[1:]}

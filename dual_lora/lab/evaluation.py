@@ -47,7 +47,8 @@ def evaluate(
         judged[name] = [task.judge(row, output) for row, output in zip(rows, given, strict=True)]
         if task.choices(rows[0]):
             ranked = outputs(model, tokenizer, task, list(rows), settings, f"{title}, likelihoods", likelihoods)
-            judged[name] = [v | task.judge_choice(row, s) for v, row, s in zip(judged[name], rows, ranked, strict=True)]
+            for verdict, row, found in zip(judged[name], rows, ranked, strict=True):
+                verdict |= task.judge_choice(row, *map(list, zip(*found, strict=True)))
         for row, output, verdict in zip(rows, given, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
     scores = task.score(judged)
@@ -151,7 +152,7 @@ def generate(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
     """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
-    prompts = [data.prompt_ids(tokenizer, row["prompt"], settings) for row in rows]
+    prompts = [data.prompt_ids(tokenizer, row, settings) for row in rows]
     protocol = settings.task
     data.check_room(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = plain(model)
@@ -196,9 +197,10 @@ def decoding(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int)
 
 def likelihoods(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
-) -> list[list[float]]:
-    """Return the log-likelihood of each of `task.choices` after a row's prompt, summed over its tokens."""
-    prompts = [data.prompt_ids(tokenizer, row["prompt"], settings) for row in rows]
+) -> list[list[tuple[float, int]]]:
+    """Return the log-likelihood of each of `task.choices` after a row's prompt, summed over its tokens, and how many
+    these are."""
+    prompts = [data.prompt_ids(tokenizer, row, settings) for row in rows]
     choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
     data.check_room(model, max(map(len, prompts)) + longest, settings)
@@ -219,7 +221,10 @@ def likelihoods(
     ).logits[:, :-1]
     found = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mul(real).sum(-1).view(-1, many)
     check(found)
-    return [scores[: len(options)] for scores, options in zip(found.tolist(), choices, strict=True)]
+    return [
+        [(score, len(ids)) for score, ids in zip(scores, options, strict=False)]
+        for scores, options in zip(found.tolist(), choices, strict=True)
+    ]
 
 
 def plain(model: torch.nn.Module) -> PreTrainedModel:
@@ -251,7 +256,9 @@ def load_scored(task: Task, settings: Settings) -> dict[str, Split]:
         UserError: as `load_split`.
     """
     if not settings.eval.holdout:
-        return {name: load_split(task, name, settings) for name in task.eval_splits}
+        with told():
+            names = task.eval_splits  # of a task on the user's own files, told by what is there
+        return {name: load_split(task, name, settings) for name in names}
     apart = set_apart(read_split(task, "train", settings), settings.eval.holdout)[1]
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
     return {task.eval_splits[0]: Split(apart.rows.select(range(limit)), apart.origin)}

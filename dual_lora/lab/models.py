@@ -190,7 +190,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         where = f"model.chat=true: {settings.model.name}"
         require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; take model.chat=false")
         with readable(f"{where}'s chat template takes no single prompt", "take model.chat=false"):
-            data.as_chat(tokenizer, "a prompt")
+            data.as_chat(tokenizer, [{"role": "user", "content": "a prompt"}])
     return tokenizer
 
 
@@ -207,10 +207,12 @@ def head_class(task: Task) -> type:
 
 def head_options(task: Task) -> dict:
     if task.form == "classification":
+        with runs.told():
+            labels = task.labels  # of a task on the user's own files, read from there
         return {
-            "num_labels": len(task.labels),
-            "id2label": dict(enumerate(task.labels)),
-            "label2id": {label: i for i, label in enumerate(task.labels)},
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
         }
     return {"num_labels": 1, "problem_type": "regression"} if task.form == "regression" else {}
 

@@ -103,7 +103,7 @@ def task_of(settings: Settings) -> tasks.Task:
         UserError: its options are wrong.
     """
     with told():
-        return tasks.load(settings.task.name, settings.task.options)
+        return tasks.load(settings.task.name, settings.task.options, settings.data_dir)
 
 
 def model_path(settings: Settings) -> Path | None:

@@ -45,7 +45,7 @@ def measure(settings: Settings, record: Record, name: str) -> dict[str, Any]:
     model.eval()
     alone, started = [], time.perf_counter()
     for row in rows:
-        ids = torch.tensor([data.prompt_ids(tokenizer, row["prompt"], settings)], device=model.device)
+        ids = torch.tensor([data.prompt_ids(tokenizer, row, settings)], device=model.device)
         with torch.inference_mode():
             made = model.generate(
                 input_ids=ids,
