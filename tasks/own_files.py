@@ -319,6 +319,7 @@ class OwnFiles(Task):
         if self._read[0] != stamps:
             found = {split: [row for path in paths for row in self.parsed(path)] for split, paths in files.items()}
             if len(found) == 1:
+                self.check(found)
                 found = set_apart(found["train"], self.held_out, self.split_seed, self.key, self.stratum)
             elif not self.overlap:
                 self.check_overlap(found)
