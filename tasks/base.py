@@ -247,7 +247,9 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
     if lacking := [name for name in needed if name not in header]:
         if not header:
             raise TaskError(f"{path}: no rows; {remedy}")
-        raise TaskError(f"{path}: no column {lacking[0]!r}, only {', '.join(header)[:200]}; {remedy}")
+        near = next((repr(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
+        known = f"but {near}" if near else f"only {', '.join(header)[:200]}"
+        raise TaskError(f"{path}: no column {lacking[0]!r}, {known}; {remedy}")
 
 
 def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) -> Iterator[tuple[int, list[str]]]:

@@ -50,6 +50,8 @@ def task(
     names = [str(name).lower() if isinstance(name, bool) else str(name).strip() for name in labels]
     if len(set(names)) < len(names) or len(names) == 1 or "" in names:
         raise TaskError(f"task.options.labels={names}: must be two class names or more, all different")
+    if names and metric in CORRELATIONS:
+        raise TaskError(f"task.options.labels={names}: {metric} is of numbers, which have no classes; drop labels")
     columns = [name for name in (text, text_pair, label) if name]
     if not text or not label or len(set(columns)) < len(columns):
         raise TaskError("task.options: text, text_pair and label must be the names of different columns")
