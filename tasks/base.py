@@ -4,7 +4,8 @@ A row is a dictionary. Its columns depend on the task's `form`:
 
     classification   id, text, text_pair ("" for single sentences), label (index into `labels`)
     regression       id, text, text_pair, label (float)
-    generation       id, prompt, target (the text to learn), references (every accepted text)
+    generation       id, prompt, target (the text to learn), references (every accepted text); a task may add messages,
+                     what a chat template is to see instead of the prompt
 
 Tasks know nothing of models, methods or torch: they see rows and outputs (a class index, a number, or a text).
 """
