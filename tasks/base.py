@@ -4,7 +4,8 @@ A row is a dictionary. Its columns depend on the task's `form`:
 
     classification   id, text, text_pair ("" for single sentences), label (index into `labels`)
     regression       id, text, text_pair, label (float)
-    generation       id, prompt, target (the text to learn), references (every accepted text)
+    generation       id, prompt, target (the text to learn), references (every accepted text); a task may add messages,
+                     what a chat template is to see instead of the prompt
 
 Tasks know nothing of models, methods or torch: they see rows and outputs (a class index, a number, or a text).
 """
@@ -94,6 +95,7 @@ class Task:
         name: as the user types it, e.g. "glue/sst2".
         version: raised whenever data, prompt or scoring change a number; part of every run's identity.
         form: what a model must produce, see the module's table.
+        data_dir: the user's folder, for a task whose labels or splits follow from what is in it.
         labels: class names in index order; empty unless `form` is "classification".
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
@@ -104,6 +106,7 @@ class Task:
     name: str
     version: int
     form: Literal["classification", "regression", "generation"]
+    data_dir: str | None = None
     labels: tuple[str, ...] = ()
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
@@ -132,8 +135,8 @@ class Task:
         """Return the texts a likelihood decides between, as continuations of the prompt; none where it has no say."""
         return []
 
-    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
-        """Return what the predictions file keeps of the log-likelihoods of `choices`."""
+    def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
+        """Return what the predictions file keeps of the log-likelihoods of `choices`, each summed over its `tokens`."""
         raise NotImplementedError
 
     def judge(self, row: Row, output: Output) -> Row:
@@ -157,14 +160,15 @@ class Task:
             TaskError: there are none, or one holds something else; `source` says where they are from.
         """
         with expected(f"a row of {self.name}", source):
-            rows = list(rows)
+            rows, features = list(rows), self.features[self.form]
+            columns = [name for name, kind in features.items() if kind == Value("string")]
             for number, row in enumerate(rows, start=1):
-                texts = [v for key, v in row.items() if key not in ("label", "references")] + row.get("references", [])
+                texts = [row[name] for name in columns] + row.get("references", [])
                 if odd := [text for text in texts if not isinstance(text, str)]:
                     raise TypeError(f"row {number} has {odd[0]!r}")  # Dataset would take a null
             if not rows:
                 raise TaskError(f"{source}: no rows; {FETCH}")
-            return Dataset.from_list(rows, features=self.features[self.form])
+            return Dataset.from_list(rows, features=features)
 
 
 def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
@@ -216,6 +220,7 @@ def read_table(
 
     quoted: fields may stand in quotation marks (CSV), else these are text (the official TSV files). `needed` columns
     must be there; `columns` names those of a file without a header; `skip_short` drops rows with missing fields.
+    `remedy` is what to do about a bad row.
 
     Raises:
         TaskError: no readable text, a column missing or twice, another number of fields than the header, or quotation
@@ -231,7 +236,7 @@ def read_table(
             raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}; {remedy}")
 
 
-def check_header(path: Path, header: Iterable[str], needed: Iterable[str], remedy: str) -> None:
+def check_header(path: object, header: Iterable[str], needed: Iterable[str], remedy: str) -> None:
     """Refuse a table that lacks a column, or has one twice, of which one would be dropped.
 
     Raises:
@@ -243,7 +248,9 @@ def check_header(path: Path, header: Iterable[str], needed: Iterable[str], remed
     if lacking := [name for name in needed if name not in header]:
         if not header:
             raise TaskError(f"{path}: no rows; {remedy}")
-        raise TaskError(f"{path}: no column {lacking[0]!r}, only {', '.join(header)[:200]}; {remedy}")
+        near = next((repr(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
+        known = f"but {near}" if near else f"only {', '.join(header)[:200]}"
+        raise TaskError(f"{path}: no column {lacking[0]!r}, {known}; {remedy}")
 
 
 def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) -> Iterator[tuple[int, list[str]]]:

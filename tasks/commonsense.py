@@ -283,7 +283,7 @@ class Commonsense(Task):
         """Return the target for every answer the prompt offers."""
         return [TARGET.format(word) for word in offered(row["prompt"])] if self.likelihood else []
 
-    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
+    def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
         """Return the likeliest answer. The targets differ in the answer's name alone, so lengths need no correction."""
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
         answer = offered(row["prompt"])[best]

@@ -93,22 +93,39 @@ def mean(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     return weights_RN @ columns_NC[:, 0] / weights_RN.sum(axis=1)
 
 
+def class_counts(columns_NC: np.ndarray, weights_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, from (answer, gold), how often each class was answered rightly, was answered, and was gold: (R, K)."""
+    classes, codes = np.unique(columns_NC, return_inverse=True)
+    answer_NK, gold_NK = np.eye(len(classes))[codes.reshape(columns_NC.shape).T]
+    return weights_RN @ (answer_NK * gold_NK), weights_RN @ answer_NK, weights_RN @ gold_NK
+
+
 def matthews(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return Matthews correlation of (answer, gold) over any number of classes; 0 where either is constant."""
-    classes, codes = np.unique(columns_NC, return_inverse=True)
-    answer_N, gold_N = codes.reshape(columns_NC.shape).T
-    each = np.eye(len(classes) ** 2)[answer_N * len(classes) + gold_N]
-    table_RKK = (weights_RN @ each).reshape(-1, len(classes), len(classes))
-    answers_RK, gold_RK, total = table_RKK.sum(axis=2), table_RKK.sum(axis=1), weights_RN.sum(axis=1)
-    above = np.trace(table_RKK, axis1=1, axis2=2) * total - (answers_RK * gold_RK).sum(axis=1)
+    right_RK, answers_RK, gold_RK = class_counts(columns_NC, weights_RN)
+    total = weights_RN.sum(axis=1)
+    above = right_RK.sum(axis=1) * total - (answers_RK * gold_RK).sum(axis=1)
     spread = [total**2 - (counts**2).sum(axis=1) for counts in (answers_RK, gold_RK)]
     return ratio(above, np.sqrt(spread[0] * spread[1]))
+
+
+def macro_f1(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+    """Return the unweighted mean of the F1 of every class among the answers and the gold of a resample."""
+    right_RK, answers_RK, gold_RK = class_counts(columns_NC, weights_RN)
+    seen_RK = answers_RK + gold_RK
+    return ratio(2 * right_RK, seen_RK).sum(axis=1) / (seen_RK > 0).sum(axis=1)
 
 
 def f1(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return F1 of class 1 from (answer, gold), both 0 or 1; 0 where there is no 1."""
     both = columns_NC[:, 0] * columns_NC[:, 1]
     return ratio(2 * (weights_RN @ both), weights_RN @ columns_NC.sum(axis=1))
+
+
+def quotient(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+    """Return the sum of the first number over the sum of the second: a mean over what a row has several of."""
+    above, below = (weights_RN @ columns_NC).T
+    return ratio(above, below)
 
 
 def pearson(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:

@@ -59,6 +59,11 @@ def classification(answers: Sequence[int], gold: Sequence[int], classes: int) ->
     return {key: float(value) for key, value in scores.items()}
 
 
+def macro_f1(answers: Sequence[int], gold: Sequence[int]) -> float:
+    """Return the unweighted mean of the F1 of every class among the answers and the gold."""
+    return float(f1_score(gold, answers, average="macro", zero_division=0.0))
+
+
 def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
     """Return Pearson and Spearman correlation and their mean; 0 where the answers are all the same.
 
@@ -141,6 +146,32 @@ def sentence_bleu(hypothesis: str, references: Texts) -> float:
     """Return one output's BLEU, smoothed, over the n-gram orders it has; for comparing runs example by example."""
     scorer = sacrebleu.BLEU(lowercase=True, tokenize="13a", effective_order=True)
     return min(scorer.sentence_score(hypothesis, list(references)).score / 100, 1.0)
+
+
+def sentence_chrf(hypothesis: str, references: Texts) -> float:
+    """Return one output's chrF (character n-grams of 1 to 6, beta 2; aclanthology.org/W15-3049), the best over the
+    references."""
+    return sacrebleu.CHRF().sentence_score(hypothesis, list(references)).score / 100
+
+
+def rouge_l(hypothesis: str, references: Texts) -> float:
+    """Return one output's ROUGE-L (aclanthology.org/W04-1013), the best over the references: F1 of the longest common
+    subsequence of lower-case words of letters and digits, unstemmed. On English text these are the words of the
+    rouge_score package, which drops all letters but a to z."""
+    words, *accepted = (re.findall(r"[^\W_]+", text.lower()) for text in (hypothesis, *references))
+    return max(rouge_l_of_words(words, reference) for reference in accepted)
+
+
+def rouge_l_of_words(words: list[str], reference: list[str]) -> float:
+    if not words or not reference:
+        return 0.0
+    number = {word: i for i, word in enumerate({*words, *reference})}
+    goal_G = np.array([number[word] for word in reference])
+    longest_G = np.zeros(len(goal_G) + 1, dtype=int)  # longest common subsequence with the first words of the goal
+    for word in words:
+        here = np.maximum(longest_G[1:], longest_G[:-1] + (goal_G == number[word]))
+        longest_G[1:] = np.maximum.accumulate(here)
+    return float(2 * longest_G[-1] / (len(words) + len(reference)))
 
 
 def nist(hypotheses: Texts, references: References) -> float:

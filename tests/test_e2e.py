@@ -107,7 +107,7 @@ def test_options_are_checked_and_change_what_they_say(files):
             tasks.load("e2e", options)
 
 
-@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense"])
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense", "classification", "instruction"])
 def test_the_settings_hold_the_options_with_their_defaults(name):
     build = importlib.import_module(f"tasks.{name}").task
     defaults = {p.name: p.default for p in list(inspect.signature(build).parameters.values())[1:]}
@@ -121,7 +121,7 @@ def test_the_settings_hold_the_options_with_their_defaults(name):
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"a||b\nname : Oak", "test.txt: line 2 is not"),
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"\xff\xfe", "test.txt: cannot be read"),
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"||The Oak is a pub .", "test.txt: line 1 is not"),
-        ("official", CSV, b"MR\nname[Oak]\n", "testset_w_refs.csv: no column 'mr', only MR"),
+        ("official", CSV, b"MR\nname[Oak]\n", "testset_w_refs.csv: no column 'mr', but 'MR'"),
         ("official", CSV, b"mr,ref\nOak,a pub\n", "line 2: .* lists no slots"),
         ("official", CSV, b'mr,ref\n"name[Oak, food[Thai]",a pub\n', "line 2: .* lists no slots"),
         ("official", CSV, b"mr,ref\nname[Oak] near the hall,a pub\n", "line 2: .* lists no slots"),
