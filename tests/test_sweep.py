@@ -16,7 +16,7 @@ import tasks
 from dual_lora import paper
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config.compose import list_choices, load_settings
-from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_scored_splits, load_split
 from dual_lora.lab.record.identity import serialize_identity_settings

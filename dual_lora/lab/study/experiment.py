@@ -34,8 +34,8 @@ from yaml import YAMLError
 from dual_lora import paper
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, list_choices, load_settings, parse_overrides
-from dual_lora.lab.config.recorded import get_setting, iterate_setting_names
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.recorded import iterate_setting_names
+from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
