@@ -10,8 +10,13 @@ import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
-from dual_lora.lab.commands.guard import run_command
-from dual_lora.lab.commands.train import train_command
-
 if __name__ == "__main__":
+    if sys.argv[1:] in (["--help"], ["-h"]):  # answered at once, before anything is imported
+        from dual_lora.lab.commands.settings_help import render_help
+
+        print(render_help())
+        sys.exit()
+    from dual_lora.lab.commands.guard import run_command
+    from dual_lora.lab.commands.train import train_command
+
     run_command(train_command, sys.argv[1:])
