@@ -19,11 +19,11 @@ import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
-from dual_lora.lab.commands.evaluate import evaluate_command
-from dual_lora.lab.commands.guard import run_command
-
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit()
+    from dual_lora.lab.commands.evaluate import evaluate_command
+    from dual_lora.lab.commands.guard import run_command
+
     run_command(evaluate_command, sys.argv[1:])

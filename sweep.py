@@ -13,12 +13,13 @@ import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
-from dual_lora.lab.commands.guard import run_command
-from dual_lora.lab.commands.sweep import sweep_command
-from dual_lora.lab.config.compose import list_choices
-
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
+        from dual_lora.lab.config.paths import list_choices
+
         print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")
         sys.exit()
+    from dual_lora.lab.commands.guard import run_command
+    from dual_lora.lab.commands.sweep import sweep_command
+
     run_command(sweep_command, sys.argv[1:])

@@ -22,9 +22,7 @@ EXAMPLES = {
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
     "python sweep.py experiment=NAME": "all runs of a table, and the table",
 }
-SWEEPS = (
-    "Several runs, in Hydra's grammar and with -m: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)."
-)
+SWEEPS = "Several runs, in Hydra's grammar and with -m: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)."
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
 GROUPS = ("model", "task", "method", "hardware")
 MANY = "..."  # a list or a dictionary that would fill the line
@@ -53,7 +51,9 @@ def read_defaults() -> dict[str, str]:
 def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield full name and value of every setting of conf/config.yaml."""
     for key, value in content.items():
-        yield from ((f"{key}.{name}", part) for name, part in value.items()) if isinstance(value, dict) else [(key, value)]
+        yield from (
+            ((f"{key}.{name}", part) for name, part in value.items()) if isinstance(value, dict) else [(key, value)]
+        )
 
 
 def format_value(value: Any) -> str:
@@ -91,7 +91,14 @@ def render_settings_markdown() -> str:
     for key, about, group in iterate_settings():
         value = f"`{defaults[key]}`" if key in defaults else ""
         if group:
-            lines += ["", f"## {key}", "", f"{about[0].upper()}{about[1:]}{f'; {value}' if value else ''}.", "", *TABLE_HEAD]
+            lines += [
+                "",
+                f"## {key}",
+                "",
+                f"{about[0].upper()}{about[1:]}{f'; {value}' if value else ''}.",
+                "",
+                *TABLE_HEAD,
+            ]
         else:
             lines.append(f"| `{key}` | {value} | {about} |")
     return "\n".join(lines) + "\n"

@@ -91,7 +91,9 @@ def describe_config_error(error: Exception) -> str:
 def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
     """Return the values of conf/config.yaml under their types, and the choice of each group where none is named."""
     base = load_yaml(conf / "config.yaml")
-    choices = {key: name for entry in base.pop("defaults") if isinstance(entry, DictConfig) for key, name in entry.items()}
+    choices = {
+        key: name for entry in base.pop("defaults") if isinstance(entry, DictConfig) for key, name in entry.items()
+    }
     base.pop("hydra")
     return OmegaConf.merge(OmegaConf.structured(SCHEMA), base), {group: choices[group] for group in GROUPS}
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -242,6 +242,25 @@ def parse_overrides(words: list[str]) -> list[list[str]]:
         choices.append([f"{key}={value}" for value in list_values(override)])
     check_number_of_runs(math.prod(map(len, choices)), " ".join(words))
     return [list(run) for run in itertools.product(*choices)]
+
+
+def split_words(argv: list[str], known: Collection[str], program: str, first: str) -> dict[str, str]:
+    """Return what the words KEY=VALUE of a command line set, values without quotes.
+
+    known: the names that may be set; first: the one that a word without KEY= most likely means.
+
+    Raises:
+        UserError: a word of another form, an unknown name, one that is set twice, or an empty value.
+    """
+    given: dict[str, str] = {}
+    for word in argv:
+        key, equals, _ = word.partition("=")
+        require(equals, f"{word[:300]}: not of the form KEY=VALUE; write {first}={word[:300]}")
+        require(key in known, f"{key}: no such setting of {program}.{suggest_name(key, known)}")
+        require(key not in given, f"{key}: given twice; drop one")
+        given[key] = unquote(word)
+        require(given[key], f"{key}=: needs a value")
+    return given
 
 
 def unquote(word: str) -> str:

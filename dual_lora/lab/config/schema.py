@@ -115,7 +115,9 @@ class Model:
     chat: bool = setting("true: prompts are put into the tokenizer's chat template")
     roles: dict[str, str] = setting("for q, k, v, o, gate, up and down: a regular expression that ends a module's name")
     adapt: list[str] = setting("the roles that an adapter changes")
-    head: list[str] = setting("modules that the base model does not bring and that are trained in full beside the adapter")
+    head: list[str] = setting(
+        "modules that the base model does not bring and that are trained in full beside the adapter"
+    )
     architecture: dict[str, Any] = setting("the model's configuration, for plans without a download")
 
     @property
@@ -185,7 +187,9 @@ class Method:
     r1: int | None = setting("rank of the magnitude group, with r2 instead of rank and magnitude_ratio")
     r2: int | None = setting("rank of the direction group, with r1")
     lr_ratio: float | None = setting("LoRA+ (arXiv 2402.12354): learning rate of the B matrices over that of A")
-    peft: dict[str, Any] | None = setting("the adapter's configuration as PEFT stores it; null: every weight is trained")
+    peft: dict[str, Any] | None = setting(
+        "the adapter's configuration as PEFT stores it; null: every weight is trained"
+    )
 
     def __post_init__(self) -> None:
         check_file_name("method.name", self.name, "it names the run's folder")

@@ -8,7 +8,7 @@ import tasks
 from dual_lora.lab.record.record import Record
 
 
-def format_summary(result: dict[str, Any], record: Record) -> str:
+def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     """Return a finished run as a small table of scores (in percent), and what it trained, how long, and where it is."""
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
@@ -24,8 +24,12 @@ def format_summary(result: dict[str, Any], record: Record) -> str:
         ["record", record.format_path()],
     ]
     facts += [["warning", text] for text in result.get("warnings", ())]
-    title = f"{result['model']}  {result['task']}  {result['method']}  seed {result['seed']}"
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def format_finished(result: dict[str, Any], record: Record, title: str) -> str:
+    """Return what is said of a run that was done before."""
+    return f"finished: {record.format_path()} (force=true runs it again)\n{format_summary(result, record, title)}"
 
 
 def format_comparison(result: dict[str, Any], now: dict[str, float], record: Record) -> str:

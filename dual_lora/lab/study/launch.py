@@ -36,7 +36,8 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import describe_config_error, list_choices
+from dual_lora.lab.config.compose import describe_config_error
+from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import Stopped, UserError, get_first_line, require, suggest_name
 from dual_lora.lab.record.run import Run
@@ -92,10 +93,8 @@ def check_launcher(words: list[str]) -> None:
     has = list_launcher_settings(name)
     for key in map(parse_key, words):
         part = key.removeprefix("hydra.launcher.").partition(".")[0]
-        own = key == "hydra/launcher" or not select_launcher_words([key])
-        require(own or part in has, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
-        swept = key.replace("/", ".").startswith("hydra.sweeper") and name != IN_PROCESS
-        require(not swept, f"{key}: not with hydra/launcher={name}, which gets all runs at once")
+        known_key = key == "hydra/launcher" or part in has
+        require(known_key, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
     try:
         compose_launcher(select_launcher_words(words))
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told

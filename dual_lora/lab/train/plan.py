@@ -63,6 +63,15 @@ def plan_run(run: Run) -> None:
     Raises:
         UserError: the model's architecture is not known, or the run does not fit; the message says what would.
     """
+    check_fit(run.settings, make_plan(run))
+
+
+def make_plan(run: Run) -> dict[str, Any]:
+    """Print the plan of a run, write it to plan.json in the run's folder, and return it.
+
+    Raises:
+        UserError: the accelerator or the model's architecture is not known.
+    """
     settings, record = run.settings, run.record
     known = settings.hardware.accelerator in ACCELERATORS
     require(known, f"hardware.accelerator={settings.hardware.accelerator}: known are {', '.join(ACCELERATORS)}")
@@ -71,7 +80,7 @@ def plan_run(run: Run) -> None:
     record.folder.mkdir(parents=True, exist_ok=True)
     record.write_file("plan.json", found)
     print(format_plan(found, record))
-    check_fit(settings, found)
+    return found
 
 
 def compute_plan(settings: Settings) -> dict[str, Any]:
