@@ -1,4 +1,7 @@
-"""`python train.py --help` and docs/settings.md, both from the settings' declarations and conf/. Imports nothing heavy."""
+"""`python train.py --help` and docs/settings.md, both from the settings' declarations and conf/.
+
+Imports neither torch nor Hydra, so that help is there at once.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -22,7 +25,9 @@ EXAMPLES = {
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
     "python sweep.py experiment=NAME": "all runs of a table, and the table",
 }
-SWEEPS = "Several runs, in Hydra's grammar and with -m: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)."
+SWEEPS = (
+    "Several runs, with -m, in Hydra's grammar: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
+)
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
 GROUPS = ("model", "task", "method", "hardware")
 MANY = "..."  # a list or a dictionary that would fill the line
@@ -51,9 +56,10 @@ def read_defaults() -> dict[str, str]:
 def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield full name and value of every setting of conf/config.yaml."""
     for key, value in content.items():
-        yield from (
-            ((f"{key}.{name}", part) for name, part in value.items()) if isinstance(value, dict) else [(key, value)]
-        )
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", part) for name, part in value.items())
+        else:
+            yield key, value
 
 
 def format_value(value: Any) -> str:
@@ -83,7 +89,7 @@ def render_settings_markdown() -> str:
     lines = ["# Settings", "", f"{head} `python train.py --help` prints the same."]
     lines += ["", "Commands, each with what it does:", ""]
     lines += [f"- `{command}`: {about}" for command, about in EXAMPLES.items()]
-    lines += ["", f"{SWEEPS} The defaults below are those of `python train.py`; other choices bring others."]
+    lines += ["", f"{SWEEPS}. The defaults below are those of `python train.py`; other choices bring others."]
     lines += ["", "| group | choices |", "|---|---|"]
     lines += [f"| `{group}` | {', '.join(list_choices(group))} |" for group in (*GROUPS, "hydra/launcher")]
     lines += ["", "## The run", "", *TABLE_HEAD]
@@ -91,14 +97,8 @@ def render_settings_markdown() -> str:
     for key, about, group in iterate_settings():
         value = f"`{defaults[key]}`" if key in defaults else ""
         if group:
-            lines += [
-                "",
-                f"## {key}",
-                "",
-                f"{about[0].upper()}{about[1:]}{f'; {value}' if value else ''}.",
-                "",
-                *TABLE_HEAD,
-            ]
+            said = f"{about[0].upper()}{about[1:]}" + (f", by default {value}" if value else "")
+            lines += ["", f"## {key}", "", f"{said}.", "", *TABLE_HEAD]
         else:
             lines.append(f"| `{key}` | {value} | {about} |")
     return "\n".join(lines) + "\n"
