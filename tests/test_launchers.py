@@ -98,7 +98,8 @@ def test_every_launcher_composes(name):
         ("hydra/launcher=workstation hydra.launcher.n_jobs=1,2", "hydra.launcher.n_jobs: one value for all runs"),
         ("hydra/launcher=workstation,slurm", "hydra/launcher: one value for all runs"),
         ("+hydra/launcher=slurm", "+hydra/launcher: is there already"),
-        ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: not with"),
+        ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: of Hydra's own only"),
+        ("hydra/sweeper=basic", "hydra/sweeper: of Hydra's own only"),
         ("hydra.launchers=slurm", "hydra.launchers: of Hydra's own only hydra/launcher"),
     ],
 )

@@ -26,7 +26,7 @@ EXAMPLES = {
     "python sweep.py experiment=NAME": "all runs of a table, and the table",
 }
 SWEEPS = (
-    "Several runs, with -m, in Hydra's grammar: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
+    "Several runs, with -m, as Hydra has it: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 )
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
 GROUPS = ("model", "task", "method", "hardware")

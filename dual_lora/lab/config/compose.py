@@ -8,10 +8,11 @@ from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
-from yaml import MarkedYAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
@@ -127,11 +128,29 @@ def load_settings(words: list[str]) -> Settings:
     try:
         choices = load_base(paths.CONF)[1] | chosen
         composed = compose_choices(paths.CONF, tuple(choices[group] for group in GROUPS))
-        config = copy.deepcopy(composed)
-        ConfigLoaderImpl._apply_overrides_to_config(rest, config)
-        given = {key for o in rest for key in iterate_given_keys(o.key_or_group, o.value())}
-        settings = build_settings(config, given)
-        check_unused(settings, given, composed)
-        return settings
-    except (HydraException, OmegaConfBaseException, MarkedYAMLError, ValueError, TypeError, AttributeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:  # of a file in conf/
         raise UserError(describe_config_error(error)) from error
+    config = copy.deepcopy(composed)
+    for override in rest:
+        apply_override(override, config)
+    given = {key for o in rest for key in iterate_given_keys(o.key_or_group, o.value())}
+    try:
+        settings = build_settings(config, given)
+    except OmegaConfBaseException as error:
+        raise UserError(describe_config_error(error)) from error
+    check_unused(settings, given, composed)
+    return settings
+
+
+def apply_override(override: Override, config: DictConfig) -> None:
+    """Set one value of a composed config.
+
+    Raises:
+        UserError: it is of the wrong type, or there is no such setting.
+    """
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([override], config)
+    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
+        said = describe_config_error(error)
+        key = override.key_or_group
+        raise UserError(said if said.startswith(key.partition(".")[0]) else f"{key}: {said}") from error

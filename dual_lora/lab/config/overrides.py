@@ -180,7 +180,7 @@ def check_override(override: Override) -> None:
     require(key != "experiment", "experiment: experiments are run by sweep.py: python sweep.py experiment=NAME")
     chooses = key in GROUPS or key == "hydra/launcher"
     if key.split("/")[0].split(".")[0] == "hydra":
-        require(LAUNCHER_KEY.match(key), f"{key}: of Hydra's own settings only hydra/launcher and what is below it")
+        require(LAUNCHER_KEY.match(key), f"{key}: of Hydra's own only hydra/launcher may be set; drop it")
         require(not override.is_sweep_override(), f"{key}: one value for all runs")
     elif not chooses:
         opened = any(key.startswith(parent + ".") for parent in OPEN_KEYS)

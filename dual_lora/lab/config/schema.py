@@ -55,6 +55,8 @@ def check_range(group: str, values: object, least: float, below: float, *names: 
     """
     for name in names:
         value = getattr(values, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{group}.{name}={value}: must be a finite number")
         bounds = f"must be in [{least}, {below})" if below < math.inf else "must not be negative"
         require(value is None or least <= value < below, f"{group}.{name}={value}: {bounds}")
 

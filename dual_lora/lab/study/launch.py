@@ -199,6 +199,9 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
             return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
     except BrokenExecutor:  # joblib ends all its processes when one of them dies
         return [None] * number
+    except TimeoutError as error:  # joblib's own limit for one run, after which it gives up on all
+        limit = "hydra.launcher.timeout: a run took longer, so all were ended; leave it out, or give more seconds"
+        raise UserError(limit) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"hydra/launcher={get_launcher_name(words)}: {get_first_line(error)}") from error
 
@@ -217,7 +220,7 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     paths.RUNS = folder.parents[1]
     try:
         settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
-        with STOP.listen(), stop_on_file(folder / "stop"):
+        with listen_in_process(), stop_on_file(folder / "stop"):
             return execute_run(Run.prepare(settings))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:
@@ -227,6 +230,13 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
         return describe_error(stopped)
     except Exception as error:
         return describe_error(error)
+
+
+def listen_in_process() -> AbstractContextManager:
+    """Return what has this process stop its run when a signal asks for it. A launcher that does one run at a time may
+    do it in a thread of the command's own process, which listens already; Python lets only the main thread listen."""
+    main = threading.current_thread() is threading.main_thread()
+    return STOP.listen() if main else nullcontext()
 
 
 @contextmanager

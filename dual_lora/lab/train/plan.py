@@ -21,13 +21,13 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.splits import load_split
-from dual_lora.lab.model.adapt import attach_method, count_parameters
+from dual_lora.lab.model.adapt import count_parameters
 from dual_lora.lab.model.load import explain_unshardable, find_gguf_file, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.libraries import silence_libraries
-from dual_lora.lab.train.meta_step import build_meta_model, trace_step
+from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model, trace_step
 from tasks import Task
 
 GB = 1e9
@@ -87,9 +87,8 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = load_task(settings)
-    base = build_meta_model(settings, task)
-    alone = explain_unshardable(settings, task, type(base))
-    model = attach_method(base, settings, task.form)
+    model = attach_to_meta_model(settings, task)
+    alone = explain_unshardable(settings, task, type(unwrap_adapter(model)))
     size = measure_sizes(model, settings, task)
     counts = count_parameters(model)
     sharded = settings.hardware.sharding == "full"
