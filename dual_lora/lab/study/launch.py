@@ -9,7 +9,6 @@ Every launch has a folder of its own, removed when all its runs finished:
 """
 
 import os
-import re
 import shutil
 import signal
 import sys
@@ -84,7 +83,7 @@ def check_launcher(words: list[str]) -> None:
     Raises:
         UserError: what is wrong, and the mend.
     """
-    words = [word for word in words if re.match(r"hydra[./]", parse_key(word))]
+    words = select_launcher_words(words)
     if not words:
         return
     name, known = get_launcher_name(words), [IN_PROCESS, *list_choices("hydra/launcher")]
@@ -96,7 +95,7 @@ def check_launcher(words: list[str]) -> None:
         known_key = key == "hydra/launcher" or part in has
         require(known_key, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
     try:
-        compose_launcher(select_launcher_words(words))
+        compose_launcher(words)
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
         raise UserError(describe_config_error(error)) from error
 
