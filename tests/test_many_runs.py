@@ -69,7 +69,8 @@ def test_a_command_of_several_runs_ends_in_their_table(runs_folder, tmp_path, mo
     assert [row.split()[0] for row in rows] == ["lora", "dual_lora"]
     assert all(re.fullmatch(r"\S+ +- +\d+\.\d +[\d,]+ +\d+\.\d", row) for row in rows)
     assert not list((tmp_path / "here").iterdir())
-    code = "import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    code = "import sys, runpy; sys.argv = ['train.py', *sys.argv[1:]]\n"
+    code += "try: runpy.run_path('train.py', run_name='__main__')\n"
     code += "finally: print('heavy:', sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     words = [sys.executable, "-c", code, "-m", *TINY, "method=lora,dual_lora"]
     again = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=600)
