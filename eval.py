@@ -23,6 +23,9 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit()
+    from dual_lora.lab.system.threads import configure_threads
+
+    configure_threads()  # read by OpenMP when torch is imported
     from dual_lora.lab.commands.evaluate import evaluate_command
     from dual_lora.lab.commands.guard import run_command
 

@@ -19,6 +19,9 @@ if __name__ == "__main__":
 
         print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")
         sys.exit()
+    from dual_lora.lab.system.threads import configure_threads
+
+    configure_threads()  # read by OpenMP when torch is imported
     from dual_lora.lab.commands.guard import run_command
     from dual_lora.lab.commands.sweep import sweep_command
 

@@ -16,6 +16,9 @@ if __name__ == "__main__":
 
         print(render_help())
         sys.exit()
+    from dual_lora.lab.system.threads import configure_threads
+
+    configure_threads()  # read by OpenMP when torch is imported
     from dual_lora.lab.commands.guard import run_command
     from dual_lora.lab.commands.train import train_command
 

@@ -49,8 +49,8 @@ def check_compatibility(settings: Settings) -> None:
 def check_unused(settings: Settings, given: Collection[str], composed: DictConfig) -> None:
     """Refuse settings of the command line that would have no effect on this run.
 
-    given: the full names of the settings it sets; composed: the values without it, references unresolved. A setting
-    that is given the value it has anyway is taken.
+    given: the full names of the settings it sets; composed: the values without it, references unresolved. One that is
+    given null, or the value it has anyway, is taken.
 
     Raises:
         UserError: which setting, why it has no effect, and what has.
@@ -62,7 +62,7 @@ def check_unused(settings: Settings, given: Collection[str], composed: DictConfi
         if not reason:
             continue
         value, default = get_setting(settings, key), OmegaConf.select(composed, key)
-        require(value == default, f"{key}={value}: {reason}")
+        require(value in (None, default), f"{key}={value}: {reason}")
 
 
 def explain_unused_method(settings: Settings, key: str, composed: DictConfig) -> str | None:
@@ -78,6 +78,10 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
         return f"method {method.name} takes it from {named[1]}; set that"
     if name == "lr_ratio" and (method.peft or {}).get("peft_type") not in LORA_B_TYPES:
         return f"only LoRA's B has a rate of its own, and method {method.name} has no such matrix; drop it"
+    if name == "ramp_share" and own.get("scale_warmup_steps", 0) is not None:
+        return f"method {method.name} has no ramp; drop it"
+    if name == "ramp_share" and method.peft["scale_warmup_steps"] is not None:
+        return "method.peft.scale_warmup_steps is used instead; drop one"
     if name == "lr" and settings.train.lr != method.lr:
         return f"train.lr={settings.train.lr} is used instead; drop one"
     return None
@@ -100,7 +104,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"train.{name} is used instead; drop one"
     if key in ("model.hub", "model.revision") and (model.path or model.bundled):
         return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
-    if key == "model.head" and writes:
+    if key in ("model.head", "train.head_lr") and writes:
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"

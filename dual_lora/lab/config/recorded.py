@@ -26,6 +26,9 @@ ADDED_SETTINGS += (
     "wandb.job_type",
     "wandb.tags",
     "hardware",
+    "method.ramp_share",
+    "train.head_lr",
+    "train.adam_epsilon",
 )
 # Runs of that time kept no checkpoints by the clock, which is what conf/ has today.
 OLD_VALUES = {"train": {"save_minutes": None}}

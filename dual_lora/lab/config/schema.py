@@ -189,6 +189,7 @@ class Method:
     r1: int | None = setting("rank of the magnitude group, with r2 instead of rank and magnitude_ratio")
     r2: int | None = setting("rank of the direction group, with r1")
     lr_ratio: float | None = setting("LoRA+ (arXiv 2402.12354): learning rate of the B matrices over that of A")
+    ramp_share: float | None = setting("share of all steps in which Dual LoRA's update rises from 0 to its full size")
     peft: dict[str, Any] | None = setting(
         "the adapter's configuration as PEFT stores it; null: every weight is trained"
     )
@@ -196,7 +197,7 @@ class Method:
     def __post_init__(self) -> None:
         check_file_name("method.name", self.name, "it names the run's folder")
         check_positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
-        check_range("method", self, 0, 1, "dropout", "magnitude_ratio")
+        check_range("method", self, 0, 1, "dropout", "magnitude_ratio", "ramp_share")
         check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio", "alpha")
         for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
             value = getattr(self, key)
@@ -232,13 +233,16 @@ class Train:
     loss_scale: float | None = setting(
         "the loss is multiplied by this and gradients are divided, as in fp16: acts on the clip of Dual LoRA's sign"
     )
+    head_lr: float | None = setting("learning rate of the task's head, the same under every method; null: train.lr")
+    adam_epsilon: float | None = setting("term in the denominator of AdamW's step; null: 1e-8")
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         check_positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         check_positive("train", self, "save_steps", "save_minutes", "log_steps", "max_examples", "loss_scale")
+        check_positive("train", self, "head_lr", "adam_epsilon")
         check_range("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
-        check_range("train", self, 0, MAX_MULTIPLIER, "lr", "epochs")
+        check_range("train", self, 0, MAX_MULTIPLIER, "lr", "epochs", "head_lr")
 
 
 @dataclass(frozen=True)
@@ -319,6 +323,12 @@ class Settings:
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
     force: bool = setting("true: a finished run is run again, and replaced once the new one is whole")
     plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
+
+    def count_steps(self, rows: int) -> int:
+        """Return the optimizer steps of training on so many examples an epoch."""
+        train = self.train
+        an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * self.hardware.devices))
+        return train.max_steps or math.ceil(an_epoch * train.epochs)
 
     def __post_init__(self) -> None:
         check_values(self)
