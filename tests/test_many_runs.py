@@ -15,11 +15,11 @@ from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.recorded import find_differences
 from dual_lora.lab.record import run as record_run
 from dual_lora.lab.record.run import Run, prepare_runs
+from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.listing import format_results
 from dual_lora.lab.study.schedule import run_cells
-from dual_lora.lab.study.time_left import format_seconds
 from dual_lora.lab.train import plan as train_plan
 
 TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
@@ -172,3 +172,12 @@ def test_a_plan_of_more_layers_than_any_model_has_is_refused():
     words = ["model=llama3-8b", "task=e2e", "plan=true", "model.architecture.num_hidden_layers=10000000"]
     with pytest.raises(Exception, match="num_hidden_layers=10000000: must be a whole number from 1 to 1,000"):
         load_settings(words)
+
+
+def test_a_log_file_has_lines_instead_of_a_bar(runs_folder, capfd):
+    """At most some twenty, with the loss, the speed and the time left."""
+    words = [word for word in TINY if not word.startswith("train.max_steps")]
+    assert train_command([*words, "train.max_steps=60", "train.log_steps=1", "train.batch_size=2"]) == EXIT_OK
+    said = capfd.readouterr().err
+    lines = re.findall(r"(?m)^step (\d+)/60, loss \d+\.\d{4}, [\d,]+ tokens/s, \d+ s left$", said)
+    assert 15 <= len(lines) <= 20 and lines[-1] == "60" and "it/s" not in said

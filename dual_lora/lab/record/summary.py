@@ -51,3 +51,10 @@ def format_score(value: float | None, plain: bool) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if plain else f"{100 * value:.1f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time in the largest unit of which it has two or more: 45 s, 3 min, 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

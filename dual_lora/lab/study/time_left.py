@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from statistics import mean
 
 from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.record.summary import format_seconds
 
 
 def iterate_kinds(job: Settings) -> Iterator[tuple]:
@@ -36,10 +37,3 @@ class TimeLeft:
         if not self.took:
             return "time left not known before a run is done"
         return f"about {format_seconds(sum(map(self.estimate_seconds, jobs)))} left"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a length of time in the largest unit of which it has two or more: 45 s, 3 min, 2.5 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
