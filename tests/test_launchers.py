@@ -207,7 +207,7 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=1500)
     assert command.returncode == EXIT_STOPPED and "Traceback" not in err
-    assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
+    assert "the runs are asked to stop" in err and "stopped by SIGINT; the same command goes on" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
 
 
@@ -215,7 +215,7 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
 def work(runs_folder, monkeypatch):
     """A function that does job 0 of a launch as a launcher's process does, with `attempt` in place of the run."""
     monkeypatch.setattr(launch, "stop_reasons", [])
-    folder = prepare_launch_folder([load_settings(TINY)])
+    folder = prepare_launch_folder([Run.prepare(load_settings(TINY))])
     here = OmegaConf.create({"job": {"num": 0}})
     monkeypatch.setattr(launch.HydraConfig, "get", lambda: here)
 
@@ -287,7 +287,7 @@ def test_exit_codes_of_what_other_processes_tell(runs_folder, capsys):
     for error, code in {**expected, "ValueError": EXIT_FAILED}.items():
         failures[run.record.folder] = {"error": error, "message": "SIGTERM"}
         assert report_failures([run]) == code
-    assert "by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert "by SIGTERM; the same command resumes it" in capsys.readouterr().err
 
 
 def test_a_thread_hears_no_ctrl_c_nor_do_its_processes():

@@ -25,9 +25,7 @@ EXAMPLES = {
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
     "python sweep.py experiment=NAME": "all runs of a table, and the table",
 }
-SWEEPS = (
-    "Several runs, with -m, as Hydra has it: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
-)
+SWEEPS = "Several runs, with -m, as Hydra has it: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
 GROUPS = ("model", "task", "method", "hardware")
 MANY = "..."  # a list or a dictionary that would fill the line

@@ -51,25 +51,30 @@ def sweep_command(argv: list[str]) -> int:
 
 
 def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str] | None) -> int:
-    """Run what is missing of an experiment (None: nothing), write its report, print it and return the exit code."""
+    """Run what is missing of an experiment, write its report, print it and return the exit code.
+
+    launcher: the words that choose a launcher; None: run nothing.
+    """
     study, run = cells[0].settings.study, launcher is not None
     code = run_cells(cells, study, launcher) if run else EXIT_OK
     if not is_first_process():
         return code
     try:
-        told = report_experiment(experiment, cells, run)
+        reported = report_experiment(experiment, cells, run)
     except UserError as error:
         print(f"{experiment.name}: no report: {error}", file=sys.stderr)
-        told = EXIT_USER
-    except Exception:  # one report is not to cost the others
+        reported = EXIT_USER
+    except Exception:  # one failing report must not cost the others
         print(f"{experiment.name}: no report\n{redact_secrets(traceback.format_exc())}", file=sys.stderr)
-        told = EXIT_FAILED
-    return code or told
+        reported = EXIT_FAILED
+    return code or reported
 
 
 def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> int:
-    """Write an experiment's report from the records, print it and return the exit code. run: analyse what is not yet,
-    and mirror the report."""
+    """Write an experiment's report from the records, print it and return the exit code.
+
+    run: true: also analyse the runs that are not analysed yet, and mirror the report.
+    """
     from dual_lora.lab.report.table import find_unreadable
     from dual_lora.lab.report.write import mirror_report, write_report
 
@@ -87,7 +92,7 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
 
 
 def analyse_outcomes(done: list[Outcome]) -> bool:
-    """Analyse what is not yet and return whether all of it could be; why not is told."""
+    """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
     from dual_lora.lab.report.ranks import analyse_missing
 
     whole = True

@@ -46,7 +46,7 @@ from dual_lora.lab.system.signals import REQUEUE, STOP
 
 IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
 EXTRAS = {"ray_cluster": "ray"}  # of pyproject.toml; all others need `launchers`
-# This process has been told to stop: it takes no more runs.
+# Why this process was asked to stop. It then takes no more runs.
 stop_reasons: list[str] = []
 
 
@@ -55,7 +55,7 @@ def parse_key(word: str) -> str:
 
 
 def select_launcher_words(words: list[str]) -> list[str]:
-    """Return what of a command line chooses or sets a launcher."""
+    """Return the words of a command line that choose or set a launcher."""
     return [word for word in words if parse_key(word).replace("/", ".").startswith("hydra.launcher")]
 
 
@@ -81,7 +81,7 @@ def check_launcher(words: list[str]) -> None:
     """Refuse a launcher that is not known or not installed, and settings that it does not have.
 
     Raises:
-        UserError: what is wrong, and the mend.
+        UserError: what is wrong, and the remedy.
     """
     words = select_launcher_words(words)
     if not words:
@@ -96,7 +96,7 @@ def check_launcher(words: list[str]) -> None:
         require(known_key, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
     try:
         compose_launcher(words)
-    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
+    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
         raise UserError(describe_config_error(error)) from error
 
 
@@ -114,8 +114,8 @@ def list_launcher_settings(name: str) -> list[str]:
 
 
 def launch_runs(runs: list[Run], words: list[str]) -> None:
-    """Hand the jobs that are not finished to the launcher that `words` choose, and wait for all of them. Why one did
-    not finish is kept for `cli.conclude`.
+    """Hand the runs that are not finished to the launcher that `words` choose, and wait for all of them. Why one did
+    not finish is kept for `report_failures`.
 
     Raises:
         UserError: the launcher does not take them.
@@ -131,7 +131,7 @@ def launch_runs(runs: list[Run], words: list[str]) -> None:
         returned = started.result()
     except Stopped as stopped:
         (folder / "stop").touch()
-        print(f"\n{stopped}: the runs are told to stop; once more ends at once", file=sys.stderr)
+        print(f"\n{stopped}: the runs are asked to stop; press Ctrl-C again to end at once", file=sys.stderr)
         with suppress(Exception):
             started.result()
         raise
@@ -141,7 +141,7 @@ def launch_runs(runs: list[Run], words: list[str]) -> None:
 
 
 def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
-    """Keep why runs did not finish; of one whose process died nothing is known."""
+    """Keep why runs did not finish. Nothing is known of a run whose process died."""
     for run, done in zip(runs, returned, strict=True):
         failure = done.return_value if done else None
         if done is None and run.settings.force:  # an old result says nothing of this attempt
@@ -153,7 +153,11 @@ def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
 
 
 def prepare_launch_folder(runs: list[Run]) -> Path:
-    """Return the new folder of a launch, with the settings of every job in it."""
+    """Return the new folder of a launch, with the settings of every run in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     place = paths.RUNS.resolve() / ".multirun"
     with translate_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -165,8 +169,8 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
-    """Return what a call comes to, made in a thread in which, and in whose processes, Ctrl-C is not heard: this process
-    hears it and tells them."""
+    """Return the future result of a call made in a thread. Neither that thread nor the processes it starts hear Ctrl-C:
+    this process does, and passes it on to them."""
     done: Future = Future()
 
     def run() -> None:
@@ -190,7 +194,7 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
     config = compose_launcher([*words, f"hydra.sweep.dir='{place}'"])
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
-    # A process that starts anew finds this tree wherever it starts; bars of several runs would fill one screen.
+    # A new process must find this tree, wherever it starts. Progress bars of several runs would fill one screen.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -215,7 +219,7 @@ def wait_patiently() -> AbstractContextManager:
 
 
 def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | None:
-    """Do a job in a launcher's process and return why it did not finish; None if it did."""
+    """Execute one run in a launcher's process and return why it did not finish; None if it did."""
     paths.RUNS = folder.parents[1]
     try:
         settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
@@ -240,7 +244,11 @@ def listen_in_process() -> AbstractContextManager:
 
 @contextmanager
 def stop_on_file(file: Path) -> Iterator[None]:
-    """Stop this process's work, as a signal would, when the file is made."""
+    """Stop this process's work, as a signal would, as soon as the file exists.
+
+    Raises:
+        Stopped: it exists already, or an earlier run of this process was stopped.
+    """
     if stop_reasons or file.exists():
         raise Stopped(*stop_reasons[:1] or ["the command that started it"])
     over = threading.Event()

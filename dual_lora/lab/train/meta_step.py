@@ -1,4 +1,4 @@
-"""One training step on torch's meta device, where tensors have shapes and no numbers."""
+"""One training step on torch's meta device, where tensors have shapes but no values."""
 
 import copy
 from collections.abc import Callable

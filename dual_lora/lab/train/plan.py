@@ -1,11 +1,11 @@
-"""What a run would take, from the model's architecture alone: nothing is downloaded, no weight is loaded.
+"""What a run would need, from the model's architecture alone: nothing is downloaded, no weight is loaded.
 
-The run's own model, with the run's own method on it, stands on torch's meta device, where tensors have shapes and no
-numbers. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
-operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does. Activations are
+The run's own model, with the run's own method on it, is built on torch's meta device, where tensors have shapes but no
+values. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
+operations, hooks on autograd what it keeps for backward. So the plan describes what this code does. Activations are
 those of full-length batches; hours are those of training on such batches alone, at an assumed share of the peak. A
 base in 4 bits counts as many parameters, operations and activations as one that is not: bitsandbytes makes one layer's
-weight of it at a time, which the reserve is there for.
+weight of it at a time, which the reserve covers.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -234,23 +234,23 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     wide = [(train.batch_size, devices, "full", None) for devices in more if free]
     wide += [(b, devices, "full", None) for devices in more for b in batches if free]
     chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]
-    mends = []
+    remedies = []
     for batch, devices, sharding, base in filter(None, chosen):
-        mend = []
+        remedy = []
         if batch != train.batch_size:
             accumulation = train.accumulation * train.batch_size // batch
-            mend += [f"train.batch_size={batch} train.accumulation={accumulation}"]
+            remedy += [f"train.batch_size={batch} train.accumulation={accumulation}"]
         if base != hardware.base:
-            mend += [f"hardware.base={base}"]
+            remedy += [f"hardware.base={base}"]
         if (devices, sharding) != here:
-            mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
+            remedy += [f"hardware.sharding={sharding} hardware.devices={devices}"]
         if devices > hardware.devices:
-            mend += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
-        mends.append(" ".join(mend))
+            remedy += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
+        remedies.append(" ".join(remedy))
     require(
         parts["peak"] <= room,
         f"plan: {settings.model.name} with {settings.method.name} needs {parts['peak'] / GB:.1f} GB a device, "
-        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(mends) or 'a larger accelerator'}",
+        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(remedies) or 'a larger accelerator'}",
     )
 
 
