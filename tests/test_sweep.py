@@ -227,12 +227,12 @@ def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, 
     monkeypatch.setattr(study_schedule, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("dual_lora.lab.study.schedule.execute_run", lambda run: None)
     run_cells(cells, "small", [])
-    left = re.findall(r"\[(\d/\d)\] \S+, (.*)", capsys.readouterr().out)
+    left = re.findall(r"\[(\d/\d)\] [^,]+, (.*)", capsys.readouterr().out)
     assert left == [
         ("1/2", "time left not known before a run is done"),
         ("2/2", "about 5 min left"),  # this one, and two seeds of two rows
         ("1/2", "about 2 min left"),
-        ("2/2", "about 1 min left"),
+        ("2/2", "about 60 s left"),
     ]
 
 
