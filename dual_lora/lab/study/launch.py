@@ -8,6 +8,7 @@ Every launch has a folder of its own, removed when all its runs finished:
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
 """
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -202,7 +203,8 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
             return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
     except BrokenExecutor:  # joblib ends all its processes when one of them dies
         return [None] * number
-    except TimeoutError as error:  # joblib's own limit for one run, after which it gives up on all
+    except (TimeoutError, multiprocessing.TimeoutError) as error:  # joblib's limit for one run; it gives up on all then
+        (folder / "stop").touch()
         limit = "hydra.launcher.timeout: a run took longer, so all were ended; leave it out, or give more seconds"
         raise UserError(limit) from error
     except (RuntimeError, OSError, ValueError) as error:
