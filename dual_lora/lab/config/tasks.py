@@ -30,7 +30,7 @@ def load_task(settings: Settings) -> tasks.Task:
         UserError: its options are wrong.
     """
     with translate_task_errors():
-        return tasks.load(settings.task.name, settings.task.options)
+        return tasks.load(settings.task.name, settings.task.options, settings.data_dir)
 
 
 def check_data_dir(task: tasks.Task, data_dir: str) -> None:
@@ -46,7 +46,9 @@ def check_data_dir(task: tasks.Task, data_dir: str) -> None:
     except tasks.TaskError as error:
         meant = find_data_above(task, folder)
         raise UserError(f"{error}{f'; give data_dir={meant}' if meant else ''}") from error
-    require(found != task.source(), f"data_dir={data_dir}: {task.name} reads no files, it makes its own data; drop it")
+    own = f"data_dir={data_dir}: {task.name} reads no files, it makes its own data; drop it"
+    with suppress(tasks.TaskError):  # of a task that has no data but what a folder holds
+        require(found != task.source(), own)
 
 
 def find_data_above(task: tasks.Task, folder: Path) -> Path | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-import tasks
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_score
 
@@ -18,7 +18,7 @@ def format_results(runs: list[Run]) -> str:
     metrics = list(dict.fromkeys(result["metric"] for result in results if result))
     rows = []
     for run, result in zip(runs, results, strict=True):
-        plain = tasks.load(run.settings.task.name, run.settings.task.options).plain
+        plain = load_task(run.settings).plain
         scores = [result.get("metrics", {}).get(name) if result.get("metric") == name else None for name in metrics]
         before = (result.get("metrics_before") or {}).get(result.get("metric"))
         trained = f"{result['trainable_parameters']:,}" if result else MISSING
