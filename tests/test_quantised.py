@@ -20,8 +20,9 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.export import compute_probe_logits
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
-from dual_lora.lab.model.adapt import attach_method, count_parameters, merge_adapter
+from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.load import get_head_class, load_model
+from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.nf4 import count_entries, list_4bit_layers
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.run import Run

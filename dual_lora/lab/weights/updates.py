@@ -4,13 +4,14 @@ A weight is out x in here, also where the layer keeps it in x out (GPT-2's Conv1
 """
 
 import copy
+import functools
 import math
 import re
 import zlib
 from collections.abc import Iterator
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -24,13 +25,15 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
 from dual_lora.lab.model.adapt import attach_method
-from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.load import load_dequantised_model, load_model
+from dual_lora.lab.model.merge import explain_unmergeable
 from dual_lora.lab.record.record import Record
 from dual_lora.tuner.factors import DualLoraFactors
 from dual_lora.tuner.layer import DualLoraLayer
 
 ADAPTER = "default"
 NULL_SEED = 0
+MATRIX_DIMENSIONS = 2  # of a weight with a rank
 # A rebuilt draw counts as the run's own when every trained factor is more like it than chance by this many standard
 # deviations: the cosine with an unrelated draw of n entries has a standard deviation of 1 / sqrt(n).
 MIN_DEVIATIONS = 8.0
@@ -154,6 +157,23 @@ def measure_product(BA: Tensor) -> dict:
     return {f"product_{key}": value for key, value in analysis.spectrum(BA).items()}
 
 
+class MergedUpdate(Update):
+    """Any other method that changes weights, and LoRA whose start changes the base (PiSSA, OLoRA, LoftQ): dW is the
+    merged weight minus that of the model as it is loaded. `original` is that model's layer."""
+
+    def __init__(self, module: str, layer: BaseTunerLayer, original: nn.Module) -> None:
+        super().__init__(module, original)
+        self.layer = layer
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.r:
+            self.ranks = str(layer.r[ADAPTER])
+
+    @torch.no_grad()
+    def get_whole_change(self) -> Tensor:
+        layer = copy.deepcopy(self.layer).double()  # for the reason `subtract_merged` gives
+        layer.merge(adapter_names=[ADAPTER])
+        return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
+
+
 class DualLoraUpdate(Update):
     """Dual LoRA; of a fused layer one adapted block of rows."""
 
@@ -215,36 +235,72 @@ class DualLoraUpdate(Update):
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
     """Return every weight a finished run changed, of a fully trained model those that have a role. W0 of a base in 4
-    bits is what these stand for.
+    bits is the values these bits stand for.
 
     Raises:
-        UserError: the run cannot be loaded, has a value that is no number, or a method that is not known here.
+        UserError: the run cannot be loaded, holds NaN or Inf, or its method changes more than a weight can show.
     """
     task = load_task(settings)
     trained, _ = load_trained_model(settings, record, task, plain=True)
     for name, parameter in trained.named_parameters():
-        require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} has values that are no numbers")
+        require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} contains NaN or Inf")
+    check_update_scales(trained, record)
+    base, _ = (load_dequantised_model if settings.hardware.base else load_model)(settings, task)
     if isinstance(trained, PeftModel):
-        return list(list_adapter_updates(trained, settings))
-    base, _ = load_model(settings, task)
+        return list(list_adapter_updates(trained, base, settings))
     after = dict(trained.named_modules())
     names = [(name, module) for name, module in base.named_modules() if find_role(name, settings)]
     return [TunedUpdate(name, module, after[name]) for name, module in names]
 
 
-def list_adapter_updates(model: PeftModel, settings: Settings) -> Iterator[Update]:
-    """Yield the updates of an adapted model."""
+def check_update_scales(model: nn.Module, record: Record) -> None:
+    """Refuse a ramp factor that is NaN or Inf: a buffer, so not among the parameters.
+
+    Raises:
+        UserError: with the adapter's name.
+    """
+    for name, buffer in model.named_buffers():
+        finite = not name.endswith("update_scale") or bool(buffer.isfinite().all())
+        require(finite, f"run={record.format_path()}: {name} contains NaN or Inf")
+
+
+def list_adapter_updates(model: PeftModel, base: nn.Module, settings: Settings) -> Iterator[Update]:
+    """Yield the updates of an adapted model. base: the same model as it is loaded, without an adapter.
+
+    Only LoRA that left the base weights alone, and Dual LoRA, are read from their factors. For all others dW is what
+    the weights say.
+
+    Raises:
+        UserError: the method cannot be merged, so that its dW is not known.
+    """
     config = model.peft_config[ADAPTER]
+    originals = dict(base.named_modules())
+    merges = functools.cache(lambda: explain_unmergeable(model))
     for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
         if isinstance(layer, DualLoraLayer):
             fused = getattr(layer, "fused_slices", {}).get(ADAPTER)
             indexes = [None] if fused is None else range(len(fused[1]))
             yield from (DualLoraUpdate(name, layer, config, index) for index in indexes)
-        elif isinstance(layer, LoraLayer) and (ADAPTER not in layer.lora_variant or ADAPTER in layer.lora_A):
-            yield (VariantUpdate if ADAPTER in layer.lora_variant else LowRankUpdate)(name, layer)
-        elif isinstance(layer, BaseTunerLayer):
-            kind = config.peft_type.value
-            raise UserError(f"analyse: method={settings.method.name} ({kind}): not known how to take its dW apart")
+            continue
+        original = originals.get(name)
+        why = merges() if getattr(original, "weight", None) is not None else f"{name} has no weight of its own"
+        where = f"analyse: method={settings.method.name} ({config.peft_type.value})"
+        require(why is None, f"{where}: cannot be merged into the base weights ({why}), so its dW is not known")
+        if original.weight.ndim >= MATRIX_DIMENSIONS:  # a norm's weight has no rank
+            yield choose_update(name, layer, original, config)
+
+
+def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config: PeftConfig) -> Update:
+    """Return how dW of a layer is known: from LoRA's factors only if the base weights are as they were loaded."""
+    kept = torch.equal(layer.get_base_layer().weight, original.weight)
+    if config.peft_type == PeftType.LORA and kept:
+        if ADAPTER not in layer.lora_variant:
+            return LowRankUpdate(name, layer)
+        if layer.use_dora[ADAPTER] and ADAPTER in layer.lora_A:
+            return VariantUpdate(name, layer)
+    return MergedUpdate(name, layer, original)
 
 
 def find_role(module: str, settings: Settings) -> str:
