@@ -217,6 +217,22 @@ def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
         return compose("config", overrides=list(choices))
 
 
+def check_method_settings(config: DictConfig, overrides: list[Override]) -> None:
+    """Refuse a setting of the method that its PEFT configuration does not take: it would change nothing but the run's
+    name.
+
+    Raises:
+        UserError: with the setting.
+    """
+    method = OmegaConf.to_container(config.method, resolve=False)
+    for key in ("rank", "alpha", "dropout"):
+        given = any(o.key_or_group == f"method.{key}" for o in overrides) and method[key] is not None
+        taken = method["peft"] is None or f"${{method.{key}}}" in str(
+            method["peft"]
+        )  # without PEFT it is refused later
+        require(not given or taken, f"method.{key}: method {method['name']} has no {key}")
+
+
 def load_settings(overrides: list[str]) -> Settings:
     """Compose and check one job's settings from its overrides."""
     try:
@@ -224,6 +240,9 @@ def load_settings(overrides: list[str]) -> Settings:
         chosen = [o for o in parsed if o.key_or_group in GROUPS or o.is_hydra_override()]
         config = copy.deepcopy(compose_choices(paths.CONF, tuple(o.input_line for o in chosen)))
         ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], config)
+        check_method_settings(config, parsed)
+    except UserError:
+        raise
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
         raise UserError(describe_config_error(error)) from error
     try:

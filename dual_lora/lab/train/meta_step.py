@@ -112,7 +112,8 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
 
         def back() -> None:
             with backward:
-                loss.backward()
+                if loss.requires_grad:  # not where the model is scored as it is
+                    loss.backward()
 
         return back
 
