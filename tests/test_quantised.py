@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ TASKS = {
     "tiny-roberta": "demo/sentiment",
     "tiny-deberta": "demo/sentiment",
 }
-RUNS = [("tiny-llama", method) for method in list_choices("method") if method != "full"]
+GOLDEN = Path(__file__).parent / "golden"
+COMPARED = [m for m in list_choices("method") if m != "full" and (GOLDEN / f"{m}.json").is_file()]
+RUNS = [("tiny-llama", method) for method in COMPARED]
 RUNS += [(model, "dual_lora") for model in TASKS if model != "tiny-llama"]
 UNLIKE = [run for run in RUNS if run[1] in ("lora", "dora", "dual_lora")]  # LoRA+ and rsLoRA are LoRA but for rates
 
@@ -116,6 +119,18 @@ def test_training_changes_the_adapter_alone(model, method, finished):
     without = settings(model, f"method={method}", "hardware.base=null")
     counts = count_parameters(attached(without))
     assert {key: result[key] for key in counts} == counts and result["identity"] != compute_identity(without)
+
+
+@held
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted({*list_choices("method")} - {*COMPARED}))
+def test_any_other_method_trains_on_4_bits_or_is_refused_in_one_line(method, finished):
+    try:
+        _, _, result, _ = finished("tiny-llama", method)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert result["merged"] is False
 
 
 @held

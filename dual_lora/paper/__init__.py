@@ -73,7 +73,7 @@ class Row:
 
 def is_same_key(printed: Key, ours: Key) -> bool:
     """Return whether a printed key is one of ours: names may differ in case and punctuation (VeRA is vera)."""
-    one, other = (re.sub(r"\W|_", "", key.lower()) if isinstance(key, str) else key for key in (printed, ours))
+    one, other = (re.sub(r"[-_ ]", "", key.lower()) if isinstance(key, str) else key for key in (printed, ours))
     return one == other
 
 

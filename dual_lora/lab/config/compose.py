@@ -227,9 +227,7 @@ def check_method_settings(config: DictConfig, overrides: list[Override]) -> None
     method = OmegaConf.to_container(config.method, resolve=False)
     for key in ("rank", "alpha", "dropout"):
         given = any(o.key_or_group == f"method.{key}" for o in overrides) and method[key] is not None
-        taken = method["peft"] is None or f"${{method.{key}}}" in str(
-            method["peft"]
-        )  # without PEFT it is refused later
+        taken = method["peft"] is None or f"${{method.{key}}}" in str(method["peft"])  # `Method` refuses the former
         require(not given or taken, f"method.{key}: method {method['name']} has no {key}")
 
 

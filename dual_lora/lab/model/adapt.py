@@ -124,8 +124,8 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str) -> torc
     trains = any(weight.requires_grad for weight in adapted.parameters())
     require(
         trains or settings.method.peft.get("modules_to_save") == [],  # which says that nothing is to train
-        f"method={settings.method.name}: nothing would train, {settings.task.name} has no head of its own; take another "
-        "method, or method=none to score the model as it is",
+        f"method={settings.method.name}: nothing would train, because {settings.task.name} has no head of its own; "
+        "take another method, or method=none to score the model as it is",
     )
     if settings.init_from:
         load_init_weights(adapted, settings)
