@@ -24,7 +24,6 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.weights import analyse as weights_analyse
-from dual_lora.lab.weights.updates import load_updates
 
 TASKS = {"tiny-roberta": "demo/sentiment", "tiny-llama": "demo/restaurants"}
 HEADS = {"tiny-roberta": AutoModelForSequenceClassification, "tiny-llama": AutoModelForCausalLM}

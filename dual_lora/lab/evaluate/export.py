@@ -85,15 +85,14 @@ def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Reco
 
 
 def check_export_folder(folder: Path) -> None:
-    """Refuse a folder that an export must not become, before anything is loaded.
+    """Refuse a folder that an export must not become, before anything is loaded. That it is new or empty is checked by
+    the command, and once more when it is renamed into place.
 
     Raises:
-        UserError: it is a link, a file, not empty, or within a run's record.
+        UserError: it is a link, or within a run's record.
     """
     remedy = "give a new folder"
     require(not folder.is_symlink(), f"export={folder}: a link; {remedy}")
-    require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; {remedy}")
-    require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; {remedy}")
     place = folder.resolve()
     for parent in (place, *place.parents):
         inside = all((parent / name).is_file() for name in RECORD_FILES)
