@@ -136,7 +136,11 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str) -> torc
 
 @contextmanager
 def translate_method_errors(settings: Settings) -> Iterator[None]:
-    """Turn whatever PEFT raises over a model or a configuration into one line."""
+    """Turn whatever PEFT raises over a model or a configuration into one line.
+
+    Raises:
+        UserError: with the method, the model and what PEFT said.
+    """
     try:
         yield
     except Exception as error:
