@@ -306,7 +306,7 @@ def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_fo
     assert {row["signs_flipped"] for row in rows.values()} == {0}
 
 
-def test_signs_flipped_are_told_only_where_the_beginning_is_known(trained, tmp_path, capsys, monkeypatch):
+def test_signs_flipped_are_reported_only_where_the_beginning_is_known(trained, tmp_path, capsys, monkeypatch):
     _, rows = analysed(trained["dual_lora"])
     assert all(0 < row["signs_flipped"] < 0.2 for row in rows.values())
     other = shutil.copytree(trained["dual_lora"], tmp_path / "run")
@@ -317,7 +317,7 @@ def test_signs_flipped_are_told_only_where_the_beginning_is_known(trained, tmp_p
     content, rows = analysed(other)
     assert {row["signs_flipped"] for row in rows.values()} == {None}
     assert not content["beginning"]["rebuilt"] and content["beginning"]["least_over_chance"] < MIN_DEVIATIONS
-    assert "Signs flipped: not told, the factors drawn again from the seed are not seen" in capsys.readouterr().out
+    assert "Signs flipped: unknown, because the factors redrawn from the seed do not match" in capsys.readouterr().out
 
 
 def attached(method: str, *overrides: str):
@@ -425,7 +425,7 @@ def test_histograms_are_drawn_of_dual_lora_alone(trained, tmp_path):
     assert draw_histograms(content, tmp_path) is None
 
 
-def test_what_cannot_be_analysed_is_told_in_one_line(trained, runs_folder, tmp_path):
+def test_what_cannot_be_analysed_is_refused_in_one_line(trained, runs_folder, tmp_path):
     run, lora = f"run={trained['dual_lora']}", trained["lora"]
     other_model = train("model=tiny-roberta", "task=demo/sentiment", "method=lora")
     unfinished = shutil.copytree(lora, tmp_path / "unfinished")

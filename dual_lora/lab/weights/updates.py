@@ -1,6 +1,6 @@
-"""What a finished run did to each weight it changed: dW, its parts, and what random factors give in its place.
+"""What a finished run did to each weight it changed: dW, the parts of dW, and the same for random factors.
 
-A weight is out x in here, also where the layer keeps it in x out (GPT-2's Conv1D, embeddings).
+A weight is out x in here, even where the layer stores it as in x out (GPT-2's Conv1D, embeddings).
 """
 
 import copy
@@ -34,8 +34,8 @@ from dual_lora.tuner.layer import DualLoraLayer
 ADAPTER = "default"
 NULL_SEED = 0
 MATRIX_DIMENSIONS = 2  # of a weight with a rank
-# A rebuilt draw counts as the run's own when every trained factor is more like it than chance by this many standard
-# deviations: the cosine with an unrelated draw of n entries has a standard deviation of 1 / sqrt(n).
+# Factors redrawn from the seed count as the run's own if the cosine of every trained factor with its redrawn self is this
+# many standard deviations above chance. With an unrelated draw of n entries the standard deviation is 1 / sqrt(n).
 MIN_DEVIATIONS = 8.0
 
 
@@ -67,15 +67,15 @@ class Update:
         return self.get_whole_change()[self.block]
 
     def get_whole_change(self) -> Tensor:
-        """Return dW of the whole module, of which `change` may be a block of rows."""
+        """Return dW of the whole module. `get_change` may be a block of its rows."""
         raise NotImplementedError
 
     def measure_parts(self, device: str) -> dict:
-        """Return the numbers of what dW is made of."""
+        """Return the ranks and entries of the parts that dW is computed from."""
         return {}
 
     def draw_null(self, device: str) -> tuple[Tensor, dict]:
-        """Return dW of random factors, and the numbers of its parts."""
+        """Return dW of random factors, and the ranks and entries of its parts."""
         return self.draw_gaussian(*self.get_weight().shape), {}
 
     def get_seed(self) -> int:
@@ -90,7 +90,7 @@ class Update:
 
 
 class TunedUpdate(Update):
-    """A weight trained as it is: dW is trained minus base."""
+    """A weight that trained in full: dW is the trained minus the base weight."""
 
     def __init__(self, module: str, base: nn.Module, trained: nn.Module) -> None:
         super().__init__(module, base)
@@ -101,7 +101,7 @@ class TunedUpdate(Update):
 
 
 class LowRankUpdate(Update):
-    """LoRA: dW = alpha / r * B A, from the factors, so that no rounding of W0 + dW raises its rank."""
+    """LoRA: dW = alpha / r * B A. It is computed from the factors, because rounding W0 + dW would raise its rank."""
 
     null = "B A with both factors Gaussian (its ranks do not depend on their sizes)"
     labels = {"overall": "dW = BA"}
@@ -122,7 +122,7 @@ class LowRankUpdate(Update):
 
 
 class VariantUpdate(LowRankUpdate):
-    """LoRA's layer with more to it (DoRA's magnitudes): dW is merged minus base; B A is beside it as `product`."""
+    """DoRA: dW is the merged minus the base weight. B A is reported beside it as `product`."""
 
     sized = True
     null = "B A with both factors Gaussian and ||B A|| as trained, all else as at initialisation"
@@ -132,7 +132,7 @@ class VariantUpdate(LowRankUpdate):
         return self.subtract_merged(copy.deepcopy(self.layer).double())
 
     def subtract_merged(self, layer: LoraLayer) -> Tensor:
-        """Return what merging changes, in float64: in float32 W0 + dW - W0 would be of full rank by rounding alone."""
+        """Return what merging changes, in float64: in float32, rounding alone would make W0 + dW - W0 full rank."""
         layer.merge(adapter_names=[ADAPTER])
         return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
 
@@ -175,7 +175,7 @@ class MergedUpdate(Update):
 
 
 class DualLoraUpdate(Update):
-    """Dual LoRA; of a fused layer one adapted block of rows."""
+    """Dual LoRA. In a fused layer, one adapted block of rows."""
 
     sized = True
     null = "fresh factors by the adapter's own rule and shapes, at full scale"
@@ -218,7 +218,7 @@ class DualLoraUpdate(Update):
         return delta_weight(*four, factors.scaling, **factors.kinds), self.measure_factors(factors, device)
 
     def draw_fresh_factors(self) -> DualLoraFactors:
-        """Return factors newly drawn by the adapter's own rule."""
+        """Return fresh factors, drawn by the adapter's own rule."""
         trained = self.factors
         fan_in, fan_out = trained.A.shape[-1], trained.B.shape[-2]
         alpha = trained.scaling * math.sqrt(self.r1 * self.r2)
@@ -304,7 +304,7 @@ def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config:
 
 
 def find_role(module: str, settings: Settings) -> str:
-    """Return the roles a module has, "q" or, where one weight serves several, "q/k/v"; "" if none."""
+    """Return a module's role, such as "q", or several if they share one weight, such as "q/k/v"; "" if it has none."""
     roles = settings.model.roles.items()
     return "/".join(role for role, pattern in roles if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
 
@@ -316,16 +316,17 @@ def find_layer_number(module: str) -> int | None:
 
 
 def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[dict[str, DualLoraFactors], dict]:
-    """Return the factors the run began with, by module, drawn again as training draws them, and what is known of them.
+    """Return the factors the run began with, by module, and how well they match the trained ones.
 
-    The record does not hold them. They are taken for the run's own only if every trained factor is far more like its
-    redrawn self than chance allows (`SURE`): one draw more or less before, and none would be. Rounding may differ
-    between machines, and sigma between versions of the rule; neither moves a sign. Otherwise nothing is returned, with
-    the reason.
+    The record does not hold them, so they are redrawn from the run's seed as training draws them. They count as the
+    run's own only if every trained factor is far more similar to its redrawn self than chance allows
+    (`MIN_DEVIATIONS`): had one number more or less been drawn before them, none would be. Rounding may differ between
+    machines, and sigma between versions of the rule, but neither changes a sign. If they do not match, no factors are
+    returned, but the reason.
     """
     dual = [u for u in updates if isinstance(u, DualLoraUpdate)]
     if not dual:
-        return {}, {"rebuilt": False, "why": "the method has no sign of its own"}
+        return {}, {"rebuilt": False, "why": "the method has no direction group"}
     try:
         first = draw_initial_factors(settings)
     except UserError as error:
@@ -343,13 +344,17 @@ def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[
             surest.append(cosine * math.sqrt(a.numel()))
     found = {"least_cosine": min(likeness), "least_over_chance": min(surest)}
     if min(surest) < MIN_DEVIATIONS:
-        why = "the factors drawn again from the seed are not seen to be those this run began with"
+        why = "the factors redrawn from the seed do not match those this run began with"
         return {}, {"rebuilt": False, "why": why, **found}
     return first, {"rebuilt": True, "why": None, **found}
 
 
 def draw_initial_factors(settings: Settings) -> dict[str, DualLoraFactors]:
-    """Return the factors as training draws them from the run's seed, by module."""
+    """Return the factors as training draws them from the run's seed, by module.
+
+    Raises:
+        UserError: the model cannot be loaded, or the method does not fit it.
+    """
     task = load_task(settings)
     set_seed(settings.seed)
     base, _ = load_model(settings, task)
