@@ -160,8 +160,8 @@ def explain_analysis(content: dict) -> list[str]:
     if beginning["rebuilt"]:
         cosine, sure = beginning["least_cosine"], beginning["least_over_chance"]
         found.append(
-            "Signs flipped: compared with the factors that the run's seed draws. Every trained factor's cosine with its "
-            f"draw is at least {cosine:.2f}, {sure:.0f} standard deviations above chance."
+            "Signs flipped: compared with the factors that the run's seed draws. Every trained factor's cosine with "
+            f"its draw is at least {cosine:.2f}, {sure:.0f} standard deviations above chance."
         )
     elif scale is not None:
         found.append(f"Signs flipped: unknown, because {beginning['why']}.")

@@ -34,8 +34,8 @@ from dual_lora.tuner.layer import DualLoraLayer
 ADAPTER = "default"
 NULL_SEED = 0
 MATRIX_DIMENSIONS = 2  # of a weight with a rank
-# Factors redrawn from the seed count as the run's own if the cosine of every trained factor with its redrawn self is this
-# many standard deviations above chance. With an unrelated draw of n entries the standard deviation is 1 / sqrt(n).
+# Factors redrawn from the seed count as the run's own if the cosine of every trained factor with its redrawn self is
+# this many standard deviations above chance. For an unrelated draw of n entries the deviation is 1 / sqrt(n).
 MIN_DEVIATIONS = 8.0
 
 
