@@ -153,6 +153,14 @@ def test_a_start_that_changes_the_base_is_analysed_as_its_weights_say(start, add
         assert row["relative_size"] < 0.5 * product / 1.0, "the factors' product, which the start took from the base"
 
 
+@pytest.mark.parametrize(
+    ("start", "message"), [("eva", "starts from activations on training data"), ("corda_kpm", "preprocess_corda")]
+)
+def test_a_start_that_needs_data_is_refused(start, message, add_method):
+    with pytest.raises(UserError, match=message):
+        train("tiny-llama", add_method("planted", peft_type="LORA", init_lora_weights=start))
+
+
 def adapter_product(record: Record, module: str) -> float:
     """Return the size of B A relative to the base weight."""
     factors = load_file(record.folder / "adapter/adapter_model.safetensors")

@@ -99,6 +99,11 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         f"{where}: its ranks follow a schedule that needs a call after every step, which training does not make; take "
         "a method of fixed rank",
     )
+    require(
+        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
+        f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
+        "pissa or olora",
+    )
     headless = form != "generation" and "modules_to_save" not in known
     require(
         not headless,
