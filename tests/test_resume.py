@@ -159,9 +159,11 @@ def test_a_checkpoint_falls_due_after_the_newest_one(runs_folder, monkeypatch):
 @pytest.mark.parametrize("method", list_choices("method"))
 def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, runs_folder, reference):
     task = {"tiny-gpt2": "demo/choice", "tiny-llama": "demo/restaurants"}.get(model, "demo/sentiment")
-    dropout = [] if method == "full" else ["method.dropout=0.1"]
+    dropout = ["method.dropout=0.1"] if chosen(f"method={method}").method.dropout is not None else []
     settings = chosen(f"model={model}", f"task={task}", f"method={method}", *dropout)
     whole = reference(settings)
+    if not whole["result"]["trainable_parameters"]:
+        pytest.skip("takes no step")
     for step in (2, 3, 6):
         record = stopped(settings, step)
     train_run(Run.prepare(settings))

@@ -48,9 +48,9 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
     from dual_lora.lab.evaluate.predict import get_decoding_options
     from dual_lora.lab.evaluate.reevaluation import load_trained_model
     from dual_lora.lab.inputs.splits import load_split
-    from dual_lora.lab.model.adapt import merge_adapter
     from dual_lora.lab.model.encode import encode_prompt
     from dual_lora.lab.model.load import move_to_device
+    from dual_lora.lab.model.merge import merge_adapter
     from dual_lora.lab.system.libraries import silence_libraries
 
     silence_libraries()

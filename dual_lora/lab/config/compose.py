@@ -26,6 +26,20 @@ __all__ = ["GROUPS", "build_settings", "describe_config_error", "iterate_keys", 
 OmegaConf.clear_resolver("oc.env")
 
 
+def halve(value: float | None) -> float | None:
+    """Return half of a setting, for methods with twice LoRA's weights at the same rank.
+
+    Raises:
+        ValueError: a whole number that is odd.
+    """
+    if isinstance(value, int) and value % 2:
+        raise ValueError(f"{value} must be even, because the method takes half of it")
+    return value if value is None else value // 2 if isinstance(value, int) else value / 2
+
+
+OmegaConf.register_new_resolver("half", halve, replace=True)
+
+
 def unfreeze_schema(cls: type) -> type:
     """Return a dataclass like `cls` that is not frozen: OmegaConf merges values into nothing frozen."""
     return make_dataclass(

@@ -17,7 +17,7 @@ from dual_lora.bench import kept_bytes
 from dual_lora.lab.config.schema import MAX_LAYERS, Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
-from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.load import (
     cast_trained_to_float32,
@@ -166,11 +166,13 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
 
         def back() -> None:
             with backward:
-                loss.backward()
+                if loss.requires_grad:  # not where the model is scored as it is
+                    loss.backward()
 
         return back
 
-    kept = kept_bytes(model, step)
+    with translate_method_errors(settings):
+        kept = kept_bytes(model, step)
     found = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
     return {"tokens": ids.numel(), "kept": kept, **found}
 
