@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dual_lora.lab.evaluate.throughput import measure_command
 
+from dual_lora.lab.commands.throughput import measure_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task

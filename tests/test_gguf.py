@@ -16,7 +16,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs import gguf as inputs_gguf
 from dual_lora.lab.inputs.gguf import read_checked_header, read_gguf_header
 from dual_lora.lab.inputs.model_files import identify_weights
-from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.plan import compute_plan
 from dual_lora.lab.train.run import train_run

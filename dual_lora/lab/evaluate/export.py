@@ -11,8 +11,9 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, describe_machine_error
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
-from dual_lora.lab.model.load import NO_CODE, get_head_class
+from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.nf4 import compute_in_float32
+from dual_lora.lab.model.source import NO_CODE
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import raise_disk_errors, remove_path
 from dual_lora.lab.system.libraries import silence_libraries

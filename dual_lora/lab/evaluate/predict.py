@@ -1,7 +1,15 @@
 """What a model says of a batch of rows: a class, a number, a text, or the likelihood of given texts."""
 
+from typing import Any
+
 import torch
-from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
@@ -68,22 +76,30 @@ class NoRepeatInOutput(LogitsProcessor):
         return self.rule(input_ids[:, self.start :], scores)
 
 
-def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int) -> dict:
+def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int) -> dict[str, Any]:
     """Return the protocol's way of decoding, as `generate` takes it. start: the prompts' length with padding."""
+    size = settings.task.no_repeat_ngram
+    rules = [FiniteScores(), *([NoRepeatInOutput(size, start)] if size else [])]
+    return {
+        "generation_config": build_generation_config(tokenizer, settings),
+        "logits_processor": LogitsProcessorList(rules),
+        "synced_gpus": False,
+    }
+
+
+def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
+    """Return the protocol's way of decoding and nothing else: what a model's folder says of decoding does not count."""
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
-    repeats = [NoRepeatInOutput(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else []
-    return {
-        "max_new_tokens": protocol.max_new_tokens,
-        "num_beams": protocol.num_beams,
-        "do_sample": False,
-        "use_cache": True,
-        "synced_gpus": False,
-        "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
-        "pad_token_id": tokenizer.pad_token_id,
-        "logits_processor": [FiniteScores(), *repeats],
+    return GenerationConfig(
+        max_new_tokens=protocol.max_new_tokens,
+        num_beams=protocol.num_beams,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=[tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
+        pad_token_id=tokenizer.pad_token_id,
         **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
-    }
+    )
 
 
 def score_choices(

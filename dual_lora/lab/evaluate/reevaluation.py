@@ -10,14 +10,14 @@ from dual_lora.lab.evaluate.evaluate import evaluate_splits
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.adapt import merge_adapter
 from dual_lora.lab.model.load import (
-    NO_CODE,
     get_head_class,
     is_sharded,
     load_dequantised_model,
     load_model,
-    load_tokenizer,
     move_to_device,
 )
+from dual_lora.lab.model.source import NO_CODE
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_comparison
 from dual_lora.lab.system.distributed import join_processes, share_from_first

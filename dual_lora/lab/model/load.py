@@ -1,16 +1,17 @@
 """Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,53 +19,28 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from dual_lora.lab.config.schema import Model, Settings
-from dual_lora.lab.errors import require, translate_read_errors
-from dual_lora.lab.inputs.gguf import (
-    SAVED_MODEL_REMEDY,
-    is_gguf_file,
-    link_alone,
-    load_gguf_tokenizer,
-    read_gguf_header,
-)
-from dual_lora.lab.inputs.hub import use_cache_if_unreachable
-from dual_lora.lab.inputs.model_files import find_model
-from dual_lora.lab.model.encode import apply_chat_template
+from dual_lora.lab.errors import require
+from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
 from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
+from dual_lora.lab.model.source import find_gguf_file, load_config, locate_model, name_model, translate_model_errors
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes
 from tasks import Task
-
-NO_CODE = {"trust_remote_code": False}  # given outright: transformers would ask the terminal
-
-
-def locate_model(settings: Settings) -> dict[str, str | bool | None]:
-    """Return where `from_pretrained` finds the model: a folder, a GGUF file, or a hub id with its revision."""
-    path, file = find_model(settings), find_gguf_file(settings)
-    if file:
-        return {"pretrained_model_name_or_path": link_alone(file).name, "gguf_file": file.name, **NO_CODE}
-    if path:
-        return {"pretrained_model_name_or_path": str(path), **NO_CODE}
-    use_cache_if_unreachable(models=True)
-    return {"pretrained_model_name_or_path": settings.model.hub, "revision": settings.model.revision, **NO_CODE}
-
-
-def translate_model_errors(settings: Settings) -> AbstractContextManager[None]:
-    """Turn a failure to find, fetch or read a model into one line."""
-    where = find_model(settings) or locate_model(settings)["pretrained_model_name_or_path"]
-    return translate_read_errors(
-        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model"
-    )
 
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model with the head the task's form needs, and its tokenizer. A GGUF file's weights are unpacked.
+    A head is always fresh, also where the weights bring one: else two folders of one model would start differently.
 
     Raises:
-        UserError: the model is neither at `model.path` nor to be had from the hub.
+        UserError: the model is neither at `model.path` nor on the hub, or what is there cannot be honoured.
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
-    options = {"dtype": get_weight_dtype(settings), "use_safetensors": True, **get_head_options(task)}
-    options |= get_quantisation_options(settings)
+    own_padding = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    config = load_config(settings, task, own_padding)
+    options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
+    options |= get_quantisation_options(settings) | get_fresh_head_options(settings, task)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -75,22 +51,49 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
         )
     keep_as_loaded(model)
     cast_trained_to_float32(model, settings, task)
-    fresh = settings.model.heads
-    lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
+    check_loaded_weights(model, found["missing_keys"], tokenizer, settings)
+    model.name_or_path = model.config.name_or_path = name_model(settings)
+    set_token_ids(model, tokenizer)
+    return model, tokenizer
+
+
+def get_fresh_head_options(settings: Settings, task: Task) -> dict[str, Any]:
+    """Return what has `from_pretrained` draw a task's head, whatever head the weights bring, and decode by default."""
+    if task.form == "generation":
+        return {"generation_config": GenerationConfig()}  # else transformers reads one beside the weights
+    heads = "|".join(map(re.escape, sorted(settings.model.heads)))
+    return {"key_mapping": {rf"^({heads})\.": r"other_head.\1."}}
+
+
+def check_loaded_weights(
+    model: PreTrainedModel, missing: set[str], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> None:
+    """Refuse weights that are not the model's, or a tokenizer that is not.
+
+    Raises:
+        UserError: with what does not fit.
+    """
+    fresh, where = settings.model.heads, f"model={settings.model.name}"
+    lacking = sorted(name for name in missing if not fresh & set(name.split(".")))
     require(
         not lacking,
-        f"model={settings.model.name}: its weights lack {len(lacking)} that its config.json asks for, first "
-        f"{lacking[:1]}; they are another model's",
+        f"{where}: its weights lack {len(lacking)} that its config.json asks for, first {lacking[:1]}; they are "
+        "another model's",
     )
-    if file:
-        model.name_or_path = model.config.name_or_path = ""  # PEFT would look for a config.json there, also on the hub
+    if file := find_gguf_file(settings):
         check_all_weights_read(model, file)
     known, asked = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
-    require(
-        asked < known, f"model={settings.model.name}: its tokenizer goes to {asked}, the model knows {known} tokens"
-    )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    require(asked < known, f"{where}: its tokenizer goes to {asked}, the model knows {known} tokens")
+
+
+def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model's configurations the special tokens of its tokenizer."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in configs.values():
+            setattr(config, name, getattr(tokenizer, name))
+        if model.can_generate():
+            setattr(model.generation_config, name, getattr(tokenizer, name))
 
 
 def get_weight_dtype(settings: Settings) -> torch.dtype:
@@ -134,7 +137,7 @@ def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedCo
     as replicas or alone, everything."""
     if settings.hardware.sharding != "full" or not has_several_processes():
         return {}
-    config = AutoConfig.from_pretrained(**locate_model(settings))
+    config = load_config(settings, task)
     why = explain_unshardable(settings, task, get_head_class(task)._model_mapping[type(config)])
     require(why is None, f"hardware.sharding=full: {why}; take hardware=ddp")
     mixed = settings.model.dtype == "bfloat16" and settings.method.peft is None
@@ -144,12 +147,6 @@ def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedCo
 def is_sharded(model: torch.nn.Module) -> bool:
     """Return whether this process holds but a part of each weight."""
     return getattr(model, "is_distributed_loading_by_transformers", False)
-
-
-def find_gguf_file(settings: Settings) -> Path | None:
-    """Return the GGUF file the model is read from, if it is."""
-    path = find_model(settings)
-    return path if path and is_gguf_file(path) else None
 
 
 def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
@@ -175,23 +172,6 @@ def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedMo
     return plain, tokenizer
 
 
-def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; one without a padding token pads with the end of text (masked everywhere)."""
-    file = find_gguf_file(settings)
-    with translate_model_errors(settings):
-        tokenizer = load_gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(**locate_model(settings))
-    bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
-    require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if settings.model.chat:
-        where = f"model.chat=true: {settings.model.name}"
-        require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; take model.chat=false")
-        with translate_read_errors(f"{where}'s chat template takes no single prompt", "take model.chat=false"):
-            apply_chat_template(tokenizer, "a prompt")
-    return tokenizer
-
-
 def move_to_device(model: torch.nn.Module) -> None:
     """Move a model to the accelerator, if there is one, as the Trainer does for training. What is in 4 bits or shared
     out was loaded there."""
@@ -201,16 +181,6 @@ def move_to_device(model: torch.nn.Module) -> None:
 
 def get_head_class(task: Task) -> type:
     return AutoModelForCausalLM if task.form == "generation" else AutoModelForSequenceClassification
-
-
-def get_head_options(task: Task) -> dict:
-    if task.form == "classification":
-        return {
-            "num_labels": len(task.labels),
-            "id2label": dict(enumerate(task.labels)),
-            "label2id": {label: i for i, label in enumerate(task.labels)},
-        }
-    return {"num_labels": 1, "problem_type": "regression"} if task.form == "regression" else {}
 
 
 def build_target_pattern(model: Model) -> str:

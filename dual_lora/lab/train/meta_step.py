@@ -1,13 +1,11 @@
 """One training step on torch's meta device, where tensors have shapes and no numbers."""
 
-import copy
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
@@ -17,15 +15,9 @@ from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
 from dual_lora.lab.model.adapt import attach_method
 from dual_lora.lab.model.encode import get_position_limit
-from dual_lora.lab.model.load import (
-    cast_trained_to_float32,
-    get_head_class,
-    get_head_options,
-    get_weight_dtype,
-    locate_model,
-    unwrap_adapter,
-)
+from dual_lora.lab.model.load import cast_trained_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
 from dual_lora.lab.model.nf4 import list_quantisable_layers
+from dual_lora.lab.model.source import get_head_options, load_config
 from tasks import Task
 
 
@@ -41,12 +33,9 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
         path or values,
         f"model={settings.model.name}: no architecture in its YAML; give model.path=DIR or architecture there",
     )
-    options = get_head_options(task)
-    if task.form == "classification":
-        options["problem_type"] = "single_label_classification"  # else some models look into the labels
     with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
-        config = copy.deepcopy(read_config(**locate_model(settings))) if path else AutoConfig.for_model(**values)
-        config.update(options)
+        config = load_config(settings, task) if path else AutoConfig.for_model(**values)
+        config.update(get_head_options(task))
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -57,12 +46,6 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
         model = get_head_class(task).from_config(config, dtype=get_weight_dtype(settings))
     cast_trained_to_float32(model, settings, task)
     return model
-
-
-@cache
-def read_config(**place: str) -> PretrainedConfig:
-    """Return the configuration of a saved model, read once: a GGUF file's takes seconds."""
-    return AutoConfig.from_pretrained(**place)
 
 
 def compute_flash_attention(
