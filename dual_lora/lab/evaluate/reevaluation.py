@@ -10,13 +10,12 @@ from dual_lora.lab.evaluate.evaluate import evaluate_splits
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.adapt import merge_adapter
 from dual_lora.lab.model.load import (
-    get_head_class,
     is_sharded,
     load_dequantised_model,
     load_model,
+    load_tuned_model,
     move_to_device,
 )
-from dual_lora.lab.model.source import NO_CODE
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_comparison
@@ -80,7 +79,7 @@ def load_trained_model(
     require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {mend}")
     with translate_read_errors(f"{folder}: cannot be loaded", mend):
         if tuned:
-            model = get_head_class(task).from_pretrained(folder, use_safetensors=True, **NO_CODE)
+            model = load_tuned_model(folder, settings, task, tokenizer)
         else:
             model = PeftModel.from_pretrained(base, folder)
     record.verify_files(folder.name)

@@ -145,7 +145,16 @@ def parse_header(path: Path) -> Header:
 
 
 def check_gguf_model(path: Path, found: Header) -> None:
-    """Refuse what transformers makes no model of, or one that computes something else."""
+    """Refuse what transformers makes no model of, or one that computes something else.
+
+    Raises:
+        UserError: the file is a part, of an unknown architecture, or has scaled positions.
+    """
+    parts = found.values.get("split.count", 1)
+    require(
+        parts == 1,
+        f"model.path={path}: one of {parts} parts; join them first (llama-gguf-split --merge), or {SAVED_MODEL_REMEDY}",
+    )
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 

@@ -1,14 +1,14 @@
 """Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
-import re
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -21,11 +21,37 @@ from transformers.distributed import DistributedConfig
 from dual_lora.lab.config.schema import Model, Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
+from dual_lora.lab.inputs.model_files import check_model_folder, link_model
 from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
-from dual_lora.lab.model.source import find_gguf_file, load_config, locate_model, name_model, translate_model_errors
+from dual_lora.lab.model.source import (
+    NO_CODE,
+    find_gguf_file,
+    get_head_options,
+    load_config,
+    locate_model,
+    name_model,
+    translate_model_errors,
+)
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes
 from tasks import Task
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The state of torch's random numbers, on the CPU and on every GPU."""
+
+    cpu: torch.Tensor
+    gpus: list[torch.Tensor]
+
+    @classmethod
+    def save(cls) -> "Draws":
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpus:
+            torch.cuda.set_rng_state_all(self.gpus)
 
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -37,44 +63,88 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
-    own_padding = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    config = load_config(settings, task, own_padding)
+    config = load_config(settings, task)
+    config.update(get_own_padding(tokenizer))
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
-    options |= get_quantisation_options(settings) | get_fresh_head_options(settings, task)
+    options |= get_quantisation_options(settings) | get_decoding_default(task)
+    options["ignore_mismatched_sizes"] = True  # `check_loaded_weights` refuses all but a head's
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    draws = Draws.save()
     with translate_model_errors(settings):
         options |= get_shard_options(settings, task)
         model, found = get_head_class(task).from_pretrained(
             **locate_model(settings), **options, output_loading_info=True
         )
     keep_as_loaded(model)
+    check_loaded_weights(model, found, tokenizer, settings)
+    if task.form != "generation":
+        draw_head(model, found["missing_keys"], draws, settings)
     cast_trained_to_float32(model, settings, task)
-    check_loaded_weights(model, found["missing_keys"], tokenizer, settings)
     model.name_or_path = model.config.name_or_path = name_model(settings)
     set_token_ids(model, tokenizer)
     return model, tokenizer
 
 
-def get_fresh_head_options(settings: Settings, task: Task) -> dict[str, Any]:
-    """Return what has `from_pretrained` draw a task's head, whatever head the weights bring, and decode by default."""
-    if task.form == "generation":
-        return {"generation_config": GenerationConfig()}  # else transformers reads one beside the weights
-    heads = "|".join(map(re.escape, sorted(settings.model.heads)))
-    return {"key_mapping": {rf"^({heads})\.": r"other_head.\1."}}
+def get_own_padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the tokenizer's padding as a configuration names it, if it is a token of its own."""
+    own = tokenizer.pad_token_id != tokenizer.eos_token_id
+    return {"pad_token_id": tokenizer.pad_token_id} if own else {}
+
+
+def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
+    """Return what keeps `from_pretrained` from decoding settings beside the weights."""
+    return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
+
+
+def draw_head(model: PreTrainedModel, missing: set[str], draws: Draws, settings: Settings) -> None:
+    """Draw a head that the weights brought, with the random numbers it would have got without them."""
+    heads = {name: module for name, module in model.named_children() if name in settings.model.heads}
+    if not any(f"{name}.{part}" not in missing for name, head in heads.items() for part, _ in head.named_parameters()):
+        return
+    draws.restore()
+    for head in heads.values():
+        for weight in head.parameters():
+            weight._is_hf_initialized = False
+        head.apply(model._init_weights)
+
+
+def load_tuned_model(
+    folder: Path, settings: Settings, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Return the model that a run of method=full left in its record, read as a base model is.
+
+    Raises:
+        UserError: the folder holds no model, or what lies there cannot be honoured.
+    """
+    check_model_folder(folder)
+    place = {"pretrained_model_name_or_path": str(link_model(folder)), **NO_CODE}
+    config = AutoConfig.from_pretrained(**place)
+    config.update(get_head_options(task) | get_own_padding(tokenizer))
+    options = {"dtype": get_weight_dtype(settings), "use_safetensors": True}
+    model = get_head_class(task).from_pretrained(config=config, **place, **options, **get_decoding_default(task))
+    model.name_or_path = model.config.name_or_path = str(folder)
+    set_token_ids(model, tokenizer)
+    return model
 
 
 def check_loaded_weights(
-    model: PreTrainedModel, missing: set[str], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    model: PreTrainedModel, found: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> None:
-    """Refuse weights that are not the model's, or a tokenizer that is not.
+    """Refuse weights that are not the model's, or a tokenizer that is not. found: transformers' report of loading.
 
     Raises:
         UserError: with what does not fit.
     """
     fresh, where = settings.model.heads, f"model={settings.model.name}"
-    lacking = sorted(name for name in missing if not fresh & set(name.split(".")))
+    lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
+    other = sorted(name for name, *_ in found["mismatched_keys"] if not fresh & set(name.split(".")))
+    require(
+        not other,
+        f"{where}: its weights have other shapes than its config.json asks for, first {other[:1]}; they are another "
+        "model's",
+    )
     require(
         not lacking,
         f"{where}: its weights lack {len(lacking)} that its config.json asks for, first {lacking[:1]}; they are "

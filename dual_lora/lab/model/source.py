@@ -70,16 +70,15 @@ def get_config_fields(settings: Settings) -> dict[str, Any]:
     return read_hub_config(where["pretrained_model_name_or_path"], where["revision"])
 
 
-def load_config(settings: Settings, task: Task, pad_token_id: int | None = None) -> PreTrainedConfig:
-    """Return the model's configuration with the head that the task asks for. pad_token_id: the tokenizer's own.
+def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
+    """Return the model's configuration with the head that the task asks for.
 
     Raises:
         UserError: the configuration cannot be found, read or honoured.
     """
-    padding = {} if pad_token_id is None else {"pad_token_id": pad_token_id}
     with translate_model_errors(settings):
         config = copy.deepcopy(read_config(**locate_model(settings)))
-        config.update(get_head_options(task) | padding)
+        config.update(get_head_options(task))
     return config
 
 

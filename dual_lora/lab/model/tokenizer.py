@@ -70,7 +70,7 @@ def set_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-    """Refuse a tokenizer that cannot end a text or pad a batch, or that does either with an ordinary word.
+    """Refuse a tokenizer that cannot end a text or pad a batch, or that makes a special token of an ordinary word.
 
     Raises:
         UserError: with the token that is missing or wrong.
@@ -84,9 +84,13 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     require(pads, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
     path = find_model(settings)
     words = read_ordinary_words(path / "tokenizer.json") if path and path.is_dir() else frozenset()
-    for name in ("pad_token", "eos_token"):
-        word = getattr(tokenizer, name)
-        require(word not in words, f"{where} names an ordinary word, {word!r}, as {name}; {remedy}")
+    added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    turned = sorted(words & (added | set(tokenizer.all_special_tokens)))
+    require(
+        not turned,
+        f"{where} makes special tokens of ordinary words, first {turned[:1]}; remove them from tokenizer_config.json "
+        "and special_tokens_map.json, or save the tokenizer again",
+    )
 
 
 @cache
