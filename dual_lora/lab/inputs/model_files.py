@@ -26,6 +26,7 @@ END_BYTES = 1 << 20
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 TOKENIZER_FILES += ("chat_template*",)
+SPECIAL_TOKENS, SPECIAL_TOKEN_LISTS = "special_tokens_map.json", ("additional_special_tokens", "extra_special_tokens")
 # Of rarer tokenizers; records of earlier versions do not hold them.
 RARE_TOKENIZER_FILES = ("*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json", "dict.txt", "emoji.json")
 RARE_TOKENIZER_FILES += ("normalizer.json", "entity_vocab.json", "target_vocab.json", "byte_maps.json", "word_*.json")
@@ -253,8 +254,27 @@ def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...]) -> Tempor
     check_class_fields(values, str(path / "config.json"))
     folder = write_config(values)
     for file, *_ in stamps[1:]:
-        (Path(folder.name) / file.name).symlink_to(file.resolve())
+        link = Path(folder.name) / file.name
+        if file.name == SPECIAL_TOKENS:
+            link.write_text(json.dumps(read_special_tokens(file)))
+        else:
+            link.symlink_to(file.resolve())
     return folder
+
+
+def read_special_tokens(file: Path) -> dict[str, Any]:
+    """Return the special tokens that a special_tokens_map.json names; its other fields would be taken for options.
+
+    Raises:
+        UserError: the file is damaged, or a token has no text.
+    """
+    values = read_json_object(file, RESAVE_REMEDY)
+    listed = {name: value for name, value in values.items() if name in SPECIAL_TOKEN_LISTS}
+    named = {name: value for name, value in values.items() if name.endswith("_token") and not name.startswith("add_")}
+    for name, value in named.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        require(bool(text) and isinstance(text, str), f"{file}: {name} is no text; {RESAVE_REMEDY}")
+    return named | listed
 
 
 def write_config(values: dict[str, Any]) -> TemporaryDirectory:

@@ -77,6 +77,9 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     """
     where = f"model={settings.model.name}: its tokenizer"
     remedy = "set it in tokenizer_config.json, or save the tokenizer with it"
+    longest = tokenizer.model_max_length
+    numeric = isinstance(longest, (int, float)) and longest > 0
+    require(numeric, f"{where} has model_max_length={longest!r}, which is no length; {remedy}")
     ends = tokenizer.eos_token_id is not None
     writes = load_task(settings).form == "generation"
     require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
