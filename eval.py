@@ -19,6 +19,10 @@ import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
+from dual_lora.lab.system.threads import configure_threads
+
+configure_threads()  # read by OpenMP when torch is imported
+
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 

@@ -13,6 +13,10 @@ import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 
+from dual_lora.lab.system.threads import configure_threads
+
+configure_threads()  # read by OpenMP when torch is imported
+
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config.compose import list_choices
