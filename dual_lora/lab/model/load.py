@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -64,7 +65,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
     config = load_config(settings, task)
-    config.update(get_own_padding(tokenizer))
+    set_own_padding(config, tokenizer)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
     options |= get_quantisation_options(settings) | get_decoding_default(task)
     options["ignore_mismatched_sizes"] = True  # `check_loaded_weights` refuses all but a head's
@@ -87,10 +88,12 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def get_own_padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the tokenizer's padding as a configuration names it, if it is a token of its own."""
-    own = tokenizer.pad_token_id != tokenizer.eos_token_id
-    return {"pad_token_id": tokenizer.pad_token_id} if own else {}
+def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a configuration the tokenizer's padding before the model is built, as RoBERTa's positions need it. Padding
+    that is the end of text, too, is left out: its embedding would not train."""
+    padding = tokenizer.pad_token_id
+    if padding != tokenizer.eos_token_id and padding < config.get_text_config().vocab_size:
+        config.pad_token_id = padding
 
 
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
@@ -121,7 +124,8 @@ def load_tuned_model(
     check_model_folder(folder)
     place = {"pretrained_model_name_or_path": str(link_model(folder)), **NO_CODE}
     config = AutoConfig.from_pretrained(**place)
-    config.update(get_head_options(task) | get_own_padding(tokenizer))
+    config.update(get_head_options(task))
+    set_own_padding(config, tokenizer)
     options = {"dtype": get_weight_dtype(settings), "use_safetensors": True}
     model = get_head_class(task).from_pretrained(config=config, **place, **options, **get_decoding_default(task))
     model.name_or_path = model.config.name_or_path = str(folder)
