@@ -181,7 +181,7 @@ def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
     for number, (options, message) in enumerate(
         [
             ({"cut": "deepseek-llm"}, r"how its tokenizer cuts texts \(deepseek-llm\) is not known here"),
-            ({"cut": None}, r"how its tokenizer cuts texts \(none told\) is not known here"),
+            ({"cut": None}, r"how its tokenizer cuts texts \(unnamed\) is not known here"),
             ({"more": {"llama.rope.scaling.type": "yarn"}}, "its positions are scaled"),
             ({"extra": ["rope_freqs.weight"]}, "its positions are scaled"),
         ]

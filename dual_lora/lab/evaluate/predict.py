@@ -1,4 +1,4 @@
-"""What a model says of a batch of rows: a class, a number, a text, or the likelihood of given texts."""
+"""A model's output for a batch of rows: a class, a number, a text, or the likelihood of given texts."""
 
 from typing import Any
 
@@ -33,14 +33,18 @@ def classify_rows(
 
 
 def check_finite(scores: torch.Tensor) -> None:
-    """Refuse a model's scores, ... x choices, whose best is no number; some of them may be forbidden (-inf)."""
+    """Refuse a model's scores, ... x choices, whose maximum is NaN or infinite. Forbidden choices may be -inf.
+
+    Raises:
+        UserError: with a remedy; the run diverged.
+    """
     if not scores.amax(-1).isfinite().all():
-        said = "the model's outputs are no numbers; take model.dtype=float32, a lower train.lr or other weights"
+        said = "the model's outputs are NaN or Inf; take model.dtype=float32, a lower train.lr or other weights"
         raise UserError(said, diverged=True)
 
 
 class FiniteScores(LogitsProcessor):
-    """Refuses scores of a next token that are no numbers."""
+    """Refuses scores of a next token that are NaN or infinite."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         check_finite(scores)
@@ -50,7 +54,8 @@ class FiniteScores(LogitsProcessor):
 def generate_texts(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
-    """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
+    """Return the text after each prompt, decoded as the task's protocol says, without sampling. Prompts are never
+    truncated."""
     prompts = [encode_prompt(tokenizer, row["prompt"], settings) for row in rows]
     protocol = settings.task
     check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
@@ -66,8 +71,8 @@ def generate_texts(
 
 
 class NoRepeatInOutput(LogitsProcessor):
-    """Bans a token that would repeat an n-gram of the output, as LoRA's gpt2_beam.py does. transformers' own rule bans
-    those of the prompt, too, padding included, so that no name of n tokens could be copied from it."""
+    """Bans a token that would repeat an n-gram of the output, as LoRA's gpt2_beam.py does. transformers' own rule also
+    bans the n-grams of the prompt, padding included, so that no name of n tokens could be copied from it."""
 
     def __init__(self, size: int, start: int) -> None:
         self.rule, self.start = NoRepeatNGramLogitsProcessor(size), start

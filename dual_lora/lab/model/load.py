@@ -57,7 +57,7 @@ class Draws:
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model with the head the task's form needs, and its tokenizer. A GGUF file's weights are unpacked.
-    A head is always fresh, also where the weights bring one: else two folders of one model would start differently.
+    A head is always fresh, even if the weights bring one: otherwise two folders of a model would start differently.
 
     Raises:
         UserError: the model is neither at `model.path` nor on the hub, or what is there cannot be honoured.
@@ -171,14 +171,14 @@ def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def get_weight_dtype(settings: Settings) -> torch.dtype:
-    """Return what the model's weights are held in: `model.dtype`, but float32 where all of them train. In 16 bits a
-    usual step is less than the distance to the next number, and AdamW's means never decay; products are taken in
-    `model.dtype` all the same (`autocast`)."""
+    """Return the type of the model's weights: `model.dtype`, but float32 if all of them train. In 16 bits a usual step
+    is smaller than the distance to the next number, and AdamW's means never decay. Products are computed in
+    `model.dtype` all the same (`autocast_products`)."""
     return torch.float32 if settings.method.peft is None else getattr(torch, settings.model.dtype)
 
 
 def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Task) -> None:
-    """Hold in float32, too, what an adapter method trains of the base model: heads, and what it is told to train."""
+    """Cast to float32 what an adapter method trains of the base model: heads, and the modules it names."""
     heads = settings.model.heads if task.form != "generation" else set()
     names = heads | set((settings.method.peft or {}).get("modules_to_save") or ())
     for name, weight in model.named_parameters():
@@ -187,14 +187,14 @@ def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Ta
 
 
 def autocast_products(model: torch.nn.Module, settings: Settings, task: Task) -> AbstractContextManager[None]:
-    """Take products in `model.dtype` outside of training as the Trainer does in it, where weights of other types meet:
-    those of a head, and all that were trained."""
+    """Compute products in `model.dtype` outside of training, as the Trainer does in training, where weights of several
+    types meet: those of a head, and all that were trained."""
     kind, mixed = getattr(torch, settings.model.dtype), task.form != "generation" or settings.method.peft is None
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 
 
 def explain_unshardable(settings: Settings, task: Task, kind: type) -> str | None:
-    """Return why FSDP2 cannot share out a model of this class for this task and method; None if it can."""
+    """Return why FSDP2 cannot shard a model of this class for this task and method; None if it can."""
     if task.form != "generation":
         return f"not for {task.name}, whose head trains"
     if not getattr(kind, "_fsdp_plan", None):
@@ -207,8 +207,11 @@ def explain_unshardable(settings: Settings, task: Task, kind: type) -> str | Non
 
 
 def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedConfig]:
-    """Return how the processes of a run share out the weights as they read them: each its part of each (FSDP2), or,
-    as replicas or alone, everything."""
+    """Return how the processes of a run load the weights: each a shard of every weight (FSDP2), or each everything.
+
+    Raises:
+        UserError: the model cannot be sharded for this task and method.
+    """
     if settings.hardware.sharding != "full" or not has_several_processes():
         return {}
     config = load_config(settings, task)
@@ -219,13 +222,17 @@ def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedCo
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether this process holds but a part of each weight."""
+    """Return whether this process holds only a shard of each weight."""
     return getattr(model, "is_distributed_loading_by_transformers", False)
 
 
 def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
-    """Refuse a GGUF file with more weights than the model that transformers made of it has places for. Those of experts
-    are not counted: transformers joins them."""
+    """Refuse a GGUF file with more weights than the model that transformers built from it takes. Experts are not
+    counted, because transformers joins them.
+
+    Raises:
+        UserError: the file holds weights that the model does not take.
+    """
     held = sum("_exps" not in name for name in read_gguf_header(file).tensors)
     taken = len(list(model.parameters()))
     kind = type(model).__name__
@@ -233,10 +240,10 @@ def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
 
 
 def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return as `load`, but of a base in 4 bits a plain model with the values these stand for, in float32.
+    """Return what `load_model` does, but a base in 4 bits as a plain model with the dequantised values, in float32.
 
     Raises:
-        UserError: as `load`.
+        UserError: as `load_model`.
     """
     model, tokenizer = load_model(settings, task)
     if settings.hardware.base is None:
@@ -247,8 +254,8 @@ def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedMo
 
 
 def move_to_device(model: torch.nn.Module) -> None:
-    """Move a model to the accelerator, if there is one, as the Trainer does for training. What is in 4 bits or shared
-    out was loaded there."""
+    """Move a model to the accelerator, if there is one, as the Trainer does for training. A model in 4 bits or
+    in shards was loaded there."""
     if torch.cuda.is_available() and not list_4bit_layers(model) and not is_sharded(model):
         model.to("cuda")
 
