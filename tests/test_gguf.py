@@ -76,7 +76,7 @@ def write(path, architecture="llama", cut="gpt-2", template=None, more=None, ext
     if template:
         out.add_chat_template(template)
     for key, value in (more or {}).items():
-        out.add_string(key, value)
+        (out.add_string if isinstance(value, str) else out.add_uint16)(key, value)
     for name, weight in load_file(SAVED / "model.safetensors").items():
         part = name.rpartition("_proj")[0][-1:]
         out.add_tensor(name_there(name), (turned(weight, heads[part]) if part in heads else weight).numpy())
@@ -184,6 +184,7 @@ def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
             ({"cut": None}, r"how its tokenizer cuts texts \(unnamed\) is not known here"),
             ({"more": {"llama.rope.scaling.type": "yarn"}}, "its positions are scaled"),
             ({"extra": ["rope_freqs.weight"]}, "its positions are scaled"),
+            ({"more": {"split.count": 3}}, "one of 3 parts; join them first"),
         ]
     ):
         with pytest.raises(UserError, match=message):

@@ -21,6 +21,7 @@ KERNEL_FIELDS |= {"fusion_config", "distributed_config", "device_map", "tp_plan"
 OUTPUT_FIELDS = {"return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
 OUTPUT_FIELDS |= {"_output_attentions", "output_scores", "return_dict_in_generate", "tie_last_hidden_states"}
 PLACE_FIELDS = {"name_or_path", "_name_or_path", "_commit_hash", "configuration_files", "task_specific_params"}
+PLACE_FIELDS |= {"generation_config"}
 DROPPED_FIELDS = HEAD_FIELDS | TOKEN_FIELDS | PRECISION_FIELDS | KERNEL_FIELDS | OUTPUT_FIELDS | PLACE_FIELDS
 # Fields that are refused if they hold anything, with the remedy.
 REFUSED_FIELDS = {

@@ -240,7 +240,11 @@ def link_model(path: Path) -> Path:
     index = [] if weights == [path / WEIGHTS] else [path / INDEX]
     files = [*weights, *index, *list_matching_files(path, TOKENIZER_FILES + RARE_TOKENIZER_FILES)]
     stamps = tuple((file, *get_file_stamp(file)) for file in [path / "config.json", *files])
-    return Path(link_files(path, stamps).name)
+    folder = Path(link_files(path, stamps).name)
+    if not folder.is_dir():  # a process that was forked from this one removed it at its end
+        link_files.cache_clear()
+        folder = Path(link_files(path, stamps).name)
+    return folder
 
 
 @cache

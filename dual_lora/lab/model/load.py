@@ -21,8 +21,14 @@ from transformers.distributed import DistributedConfig
 
 from dual_lora.lab.config.schema import Model, Settings
 from dual_lora.lab.errors import require
-from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
-from dual_lora.lab.inputs.model_files import check_model_folder, link_model
+from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
+from dual_lora.lab.inputs.model_files import (
+    check_model_folder,
+    find_model,
+    link_model,
+    list_tensors,
+    list_weight_files,
+)
 from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
 from dual_lora.lab.model.source import (
     NO_CODE,
@@ -68,7 +74,8 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     set_own_padding(config, tokenizer)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
     options |= get_quantisation_options(settings) | get_decoding_default(task)
-    options["ignore_mismatched_sizes"] = True  # `check_loaded_weights` refuses all but a head's
+    # A head may have another size; for other weights `check_loaded_weights` says no.
+    options["ignore_mismatched_sizes"] = brings_head(settings)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -86,6 +93,15 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     model.name_or_path = model.config.name_or_path = name_model(settings)
     set_token_ids(model, tokenizer)
     return model, tokenizer
+
+
+def brings_head(settings: Settings) -> bool:
+    """Return whether a model's weights hold a head, as far as is known before a download."""
+    path = find_model(settings)
+    if path is None or is_gguf_file(path):
+        return path is None
+    names = (name for file in list_weight_files(path) for name in list_tensors(file))
+    return any(name.split(".")[0] in settings.model.heads for name in names)
 
 
 def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
