@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
+from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
@@ -28,6 +29,8 @@ from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import build_collator, build_generation_encoder, build_sentence_encoder
 from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
 
 PAIRS = {
     "tiny-llama": "demo/restaurants",
@@ -275,6 +278,16 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     assert "adapter_config.json: an adapter beside the model, which may be merged already" in refused(
         folder, "tiny-llama"
     )
+
+
+def test_an_adapter_added_to_a_tuned_model_is_refused(runs_folder):
+    short = ["method=full", "train.max_steps=1", "train.max_examples=8", "eval.max_examples=4", "wandb.mode=disabled"]
+    settings = load_settings(["model=tiny-roberta", "task=demo/sentiment", "eval.before=false", *short])
+    folder = runs_folder / "adhoc" / train_run(Run.prepare(settings))["identity"]
+    assert evaluate_command([f"run={folder}"]) == 0
+    change(folder / "model", "adapter_config.json", peft_type="LORA")
+    with pytest.raises(UserError, match="adapter_config.json"):
+        evaluate_command([f"run={folder}"])
 
 
 def test_a_model_is_read_from_the_listed_files_alone(plain, tmp_path):
