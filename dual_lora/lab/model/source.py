@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.gguf import is_gguf_file
 from dual_lora.lab.inputs.hub import use_cache_if_unreachable
@@ -112,10 +113,12 @@ def read_hub_config(hub: str, revision: str | None) -> dict:
 def get_head_options(task: Task) -> dict:
     """Return the fields of a configuration that a task decides: its labels, and by them the loss."""
     if task.form == "classification":
+        with translate_task_errors():
+            labels = task.labels  # of a task on the user's own files, read from there
         return {
-            "num_labels": len(task.labels),
-            "id2label": dict(enumerate(task.labels)),
-            "label2id": {label: i for i, label in enumerate(task.labels)},
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": "single_label_classification",
         }
     return {"num_labels": 1, "problem_type": "regression"} if task.form == "regression" else {}

@@ -120,7 +120,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     where, remedy = f"model.chat=true: {settings.model.name}", "take model.chat=false"
     require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; {remedy}")
     with translate_read_errors(f"{where}'s chat template takes no single prompt", remedy), limit_time(TEMPLATE_SECONDS):
-        text = apply_chat_template(tokenizer, PROBE)
+        text = apply_chat_template(tokenizer, [{"role": "user", "content": PROBE}])
     require(PROBE in text, f"{where}'s chat template leaves the prompt out; {remedy}")
 
 

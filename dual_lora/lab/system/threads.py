@@ -2,8 +2,8 @@
 
 OpenMP's threads spin while they wait for each other. On a machine whose cores other programs use as well, a thread that
 is not scheduled then holds up all others at the end of every small parallel region: training becomes up to ten times
-slower than with a single thread. Threads that sleep while they wait cost a little on a quiet machine and lose nothing on
-a busy one.
+slower than with a single thread. Threads that sleep while they wait cost a little on a quiet machine and lose nothing
+on a busy one.
 """
 
 import math
