@@ -195,6 +195,7 @@ def test_fields_of_use_do_not_count(plain, tmp_path):
         ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, but its weights hold"),
         ({"num_hidden_layers": 59}, "num_hidden_layers=59, but its weights hold 58 tensors"),
         ({"num_attention_heads": 10**7}, "num_attention_heads=10000000, but at most"),
+        ({"num_attention_heads": -1}, "num_attention_heads=-1 is no number of parts"),
         ({"is_decoder": True}, "is_decoder=True makes another kind of model of a roberta"),
     ],
 )
@@ -328,7 +329,7 @@ CONFIG_FIELDS += ["architectures", "transformers_version", "auto_map", "nothing"
 CONFIG_FIELDS += [
     "add_cross_attention",
     "num_hidden_layers",
-    "num_attention_heads",
+    "not_a_field",
     "prefix",
     "sep_token_id",
 ]
