@@ -24,7 +24,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import encode_rows
-from dual_lora.lab.model.load import load_tokenizer
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK
 from dual_lora.lab.train.plan import plan_run

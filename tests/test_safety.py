@@ -17,7 +17,8 @@ from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.load import NO_CODE, load_model, locate_model
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.source import NO_CODE, locate_model
 from dual_lora.lab.record.record import Record
 
 FILES = [*ROOT.glob("*.py"), *(ROOT / "dual_lora").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]

@@ -267,7 +267,7 @@ def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
     wild = ["method=full", "train.lr=9e5", "train.max_grad_norm=9e5", "task.checkpoint=best", "train.log_steps=99"]
     few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
     chosen = settings("tiny-roberta", *wild, *few)
-    with pytest.raises(UserError, match="the model's outputs are no numbers; .* a lower train.lr"):
+    with pytest.raises(UserError, match="the model's outputs are NaN or Inf; .* a lower train.lr"):
         train_run(Run.prepare(chosen))
     assert Run.prepare(chosen).record.read_failure()["diverged"]
 
@@ -316,7 +316,7 @@ def test_outputs_that_are_no_numbers_are_not_scored(model, task):
     base, tokenizer = load_model(chosen, asked)
     with torch.no_grad():
         next(p for name, p in base.named_parameters() if "norm" in name.lower() or "ln_" in name).fill_(float("nan"))
-    with pytest.raises(UserError, match="the model's outputs are no numbers"):
+    with pytest.raises(UserError, match="the model's outputs are NaN or Inf"):
         rows = [{"id": "1", "prompt": "one two", "text": "one", "text_pair": [], "label": 0}]
         ask = {"commonsense": score_choices}.get(task)
         asked.choices = lambda row: ["true", "false"]

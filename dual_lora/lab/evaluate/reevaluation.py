@@ -10,15 +10,14 @@ from dual_lora.lab.errors import require, translate_memory_errors, translate_rea
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.load import (
-    NO_CODE,
-    get_head_class,
     is_sharded,
     load_dequantised_model,
     load_model,
-    load_tokenizer,
+    load_tuned_model,
     move_to_device,
 )
 from dual_lora.lab.model.merge import merge_adapter
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_comparison
 from dual_lora.lab.system.distributed import join_processes, share_from_first
@@ -88,7 +87,7 @@ def load_trained_model(
     with translate_read_errors(f"{folder}: cannot be loaded", remedy):
         set_seed(settings.seed)
         if tuned:
-            model = get_head_class(task).from_pretrained(folder, use_safetensors=True, **NO_CODE)
+            model = load_tuned_model(folder, settings, task, tokenizer)
         else:
             model = PeftModel.from_pretrained(base, folder)
     record.verify_files(folder.name)

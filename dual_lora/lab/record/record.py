@@ -26,7 +26,7 @@ import yaml
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import Elsewhere, UserError, require
-from dual_lora.lab.inputs.model_files import hash_model_files
+from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files
 from dual_lora.lab.record.provenance import describe_environment, merge_environments
 from dual_lora.lab.system.files import flush_to_disk, read_json_object, remove_path, translate_write_errors
 from dual_lora.lab.system.lock import LOCK_NAME, hold_lock
@@ -138,8 +138,7 @@ class Record:
         """
         known = self.read_environment().get("model_files")
         known = known if isinstance(known, dict) else {}
-        now = hash_model_files(settings) if known else {}
-        other = sorted(name for name in known | now if known.get(name) != now.get(name))
+        other = find_changed_files(known, settings) if known else []
         require(
             not other,
             f"{self.folder}: begun with another {', '.join(other)} of model={settings.model.name}; give the folder as "

@@ -1,15 +1,13 @@
 """One training step on torch's meta device, where tensors have shapes but no values."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cache
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
@@ -19,15 +17,9 @@ from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
 from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
-from dual_lora.lab.model.load import (
-    cast_trained_to_float32,
-    get_head_class,
-    get_head_options,
-    get_weight_dtype,
-    locate_model,
-    unwrap_adapter,
-)
+from dual_lora.lab.model.load import cast_trained_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
 from dual_lora.lab.model.nf4 import list_quantisable_layers
+from dual_lora.lab.model.source import get_head_options, load_config
 from tasks import Task
 
 # How PEFT's configurations call the choice of initial weights; False: as torch made them.
@@ -50,10 +42,8 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     options = get_head_options(task)
     if task.form != "generation":
         options["pad_token_id"] = PAD_TOKEN  # else a causal model with a head takes one example at a time only
-    if task.form == "classification":
-        options["problem_type"] = "single_label_classification"  # else some models look into the labels
     with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
-        config = copy.deepcopy(read_config(**locate_model(settings))) if path else AutoConfig.for_model(**values)
+        config = load_config(settings, task) if path else AutoConfig.for_model(**values)
         config.update(options)
     check_layers(settings, config)
     if layers:
@@ -68,7 +58,7 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     return model
 
 
-def check_layers(settings: Settings, config: PretrainedConfig) -> None:
+def check_layers(settings: Settings, config: PreTrainedConfig) -> None:
     """Refuse a number of layers that no model has: all of them are built to be counted.
 
     Raises:
@@ -111,12 +101,6 @@ def skip_initialisation(settings: Settings) -> Settings:
     named = [field.name for field in fields(kind)] if kind else []
     drawn = {name: False for name in named if name in INITIALISERS}
     return replace(settings, method=replace(settings.method, peft={**own, **drawn}))
-
-
-@cache
-def read_config(**place: str) -> PretrainedConfig:
-    """Return the configuration of a saved model, read once: a GGUF file's takes seconds."""
-    return AutoConfig.from_pretrained(**place)
 
 
 def compute_flash_attention(

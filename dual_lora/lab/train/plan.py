@@ -21,8 +21,9 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import count_parameters
-from dual_lora.lab.model.load import explain_unshardable, find_gguf_file, unwrap_adapter
+from dual_lora.lab.model.load import explain_unshardable, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
+from dual_lora.lab.model.source import find_gguf_file
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.libraries import silence_libraries
