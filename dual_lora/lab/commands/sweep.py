@@ -48,14 +48,14 @@ def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str
     if not is_first_process():
         return code
     try:
-        told = report_experiment(experiment, cells, run)
+        reported = report_experiment(experiment, cells, run)
     except UserError as error:
         print(f"{experiment.name}: no report: {error}", file=sys.stderr)
-        told = EXIT_USER
+        reported = EXIT_USER
     except Exception:  # one report is not to cost the others
         print(f"{experiment.name}: no report\n{redact_secrets(traceback.format_exc())}", file=sys.stderr)
-        told = EXIT_FAILED
-    return code or told
+        reported = EXIT_FAILED
+    return code or reported
 
 
 def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> int:

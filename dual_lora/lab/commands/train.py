@@ -37,7 +37,7 @@ def check_command(argv: list[str]) -> list[Run]:
     runs = prepare_runs(found)  # hashes data and weights, which must be there
     for run in runs:
         if not run.settings.force:
-            run.record.read_result()
+            run.record.read_finished()
     return runs
 
 

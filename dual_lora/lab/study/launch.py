@@ -5,10 +5,14 @@ Every launch has a folder of its own, removed when all its runs finished:
     runs/.multirun/WHEN_XXXX/
         N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
         .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
+        command.json    which process the command is: its runs on this machine stop when it is gone
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
 """
 
+import json
+import multiprocessing
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,6 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import strftime
 
+import psutil
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
@@ -163,7 +168,23 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+        command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
+        (folder / "command.json").write_text(json.dumps(command))
     return folder
+
+
+def is_command_gone(folder: Path) -> bool:
+    """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
+    try:
+        command = json.loads((folder / "command.json").read_text())
+        if command["host"] != platform.node():
+            return False
+        process = psutil.Process(command["pid"])
+        return process.create_time() != command["since"] or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
+        return not folder.exists()
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
@@ -200,6 +221,11 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
             return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
     except BrokenExecutor:  # joblib ends all its processes when one of them dies
         return [None] * number
+    except (TimeoutError, multiprocessing.TimeoutError) as error:
+        raise UserError(
+            f"hydra/launcher={get_launcher_name(words)}: a run took longer than hydra.launcher.timeout; "
+            "give more seconds or none"
+        ) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"hydra/launcher={get_launcher_name(words)}: {get_first_line(error)}") from error
 
@@ -232,14 +258,14 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
 
 @contextmanager
 def stop_on_file(file: Path) -> Iterator[None]:
-    """Stop this process's work, as a signal would, when the file is made."""
-    if stop_reasons or file.exists():
+    """Stop this process's work, as a signal would, when the file is made or the command that started it is gone."""
+    if stop_reasons or file.exists() or is_command_gone(file.parent):
         raise Stopped(*stop_reasons[:1] or ["the command that started it"])
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(1):
-            if file.exists():
+            if file.exists() or is_command_gone(file.parent):
                 return None if STOP.asked else os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=watch, daemon=True)

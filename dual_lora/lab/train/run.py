@@ -51,7 +51,7 @@ def train_run(run: Run) -> dict[str, Any]:
     share_from_first(record.finish_cleanup)
     result = find_result(settings, record)
     if result:
-        print(f"finished: {record.format_path()} (force=true runs it anew)")
+        print(f"finished: {record.format_path()} (force=true runs it again)")
     else:
         silence_libraries()
         with ExitStack() as held:
@@ -64,8 +64,12 @@ def train_run(run: Run) -> dict[str, Any]:
 
 
 def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
-    """Return the result of a run that is done and not to be done again."""
-    return None if settings.force else share_from_first(record.read_result)
+    """Return the result of a run that is done, whole and not to be done again.
+
+    Raises:
+        UserError: it is done, but what it left is damaged.
+    """
+    return None if settings.force else share_from_first(record.read_finished)
 
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, set
         with translate_save_errors(record.folder):
             share_from_first(lambda: remove_path(folder))
             loop.model.save_pretrained(folder, is_main_process=is_first_process())
-            share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, **facts))
+            share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, identity=record.name, **facts))
     STOP.raise_if_asked()
     return facts
 
