@@ -28,7 +28,11 @@ def raised(error: Exception):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "a/b: Permission denied; check that you may read"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/b"),
+            2,
+            "a/b: Permission denied; check that you may read",
+        ),
         (OSError(errno.EIO, "Input/output error", "a/b"), 2, "a/b: Input/output error; check the disk"),
         (ConnectionError("no route\nto host"), 2, "no route; check the disk or the network"),
         (MemoryError(), 2, "out of memory (MemoryError); close other programs"),

@@ -65,7 +65,9 @@ def run_guarded(name: str, do: Callable[..., int], *args: object) -> int:
             with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
                 try:
                     return do(*args)
-                except Exception:
+                except Exception as error:
+                    if STOP.raised:  # the error is only how a library was interrupted
+                        raise Stopped(STOP.asked, STOP.then) from error
                     wait_for_first_process_error()
                     raise
     except Exception as error:
@@ -73,10 +75,15 @@ def run_guarded(name: str, do: Callable[..., int], *args: object) -> int:
         print(f"{name}: {redact_secrets(message)}", file=sys.stderr)
         return code
     except (Stopped, KeyboardInterrupt) as stopped:
-        asked, then = (str(stopped), stopped.then) if isinstance(stopped, Stopped) else ("SIGINT", RESUMES)
-        if is_first_process():
-            print(f"{name}: stopped by {asked}; the same command {then}", file=sys.stderr)
-        return EXIT_STOPPED
+        return print_stop(name, stopped)
+
+
+def print_stop(name: str, stopped: BaseException) -> int:
+    """Print what stopped the work and what the same command does next, and return the exit code."""
+    asked, then = (str(stopped), stopped.then) if isinstance(stopped, Stopped) else ("SIGINT", RESUMES)
+    if is_first_process():
+        print(f"{name}: stopped by {asked}; the same command {then}", file=sys.stderr)
+    return EXIT_STOPPED
 
 
 def run_command(do: Callable[..., int], *args: object) -> None:
@@ -89,7 +96,7 @@ def run_command(do: Callable[..., int], *args: object) -> None:
     try:
         with guard_screen(name):
             code = run_guarded(name, do, *args)
-    except (Stopped, KeyboardInterrupt):  # once more, while the end is printed
-        code = EXIT_STOPPED
+    except (Stopped, KeyboardInterrupt) as stopped:  # before the work, or after it
+        code = print_stop(name, stopped)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
     sys.exit(code)

@@ -240,7 +240,7 @@ class Record:
         return read_json_object(path, "remove it and run the same command again", *keys)
 
     def read_sealed(self, name: str, *keys: str) -> dict[str, Any]:
-        """Return a JSON file of the record that was written by `write_sealed`; in records of version 1 it may be unsealed.
+        """Return a JSON file of the record that was written by `write_sealed`; in version 1 it may be unsealed.
 
         Raises:
             UserError: it is missing, damaged, changed or another run's.

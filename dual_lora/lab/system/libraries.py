@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from dual_lora.lab.config import paths
 
@@ -28,7 +29,7 @@ def import_heavy_libraries() -> Iterator[None]:
         atexit.register(gc.unfreeze)  # Triton counts what is left
 
 
-OWN_CODE = tuple(f"{paths.ROOT / name}/" for name in ("dual_lora", "tasks"))
+OWN_CODE = (f"{paths.ROOT / 'tasks'}/", f"{Path(__file__).parents[2]}/")
 
 
 def hide_foreign_warnings() -> None:

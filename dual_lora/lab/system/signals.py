@@ -14,10 +14,12 @@ REQUEUE = signal.SIGUSR2
 
 class StopRequest:
     """The signal that asked for a stop (`asked`: its name, or None), whether the work first goes on to a good place
-    (`waits`), and what the same command does next (`then`)."""
+    (`waits`), what the same command does next (`then`), and whether `Stopped` was raised at once (`raised`): libraries
+    that are interrupted may turn it into errors of their own."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.raised = False
         self.waits, self.then = False, RESUMES
         self.before: dict[int, object] = {}
 
@@ -29,6 +31,7 @@ class StopRequest:
         """
         first, self.asked = self.asked is None, signal.Signals(number).name
         if not (first and self.waits):
+            self.raised = True
             raise Stopped(self.asked, self.then)
         kept = "with a checkpoint" if self.then == RESUMES else "without a checkpoint"
         with suppress(OSError):  # the terminal may be gone
@@ -47,7 +50,7 @@ class StopRequest:
         Raises:
             Stopped: a stop was requested.
         """
-        self.asked, self.waits, self.then = None, False, RESUMES
+        self.asked, self.raised, self.waits, self.then = None, False, False, RESUMES
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
