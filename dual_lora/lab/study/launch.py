@@ -46,7 +46,9 @@ from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import Stopped, UserError, get_first_line, require, suggest_name
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
+from dual_lora.lab.system.environment import isolate_environment
 from dual_lora.lab.system.files import translate_write_errors
+from dual_lora.lab.system.libraries import hide_foreign_warnings
 from dual_lora.lab.system.signals import REQUEUE, STOP
 
 IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
@@ -242,7 +244,9 @@ def wait_patiently() -> AbstractContextManager:
 def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | None:
     """Do a job in a launcher's process and return why it did not finish; None if it did."""
     paths.RUNS = folder.parents[1]
+    hide_foreign_warnings()
     try:
+        isolate_environment()
         settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
         with STOP.listen(), stop_on_file(folder / "stop"):
             return execute_run(Run.prepare(settings))
