@@ -40,9 +40,10 @@ chaos: env  ## kill, starve and damage a small study in many ways, about 20 minu
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .
 
-audit: env  ## pins and known vulnerabilities of the packages; offline, the pins alone
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]' 2>/dev/null || true
-	@$(PY) -m dual_lora.lab.audit
+audit: env  ## do the installed packages fit together, and are the pinned ones free of known vulnerabilities (network)
+	$(PY) -m pip check
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(PY) -m pip_audit --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 clean:  ## remove the environment and caches, never runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

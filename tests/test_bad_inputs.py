@@ -33,7 +33,6 @@ from test_commonsense import official
 from test_gguf import write as write_gguf
 from test_glue import write_official
 
-import train
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.sweep import sweep_command
@@ -650,11 +649,9 @@ def done(tmp_path_factory):
 
 def entry(script: str, words: list[str]) -> int:
     """Do what a script does when it is started, and return its exit code."""
-    do = {"train.py": (train_command, train.job), EVAL: (evaluate_command, words), SWEEP: (sweep_command, words)}[
-        script
-    ]
+    command = {"train.py": train_command, EVAL: evaluate_command, SWEEP: sweep_command}[script]
     with pytest.raises(SystemExit) as end:
-        run_command(*do)
+        run_command(command, words)
     return end.value.code
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from test_readme import COMMANDS, README, words
+from test_readme import COMMANDS, PAGES, words
 from test_sweep import SMALL, SPEC
 
 from dual_lora.lab.commands.sweep import sweep_command
@@ -129,8 +129,8 @@ def test_no_slurm_here_is_told(runs_folder, monkeypatch):
         launch_runs([Run.prepare(load_settings(TINY))], ["hydra/launcher=slurm"])
 
 
-def test_the_readme_names_every_launcher():
-    assert all(f"| `{name}` |" in README for name in list_choices("hydra/launcher"))
+def test_the_documentation_names_every_launcher():
+    assert all(f"| `{name}` |" in PAGES["docs/distributed.md"] for name in list_choices("hydra/launcher"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "hydra/launcher" in c])

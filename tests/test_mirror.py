@@ -253,7 +253,7 @@ def test_disabled_does_not_import_wandb():
         from dual_lora.lab.record.mirror import open_mirror
         facts = dict.fromkeys("project entity run_id name group job_type tags config folder".split())
         mirror = open_mirror("disabled", **facts)
-        mirror.log({"step": 1}), mirror.summary({}), mirror.finish()
+        mirror.log({"step": 1}), mirror.set_summary({}), mirror.finish()
         print([name for name in ("wandb", "torch", "peft") if name in sys.modules])
     """
     env = {**os.environ, "DUAL_LORA_LAZY": "1"}

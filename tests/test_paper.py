@@ -238,5 +238,5 @@ def test_deviations_names_files_that_exist_and_settings_as_they_are():
         assert name in paper.tables(), name
     assert len(text.splitlines()) < 150
     dual = OmegaConf.load(ROOT / "conf/method/dual_lora.yaml")
-    assert f"ramp of {dual.peft.scale_warmup_steps} optimizer steps" in text
+    assert f"a share of {dual.ramp_share} of all optimizer steps" in text
     assert OmegaConf.load(ROOT / "conf/task/e2e.yaml").length_penalty == 0.8

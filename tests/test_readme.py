@@ -1,4 +1,4 @@
-"""Every command of the README is executed, made short: few steps and examples, small files in place of DIR."""
+"""Every command of the README and of docs/ is executed, made short: few steps and examples, small files for DIR."""
 
 import json
 import re
@@ -19,18 +19,36 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.plan import compute_plan, format_plan
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
+PAGES["README.md"] = README
 STARTS = ("    python ", "    make ", "    torchrun ")
-COMMANDS = [line.strip() for line in README.splitlines() if line.startswith(STARTS)]
+LINES = [line.strip() for page in PAGES.values() for line in page.splitlines() if line.startswith(STARTS)]
+MAX_README_LINES = 150
 SHORT = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "wandb.mode=disabled"]
 
 
 def words(command: str) -> list[str]:
-    """Return a command's words without the explanation that two blanks set off."""
+    """Return a command's words without the explanation that three blanks set off."""
     return shlex.split(command.split("   ")[0])
 
 
-def test_the_readme_has_commands_and_no_placeholder():
+COMMANDS = list({" ".join(words(line)): line for line in LINES}.values())  # each once, wherever it stands
+
+
+def test_the_readme_is_read_in_ten_minutes():
     assert len(COMMANDS) > 8 and "@@" not in README
+    assert len(README.splitlines()) <= MAX_README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", PAGES[page]):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_the_index_lists_every_page():
+    listed = set(re.findall(r"\]\((\w[\w-]*\.md)\)", PAGES["docs/index.md"]))
+    assert listed | {"index.md"} == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -105,33 +123,35 @@ def test_the_benchmark_runs_as_written_and_its_tables_are_the_newest(tmp_path, m
     assert len(list((tmp_path / "benchmarks").glob("*.json"))) == 1
     newest = json.loads(max((ROOT / "benchmarks").glob("*.json")).read_text())
     for case in ("layer 2048 x 2048, 1024 tokens, float32", "smollm2, batch 8 x 72, float32"):
-        assert bench.table([bench.Row(**row) for row in newest["cases"][case]["rows"]]) in README
+        assert bench.table([bench.Row(**row) for row in newest["cases"][case]["rows"]]) in PAGES["docs/cost.md"]
 
 
 def test_the_results_are_those_of_the_report():
     report = (ROOT / "runs/rank_allocation_small/report/table.md").read_text()
     known = [[cell.strip() for cell in line.split("|")[1:9]] for line in report.splitlines()]
-    lines = [line for line in README.splitlines() if line.startswith(("| glue/", "| mean"))]
+    lines = [line for line in PAGES["docs/results.md"].splitlines() if line.startswith(("| glue/", "| mean"))]
     assert len(lines) == 16
     for line in lines:
         assert [cell.strip() for cell in line.split("|")[1:9]] in known, line
 
 
 def test_the_plan_is_as_shown(runs_folder):
-    (command,) = [c for c in COMMANDS if "plan=true" in c]
+    (command,) = [c for c in COMMANDS if "model=llama3-8b" in c and "plan=true" in c]
     settings = load_settings(words(command)[2:])
     lines = format_plan(compute_plan(settings), Run.prepare(settings).record).splitlines()
     assert len(lines) == 7
     for line in lines[:-1]:
-        assert line in README
+        assert line in PAGES["docs/planning.md"]
 
 
-def test_the_python_example_adapts_any_model():
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
+def test_the_python_example_adapts_any_model(page, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(ROOT / "dual_lora/lab/model/bundled/tiny-llama")
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {"base": base}
+    monkeypatch.chdir(tmp_path)
+    folder = str(ROOT / "dual_lora/lab/model/bundled/tiny-llama")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+    names = {"base": AutoModelForCausalLM.from_pretrained(folder), "FOLDER": folder}
     exec(code, names)
     trained = {n.rsplit(".", 1)[1] for n, p in names["model"].named_parameters() if p.requires_grad}
     assert trained == {"A", "B", "C", "D"}

@@ -36,6 +36,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.train import trainer as train_trainer
 from dual_lora.lab.train.callbacks import ProgressBar
 from dual_lora.lab.train.run import train_run
+from dual_lora.lab.train.trainer import RunTrainer
 
 FAMILIES = {
     "tiny-gpt2": "demo/choice",
@@ -295,7 +296,7 @@ def test_weights_that_are_no_numbers_are_never_kept(saving, runs_folder):
     """The loss of the last step is of the weights before it."""
     wild = ["train.weight_decay=1e300", "train.max_grad_norm=0", "train.max_steps=2", f"train.save_steps={saving}"]
     chosen = settings("tiny-roberta", "eval.before=false", *wild)
-    with pytest.raises(UserError, match=r"trained weights hold values that are no numbers at step 2; take a lower"):
+    with pytest.raises(UserError, match=r"trained weights contain NaN or Inf at step 2; take a lower"):
         train_run(Run.prepare(chosen))
     record = Run.prepare(chosen).record
     assert record.read_result() is None and record.read_training() is None and record.read_failure()["step"] == 2
@@ -645,3 +646,57 @@ def test_the_clip_of_signs_gradient_bites_under_a_scaled_loss_alone(runs_folder)
     assert same(clip, free)
     assert same(free, trained("+method.peft.ste=identity", "train.loss_scale=65536"))
     assert not same(clip, trained("+method.peft.ste=clip", "train.loss_scale=65536"))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lora_plus", "dora", "dual_lora"])
+def test_one_head_rate_for_every_method_and_each_group_is_recorded(method, runs_folder):
+    chosen = settings("tiny-roberta", f"method={method}", "train.head_lr=3e-3", "train.lr=1e-3", "train.max_steps=1")
+    result = train_run(Run.prepare(chosen))
+    rates = {"full": {"weights": 1e-3}, "lora_plus": {"adapter": 1e-3, "B": 8e-3}}.get(method, {"adapter": 1e-3})
+    assert result["learning_rates"] == rates | {"head": 3e-3}
+
+
+def test_rates_reach_the_weights_biases_of_a_head_included(runs_folder, monkeypatch):
+    """LoRA+ in PEFT trains a head's weights at A's rate and its biases at B's."""
+    seen = {}
+
+    def create(self, *args, real=RunTrainer.create_optimizer):
+        optimizer = real(self, *args)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        seen.update({names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        return optimizer
+
+    monkeypatch.setattr(RunTrainer, "create_optimizer", create)
+    train_run(Run.prepare(settings("tiny-roberta", "method=lora_plus", "train.lr=1e-3", "train.max_steps=1")))
+    assert {rate for name, rate in seen.items() if "lora_B" in name} == {8e-3}
+    assert {rate for name, rate in seen.items() if "lora_B" not in name} == {1e-3}
+    assert any(name.endswith("bias") for name in seen)
+
+
+def test_a_ramp_lasts_a_share_of_the_steps_and_begins_before_the_first(runs_folder):
+    chosen = settings("tiny-roberta", "train.max_steps=50", "method.ramp_share=0.1", "eval.before=false")
+    run = Run.prepare(chosen)
+    result = train_run(run)
+    config = json.loads((run.record.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["scale_warmup_steps"] == 5 and not any("ramp" in warning for warning in result["warnings"])
+    first = [row for row in run.record.read_log() if "train/loss" in row][0]
+    assert first["train/grad_norm"] > 0
+
+
+def test_an_update_that_never_reached_its_full_scale_is_a_warning(runs_folder):
+    chosen = settings("tiny-roberta", "train.max_steps=4", "method.peft.scale_warmup_steps=20", "eval.before=false")
+    (warning,) = [w for w in train_run(Run.prepare(chosen))["warnings"] if "ramp" in w]
+    assert "0.25 of its scale" in warning  # one step before the first optimizer step, and four after
+
+
+def test_the_first_optimizer_step_trains_every_factor(runs_folder, monkeypatch):
+    moved = {}
+
+    def step(self, *args, real=RunTrainer.training_step, **kwargs):
+        loss = real(self, *args, **kwargs)
+        moved.update({n: float(p.grad.abs().max()) for n, p in self.model.named_parameters() if "dual_lora" in n})
+        return loss
+
+    monkeypatch.setattr(RunTrainer, "training_step", step)
+    train_run(Run.prepare(settings("tiny-roberta", "train.max_steps=1", "eval.before=false")))
+    assert moved and min(moved.values()) > 0

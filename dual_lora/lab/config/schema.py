@@ -151,6 +151,8 @@ class Method:
     `rank` is the parameter budget in LoRA's unit: Dual LoRA at rank r trains as many weights as LoRA of rank r. `peft`
     is the adapter configuration as PEFT stores it (`peft_type` and the fields of that type's config class); null
     trains every weight of the model. `lr_ratio` is LoRA+'s rate of the B matrices over that of A (arXiv 2402.12354).
+    `ramp_share` is the share of all optimizer steps over which an update's ramp goes from 0 to 1; an explicit
+    `peft.scale_warmup_steps` goes before it.
     """
 
     name: str
@@ -162,12 +164,13 @@ class Method:
     r1: int | None
     r2: int | None
     lr_ratio: float | None
+    ramp_share: float | None
     peft: dict[str, Any] | None
 
     def __post_init__(self) -> None:
         check_file_name("method.name", self.name, "it names the run's folder")
         check_positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
-        check_range("method", self, 0, 1, "dropout", "magnitude_ratio")
+        check_range("method", self, 0, 1, "dropout", "magnitude_ratio", "ramp_share")
         check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio")
         for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
             value = getattr(self, key)
@@ -192,6 +195,8 @@ class Train:
     where it was measured (runs/LOG.md); null draws at random.
     `loss_scale` multiplies the loss before backward and divides every gradient after it, as fp16 training does: it
     changes nothing but what bends gradients on the way, as the clip of Dual LoRA's Sign.
+    `head_lr` is the learning rate of a task's head, under every method the same; null: that of everything else.
+    `adam_epsilon` is the term in the denominator of AdamW's step; null: 1e-8.
     """
 
     lr: float
@@ -208,13 +213,16 @@ class Train:
     max_examples: int | None
     group_by_length: bool | None
     loss_scale: float | None
+    head_lr: float | None
+    adam_epsilon: float | None
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         check_positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         check_positive("train", self, "save_steps", "save_minutes", "log_steps", "max_examples", "loss_scale")
+        check_positive("train", self, "head_lr", "adam_epsilon")
         check_range("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
-        check_range("train", self, 0, MAX_MULTIPLIER, "lr", "epochs")
+        check_range("train", self, 0, MAX_MULTIPLIER, "lr", "epochs", "head_lr")
 
 
 @dataclass(frozen=True)
@@ -299,6 +307,12 @@ class Settings:
     deterministic: bool
     force: bool
     plan: bool
+
+    def count_steps(self, rows: int) -> int:
+        """Return the optimizer steps of training on so many examples an epoch."""
+        train = self.train
+        an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * self.hardware.devices))
+        return train.max_steps or math.ceil(an_epoch * train.epochs)
 
     def __post_init__(self) -> None:
         check_values(self)

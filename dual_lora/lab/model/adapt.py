@@ -3,12 +3,12 @@
 No method is known here by name. A method that PEFT has needs its yaml in conf/method/ and nothing else.
 """
 
+from math import ceil
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -26,14 +26,18 @@ TASK_TYPES = {
 }
 
 
-def build_adapter_config(settings: Settings, form: str) -> PeftConfig:
+def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
     """Return the PEFT configuration of an adapter method for a task of `form`.
+
+    rows: how many examples training sees an epoch, which the length of a ramp may depend on; None where it does not
+    matter.
 
     Raises:
         UserError: PEFT knows no such method, or refuses a field.
     """
     fields: dict[str, Any] = dict(settings.method.peft)
     kind = fields.pop("peft_type")
+    fields |= resolve_ramp(settings, fields, rows)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         hint = suggest_name(kind, [k.value for k in PEFT_TYPE_TO_CONFIG_MAPPING])
         raise UserError(f"method.peft.peft_type={kind}: PEFT has no such method.{hint}")
@@ -46,8 +50,16 @@ def build_adapter_config(settings: Settings, form: str) -> PeftConfig:
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
 
 
-def attach_method(model: PreTrainedModel, settings: Settings, form: str) -> torch.nn.Module:
-    """Return the model with the method on it and exactly its weights trainable.
+def resolve_ramp(settings: Settings, fields: dict[str, Any], rows: int | None) -> dict[str, int]:
+    """Return the length of an update's ramp in optimizer steps, where the method has one and its settings give none."""
+    if "scale_warmup_steps" not in fields or fields["scale_warmup_steps"] is not None:
+        return {}
+    share = settings.method.ramp_share or 0
+    return {"scale_warmup_steps": 0 if rows is None else ceil(share * settings.count_steps(rows))}
+
+
+def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: int | None = None) -> torch.nn.Module:
+    """Return the model with the method on it and exactly its weights trainable. rows: see `build_adapter_config`.
 
     Raises:
         UserError: the method refuses its settings or finds nothing to adapt.
@@ -56,7 +68,7 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str) -> torc
         if settings.init_from:
             load_init_weights(model, settings)
         return model.requires_grad_(True)
-    adapter = build_adapter_config(settings, form)
+    adapter = build_adapter_config(settings, form, rows)
     try:
         adapted = get_peft_model(model, adapter)
     except (MemoryError, torch.OutOfMemoryError):
@@ -113,15 +125,51 @@ def merge_adapter(model: torch.nn.Module) -> bool:
     return able
 
 
-def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer | None:
-    """Return the optimizer the method asks for, or None for the Trainer's own AdamW."""
-    ratio = settings.method.lr_ratio
-    if ratio is None:
-        return None
-    lr, decay = settings.train.lr, settings.train.weight_decay
-    return create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay
-    )
+@torch.no_grad()
+def start_ramp(model: torch.nn.Module) -> None:
+    """Take the first step of every ramp that has not begun, so that the first optimizer step already trains the
+    factors: at f = 0 they have no gradient."""
+    for factors in factors_of(model):
+        if int(factors.step) == 0:
+            factors.advance()
+
+
+def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
+    """Return a warning where training ended before an update was at its full scale; none otherwise."""
+    reached = min((float(factors.update_scale) for factors in factors_of(model)), default=1.0)
+    if reached >= 1:
+        return []
+    return [f"the update was ramped up to {reached:.2g} of its scale only; train longer or shorten method.ramp_share"]
+
+
+def name_rate(name: str, settings: Settings) -> tuple[str, float]:
+    """Return the group a trained weight belongs to, and that group's learning rate: heads train at `train.head_lr`, the
+    B matrices of LoRA+ at `method.lr_ratio` times the rate of the rest (arXiv 2402.12354), everything else at
+    `train.lr`."""
+    rate, parts = settings.train.lr, set(name.split("."))
+    if "modules_to_save" in parts or settings.model.heads & parts:
+        return "head", settings.train.head_lr or rate
+    if settings.method.lr_ratio is not None and "lora_B" in parts:
+        return "B", rate * settings.method.lr_ratio
+    return ("weights" if settings.method.peft is None else "adapter"), rate
+
+
+def split_by_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, settings: Settings) -> None:
+    """Split the groups of a fresh optimizer by learning rate, where there is more than one."""
+    if settings.train.head_lr is None and settings.method.lr_ratio is None:
+        return
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            name, rate = name_rate(names[parameter], settings)
+            found.setdefault((number, name), {**group, "params": [], "lr": rate})["params"].append(parameter)
+    optimizer.param_groups[:] = sorted(found.values(), key=lambda group: group["lr"] != settings.train.lr)
+
+
+def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
+    """Return the learning rate of every group of trained weights, by its name."""
+    return dict(name_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def list_kernels(model: torch.nn.Module) -> list[str]:

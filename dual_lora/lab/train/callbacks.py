@@ -1,4 +1,4 @@
-"""What happens beside training: the progress bar, the log, and the scores of every epoch."""
+"""Callbacks of the Trainer: the progress bar, the log, and the scores of every epoch."""
 
 import time
 from collections.abc import Callable
@@ -29,14 +29,14 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": f"{speed:,.0f}"})
 
     def close(self) -> None:
-        """End the bar's line, also where training has failed, so that what is said next has a line of its own."""
+        """End the bar's line, also after a failure, so that the next message starts on a line of its own."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
 
 
 class LogCallback(TrainerCallback):
-    """Every logged row into metrics.jsonl and from there to the mirror."""
+    """Writes every logged row to metrics.jsonl and copies it to the mirror."""
 
     NAMES = {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "clipped_share")}
 
@@ -60,28 +60,30 @@ class LogCallback(TrainerCallback):
         self.write_row(state.global_step, {"epoch": round(state.epoch, 4), **row})
 
 
-# What a checkpoint holds beside the Trainer's own files and those of `states`, which takes the place of its pickles.
+# Files of a checkpoint beside the Trainer's own and those of `optimizer_state`, which replaces the Trainer's pickles.
 STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
 
 
 def get_trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return everything training may change: trained weights and buffers. What a frozen weight in 4 bits keeps beside
-    it goes by its name and a dot."""
+    """Return everything training may change: trained weights and buffers.
+
+    bitsandbytes stores the constants of a frozen 4-bit weight under the weight's name and a dot; these are left out.
+    """
     frozen = tuple(f"{name}." for name, p in model.named_parameters() if not p.requires_grad)
     return {name: value.detach() for name, value in model.state_dict().items() if not f"{name}.".startswith(frozen)}
 
 
 class BestEpoch(TrainerCallback):
-    """Scores every epoch and keeps the trained weights of the best one, for tasks whose protocol says so."""
+    """Scores every epoch and keeps the trained weights of the best one, for tasks with `checkpoint: best`."""
 
     def __init__(self, measure: Callable[[str], tuple[dict, list]], metric: str, log: Any) -> None:
         self.measure, self.metric, self.log = measure, metric, log
         self.best, self.epoch, self.weights, self.last = -float("inf"), None, {}, None
         self.scored = 0  # the step of the newest scores
-        self.seconds = 0.0  # that scoring took here
+        self.seconds = 0.0  # spent on scoring by this process
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A checkpoint of an epoch's last step is older than that epoch's scores."""
+        """Score an epoch whose last step was saved before its scores were known."""
         self.on_epoch_end(args, state, control, **kwargs)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
@@ -90,7 +92,7 @@ class BestEpoch(TrainerCallback):
             return
         began = time.perf_counter()
         try:
-            with STOP.defer(has_several_processes()):  # of several none may leave the others alone
+            with STOP.defer(has_several_processes()):  # a process that stopped alone would leave the others waiting
                 scores, _ = self.measure("epoch")
         except Stopped:
             control.should_save = control.should_training_stop = True
@@ -104,16 +106,18 @@ class BestEpoch(TrainerCallback):
             self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
 
     def save_state(self, folder: Path) -> dict[str, Any]:
-        """Write the best weights so far into a checkpoint and return what else is to be remembered."""
+        """Write the best weights so far into a checkpoint and return the rest of the state."""
         if not self.weights:
             return {}
         save_file({name: value.contiguous() for name, value in self.weights.items()}, folder / BEST_FILE)
         return {"best": self.best, "epoch": self.epoch, "last": self.last, "scored": self.scored}
 
     def load_state(self, folder: Path, kept: dict[str, Any]) -> None:
+        """Read what `save_state` wrote to a checkpoint; `kept` is what it returned."""
         if kept:
             self.best, self.epoch, self.last, self.scored = (kept[k] for k in ("best", "epoch", "last", "scored"))
             self.weights = load_file(folder / BEST_FILE)
 
     def restore_best(self, model: torch.nn.Module) -> None:
+        """Give the model the weights of its best epoch."""
         model.load_state_dict(self.weights, strict=False)

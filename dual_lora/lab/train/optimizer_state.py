@@ -1,7 +1,7 @@
-"""What a checkpoint keeps beside the weights, as safetensors and JSON: optimizer, schedule, random numbers.
+"""The state of the optimizer, its schedule and all random generators, as safetensors and JSON.
 
-The Trainer writes pickles instead. Numbers come back bit for bit: JSON holds a float by the shortest text that reads
-back as the same one.
+The Trainer would write pickles. Numbers are restored bit for bit: Python writes a float to JSON as the shortest text
+that reads back as the same float.
 """
 
 import json
@@ -17,7 +17,7 @@ OPTIMIZER_FILE, SCHEDULE_FILE = "optimizer.safetensors", "schedule.json"
 
 
 def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Write the optimizer's tensors, by the number of their weight and their name, and all else in one file."""
+    """Write the optimizer's tensors, named by the index of their weight, and everything else in one JSON file."""
     held = optimizer.state_dict()
     tensors = {f"{i}.{name}": t.contiguous() for i, state in held["state"].items() for name, t in state.items()}
     save_file(tensors, folder / OPTIMIZER_FILE)

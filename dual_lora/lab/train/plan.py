@@ -8,7 +8,6 @@ base in 4 bits counts as many parameters, operations and activations as one that
 weight of it at a time, which the reserve is there for.
 """
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,8 +90,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     )
     train, hardware = settings.train, settings.hardware
     rows, counted = count_training_rows(settings, task)
-    an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * hardware.devices))
-    steps = train.max_steps or math.ceil(an_epoch * train.epochs)
+    steps = settings.count_steps(rows)
     flops = {part: step[part] * train.accumulation for part in ("forward", "backward")}
     device = ACCELERATORS[hardware.accelerator]
     speed = device.float32 if settings.model.dtype == "float32" else device.bfloat16

@@ -1,4 +1,4 @@
-"""One run from settings to its record: load, evaluate, train, evaluate again, write down."""
+"""One run, from its settings to its record: load, evaluate, train, evaluate again, write the result."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,14 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.inputs.splits import load_scored_splits, load_split
-from dual_lora.lab.model.adapt import attach_method, build_optimizer, count_parameters, list_kernels, merge_adapter
+from dual_lora.lab.model.adapt import (
+    attach_method,
+    count_parameters,
+    find_unfinished_ramp,
+    list_kernels,
+    list_rates,
+    merge_adapter,
+)
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, load_model
 from dual_lora.lab.record.mirror import Mirror, open_mirror
@@ -38,12 +45,12 @@ CLIPPED_COLUMN = "train/clipped_share"
 
 @translate_machine_errors()
 def train_run(run: Run) -> dict[str, Any]:
-    """Train and evaluate one run, or find it finished; print what it came to and return its result.
+    """Train and evaluate one run, or find it finished; print its scores and return its result.
 
     Raises:
-        UserError: something the user can mend. `failure.json` keeps the reason of any failed run.
-        Elsewhere: another process does this run.
-        Stopped: a stop was asked for; the next try goes on from the newest checkpoint.
+        UserError: something the user can fix. `failure.json` keeps the reason of any failed run.
+        Elsewhere: another process is doing this run.
+        Stopped: somebody asked for an end; the next attempt resumes from the newest checkpoint.
     """
     STOP.raise_if_asked()
     join_processes()
@@ -56,7 +63,9 @@ def train_run(run: Run) -> dict[str, Any]:
         silence_libraries()
         with ExitStack() as held:
             share_from_first(lambda: held.enter_context(hold_lock(record.folder)))
-            result = find_result(settings, record) or attempt_run(settings, record)  # another may just have done it
+            result = find_result(settings, record) or attempt_run(
+                settings, record
+            )  # another process may just have finished it
             share_from_first(record.install_rerun)
             share_from_first(record.remove_leftovers)
     print(format_summary(result, record))
@@ -64,45 +73,39 @@ def train_run(run: Run) -> dict[str, Any]:
 
 
 def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
-    """Return the result of a run that is done, whole and not to be done again.
+    """Return the result of a finished run, unless it is forced to run again.
 
     Raises:
-        UserError: it is done, but what it left is damaged.
+        UserError: the run is finished, but what it left is damaged.
     """
     return None if settings.force else share_from_first(record.read_finished)
 
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
-    """Do a run that is not finished and return its result; what it sets for the process ends with it."""
+    """Do a run that is not finished and return its result; if it fails, the reason is kept in its record."""
+    attempt = record.get_attempt(settings)
     with isolate_determinism(settings):
-        return record_attempt(settings, record)
-
-
-def record_attempt(settings: Settings, record: Record) -> dict[str, Any]:
-    """Do a run in its record and its mirror, and keep the reason if it fails."""
-    tried = record.get_attempt(settings)
-    share_from_first(lambda: tried.prepare_folder(settings))
-    mirror = open_run_mirror(settings, record)
-    try:
-        with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
-            result = train_and_evaluate(settings, tried, mirror)
-        mirror.set_summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
-        mirror.finish(0)
-        return result
-    except Stopped:
-        mirror.finish(1)
-        raise
-    except BaseException as error:
-        with suppress(UserError):  # a full disk takes no reason either
-            tried.write_failure(error)
-        mirror.finish(1)
-        raise
+        share_from_first(lambda: attempt.prepare_folder(settings))
+        mirror = open_run_mirror(settings, record)
+        try:
+            with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
+                result = train_and_evaluate(settings, attempt, mirror)
+            mirror.set_summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
+            mirror.finish(0)
+            return result
+        except Stopped:
+            mirror.finish(1)
+            raise
+        except BaseException as error:
+            with suppress(UserError):  # on a full disk the reason cannot be written either
+                attempt.write_failure(error)
+            mirror.finish(1)
+            raise
 
 
 @contextmanager
 def isolate_determinism(settings: Settings) -> Iterator[None]:
-    """Set what deterministic=true asks for, before the record tells of it, and keep that from the runs after this one:
-    it holds for the whole process."""
+    """Enable determinism for this run, then restore global state: torch and transformers set it for the process."""
     cudnn, variables = torch.backends.cudnn, dict(os.environ)
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     try:
@@ -134,7 +137,7 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
 
 
 def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
-    """Do the run: everything between an empty record and its result."""
+    """Do everything between an empty record and its result, which is written last."""
     task = load_task(settings)
     able = settings.model.dtype != "float16" or torch.cuda.is_available()
     require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
@@ -143,8 +146,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         held_out = load_scored_splits(task, settings)
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
-    set_seed(settings.seed)  # so that the adapter's draw does not depend on what loading drew
-    model = attach_method(base, settings, task.form)
+    set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
+    model = attach_method(base, settings, task.form, len(train.rows))
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
     log = LogCallback(record, mirror)
@@ -156,16 +159,14 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
     loop = RunTrainer(
         record,
+        settings,
         train.rows["id"],
         best,
-        settings.train.loss_scale,
-        settings.train.save_minutes,
         model=model,
         args=build_training_arguments(settings, record),
         train_dataset=examples,
         data_collator=build_collator(task, tokenizer),
         processing_class=tokenizer,
-        optimizers=(build_optimizer(model, settings), None),
         callbacks=[log, best] if best else [log],
     )
     loop.remove_callback(PrinterCallback)
@@ -199,6 +200,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "best_epoch": trained["best_epoch"],
         "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
         **count_parameters(model),
+        "learning_rates": list_rates(model, settings),
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
         "steps": trained["steps"],
@@ -206,7 +208,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "train_seconds": trained["train_seconds"],
         "tokens_per_second": trained["tokens"] / trained["train_seconds"],
         "peak_memory_bytes": trained["peak_memory_bytes"],
-        "warnings": find_warnings(task, predictions),
+        "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
     }
     return share_from_first(lambda: record.write_result(result))
@@ -265,6 +267,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         warmup_steps=task.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
+        adam_epsilon=train.adam_epsilon or 1e-8,
         label_smoothing_factor=task.label_smoothing,
         optim="adamw_torch",
         bf16=settings.model.dtype == "bfloat16",

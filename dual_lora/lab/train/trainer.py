@@ -1,4 +1,4 @@
-"""The Trainer, which goes on exactly where it stopped, keeps no half checkpoint and names the batch that broke it."""
+"""The Trainer: it resumes exactly where it stopped, leaves no partial checkpoint, and names the batch that broke it."""
 
 import json
 import shutil
@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from dual_lora.functional import CLIPPED
+from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import RESTARTS, RESUMES, UserError
+from dual_lora.lab.model.adapt import split_by_rate, start_ramp
 from dual_lora.lab.model.load import is_sharded
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.distributed import gather_items, share_from_first, wait_for_everyone
@@ -30,62 +32,66 @@ MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
 class RunTrainer(Trainer):
     """A Trainer for one run.
 
-    record: the run's; ids: the names of the training examples, by row; best: the callback whose state checkpoints keep;
-    scale: by what backward sees the loss multiplied, while gradients reach the weights divided by it;
-    minutes: how long after the newest checkpoint the next one is due. `keeps` tells whether it can write checkpoints:
-    not of a model that is sharded and trained in full.
+    record, settings: the run's. ids: names of the training examples, by row. best: the callback whose state is part of
+    every checkpoint. `can_save` is false for a model that is sharded and trained in full: it has no checkpoints.
     """
 
     def __init__(
         self,
         record: Record,
+        settings: Settings,
         ids: list[str],
         best: BestEpoch | None,
-        scale: float | None,
-        minutes: float | None,
         **kwargs: Any,
     ) -> None:
         examples = kwargs.pop("train_dataset")
         examples = examples.add_column(ROW_COLUMN, list(range(len(examples))))
-        callbacks = [StopAndResume(self), *kwargs.pop("callbacks")]  # the first one: others look at what it brings back
+        callbacks = [StopAndResume(self), *kwargs.pop("callbacks")]  # first: the others read what it restores
         args, part = kwargs["args"], is_sharded(kwargs["model"])
-        args.save_only_model = part  # else the Trainer refuses all sharded models, but an adapter on one is whole
+        args.save_only_model = part  # or the Trainer would refuse every sharded model; an adapter on one is not sharded
         super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
         args.save_only_model = False
-        # The Trainer takes every model for one that divides its loss by the tokens of a whole step. Only the loss of a
-        # causal language model does; others, and the smoothed one, are means of what they see at a time.
+        # The Trainer assumes that every model divides its loss by the number of tokens in a whole step. Only the loss
+        # of a causal language model does so; other losses, and label smoothing, average over one micro-batch.
         self.model_accepts_loss_kwargs &= self._loss_shifts_labels and not args.label_smoothing_factor
-        self.keeps = not part or isinstance(self.model, PeftModel)
-        self.record, self.ids, self.best, self.scale = record, ids, best, scale or 1.0
-        for weight in self.model.parameters() if scale else ():
+        self.can_save = not part or isinstance(self.model, PeftModel)
+        self.record, self.settings, self.ids, self.best = record, settings, ids, best
+        self.scale = scale = settings.train.loss_scale or 1.0
+        for weight in self.model.parameters() if scale != 1 else ():
             if weight.requires_grad:
                 weight.register_hook(lambda gradient: gradient / scale)
-        self.recent: list[tuple[str, int, list[torch.Tensor], Any]] = []  # since the last check, on the device
+        # (what, step, rows, value) since the last check; values stay on the device until then
+        self.recent: list[tuple[str, int, list[torch.Tensor], Any]] = []
         self.earlier, self.began = 0.0, time.perf_counter()
-        self.minutes, self.kept_at = minutes, self.began
+        self.minutes, self.kept_at = settings.train.save_minutes, self.began
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        split_by_rate(optimizer, self.model, self.settings)
+        return optimizer
 
     @property
     def train_seconds(self) -> float:
-        """The time training has taken without the scoring of epochs, earlier tries up to their checkpoints included."""
+        """Seconds of training without the scoring of epochs; earlier attempts count up to the checkpoint they left."""
         return self.earlier + time.perf_counter() - self.began - (self.best.seconds if self.best else 0)
 
     def fit_run(self, checkpoint: Path | None) -> Any:
         """Train, from a checkpoint if there is one, and return the Trainer's figures.
 
         Raises:
-            UserError: a loss or a gradient that is no number, or a checkpoint that cannot be written.
-            Stopped: a stop was asked for; the newest checkpoint is of this moment.
+            UserError: a loss or a gradient is NaN or Inf, or a checkpoint cannot be written.
+            Stopped: somebody asked for an end; a checkpoint has just been written.
         """
         self.began = self.kept_at = time.perf_counter()
-        CLIPPED.take()  # what a run that failed before this one left
-        with STOP.defer(then=RESUMES if self.keeps else RESTARTS):
+        CLIPPED.take()  # counts left by a run that failed before this one
+        with STOP.defer(then=RESUMES if self.can_save else RESTARTS):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             STOP.raise_if_asked()
         self.check_losses()
         return done._replace(training_loss=self.average_over_processes(done.training_loss))
 
     def is_checkpoint_due(self) -> bool:
-        """Return whether the newest checkpoint is older than it may be."""
+        """Return whether the newest checkpoint is older than `train.save_minutes`."""
         return self.minutes is not None and time.perf_counter() - self.kept_at > 60 * self.minutes
 
     def load_weights(self, folder: Path) -> None:
@@ -93,7 +99,7 @@ class RunTrainer(Trainer):
         self._load_from_checkpoint(str(folder))
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """As the Trainer's, but a checkpoint of the very last step is not trained on."""
+        """As the Trainer's, except that a checkpoint of the very last step is not trained any further."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
@@ -130,11 +136,10 @@ class RunTrainer(Trainer):
         self.check_losses()
 
     def check_losses(self) -> None:
-        """Look at the losses and gradient norms since the last check, all at once because every look waits for the
-        device.
+        """Check the losses and gradient norms since the last check. All at once: every look waits for the device.
 
         Raises:
-            UserError: one is no number.
+            UserError: one is NaN or Inf.
         """
         recent, self.recent = self.recent, []
         values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for *_, value in recent]
@@ -160,10 +165,10 @@ class RunTrainer(Trainer):
         return f"checkpoint-{parse_checkpoint_step(kept)}" if kept else None
 
     def check_weights(self) -> None:
-        """Look at what is trained before it is kept.
+        """Check the trained weights before they are saved.
 
         Raises:
-            UserError: a weight has a value that is no number.
+            UserError: one holds NaN or Inf.
         """
         trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
         mine = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in trained]
@@ -172,7 +177,7 @@ class RunTrainer(Trainer):
         if bad:
             good = self.name_last_checkpoint()
             raise UserError(
-                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights hold values that are no numbers "
+                f"{bad[0]} and {len(bad) - 1} more of {len(trained)} trained weights contain NaN or Inf "
                 f"at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or train.weight_decay; "
                 f"last good checkpoint: {good or 'none'}",
                 step=step,
@@ -181,7 +186,7 @@ class RunTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As the Trainer's, then what it forgets, and the manifest as the last file."""
+        """As the Trainer's, then the state it forgets, and the manifest as the last file."""
         self.check_losses()
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -194,15 +199,15 @@ class RunTrainer(Trainer):
                     "loss_sum": self.average_over_processes(self._total_loss_scalar),
                     "seconds": self.train_seconds,
                 }
-                wait_for_everyone()  # for what the others save
+                wait_for_everyone()  # until the others have saved their part
                 share_from_first(lambda: self.complete_checkpoint(folder, state))
         except UserError:
             remove_path(folder)
             raise
 
     def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
-        """As the Trainer's, without the tokenizer and its own settings, which nobody reads."""
-        if self.args.should_save or is_sharded(self.model):  # all processes gather what is shared out
+        """As the Trainer's, without the tokenizer and the Trainer's own settings, which nobody reads."""
+        if self.args.should_save or is_sharded(self.model):  # gathering a sharded model takes all processes
             self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -223,7 +228,7 @@ class RunTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(json.loads((Path(checkpoint) / SCALER_FILE).read_text()))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(exist_ok=True)  # the first process may be slower
+        Path(output_dir).mkdir(exist_ok=True)  # the first process may not have made it yet
         save_random_state(Path(output_dir) / self.random_file)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -235,7 +240,7 @@ class RunTrainer(Trainer):
         return f"random_{self.args.process_index}.json"
 
     def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        """Add to a checkpoint what the Trainer does not know, and seal it."""
+        """Add the state that the Trainer does not save to a checkpoint, and seal it."""
         state["best"] = self.best.save_state(folder) if self.best else {}
         (folder / STATE_FILE).write_text(json.dumps(state))
         shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
@@ -243,24 +248,25 @@ class RunTrainer(Trainer):
 
     @staticmethod
     def average_over_processes(value: float) -> float:
-        """Return the mean over all processes, each of which knows the losses of its own examples."""
+        """Return the mean over all processes: each knows the losses of its own examples only."""
         found = gather_items([value])
         return sum(found) / len(found)
 
 
 class StopAndResume(TrainerCallback):
-    """Stops at the end of a step, with a checkpoint, when that is asked for; and goes on from one as if never stopped:
-    the Trainer forgets the losses since its last log and the sum of all before."""
+    """Stops at the end of a step, with a checkpoint, when somebody asks for it, and restores what the Trainer forgets
+    when it resumes: the losses since its last log and the sum of all earlier ones. Starts the ramp of an update."""
 
     def __init__(self, loop: RunTrainer) -> None:
         self.loop = loop
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.global_step:
+            start_ramp(self.loop.model)
             return
         loop, folder = self.loop, Path(args.output_dir) / f"checkpoint-{state.global_step}"
         kept = json.loads((folder / STATE_FILE).read_text())
-        state.compute_steps(args, state.max_steps)  # a checkpoint's own would outlive a changed train.save_steps
+        state.compute_steps(args, state.max_steps)  # train.save_steps may have changed
         loop._tr_loss += kept["loss_since_log"]
         loop._globalstep_last_logged, loop._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
         loop._initial_global_step, loop.earlier = 0, kept["seconds"]
@@ -270,11 +276,11 @@ class StopAndResume(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         told = gather_items([(bool(STOP.asked), self.loop.is_checkpoint_due())])
         stop, due = (any(words) for words in zip(*told, strict=True))
-        control.should_save = self.loop.keeps if stop else control.should_save or (due and self.loop.keeps)
+        control.should_save = self.loop.can_save if stop else control.should_save or (due and self.loop.can_save)
         control.should_training_stop = control.should_training_stop or stop
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.loop.best:  # before anything is scored
+        if self.loop.best:  # before the epoch is scored
             self.loop.check_losses()
             self.loop.check_weights()
 
