@@ -148,7 +148,8 @@ def _init(wandb: Any, mode: str, facts: dict) -> Any:
 
 def _end_session() -> None:
     """Finish what still runs and end W&B's helper process, which may be dead or report a run's exit code as its own."""
-    wandb = sys.modules["wandb"]
+    if (wandb := sys.modules.get("wandb")) is None:
+        return
     with contextlib.suppress(Exception):
         if wandb.run is not None:
             wandb.run.finish()
