@@ -206,7 +206,7 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=1500)
     assert command.returncode == EXIT_STOPPED and "Traceback" not in err
-    assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
+    assert "the runs are told to stop" in err and "stopped by SIGINT; the same command resumes" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
 
 

@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder,
         assert [p.name for p in sorted(record.folder.glob("checkpoints/*"))] == ["checkpoint-4", "checkpoint-6"]
         damage(record.folder / "checkpoints/checkpoint-6")
         assert parse_checkpoint_step(record.find_checkpoint()) == 4
-        assert "checkpoint-6 is damaged or was cut short: removed" in capsys.readouterr().out
+        assert "checkpoint-6 is damaged or incomplete: removed" in capsys.readouterr().out
     train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
 

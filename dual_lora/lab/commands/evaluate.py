@@ -23,7 +23,9 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
         UserError: another setting, an impossible value, or no run.
     """
     known = {"run": str, "data_dir": str, "model.path": str, "eval.batch_size": int, **more}
-    given = dict(a.partition("=")[::2] for a in argv)
+    for word in argv:
+        require("=" in word, f"{word[:200]}: settings are KEY=VALUE; write run={word[:200]} for a run's folder")
+    given = dict(word.partition("=")[::2] for word in argv)
     for key, value in given.items():
         require(key in known, f"{key}: no such setting of {Path(sys.argv[0]).name}.{suggest_name(key, list(known))}")
         require(value, f"{key}=: needs a value")

@@ -145,10 +145,10 @@ class Record:
         if not path.is_file():
             return None
         found = self.read_json(path.name, *sorted(RESULT_FIELDS))
-        identity = found["identity"]
-        require(identity == self.name, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
         require(whole, f"{path}: not as the run left it; {RERUN_REMEDY}")
+        identity = found["identity"]
+        require(identity == self.name, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
 
     def predates_seals(self, result: dict[str, Any]) -> bool:

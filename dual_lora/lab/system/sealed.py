@@ -77,8 +77,7 @@ def read_seal(folder: Path, manifest: Path | None = None) -> dict[str, Any] | No
         same = same and all(describe_file(folder / name) == facts for name, facts in held["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    del held["digest"]
-    return held if whole and same else None
+    return {name: value for name, value in held.items() if name != "digest"} if whole and same else None
 
 
 def check_owner(held: dict[str, Any], identity: str, path: Path) -> None:
