@@ -210,11 +210,33 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
 
 
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_run_behind(runs_folder, start):
+    """SIGKILL of the command alone: its runs notice, and stop with checkpoints."""
+    command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
+    workers = doing(runs_folder, 2)
+    command.kill()
+    until = time.monotonic() + 600
+    while list(runs_folder.glob("adhoc/*/.lock")) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not list(runs_folder.glob("adhoc/*/.lock")), workers
+    assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_longer_than_the_launcher_allows_is_one_line(runs_folder, start):
+    command = start("hydra/launcher=workstation", "hydra.launcher.timeout=1", "method=lora,dual_lora", *LONG)
+    _, err = command.communicate(timeout=1500)
+    assert command.returncode == EXIT_USER and "Traceback" not in err
+    assert "a run took longer than hydra.launcher.timeout; give more seconds or none" in err
+    assert not list(runs_folder.glob("adhoc/*/.lock"))
+
+
 @pytest.fixture
 def work(runs_folder, monkeypatch):
     """A function that does job 0 of a launch as a launcher's process does, with `attempt` in place of the run."""
     monkeypatch.setattr(launch, "stop_reasons", [])
-    folder = prepare_launch_folder([load_settings(TINY)])
+    folder = prepare_launch_folder([Run.prepare(load_settings(TINY))])
     here = OmegaConf.create({"job": {"num": 0}})
     monkeypatch.setattr(launch.HydraConfig, "get", lambda: here)
 
