@@ -57,19 +57,29 @@ def check_surroundings() -> None:
     resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
 
 
+def call_command(do: Callable[..., int], *args: object) -> int:
+    """Return what `do` returns.
+
+    Raises:
+        Stopped: a stop was requested, also where the library that was interrupted raised an error of its own.
+        Exception: whatever else `do` raises, after the first process had time to report it.
+    """
+    try:
+        return do(*args)
+    except Exception as error:
+        if STOP.raised:
+            raise Stopped(STOP.asked, STOP.then) from error
+        wait_for_first_process_error()
+        raise
+
+
 def run_guarded(name: str, do: Callable[..., int], *args: object) -> int:
     """Return what `do` returns; whatever else ends it is printed as one line, and its exit code returned."""
     try:
         with STOP.listen():
             check_surroundings()
             with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
-                try:
-                    return do(*args)
-                except Exception as error:
-                    if STOP.raised:  # the error is only how a library was interrupted
-                        raise Stopped(STOP.asked, STOP.then) from error
-                    wait_for_first_process_error()
-                    raise
+                return call_command(do, *args)
     except Exception as error:
         code, message = describe_end(error)
         print(f"{name}: {redact_secrets(message)}", file=sys.stderr)
