@@ -10,7 +10,7 @@ _HOMES = {
     "DualLoraConfig": "tuner.config",
     "DualLoraLayer": "tuner.layer",
     "DualLoraModel": "tuner.model",
-    "DualLoraWarmupCallback": "tuner.callback",
+    "DualLoraWarmupCallback": "tuner.warmup",
     "delta_weight": "functional",
     "init_std": "functional",
     "set_update_scale": "tuner.warmup",

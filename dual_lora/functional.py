@@ -62,6 +62,8 @@ CLIPPED = Clipped()
 
 
 class _Sign(torch.autograd.Function):
+    generate_vmap_rule = True  # every step is plain torch, so that torch.func can batch it
+
     @staticmethod
     def forward(x: Tensor, ste: str) -> Tensor:
         one = torch.ones((), dtype=x.dtype, device=x.device)
@@ -72,6 +74,15 @@ class _Sign(torch.autograd.Function):
         x, ctx.ste = inputs
         if ctx.ste == "hardtanh":
             ctx.save_for_backward(x)
+            ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _):
+        # The clip of "clip" acts on what comes from the loss, which forward mode does not know: the tangent passes.
+        if ctx.ste == "hardtanh":
+            (x,) = ctx.saved_tensors
+            return tangent * (x.abs() <= 1)
+        return tangent.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -92,19 +103,24 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
 
     x: any shape. ste, with g = dL/dSign: "clip" gives dL/dx = clip(g, -1, 1) (the paper), "identity" gives g (as
     DoReFa-Net, arXiv 1606.06160), "hardtanh" gives g where |x| <= 1, else 0 (as XNOR-Net, arXiv 1603.05279).
-    Raises ValueError on another ste.
+    In forward mode (`torch.func.jvp`) the tangent t of x becomes t, with "hardtanh" t where |x| <= 1, else 0. Reverse
+    mode therefore agrees with forward mode except where "clip" clips.
+
+    Raises:
+        ValueError: another ste.
     """
     if ste not in STRAIGHT_THROUGH:
         raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
     return _Sign.apply(x, ste)
 
 
-def autocasts(device_type: str) -> bool:
+def is_autocast_on(device_type: str) -> bool:
     """Return whether autocast is on for a device type; the meta device has none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def autocast_off(device_type: str):
+def suspend_autocast(device_type: str):
+    """A context in which autocast is off for a device type; the meta device has none."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # the meta device
@@ -124,9 +140,14 @@ def delta_weight(
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, each with the same leading dimensions, if any. The products are
     taken in float32 (float64 factors stay float64) with autocast off, because rounding B A or D C to 16 bits flips
-    signs. Raises KeyError on an unknown magnitude or direction and ValueError on an unknown ste.
+    signs. Plain autograd: works under `torch.func` (vmap, grad, jvp, jacfwd, jacrev, hessian). Forward mode over
+    forward mode is the exception: PyTorch takes the inner tangent of a custom function for a constant.
+
+    Raises:
+        KeyError: unknown magnitude or direction.
+        ValueError: unknown ste.
     """
-    with autocast_off(A.device.type):
+    with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
         sign = sign_ste(D @ C, ste) if direction == "sign" else DIRECTIONS[direction](D @ C)
@@ -139,7 +160,13 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
     With all four factors from N(0, sigma^2), an entry of B A has variance r1 sigma^4, ReLU keeps half of its mean
     square and the sign has mean square 1, so dW has root mean square alpha / sqrt(r1 r2) * sqrt(r1 / 2) * sigma^2.
     A direction other than the sign contributes sqrt(r2) * sigma^2 more. Softplus counts as ReLU.
+
+    Raises:
+        ValueError: fan_in, a rank or alpha is not above 0.
     """
+    for name, value in {"fan_in": fan_in, "r1": r1, "r2": r2, "alpha": alpha}.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value}: expected a number above 0")
     kept = 1.0 if magnitude in ("abs", "identity") else 0.5
     target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
     if direction == "sign":

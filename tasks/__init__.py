@@ -14,8 +14,11 @@ from tasks.base import Split, Task, TaskError
 __all__ = ["Split", "Task", "TaskError", "load"]
 
 
-def load(name: str, options: dict[str, Any] | None = None) -> Task:
+def load(name: str, options: dict[str, Any] | None = None, data_dir: str | None = None) -> Task:
     """Return the task called `name` ("file" or "file/subset"); `options` are that task's own, from its settings.
+
+    `data_dir` is for tasks whose labels or splits follow from the user's files; what only asks for a task's name or
+    metric leaves it out.
 
     Raises:
         TaskError: the task has no such option, or not that value.
@@ -32,4 +35,6 @@ def load(name: str, options: dict[str, Any] | None = None) -> Task:
             raise TaskError(f"task.options.{key}: {name} has no such option; it has {', '.join(known) or 'none'}")
         if type(value) is not type(known[key]):
             raise TaskError(f"task.options.{key}={value}: must be like {known[key]!r}, its default")
-    return build(subset, **(options or {}))
+    found = build(subset, **(options or {}))
+    found.data_dir = data_dir
+    return found

@@ -4,11 +4,13 @@ A row is a dictionary. Its columns depend on the task's `form`:
 
     classification   id, text, text_pair ("" for single sentences), label (index into `labels`)
     regression       id, text, text_pair, label (float)
-    generation       id, prompt, target (the text to learn), references (every accepted text)
+    generation       id, prompt, target (the text to learn), references (every accepted text); a task may add messages,
+                     what a chat template is to see instead of the prompt
 
 Tasks know nothing of models, methods or torch: they see rows and outputs (a class index, a number, or a text).
 """
 
+import codecs
 import csv
 import functools
 import gzip
@@ -16,13 +18,17 @@ import hashlib
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal
 
 from datasets import Dataset, DownloadManager, Features, List, Value
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 Row = dict[str, Any]
 Output = int | float | str
@@ -41,6 +47,7 @@ GENERATION = Features(
 )
 
 
+FETCH = "fetch the file again"
 # What reading data of another shape than expected raises.
 SHAPE = (AttributeError, LookupError, TypeError, ValueError, csv.Error)
 
@@ -61,8 +68,8 @@ def expected(what: str, source: object) -> Iterator[None]:
     except TaskError:
         raise
     except SHAPE as error:
-        reason = str(error) if isinstance(error, UnicodeError) else repr(error)  # repr() holds the whole text
-        raise TaskError(f"{source}: {reason[:200]} where {what} was expected; fetch the file again") from error
+        reason = str(error) if isinstance(error, ValueError) else repr(error)  # of a KeyError str() is the key alone
+        raise TaskError(f"{source}: {reason[:200]} where {what} was expected; {FETCH}") from error
 
 
 @dataclass(frozen=True)
@@ -81,25 +88,30 @@ class Split:
 
 
 class Task:
-    """One task. Subclasses set the attributes and give `split` and `score`; `judge` may add per-example columns.
+    """One task. Subclasses set the attributes and give `split` and `score`; `judge` may add per-example columns, and
+    `declare_scores` gives the scores intervals and tests.
 
     Attributes:
         name: as the user types it, e.g. "glue/sst2".
         version: raised whenever data, prompt or scoring change a number; part of every run's identity.
         form: what a model must produce, see the module's table.
+        data_dir: the user's folder, for a task whose labels or splits follow from what is in it.
         labels: class names in index order; empty unless `form` is "classification".
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
         plain: keys of scores that are no fractions and are shown as they are, not in percent.
+        lower: keys of scores that are the better the lower they are.
     """
 
     name: str
     version: int
     form: Literal["classification", "regression", "generation"]
+    data_dir: str | None = None
     labels: tuple[str, ...] = ()
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
     plain: tuple[str, ...] = ()
+    lower: tuple[str, ...] = ()
 
     features: ClassVar[dict[str, Features]] = {
         "classification": CLASSIFICATION,
@@ -123,8 +135,8 @@ class Task:
         """Return the texts a likelihood decides between, as continuations of the prompt; none where it has no say."""
         return []
 
-    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
-        """Return what the predictions file keeps of the log-likelihoods of `choices`."""
+    def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
+        """Return what the predictions file keeps of the log-likelihoods of `choices`, each summed over its `tokens`."""
         raise NotImplementedError
 
     def judge(self, row: Row, output: Output) -> Row:
@@ -136,6 +148,11 @@ class Task:
         """Return metrics (fractions, not percent) from the judged rows of every evaluation split."""
         raise NotImplementedError
 
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        """Return how scores are computed again on rows drawn anew, by key (tasks/measures.py). `example` is any judged
+        row, for its columns. A score that is not among them has no interval and no test."""
+        return {}
+
     def dataset(self, rows: Iterable[Row], source: object) -> Dataset:
         """Return `rows` as a Dataset with exactly the columns and types of this task's form.
 
@@ -143,21 +160,22 @@ class Task:
             TaskError: there are none, or one holds something else; `source` says where they are from.
         """
         with expected(f"a row of {self.name}", source):
-            rows = list(rows)
+            rows, features = list(rows), self.features[self.form]
+            columns = [name for name, kind in features.items() if kind == Value("string")]
             for number, row in enumerate(rows, start=1):
-                texts = [v for key, v in row.items() if key not in ("label", "references")] + row.get("references", [])
+                texts = [row[name] for name in columns] + row.get("references", [])
                 if odd := [text for text in texts if not isinstance(text, str)]:
                     raise TypeError(f"row {number} has {odd[0]!r}")  # Dataset would take a null
             if not rows:
-                raise TaskError(f"{source}: no rows; fetch the file again")
-            return Dataset.from_list(rows, features=self.features[self.form])
+                raise TaskError(f"{source}: no rows; {FETCH}")
+            return Dataset.from_list(rows, features=features)
 
 
 def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
     """Return the first existing `data_dir/folder/name`, each name plain or gzipped, or as a glob pattern.
 
     Raises:
-        TaskError: none exists; the message lists what was looked for.
+        TaskError: none exists, or several match a pattern; the message lists what was looked for.
     """
     root = Path(data_dir).expanduser()
     if not root.is_dir():
@@ -166,6 +184,9 @@ def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Pat
         for name in names:
             for candidate in (name, name + ".gz"):
                 found = sorted((root / folder).glob(candidate))
+                if len(found) > 1:
+                    several = " and ".join(path.name for path in found)
+                    raise TaskError(f"data_dir={data_dir}: {several} could each be {names[0]}; keep one of them")
                 if found:
                     return found[0]
     looked = " or ".join(f"{folder}/{names[0]}" for folder in folders)
@@ -177,32 +198,92 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     """Open an official file, unpacked if it is a .gz.
 
     Raises:
-        TaskError: it cannot be opened, or what is done with it meets no readable text.
+        TaskError: it cannot be opened or unpacked.
     """
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             yield stream
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        raise TaskError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise TaskError(f"{path}: cannot be read ({error}); {FETCH}") from error
 
 
-def read_tsv(path: Path, columns: tuple[str, ...] | None = None, skip_short: bool = False) -> Iterator[dict[str, str]]:
-    """Yield the rows of an official TSV: no quoting, optional byte-order mark, `columns` where the file has no header.
+def read_table(
+    path: Path,
+    delimiter: str,
+    quoted: bool,
+    needed: tuple[str, ...] = (),
+    columns: tuple[str, ...] | None = None,
+    skip_short: bool = False,
+    remedy: str = FETCH,
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number of its first line and the columns of every row of a text table; empty lines are left out.
 
-    `skip_short` drops rows with missing fields instead of refusing them.
+    quoted: fields may stand in quotation marks (CSV), else these are text (the official TSV files). `needed` columns
+    must be there; `columns` names those of a file without a header; `skip_short` drops rows with missing fields.
+    `remedy` is what to do about a bad row.
 
     Raises:
-        TaskError: the file is no readable text, or a row has another number of fields than the header.
+        TaskError: no readable text, a column missing or twice, another number of fields than the header, or quotation
+            marks that do not match. Such a row would lose text, or swallow the next one.
     """
-    with opened(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = columns or tuple(next(reader, ()))
-        for number, fields in enumerate(reader, start=1 if columns else 2):
-            if skip_short and len(fields) < len(header):
-                continue
-            if len(fields) != len(header):
-                raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}; fetch it again")
-            yield dict(zip(header, fields, strict=True))
+    lines = records(path, read_text(path), delimiter, quoted, remedy)
+    header = columns or tuple(next(lines, (0, ()))[1])
+    check_header(path, header, needed, remedy)
+    for number, fields in lines:
+        if len(fields) == len(header):
+            yield number, dict(zip(header, fields, strict=True))
+        elif not (skip_short and len(fields) < len(header)):
+            raise TaskError(f"{path}: line {number} has {len(fields)} fields, not {len(header)}; {remedy}")
+
+
+def check_header(path: object, header: Iterable[str], needed: Iterable[str], remedy: str) -> None:
+    """Refuse a table that lacks a column, or has one twice, of which one would be dropped.
+
+    Raises:
+        TaskError: with the columns it has.
+    """
+    header = [name for name in header if name]
+    if twice := repeated(header):
+        raise TaskError(f"{path}: the column {twice!r} occurs twice in its header; keep one of them")
+    if lacking := [name for name in needed if name not in header]:
+        if not header:
+            raise TaskError(f"{path}: no rows; {remedy}")
+        near = next((repr(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
+        known = f"but {near}" if near else f"only {', '.join(header)[:200]}"
+        raise TaskError(f"{path}: no column {lacking[0]!r}, {known}; {remedy}")
+
+
+def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of its first line and the fields of every record that is not empty.
+
+    Raises:
+        TaskError: the quotation marks of a record do not match.
+    """
+    record: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            record.append(line)
+            yield line
+
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader, start = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True), 1
+    try:
+        for fields in reader:
+            # csv takes a mark in the middle of an unquoted field for text, also where its partner was lost
+            if quoted and sum(line.count('"') for line in record) % 2:
+                raise csv.Error("a quotation mark has no partner")
+            if fields:
+                yield start, fields
+            start = reader.line_num + 1
+            record.clear()
+    except csv.Error as error:
+        raise TaskError(f"{path}: line {start} cannot be read as a row ({error}); {remedy}") from error
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Return a name that occurs twice; None if there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def file_sha256(path: Path) -> str:
@@ -236,26 +317,66 @@ def fetch(repository: str, commit: str, path: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of an official file with its line breaks as they are.
+    """Return the text of a file with its line breaks as they are, without a byte-order mark.
 
     Raises:
-        TaskError: it is no readable text.
+        TaskError: it is not UTF-8.
     """
     with opened(path) as stream:
-        return stream.read().decode("utf-8-sig")
+        data = stream.read()
+    remedy = "save it as UTF-8 text"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise TaskError(f"{path}: cannot be read (it is UTF-16); {remedy}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise TaskError(f"{path}: cannot be read (line {line} is not UTF-8: {error.reason}); {remedy}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise TaskError(f"{path}: cannot be read (line {line} holds a zero byte, so it is no text); {remedy}")
+    return text
 
 
 def read_json(path: Path) -> Any:
     """Return what an official JSON file holds.
 
     Raises:
-        TaskError: it is no readable JSON.
+        TaskError: it is no readable JSON, or an object has a key twice.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), str(path), FETCH)
+
+
+def parse_json(text: str, source: str, remedy: str) -> Any:
+    """Return what a JSON text holds.
+
+    Raises:
+        TaskError: it is no JSON, holds a number that is none (NaN), or an object has a key twice.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: not JSON ({error}); fetch the file again") from error
+        raise TaskError(f"{source}: not JSON ({error}); {remedy}") from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; json alone would keep the last of two equal keys and drop the first.
+
+    Raises:
+        ValueError: a key occurs twice.
+    """
+    if twice := repeated(key for key, _ in pairs):
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return dict(pairs)
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python's json would take.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def text_sha256(text: str) -> str:

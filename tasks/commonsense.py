@@ -22,13 +22,17 @@ LLM-Adapters picks the checkpoint of the lowest loss on 120 training rows; here 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, load_dataset
 
 from tasks import base
 from tasks.base import Output, Row, Split, Task, TaskError
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 VERSION = 2
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
@@ -70,6 +74,24 @@ def answered(instruction: str, answer: str) -> Item:
 def offered(prompt: str) -> list[str]:
     """Return the answers a prompt offers, which stand in its line of the answer format."""
     return prompt.rpartition("Answer format: ")[2].partition("\n")[0].strip().split("/")
+
+
+def check_item(item: Item, row: Row, words: tuple[str, ...] | None) -> None:
+    """Refuse an item whose answer is not among the set's `words` or not offered, that contradicts itself, or that has
+    a part its prompt would leave out.
+
+    Raises:
+        ValueError: with the answer.
+    """
+    answer, number = item["answer"], row["id"].rpartition("-")[2]
+    if words and answer not in words:
+        raise ValueError(f"item {number} has the answer {answer!r}, not one of {', '.join(words)},")
+    if answer not in offered(row["prompt"]):
+        raise ValueError(f"item {number} has the answer {answer!r}, which its instruction does not offer,")
+    if item["output"] != TARGET.format(answer):
+        raise ValueError(f"item {number} has the answer {answer!r} and the output {item['output']!r}")
+    if item.get("input"):
+        raise ValueError(f"item {number} has the input {item['input']!r}, for which the prompt has no place,")
 
 
 def boolq(row: Row) -> Item:
@@ -239,6 +261,7 @@ class Commonsense(Task):
         Raises:
             TaskError: they are no items of LLM-Adapters, or there are none.
         """
+        items = list(items)
         head, _, tail = (TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT).partition("{}")
         with base.expected("a list of LLM-Adapters' items", source):
             rows = [
@@ -250,19 +273,17 @@ class Commonsense(Task):
                 }
                 for number, item in enumerate(items)
             ]
-        words = SPECS[split].words if split in SPECS else ()
-        if odd := [row for row in rows if words and row["references"][0] not in words]:
-            raise TaskError(
-                f"{source}: item {odd[0]['id'].rpartition('-')[2]} has the answer {odd[0]['references'][0]!r}, "
-                f"not one of {', '.join(words)}; fetch the file again"
-            )
-        return self.dataset(rows, source)
+        found = self.dataset(rows, source)
+        with base.expected("one of LLM-Adapters' items", source):
+            for row, item in zip(rows, items, strict=True):
+                check_item(item, row, SPECS[split].words if split in SPECS else None)
+        return found
 
     def choices(self, row: Row) -> list[str]:
         """Return the target for every answer the prompt offers."""
         return [TARGET.format(word) for word in offered(row["prompt"])] if self.likelihood else []
 
-    def judge_choice(self, row: Row, likelihoods: list[float]) -> Row:
+    def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
         """Return the likeliest answer. The targets differ in the answer's name alone, so lengths need no correction."""
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
         answer = offered(row["prompt"])[best]
@@ -300,6 +321,35 @@ class Commonsense(Task):
             empty = {name: mean(not row[f"{prefix}answer"] for row in rows) for name, rows in results.items()}
             scores |= {f"{prefix}unanswered_{name}": share for name, share in empty.items()}
         return scores
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        """Return accuracies and shares without an answer of every set, and the averages, whose strata the sets are."""
+        from tasks import measures
+
+        def share(columns: Callable[[Row], tuple[float]], split: str | None) -> "Score":
+            return measures.Score(columns, measures.mean, partial(stratum_of, split))
+
+        found = {}
+        for prefix in ("", "lenient_", "likelihood_"):
+            if f"{prefix}score" not in example:
+                continue
+            score, answer = measures.column(f"{prefix}score"), f"{prefix}answer"
+            found |= {f"{prefix}{name}": share(score, name) for name in self.eval_splits}
+            found[f"{prefix}average"] = share(score, None)
+            if prefix != "likelihood_":
+                empty = partial(is_empty, answer)
+                found |= {f"{prefix}unanswered_{name}": share(empty, name) for name in self.eval_splits}
+        return found
+
+
+def stratum_of(split: str | None, row: Row) -> str | None:
+    """Return a row's set, if that is the one asked for or none is."""
+    return row["split"] if split in (None, row["split"]) else None
+
+
+def is_empty(answer: str, row: Row) -> tuple[float]:
+    """Return 1 where a row has no such answer."""
+    return (not row[answer],)
 
 
 def mean(values: Iterable[float]) -> float:

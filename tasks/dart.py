@@ -26,7 +26,7 @@ def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart
 class Dart(DataToText):
     """Facts from tables, WebNLG and E2E."""
 
-    name, version, metric = "dart", VERSION, "BLEU"
+    name, version, metric, lower = "dart", VERSION, "BLEU", ("TER",)
     folder = "dart"
     files = {
         s: (f"dart-v1.1.1-full-{f}.json",) for s, f in (("train", "train"), ("validation", "dev"), ("test", "test"))

@@ -8,12 +8,15 @@ files write it. Without `data_dir` the files come from LoRA's repository at one 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from datasets import Dataset
 
 from tasks import base
 from tasks.base import Output, Row, Split, Task, TaskError
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 REPOSITORY, COMMIT = "microsoft/LoRA", "c4593f060e6a368d7bb5af5273b8e42810cdef90"
 FOLDER = "examples/NLG/data"
@@ -28,10 +31,12 @@ class DataToText(Task):
     Attributes:
         folder: of the files, in LoRA's data folder.
         files: names of each split's file, the official one first.
+        words: whether BLEU is taken on the words of `metrics.webnlg`.
         scored: the split whose outputs are scored; "validation" is for choosing settings without seeing the test set.
     """
 
     form = "generation"
+    words: ClassVar[bool] = True
     folder: ClassVar[str]
     files: ClassVar[dict[str, tuple[str, ...]]]
 
@@ -105,6 +110,11 @@ class DataToText(Task):
             "references": row["references"],
             "score": metrics.sentence_bleu(answer, row["references"]),
         }
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        from tasks import measures
+
+        return {"BLEU": measures.Bleu(words=self.words).score()}
 
 
 def grouped_texts(pairs: Iterable[Pair]) -> list[tuple[tuple[str, str], list[str]]]:

@@ -15,11 +15,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import sacrebleu
 from sklearn.metrics import accuracy_score
 
 from tasks.base import Output, Row, Split, Task, TaskError
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 SEED = 2512
 
@@ -265,6 +269,9 @@ class Sentiment(Demo):
         rows = results["validation"]
         return {"accuracy": float(accuracy_score([row["gold"] for row in rows], [row["answer"] for row in rows]))}
 
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        return right_answers()
+
 
 class Restaurants(Demo):
     """A meaning representation to one sentence; every sentence of the grammar that says the same is accepted."""
@@ -291,6 +298,11 @@ class Restaurants(Demo):
         bleu = sacrebleu.corpus_bleu([row["answer"] for row in rows], streams).score / 100
         return {"bleu": min(bleu, 1.0), "slot_accuracy": sum(row["slots"] for row in rows) / len(rows)}
 
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        from tasks import measures
+
+        return {"bleu": measures.Bleu(lowercase=False, smooth=True).score()}
+
 
 class Choice(Demo):
     """Which of two solutions is true? The first "solution1" or "solution2" of the output is the answer."""
@@ -316,6 +328,16 @@ class Choice(Demo):
         right = sum(row["answer"] == row["gold"] for row in rows)
         unanswered = sum(row["answer"] is None for row in rows)
         return {"accuracy": right / len(rows), "unanswered": unanswered / len(rows)}
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        return right_answers()
+
+
+def right_answers() -> "dict[str, Score]":
+    """Return how the share of right answers is computed again."""
+    from tasks import measures
+
+    return {"accuracy": measures.Score(measures.right, measures.mean)}
 
 
 SUBSETS = {"sentiment": Sentiment, "restaurants": Restaurants, "choice": Choice}

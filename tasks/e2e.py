@@ -14,8 +14,6 @@ hub's parquet conversion of tuetschek/e2e_nlg, whose rows are the CSV files'. In
 LoRA's train.txt (or a reconstruction, train.reconstructed.txt), valid.txt and test.txt.
 """
 
-import csv
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +27,8 @@ from tasks.data_to_text import SEPARATOR, DataToText, Pair
 VERSION = 2  # 1: no output repeated an n-gram of its prompt
 HUB, REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
 SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+SLOT = r"\s*([^\[\],]+)\[([^\[\]]*)\]"
+RECORD = re.compile(r"\w\[[^\]]*\]")  # what no sentence holds, unless a quotation mark was lost before it
 FORMS = {"tokenised": "LoRA's tokenised text", "official": "the official text"}
 
 
@@ -45,6 +45,7 @@ class E2e(DataToText):
     """What both forms share."""
 
     name, version, metric, plain = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
+    words = False
     form_of_text: str
 
     def origin(self, name: str, path: Path, data_dir: str | None) -> str:
@@ -75,9 +76,9 @@ class Tokenised(E2e):
     def pairs(self, path: Path) -> Iterator[Pair]:
         for number, line in enumerate(base.read_text(path).split("\n"), start=1):
             record, *sentences = line.strip().split("||")
-            if record and (len(sentences) != 1 or not sentences[0].strip()):
+            if line.strip() and not (record.strip() and len(sentences) == 1 and sentences[0].strip()):
                 raise TaskError(f"{path}: line {number} is not of the form RECORD||SENTENCE; fetch the file again")
-            if record:
+            if line.strip():
                 yield record, sentences[0], ""
 
 
@@ -102,11 +103,13 @@ class Official(E2e):
         return Split(self.rows(name, pairs, HUB), f"{HUB}@{REVISION} ({FORMS['official']})")
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        for number, row in enumerate(csv.DictReader(io.StringIO(base.read_text(path), newline="")), start=1):
-            with base.expected("a row of mr and ref", f"{path}: row {number}"):
+        for line, row in base.read_table(path, ",", quoted=True, needed=("mr", "ref")):
+            with base.expected("a row of mr and ref", f"{path}: line {line}"):
                 record, sentence = spelled_out(row["mr"]), row["ref"]
-                if not sentence or not sentence.strip():
+                if not sentence.strip():
                     raise ValueError(f"{row['mr']!r} has no ref")
+                if RECORD.search(sentence):
+                    raise ValueError(f"{row['mr']!r} has a ref that holds another record")
                 yield record, sentence, ""
 
 
@@ -116,7 +119,7 @@ def spelled_out(record: str) -> str:
     Raises:
         ValueError: it is no record.
     """
-    slots = re.findall(r"([^\[\],]+)\[([^\]]*)\]", record)
-    if not slots:
+    if not re.fullmatch(rf"{SLOT}(?:,{SLOT})*\s*", record):
         raise ValueError(f"{record!r} lists no slots")
+    slots = re.findall(SLOT, record)
     return " | ".join(f"{SLOTS.get(slot.strip(), slot.strip())} : {value}" for slot, value in slots)

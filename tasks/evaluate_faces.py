@@ -10,13 +10,39 @@
 takes seconds, since `evaluate` imports transformers; no task imports it.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import evaluate
+import numpy as np
 from datasets import Features, List, Value
 
 from tasks import glue, metrics
 
 
-class GlueMetrics(evaluate.Metric):
+class Checked(evaluate.Metric):
+    """A metric that refuses values of another type: `datasets` would cut 0.7 to the class 0, and write 5 as "5"."""
+
+    def check(self, predictions: Iterable[Any], references: Iterable[Any]) -> None:
+        """Refuse values this metric cannot score.
+
+        Raises:
+            ValueError: with the first of them.
+        """
+        raise NotImplementedError
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add one output and what was right. Raises ValueError as `check`."""
+        self.check([prediction], [reference])
+        super().add(prediction=prediction, reference=reference, **kwargs)
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add outputs and what was right, as `compute` does with those it is given. Raises ValueError as `check`."""
+        self.check(predictions, references)
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
+
+class GlueMetrics(Checked):
     """All metrics of one GLUE task, "sst2" say; label indices, or numbers for "stsb".
 
     Raises:
@@ -24,7 +50,8 @@ class GlueMetrics(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        self.form = glue.task(self.config_name).form
+        task = glue.task(self.config_name)
+        self.form, self.classes = task.form, len(task.labels)
         value = Value("float64" if self.form == "regression" else "int64")
         return evaluate.MetricInfo(
             description="Accuracy, F1 and Matthews correlation, or Pearson and Spearman correlation.",
@@ -32,12 +59,30 @@ class GlueMetrics(evaluate.Metric):
             features=Features({"predictions": value, "references": value}),
         )
 
+    def check(self, predictions: Iterable[Any], references: Iterable[Any]) -> None:
+        """Refuse what is no class index, or no finite number for "stsb".
+
+        Raises:
+            ValueError: with the first such value.
+        """
+        for name, values in (("predictions", predictions), ("references", references)):
+            found = np.asarray(values)
+            if found.ndim != 1 or found.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"{name}: {' '.join(str(values).split())[:80]} is no list of one number for each example"
+                )
+            fits = np.isfinite(found) if self.form == "regression" else np.isin(found, range(self.classes))
+            if not fits.all():
+                wanted = "finite number" if self.form == "regression" else f"class index from 0 to {self.classes - 1}"
+                raise ValueError(f"{name}: {found[~fits][0]} is no {wanted}")
+
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        measure = metrics.regression if self.form == "regression" else metrics.classification
-        return measure(predictions, references)
+        if self.form == "regression":
+            return metrics.regression(predictions, references)
+        return metrics.classification(predictions, references, self.classes)
 
 
-class E2eMetrics(evaluate.Metric):
+class E2eMetrics(Checked):
     """BLEU, NIST, METEOR, ROUGE_L and CIDEr of the E2E NLG script; `references` holds a list for each output."""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -46,6 +91,19 @@ class E2eMetrics(evaluate.Metric):
             citation="arXiv 1706.09254",
             features=Features({"predictions": Value("string"), "references": List(Value("string"))}),
         )
+
+    def check(self, predictions: Iterable[Any], references: Iterable[Any]) -> None:
+        """Refuse outputs that are no texts, and references that are no lists of texts.
+
+        Raises:
+            ValueError: with the first such value.
+        """
+        for text in predictions:
+            if not isinstance(text, str):
+                raise ValueError(f"predictions: {text!r} is no text")
+        for texts in references:
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"references: {texts!r} is no list of texts; every output needs a list")
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         return metrics.e2e(predictions, references)

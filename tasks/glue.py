@@ -3,19 +3,26 @@
 Every metric of a column is stored; `metric` is the one LoRA's table prints: matched accuracy for MNLI, Matthews
 correlation for CoLA, Pearson for STS-B, accuracy for the rest. Scores are of the development sets, whose labels are
 public. Sources: the hub's `nyu-mll/glue`, or the official TSV files below `data_dir` (plain or gzipped, in `glue/SST-2`
-or `SST-2`). One difference is known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not.
+or `SST-2`). MRPC may also be Microsoft's msr_paraphrase_train.txt, which GLUE's dev_ids.tsv divides. One difference is
+known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, load_dataset
 
 from tasks import base
 from tasks.base import Row, Split, Task, TaskError
 
+if TYPE_CHECKING:
+    from tasks.measures import Score
+
 VERSION = 1
 HUB, REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+ORIGINAL, IDS = "msr_paraphrase_train.txt", ("#1 ID", "#2 ID")
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,28 @@ class Glue(Task):
         """Return the official file of a split; a file named "sample" stands in where the full one is absent."""
         stem = {"train": "train", "validation": "dev"}.get(split, split.replace("validation", "dev"))
         folders = (f"glue/{self.spec.folder}", self.spec.folder)
-        return base.find(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv"))
+        original = (ORIGINAL,) if self.subset == "mrpc" else ()
+        return base.find(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
+
+    def dev_ids(self, path: Path) -> Path | None:
+        """Return the file that says which rows of Microsoft's MRPC file GLUE validates on; None for GLUE's own files.
+
+        Raises:
+            TaskError: it is not there.
+        """
+        if path.name.removesuffix(".gz") != ORIGINAL:
+            return None
+        found = [path.with_name(name) for name in ("dev_ids.tsv", "dev_ids.tsv.gz") if path.with_name(name).is_file()]
+        if not found:
+            raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv beside it")
+        return found[0]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         if data_dir is None:
             return {"hub": f"{HUB}@{REVISION}"}
-        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *self.eval_splits)}
+        paths = {split: self.path(split, data_dir) for split in ("train", *self.eval_splits)}
+        files = {split: filter(None, (path, self.dev_ids(path))) for split, path in paths.items()}
+        return {split: " ".join(map(base.file_sha256, found)) for split, found in files.items()}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
         if data_dir is None:
@@ -126,13 +149,23 @@ class Glue(Task):
         return self.dataset(found, HUB)
 
     def from_file(self, path: Path, split: str) -> Dataset:
-        """Return the rows of an official TSV in this project's columns."""
-        spec, rows = self.spec, []
-        for number, row in enumerate(base.read_tsv(path, spec.header, skip_short=spec.holes), start=1):
-            with base.expected(f"GLUE's {spec.folder}", f"{path}: row {number}"):
+        """Return the rows of an official file in this project's columns."""
+        spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
+        belongs = self.chooser(path, split)
+        for line, row in base.read_table(path, "\t", False, needed, spec.header, skip_short=spec.holes):
+            with base.expected(f"GLUE's {spec.folder}", f"{path}: line {line}"):
                 label = self.parse_label(row[spec.label])
-                rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
+                if belongs(row):
+                    rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
         return self.dataset(rows, path)
+
+    def chooser(self, path: Path, split: str) -> Callable[[Row], bool]:
+        """Return what tells whether a row of the file is of this split: all are, but of Microsoft's MRPC file."""
+        listed = self.dev_ids(path)
+        if not listed:
+            return lambda row: True
+        ids = {tuple(row.values()) for _, row in base.read_table(listed, "\t", False, columns=IDS)}
+        return lambda row: (tuple(row[name] for name in IDS) in ids) == (split == "validation")
 
     def parse_label(self, word: str) -> int | float:
         if self.form == "regression":
@@ -157,10 +190,27 @@ class Glue(Task):
         """Return every metric of the column; MNLI's mismatched set stands beside as "mismatched_..."."""
         from tasks import metrics
 
-        measure = metrics.regression if self.form == "regression" else metrics.classification
         scores = {}
         for split, rows in results.items():
-            prefix = "mismatched_" if split.endswith("mismatched") else ""
-            found = measure([r["answer"] for r in rows], [r["gold"] for r in rows])
+            prefix = "mismatched_" if is_mismatched(split) else ""
+            pairs = [r["answer"] for r in rows], [r["gold"] for r in rows]
+            regression = self.form == "regression"
+            found = metrics.regression(*pairs) if regression else metrics.classification(*pairs, len(self.labels))
             scores.update({prefix + key: value for key, value in found.items()})
         return scores
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        from tasks import measures
+
+        regression = self.form == "regression"
+        scores = measures.regression_scores() if regression else measures.classification_scores(len(self.labels))
+        parts = {"": lambda row: not is_mismatched(row["split"])}
+        if self.subset == "mnli":
+            parts["mismatched_"] = lambda row: is_mismatched(row["split"])
+        found = [measures.within(scores, prefix, belongs) for prefix, belongs in parts.items()]
+        return {name: score for part in found for name, score in part.items()}
+
+
+def is_mismatched(split: str) -> bool:
+    """Whether a split is MNLI's of other genres than training's."""
+    return split.endswith("mismatched")

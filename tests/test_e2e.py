@@ -1,10 +1,13 @@
 """E2E NLG: both forms of the data, and the five metrics against the scores of the official script."""
 
+import csv
 import gzip
 import importlib
 import inspect
+import io
 import json
 import math
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -26,6 +29,7 @@ OFFICIAL = {
     "ROUGE_L": 0.7387213019396666,
     "CIDEr": 2.6902023903553274,
 }
+CSV = "e2e-dataset/testset_w_refs.csv"
 LINES = (
     "name : Oak | Type : pub||The Oak is a family - friendly pub . \n"
     "name : Fig | near : Hall||The Fig is n't far from the Hall .\n"
@@ -78,7 +82,7 @@ def test_the_official_form_has_the_same_prompts_and_its_own_text(files):
 def test_files_hub_and_repository_give_identical_rows(files, monkeypatch):
     def load_dataset(hub, revision, split):
         assert (hub, revision) == ("tuetschek/e2e_nlg", "refs/convert/parquet")
-        records = list(e2e.csv.DictReader(e2e.io.StringIO(TABLE, newline="")))
+        records = list(csv.DictReader(io.StringIO(TABLE, newline="")))
         return Dataset.from_list([{"meaning_representation": r["mr"], "human_reference": r["ref"]} for r in records])
 
     def fetch(repository, commit, path):
@@ -103,7 +107,7 @@ def test_options_are_checked_and_change_what_they_say(files):
             tasks.load("e2e", options)
 
 
-@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense"])
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart", "commonsense", "classification", "instruction"])
 def test_the_settings_hold_the_options_with_their_defaults(name):
     build = importlib.import_module(f"tasks.{name}").task
     defaults = {p.name: p.default for p in list(inspect.signature(build).parameters.values())[1:]}
@@ -116,9 +120,12 @@ def test_the_settings_hold_the_options_with_their_defaults(name):
         ("tokenised", "examples/NLG/data/e2e/test.txt", None, "no .*e2e/test.txt .*references=official"),
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"a||b\nname : Oak", "test.txt: line 2 is not"),
         ("tokenised", "examples/NLG/data/e2e/test.txt", b"\xff\xfe", "test.txt: cannot be read"),
-        ("official", "e2e-dataset/testset_w_refs.csv", b"MR\nname[Oak]\n", "testset_w_refs.csv: row 1: KeyError"),
-        ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\nOak,a pub\n", "row 1: .* lists no slots"),
-        ("official", "e2e-dataset/testset_w_refs.csv", b"mr,ref\n", "no rows"),
+        ("tokenised", "examples/NLG/data/e2e/test.txt", b"||The Oak is a pub .", "test.txt: line 1 is not"),
+        ("official", CSV, b"MR\nname[Oak]\n", "testset_w_refs.csv: no column 'mr', but 'MR'"),
+        ("official", CSV, b"mr,ref\nOak,a pub\n", "line 2: .* lists no slots"),
+        ("official", CSV, b'mr,ref\n"name[Oak, food[Thai]",a pub\n', "line 2: .* lists no slots"),
+        ("official", CSV, b"mr,ref\nname[Oak] near the hall,a pub\n", "line 2: .* lists no slots"),
+        ("official", CSV, b"mr,ref\n", "no rows"),
     ],
 )
 def test_a_missing_or_damaged_file_names_itself(references, file, content, message, files):
@@ -126,6 +133,31 @@ def test_a_missing_or_damaged_file_names_itself(references, file, content, messa
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(TaskError, match=message):
         tasks.load("e2e", {"references": references}).split("test", str(files))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('"name[Ash]",Ash serves tea, cake, and wine.\n', "line 2 has 4 fields, not 2"),
+        ("name[Ash]\n", "line 2 has 1 fields, not 2"),
+        ('"name[Ash]","Ash serves tea."\n"name[Oak]","Oak serves soup.\n"name[Elm]","Elm, pie."\n', "line 3 cannot be"),
+        ('"name[Oak]","Oak serves soup."\n"name[Elm]",Elm serves pie."\n', "line 3 .*mark has no partner"),
+        ('"name[Oak]","Oak serves soup."\n"name[Elm]","Elm serves pie.\n', "line 3 .*end of data"),
+        ('"name[Oak]","Oak "serves" soup."\n', "line 2 cannot be read as a row"),
+        ('"name[Oak]","Oak serves soup.\nname[Elm],Elm serves pie."\n', "line 2: .* holds another record"),
+    ],
+)
+def test_a_row_that_would_lose_text_or_swallow_the_next_is_refused(rows, message, files):
+    (files / CSV).write_text(f"mr,ref\n{rows}")
+    with pytest.raises(TaskError, match=f"testset_w_refs.csv: {message}"):
+        tasks.load("e2e", {"references": "official"}).split("test", str(files))
+
+
+@pytest.mark.parametrize("header", ["mr,ref,ref", "mr,mr,ref"])
+def test_a_column_that_occurs_twice_is_refused(header, files):
+    (files / CSV).write_text(f"{header}\nname[Oak],name[Elm],a pub\n")
+    with pytest.raises(TaskError, match="testset_w_refs.csv: the column '(mr|ref)' occurs twice in its header"):
+        tasks.load("e2e", {"references": "official"}).split("test", str(files))
 
 
 def test_a_half_downloaded_gz_names_itself(files):
@@ -191,6 +223,43 @@ def test_a_scorer_that_cannot_run_is_reported_too(broken, monkeypatch):
         monkeypatch.setattr(metrics, "java", lambda: "false")
     with pytest.warns(UserWarning, match="METEOR, ROUGE_L, CIDEr not computed"):
         assert set(metrics.e2e(["a"], [["a"]])) == {"BLEU", "NIST"}
+
+
+GERMAN = "-Duser.language=de -Duser.country=DE -Duser.language.format=de"
+
+
+@pytest.mark.parametrize("variable", ["JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS"])
+def test_the_users_locale_changes_no_score(variable, monkeypatch):
+    """German Java writes 10,0 and reads no 10.0; LANG=de_DE.UTF-8 does the same where that locale is installed."""
+    monkeypatch.setenv(variable, GERMAN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.e2e(OWN["hypotheses"], OWN["references"]) == pytest.approx(OFFICIAL, abs=1e-9)
+
+
+def test_a_german_locale_changes_no_score(monkeypatch, tmp_path):
+    made = subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", tmp_path / "de_DE"], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"localedef makes no German locale here: {made.stderr.decode()[:200]}")
+    monkeypatch.setenv("LOCPATH", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", "de_DE")
+    accents = ["caf\u00e9 Z\u00fcrich \u201cna\u00efve\u201d"]
+    assert metrics.penn_tokens(accents) == ["caf\u00e9 z\u00fcrich na\u00efve"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.e2e(OWN["hypotheses"], OWN["references"]) == pytest.approx(OFFICIAL, abs=1e-9)
+
+
+def test_what_was_computed_before_a_failure_is_kept(monkeypatch):
+    """Without METEOR's jar all else stays, and the warning says what Java said, not what may be the cause."""
+    found = metrics.jar
+    monkeypatch.setattr(metrics, "jar", lambda name: "/nowhere.jar" if "meteor" in name else found(name))
+    with pytest.warns(UserWarning, match="METEOR not computed: .*java failed on METEOR: .*/nowhere.jar") as caught:
+        scores = metrics.e2e(OWN["hypotheses"], OWN["references"])
+    assert len(caught) == 1 and "memory" not in str(caught[0].message)
+    assert scores == pytest.approx({name: value for name, value in OFFICIAL.items() if name != "METEOR"})
+    with pytest.warns(UserWarning, match="METEOR not computed: .*/nowhere.jar"):
+        assert set(metrics.webnlg(["a pub"], [["a pub"]])) == {"BLEU", "TER"}
 
 
 def test_java_of_the_wheel_is_found_where_path_has_none(monkeypatch):

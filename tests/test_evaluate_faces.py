@@ -1,5 +1,6 @@
 """The metrics as `evaluate.Metric`s give what tasks/metrics.py gives."""
 
+import numpy as np
 import pytest
 
 from tasks import TaskError, metrics
@@ -7,11 +8,64 @@ from tasks import TaskError, metrics
 faces = pytest.importorskip("tasks.evaluate_faces")
 
 
-@pytest.mark.parametrize("subset", ["sst2", "mrpc", "cola", "mnli"])
-def test_classification(subset):
+@pytest.mark.parametrize(("subset", "classes"), [("sst2", 2), ("mrpc", 2), ("cola", 2), ("mnli", 3)])
+def test_classification(subset, classes):
     answers, gold = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
     found = faces.GlueMetrics(subset).compute(predictions=answers, references=gold)
-    assert found == pytest.approx(metrics.classification(answers, gold))
+    assert found == pytest.approx(metrics.classification(answers, gold, classes))
+    assert ("f1" in found) == (classes == 2)
+    assert faces.GlueMetrics(subset).compute(predictions=np.array(answers), references=gold) == found
+
+
+PROBABILITIES = [[0.1, 0.9], [0.8, 0.2]]
+
+
+@pytest.mark.parametrize(
+    ("subset", "predictions", "message"),
+    [
+        ("sst2", [0.7, 1], "0.7 is no class index from 0 to 1"),
+        ("sst2", np.array([0.7, 0.2]), "0.7 is no class index"),
+        ("sst2", [0, 2], "2 is no class index"),
+        ("mnli", [-1, 2], "-1 is no class index from 0 to 2"),
+        ("sst2", [float("nan"), 1], "nan is no class index"),
+        ("sst2", PROBABILITIES, "is no list of one number for each example"),
+        ("sst2", ["0", "1"], "is no list of one number"),
+        ("sst2", [None, 1], "is no list of one number"),
+        ("stsb", [float("inf"), 1.0], "inf is no finite number"),
+        ("stsb", ["1.0", 2.0], "is no list of one number"),
+        ("stsb", [[1.0], [2.0]], "is no list of one number"),
+    ],
+)
+def test_what_datasets_would_cut_or_rewrite_is_refused(subset, predictions, message):
+    with pytest.raises(ValueError, match=f"predictions: .*{message}"):
+        faces.GlueMetrics(subset).compute(predictions=predictions, references=[0, 1])
+    with pytest.raises(ValueError, match="references: "):
+        faces.GlueMetrics(subset).compute(predictions=[0, 1], references=predictions)
+    face = faces.GlueMetrics(subset)
+    with pytest.raises(ValueError, match="predictions: "):
+        face.add_batch(predictions=predictions, references=[0, 1])
+
+
+def test_a_single_output_is_checked_like_a_batch():
+    face = faces.GlueMetrics("sst2")
+    face.add(prediction=1, reference=1)
+    with pytest.raises(ValueError, match="predictions: 0.7 is no class index"):
+        face.add(prediction=0.7, reference=1)
+    assert face.compute()["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        (["a pub"], ["a pub"], "references: 'a pub' is no list of texts"),
+        (["a pub"], [[5]], r"references: \[5\] is no list of texts"),
+        (["a pub"], [None], "references: None is no list of texts"),
+        ([5], [["a pub"]], "predictions: 5 is no text"),
+    ],
+)
+def test_texts_are_texts(predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        faces.E2eMetrics().compute(predictions=predictions, references=references)
 
 
 def test_regression_keeps_all_digits():

@@ -49,7 +49,8 @@ def test_predictions_are_the_same_at_batch_1_and_8(model, name, request):
     writes = load_task(chosen).form == "generation"
     if writes and model in READERS:
         pytest.skip(f"{model} writes no text")
-    where = [] if name.startswith("demo/") else [f"data_dir={request.getfixturevalue('official_data')}"]
+    folder = "own_data" if name in ("classification", "instruction") else "official_data"
+    where = [] if name.startswith("demo/") else [f"data_dir={request.getfixturevalue(folder)}"]
     where += (
         ["task.options.scored=validation"] if name == "dart" else []
     )  # its test file is not among the official ones
@@ -78,7 +79,7 @@ def test_outputs_are_those_of_plain_generate(model, beams):
     rows = some(task, "validation", chosen, 10)
     found = compute_outputs(base, tokenizer, task, rows, chosen, "test")
     for row, text in zip(rows, found, strict=True):
-        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"], chosen)])
+        ids = torch.tensor([encode_prompt(tokenizer, row, chosen)])
         with torch.inference_mode():
             made = base.eval().generate(
                 input_ids=ids,
@@ -158,14 +159,14 @@ def test_likelihoods_are_sums_over_the_tokens_of_each_choice(model, monkeypatch)
     monkeypatch.setattr(task, "choices", lambda row: texts[len(row["prompt"]) % 2])
     found = compute_outputs(base, tokenizer, task, rows, chosen, "test", score_choices)
     for row, scores in zip(rows, found, strict=True):
-        prompt = encode_prompt(tokenizer, row["prompt"], chosen)
-        for text, score in zip(task.choices(row), scores, strict=True):
+        prompt = encode_prompt(tokenizer, row, chosen)
+        for text, (score, tokens) in zip(task.choices(row), scores, strict=True):
             choice = tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.inference_mode():
                 logits = base.eval()(input_ids=torch.tensor([prompt + choice])).logits[0].log_softmax(-1)
             places = range(len(prompt) - 1, len(prompt) + len(choice) - 1)
             expected = sum(logits[place, token].item() for place, token in zip(places, choice, strict=True))
-            assert score == pytest.approx(expected, abs=1e-4)
+            assert score == pytest.approx(expected, abs=1e-4) and tokens == len(choice)
 
 
 def test_throughput_compares_with_single_prompts_at_equal_outputs(runs_folder, capsys):

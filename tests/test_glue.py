@@ -89,8 +89,20 @@ def test_files_and_hub_give_identical_examples(subset, tmp_path, monkeypatch):
     [
         (lambda f: f.unlink(), "no glue/RTE/dev.tsv"),
         (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\n"), "line 2 has 3 fields, not 4"),
-        (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n"), "row 1: ValueError"),
-        (lambda f: f.write_bytes(b"index\tsentence\tlabel\n0\ta\tentailment\n"), "row 1: KeyError"),
+        (
+            lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n"),
+            "line 2: the label 'yes', not one of",
+        ),
+        (
+            lambda f: f.write_bytes(b"index\tsentence\tlabel\n0\ta\tentailment\n"),
+            "no column 'sentence1', only index, sentence, label",
+        ),
+        (
+            lambda f: f.write_bytes(b"label\tsentence1\tsentence2\tlabel\n0\ta\tb\tx\n"),
+            "the column 'label' occurs twice",
+        ),
+        (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\t\xe9\tx\n"), "line 2 is not UTF-8"),
+        (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\0\tx\n"), "line 2 holds a zero byte"),
         (lambda f: f.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n"), "no rows"),
     ],
@@ -108,6 +120,45 @@ def test_a_half_downloaded_gz_names_itself(tmp_path):
     path = tmp_path / "glue/RTE/dev.tsv.gz"
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(TaskError, match=r"dev\.tsv\.gz: cannot be read"):
+        tasks.load("glue/rte").split("validation", str(tmp_path))
+
+
+def test_microsofts_own_mrpc_file_is_divided_by_glues_list(tmp_path):
+    """The same rows as GLUE's two files, in the file's order; nothing is guessed where the list is missing."""
+    folder = tmp_path / "MRPC"
+    folder.mkdir()
+    rows = [f"{i % 2}\t{i}\t{i + 90}\tone {i}\tother {i}" for i in range(5)]
+    (folder / "msr_paraphrase_train.txt").write_bytes("\r\n".join([HEADERS["mrpc"], *rows, ""]).encode())
+    task = tasks.load("glue/mrpc")
+    with pytest.raises(TaskError, match=r"msr_paraphrase_train.txt: not divided .*; put GLUE's dev_ids.tsv beside it"):
+        task.split("train", str(tmp_path))
+    (folder / "dev_ids.tsv").write_text("1\t91\n3\t93\n")
+    train, held_out = (task.split(split, str(tmp_path)).rows for split in ("train", "validation"))
+    assert train["text"][:] == ["one 0", "one 2", "one 4"] and held_out["text_pair"][:] == ["other 1", "other 3"]
+    assert train["label"][:] == [0, 0, 0] and held_out["label"][:] == [1, 1]
+    before = task.source(str(tmp_path))
+    (folder / "dev_ids.tsv").write_text("1\t91\n")
+    assert task.source(str(tmp_path)) != before
+
+
+def test_microsofts_file_gives_the_rows_of_glues_own(official_data, tmp_path):
+    task, folder = tasks.load("glue/mrpc"), official_data / "glue/MRPC"
+    if not (folder / "dev_ids.tsv").is_file():
+        pytest.skip("no msr_paraphrase_train.txt with its dev_ids.tsv beside the official data")
+    (tmp_path / "MRPC").mkdir()
+    for name in ("msr_paraphrase_train.txt", "dev_ids.tsv"):
+        (tmp_path / "MRPC" / name).symlink_to(folder / name)
+    for split in ("train", "validation"):
+        assert task.split(split, str(tmp_path)).rows.to_list() == task.split(split, str(official_data)).rows.to_list()
+
+
+def test_of_two_samples_none_is_chosen(tmp_path):
+    write_official(tmp_path, "rte")
+    folder = tmp_path / "glue/RTE"
+    (folder / "dev.tsv").rename(folder / "dev.sample10.tsv")
+    assert len(tasks.load("glue/rte").split("validation", str(tmp_path)).rows) == 2
+    (folder / "dev.sample9.tsv").write_bytes((folder / "dev.sample10.tsv").read_bytes())
+    with pytest.raises(TaskError, match="dev.sample10.tsv and dev.sample9.tsv could each be dev.tsv; keep one"):
         tasks.load("glue/rte").split("validation", str(tmp_path))
 
 
@@ -156,9 +207,28 @@ def test_metric_of_the_column_and_the_others_beside_it(subset, metric, others):
 def test_metrics_against_hand_made_values():
     from tasks import metrics
 
-    scores = metrics.classification([1, 1, 0, 0, 1], [1, 0, 0, 1, 1])
+    scores = metrics.classification([1, 1, 0, 0, 1], [1, 0, 0, 1, 1], classes=2)
     assert scores["accuracy"] == pytest.approx(3 / 5)
     assert scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert scores["matthews"] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
     assert metrics.regression([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])["spearman"] == pytest.approx(1.0)
     assert metrics.regression([1.0, 1.0], [1.0, 2.0])["pearson"] == 0.0
+
+
+def test_f1_belongs_to_tasks_of_two_classes_whichever_labels_occur():
+    """A few rows of MNLI may hold two of its three labels; one class of MRPC may be missing."""
+    rows = [{"answer": a, "gold": g} for a, g in ((0, 0), (1, 0), (1, 1))]
+    mnli, mrpc = tasks.load("glue/mnli"), tasks.load("glue/mrpc")
+    assert set(mnli.score({"validation_matched": rows})) == {"accuracy", "matthews"}
+    assert mrpc.score({"validation": rows})["f1"] == pytest.approx(2 / 3)
+    assert mrpc.score({"validation": rows[:1]})["f1"] == 0
+
+
+@pytest.mark.parametrize("odd", [0.7, 2, -1, "1", None])
+def test_what_is_no_class_is_not_scored(odd):
+    from tasks import metrics
+
+    with pytest.raises(ValueError, match="none of the 2 classes, 0 to 1"):
+        metrics.classification([0, odd], [0, 1], classes=2)
+    with pytest.raises(ValueError, match="nan is no number"):
+        metrics.regression([0.0, float("nan")], [0.0, 1.0])

@@ -33,6 +33,7 @@ from dual_lora.lab.record import mirror
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.train import callbacks as train_callbacks
 from dual_lora.lab.train import trainer as train_trainer
 from dual_lora.lab.train.callbacks import ProgressBar
 from dual_lora.lab.train.run import train_run
@@ -283,7 +284,8 @@ def test_scoring_epochs_is_no_time_of_training(runs_folder, monkeypatch):
         clock.now += 1000
         return {"accuracy": 0.5}, []
 
-    monkeypatch.setattr(train_trainer, "time", clock)
+    for module in (train_callbacks, train_trainer):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
     monkeypatch.setattr("dual_lora.lab.train.run.find_warnings", lambda *_: [])
     few = ["train.max_steps=null", "train.max_examples=8", "train.epochs=5", "train.batch_size=8", "eval.before=false"]

@@ -122,7 +122,14 @@ def test_missing_scorers_are_named(monkeypatch):
         ("webnlg", "webnlg_challenge_2017/test.json", '{"entries": [', "test.json: not JSON"),
         ("webnlg", "webnlg_challenge_2017/test.json", '{"entries": [{"7": {}}]}', "test.json: KeyError"),
         ("webnlg", "webnlg_challenge_2017/test.json", '{"entries": []}', "no rows"),
-        ("dart", "dart/dart-v1.1.1-full-test.json", '[{"tripleset": [["a", "b"]]}]', "full-test.json: ValueError"),
+        ("webnlg", "webnlg_challenge_2017/test.json", '{"entries": [{"1": {}, "2": {}}]}', "entry 1 holds 2 entries"),
+        ("webnlg", "webnlg_challenge_2017/test.json", '{"entries": [], "entries": []}', "'entries' occurs twice"),
+        (
+            "dart",
+            "dart/dart-v1.1.1-full-test.json",
+            '[{"tripleset": [["a", "b"]]}]',
+            "full-test.json: not enough values",
+        ),
         ("dart", "dart/dart-v1.1.1-full-test.json", None, "dart/dart-v1.1.1-full-test.json"),
     ],
 )

@@ -9,11 +9,11 @@ import torch
 
 from .recompute import TORCH, Ops, delta_weight, dual_linear
 
-__all__ = ["Ops", "delta_weight", "dual_linear", "ops_for"]
+__all__ = ["Ops", "delta_weight", "dual_linear", "choose_ops"]
 
 
-def ops_for(kernel: str, device: torch.device) -> Ops:
-    """The implementation of a `DualLoraConfig.kernel` on a device; plain torch, with a warning, where Triton is absent.
+def choose_ops(kernel: str, device: torch.device) -> Ops:
+    """Return the implementation of a `DualLoraConfig.kernel` on a device; plain torch, with a warning, without Triton.
 
     Triton runs on CUDA devices, and anywhere under its interpreter (TRITON_INTERPRET=1).
     """

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import CLIPPED, STRAIGHT_THROUGH, autocast_off
+from .. import functional
+from ..functional import CLIPPED, STRAIGHT_THROUGH, suspend_autocast
 
 # Entries of an out x in matrix held in passing (64 MB of float32), and worked on at once where caches are small.
 BLOCK = 2**24
@@ -49,17 +51,31 @@ def dual_linear(
     """x (weight + dW)^T + bias, or x dW^T where there is no weight: ... x in -> ... x out, in x's dtype.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
-    weight, out x in, and bias, out. ops: None for plain torch. Differentiable once. ValueError on an unknown ste.
+    weight, out x in, and bias, out. ops: None for plain torch. Differentiable once, in reverse mode; inside a transform
+    of torch.func, which knows no such function, it is computed by plain autograd.
+
+    Raises:
+        ValueError: unknown ste.
     """
     _check(ste)
+    if _is_transformed(x, A, B, C, D):
+        return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
     return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH)
 
 
 def delta_weight(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, ste: str = "clip", ops: Ops | None = None
 ) -> Tensor:
-    """dW, out x in, as `dual_lora.functional.delta_weight` has it, keeping the factors only. Differentiable once."""
+    """dW, out x in, as `dual_lora.functional.delta_weight` has it, keeping the factors only. Differentiable once.
+
+    Shapes, and what holds inside torch.func, as in `dual_linear`.
+
+    Raises:
+        ValueError: unknown ste.
+    """
     _check(ste)
+    if _is_transformed(A, B, C, D):
+        return functional.delta_weight(A, B, C, D, scale, ste=ste)
     return _DeltaWeight.apply(A, B, C, D, scale, ste, ops or TORCH)
 
 
@@ -73,10 +89,14 @@ def rebuild(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """weight + dW, or dW without a weight; out x in, rounded once to dtype (None: the factors') or into `out`."""
+    """weight + dW, or dW without a weight; out x in, rounded once to dtype (None: the factors') or into `out`.
+
+    Shapes as in `dual_linear`; weight and out: out x in.
+    """
+    # |scale| goes into B, where it costs out x r1 products, and its sign into Sign(S): ReLU must see B A itself.
     size, sign = scale.abs(), _sign(scale)
     W = A.new_empty(B.shape[0], A.shape[1], dtype=dtype or A.dtype) if out is None else out
-    with autocast_off(A.device.type):
+    with suspend_autocast(A.device.type):
         for rows in _tiles(W):
             M = ((B[rows] * size) @ A).relu_()
             S = _sign_(D[rows] @ C).mul_(sign)
@@ -95,19 +115,19 @@ def project(
     weight: Tensor | None = None,
     rebuilt: Tensor | None = None,
 ) -> Factors:
-    """dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype.
+    """dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype; each shaped like its factor.
 
     rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself.
     """
     size, sign = scale.abs(), _sign(scale)
     dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
-    with autocast_off(A.device.type):
+    with suspend_autocast(A.device.type):
         for rows in _tiles(G):
             scaled_B = B[rows] * size
             M, S, g = scaled_B @ A, D[rows] @ C, G[rows].to(A.dtype)
             passes = S.abs() <= 1 if ste == "hardtanh" else None
             S = _sign_(S).mul_(sign)
-            P = g * S
+            P = g * S  # dL/dM before ReLU's mask; the mask is M > 0, and `threshold_backward` applies it in place
             torch.ops.aten.threshold_backward.grad_input(P, M, 0, grad_input=P)
             torch.mm(P, A.T, out=dB[rows])
             torch.addmm(dA, scaled_B.T, P, out=dA)
@@ -132,10 +152,11 @@ class _DualLinear(torch.autograd.Function):
     def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops):
         ctx.save_for_backward(x, A, B, C, D, scale, weight)
         ctx.ste, ctx.ops = ste, ops
+        # In 16 bits the sum weight + dW would be rounded to the weight's own precision, and most of dW lost.
         apart = weight is not None and x.dtype != A.dtype
         flat = x.reshape(-1, x.shape[-1])
         y = x.new_empty(flat.shape[0], B.shape[0])
-        with autocast_off(x.device.type):
+        with suspend_autocast(x.device.type):
             for rows in _blocks(B.shape[0], A.shape[1]):
                 base = None if weight is None else weight[rows]
                 W = ops.rebuild(A, B[rows], C, D[rows], scale, None if apart else base, x.dtype)
@@ -152,11 +173,13 @@ class _DualLinear(torch.autograd.Function):
         needs_dx, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
         dx = torch.empty_like(flat) if needs_dx else None
         dA, dB, dC, dD = grads = [torch.zeros_like(t) if trained else None for t in (A, B, C, D)]
-        with autocast_off(x.device.type):
+        with suspend_autocast(x.device.type):
             for rows in _blocks(B.shape[0], A.shape[1]):
                 factors = A, B[rows], C, D[rows], scale
                 base = None if weight is None else weight[rows]
                 if trained:
+                    # G = dL/ddW in the dtype of the activations; `project` turns it into weight + dW on its way, so
+                    # that dL/dx needs no second pass over a matrix of this size.
                     W = g[:, rows].T @ flat
                     part = ctx.ops.project(W, *factors, ctx.ste, base, rebuilt=W if needs_dx else None)
                     for whole, piece in zip((dA, dB[rows], dC, dD[rows]), part, strict=True):
@@ -181,6 +204,22 @@ class _DeltaWeight(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return *ctx.ops.project(grad, *ctx.saved_tensors, ctx.ste), None, None, None
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work on one of the tensors."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What `dual_linear` computes, of a dW, out x in."""
+    if weight is not None and x.dtype == dW.dtype:
+        return F.linear(x, weight + dW, bias)
+    term = F.linear(x, dW.to(x.dtype))
+    if weight is None:
+        return term
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + term
 
 
 def _check(ste: str) -> None:

@@ -1,7 +1,11 @@
 """DualLoraConfig: what a user may choose about the method."""
 
+import warnings
 from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
 
+import torch
 from peft.config import PeftConfig
 
 from ..functional import DIRECTIONS, MAGNITUDES, STRAIGHT_THROUGH
@@ -29,7 +33,12 @@ class DualLoraConfig(PeftConfig):
             f = 1 has a root mean square of 0.02 / sqrt(fan_in), 2 % of a usual pretrained weight, whatever the width,
             ranks and alpha: sigma^2 = 0.02 * sqrt(2 * r2 / fan_in) / lora_alpha (`dual_lora.init_std`). fan_in is
             in_features, or in_channels / groups * kernel size, or embedding_dim.
-        scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1.
+        direction_init_std: sigma of C and D where it shall differ from that of A and B; None takes the same. Sign(D C)
+            does not depend on it, but training does: the gradients of C and D are proportional to it, so a larger one
+            keeps them clear of Adam's epsilon, but Adam's steps, as large as the learning rate, then flip signs later.
+        scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1. A run should be
+            several times as long: what is saved or merged before the end of the ramp is only a part of dW. Default 10,
+            which suits runs of 20 steps and costs runs of 200 nothing (under 2 % of the loss, on tiny models).
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
         magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
         direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
@@ -58,8 +67,9 @@ class DualLoraConfig(PeftConfig):
     lora_alpha: float = field(default=16, metadata={"help": "Scale numerator: alpha / sqrt(r1 * r2)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     init_weights: bool = field(default=True, metadata={"help": "True: f starts at 0; False: at 1."})
-    init_std: float | None = field(default=None, metadata={"help": "Sigma of all four factors; None: by the rule."})
-    scale_warmup_steps: int = field(default=100, metadata={"help": "Optimizer steps over which f goes from 0 to 1."})
+    init_std: float | None = field(default=None, metadata={"help": "Sigma of the factors; None: by the rule."})
+    direction_init_std: float | None = field(default=None, metadata={"help": "Sigma of C and D; None: as init_std."})
+    scale_warmup_steps: int = field(default=10, metadata={"help": "Optimizer steps over which f goes from 0 to 1."})
     ste: str = field(default="clip", metadata={"help": "Gradient of Sign: clip, identity or hardtanh."})
     magnitude: str = field(default="relu", metadata={"help": "relu, abs, softplus or identity."})
     direction: str = field(default="sign", metadata={"help": "sign, tanh or identity."})
@@ -87,9 +97,21 @@ class DualLoraConfig(PeftConfig):
         self._check_targets()
 
     def split(self, r: int) -> tuple[int, int]:
-        """The budget r as (r1, r2)."""
+        """Return the budget r, at least 2, as (r1, r2)."""
         r1 = min(max(round(r * self.magnitude_ratio), 1), r - 1)
         return r1, r - r1
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As in PEFT. Beside an adapter's weights, which PEFT writes before, it also extends the model card, and warns,
+        once, where the ramp of f has not ended."""
+        from .card import extend_card, find_saved_ramp  # they import this module
+
+        super().save_pretrained(save_directory, **kwargs)
+        extend_card(Path(save_directory))
+        ramp = None if hasattr(self, "_told") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
+        if ramp is not None:
+            self._told = True  # no field, so it is not saved
+            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
 
     def _resolve_ranks(self) -> None:
         if self.r is None:
@@ -116,13 +138,17 @@ class DualLoraConfig(PeftConfig):
             ("kernel", KERNELS),
         ):
             _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(kinds)}")
-        steps, std = self.scale_warmup_steps, self.init_std
-        _require(isinstance(steps, int) and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
-        _require(std is None or std > 0, "init_std", std, "None or above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        steps = self.scale_warmup_steps
+        whole = isinstance(steps, int) and not isinstance(steps, bool)
+        _require(whole and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
+        for name in ("init_std", "direction_init_std"):
+            std = getattr(self, name)
+            _require(std is None or _is_positive(std), name, std, "None or a finite number above 0")
+        dropout = self.lora_dropout
+        _require(isinstance(dropout, Real) and 0 <= dropout < 1, "lora_dropout", dropout, "at least 0 and below 1")
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
-            _require(alpha > 0, name, alpha, "above 0")
+            _require(_is_positive(alpha), name, alpha, "a finite number above 0")
 
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
@@ -138,6 +164,12 @@ class DualLoraConfig(PeftConfig):
             except (TypeError, ValueError):
                 good = False
             _require(good, f"fused_slices[{key!r}]", value, "[n, [i, ...]]: n >= 2 blocks and distinct indexes below n")
+
+
+def _is_positive(value) -> bool:
+    """Whether the value is a number that float32, in which dW is scaled, holds as finite and above 0."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max
 
 
 def _require(condition: bool, name: str, value, expected: str) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import autocasts, delta_weight, init_std
+from ..functional import delta_weight, init_std, is_autocast_on
 from .config import DualLoraConfig
 
 MAX_DRAWS = 100
@@ -28,6 +28,9 @@ class DualLoraFactors(nn.Module):
         r: the budget r1 + r2.
         alpha: numerator of the scale.
         blocks: None, or the number of updates of that shape to hold: every factor then has this leading dimension.
+
+    Raises:
+        ValueError: dW would have no entries, or the initial factors no usable product.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class DualLoraFactors(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        if fan_in == 0 or fan_out == 0:
+            raise ValueError(f"a weight of {fan_out} x {fan_in} cannot be adapted; leave it out with exclude_modules")
         r1, r2 = config.split(r)
         lead = () if blocks is None else (blocks,)
         self.A = nn.Parameter(torch.empty(*lead, r1, fan_in, dtype=dtype))
@@ -55,10 +60,12 @@ class DualLoraFactors(nn.Module):
         ramp_over = not config.init_weights or self.warmup_steps == 0
         self.register_buffer("step", torch.tensor(self.warmup_steps if ramp_over else 0))
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
-        fan = self.usual_fan(fan_in, fan_out)
-        self.reset_parameters(config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction))
+        fan = self.choose_fan(fan_in, fan_out)
+        std = config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction)
+        self.reset_parameters(std, config.direction_init_std)
         self.keeps = True  # whether evaluation may keep dW, which is as large as the weight
-        self._kept: tuple[tuple, Tensor] | None = None
+        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
+        self.loaded = False  # whether these are values from a file, which `warmup.warn_of_ramp` asks
         LIVE.add(self)
 
     def __getstate__(self):
@@ -69,7 +76,7 @@ class DualLoraFactors(nn.Module):
         LIVE.add(self)  # a copy or an unpickled module did not pass through __init__
 
     @staticmethod
-    def usual_fan(fan_in: int, fan_out: int) -> int:
+    def choose_fan(fan_in: int, fan_out: int) -> int:
         """n where pretrained weights of this kind are usually of size 1 / sqrt(n)."""
         return fan_in
 
@@ -79,15 +86,30 @@ class DualLoraFactors(nn.Module):
         return self.A
 
     @torch.no_grad()
-    def reset_parameters(self, std: float) -> None:
-        """Draw the factors from N(0, std^2), again where every entry of a ReLU(B A) comes out 0: such a layer has no
-        gradient and stays 0 for ever. Only layers of a few entries can meet with it, so a 64 x 64 corner is enough."""
+    def reset_parameters(self, std: float, direction_std: float | None = None) -> None:
+        """Draw A and B from N(0, std^2), C and D from N(0, direction_std^2) (None: std^2).
+
+        Drawn again where every entry of a ReLU(B A) comes out 0: such a layer has no gradient and stays 0 for ever.
+        Only layers of a few entries can meet with it, so a 64 x 64 corner is enough.
+
+        Raises:
+            ValueError: the products of such factors are beyond what float32 holds, 0 or infinite.
+        """
         for _ in range(MAX_DRAWS):
-            for factor in (self.A, self.B, self.C, self.D):
-                factor.normal_(0.0, std)
-            corner = self.B[..., :64, :] @ self.A[..., :64]
-            if self.kinds["magnitude"] != "relu" or corner.is_meta or (corner.amax((-2, -1)) > 0).all():
+            for factor, sigma in ((self.A, std), (self.B, std), (self.C, direction_std), (self.D, direction_std)):
+                factor.normal_(0.0, std if sigma is None else sigma)
+            if self.A.is_meta or self._can_train():
                 return
+        raise ValueError(
+            f"init_std={std:.3g}, direction_init_std={direction_std}: all entries of B A or D C are 0 or infinite at "
+            "that; take init_std=None, or a lora_alpha for which its rule gives a usable sigma"
+        )
+
+    def _can_train(self) -> bool:
+        """Whether a corner of B A (for ReLU: of each block, a positive entry) and of D C are neither 0 nor infinite."""
+        size, direction = (b[..., :64, :] @ a[..., :64] for a, b in ((self.A, self.B), (self.C, self.D)))
+        live = size.amax((-2, -1)) > 0 if self.kinds["magnitude"] == "relu" else size.any()
+        return bool(live.all() and direction.any() and size.isfinite().all() and direction.isfinite().all())
 
     @property
     def scale(self) -> Tensor:
@@ -129,7 +151,7 @@ class DualLoraFactors(nn.Module):
         return {
             "scale": self.scale,
             "ste": self.kinds["ste"],
-            "ops": kernels.ops_for(self.kernel, self.A.device),
+            "ops": kernels.choose_ops(self.kernel, self.A.device),
         }
 
     def advance(self) -> None:
@@ -143,6 +165,7 @@ class DualLoraFactors(nn.Module):
         self.update_scale.copy_(torch.where(ramping, self.step.float() / max(self.warmup_steps, 1), self.update_scale))
 
     def set_update_scale(self, factor: float, ramp: bool) -> None:
+        """Set f, of this adapter on this layer; see `dual_lora.set_update_scale`."""
         step = min(round(factor * self.warmup_steps), self.warmup_steps) if ramp else self.warmup_steps
         self.step.fill_(step)
         self.update_scale.fill_(factor)
@@ -159,12 +182,12 @@ class DualLoraFactors(nn.Module):
         `drops`, since the base is not dropped from.
         """
         device = x.device.type
-        if autocasts(device) and x.dtype != torch.float64:
+        if is_autocast_on(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         if not self.training and not torch.is_grad_enabled():
             return self._infer(x, weight, bias)
         x = F.dropout(x, self.dropout, self.training)
-        if not self.recomputes:
+        if not self.recomputes or x.is_nested:  # nested: what nn.TransformerEncoder makes of a padding mask
             return F.linear(x, self.delta_weight().flatten(0, -2).to(x.dtype))
         factors, options = self._upcast(self.A, self.B, self.C, self.D), self._kernel_options
         if self.A.ndim == 2:
@@ -182,15 +205,26 @@ class DualLoraFactors(nn.Module):
     def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
         """dW, or weight + dW; where it `keeps`, the same between the calls of an evaluation as long as nothing it is
         made of changes."""
-        parts = [t for t in (self.A, self.B, self.C, self.D, self.update_scale, weight) if t is not None]
-        keepable = self.keeps and not torch.compiler.is_compiling() and not any(t.is_inference() for t in parts)
-        made_of = [(t.data_ptr(), t._version) for t in parts] + [dtype, self.scaling] if keepable else None
-        if keepable and self._kept is not None and self._kept[0] == made_of:
-            return self._kept[1]
+        factors = [self.A, self.B, self.C, self.D, self.update_scale]
+        parts = factors if weight is None else [*factors, weight]
+        replayed = torch.compiler.is_compiling() or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
+        keepable = self.keeps and not replayed and not any(_is_untrackable(t) for t in parts)
+        made_of = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
+        if keepable and self._kept is not None and self._is_current(made_of, factors):
+            return self._kept[2]
         dW = self.delta_weight().flatten(0, -2)
         matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
-        self._kept = (made_of, matrix) if keepable else None
+        self._kept = (made_of, [t.clone() for t in factors], matrix) if keepable else None
         return matrix
+
+    def _is_current(self, made_of: tuple, factors: list[Tensor]) -> bool:
+        """Whether what is kept was made of these very tensors, and of the values they have now.
+
+        Writing through `.data`, as averages of weights do, leaves no trace in a version. The factors are small enough
+        to be compared; a base weight written to in that way is not noticed before `train()`, `eval()` or a cast.
+        """
+        was_made_of, values, _ = self._kept
+        return was_made_of == made_of and all(map(torch.equal, values, factors))
 
     def release(self) -> None:
         """Let go of what evaluation has kept."""
@@ -200,13 +234,53 @@ class DualLoraFactors(nn.Module):
         self.release()
         return super().train(mode)
 
+    def _apply(self, fn, recurse=True):
+        """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs."""
+        self.release()
+        before = self.update_scale
+        super()._apply(fn, recurse)
+        if self.update_scale.dtype != before.dtype:
+            self.update_scale = before.to(self.update_scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.release()
+        self.loaded = True
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Shapes, ranks, scale, kernel and f, for print(model)."""
+        shapes = ", ".join(f"{name}={'x'.join(map(str, getattr(self, name).shape))}" for name in "ABCD")
+        f = "?" if self.update_scale.is_meta else f"{self.update_scale.item():.3g}"
+        ranks = f"r1={self.A.shape[-2]}, r2={self.C.shape[-2]}"
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"{ranks}, {shapes}, scale={self.scaling:.4g}, f={f}, kernel={self.kernel}{dropout}"
+
+
+def _is_untrackable(tensor: Tensor) -> bool:
+    """Whether a change of this tensor leaves no trace: made in inference mode, or a torch.func transform's."""
+    return tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
 
 class EmbeddingFactors(DualLoraFactors):
-    """Factors of an embedding table; dW is embedding_dim x num_embeddings."""
+    """Factors of an embedding table; dW is embedding_dim x num_embeddings.
+
+    padding_idx: the row that never changes, dW being 0 there. scale_grad_by_freq: as in nn.Embedding.
+    """
+
+    padding_idx: int | None = None
+    scale_grad_by_freq = False
 
     @staticmethod
-    def usual_fan(fan_in: int, fan_out: int) -> int:
+    def choose_fan(fan_in: int, fan_out: int) -> int:
         return fan_out
+
+    def delta_weight(self) -> Tensor:
+        """dW at the present f, embedding_dim x num_embeddings, with zeros at padding_idx."""
+        dW = super().delta_weight()
+        if self.padding_idx is None:
+            return dW
+        return dW.index_fill(-1, torch.tensor([self.padding_idx], device=dW.device), 0)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: any shape of int -> ids.shape x embedding_dim; only these columns of dW are computed.
@@ -218,7 +292,8 @@ class EmbeddingFactors(DualLoraFactors):
         places = torch.arange(flat.numel(), device=ids.device)
         last = places.new_zeros(self.A.shape[-1]).scatter_reduce(0, flat, places, "amax")
         columns = self._delta_weight(self.A[:, flat], self.B, self.C[:, flat], self.D)
-        return F.embedding(last[ids], columns.T)
+        rows = F.embedding(last[ids], columns.T, scale_grad_by_freq=self.scale_grad_by_freq)
+        return rows if self.padding_idx is None else rows.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0)
 
 
 class ConvFactors(DualLoraFactors):

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..functional import autocasts
+from ..functional import is_autocast_on, suspend_autocast
 from .config import DualLoraConfig
 from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
 
@@ -20,28 +20,49 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer with any number of Dual LoRA adapters.
 
     y = base(x) + the sum over the active adapters of x dW^T. In 16 bits the base output and the adapter's own term are
-    computed apart, since rounding W0 + dW would swallow most of dW.
+    computed apart, since rounding W0 + dW would swallow most of dW. A base layer of a class with a forward of its own
+    is run on W0 + dW instead, since only it knows what it does with a weight.
+
+    Args:
+        base_layer: the layer to adapt.
+        quantization_backend: PEFT's, for a quantised base layer.
+        tied: whether another layer holds the same weight; merging then leaves it the old one.
+        bypassed: whether the parent is known never to call this layer; the first call disproves it.
     """
 
     adapter_layer_names = ("dual_lora_factors",)
     other_param_names = ()
     factors_cls: type[DualLoraFactors] = DualLoraFactors
 
-    def __init__(self, base_layer: nn.Module, quantization_backend=None, tied: bool = False) -> None:
+    def __init__(
+        self, base_layer: nn.Module, quantization_backend=None, tied: bool = False, bypassed: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend
         self.tied = tied
+        self.bypassed = bypassed
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.dual_lora_factors = nn.ModuleDict()
         self.merged_adapters = []
         self._disable_adapters = False
-        self._unmerged: list[Tensor] = []  # in a list, since an attribute would become a registered parameter
+        # The weight from before the first merge and the version of the merged one; in a list, since a parameter
+        # assigned to an attribute would be registered.
+        self._unmerged: list[tuple[Tensor, int | None]] = []
+        self.plain = quantization_backend is not None or has_plain_forward(self.get_base_layer())
 
     def update_layer(
         self, adapter_name: str, config: DualLoraConfig, r: int, alpha: float, fused: list | None = None
     ) -> None:
-        """Add the adapter, of budget r. fused: see `DualLoraConfig.fused_slices`; ValueError where it does not fit."""
+        """Add the adapter, of budget r. fused: see `DualLoraConfig.fused_slices`.
+
+        Raises:
+            ValueError: fused does not fit the layer, the weight has no entries, or the base layer has a forward of its
+                own, to which dropout on the adapter's input cannot be applied.
+        """
+        if not self.plain and config.lora_dropout > 0:
+            cls = type(self.get_base_layer()).__name__
+            raise ValueError(f"lora_dropout={config.lora_dropout}: {cls} has a forward of its own; take lora_dropout=0")
         factors = self._create_factors(config, r, alpha, fused)
         factors.keeps = not self._quantized()  # dW would take several times the memory of what was made small
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
@@ -81,6 +102,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter at its present f, shaped like the base weight, float32 or float64.
 
+        Args:
+            adapter: its name; KeyError where this layer has none of it.
+
         Warns when ReLU(B A) has no positive entry left: such a layer gets no gradient any more.
         """
         factors = self.dual_lora_factors[adapter]
@@ -102,28 +126,52 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if name not in self.active_adapters:
                 factors.release()
 
+    def check_merge_allowed(self) -> None:
+        """Raise where merging could not be seen in the layer's output.
+
+        Raises:
+            ValueError: the base weight is computed from other tensors at every use.
+        """
+        base = self.get_base_layer()
+        if not self._quantized() and base._parameters.get("weight") is None:
+            raise ValueError(
+                f"cannot merge into {type(base).__name__}: its weight is computed from other tensors (parametrised, "
+                "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
-        The unmerged weight is kept until `unmerge`, which therefore is exact. A tied base weight is not written to:
-        this layer gets a weight of its own and its partner keeps the old one. safe_merge: raise ValueError instead
-        of merging an adapter with NaN or infinite values.
+        Written into the same parameter, so that whoever holds it (an optimizer, say) goes on doing so. A tied base
+        weight is not written to: this layer gets a weight of its own and its partner keeps the old one. The unmerged
+        weight is kept until `unmerge`, which therefore is exact. Where the layer is `bypassed` nothing is merged, since
+        no forward has used the factors.
+
+        Args:
+            safe_merge: raise instead of merging an adapter with NaN or infinite values.
+            adapter_names: the adapters; None takes the active ones.
+
+        Raises:
+            ValueError: NaN or infinite values with safe_merge, or a weight that is computed from other tensors.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.dual_lora_factors]
-        if not names:
+        if not names or self.bypassed:
             return
+        self.check_merge_allowed()
         for factors in self.dual_lora_factors.values():
             factors.release()
         before = self._base_weight()
-        delta = sum(self.get_delta_weight(name).to(before.device) for name in names)
-        target = before.to(delta.dtype) + delta
+        delta = self._sum_delta_weights(names, before.device)
+        target = self._rows_as_looked_up(before.to(delta.dtype)) + delta
         merged = target.to(before.dtype)
         if safe_merge:
             self._check_finite(names, merged)
-        if not self._unmerged:
-            # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
-            self._unmerged.append(self.get_base_layer().weight if self.tied else before.cpu())
-        self._set_base_weight(merged)
+        # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
+        kept = self._unmerged.pop()[0] if self._unmerged else None
+        if kept is None:
+            kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
+        self._set_base_weight(merged, replace=self.tied)
+        self._unmerged.append((kept, self._weight_version()))
         self.merged_adapters.extend(names)
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
             kind = "quantised" if self._quantized() else before.dtype
@@ -134,12 +182,33 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Put the weight from before the first merge back."""
+        """Put the weight from before the first merge back.
+
+        Where the merged weight has been written to since, by an optimizer for example, that is kept: dW is subtracted.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._set_base_weight(self._unmerged.pop().to(self.get_base_layer().weight.device))
+        kept, version = self._unmerged.pop()
+        if version is not None and version != self._weight_version():
+            weight = self._base_weight()
+            delta = self._sum_delta_weights(self.merged_adapters, weight.device)
+            kept = (weight.to(delta.dtype) - delta).to(weight.dtype)
+        self._set_base_weight(kept, replace=isinstance(kept, nn.Parameter))
         self.merged_adapters.clear()
+
+    def _sum_delta_weights(self, names: list[str], device: torch.device) -> Tensor:
+        return sum(self.get_delta_weight(name).to(device) for name in names)
+
+    def _rows_as_looked_up(self, weight: Tensor) -> Tensor:
+        """The base weight as the base layer's forward uses it."""
+        return weight
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """As in torch; a base weight is not loaded into a merged layer, since unmerging would discard it."""
+        if self.merged and any(name.startswith(f"{prefix}base_layer.") for name in state_dict):
+            errors.append(f"{prefix}base_layer holds merged adapters; call unmerge_adapter() before load_state_dict.")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _check_finite(self, names: list[str], merged: Tensor) -> None:
         for name in names:
@@ -158,27 +227,102 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             raise NotImplementedError("merging into a quantised base layer needs peft >= 0.20")
         return weight.data
 
-    def _set_base_weight(self, weight: Tensor) -> None:
+    def _set_base_weight(self, weight: Tensor, replace: bool) -> None:
+        """Write into the base layer's parameter, or, with `replace`, put another in its place."""
+        base = self.get_base_layer()
         if self._quantized():
             self.quantization_backend.set_base_weight(self, weight)
-        else:
-            base = self.get_base_layer()
+        elif replace or base.weight.is_inference():
             if not isinstance(weight, nn.Parameter):
                 weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
             base.weight = weight
+        else:
+            with torch.no_grad():
+                base.weight.copy_(weight)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def _weight_version(self) -> int | None:
+        """A number that changes when the base weight is written to in place; None where there is none."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if self._quantized() or weight is None or weight.is_inference() or self._writes_to_its_weight():
+            return None
+        return weight._version
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's tensors start with versions of their own."""
+        super().__setstate__(state)
+        self._unmerged = [(kept, self._weight_version()) for kept, _ in self._unmerged]
+
+    def _writes_to_its_weight(self) -> bool:
+        """Whether the base layer's own forward writes to its weight."""
+        return False
+
+    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+        """What the base layer computes of x, plus the adapters' terms.
+
+        adapter_names: one for each row of x, "__base__" for none; set by the model for a batch of mixed adapters.
+
+        Raises:
+            ValueError: adapter_names has another length than x, or adapters are merged.
+        """
+        if self.bypassed:
+            self.bypassed = False
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_mixed_batch(x, adapter_names, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.dual_lora_factors]
+        if not self.plain and names:
+            return self._forward_whole_weight(x, names, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         if self._quantized():
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.active_adapters:
-            if name in self.dual_lora_factors:
-                result = self._add_term(result, x, name)
+        return self._add_terms(result, x, names)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _forward_mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
+        """The base layer on the whole batch, and each adapter's term on its own rows."""
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.dual_lora_factors:
+                continue  # the base, or an adapter of other layers
+            rows = [row for row, of_row in enumerate(adapter_names) if of_row == name]
+            if self.plain:
+                result[rows] = self._add_terms(result[rows], x[rows], [name])
+            else:
+                result[rows] = self._forward_whole_weight(x[rows], [name], *args, **kwargs)
+        return result
+
+    def _forward_whole_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
+        """The base layer's own forward on W0 + dW, in the precision of the factors, where 16 bits would swallow dW."""
+        base = self.get_base_layer()
+        dW = sum(self._like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
+        tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        state = {name: t.to(dW.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        state["weight"] = self._rows_as_looked_up(state["weight"]) + dW
+        precise = x.to(dW.dtype) if x.is_floating_point() else x
+        with suspend_autocast(x.device.type):
+            result = torch.func.functional_call(base, state, (precise, *args), kwargs)
+        return result.to(x.dtype if x.is_floating_point() else base.weight.dtype)
+
+    def _add_terms(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """result plus the terms of these adapters, in result's dtype."""
+        dtype = result.dtype
+        for name in names:
+            result = self._add_term(result, x, name)
         return result.to(dtype)
 
     def _add_term(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
@@ -201,7 +345,8 @@ class Linear(DualLoraLayer):
         self.fused_slices: dict[str, list] = {}
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        factors = None if args or kwargs else self._fusable(x)
+        """As `DualLoraLayer.forward`, ... x in -> ... x out, with one product for base and adapter where it serves."""
+        factors = None if args or kwargs or self.bypassed else self._fusable(x)
         if factors is None or factors.drops:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
@@ -217,6 +362,7 @@ class Linear(DualLoraLayer):
             or self.merged
             or len(names) != 1
             or names[0] in self.fused_slices
+            or x.is_nested
             or type(base) not in (nn.Linear, Conv1D)
             or "forward" in base.__dict__
             or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
@@ -225,7 +371,7 @@ class Linear(DualLoraLayer):
         constants = [base.weight] if base.bias is None else [base.weight, base.bias]
         if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
             return None
-        if x.dtype != base.weight.dtype and not autocasts(x.device.type):
+        if x.dtype != base.weight.dtype and not is_autocast_on(x.device.type):
             return None  # the base layer has its own say on that
         factors = self.dual_lora_factors[names[0]]
         return factors if factors.recomputes else None
@@ -269,12 +415,40 @@ class Linear(DualLoraLayer):
 
 
 class Embedding(DualLoraLayer):
-    """nn.Embedding. Dropout is not applied, as in LoRA."""
+    """nn.Embedding. Dropout is not applied, as in LoRA.
+
+    What the base layer does to a row holds for the sum: the row of `padding_idx` stays as it is, `max_norm` limits
+    W0 + dW, `scale_grad_by_freq` divides the gradient. `sparse` concerns the base weight's gradient alone; that of the
+    factors is dense.
+    """
 
     factors_cls = EmbeddingFactors
 
+    def _create_factors(self, config, r, alpha, fused):
+        factors = super()._create_factors(config, r, alpha, fused)
+        base = self.get_base_layer()
+        factors.padding_idx, factors.scale_grad_by_freq = base.padding_idx, base.scale_grad_by_freq
+        return factors
+
     def _like_base_weight(self, dW, adapter):
         return dW.T
+
+    def _writes_to_its_weight(self):
+        return self.get_base_layer().max_norm is not None
+
+    def _rows_as_looked_up(self, weight):
+        base = self.get_base_layer()
+        return weight if base.max_norm is None else torch.renorm(weight, base.norm_type, 0, base.max_norm)
+
+    def _add_terms(self, result, x, names):
+        base, added = self.get_base_layer(), super()._add_terms(result, x, names)
+        if base.max_norm is None or not names:
+            return added
+        scale = self._get_embed_scale()
+        limit = base.max_norm * (1.0 if scale is None else float(scale))
+        rows = added.reshape(-1, added.shape[-1])
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        return torch.renorm(rows, base.norm_type, 0, limit).view(added.shape).to(added.dtype)
 
     def _add_term(self, result, x, adapter):
         term = self.dual_lora_factors[adapter](x)
@@ -298,15 +472,44 @@ class ConvNd(DualLoraLayer):
         return result + self.dual_lora_factors[adapter](x, self.get_base_layer())
 
 
-def layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLoraLayer] | None:
+ADAPTED = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: ConvNd,
+    nn.Conv2d: ConvNd,
+    nn.Conv3d: ConvNd,
+}
+
+
+def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLoraLayer] | None:
     """The class that adapts this layer, None where there is none."""
     if quantization_backend is not None:
         return Linear if quantization_backend.layer_type == "linear" else None
-    for kinds, cls in (
-        ((nn.Linear, Conv1D), Linear),
-        (nn.Embedding, Embedding),
-        ((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvNd),
-    ):
-        if isinstance(base_layer, kinds):
-            return cls
-    return None
+    return next((cls for kind, cls in ADAPTED.items() if isinstance(base_layer, kind)), None)
+
+
+def has_plain_forward(base_layer: nn.Module) -> bool:
+    """Whether the layer computes what the torch or transformers class it derives from computes.
+
+    A subclass may pad, shift or scale. Scaled embeddings with an `embed_scale` are known; a linear layer with a forward
+    of its own is tried on two rows. Weights in other formats count as plain: their layers are known by type.
+    """
+    kind = next((kind for kind in ADAPTED if isinstance(base_layer, kind)), None)
+    weight = getattr(base_layer, "weight", None)
+    known = kind is None or type(base_layer).forward is kind.forward or hasattr(base_layer, "embed_scale")
+    if known or weight is None or not weight.is_floating_point():
+        return True
+    return kind in (nn.Linear, Conv1D) and _agrees_on_two_rows(base_layer, kind)
+
+
+def _agrees_on_two_rows(base_layer: nn.Module, kind: type[nn.Module]) -> bool:
+    weight = base_layer.weight
+    try:
+        n_in = weight.shape[0 if kind is Conv1D else 1]
+        rows = torch.linspace(-1, 1, 2 * n_in, device=weight.device, dtype=weight.dtype).view(2, n_in)
+        with torch.no_grad():
+            own, plain = type(base_layer).forward(base_layer, rows), kind.forward(base_layer, rows)
+        return torch.allclose(own, plain, 1e-2, 1e-4)
+    except Exception:  # a forward that wants something else, or a weight that is not here: as PEFT takes it
+        return True

@@ -1,14 +1,22 @@
 """DualLoraModel: puts Dual LoRA layers into a model."""
 
+import warnings
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from .bypass import find_use
 from .config import DualLoraConfig
-from .layer import DualLoraLayer, layer_class
+from .layer import DualLoraLayer, find_layer_class
+from .register import NAME
+from .warmup import find_ramp
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -21,8 +29,17 @@ except ImportError:  # peft < 0.20 has no quantisation backends
         return None
 
 
+# Rows of a mixed batch that no adapter acts on.
+BASE_ROWS = "__base__"
+
+
 class DualLoraModel(BaseTuner):
-    """A model with Dual LoRA layers (arXiv 2512.03402); made by `peft.get_peft_model(model, DualLoraConfig(...))`."""
+    """A model with Dual LoRA layers (arXiv 2512.03402); made by `peft.get_peft_model(model, DualLoraConfig(...))`.
+
+    Raises, on creation and when an adapter is added:
+        TypeError: a target is of a kind of layer that Dual LoRA does not adapt.
+        ValueError: a target that its parent never calls, as PEFT has it for LoRA; a layer that the config does not fit.
+    """
 
     prefix = "dual_lora_"
     tuner_layer_cls = DualLoraLayer
@@ -30,23 +47,151 @@ class DualLoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
-        holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        self._tied = {parameter for parameter, count in holders.items() if count > 1}
+        self._tied = _find_shared_weights(model.modules())
+        self._tied_embeddings = _find_shared_weights(m for m in model.modules() if isinstance(m, nn.Embedding))
+        self._partly_called: list[str] = []
+
+    def _check_target_module_compatiblity(self, peft_config: DualLoraConfig, model: nn.Module, target_name: str):
+        """Refuse what PEFT refuses for LoRA, whose list goes by the type of the method."""
+        try:
+            super()._check_target_module_compatiblity(SimpleNamespace(peft_type="LORA"), model, target_name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("[PEFT:LORA]", f"[PEFT:{NAME}]")) from None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """True: factors in float32, whatever the base is in. False, at the user's risk: in the dtype of the base."""
+        """True: factors in float32, whatever the base is in. False, at the user's risk: in the dtype of the base.
+
+        PEFT calls this last when it has loaded an adapter, so this is also where a ramp that has not ended is told of.
+        """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            for module in self.model.modules():
-                if isinstance(module, DualLoraLayer):
-                    module.cast_to_base_dtype(adapter_name)
+            for layer in self._layers():
+                layer.cast_to_base_dtype(adapter_name)
+        if self.peft_config[adapter_name].inference_mode:
+            self._warn_of_ramp([adapter_name], "loaded", loaded=True)
+
+    def _layers(self) -> list[DualLoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
+
+    def _warn_of_ramp(self, adapters: list[str], occasion: str, loaded: bool | None = None) -> None:
+        """Say once for each occasion that an adapter is not at full scale yet."""
+        told = self.__dict__.setdefault("_told", set())
+        for name in [name for name in adapters if (name, occasion) not in told]:
+            factors = [layer.dual_lora_factors[name] for layer in self._layers() if name in layer.dual_lora_factors]
+            meant = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
+            ramp = find_ramp((f.step, f.update_scale, f.warmup_steps) for f in meant)
+            if ramp is not None:
+                told.add((name, occasion))
+                warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
+
+    def _check_merge_allowed(self) -> None:
+        """Check every layer before the first is merged, and tell what merging will not do.
+
+        Raises:
+            ValueError: a layer's weight is computed from other tensors, so that merging into it would have no effect.
+        """
+        super()._check_merge_allowed()
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DualLoraLayer)}
+        for name, layer in layers.items():
+            try:
+                layer.check_merge_allowed()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        bypassed = [name for name, layer in layers.items() if layer.bypassed]
+        if bypassed:
+            warnings.warn(
+                f"Dual LoRA: {_list_names(bypassed)} not merged, since no forward has used the factors. If another "
+                "module calls the layer, run one forward before merging.",
+                stacklevel=3,
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; warns, once, of an adapter that is not at full scale yet.
+
+        Raises:
+            ValueError: a layer's weight is computed from other tensors, or NaN or infinite values with safe_merge.
+        """
+        self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As in PEFT; warns and raises as `merge_adapter`."""
+        self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """For the time of a forward or generate with `adapter_names`: hands every layer the adapter of each row.
+
+        Raises:
+            ValueError: the model is in training mode, no adapter has such a name, or `alora_offsets` is given.
+            TypeError: adapter_names is not a list of str.
+        """
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets: Dual LoRA has no activated form as LoRA has; leave it out")
+        names = kwargs.get("adapter_names")
+        handles = [] if names is None else self._hand_out_names(names, kwargs.get("num_beams"))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hand_out_names(self, names: list[str], beams: int | None) -> list:
+        """Register the hooks and return their handles. With beams, generate repeats each row that often, though not for
+        the encoder of an encoder-decoder model."""
+        self._check_names(names)
+        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") and repeated is not names else None
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        return [
+            module.register_forward_pre_hook(
+                partial(_set_adapter_names, adapter_names=names if module in in_encoder else repeated), with_kwargs=True
+            )
+            for module in self.model.modules()
+            if isinstance(module, (DualLoraLayer, AuxiliaryTrainingWrapper))
+        ]
+
+    def _check_names(self, names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names={names!r}: expected a list of str, one for each row of the batch")
+        known = {name for layer in self._layers() for name in layer.dual_lora_factors}
+        unknown = sorted(set(names) - known - {BASE_ROWS})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As in PEFT. Raises ValueError when fused_slices names a layer that is not adapted."""
+        """As in PEFT.
+
+        Raises:
+            ValueError: fused_slices names a layer that is not adapted.
+        """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for pattern in self.peft_config[adapter_name].fused_slices:
             if all(get_pattern_key([pattern], name) == name != pattern for name in self.targeted_module_names):
                 raise ValueError(f"fused_slices: no adapted module is called {pattern!r}")
+        self._warn_of_bypassed_layers(model, adapter_name)
+
+    def _warn_of_bypassed_layers(self, model: nn.Module, adapter_name: str) -> None:
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and m.bypassed}
+        bypassed = [name for name, layer in layers.items() if adapter_name in layer.dual_lora_factors]
+        if bypassed:
+            warnings.warn(
+                f"Dual LoRA: {_list_names(bypassed)} never called by the parent module, which uses the weight itself "
+                "or through another layer. An adapter has no effect there and will not be merged; leave it out with "
+                "exclude_modules.",
+                stacklevel=4,
+            )
+        if self._partly_called:
+            warnings.warn(
+                f"Dual LoRA: {_list_names(self._partly_called)} called by the parent module in some places; in others "
+                "it computes with the weight itself, where the adapter has no effect until it is merged.",
+                stacklevel=4,
+            )
 
     def _create_and_replace(
         self,
@@ -61,15 +206,19 @@ class DualLoraModel(BaseTuner):
         def of_this_module(pattern: dict, default):
             return pattern.get(get_pattern_key(pattern.keys(), current_key), default)
 
-        layer = target if isinstance(target, DualLoraLayer) else self._create_layer(target)
-        layer.update_layer(
-            adapter_name,
-            config,
-            r=of_this_module(config.rank_pattern, config.r),
-            alpha=of_this_module(config.alpha_pattern, config.lora_alpha),
-            fused=of_this_module(config.fused_slices, None),
-        )
+        layer = target if isinstance(target, DualLoraLayer) else self._create_layer(target, parent, target_name)
+        try:
+            layer.update_layer(
+                adapter_name,
+                config,
+                r=of_this_module(config.rank_pattern, config.r),
+                alpha=of_this_module(config.alpha_pattern, config.lora_alpha),
+                fused=of_this_module(config.fused_slices, None),
+            )
+        except ValueError as error:
+            raise ValueError(f"{current_key}: {error}") from error
         if layer is not target:
+            self._watch_parent(layer, parent, target_name, current_key)
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             self._replace_module(parent, target_name, layer, target)
 
@@ -80,13 +229,53 @@ class DualLoraModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _create_layer(self, target: nn.Module) -> DualLoraLayer:
+    def _create_layer(self, target: nn.Module, parent: nn.Module, name: str) -> DualLoraLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
-        cls = layer_class(base, backend)
+        cls = find_layer_class(base, backend)
         if cls is None:
             raise TypeError(
                 f"Target module {target} is not supported: Dual LoRA adapts Linear (plain or quantised), "
                 "transformers' Conv1D, Embedding and Conv1d/2d/3d."
             )
-        return cls(target, quantization_backend=backend, tied=id(getattr(base, "weight", None)) in self._tied)
+        weight, use = id(getattr(base, "weight", None)), find_use(parent, name)
+        return cls(
+            target,
+            quantization_backend=backend,
+            tied=weight in self._tied,
+            bypassed=not use.calls and (use.reads or weight in self._tied_embeddings),
+        )
+
+    def _watch_parent(self, layer: DualLoraLayer, parent: nn.Module, name: str, key: str) -> None:
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # It computes with the weights in one go, in evaluation, unless a module in it has a hook.
+            layer.register_forward_hook(_do_nothing)
+        elif find_use(parent, name) == (True, True):
+            self._partly_called.append(key)
+
+
+def _find_shared_weights(modules: Iterable[nn.Module]) -> set[int]:
+    """Ids of the parameters whose memory several of the modules hold, as one parameter or as several."""
+    held = [p for module in modules for p in module._parameters.values() if p is not None]
+    holders = Counter(_locate(p) for p in held)
+    return {id(p) for p in held if holders[_locate(p)] > 1}
+
+
+def _locate(parameter: nn.Parameter) -> int:
+    """A parameter's address; its identity where it has none."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
+    return parameter.data_ptr() if plain else id(parameter)
+
+
+def _set_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _do_nothing(module: nn.Module, args: tuple, output) -> None:
+    """A hook."""
+
+
+def _list_names(names: list[str]) -> str:
+    """The first few of the names and a verb, for the start of a sentence."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"

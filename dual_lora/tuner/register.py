@@ -23,7 +23,10 @@ def add_peft_type(name: str) -> PeftType:
 def register(config_cls: type, model_cls: type) -> None:
     """Register the method under DUAL_LORA / dual_lora_. Repeating it does nothing.
 
-    Raises RuntimeError when another package holds the name.
+    PEFT has no entry points: before this has run, loading an adapter of ours ends in KeyError: 'DUAL_LORA'.
+
+    Raises:
+        RuntimeError: another package holds the name.
     """
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
     if holder is None:

@@ -5,11 +5,14 @@ forward, so gradient accumulation and activation checkpointing cannot disturb th
 two buffers of its factors (`step`, `update_scale`) and is saved with it.
 """
 
+import math
 import weakref
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers import TrainerCallback
 
 from .factors import LIVE, DualLoraFactors
 
@@ -26,9 +29,13 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     """Set f by hand, for every Dual LoRA adapter in the model.
 
     factor: the new f. ramp: False ends the ramp, so that f stays as set whatever optimizer steps follow; True goes on
-    ramping from the whole step nearest to f. Raises ValueError when the model has no Dual LoRA adapter, or when factor
-    is outside [0, 1] with ramp=True.
+    ramping from the whole step nearest to f.
+
+    Raises:
+        ValueError: the model has no Dual LoRA adapter, or factor is NaN, infinite or, with ramp=True, outside [0, 1].
     """
+    if not math.isfinite(factor):
+        raise ValueError(f"factor={factor}: expected a finite number")
     factors = factors_of(model)
     if not factors:
         raise ValueError("the model has no Dual LoRA adapter")
@@ -38,28 +45,59 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
         f.set_update_scale(factor, ramp)
 
 
-def first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
+def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
+    """Return a sentence's end on the shortest of ramps that have not ended, None where all have.
+
+    states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand ends the ramp.
+    """
+    open_ramps = [(float(f), int(step), steps) for step, f, steps in states if int(step) < steps and float(f) < 1]
+    if not open_ramps:
+        return None
+    f, step, steps = min(open_ramps)
+    return (
+        f"at f = {f:.3g} of its ramp, {step} of {steps} steps done and {steps - step} left, so it computes that share "
+        "of dW. Train on, take a scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
+        "dual_lora.set_update_scale(model, 1.0)."
+    )
+
+
+def find_first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
     """The first of the factors that has requires_grad."""
     return next((p for p in factors.parameters() if p.requires_grad), default)
 
 
-def _trained_by(optimizer: Optimizer) -> list[weakref.ref]:
+def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
     """The factors whose first trained parameter this optimizer holds, so that exactly one optimizer advances each."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     known = _TRAINED_BY.get(optimizer)
     if known is None or known[0] != held:
         ids = set(held)
-        known = held, [weakref.ref(f) for f in LIVE if id(first_trained(f, f.A)) in ids]
+        known = held, [weakref.ref(f) for f in LIVE if id(find_first_trained(f, f.A)) in ids]
         _TRAINED_BY[optimizer] = known
     return known[1]
 
 
 @torch.no_grad()
 def _advance(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for ref in _trained_by(optimizer):
+    for ref in _find_trained(optimizer):
         factors = ref()
-        if factors is not None and first_trained(factors) is not None:
+        if factors is not None and find_first_trained(factors) is not None:
             factors.advance()
 
 
 register_optimizer_step_post_hook(_advance)
+
+
+class DualLoraWarmupCallback(TrainerCallback):
+    """Advances f once per optimizer step of a Hugging Face Trainer, unless the optimizer hook has done so.
+
+    Only needed where the optimizer holds copies or flat partitions of the parameters (DeepSpeed); harmless elsewhere.
+    """
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._before = [(f, int(f.step)) for f in factors_of(model) if find_first_trained(f) is not None]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for factors, step in self._before:
+            if int(factors.step) == step:
+                factors.advance()

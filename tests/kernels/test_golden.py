@@ -14,7 +14,7 @@ import dual_lora
 from dual_lora import DualLoraConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "kernels.json"
-MODEL = Path(dual_lora.__file__).parent / "lab" / "bundled" / "tiny-llama"
+MODEL = Path(dual_lora.__file__).parent / "lab" / "model" / "bundled" / "tiny-llama"
 STEPS = 20
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dual_lora import functional
-from dual_lora.kernels import delta_weight, dual_linear, ops_for, recompute
+from dual_lora.kernels import choose_ops, delta_weight, dual_linear, recompute
 
 OUT, IN, R1, R2 = 70, 45, 3, 5
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -22,7 +22,7 @@ def small_pieces(monkeypatch):
 
 
 def ops(kernel):
-    return ops_for(kernel, torch.device("cpu"))
+    return choose_ops(kernel, torch.device("cpu"))
 
 
 def drawn(dtype, size=0.7):
@@ -157,4 +157,18 @@ def test_without_triton_plain_torch_serves(monkeypatch):
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
     kernels._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="kernel='triton': no Triton"):
-        assert kernels.ops_for("triton", torch.device("cpu")) is recompute.TORCH
+        assert kernels.choose_ops("triton", torch.device("cpu")) is recompute.TORCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_inside_torch_func_autograd_takes_over(dtype, with_weight):
+    x, factors, weight, bias, _ = drawn(torch.float32)
+    x, scale = x.to(dtype), torch.tensor(1.25)
+    plain = {"weight": weight.to(dtype), "bias": bias.to(dtype)} if with_weight else {}
+    loss = lambda A, row: dual_linear(row, A, *factors[1:], scale, **plain).float().square().sum()  # noqa: E731
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors[0], x)
+    for row, gradient in zip(x, found, strict=True):
+        A = factors[0].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(A, row), A)
+        assert (gradient - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()

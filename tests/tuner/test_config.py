@@ -1,11 +1,14 @@
 """DualLoraConfig: the meaning of the budget, contradictions, and that every field is saved."""
 
 import dataclasses
+import json
 
 import pytest
 from peft import PeftConfig
 
 from dual_lora import DualLoraConfig
+
+INF, NAN = float("inf"), float("nan")
 
 
 def test_defaults_are_the_paper_s_map():
@@ -50,9 +53,12 @@ def test_rank_pattern_is_split_by_the_ratio_of_r1_and_r2():
         ({"r1": 4, "r2": 12, "magnitude_ratio": 0.5}, "contradicts"),
         ({"scale_warmup_steps": -1}, "scale_warmup_steps"),
         ({"scale_warmup_steps": 1.5}, "scale_warmup_steps"),
-        ({"init_std": 0.0}, "init_std"),
-        ({"lora_alpha": 0}, "lora_alpha"),
-        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"scale_warmup_steps": True}, "scale_warmup_steps"),
+        *(({name: value}, name) for name in ("init_std", "direction_init_std") for value in (0.0, -1.0, INF, NAN, "1")),
+        *(({"lora_alpha": value}, "lora_alpha") for value in (0, -1, INF, NAN, 1e39, 1e-50, "16", True)),
+        *(({"lora_dropout": value}, "lora_dropout") for value in (1.0, -0.1, NAN, "0.1")),
+        ({"magnitude_ratio": NAN}, "magnitude_ratio"),
+        ({"alpha_pattern": {"q": INF}}, "alpha_pattern"),
         ({"ste": "bnn"}, "clip, identity, hardtanh"),
         ({"magnitude": "gelu"}, "relu, abs, softplus, identity"),
         ({"direction": "cos"}, "sign, tanh, identity"),
@@ -82,6 +88,7 @@ EVERY_FIELD = {
     "lora_dropout": 0.1,
     "init_weights": False,
     "init_std": 0.03,
+    "direction_init_std": 0.05,
     "scale_warmup_steps": 17,
     "ste": "hardtanh",
     "magnitude": "abs",
@@ -112,3 +119,13 @@ def test_every_field_survives_saving(tmp_path):
 def test_a_saved_default_loads_as_the_same(tmp_path):
     DualLoraConfig(magnitude_ratio=0.3).save_pretrained(tmp_path)
     assert DualLoraConfig.from_pretrained(tmp_path).to_dict() == DualLoraConfig(magnitude_ratio=0.3).to_dict()
+
+
+def test_a_config_from_before_a_field_means_what_it_meant(tmp_path):
+    DualLoraConfig(init_std=0.3, scale_warmup_steps=100).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    del fields["direction_init_std"]
+    file.write_text(json.dumps(fields))
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert (loaded.direction_init_std, loaded.init_std, loaded.scale_warmup_steps) == (None, 0.3, 100)

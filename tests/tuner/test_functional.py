@@ -126,3 +126,24 @@ def test_init_rule_balances_the_gradients_at_every_width(width):
     size = {name: t.grad.square().mean().sqrt().item() for name, t in f.items()}
     assert 0.5 < size["A"] / size["B"] < 2 and 0.5 < size["C"] / size["D"] < 2
     assert 0.5 < size["D"] / size["B"] / (math.sqrt(r1) * std**2) < 2
+
+
+@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh"])
+def test_forward_mode_is_straight_through(ste):
+    """The tangent passes; "clip" bounds gradients that come from a loss, and a tangent does not."""
+    x, t = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0]), torch.tensor([3.0, -3.0, 0.2, 3.0, 0.1])
+    value, tangent = torch.func.jvp(lambda v: sign_ste(v, ste), (x,), (t,))
+    passed = t * (x.abs() <= 1) if ste == "hardtanh" else t
+    assert torch.equal(value, torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0])) and torch.equal(tangent, passed)
+
+
+def test_batches_of_signs_clip_each_gradient():
+    x, g = torch.randn(4, 3), 3 * torch.randn(4, 3)
+    found = torch.func.vmap(lambda v, w: torch.func.vjp(sign_ste, v)[1](w)[0])(x, g)
+    assert torch.equal(found, g.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("name, value", [("fan_in", 0), ("alpha", 0.0), ("r1", 0), ("alpha", float("nan"))])
+def test_the_rule_for_sigma_wants_positive_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        init_std(**{"fan_in": 8, "r1": 2, "r2": 2, "alpha": 16, name: value})

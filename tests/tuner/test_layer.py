@@ -296,6 +296,73 @@ def test_adam_moves_both_groups_alike_and_sgd_does_not():
     assert max(sgd["C"], sgd["D"]) < 0.02 * min(sgd["A"], sgd["B"])
 
 
+def test_the_direction_group_may_have_a_sigma_of_its_own():
+    """Sign(D C), and so dW, does not depend on it; the other group's draw is the same."""
+    found = {}
+    for std in (None, 0.4, 0.04):
+        torch.manual_seed(3)
+        found[std] = factors_of(adapted(nn.Linear(64, 64), direction_init_std=std))
+    plain, same, smaller = found.values()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), same.parameters(), strict=True))
+    assert torch.equal(plain.A, smaller.A) and torch.allclose(plain.C, 10 * smaller.C)
+    assert smaller.C.std().item() == pytest.approx(0.04, rel=0.1) == smaller.D.std().item()
+    torch.testing.assert_close(plain.delta_weight(), smaller.delta_weight())
+
+
+@pytest.mark.parametrize("fields", [{"init_std": 1e-30}, {"init_std": 1e30}, {"direction_init_std": 1e-30}], ids=str)
+def test_a_sigma_whose_products_float32_does_not_hold_is_refused(fields):
+    with pytest.raises(ValueError, match="layer: init_std=.*0 or infinite"):
+        adapted(nn.Linear(IN, OUT), **fields)
+
+
+class TestTorchFunc:
+    """Under torch.func: what plain autograd gives row by row."""
+
+    @pytest.fixture(params=[*((kind, "eager") for kind in KINDS), ("linear", "auto"), ("embedding", "auto")], ids=str)
+    def model(self, request):
+        kind, kernel = request.param
+        model = adapted(KINDS[kind].base(), kernel=kernel, ste="identity")
+        model.inputs = KINDS[kind].inputs()
+        return model
+
+    def function(self, model):
+        factors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        return factors, lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()
+
+    def test_gradients_of_single_rows(self, model):
+        factors, loss = self.function(model)
+        rows = model.inputs.unsqueeze(1)
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors, rows)
+        for i, row in enumerate(rows):
+            expected = torch.func.grad(loss)(factors, row)
+            assert all(relative_error(found[n][i], expected[n]) < 1e-4 for n in factors)
+
+    def test_forward_mode_agrees_with_reverse_mode(self, model):
+        factors, loss = self.function(model)
+        tangents = {n: torch.randn_like(p) for n, p in factors.items()}
+        _, found = torch.func.jvp(lambda p: loss(p, model.inputs), (factors,), (tangents,))
+        gradient = torch.func.grad(loss)(factors, model.inputs)
+        expected = sum((gradient[n] * tangents[n]).sum() for n in factors)
+        assert found == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_second_derivatives(self, model):
+        factors, loss = self.function(model)
+        name = next(n for n in factors if n.endswith("C"))
+        of_one = lambda c: loss({**factors, name: c}, model.inputs)  # noqa: E731
+        found = torch.func.hessian(of_one)(factors[name])
+        expected = torch.func.jacrev(torch.func.jacrev(of_one))(factors[name])
+        assert expected.any() and relative_error(found, expected) < 1e-4
+
+    def test_batched_factors_in_evaluation(self, model):
+        factors, loss = self.function(model)
+        model.eval()
+        several = {n: torch.stack([p, 2 * p]) for n, p in factors.items()}
+        with torch.no_grad():
+            found = torch.func.vmap(loss, (0, None))(several, model.inputs)
+            expected = [loss({n: p[i] for n, p in several.items()}, model.inputs) for i in range(2)]
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
 def fused(blocks=(0, 2), base=None):
     return adapted(base or Conv1D(3 * OUT, IN), F_NOW, fused_slices={"layer": [3, list(blocks)]})
 

@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
@@ -109,6 +110,29 @@ def test_save_and_load(tmp_path):
         again.load_adapter(tmp_path, "twice", low_cpu_mem_usage=low_cpu_mem_usage)
         again.set_adapter("twice")
         assert torch.equal(logits(again), expected)
+
+
+def test_the_model_card_says_how_to_load(tmp_path):
+    model = adapted(llama())
+    model.add_adapter("second", DualLoraConfig(r=4))
+    card = tmp_path / "README.md"
+    for _ in range(2):  # the second time on the card of the first
+        model.save_pretrained(tmp_path)
+        text, tags = card.read_text(), ModelCard.load(card).data.tags
+        assert text.count("## Loading this adapter") == 1 and "import dual_lora" in text
+        assert {"dual-lora", "peft", "transformers"} <= set(tags)
+    card.write_text("---\nlibrary_name: peft\n---\n\nMy own words.\n")
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert "My own words." in card.read_text() and "import dual_lora" in card.read_text()
+    assert not (tmp_path / "second" / "README.md").exists()
+
+
+def test_no_card_but_peft_s_is_written_to(tmp_path):
+    (tmp_path / "README.md").write_text("A project.\n")
+    DualLoraConfig().save_pretrained(tmp_path / "adapter")
+    DualLoraConfig().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "A project.\n"
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json"}
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from dual_lora import DualLoraWarmupCallback, set_update_scale
+from dual_lora import DualLoraConfig, DualLoraWarmupCallback, set_update_scale
 
 from .layers import IN, OUT, Net, config, factors_of, layer_of
 
@@ -163,6 +165,86 @@ def test_setting_f_needs_an_adapter_and_a_place_on_the_ramp():
         set_update_scale(nn.Linear(IN, OUT), 0.5)
     with pytest.raises(ValueError, match="factor=1.5"):
         set_update_scale(ramping(), 1.5, ramp=True)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("ramp", [True, False])
+def test_f_is_a_finite_number(factor, ramp):
+    with pytest.raises(ValueError, match=f"factor={factor}: expected a finite number"):
+        set_update_scale(ramping(), factor, ramp)
+
+
+TOLD = r"at f = 0.25 of its ramp, 1 of 4 steps done and 3 left.*dual_lora.set_update_scale\(model, 1.0\)"
+
+
+def quarter(**fields):
+    model = ramping(**fields)
+    train_step(model, torch.optim.SGD(trained(model), lr=1e-3))
+    return model
+
+
+@pytest.fixture
+def told():
+    """Collects the lines about ramps."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(w.message) for w in caught if " of its ramp" in str(w.message)]
+
+
+def test_a_short_ramp_is_told_of_once_at_save_at_load_and_at_merge(told, tmp_path):
+    model = quarter()
+    base = Net(copy.deepcopy(layer_of(model).get_base_layer()))
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    for _ in range(2):
+        loaded.merge_adapter()
+        loaded.unmerge_adapter()
+    loaded.merge_and_unload()
+    lines = told()
+    assert [re.search("is (saved|loaded|merged) " + TOLD, line)[1] for line in lines] == ["saved", "loaded", "merged"]
+    assert all("\n" not in line for line in lines)
+
+
+def test_the_adapter_that_is_merged_is_the_one_told_of(told):
+    model = quarter()
+    model.add_adapter("full", config(scale_warmup_steps=0))
+    copy.deepcopy(model).merge_and_unload(adapter_names=["full"])
+    model.merge_adapter(["full"])
+    assert told() == []
+    model.set_adapter("full")
+    model.merge_adapter(["default"])
+    assert len(told()) == 1 and "'default' is merged at f = 0.25" in told()[0]
+
+
+def test_nothing_is_told_at_full_scale_or_of_an_f_set_by_hand(told, tmp_path):
+    for number, factor in enumerate((1.0, 0.3)):
+        model = ramping()
+        set_update_scale(model, factor)
+        model.save_pretrained(tmp_path / str(number))
+        PeftModel.from_pretrained(Net(nn.Linear(IN, OUT)), tmp_path / str(number)).merge_and_unload()
+    assert told() == []
+
+
+def test_checkpoints_and_going_on_are_not_told_of(told, tmp_path):
+    model = quarter()
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    PeftModel.from_pretrained(Net(nn.Linear(IN, OUT)), tmp_path / "checkpoint-1", is_trainable=True)
+    assert told() == []
+    model.save_pretrained(tmp_path / "last")
+    assert len(told()) == 1
+
+
+def test_the_default_ramp_is_over_in_a_run_of_twenty_steps():
+    model = get_peft_model(Net(nn.Linear(IN, OUT)), DualLoraConfig(target_modules=["layer"]))
+    x = torch.randn(3, IN)
+    with model.disable_adapter():
+        base = model(x)
+    assert torch.equal(model(x), base)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    for _ in range(20):
+        train_step(model, optimizer)
+    assert f_of(model) == 1.0
 
 
 def test_the_count_survives_a_cast_of_the_model():

@@ -56,7 +56,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
     model.eval()
     alone, started = [], time.perf_counter()
     for row in rows:
-        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"], settings)], device=model.device)
+        ids = torch.tensor([encode_prompt(tokenizer, row, settings)], device=model.device)
         with torch.inference_mode():
             made = model.generate(
                 input_ids=ids,

@@ -24,4 +24,4 @@ def load_task(settings: Settings) -> tasks.Task:
         UserError: its options are wrong.
     """
     with translate_task_errors():
-        return tasks.load(settings.task.name, settings.task.options)
+        return tasks.load(settings.task.name, settings.task.options, settings.data_dir)

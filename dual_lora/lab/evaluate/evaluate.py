@@ -41,7 +41,8 @@ def evaluate_splits(
             ranked = compute_outputs(
                 model, tokenizer, task, list(rows), settings, f"{title}, likelihoods", score_choices
             )
-            judged[name] = [v | task.judge_choice(row, s) for v, row, s in zip(judged[name], rows, ranked, strict=True)]
+            for verdict, row, found in zip(judged[name], rows, ranked, strict=True):
+                verdict |= task.judge_choice(row, *map(list, zip(*found, strict=True)))
         for row, output, verdict in zip(rows, given, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
     scores = task.score(judged)

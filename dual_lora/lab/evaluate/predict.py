@@ -43,7 +43,7 @@ def generate_texts(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
     """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
-    prompts = [encode_prompt(tokenizer, row["prompt"], settings) for row in rows]
+    prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
     protocol = settings.task
     check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = unwrap_adapter(model)
@@ -88,9 +88,10 @@ def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings,
 
 def score_choices(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
-) -> list[list[float]]:
-    """Return the log-likelihood of each of `task.choices` after a row's prompt, summed over its tokens."""
-    prompts = [encode_prompt(tokenizer, row["prompt"], settings) for row in rows]
+) -> list[list[tuple[float, int]]]:
+    """Return, for each of a row's `task.choices`, the log-likelihood after the prompt, summed over the tokens of the
+    choice, and the number of these tokens."""
+    prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
     choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
     check_positions(model, max(map(len, prompts)) + longest, settings)
@@ -111,4 +112,7 @@ def score_choices(
     ).logits[:, :-1]
     found = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].mul(real).sum(-1).view(-1, many)
     check_finite(found)
-    return [scores[: len(options)] for scores, options in zip(found.tolist(), choices, strict=True)]
+    return [
+        [(score, len(ids)) for score, ids in zip(scores, options, strict=False)]
+        for scores, options in zip(found.tolist(), choices, strict=True)
+    ]

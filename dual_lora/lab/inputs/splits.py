@@ -34,7 +34,9 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
         UserError: as `load_split`.
     """
     if not settings.eval.holdout:
-        return {name: load_split(task, name, settings) for name in task.eval_splits}
+        with translate_task_errors():
+            names = task.eval_splits  # of the user's own files, known by what is there
+        return {name: load_split(task, name, settings) for name in names}
     apart = split_holdout(read_split(task, "train", settings), settings.eval.holdout)[1]
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
     return {task.eval_splits[0]: Split(apart.rows.select(range(limit)), apart.origin)}

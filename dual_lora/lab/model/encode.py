@@ -57,27 +57,29 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
     return columns
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, settings: Settings) -> list[int]:
-    """Return a prompt's tokens with the special tokens the model expects in front, and none behind but its own. With
-    model.chat it is what a user says in the tokenizer's chat template, which brings the special tokens itself."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> list[int]:
+    """Return a row's prompt as tokens, with the special tokens the model expects in front, and none behind but its own.
+    With model.chat it is a row's messages, or a user's one, in the tokenizer's chat template, which brings the special
+    tokens itself."""
+    prompt = row["prompt"]
     if settings.model.chat:
-        return tokenizer(apply_chat_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+        text = apply_chat_template(tokenizer, row.get("messages") or [{"role": "user", "content": prompt}])
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     added = ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
     return ids[:-1] if added else ids
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Return what a model reads before it answers a user who says `prompt`."""
-    turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """Return what a model reads before it answers `messages`, each a role and a content."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
     """Return the encoder of prompt, target and end of text; the prompt carries loss only if the task says so."""
 
     def columns(row: Row) -> dict:
-        prompt = encode_prompt(tokenizer, row["prompt"], settings)
+        prompt = encode_prompt(tokenizer, row, settings)
         target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids = (prompt + target)[: settings.task.max_length]
         labels = (prompt if settings.task.loss_on_prompt else [IGNORED_LABEL] * len(prompt)) + target

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from dual_lora.lab.config.schema import Model, Settings
+from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.gguf import (
     SAVED_MODEL_REMEDY,
@@ -188,7 +189,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         where = f"model.chat=true: {settings.model.name}"
         require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; take model.chat=false")
         with translate_read_errors(f"{where}'s chat template takes no single prompt", "take model.chat=false"):
-            apply_chat_template(tokenizer, "a prompt")
+            apply_chat_template(tokenizer, [{"role": "user", "content": "a prompt"}])
     return tokenizer
 
 
@@ -205,10 +206,12 @@ def get_head_class(task: Task) -> type:
 
 def get_head_options(task: Task) -> dict:
     if task.form == "classification":
+        with translate_task_errors():
+            labels = task.labels  # of a task on the user's own files, read from there
         return {
-            "num_labels": len(task.labels),
-            "id2label": dict(enumerate(task.labels)),
-            "label2id": {label: i for i, label in enumerate(task.labels)},
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
         }
     return {"num_labels": 1, "problem_type": "regression"} if task.form == "regression" else {}
 

@@ -1,0 +1,95 @@
+"""Adapted layers whose parent never calls them.
+
+An adapter acts where its layer is called. Some parents read `layer.weight` and compute with it themselves: Mamba's
+convolution, the TDNN layers of speech models, nn.MultiheadAttention's out_proj. Others, such as T5's `shared`, only
+hold a weight that another embedding looks up. There the factors get no gradient and stay as drawn, and merging them
+would add a random dW that no forward has used. What a parent does with a child is read off its source.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import NamedTuple
+
+from torch import nn
+
+# What code asks of a weight without computing with it.
+METADATA = {
+    "data_ptr", "device", "dim", "dtype", "element_size", "is_meta", "ndim", "numel", "quant_state", "requires_grad",
+    "requires_grad_", "shape", "size", "stride",
+}  # fmt: skip
+QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "len", "type"}
+# Base classes that know no child by name, and whose long sources would take seconds to read.
+INFRASTRUCTURE = ("transformers.modeling_", "transformers.generation", "transformers.integrations")
+# Methods that set a model up rather than run it.
+SETUP = ("__init__", "_init", "get_", "init_", "reset_", "_reset", "resize_", "set_", "tie_", "_tie")
+
+
+class Use(NamedTuple):
+    """What a parent's methods do with a child.
+
+    reads: they compute with the child's weight themselves. calls: they call the child or hand it on.
+    """
+
+    reads: bool
+    calls: bool
+
+
+def find_use(parent: nn.Module, child: str) -> Use:
+    """Return what the parent's class does with its child of this name, as far as its source tells."""
+    uses = _read_class(type(parent))
+    return Use(reads=(child, "reads") in uses, calls=(child, "calls") in uses)
+
+
+@functools.cache
+def _read_class(cls: type) -> frozenset[tuple[str, str]]:
+    """(child, "reads" or "calls") for every use of a `self.child` in the methods of the class and its bases."""
+    uses: set[tuple[str, str]] = set()
+    overridden: set[str] = set()
+    for base in inspect.getmro(cls):
+        if base in (nn.Module, object) or base.__module__.startswith(INFRASTRUCTURE):
+            continue
+        for method in _parse_methods(base):
+            if method.name not in overridden and not method.name.startswith(SETUP):
+                uses |= _read_method(method)
+            overridden.add(method.name)
+    return frozenset(uses)
+
+
+def _parse_methods(cls: type) -> list[ast.FunctionDef]:
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # classes without a source file, or made on the fly
+        return []
+    return [node for node in getattr(definition, "body", ()) if isinstance(node, ast.FunctionDef)]
+
+
+def _read_method(method: ast.FunctionDef) -> set[tuple[str, str]]:
+    parent_of = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    uses = set()
+    for node in ast.walk(method):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
+            continue
+        if not isinstance(node.ctx, ast.Load):
+            continue
+        user = parent_of[node]
+        if isinstance(user, ast.Attribute):
+            if user.attr == "weight" and _is_computed_with(user, parent_of):
+                uses.add((node.attr, "reads"))
+        elif not _is_question(user, node):
+            uses.add((node.attr, "calls"))
+    return uses
+
+
+def _is_computed_with(weight: ast.Attribute, parent_of: dict) -> bool:
+    user = parent_of[weight]
+    if isinstance(user, ast.Attribute):
+        return user.attr not in METADATA
+    return isinstance(weight.ctx, ast.Load) and not _is_question(user, weight)
+
+
+def _is_question(user: ast.AST, argument: ast.AST) -> bool:
+    """Whether the user is a call such as isinstance(argument, ...)."""
+    named = isinstance(user, ast.Call) and isinstance(user.func, ast.Name)
+    return named and argument is not user.func and user.func.id in QUESTIONS

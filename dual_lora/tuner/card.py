@@ -1,0 +1,61 @@
+"""What `save_pretrained` says about a saved adapter: on the model card, and while the ramp has not ended."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from .warmup import find_ramp
+
+TAGS = ("dual-lora", "peft")
+HEADING = "## Loading this adapter"
+SECTION = f"""{HEADING}
+
+This is a Dual LoRA adapter ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402)). PEFT learns the method from the
+package `dual-lora`, which must be imported first; without it, loading ends in `KeyError: 'DUAL_LORA'`.
+
+```sh
+pip install dual-lora
+```
+
+```python
+import dual_lora  # registers DUAL_LORA with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
+```
+"""
+
+
+def extend_card(folder: Path) -> None:
+    """Add how to load the adapter, and tags, to the model card that PEFT has written, if there is one.
+
+    PEFT sets the tags anew whenever it saves, and keeps the text.
+
+    folder: that of the adapter's weights. PEFT puts the card of an adapter with a name one folder above.
+    """
+    places = (folder, folder.parent) if (folder / SAFETENSORS_WEIGHTS_NAME).is_file() else (folder,)
+    file = next((place / "README.md" for place in places if (place / "README.md").is_file()), None)
+    card = None if file is None else ModelCard.load(file)
+    if card is None or card.data.get("library_name") != "peft":
+        return
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *TAGS})
+    if HEADING not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{SECTION}"
+    card.save(file)
+
+
+def find_saved_ramp(folder: Path, steps: int) -> str | None:
+    """Return what `find_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
+
+    The checkpoints of a Trainer (checkpoint-N) are left alone: they are saved to go on from.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file() or any(re.fullmatch(r"checkpoint-\d+", part.name) for part in (folder, folder.parent)):
+        return None
+    with safe_open(file, "pt") as saved:
+        names = [name.removesuffix("update_scale") for name in saved.keys() if name.endswith(".update_scale")]  # noqa: SIM118
+        states = [(saved.get_tensor(f"{n}step"), saved.get_tensor(f"{n}update_scale"), steps) for n in names]
+    return find_ramp(states)

@@ -1,0 +1,168 @@
+"""Instructions and their responses from files of your own (which files: tasks/own_files.py).
+
+A row has one of three forms, which its columns tell:
+
+    prompt, response              learnt as they are, `separator` between them; the options name other columns
+    instruction, input, output    Alpaca's (github.com/tatsu-lab/stanford_alpaca), in its prompt; `input` may be empty
+    messages                      [{"role": "user", "content": "..."}, ...]; the last one, an assistant's, is the
+                                  response, all before it the prompt
+
+Loss is on the response alone. With model.chat=true the prompt goes through the tokenizer's chat template, as messages;
+else messages are written as text, each below a line with its role, and the model writes text.
+
+Scores: exact match (but for white space at the ends), ROUGE-L and chrF, means over rows, of the text that is generated;
+and `loss`, the mean negative log-likelihood of a response's tokens, in nats, without the token that ends it.
+"""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from datasets import Features, List, Value
+
+from tasks import base
+from tasks.base import Output, Row, TaskError
+from tasks.own_files import OwnFiles, Place, Placed, text_of
+
+if TYPE_CHECKING:
+    from tasks.measures import Score
+
+VERSION = 1
+METRICS = ("rouge_l", "chrf", "exact_match")
+ALPACA = ("instruction", "output")
+BELOW = "Below is an instruction that describes a task"
+RESPOND = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+PREAMBLES = {
+    True: f"{BELOW}, paired with an input that provides further context. {RESPOND}",
+    False: f"{BELOW}. {RESPOND}",
+}
+ROLES = {"system": "### System:", "user": "### User:", "assistant": "### Assistant:"}
+
+
+def task(
+    subset: str,
+    prompt: str = "prompt",
+    response: str = "response",
+    separator: str = "\n",
+    metric: str = "rouge_l",
+    loss: bool = True,
+    scored: str = "test",
+    held_out: float = 0.1,
+    split_seed: int = 0,
+    quotes: bool = True,
+    overlap: bool = False,
+) -> "Instruction":
+    """Return the task; `prompt` and `response` name columns, the last five options are told in own_files.py."""
+    if subset:
+        raise TaskError(f"instruction/{subset}: no such task, only instruction")
+    if metric not in METRICS:
+        raise TaskError(f"task.options.metric={metric}: must be one of {', '.join(METRICS)}")
+    if not prompt or not response or prompt == response:
+        raise TaskError("task.options: prompt and response must be the names of different columns")
+    files = {"scored": scored, "held_out": held_out, "split_seed": split_seed, "quotes": quotes, "overlap": overlap}
+    return Instruction((prompt, response), separator, metric, loss, files)
+
+
+class Instruction(OwnFiles):
+    """Prompts with one accepted response each."""
+
+    name, version, form, plain, lower = "instruction", VERSION, "generation", ("loss",), ("loss",)
+    message = {"role": Value("string"), "content": Value("string")}
+    features: ClassVar[dict[str, Features]] = {"generation": Features({**base.GENERATION, "messages": List(message)})}
+
+    def __init__(self, columns: tuple[str, str], separator: str, metric: str, loss: bool, files: dict) -> None:
+        super().__init__(**files)
+        self.columns, self.separator, self.metric, self.loss = columns, separator, metric, loss
+
+    def needed(self, known: Row) -> tuple[str, ...]:
+        """Return the columns of the form that the file's first row has."""
+        forms = (self.columns, ALPACA, ("messages",))
+        return next((form for form in forms if set(form) <= known.keys()), self.columns)
+
+    def remedy(self) -> str:
+        mend = "name yours with task.options.prompt and response"
+        return f"{mend}, or give instruction and output, or messages"
+
+    def key(self, row: Row) -> Hashable:
+        return tuple((message["role"], message["content"]) for message in row["messages"])
+
+    def parse(self, placed: Placed) -> Row:
+        place, row = placed
+        if set(self.columns) <= row.keys():
+            prompt, target = (text_of(place, row, name) for name in self.columns)
+            messages, prompt = [said(prompt)], prompt + self.separator
+        elif set(ALPACA) <= row.keys():
+            instruction, target = (text_of(place, row, name) for name in ALPACA)
+            given = text_of(place, {"input": row.get("input") or ""}, "input", empty=True).strip()
+            messages = [said(f"{instruction}\n\n{given}" if given else instruction)]
+            context = f"\n\n### Input:\n{given}" if given else ""
+            prompt = f"{PREAMBLES[bool(given)]}{instruction}{context}\n\n### Response:\n"
+        else:
+            *messages, answer = checked_messages(place, row["messages"])
+            target = answer["content"]
+            turns = [*(f"{ROLES[m['role']]}\n{m['content']}" for m in messages), f"{ROLES['assistant']}\n"]
+            prompt = "\n\n".join(turns)
+        return {"prompt": prompt, "target": target, "references": [target], "messages": messages}
+
+    def choices(self, row: Row) -> list[str]:
+        """Return the response, whose likelihood is the loss."""
+        return [row["target"]] if self.loss else []
+
+    def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
+        return {"log_likelihood": likelihoods[0], "tokens": tokens[0]}
+
+    def judge(self, row: Row, output: Output) -> Row:
+        from tasks import metrics
+
+        answer, gold = output.strip(), row["target"].strip()
+        return {
+            "prompt_sha256": base.text_sha256(row["prompt"]),
+            "answer": answer,
+            "gold": gold,
+            "exact_match": float(answer == gold),
+            "rouge_l": metrics.rouge_l(answer, [gold]),
+            "chrf": metrics.sentence_chrf(answer, [gold]),
+        }
+
+    def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        """Return exact match, ROUGE-L and chrF, and the loss where likelihoods were asked for."""
+        (rows,) = results.values()
+        scores = {name: sum(row[name] for row in rows) / len(rows) for name in METRICS}
+        if "log_likelihood" in rows[0]:
+            scores["loss"] = -sum(row["log_likelihood"] for row in rows) / sum(row["tokens"] for row in rows)
+        return scores
+
+    def declare_scores(self, example: Row) -> "dict[str, Score]":
+        from tasks import measures
+
+        found = {name: measures.Score(measures.column(name), measures.mean) for name in METRICS}
+        if "log_likelihood" in example:
+            found["loss"] = measures.Score(lambda row: (-row["log_likelihood"], row["tokens"]), measures.quotient)
+        return found
+
+
+def said(text: str) -> Row:
+    """Return a text as the message of a user."""
+    return {"role": "user", "content": text}
+
+
+def checked_messages(place: Place, value: Any) -> list[Row]:
+    """Return the messages of a row.
+
+    Raises:
+        TaskError: they are none, have another role than is known, or do not end in an answer.
+    """
+    column = f"{place}, column 'messages'"
+    like = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(message, dict) for message in value):
+        raise TaskError(f"{column}: no list of two messages or more; {like}")
+    found = []
+    for number, message in enumerate(value, start=1):
+        if message.get("role") not in ROLES:
+            what = f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}"
+            raise TaskError(f"{column}: {what}; {like}")
+        if not message.get("content"):
+            raise TaskError(f"{column}: message {number} has no content; fill it in or remove the row")
+        found.append({"role": message["role"], "content": text_of(place, message, "content")})
+    if found[-1]["role"] != "assistant":
+        raise TaskError(f"{column}: ends with the {found[-1]['role']}; the last message must be the assistant's answer")
+    return found

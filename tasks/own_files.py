@@ -1,0 +1,383 @@
+"""Tables of your own in a folder: which file is which split, and their rows with the place each stands at.
+
+    data_dir/train.csv validation.csv test.csv      or .tsv, .jsonl, .json (a list of objects), .parquet; all but the
+                                                    last also as .gz
+A split's file is called train or training; validation, valid, val or dev; test. More may follow ("train-clean.csv",
+"train-00000-of-00002.parquet"). A folder with a single file of another name has one split, of which rows are set apart.
+
+CSV, TSV and JSON are read by the standard library, strictly: datasets' own readers fill short rows, take "N/A" for
+missing and a lone quotation mark for text, and name no line. Parquet is read by datasets.
+"""
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset
+
+from tasks import base
+from tasks.base import Row, Split, Task, TaskError
+
+ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
+KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+WHERE = "give data_dir=DIR, a folder with train, validation and test files"
+
+Files = dict[str, tuple[Path, ...]]  # the files of each split; several where it is in shards
+
+
+class Place:
+    """Where a row stands: a file, and a line or row of it."""
+
+    def __init__(self, path: Path, number: int, unit: str) -> None:
+        self.path, self.number, self.unit = path, number, unit
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.unit} {self.number}"
+
+
+Placed = tuple[Place, Row]
+
+
+# Files
+
+
+def find_files(data_dir: str | None, name: str) -> Files:
+    """Return the files of every split in a folder, or {"train": its only file}.
+
+    Raises:
+        TaskError: there is no such folder, no table in it, or a file that is no split's or one too many.
+    """
+    if data_dir is None:
+        raise TaskError(f"task={name}: reads files of your own; {WHERE}")
+    root = Path(data_dir).expanduser()
+    if root.is_file():
+        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in")
+    if not root.is_dir():
+        raise TaskError(f"data_dir={data_dir}: no such folder")
+    paths = sorted(path for path in root.iterdir() if kind_of(path) and not path.name.startswith("."))
+    if not paths:
+        raise TaskError(f"data_dir={data_dir}: {what_is_there(root)}; put train, validation and test files into it")
+    if len(paths) == 1 and split_of(paths[0]) is None:
+        return {"train": (paths[0],)}
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        if (split := split_of(path)) is None:
+            raise TaskError(f"{path}: its name is no split's; rename it to train, validation or test, or move it away")
+        found[split].append(path)
+    if "train" not in found:
+        raise TaskError(f"data_dir={data_dir}: no file called train, only {', '.join(p.name for p in paths)[:200]}")
+    for files in found.values():
+        check_shards(files)
+    return {split: tuple(files) for split, files in found.items()}
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the ending by which a file is read, without .gz; None if it is no table."""
+    kind = next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
+    return kind and kind.removesuffix(".gz")
+
+
+def stem_of(path: Path) -> str:
+    """Return a table's name without its ending, in lower case."""
+    name = path.name.lower().removesuffix(".gz")
+    return name.removesuffix(kind_of(path))
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split a file's name says, None if it says none."""
+    word = re.split(r"[-_. ]", stem_of(path))[0]
+    return next((split for split, words in ALIASES.items() if word in words), None)
+
+
+def check_shards(files: list[Path]) -> None:
+    """Refuse several files of one split that are not the shards of one, or of which some are missing.
+
+    Raises:
+        TaskError: with the files.
+    """
+    shards = [SHARD.search(stem_of(path)) for path in files]
+    if len(files) == 1 and shards[0] is None:
+        return
+    if None in shards:
+        raise TaskError(f"{files[0]} and {files[1].name}: both are the {split_of(files[0])} split; keep one of them")
+    if {int(shard[1]) for shard in shards} != set(range(int(shards[0][2]))) or len({s[2] for s in shards}) > 1:
+        raise TaskError(f"{files[0]}: {len(files)} of its {int(shards[0][2])} parts are there; fetch the others")
+
+
+def what_is_there(root: Path) -> str:
+    """Return what a folder without tables holds, for the message."""
+    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    below = next((path for path in sorted(root.iterdir()) if path.is_dir() and any(map(kind_of, path.iterdir()))), None)
+    if below:
+        return f"no table in it, but in {below.name}/: give data_dir={below}"
+    return f"no {', '.join(KINDS[:4])} or .parquet in it{', only ' + ', '.join(names)[:100] if names else ''}"
+
+
+# Rows
+
+
+def read_rows(path: Path, quotes: bool) -> list[Placed]:
+    """Return every row of a table with its place. quotes: fields of CSV and TSV may stand in quotation marks; else
+    these are text.
+
+    Raises:
+        TaskError: the file has no rows, or cannot be read as its ending says; with the line.
+    """
+    readers = {
+        ".csv": lambda: read_lines(path, ",", quotes),
+        ".tsv": lambda: read_lines(path, "\t", quotes),
+        ".jsonl": lambda: read_objects(path),
+        ".json": lambda: read_list(path),
+        ".parquet": lambda: read_parquet(path),
+    }
+    found = list(readers[kind_of(path)]())
+    if not found:
+        raise TaskError(f"{path}: no rows; put some into it")
+    return found
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return what changes when a file does.
+
+    Raises:
+        TaskError: it cannot be looked at.
+    """
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror}); see that you may read it") from error
+    return facts.st_size, facts.st_mtime_ns
+
+
+def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
+    header = base.read_text(path).lstrip("\r\n").partition("\n")[0]
+    names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    other = next((sign for sign in names if sign != delimiter and sign in header), None)
+    if other and delimiter not in header:
+        mend = f"save it with {names[delimiter]}{' or name it .tsv' if other == chr(9) else ''}"
+        raise TaskError(f"{path}: its header is separated by {names[other]}, not by {names[delimiter]}; {mend}")
+    mend = "write every row with all of its fields"
+    if quotes:
+        mend += ", in quotation marks where one holds a separator; where marks are text, take task.options.quotes=false"
+    for number, row in base.read_table(path, delimiter, quotes, remedy=mend):
+        yield Place(path, number, "line"), row
+
+
+def read_objects(path: Path) -> Iterator[Placed]:
+    for number, line in enumerate(base.read_text(path).split("\n"), start=1):
+        if line.strip():
+            place = Place(path, number, "line")
+            yield place, checked_object(base.parse_json(line, str(place), "write one object a line"), place)
+
+
+def read_list(path: Path) -> Iterator[Placed]:
+    mend = "give a list of objects, or a .jsonl with one object a line"
+    content = base.parse_json(base.read_text(path), str(path), mend)
+    if not isinstance(content, list):
+        raise TaskError(f"{path}: no list; {mend}")
+    for number, value in enumerate(content, start=1):
+        place = Place(path, number, "row")
+        yield place, checked_object(value, place)
+
+
+def checked_object(value: Any, place: Place) -> Row:
+    if not isinstance(value, dict):
+        raise TaskError(f"{place}: {str(value)[:60]!r} is no object with columns; write {{...}}")
+    return value
+
+
+def read_parquet(path: Path) -> Iterator[Placed]:
+    """Yield rows; class indices are written as the names the file has for them."""
+    try:
+        table = Dataset(pyarrow.parquet.read_table(path))
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TaskError(f"{path}: cannot be read as Parquet ({reason}); save it again") from error
+    base.check_header(path, table.column_names, (), "save it again")
+    named = {name: kind for name, kind in table.features.items() if isinstance(kind, ClassLabel) and kind.names}
+    for number, row in enumerate(table.to_list(), start=1):
+        words = {name: kind.int2str(row[name]) for name, kind in named.items() if row[name] in range(len(kind.names))}
+        yield Place(path, number, "row"), row | words
+
+
+def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remedy: str) -> None:
+    """Refuse rows that lack a column; an object a line may have others than the one above it.
+
+    Raises:
+        TaskError: with the first such row, or the file where all rows have the same columns.
+    """
+    one_header = kind_of(path) not in (".jsonl", ".json")
+    for place, row in rows[:1] if one_header else rows:
+        base.check_header(path if one_header else place, row, needed, remedy)
+
+
+def text_of(place: Place, row: Row, column: str, empty: bool = False) -> str:
+    """Return a text column of a row.
+
+    Raises:
+        TaskError: it is no text, or empty where it must not be.
+    """
+    value = row[column]
+    if value is None or isinstance(value, str) and not value.strip() and not empty:
+        raise TaskError(f"{place}, column {column!r}: empty; fill it in or remove the row")
+    if not isinstance(value, str):
+        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]} is no text; write it in quotation marks")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(f"{place}, column {column!r}: holds half a character ({error.reason}); mend the row") from error
+    return value
+
+
+# Splits
+
+
+class OwnFiles(Task):
+    """A task on tables of one's own. Subclasses give `columns`, `parse` and what identifies an example.
+
+    `test` is scored where there is such a file (`scored`), else validation, else a `held_out` part of training, drawn
+    with `split_seed`. Rows of equal text stay together, so that none is on both sides.
+    """
+
+    def __init__(self, scored: str, held_out: float, split_seed: int, quotes: bool, overlap: bool) -> None:
+        if scored not in ("test", "validation"):
+            raise TaskError(f"task.options.scored={scored}: must be test or validation")
+        if not 0 < held_out < 1:
+            raise TaskError(f"task.options.held_out={held_out}: must be between 0 and 1, the share of rows set apart")
+        self.scored, self.held_out, self.split_seed = scored, held_out, split_seed
+        self.quotes, self.overlap = quotes, overlap
+        self._read: tuple[Hashable, dict[str, list[Placed]]] = (None, {})
+
+    def needed(self, known: Row) -> tuple[str, ...]:
+        """Return the columns a file must have; `known` is its first row."""
+        raise NotImplementedError
+
+    def parse(self, placed: Placed) -> Row:
+        """Return a row in the columns of this task's form, without its id.
+
+        Raises:
+            TaskError: a column is empty or holds something else.
+        """
+        raise NotImplementedError
+
+    def key(self, row: Row) -> Hashable:
+        """Return what makes two rows the same example."""
+        raise NotImplementedError
+
+    def stratum(self, row: Row) -> Hashable:
+        """Return what rows set apart have the same shares of as the rest."""
+        return None
+
+    def remedy(self) -> str:
+        """Return what to do about a column that is missing."""
+        raise NotImplementedError
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """The split that is scored; which one there is, the folder says."""
+        if self.data_dir is None:
+            return (self.scored,)
+        return (*self.used(None), "validation")[1:2]
+
+    def source(self, data_dir: str | None = None) -> dict[str, str]:
+        files = self.used(data_dir)
+        return {split: " ".join(map(base.file_sha256, paths)) for split, paths in files.items()}
+
+    def used(self, data_dir: str | None) -> Files:
+        """Return training's files and those that are scored, if any are; the folder is the task's from now on."""
+        self.data_dir = data_dir or self.data_dir
+        files = find_files(self.data_dir, self.name)
+        scored = "test" if self.scored == "test" and "test" in files else "validation"
+        return {split: files[split] for split in ("train", scored) if split in files}
+
+    def split(self, name: str, data_dir: str | None = None) -> Split:
+        files, rows = self.used(data_dir), self.rows(data_dir)
+        if name not in rows:
+            raise TaskError(f"data_dir={self.data_dir}: no {name} split, only {', '.join(rows)}")
+        origin = " ".join(path.name for path in files.get(name, files["train"]))
+        if len(files) == 1:
+            others = "all but the " if name == "train" else ""
+            origin += f", {others}{100 * self.held_out:g} % set apart with seed {self.split_seed}"
+        numbered = ({"id": f"{name}-{number}", **row} for number, (_, row) in enumerate(rows[name]))
+        return Split(self.dataset(numbered, origin), origin)
+
+    def rows(self, data_dir: str | None = None) -> dict[str, list[Placed]]:
+        """Return the parsed rows of training and of what is scored, checked against each other; read once while the
+        files stay as they are.
+
+        Raises:
+            TaskError: a file or row is not what it should be, or an example is in both.
+        """
+        files = self.used(data_dir)
+        stamps = tuple((path, *stamp(path)) for paths in files.values() for path in paths)
+        if self._read[0] != stamps:
+            found = {split: [row for path in paths for row in self.parsed(path)] for split, paths in files.items()}
+            if len(found) == 1:
+                self.check(found)
+                found = set_apart(found["train"], self.held_out, self.split_seed, self.key, self.stratum)
+            elif not self.overlap:
+                self.check_overlap(found)
+            self.check(found)
+            self._read = stamps, found
+        return self._read[1]
+
+    def check(self, found: dict[str, list[Placed]]) -> None:
+        """Refuse rows that do not go together.
+
+        Raises:
+            TaskError: with the row.
+        """
+
+    def parsed(self, path: Path) -> list[Placed]:
+        placed = read_rows(path, self.quotes)
+        check_columns(path, placed, self.needed(placed[0][1]), self.remedy())
+        return [(place, self.parse((place, row))) for place, row in placed]
+
+    def check_overlap(self, found: dict[str, list[Placed]]) -> None:
+        """Refuse an example of training that is scored, too.
+
+        Raises:
+            TaskError: with both places.
+        """
+        known = {self.key(row): place for place, row in found["train"]}
+        for split in list(found)[1:]:
+            for place, row in found[split]:
+                if same := known.get(self.key(row)):
+                    where = f"{same.path.name} {same.unit} {same.number}"
+                    mend = "remove one of them, or allow it with task.options.overlap=true"
+                    raise TaskError(f"{place}: the same example as {where}, which training sees; {mend}")
+
+
+def set_apart(
+    placed: list[Placed],
+    share: float,
+    seed: int,
+    key: Callable[[Row], Hashable],
+    stratum: Callable[[Row], Hashable],
+) -> dict[str, list[Placed]]:
+    """Return rows divided at random: of every stratum the same share, equal examples on one side, in their order.
+
+    Raises:
+        TaskError: there are too few rows to divide.
+    """
+    groups: dict[Hashable, dict[Hashable, None]] = defaultdict(dict)
+    strata: dict[Hashable, Hashable] = {}
+    for _, row in placed:
+        groups[strata.setdefault(key(row), stratum(row))][key(row)] = None
+    rng, apart = random.Random(seed), set()
+    for keys in groups.values():
+        count = min(max(round(len(keys) * share), 1), len(keys) - 1)
+        apart |= set(rng.sample(list(keys), count))
+    found = {
+        "train": [p for p in placed if key(p[1]) not in apart],
+        "validation": [p for p in placed if key(p[1]) in apart],
+    }
+    if not all(found.values()):
+        raise TaskError(f"{placed[0][0].path}: {len(placed)} rows are too few to set some apart; add rows")
+    return found

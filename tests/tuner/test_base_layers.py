@@ -1,0 +1,461 @@
+"""What the base layer or its parent does with the weight: the adapter follows it, or says that it cannot."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForXVector,
+)
+
+from dual_lora import DualLoraConfig, delta_weight, set_update_scale
+from dual_lora.tuner.bypass import find_use
+from dual_lora.tuner.layer import has_plain_forward
+
+from .layers import IN, OUT, Net, adapted, config, factors_of, layer_of, relative_error
+
+SCALE = 0.8 * 7 / 8**0.5  # f * alpha / sqrt(r1 * r2) of layers.adapted
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def dW_of(model):
+    f = factors_of(model)
+    return delta_weight(f.A, f.B, f.C, f.D, SCALE)
+
+
+# Parents
+
+
+class ReadsWeight(nn.Module):
+    """Computes with its child's weight and never calls the child."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(IN, IN)
+        self.layer = nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return F.linear(self.before(x), self.layer.weight, self.layer.bias)
+
+
+class ReadsDtype(ReadsWeight):
+    """As T5 does: asks the weight for its dtype, and calls the layer."""
+
+    def forward(self, x):
+        if isinstance(self.layer.weight, torch.Tensor):
+            x = x.to(self.layer.weight.dtype)
+        return self.layer(self.before(x))
+
+
+class Both(ReadsWeight):
+    def forward(self, x):
+        return self.layer(x) + x @ self.layer.weight.T
+
+
+def mamba(cls=MambaForCausalLM, config_cls=MambaConfig, **fields):
+    return cls(config_cls(vocab_size=99, hidden_size=32, num_hidden_layers=2, **fields))
+
+
+def jamba():
+    fields = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32, "num_experts": 2}
+    fields |= {"mamba_d_state": 4, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}
+    return mamba(JambaForCausalLM, JambaConfig, **fields)
+
+
+def x_vector():
+    return Wav2Vec2ForXVector(
+        Wav2Vec2Config(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            conv_dim=(16, 16),
+            conv_kernel=(4, 4),
+            conv_stride=(2, 2),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            num_feat_extract_layers=2,
+            vocab_size=32,
+            tdnn_dim=(16, 16),
+            tdnn_kernel=(3, 3),
+            tdnn_dilation=(1, 1),
+            xvector_output_dim=8,
+        )  # fmt: skip
+    )
+
+
+def t5():
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=99, d_model=32, d_ff=37, d_kv=8, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(self.attention(x, x, x, need_weights=False)[0])
+
+
+IDS = torch.arange(1, 9).view(1, 8)
+BYPASSED = {
+    "reads": (ReadsWeight, lambda: {"x": torch.randn(3, IN)}, ["layer", "before"], "layer"),
+    "attention": (Attention, lambda: {"x": torch.randn(2, 5, 8)}, ["out_proj", "proj"], "out_proj"),
+    "tdnn": (x_vector, lambda: {"input_values": torch.randn(2, 400)}, ["kernel", "projector"], "kernel"),
+    "jamba": (jamba, lambda: {"input_ids": IDS}, ["conv1d", "in_proj"], "conv1d"),
+    "t5": (t5, lambda: {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}, ["shared", "q"], "shared"),
+}
+
+
+def output(model, inputs):
+    with torch.no_grad():
+        found = model(**inputs)
+    return found if isinstance(found, torch.Tensor) else found.logits
+
+
+@pytest.mark.parametrize("forward_first", [True, False])
+@pytest.mark.parametrize("name", BYPASSED)
+def test_factors_that_no_forward_uses_are_told_of_and_never_merged(name, forward_first):
+    make, inputs, targets, dead = BYPASSED[name]
+    base, inputs = make().eval(), inputs()
+    with pytest.warns(UserWarning, match=rf"Dual LoRA: .*{dead}.* never called by the parent"):
+        model = get_peft_model(base, config(target_modules=targets, init_weights=False)).eval()
+    y = output(model, inputs) if forward_first else None
+    with pytest.warns(UserWarning, match=rf"{dead}.* not merged"):
+        merged = copy.deepcopy(model).merge_and_unload()
+    y = output(model, inputs) if y is None else y
+    assert (output(merged, inputs) - y).abs().max() < 1e-4 * y.abs().max().clamp(min=1)
+
+
+def test_mamba_s_convolution_is_refused_as_for_lora():
+    for target in ("conv1d", "out_proj"):
+        with pytest.raises(ValueError, match="PEFT:DUAL_LORA.*incompatible with Mamba-based models"):
+            get_peft_model(mamba(), DualLoraConfig(target_modules=["in_proj", target]))
+    get_peft_model(mamba(), DualLoraConfig(target_modules=["in_proj"]))
+
+
+def test_a_layer_that_is_called_after_all_is_merged():
+    """Its parent never does, but somebody else."""
+    model = get_peft_model(ReadsWeight(), config(init_weights=False))
+    layer = model.base_model.model.layer
+    assert layer.bypassed
+    x = torch.randn(3, IN)
+    y = layer(x)
+    assert not layer.bypassed
+    layer.merge()
+    torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize("parent", [ReadsDtype, nn.Sequential])
+def test_asking_for_the_dtype_is_no_bypass(parent):
+    base = ReadsDtype() if parent is ReadsDtype else Net(nn.Sequential(nn.Linear(IN, OUT)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, config(target_modules=["layer" if parent is ReadsDtype else "0"]))
+    assert all(not module.bypassed for module in model.modules() if hasattr(module, "bypassed"))
+
+
+def test_a_parent_that_also_reads_the_weight_is_told_of():
+    with pytest.warns(UserWarning, match="layer is called by the parent module in some places"):
+        get_peft_model(Both(), config())
+
+
+def test_a_class_without_source_says_nothing():
+    scope = {"nn": nn, "F": F}
+    exec("class Made(nn.Module):\n def forward(self, x):\n  return F.linear(x, self.layer.weight)", scope)
+    assert find_use(scope["Made"](), "layer") == (False, False)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[False] * 5, [False] * 3 + [True] * 2])])
+def test_the_encoder_layer_s_fast_path_is_left(mask):
+    """nn.TransformerEncoderLayer computes with the weights of linear1 and linear2 in evaluation, in one operation."""
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 1).eval()
+    x = torch.randn(2, 5, 8)
+    plain = base(x, src_key_padding_mask=mask)
+    model = get_peft_model(base, config(target_modules=["linear1", "linear2"], init_weights=False)).eval()
+    valid = slice(None) if mask is None else ~mask
+    with torch.no_grad():
+        evaluated = model(x, src_key_padding_mask=mask)[valid]
+    expected = model(x, src_key_padding_mask=mask)[valid]
+    torch.testing.assert_close(evaluated, expected)
+    assert relative_error(evaluated, plain[valid]) > 0.01
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x, src_key_padding_mask=mask)[valid], expected)
+
+
+# Embeddings
+
+
+def test_the_padding_row_stays_as_it_is():
+    base = nn.Embedding(IN, OUT, padding_idx=3)
+    nn.init.normal_(base.weight)
+    model, ids = adapted(copy.deepcopy(base)).eval(), torch.arange(IN)
+    dW = dW_of(model).T.clone()
+    assert dW[3].any()
+    dW[3] = 0
+    y = model(ids)
+    torch.testing.assert_close(y, base.weight + dW)
+    assert torch.equal(y[3], base.weight[3])
+    torch.testing.assert_close(layer_of(model).get_delta_weight("default"), dW)
+    assert torch.equal(model.merge_and_unload().layer.weight[3], base.weight[3])
+
+
+@pytest.mark.parametrize("kernel", ["eager", "recompute"])
+def test_padding_gets_no_gradient_and_frequency_divides_it(kernel):
+    base = nn.Embedding(IN, OUT, padding_idx=3, scale_grad_by_freq=True)
+    model = adapted(base, kernel=kernel, ste="identity")
+    ids = torch.tensor([[1, 3, 1, 4], [1, 5, 3, 3]])
+    g = torch.randn(2, 4, OUT)
+    (model(ids) * g).sum().backward()
+    f = {n: getattr(factors_of(model), n).detach().clone().requires_grad_() for n in "ABCD"}
+    table = delta_weight(**f, scale=SCALE, ste="identity").T
+    (F.embedding(ids, table, padding_idx=3, scale_grad_by_freq=True) * g).sum().backward()
+    for n in "ABCD":
+        torch.testing.assert_close(getattr(factors_of(model), n).grad, f[n].grad)
+
+
+def test_max_norm_limits_the_sum():
+    base = nn.Embedding(IN, OUT, max_norm=0.7)
+    model, ids = adapted(copy.deepcopy(base)).eval(), torch.arange(IN)
+    y = model(ids)
+    assert y.norm(dim=-1).max() < 0.7 + 1e-5
+    start = torch.renorm(base.weight.detach(), 2, 0, 0.7)
+    torch.testing.assert_close(y, torch.renorm(start + dW_of(model).T, 2, 0, 0.7))
+    fresh = adapted(copy.deepcopy(base)).eval()  # no row was looked up before the merge
+    layer_of(fresh).dual_lora_factors.load_state_dict(layer_of(model).dual_lora_factors.state_dict())
+    fresh.merge_adapter()
+    torch.testing.assert_close(fresh(ids), y)
+    fresh.unmerge_adapter()
+    torch.testing.assert_close(fresh(ids), y)
+
+
+# Base layers with a forward of their own
+
+
+class Shifted(nn.Embedding):
+    """As OPT's positions: looks up two rows further on."""
+
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class Causal(nn.Conv1d):
+    """Pads on the left before it convolves."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class Rewritten(nn.Linear):
+    """As Falcon's: its own words for the same thing."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+OWN = {
+    "embedding": (lambda: Shifted(IN, OUT), lambda: torch.arange(IN - 2)),
+    "conv": (lambda: Causal(4, OUT, 3), lambda: torch.randn(2, 4, 9)),
+    "linear": (lambda: Halved(IN, OUT), lambda: torch.randn(3, IN)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OWN)
+def test_a_forward_of_its_own_sees_the_sum(name, dtype):
+    make, inputs = OWN[name]
+    base, x = make(), inputs()
+    x = x.to(dtype) if x.is_floating_point() else x
+    model = adapted(base, dtype=dtype)
+    merged = copy.deepcopy(model).float().merge_and_unload()
+    expected = merged(x.float() if x.is_floating_point() else x)
+    y = model(x)
+    assert y.dtype == dtype and relative_error(y, expected) < (1e-5 if dtype == torch.float32 else 0.01)
+    y.sum().backward()
+    assert all(p.grad.any() for p in factors_of(model).parameters())
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+
+
+def test_the_same_in_other_words_is_a_plain_layer():
+    assert has_plain_forward(Rewritten(IN, OUT)) and not has_plain_forward(Halved(IN, OUT))
+    assert has_plain_forward(nn.Linear(IN, OUT)) and not has_plain_forward(Causal(4, OUT, 3))
+
+
+def test_dropout_cannot_be_had_of_a_forward_of_its_own():
+    with pytest.raises(ValueError, match="lora_dropout=0.1: Causal has a forward of its own"):
+        adapted(Causal(4, OUT, 3), lora_dropout=0.1)
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "old_weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrised": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", nn.Tanh()) or m,
+    "pruned": lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(IN, OUT), lambda: nn.Conv1d(IN, OUT, 1)], ids=["linear", "conv"])
+def test_a_computed_weight_is_adapted_and_merging_into_it_refused(make, name):
+    base = COMPUTED[name](make()).eval()
+    x = torch.randn(3, IN) if isinstance(base, nn.Linear) else torch.randn(2, IN, 4)
+    model = adapted(base).eval()
+    term = dW_of(model)
+    expected = base(x) + (F.linear(x, term) if isinstance(base, nn.Linear) else F.conv1d(x, term.unsqueeze(-1)))
+    torch.testing.assert_close(model(x), expected)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="layer: cannot merge into .*computed from other tensors"):
+            merge()
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_layer_without_features_is_refused(shape):
+    with pytest.raises(ValueError, match="layer: a weight of .* cannot be adapted"):
+        adapted(nn.Linear(*shape))
+
+
+# What others hold stays what it is
+
+
+def test_merging_keeps_the_very_parameter():
+    model = adapted(nn.Linear(IN, OUT))
+    weight = layer_of(model).base_layer.weight
+    before, address = weight.detach().clone(), weight.data_ptr()
+    for _ in range(3):
+        model.merge_adapter()
+        assert layer_of(model).base_layer.weight is weight and weight.data_ptr() == address
+        assert not torch.equal(weight, before)
+        model.unmerge_adapter()
+        assert layer_of(model).base_layer.weight is weight and torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["parameter", "storage"])
+def test_a_tied_weight_is_left_to_its_partner(data):
+    base = ReadsDtype()
+    base.layer = nn.Linear(IN, IN)
+    if data:
+        base.layer.weight.data = base.before.weight.data
+    else:
+        base.layer.weight = base.before.weight
+    model = get_peft_model(base, config(init_weights=False))
+    partner = model.base_model.model.before.weight
+    before = partner.detach().clone()
+    model.merge_adapter()
+    assert torch.equal(partner, before) and not torch.equal(layer_of(model).weight, before)
+    model.unmerge_adapter()
+    assert layer_of(model).weight.data_ptr() == partner.data_ptr()
+
+
+def test_a_base_that_trains_along_goes_on_training_after_and_while_merged():
+    model = adapted(nn.Linear(IN, OUT))
+    weight = layer_of(model).base_layer.weight.requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    dW = layer_of(model).get_delta_weight("default")
+    model.merge_adapter()
+    before = weight.detach().clone()
+    model(torch.randn(3, IN)).sum().backward()
+    optimizer.step()
+    moved = weight.detach() - before
+    assert moved.any()
+    after = weight.detach().clone()
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight.detach(), after - dW)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.bfloat16(), lambda m: m.double(), copy.deepcopy], ids=["16", "64", "copy"]
+)
+def test_a_merged_model_may_be_cast_and_copied(change):
+    model = adapted(nn.Linear(IN, OUT))
+    before = layer_of(model).weight.detach().clone()
+    model.merge_adapter()
+    model = change(model)
+    dtype = layer_of(model).weight.dtype
+    model.unmerge_adapter()
+    assert layer_of(model).weight.dtype == dtype and torch.equal(layer_of(model).weight, before.to(dtype))
+
+
+def test_a_base_weight_is_not_loaded_into_a_merged_layer():
+    model = adapted(nn.Linear(IN, OUT))
+    state = copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="holds merged adapters; call unmerge_adapter"):
+        model.load_state_dict(state)
+    model.unmerge_adapter()
+    model.load_state_dict(state)
+
+
+def test_f_stays_exact_through_casts():
+    model = adapted(nn.Linear(IN, OUT), f=1 / 3)
+    f = factors_of(model).update_scale.clone()
+    model.half().bfloat16().float()
+    assert torch.equal(factors_of(model).update_scale, f)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.B.data.mul_(2),  # as averages of weights are swapped in
+        lambda f: f.half().float(),
+        lambda f: [setattr(f.B, "data", f.B.data * 2), setattr(f.B, "data", f.B.data * 3)],
+    ],
+    ids=["data in place", "there and back", "replaced twice"],
+)
+def test_evaluation_sees_writes_that_leave_no_trace(change):
+    model, x = adapted(nn.Linear(IN, OUT)).eval(), torch.randn(3, IN)
+    with torch.no_grad():
+        model(x)
+        change(factors_of(model))
+        kept = model(x)
+    expected = F.linear(x, layer_of(model).weight, layer_of(model).bias) + F.linear(x, dW_of(model))
+    torch.testing.assert_close(kept, expected)
+
+
+def test_print_shows_the_adapter():
+    model = adapted(nn.Linear(IN, OUT), f=0.25)
+    assert "r1=2, r2=4, A=2x10, B=12x2, C=4x10, D=12x4, scale=2.475, f=0.25, kernel=auto" in repr(model)
+    with torch.device("meta"):
+        empty = Net(nn.Linear(IN, OUT))
+    assert "f=?" in repr(get_peft_model(empty, config()))
+
+
+def test_one_layer_that_cannot_merge_leaves_the_others_alone():
+    base = Both()
+    nn.utils.parametrizations.weight_norm(base.layer)
+    model = get_peft_model(base, config(target_modules=["before", "layer"]))
+    set_update_scale(model, 1.0)
+    first = model.base_model.model.before
+    before = first.weight.detach().clone()
+    with pytest.raises(ValueError, match="layer: cannot merge"):
+        model.merge_adapter()
+    assert torch.equal(first.weight, before) and not first.merged
