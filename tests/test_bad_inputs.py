@@ -578,7 +578,7 @@ CASES = [
     Case("checkpoint", "a manifest that is junk", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "\0"), code=0),
     Case("checkpoint", "a manifest that is a list", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "[1]"), code=0),
     Case("checkpoint", "a manifest of files that are gone", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", '{"files": {"a": {"size": 1}}}'), code=0),
-    Case("checkpoint", "a file in place of checkpoints", "train.save_steps=1", "checkpoints: File exists; see that what is there", in_own("checkpoints", "")),
+    Case("checkpoint", "a file in place of checkpoints", "train.save_steps=1", "checkpoints: File exists; check that this is the path", in_own("checkpoints", "")),
     # disks
     Case("disk", "full under the settings", "", "config.yaml: cannot be written (No space left on device); free some space", under=failing(".config.yaml.", errno.ENOSPC)),
     Case("disk", "a quota under the environment", "", "environment.json: cannot be written (Disk quota exceeded); free some space", under=failing(".environment.json.", errno.EDQUOT)),
@@ -597,7 +597,7 @@ CASES = [
     Case("permission", "data that may not be read", RTE, "dev.tsv: cannot be read ([Errno 13] Permission denied", rte, under=failing("dev.tsv", errno.EACCES, "r")),
     Case("permission", "a model that may not be read", PLACED, "config.json: damaged ([Errno 13] Permission denied", model, under=failing("model/config.json", errno.EACCES, "r")),
     Case("permission", "settings that may not be read", "run={here}/run", "config.yaml: not a run's settings", finished, EVAL, under=failing("run/config.yaml", errno.EACCES, "r")),
-    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; see that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
+    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; check that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
     # memory
     Case("memory", "too little to load", "", "a smaller model or model.dtype=bfloat16 takes less", under=raising(LOADING, CUDA)),
     Case("memory", "too little to load, without an accelerator", "", "can't allocate memory: you tried 9 bytes); a smaller model", under=raising(LOADING, CPU)),

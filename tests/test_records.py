@@ -122,6 +122,11 @@ def test_what_another_run_trained_is_refused(record):
         other.read_training()
 
 
+def test_a_copy_under_a_users_own_name_can_be_evaluated(record, tmp_path):
+    shutil.copytree(record.folder, tmp_path / "best")
+    assert evaluate_command([f"run={tmp_path / 'best'}"]) == 0
+
+
 def test_only_numbered_folders_are_checkpoints(tmp_path):
     for name in ("checkpoint-²", "checkpoint-", "checkpoint-1a", "my-checkpoint-3"):
         (tmp_path / name).mkdir()

@@ -18,6 +18,7 @@ itself. A record under another run's name, changed, or with a file added to its 
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -73,6 +74,7 @@ OUTDATED_FILES += (
 )
 
 
+IDENTITY_END = re.compile(r"_[0-9a-f]{10}$")  # of the names that runs give their folders
 RERUN_REMEDY = "run its command again with force=true"
 
 
@@ -86,6 +88,11 @@ class Record:
     def name(self) -> str:
         """The identity of the run whose folder this is."""
         return (self.folder.parent if self.folder.name == RERUN_FOLDER else self.folder).name
+
+    @property
+    def is_named_by_run(self) -> bool:
+        """Whether the folder has the name of some run; a copy that a user named otherwise claims to be none."""
+        return IDENTITY_END.search(self.name) is not None
 
     def get_attempt(self, settings: Settings) -> "Record":
         """Return the record in which a run with these settings is done: this one, or with force=true the one below
@@ -148,7 +155,8 @@ class Record:
         whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
         require(whole, f"{path}: not as the run left it; {RERUN_REMEDY}")
         identity = found["identity"]
-        require(identity == self.name, f"{path}: the result of run {identity}; remove it, or give the folder that name")
+        mine = identity == self.name or not self.is_named_by_run
+        require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
 
     def predates_seals(self, result: dict[str, Any]) -> bool:
@@ -246,7 +254,8 @@ class Record:
             UserError: it is missing, damaged, changed or another run's.
         """
         found, path = self.read_json(name, *keys), self.folder / name
-        check_owner(found, self.name, path)
+        if self.is_named_by_run:
+            check_owner(found, self.name, path)
         old = "digest" not in found and self.read_environment().get("record_version", 1) < RECORD_VERSION
         require(old or is_digest_right(found), f"{path}: not as it was written; remove it to have it made again")
         return found
@@ -257,7 +266,8 @@ class Record:
         Raises:
             UserError: it cannot be written.
         """
-        content = json.loads(json.dumps(content | {"identity": self.name}, allow_nan=False))  # as it will be read
+        identity = (self.read_result() or {"identity": self.name})["identity"]
+        content = json.loads(json.dumps(content | {"identity": identity}, allow_nan=False))  # as it will be read
         self.write_file(name, content | {"digest": hash_content(content)})
 
     def prepare_folder(self, settings: Settings) -> None:

@@ -16,7 +16,7 @@ STATUS_FILE, RESET_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs
 
 class PeakMemory:
     """Context manager that measures the peak memory of its body; `peak` is in bytes. On Linux the kernel's high-water
-    mark is reset first, so that runs in one process do not inherit each other's; elsewhere it is the whole process's."""
+    mark is reset first, so that runs in one process do not inherit each other's; elsewhere it is the process's."""
 
     def __enter__(self) -> "PeakMemory":
         if torch.cuda.is_available():
