@@ -20,7 +20,7 @@ from dual_lora.lab.commands.guard import run_command
 def main(argv: list[str]) -> int:
     """Import the command, guarded like all that it does, and run it."""
     from dual_lora.lab.commands.sweep import sweep_command
-    from dual_lora.lab.config.compose import list_choices
+    from dual_lora.lab.config.paths import list_choices
 
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")

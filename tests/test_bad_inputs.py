@@ -372,7 +372,7 @@ CASES = [
     Case("config", "empty value", "data_dir=", "data_dir=: empty; give a value, or null"),
     Case("config", "nothing to adapt", "model.adapt=[]", "model.adapt=[]: nothing for dual_lora to adapt"),
     Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: no regular expression"),
-    Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "is 16; drop one"),
+    Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "make it 16; drop one"),
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
     Case("config", "a text of no tokens", "model=tiny-llama task=demo/choice task.max_new_tokens=0", "needs at least one token"),

@@ -172,13 +172,10 @@ def test_what_cannot_be_planned_is_one_line(overrides, message, runs_folder):
         plan_run(Run.prepare(load_settings([*overrides, "plan=true"])))
 
 
-def test_several_plans_are_all_drawn_and_those_that_do_not_fit_told_in_the_end(runs_folder, capsys):
-    jobs = [load_settings(["model=llama3-8b", "task=e2e", f"method={m}", "plan=true"]) for m in ("full", "lora")]
-    with pytest.raises(UserError, match="llama3-8b with full needs"):
-        plan_runs(jobs)
-    assert capsys.readouterr().out.count("written") == 2
+def test_plans_and_runs_are_not_mixed(runs_folder):
+    jobs = [load_settings([f"seed={seed}", "plan=true"]) for seed in (0, 1)]
     with pytest.raises(UserError, match="plan: true for all runs or for none"):
-        plan_runs([jobs[0], replace(jobs[1], plan=False)])
+        plan_runs([Run.prepare(jobs[0]), Run.prepare(replace(jobs[1], plan=False))])
 
 
 def test_an_experiment_is_planned_and_not_run(runs_folder, capsys, monkeypatch):

@@ -4,7 +4,7 @@
 
 Both decode alike, with the adapter of a finished run of a generation task; the loop calls `generate` once a prompt on
 the adapter as it was saved, unmerged, as LLM-Adapters does (commonsense_evaluate.py, 4 beams). data_dir and model.path
-tell where the files are now, if they moved.
+say where the files are now, if they moved.
 """
 
 import json
@@ -25,6 +25,11 @@ from dual_lora.lab.record.record import Record
 
 
 def measure_command(argv: list[str]) -> int:
+    """Print the times of the run that `argv` names, as JSON; return the exit code.
+
+    Raises:
+        UserError: the command line is wrong, or the run generates nothing.
+    """
     run, values = parse_run_words(argv, **{"eval.max_examples": int, "split": str})
     name = values.pop("split", None)
     settings = replace_settings(load_recorded_settings(run), values)

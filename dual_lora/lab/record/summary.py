@@ -8,7 +8,7 @@ import tasks
 from dual_lora.lab.record.record import Record
 
 
-def format_summary(result: dict[str, Any], record: Record) -> str:
+def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     """Return a finished run as text: a table of scores (in percent), what it trained, for how long, and its folder."""
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
@@ -24,8 +24,12 @@ def format_summary(result: dict[str, Any], record: Record) -> str:
         ["record", record.format_path()],
     ]
     facts += [["warning", text] for text in result.get("warnings", ())]
-    title = f"{result['model']}  {result['task']}  {result['method']}  seed {result['seed']}"
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def format_finished(result: dict[str, Any], record: Record, title: str) -> str:
+    """Return what is said of a run that was done before."""
+    return f"finished: {record.format_path()} (force=true runs it again)\n{format_summary(result, record, title)}"
 
 
 def format_comparison(result: dict[str, Any], now: dict[str, float], record: Record) -> str:
@@ -48,3 +52,10 @@ def format_score(value: float | None, plain: bool) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if plain else f"{100 * value:.1f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time in the largest unit of which it has two or more: 45 s, 3 min, 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

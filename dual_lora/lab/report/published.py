@@ -12,7 +12,7 @@ import pandas as pd
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.present import document
 from dual_lora.lab.present.document import MISSING, Block, Text
 from dual_lora.lab.report.values import Column, get_column_value, get_heading, list_columns

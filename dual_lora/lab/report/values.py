@@ -8,7 +8,7 @@ import pandas as pd
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current

@@ -28,7 +28,7 @@ from dual_lora.lab.model.load import is_sharded, load_model
 from dual_lora.lab.record.mirror import Mirror, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import format_summary
+from dual_lora.lab.record.summary import format_finished, format_summary
 from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
 from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import silence_libraries
@@ -58,7 +58,7 @@ def train_run(run: Run) -> dict[str, Any]:
     share_from_first(record.finish_cleanup)
     result = find_result(settings, record)
     if result:
-        print(f"finished: {record.format_path()} (force=true runs it again)")
+        print(format_finished(result, record, run.title))
     else:
         silence_libraries()
         with ExitStack() as held:
@@ -68,7 +68,7 @@ def train_run(run: Run) -> dict[str, Any]:
             )  # another process may just have finished it
             share_from_first(record.install_rerun)
             share_from_first(record.remove_leftovers)
-    print(format_summary(result, record))
+        print(format_summary(result, record, run.title))
     return result
 
 
