@@ -18,15 +18,20 @@ import os
 import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+
+from dual_lora.lab.commands.guard import run_command
+
+
+def main(argv: list[str]) -> int:
+    """Import the command, guarded like all that it does, and run it."""
+    from dual_lora.lab.commands.evaluate import evaluate_command
+
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    return evaluate_command(argv)
+
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        sys.exit()
-    from dual_lora.lab.system.threads import configure_threads
-
-    configure_threads()  # read by OpenMP when torch is imported
-    from dual_lora.lab.commands.evaluate import evaluate_command
-    from dual_lora.lab.commands.guard import run_command
-
-    run_command(evaluate_command, sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -9,17 +9,17 @@ import os
 import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
-if __name__ == "__main__":
-    if sys.argv[1:] in (["--help"], ["-h"]):  # answered at once, before anything is imported
-        from dual_lora.lab.commands.settings_help import render_help
+from dual_lora.lab.commands.guard import run_command
 
-        print(render_help())
-        sys.exit()
-    from dual_lora.lab.system.threads import configure_threads
 
-    configure_threads()  # read by OpenMP when torch is imported
-    from dual_lora.lab.commands.guard import run_command
+def main(argv: list[str]) -> int:
+    """Import the command, guarded like all that it does, and run it."""
     from dual_lora.lab.commands.train import train_command
 
-    run_command(train_command, sys.argv[1:])
+    return train_command(argv)
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

@@ -207,8 +207,30 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=1500)
     assert command.returncode == EXIT_STOPPED and "Traceback" not in err
-    assert "the runs are asked to stop" in err and "stopped by SIGINT; the same command goes on" in err
+    assert "the runs are asked to stop" in err and "stopped by SIGINT; the same command resumes" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_run_behind(runs_folder, start):
+    """SIGKILL of the command alone: its runs notice, and stop with checkpoints."""
+    command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
+    workers = doing(runs_folder, 2)
+    command.kill()
+    until = time.monotonic() + 600
+    while list(runs_folder.glob("adhoc/*/.lock")) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not list(runs_folder.glob("adhoc/*/.lock")), workers
+    assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_longer_than_the_launcher_allows_is_one_line(runs_folder, start):
+    command = start("hydra/launcher=workstation", "hydra.launcher.timeout=1", "method=lora,dual_lora", *LONG)
+    _, err = command.communicate(timeout=1500)
+    assert command.returncode == EXIT_USER and "Traceback" not in err
+    assert "hydra.launcher.timeout: a run took longer" in err
+    assert not list(runs_folder.glob("adhoc/*/.lock"))
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
     record = Record(tmp_path)
     record.write_failure(OSError(f"proxy http://me:{SECRETS['MY_PASSWORD']}@host refused; see /home/somebody/.ssh/id"))
     assert not held(tmp_path)
-    assert record.read_failure()["message"] == "proxy http://me:***@host refused; see /home/somebody/.ssh/id"
+    assert record.read_failure()["message"] == "proxy http://***@host refused; see /home/somebody/.ssh/id"
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--config-dir", "-cd", "--run", "-sc"])

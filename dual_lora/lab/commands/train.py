@@ -46,7 +46,7 @@ def check_command(argv: list[str]) -> list[Run]:
     runs = prepare_runs(found)  # hashes data and weights, which must be there
     for run in runs:
         if not run.settings.force:
-            run.record.read_result()  # a damaged one is refused before the first run
+            run.record.read_finished()  # a damaged one is refused before the first run
     return runs
 
 

@@ -57,7 +57,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
         metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
     print(format_comparison(stored, metrics, record))
     kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
-    share_from_first(lambda: record.write_file("evaluation.json", kept))
+    share_from_first(lambda: record.try_write_file("evaluation.json", kept))
     return 0 if metrics == stored["metrics"] else 1
 
 

@@ -13,7 +13,7 @@ from dual_lora.lab.record.record import Record
 
 @dataclass(frozen=True)
 class Run:
-    """One run. Computing its identity hashes data and weights, so whoever needs the record is given the run."""
+    """One run. Computing its identity hashes data and weights, so callers that need the record are given the run."""
 
     settings: Settings
     record: Record
@@ -24,11 +24,12 @@ class Run:
         """Find the record of a run and check that it may be written.
 
         Raises:
-            UserError: the run cannot be named, nothing can be written where it belongs, or other files of the model
-                made what is there.
+            UserError: the run cannot be named, what is missing of it cannot be written, or what is there was made with
+                other files of the model.
         """
         record = Record(paths.RUNS / settings.study / compute_identity(settings))
-        check_writable(record.folder)
+        if settings.force or not (record.folder / "result.json").is_file():
+            check_writable(record.folder)
         if not settings.force and not settings.plan:
             record.verify_model_files(settings)
         return cls(settings, record, differences or {})
@@ -57,7 +58,7 @@ class Run:
 
     @property
     def is_missing(self) -> bool:
-        """Whether the run is still to be done: it has no result, or is forced to run again."""
+        """Whether the run is still to be done: it has no result, or force=true asks for it again."""
         return self.settings.force or self.record.read_result() is None
 
 

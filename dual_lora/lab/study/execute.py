@@ -5,15 +5,21 @@ import traceback
 from pathlib import Path
 
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Elsewhere, UserError, get_first_line
+from dual_lora.lab.errors import (
+    EXIT_ELSEWHERE,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    Elsewhere,
+    UserError,
+    get_first_line,
+)
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_finished
 from dual_lora.lab.system.distributed import has_several_processes, wait_for_first_process_error
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-# Exit codes: done; a run failed; something the user can fix; stopped on request, the same command resumes; done by
-# another process.
-EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
 EXIT_CODES = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
 # Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
 failures: dict[Path, dict[str, str]] = {}

@@ -5,11 +5,14 @@ Every launch has a folder of its own, removed when all its runs finished:
     runs/.multirun/WHEN_XXXX/
         N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
         .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
+        command.json    which process the command is: its runs on this machine stop when it is gone
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
 """
 
+import json
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -24,6 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import strftime
 
+import psutil
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
@@ -42,7 +46,9 @@ from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import Stopped, UserError, get_first_line, require, suggest_name
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
+from dual_lora.lab.system.environment import isolate_environment
 from dual_lora.lab.system.files import translate_write_errors
+from dual_lora.lab.system.libraries import hide_foreign_warnings
 from dual_lora.lab.system.signals import REQUEUE, STOP
 
 IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
@@ -166,7 +172,23 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+        command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
+        (folder / "command.json").write_text(json.dumps(command))
     return folder
+
+
+def is_command_gone(folder: Path) -> bool:
+    """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
+    try:
+        command = json.loads((folder / "command.json").read_text())
+        if command["host"] != platform.node():
+            return False
+        process = psutil.Process(command["pid"])
+        return process.create_time() != command["since"] or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
+        return not folder.exists()
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
@@ -223,7 +245,9 @@ def wait_patiently() -> AbstractContextManager:
 def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | None:
     """Execute one run in a launcher's process and return why it did not finish; None if it did."""
     paths.RUNS = folder.parents[1]
+    hide_foreign_warnings()
     try:
+        isolate_environment()
         settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
         with listen_in_process(), stop_on_file(folder / "stop"):
             return execute_run(Run.prepare(settings))
@@ -246,18 +270,18 @@ def listen_in_process() -> AbstractContextManager:
 
 @contextmanager
 def stop_on_file(file: Path) -> Iterator[None]:
-    """Stop this process's work, as a signal would, as soon as the file exists.
+    """Stop this process's work, as a signal would, when the file exists or the command that started it is gone.
 
     Raises:
-        Stopped: it exists already, or an earlier run of this process was stopped.
+        Stopped: that is so already, or an earlier run of this process was stopped.
     """
-    if stop_reasons or file.exists():
+    if stop_reasons or file.exists() or is_command_gone(file.parent):
         raise Stopped(*stop_reasons[:1] or ["the command that started it"])
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(1):
-            if file.exists():
+            if file.exists() or is_command_gone(file.parent):
                 return None if STOP.asked else os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=watch, daemon=True)

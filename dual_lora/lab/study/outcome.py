@@ -1,6 +1,7 @@
 """What is known of each cell of an experiment, from the records alone."""
 
-import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 from operator import itemgetter
@@ -38,19 +39,44 @@ class Outcome:
 
 
 def find_records(study: str) -> dict[str, list[Record]]:
-    """Return the records of a study by what was asked for, the one to be shown first, from the records alone. A damaged
-    one is told and left out."""
+    """Return the records of a study by what was asked for, the one to be shown first, from the records alone. Damaged
+    ones are left out; `find_damaged_records` names them."""
     found: dict[str, list[tuple[tuple, Record]]] = {}
-    for path in sorted((paths.RUNS / study).glob("*/config.yaml")):
-        record = Record(path.parent)
-        try:
-            record.verify_files("config.yaml", "environment.json")
-            settings = load_recorded_settings(record.folder)
+    for record in iterate_records(study):
+        with suppress(UserError):
+            settings = load_verified_settings(record)
             found.setdefault(serialize_identity_settings(settings), []).append((rank_record(record, settings), record))
-        except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
     ranked = {key: sorted(some, key=itemgetter(0), reverse=True) for key, some in found.items()}
     return {key: [record for _, record in some] for key, some in ranked.items()}
+
+
+def iterate_records(study: str) -> Iterator[Record]:
+    """Yield every folder of a study that a run has begun or finished."""
+    folders = {
+        path.parent for name in ("config.yaml", "result.json") for path in (paths.RUNS / study).glob(f"*/{name}")
+    }
+    yield from map(Record, sorted(folders))
+
+
+def load_verified_settings(record: Record) -> Settings:
+    """Return the settings of a record whose result, configuration and environment are as the run left them.
+
+    Raises:
+        UserError: one is damaged or missing.
+    """
+    record.verify_files("config.yaml", "environment.json")
+    return load_recorded_settings(record.folder)
+
+
+def find_damaged_records(study: str) -> list[str]:
+    """Return why records of a study cannot be read, one line each."""
+    found = []
+    for record in iterate_records(study):
+        try:
+            load_verified_settings(record)
+        except UserError as error:
+            found.append(f"{record.name}: {error}")
+    return found
 
 
 def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, str, str]:
@@ -108,7 +134,7 @@ def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     record, *others = study.get(serialize_identity_settings(chosen.settings), [None])
     result = record.read_result() if record else None
     reason = None if result else describe_failure(record) or ("begun, not finished" if record else "not run")
-    rate, others = chosen.settings.train.lr, tuple(other for other in others if other.result())
+    rate, others = chosen.settings.train.lr, tuple(other for other in others if other.read_result())
     return Outcome(chosen, record, result, reason, rate, others, diverged)
 
 

@@ -76,8 +76,12 @@ def train_run(run: Run) -> dict[str, Any]:
 
 
 def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
-    """Return the result of a finished run, unless it is forced to run again."""
-    return None if settings.force else share_from_first(record.read_result)
+    """Return the result of a finished run, unless it is forced to run again.
+
+    Raises:
+        UserError: the run is finished, but what it left is damaged.
+    """
+    return None if settings.force else share_from_first(record.read_finished)
 
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def save_training(loop: RunTrainer, record: Record, settings: Settings, facts: d
     with translate_save_errors(record.folder):
         share_from_first(lambda: remove_path(folder))
         loop.model.save_pretrained(folder, is_main_process=is_first_process())
-        share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, **facts))
+        share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, identity=record.name, **facts))
     return facts
 
 

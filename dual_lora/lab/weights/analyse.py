@@ -14,7 +14,7 @@ from dual_lora import analysis
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.present.document import MISSING
-from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.record import ANALYSIS_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.weights.histogram_figure import draw_histograms
 from dual_lora.lab.weights.rank_figure import RANK_TITLES, AnalysedRun, draw_ranks
@@ -74,7 +74,7 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
         "direction_edges": analysis.DIRECTION_EDGES,
         "rows": rows,
     }
-    record.write_file("analysis.json", content)
+    record.write_sealed(ANALYSIS_FILE, content)
     record.write_file("analysis.csv", drop_histograms(rows).to_csv(index=False))
     draw_figures(content, record)
     return format_analysis(content, record)
