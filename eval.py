@@ -6,7 +6,7 @@
     python eval.py run=runs/STUDY/ID analyse=true [against=runs/STUDY/OTHER]
 
 The scores are printed beside the recorded ones and kept as evaluation.json in the run's folder. data_dir and model.path
-tell where the files are now, if they moved; another eval.batch_size must not change a score.
+say where the files are now, if they moved; another eval.batch_size must not change a score.
 With export=DIR nothing is evaluated: the model is written there with its adapter merged, for plain transformers to
 load, and the adapter alone below DIR/adapter; how much the merge changed the logits is printed.
 With analyse=true nothing is evaluated either, and no data is needed: ranks, zeros, flipped signs and histograms of what
@@ -18,16 +18,20 @@ import os
 import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
-from dual_lora.lab.system.threads import configure_threads
-
-configure_threads()  # read by OpenMP when torch is imported
-
-from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 
-if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
+
+def main(argv: list[str]) -> int:
+    """Import the command, guarded like all that it does, and run it."""
+    from dual_lora.lab.commands.evaluate import evaluate_command
+
+    if {"-h", "--help"} & set(argv):
         print(__doc__)
-        sys.exit()
-    run_command(evaluate_command, sys.argv[1:])
+        return 0
+    return evaluate_command(argv)
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])

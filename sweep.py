@@ -12,17 +12,21 @@ import os
 import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
-
-from dual_lora.lab.system.threads import configure_threads
-
-configure_threads()  # read by OpenMP when torch is imported
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 from dual_lora.lab.commands.guard import run_command
-from dual_lora.lab.commands.sweep import sweep_command
-from dual_lora.lab.config.compose import list_choices
+
+
+def main(argv: list[str]) -> int:
+    """Import the command, guarded like all that it does, and run it."""
+    from dual_lora.lab.commands.sweep import sweep_command
+    from dual_lora.lab.config.paths import list_choices
+
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")
+        return 0
+    return sweep_command(argv)
+
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")
-        sys.exit()
-    run_command(sweep_command, sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -9,13 +9,17 @@ import os
 import sys
 
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
-
-from dual_lora.lab.system.threads import configure_threads
-
-configure_threads()  # read by OpenMP when torch is imported
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 from dual_lora.lab.commands.guard import run_command
-from dual_lora.lab.commands.train import train_command
+
+
+def main(argv: list[str]) -> int:
+    """Import the command, guarded like all that it does, and run it."""
+    from dual_lora.lab.commands.train import train_command
+
+    return train_command(argv)
+
 
 if __name__ == "__main__":
-    run_command(train_command, sys.argv[1:])
+    run_command(main, sys.argv[1:])

@@ -211,18 +211,29 @@ def elsewhere(patch: pytest.MonkeyPatch, here: Path) -> None:
 
 
 def failing(name: str, number: int, ways: str = "w") -> Callable[[pytest.MonkeyPatch, Path], None]:
-    """Return what has every file whose path ends so fail to open for reading ("r") or writing."""
+    """Return what has every file whose path ends so, or for a temporary name (".NAME.") holds it, fail to open for
+    reading ("r") or writing."""
+
+    def fail(file) -> None:
+        if str(file).endswith(name) or (name.endswith(".") and name in str(file)):
+            raise OSError(number, os.strerror(number), str(file))
 
     def under(patch: pytest.MonkeyPatch, here: Path) -> None:
-        real = io.open
+        real, real_low = io.open, os.open
 
         def opened(file, mode="r", *args, **kwargs):
-            if str(file).endswith(name) and mode[0] in ways:
-                raise OSError(number, os.strerror(number), str(file))
+            if mode[0] in ways:
+                fail(file)
             return real(file, mode, *args, **kwargs)
+
+        def opened_low(file, flags, *args, **kwargs):
+            if "w" in ways and flags & (os.O_WRONLY | os.O_RDWR):
+                fail(file)
+            return real_low(file, flags, *args, **kwargs)
 
         patch.setattr("io.open", opened)
         patch.setattr("builtins.open", opened)
+        patch.setattr("os.open", opened_low)
 
     return under
 
@@ -361,7 +372,7 @@ CASES = [
     Case("config", "empty value", "data_dir=", "data_dir=: empty; give a value, or null"),
     Case("config", "nothing to adapt", "model.adapt=[]", "model.adapt=[]: nothing for dual_lora to adapt"),
     Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: no regular expression"),
-    Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "is 16; drop one"),
+    Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "make it 16; drop one"),
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
     Case("config", "a text of no tokens", "model=tiny-llama task=demo/choice task.max_new_tokens=0", "needs at least one token"),
@@ -563,15 +574,15 @@ CASES = [
     Case("record", "exported into a file", "run={here}/run export={here}/x", "x: a file; give a new folder", lambda h: [finished(h), write("x", "")(h)], EVAL),
     Case("environment", "a hub without an address", "model=roberta-base", "HF_ENDPOINT=http://host:notaport: no address", under=no_hub),
     # checkpoints
-    Case("checkpoint", "one without a manifest", "train.save_steps=1", "checkpoint-1 is damaged or was cut short", in_own("checkpoints/checkpoint-1/optimizer.pt", "x"), code=0),
-    Case("checkpoint", "a manifest that is junk", "train.save_steps=1", "checkpoint-1 is damaged or was cut short", in_own("checkpoints/checkpoint-1/manifest.json", "\0"), code=0),
-    Case("checkpoint", "a manifest that is a list", "train.save_steps=1", "checkpoint-1 is damaged or was cut short", in_own("checkpoints/checkpoint-1/manifest.json", "[1]"), code=0),
-    Case("checkpoint", "a manifest of files that are gone", "train.save_steps=1", "checkpoint-1 is damaged or was cut short", in_own("checkpoints/checkpoint-1/manifest.json", '{"files": {"a": {"size": 1}}}'), code=0),
-    Case("checkpoint", "a file in place of checkpoints", "train.save_steps=1", "checkpoints: File exists; see that what is there", in_own("checkpoints", "")),
+    Case("checkpoint", "one without a manifest", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/optimizer.pt", "x"), code=0),
+    Case("checkpoint", "a manifest that is junk", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "\0"), code=0),
+    Case("checkpoint", "a manifest that is a list", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "[1]"), code=0),
+    Case("checkpoint", "a manifest of files that are gone", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", '{"files": {"a": {"size": 1}}}'), code=0),
+    Case("checkpoint", "a file in place of checkpoints", "train.save_steps=1", "checkpoints: File exists; check that this is the path", in_own("checkpoints", "")),
     # disks
-    Case("disk", "full under the settings", "", "config.yaml: cannot be written (No space left on device); free some space", under=failing(".config.yaml.partial", errno.ENOSPC)),
-    Case("disk", "a quota under the environment", "", "environment.json: cannot be written (Disk quota exceeded); free some space", under=failing(".environment.json.partial", errno.EDQUOT)),
-    Case("disk", "broken under predictions", "", "predictions.jsonl: cannot be written (Input/output error); look at the disk", under=failing(".predictions.jsonl.partial", errno.EIO)),
+    Case("disk", "full under the settings", "", "config.yaml: cannot be written (No space left on device); free some space", under=failing(".config.yaml.", errno.ENOSPC)),
+    Case("disk", "a quota under the environment", "", "environment.json: cannot be written (Disk quota exceeded); free some space", under=failing(".environment.json.", errno.EDQUOT)),
+    Case("disk", "broken under predictions", "", "predictions.jsonl: cannot be written (Input/output error); check the disk", under=failing(".predictions.jsonl.", errno.EIO)),
     Case("disk", "full under a checkpoint", "train.save_steps=1", "checkpoint-1: cannot be written (No space left on device); free some space", under=raising("transformers.Trainer._save_checkpoint", FULL)),
     Case("disk", "full under the adapter", "", "cannot be written (No space left on device); free some space", under=raising("peft.PeftModel.save_pretrained", FULL)),
     Case("disk", "full under an export", "run={here}/run export={here}/out", "export=", finished, EVAL, under=raising("transformers.PreTrainedModel.save_pretrained", FULL)),
@@ -580,13 +591,13 @@ CASES = [
     # permissions
     Case("permission", "runs that may not be written", "", "is no folder that can be written; set DUAL_LORA_RUNS=DIR", under=forbidden),
     Case("permission", "an export that may not be written", "run={here}/run export={here}/out", "is no folder that can be written; give another folder as export=DIR", finished, EVAL, under=forbidden),
-    Case("permission", "a record that may not be written", "", "config.yaml: cannot be written (Permission denied); make it writable", under=failing(".config.yaml.partial", errno.EACCES)),
-    Case("permission", "a disk that is read-only", "", "environment.json: cannot be written (Read-only file system); make it writable", under=failing(".environment.json.partial", errno.EROFS)),
-    Case("permission", "a lock that may not be written", "", ".lock: cannot be written (Permission denied); make it writable", under=failing("/.lock", errno.EACCES, "a")),
+    Case("permission", "a record that may not be written", "", "config.yaml: cannot be written (Permission denied); check that you may read and write", under=failing(".config.yaml.", errno.EACCES)),
+    Case("permission", "a disk that is read-only", "", "environment.json: cannot be written (Read-only file system); check that you may read and write", under=failing(".environment.json.", errno.EROFS)),
+    Case("permission", "a lock that may not be written", "", ".lock: cannot be written (Permission denied); check that you may read and write", under=failing("/.lock", errno.EACCES)),
     Case("permission", "data that may not be read", RTE, "dev.tsv: cannot be read ([Errno 13] Permission denied", rte, under=failing("dev.tsv", errno.EACCES, "r")),
     Case("permission", "a model that may not be read", PLACED, "config.json: damaged ([Errno 13] Permission denied", model, under=failing("model/config.json", errno.EACCES, "r")),
     Case("permission", "settings that may not be read", "run={here}/run", "config.yaml: not a run's settings", finished, EVAL, under=failing("run/config.yaml", errno.EACCES, "r")),
-    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; see that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
+    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; check that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
     # memory
     Case("memory", "too little to load", "", "a smaller model or model.dtype=bfloat16 takes less", under=raising(LOADING, CUDA)),
     Case("memory", "too little to load, without an accelerator", "", "can't allocate memory: you tried 9 bytes); a smaller model", under=raising(LOADING, CPU)),

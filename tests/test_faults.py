@@ -28,12 +28,16 @@ def raised(error: Exception):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "a/b: Permission denied; see that you may read"),
-        (OSError(errno.EIO, "Input/output error", "a/b"), 2, "a/b: Input/output error; look at the disk"),
-        (ConnectionError("no route\nto host"), 2, "no route; look at the disk or the network"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/b"),
+            2,
+            "a/b: Permission denied; check that you may read",
+        ),
+        (OSError(errno.EIO, "Input/output error", "a/b"), 2, "a/b: Input/output error; check the disk"),
+        (ConnectionError("no route\nto host"), 2, "no route; check the disk or the network"),
         (MemoryError(), 2, "out of memory (MemoryError); close other programs"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory (CUDA out of memory. Tried)"),
-        (KeyError("weights"), 1, "KeyError: KeyError('weights'); a fault of the program"),
+        (KeyError("weights"), 1, "KeyError: KeyError('weights'); internal error"),
     ],
 )
 def test_whatever_ends_a_command_is_told_in_its_last_line(error, code, said, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import encode_rows
-from dual_lora.lab.model.load import load_tokenizer
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK
 from dual_lora.lab.train.plan import plan_run
@@ -158,7 +158,8 @@ def test_a_step_is_taken_or_refused_in_one_line(pair, method, overrides, runs_fo
     short = ["train.max_steps=1", "eval.max_examples=2", "eval.before=false", "wandb.mode=disabled", "force=true"]
     try:
         given = [f"model={model}", f"task={task}", f"method={method}", "task.max_new_tokens=4", *short, *overrides]
-        assert train_run(Run.prepare(load_settings(given)))["steps"] == 1
+        result = train_run(Run.prepare(load_settings(given)))
+        assert result["steps"] == (1 if result["trainable_parameters"] else 0)
     except UserError as error:
         in_one_line(error)
 

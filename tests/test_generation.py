@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dual_lora.lab.evaluate.throughput import measure_command
 
+from dual_lora.lab.commands.throughput import measure_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluate import cache as evaluate_cache
+from dual_lora.lab.evaluate import predict
 from dual_lora.lab.evaluate.beam_search import search_beams
 from dual_lora.lab.evaluate.cache import read_prompts
 from dual_lora.lab.evaluate.evaluate import compute_outputs
@@ -203,7 +203,7 @@ def test_a_chat_is_the_same_in_training_and_evaluation(talker, monkeypatch):
     seen = []
     read = read_prompts
     monkeypatch.setattr(
-        evaluate_cache, "read_prompts", lambda model, prompts, pad: seen.extend(prompts) or read(model, prompts, pad)
+        predict, "read_prompts", lambda model, prompts, pad: seen.extend(prompts) or read(model, prompts, pad)
     )
     compute_outputs(base, tokenizer, task, rows, chosen, "test")
     for row, example in zip(rows, examples, strict=True):

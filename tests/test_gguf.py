@@ -16,7 +16,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs import gguf as inputs_gguf
 from dual_lora.lab.inputs.gguf import read_checked_header, read_gguf_header
 from dual_lora.lab.inputs.model_files import identify_weights
-from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.plan import compute_plan
 from dual_lora.lab.train.run import train_run
@@ -75,7 +76,7 @@ def write(path, architecture="llama", cut="gpt-2", template=None, more=None, ext
     if template:
         out.add_chat_template(template)
     for key, value in (more or {}).items():
-        out.add_string(key, value)
+        (out.add_string if isinstance(value, str) else out.add_uint16)(key, value)
     for name, weight in load_file(SAVED / "model.safetensors").items():
         part = name.rpartition("_proj")[0][-1:]
         out.add_tensor(name_there(name), (turned(weight, heads[part]) if part in heads else weight).numpy())
@@ -180,9 +181,10 @@ def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
     for number, (options, message) in enumerate(
         [
             ({"cut": "deepseek-llm"}, r"how its tokenizer cuts texts \(deepseek-llm\) is not known here"),
-            ({"cut": None}, r"how its tokenizer cuts texts \(none told\) is not known here"),
+            ({"cut": None}, r"how its tokenizer cuts texts \(unnamed\) is not known here"),
             ({"more": {"llama.rope.scaling.type": "yarn"}}, "its positions are scaled"),
             ({"extra": ["rope_freqs.weight"]}, "its positions are scaled"),
+            ({"more": {"split.count": 3}}, "one of 3 parts; join them first"),
         ]
     ):
         with pytest.raises(UserError, match=message):

@@ -98,7 +98,8 @@ def test_every_launcher_composes(name):
         ("hydra/launcher=workstation hydra.launcher.n_jobs=1,2", "hydra.launcher.n_jobs: one value for all runs"),
         ("hydra/launcher=workstation,slurm", "hydra/launcher: one value for all runs"),
         ("+hydra/launcher=slurm", "+hydra/launcher: is there already"),
-        ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: not with"),
+        ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: of Hydra's own only"),
+        ("hydra/sweeper=basic", "hydra/sweeper: of Hydra's own only"),
         ("hydra.launchers=slurm", "hydra.launchers: of Hydra's own only hydra/launcher"),
     ],
 )
@@ -206,15 +207,37 @@ def test_a_stopped_command_stops_its_runs_with_checkpoints(runs_folder, start):
     os.killpg(command.pid, signal.SIGINT)
     out, err = command.communicate(timeout=1500)
     assert command.returncode == EXIT_STOPPED and "Traceback" not in err
-    assert "the runs are told to stop" in err and "stopped by SIGINT; the same command goes on" in err
+    assert "the runs are asked to stop" in err and "stopped by SIGINT; the same command resumes" in err
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2 == len(list(runs_folder.glob("adhoc/*")))
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_run_behind(runs_folder, start):
+    """SIGKILL of the command alone: its runs notice, and stop with checkpoints."""
+    command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
+    workers = doing(runs_folder, 2)
+    command.kill()
+    until = time.monotonic() + 600
+    while list(runs_folder.glob("adhoc/*/.lock")) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not list(runs_folder.glob("adhoc/*/.lock")), workers
+    assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_longer_than_the_launcher_allows_is_one_line(runs_folder, start):
+    command = start("hydra/launcher=workstation", "hydra.launcher.timeout=1", "method=lora,dual_lora", *LONG)
+    _, err = command.communicate(timeout=1500)
+    assert command.returncode == EXIT_USER and "Traceback" not in err
+    assert "hydra.launcher.timeout: a run took longer" in err
+    assert not list(runs_folder.glob("adhoc/*/.lock"))
 
 
 @pytest.fixture
 def work(runs_folder, monkeypatch):
     """A function that does job 0 of a launch as a launcher's process does, with `attempt` in place of the run."""
     monkeypatch.setattr(launch, "stop_reasons", [])
-    folder = prepare_launch_folder([load_settings(TINY)])
+    folder = prepare_launch_folder([Run.prepare(load_settings(TINY))])
     here = OmegaConf.create({"job": {"num": 0}})
     monkeypatch.setattr(launch.HydraConfig, "get", lambda: here)
 
@@ -286,7 +309,7 @@ def test_exit_codes_of_what_other_processes_tell(runs_folder, capsys):
     for error, code in {**expected, "ValueError": EXIT_FAILED}.items():
         failures[run.record.folder] = {"error": error, "message": "SIGTERM"}
         assert report_failures([run]) == code
-    assert "by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert "by SIGTERM; the same command resumes it" in capsys.readouterr().err
 
 
 def test_a_thread_hears_no_ctrl_c_nor_do_its_processes():

@@ -17,7 +17,7 @@ from wandb_stub import WandbStub
 
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.record import mirror
-from dual_lora.lab.record.mirror import Mirror, open_mirror
+from dual_lora.lab.record.mirror import Mirror, _reason, open_mirror
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.train.run import open_run_mirror
 
@@ -59,7 +59,7 @@ def stub(monkeypatch, patient):
 def start(tmp_path):
     """A function that opens a mirror in tmp_path/run; its warnings gather in `start.lines`."""
 
-    def start(mode, run_id="r1"):
+    def start(mode, run_id="r1", tags=("table1", "lora")):
         return open_mirror(
             mode,
             project="study",
@@ -68,7 +68,7 @@ def start(tmp_path):
             name="lora-seed1",
             group="tiny/demo/lora",
             job_type="train",
-            tags=["table1", "lora"],
+            tags=list(tags),
             config={"method": {"r": 8}, "seed": 1},
             folder=tmp_path / "run",
             warn=start.lines.append,
@@ -253,7 +253,7 @@ def test_disabled_does_not_import_wandb():
         from dual_lora.lab.record.mirror import open_mirror
         facts = dict.fromkeys("project entity run_id name group job_type tags config folder".split())
         mirror = open_mirror("disabled", **facts)
-        mirror.log({"step": 1}), mirror.summary({}), mirror.finish()
+        mirror.log({"step": 1}), mirror.set_summary({}), mirror.finish()
         print([name for name in ("wandb", "torch", "peft") if name in sys.modules])
     """
     env = {**os.environ, "DUAL_LORA_LAZY": "1"}
@@ -291,3 +291,21 @@ def test_first_error_ends_the_mirroring(tmp_path):
 def test_unknown_mode(start):
     with pytest.raises(ValueError, match="dryrun"):
         start("dryrun")
+
+
+def test_what_wandb_refuses_is_named_with_its_field_and_no_secret(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:secretword@proxy:3")
+    import wandb
+
+    with pytest.raises(ValueError) as caught:
+        wandb.Settings(run_tags=("x" * 65,))
+    assert _reason(caught.value).startswith("ValidationError: run_tags: ")
+    error = ConnectionError("no http://me:secretword@proxy:3\nmore")
+    assert _reason(error) == "ConnectionError: no http://***@proxy:3"
+
+
+def test_tags_are_cut_to_what_wandb_takes(monkeypatch, start):
+    given = {}
+    monkeypatch.setattr("dual_lora.lab.record.mirror._start", lambda mode, facts, warn: given.update(facts))
+    start("offline", tags=["a" * 70, "b"])
+    assert given["tags"] == ["a" * 64, "b"]

@@ -217,5 +217,5 @@ def test_one_process_tells_why_whichever_fails_before_the_others(slow, failing, 
     process = start(str(script), runs=tmp_path / "runs")
     out, _ = process.communicate()
     told = [line for line in out.splitlines() if line.startswith("train.py: ")]
-    also = ["train.py: stopped by SIGTERM; the same command goes on from here"] if failing == "1" else []
+    also = ["train.py: stopped by SIGTERM; the same command resumes from here"] if failing == "1" else []
     assert told == ["train.py: what=this: does not do", *also], out[-2000:]

@@ -406,12 +406,11 @@ def test_the_page_sets_words_left_and_lets_wide_tables_scroll():
 def test_a_report_removes_figures_that_it_no_longer_has(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 80)
     (tmp_path / "ranks_0.png").write_bytes(b"old")
-    (tmp_path / "notes.txt").write_text("mine")
+    report_write.remove_stale_figures(tmp_path, {"ranks_0"})
+    (tmp_path / "mine.png").write_bytes(b"mine")
     write_report(experiment, done, tmp_path)
-    assert {path.name for path in tmp_path.glob("*.p*")} == {
-        f"{name}.{kind}" for name in ("forest", "figure", "cost") for kind in ("png", "pdf")
-    }
-    assert (tmp_path / "notes.txt").is_file()
+    drawn = {f"{name}.{kind}" for name in ("forest", "figure", "cost") for kind in ("png", "pdf")}
+    assert {path.name for path in tmp_path.glob("*.p*")} == {*drawn, "mine.png"}
 
 
 def test_verdicts_come_first_and_published_figures_last(study, tmp_path):

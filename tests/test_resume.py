@@ -23,7 +23,7 @@ from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import RESTARTS, RESUMES, Elsewhere, Stopped, UserError, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.model.load import load_tokenizer
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER, execute_run, report_failures
@@ -159,9 +159,11 @@ def test_a_checkpoint_falls_due_after_the_newest_one(runs_folder, monkeypatch):
 @pytest.mark.parametrize("method", list_choices("method"))
 def test_every_method_on_every_family_goes_on_to_the_same_bytes(model, method, runs_folder, reference):
     task = {"tiny-gpt2": "demo/choice", "tiny-llama": "demo/restaurants"}.get(model, "demo/sentiment")
-    dropout = [] if method == "full" else ["method.dropout=0.1"]
+    dropout = ["method.dropout=0.1"] if chosen(f"method={method}").method.dropout is not None else []
     settings = chosen(f"model={model}", f"task={task}", f"method={method}", *dropout)
     whole = reference(settings)
+    if not whole["result"]["trainable_parameters"]:
+        pytest.skip("takes no step")
     for step in (2, 3, 6):
         record = stopped(settings, step)
     train_run(Run.prepare(settings))
@@ -289,6 +291,9 @@ def test_records_of_earlier_versions_have_no_seals(runs_folder, capsys):
     train_run(Run.prepare(settings))
     record = Run.prepare(settings).record
     edited(record.folder / "result.json", lambda held: {k: held[k] for k in held if k not in ("sha256", "digest")})
+    with pytest.raises(UserError, match="not as the run left it"):
+        record.read_result()
+    edited(record.folder / "environment.json", lambda held: {k: held[k] for k in held if k != "code"})
     record.verify_files()
     assert evaluate_command([f"run={record.folder}"]) == 0
 
@@ -303,7 +308,7 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_it_used(runs_folder,
         assert [p.name for p in sorted(record.folder.glob("checkpoints/*"))] == ["checkpoint-4", "checkpoint-6"]
         damage(record.folder / "checkpoints/checkpoint-6")
         assert parse_checkpoint_step(record.find_checkpoint()) == 4
-        assert "checkpoint-6 is damaged or was cut short: removed" in capsys.readouterr().out
+        assert "checkpoint-6 is damaged or incomplete: removed" in capsys.readouterr().out
     train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
 
@@ -361,7 +366,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     folder = Run.prepare(settings).record.folder
     folder.mkdir(parents=True)
     with hold_lock(folder):
-        with pytest.raises(Elsewhere, match=f"process {os.getpid()} on .* is doing it since"):
+        with pytest.raises(Elsewhere, match=f"process {os.getpid()} on .* has done it since"):
             train_run(Run.prepare(settings))
         execute_run(Run.prepare(settings))
         assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE
@@ -509,7 +514,7 @@ def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("number", "mend"),
-    [(errno.ENOSPC, "free some space"), (errno.EROFS, "make it writable"), (errno.EACCES, "make it writable")],
+    [(errno.ENOSPC, "free some space"), (errno.EROFS, "check that you may"), (errno.EACCES, "check that you may")],
 )
 def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, monkeypatch, capsys):
     settings = chosen("train.save_steps=2")

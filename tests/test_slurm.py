@@ -169,7 +169,7 @@ def test_a_preempted_job_leaves_a_checkpoint_and_goes_on(slurm, runs_folder, how
     out, err = command.communicate(timeout=500)
     print(out, err, log(runs_folder))
     if how != "USR2":
-        assert command.returncode == 3 and "by SIGTERM; the same command goes on" in err, err
+        assert command.returncode == 3 and "by SIGTERM; the same command resumes it" in err, err
         assert list(folder.glob("checkpoints/*/")) and not (folder / "result.json").exists()
         again = start(*words)
         out, err = again.communicate(timeout=500)

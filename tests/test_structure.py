@@ -88,6 +88,7 @@ def test_import_directions(folder):
 
 def test_methods_and_tasks_do_not_know_each_other():
     methods = {OmegaConf.load(ROOT / "conf/method" / f"{m}.yaml").name for m in list_choices("method")}
+    methods -= {"none"}  # a word of other meanings, too
     for path in (ROOT / "tasks").glob("*.py"):
         strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         assert not methods & strings, path

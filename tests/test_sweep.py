@@ -16,7 +16,7 @@ import tasks
 from dual_lora import paper
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config.compose import list_choices, load_settings
-from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_scored_splits, load_split
 from dual_lora.lab.record.identity import serialize_identity_settings
@@ -228,12 +228,12 @@ def test_the_time_left_covers_what_comes_after_the_choice_of_rates(runs_folder, 
     monkeypatch.setattr(study_schedule, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("dual_lora.lab.study.schedule.execute_run", lambda run: None)
     run_cells(cells, "small", [])
-    left = re.findall(r"\[(\d/\d)\] \S+, (.*)", capsys.readouterr().out)
+    left = re.findall(r"\[(\d/\d)\] [^,]+, (.*)", capsys.readouterr().out)
     assert left == [
         ("1/2", "time left not known before a run is done"),
         ("2/2", "about 5 min left"),  # this one, and two seeds of two rows
         ("1/2", "about 2 min left"),
-        ("2/2", "about 1 min left"),
+        ("2/2", "about 60 s left"),
     ]
 
 

@@ -90,13 +90,15 @@ def test_a_run_leaves_a_whole_record(method, runs_folder):
         "metrics.jsonl",
         "predictions.jsonl",
         "result.json",
-        "model" if method == "full" else "adapter",
+        "model" if chosen.method.peft is None else "adapter",
     }
     assert json.loads((folder / "result.json").read_text()) == result
     assert {"metrics", "trainable_parameters", "train_seconds", "peak_memory_bytes", "identity"} <= result.keys()
-    assert result["peak_memory_bytes"] > 50e6 and result["tokens_per_second"] > 0 and result["steps"] == 4
+    steps = 4 if result["trainable_parameters"] else 0  # the model as it is takes none
+    assert result["steps"] == steps
+    assert not steps or (result["peak_memory_bytes"] > 50e6 and result["tokens_per_second"] > 0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4, 4]
+    assert [r["step"] for r in rows] == [*range(steps + 1), steps]
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 8
     assert load_recorded_settings(folder) == chosen
 
@@ -265,7 +267,7 @@ def test_a_rate_whose_epoch_cannot_be_scored_diverged(runs_folder):
     wild = ["method=full", "train.lr=9e5", "train.max_grad_norm=9e5", "task.checkpoint=best", "train.log_steps=99"]
     few = ["train.max_steps=null", "train.max_examples=32", "train.epochs=3", "train.batch_size=16"]
     chosen = settings("tiny-roberta", *wild, *few)
-    with pytest.raises(UserError, match="the model's outputs are no numbers; .* a lower train.lr"):
+    with pytest.raises(UserError, match="the model's outputs are NaN or Inf; .* a lower train.lr"):
         train_run(Run.prepare(chosen))
     assert Run.prepare(chosen).record.read_failure()["diverged"]
 
@@ -314,7 +316,7 @@ def test_outputs_that_are_no_numbers_are_not_scored(model, task):
     base, tokenizer = load_model(chosen, asked)
     with torch.no_grad():
         next(p for name, p in base.named_parameters() if "norm" in name.lower() or "ln_" in name).fill_(float("nan"))
-    with pytest.raises(UserError, match="the model's outputs are no numbers"):
+    with pytest.raises(UserError, match="the model's outputs are NaN or Inf"):
         rows = [{"id": "1", "prompt": "one two", "text": "one", "text_pair": [], "label": 0}]
         ask = {"commonsense": score_choices}.get(task)
         asked.choices = lambda row: ["true", "false"]
@@ -605,9 +607,13 @@ def test_a_mirror_without_a_server_does_not_harm_the_run(runs_folder, monkeypatc
     assert list((runs_folder / "adhoc" / result["identity"]).glob("wandb/offline-run-*"))
 
 
-@pytest.mark.parametrize("method", list_choices("method"))
+GOLDEN_METHODS = [m for m in list_choices("method") if (ROOT / "tests" / "golden" / f"{m}.json").is_file()]
+
+
+@pytest.mark.parametrize("method", GOLDEN_METHODS)
 def test_twenty_steps_have_the_golden_losses(method, runs_folder):
-    """DUAL_LORA_GOLDEN=write writes the files anew, for a change that is meant to change the losses."""
+    """DUAL_LORA_GOLDEN=write overwrites the files, for a change that is meant to change the losses. A method has golden
+    losses if it has such a file."""
     result = train_run(
         Run.prepare(settings("tiny-roberta", f"method={method}", "train.max_steps=20", "eval.before=false"))
     )

@@ -1,15 +1,18 @@
-"""Errors a user can fix, the stop somebody asked for, and the one table that turns a machine's error into one line."""
+"""Exit codes, errors a user can fix, a requested stop, and the one table that turns a machine error into one line."""
 
-import contextlib
 import difflib
 import errno
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Done; a run failed; something the user can fix; stopped on request, the same command resumes; another process does it.
+EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
+
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback, exit code 2. `details` go to the record."""
+    """Something the user can fix: shown as one line without a traceback, exit code 2. `details` go to the record."""
 
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
@@ -17,31 +20,37 @@ class UserError(Exception):
 
 
 def suggest_name(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean X?" for the known word closest to one that is not known, or ""."""
+    """Return " Did you mean X?" for the known name closest to an unknown one, or "" if none is close."""
     known = list(known)
     close = [] if word in known else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def require(condition: bool, message: str) -> None:
+    """Refuse what does not meet a condition.
+
+    Raises:
+        UserError: with this message, if the condition is false.
+    """
     if not condition:
         raise UserError(message)
 
 
 def get_first_line(error: BaseException | str) -> str:
-    """Return what an error says in one line: the first, with the next where that ends in a colon, or its type."""
+    """Return an error's message as one line: its first, joined to the next if it ends in a colon; or its repr."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, LookupError) or not lines:
-        return repr(error)  # of a KeyError str() is the key alone
+        return repr(error)  # str() of a KeyError is only the key
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-RESUMES, RESTARTS = "goes on from here", "starts this run anew: what is sharded and trained in full has no checkpoints"
+RESUMES = "resumes from here"
+RESTARTS = "starts this run again from the beginning: a sharded model that is trained in full has no checkpoints"
 
 
 class Stopped(BaseException):
-    """Somebody asked for an end, by the signal `asked`; `then` is what the same command does next. Not an `Exception`,
-    so that nothing on the way takes it for a failure."""
+    """A stop was requested by the signal `asked`; `then` is what the same command does next. Not an `Exception`, so
+    that no handler on the way mistakes it for a failure."""
 
     def __init__(self, asked: str, then: str = RESUMES) -> None:
         super().__init__(asked)
@@ -52,77 +61,106 @@ class Elsewhere(Exception):
     """Another process does this run."""
 
 
-# How torch, CUDA and safetensors word the end of memory where they have no type for it.
-OUT_OF_MEMORY_WORDS = ("out of memory", "allocate memory", "ALLOC_FAILED")
+# How torch, CUDA, the dynamic loader and safetensors report a lack of memory without a type of its own.
+OUT_OF_MEMORY_WORDS = ("out of memory", "allocate memory", "ALLOC_FAILED", "failed to map segment", "bad_alloc")
+# Remedies by errno. Libraries repeat the system's words in errors without an errno, so those count as well.
 REMEDIES = {
-    (errno.EACCES, errno.EPERM, errno.EROFS): "see that you may read and write there",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "check that you may read and write there",
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there",
     (errno.ENAMETOOLONG,): "give a shorter name",
-    (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR): "see that what is there is what was meant",
+    (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP): "check that this is the path you meant",
     (errno.EMFILE, errno.ENFILE): "allow more open files (ulimit -n)",
+    (errno.EAGAIN,): "allow more processes and threads (ulimit -u)",
+}
+LIMIT_WORDS = {
+    os.strerror(errno.EMFILE): errno.EMFILE,
+    "can't start new thread": errno.EAGAIN,
 }
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory has come to its end, the accelerator's or the machine's."""
+    """Return whether the accelerator or the machine ran out of memory."""
     if isinstance(error, UserError):
         return False
     named = any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__)
     lacking = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return named or lacking or any(word in str(error) for word in OUT_OF_MEMORY_WORDS)
+    return named or lacking or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def describe_out_of_memory(error: BaseException, remedy: str) -> str:
+    """Return a lack of memory as one line with its remedy."""
+    return f"out of memory ({get_first_line(error) if str(error) else type(error).__name__}); {remedy}"
+
+
+def find_remedy(number: int | None, default: str) -> str:
+    """Return the remedy for an errno, or a default for one that the table does not have."""
+    return next((remedy for numbers, remedy in REMEDIES.items() if number in numbers), default)
 
 
 def describe_machine_error(error: BaseException) -> str | None:
-    """Return a fault of the machine's with its mend, or None for another error."""
+    """Return an error of the machine as one line with its remedy; None for any other error."""
     if is_out_of_memory(error):
-        said = get_first_line(error) if str(error) else type(error).__name__
-        return f"out of memory ({said}); close other programs or take a machine with more"
+        return describe_out_of_memory(
+            error, "close other programs, raise the limit (ulimit -v) or take a machine with more"
+        )
+    words = next((words for words in LIMIT_WORDS if words in str(error)), None)
+    if words and not isinstance(error, UserError):
+        return f"{get_first_line(error)}; {find_remedy(LIMIT_WORDS[words], '')}"
     if not isinstance(error, OSError):
         return None
-    mend = next(
-        (mend for numbers, mend in REMEDIES.items() if error.errno in numbers), "look at the disk or the network"
-    )
+    remedy = find_remedy(error.errno, "check the disk or the network")
     reason = error.strerror or get_first_line(error)
-    return f"{error.filename}: {reason}; {mend}" if error.filename else f"{reason}; {mend}"
+    return f"{error.filename}: {reason}; {remedy}" if error.filename else f"{reason}; {remedy}"
 
 
 @contextmanager
 def translate_machine_errors() -> Iterator[None]:
-    """Turn a fault of the machine's into the user's one line."""
+    """Turn an error of the machine into one line.
+
+    Raises:
+        UserError: the machine's error and its remedy. Other errors pass.
+    """
     try:
         yield
     except Exception as error:
-        if said := describe_machine_error(error):
-            raise UserError(said) from error
+        if message := describe_machine_error(error):
+            raise UserError(message) from error
         raise
 
 
-# What transformers' errors mean here, by a word in them.
+# What errors of transformers mean here, by a word in them.
 READ_FAILURES = {
-    "trust_remote_code": "it wants code of its own to be run, which is never done",
-    "ignore_mismatched_sizes": "its weights have other shapes than its config.json asks for",
+    "trust_remote_code": "it needs code of its own, which is never run",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
 }
 
 
 @contextmanager
-def translate_read_errors(what: str, mend: str) -> Iterator[None]:
-    """Turn whatever the libraries raise over files that somebody else wrote into one line."""
+def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever libraries raise over files that somebody else wrote into one line.
+
+    Raises:
+        UserError: `what`, the reason and the remedy. A lack of memory passes.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         reason = next((reason for word, reason in READ_FAILURES.items() if word in str(error)), get_first_line(error))
-        raise UserError(f"{what} ({reason[:300]}); {mend}") from error
+        raise UserError(f"{what} ({reason[:300]}); {remedy}") from error
 
 
-@contextlib.contextmanager
-def translate_memory_errors(mend: str) -> Iterator[None]:
-    """Turn the end of memory into the user's one line; `mend` says what takes less."""
+@contextmanager
+def translate_memory_errors(remedy: str) -> Iterator[None]:
+    """Turn a lack of memory into one line.
+
+    Raises:
+        UserError: what ran out, and the remedy: what needs less. Other errors pass.
+    """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = get_first_line(error) if str(error) else type(error).__name__
-        raise UserError(f"out of memory ({said}); {mend}") from error
+        raise UserError(describe_out_of_memory(error, remedy)) from error

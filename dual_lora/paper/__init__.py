@@ -68,7 +68,13 @@ class Row:
 
     def matches(self, keys: Mapping[str, Key]) -> bool:
         """Whether the row has these keys with these values."""
-        return all(name in self.keys and self.keys[name] == value for name, value in keys.items())
+        return all(name in self.keys and is_same_key(self.keys[name], value) for name, value in keys.items())
+
+
+def is_same_key(printed: Key, ours: Key) -> bool:
+    """Return whether a printed key is one of ours: names may differ in case and punctuation (VeRA is vera)."""
+    one, other = (re.sub(r"[-_ ]", "", key.lower()) if isinstance(key, str) else key for key in (printed, ours))
+    return one == other
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from dual_lora.lab.config.overrides import split_words
 from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import require, suggest_name
+from dual_lora.lab.config.tasks import check_data_dir, load_task
+from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.study.execute import EXIT_OK
@@ -17,16 +19,15 @@ PATH_KEYS = {"run", "data_dir", "model.path", "export", "against"}
 
 
 def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
-    """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`.
+    """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`,
+    settings by their types.
 
     Raises:
         UserError: another setting, an impossible value, or no run.
     """
     known = {"run": str, "data_dir": str, "model.path": str, "eval.batch_size": int, **more}
-    given = dict(a.partition("=")[::2] for a in argv)
+    given: dict[str, str | int] = split_words(argv, known, Path(sys.argv[0]).name, first="run")
     for key, value in given.items():
-        require(key in known, f"{key}: no such setting of {Path(sys.argv[0]).name}.{suggest_name(key, list(known))}")
-        require(value, f"{key}=: needs a value")
         whole = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
         require(whole, f"{key}={value[:80]}: must be a whole number above 0")
         given[key] = known[key](value)
@@ -38,7 +39,11 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
 
 def evaluate_command(argv: list[str]) -> int:
     """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export or analyse
-    it."""
+    it; return the exit code.
+
+    Raises:
+        UserError: the command line or the run's record is wrong.
+    """
     run, values = parse_run_words(argv, **{"export": str, "model.dtype": str, "analyse": str, "against": str})
     folder, dtype = values.pop("export", None), values.pop("model.dtype", None)
     analyse, against = values.pop("analyse", "false"), values.pop("against", None)
@@ -47,6 +52,8 @@ def evaluate_command(argv: list[str]) -> int:
     require(analyse == "true" or not against, "against: only with analyse=true")
     require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
     settings = replace_settings(load_recorded_settings(run), values)
+    if settings.data_dir:
+        check_data_dir(load_task(settings), settings.data_dir)
     settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:
@@ -60,7 +67,11 @@ def evaluate_command(argv: list[str]) -> int:
 
 
 def analyse_command(settings: Settings, record: Record, against: Path | None, values: dict[str, str | int]) -> int:
-    """Check that a run, and the one it is compared to, can be analysed, and do it."""
+    """Check that a run, and the one it is compared to, can be analysed; analyse it and return the exit code.
+
+    Raises:
+        UserError: one is not finished, or their models differ.
+    """
     require(record.read_result() is not None, f"run={record.format_path()}: not finished, it has no result.json")
     other = None
     if against:
@@ -79,7 +90,11 @@ def analyse_command(settings: Settings, record: Record, against: Path | None, va
 
 
 def export_command(settings: Settings, record: Record, folder: Path, dtype: str) -> int:
-    """Check where a run is to be exported to, and export it."""
+    """Check where a run is to be exported to; export it and return the exit code.
+
+    Raises:
+        UserError: the run is not finished, or the folder cannot be written or is not empty.
+    """
     replace(settings.model, dtype=dtype)  # checks its name
     require(record.read_result() is not None, f"run={record.format_path()}: not finished, it has no result.json")
     require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")

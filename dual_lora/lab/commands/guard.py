@@ -1,49 +1,112 @@
-"""The end of every command: an exit code, and one line for whatever ended it."""
+"""The frame of every command: an exit code, and one line for whatever ended it.
 
+Nothing here imports a heavy library, so that what goes wrong while those are imported ends in one line as well.
+"""
+
+import atexit
 import io
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+from dual_lora.lab.commands.screen import guard_screen
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.paths import resolve_path
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Stopped, UserError, describe_machine_error, get_first_line
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_STOPPED, EXIT_USER
+from dual_lora.lab.errors import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    RESUMES,
+    Stopped,
+    UserError,
+    describe_machine_error,
+    get_first_line,
+)
 from dual_lora.lab.system.distributed import is_first_process, wait_for_first_process_error
+from dual_lora.lab.system.environment import isolate_environment
 from dual_lora.lab.system.signals import STOP
 
 
 def describe_end(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the line for what ended the work. What is neither the user's nor the machine's fault is
-    the program's: its traceback is printed before."""
+    """Return the exit code and the line for the error that ended the work. Neither the user's nor the machine's error
+    is a bug: its traceback is printed first."""
     if isinstance(error, UserError):
         return EXIT_USER, str(error)
-    if said := describe_machine_error(error):
-        return EXIT_USER, said
+    if message := describe_machine_error(error):
+        return EXIT_USER, message
     print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
-    return EXIT_FAILED, f"{type(error).__name__}: {get_first_line(error)}; a fault of the program, not of the settings"
+    return EXIT_FAILED, f"{type(error).__name__}: {get_first_line(error)}; internal error, please report it"
 
 
-def run_command(do: Callable[..., int], *args: object) -> None:
-    """Exit with what `do` returns; whatever else ends it becomes one line, a stop somebody asked for included."""
-    name = Path(sys.argv[0]).name
-    silence = nullcontext() if is_first_process() else redirect_stdout(io.StringIO())
+def check_surroundings() -> None:
+    """Check what the process was started with: its folder, its environment and the folder of runs.
+
+    Raises:
+        UserError: what is wrong and the remedy.
+    """
     try:
-        with STOP.listen(), silence:
-            resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
-            try:
-                sys.exit(do(*args))
-            except Exception:
-                wait_for_first_process_error()
-                raise
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the current folder no longer exists; change to another one (cd) and try again") from error
+    isolate_environment()
+    resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
+
+
+def call_command(do: Callable[..., int], *args: object) -> int:
+    """Return what `do` returns.
+
+    Raises:
+        Stopped: a stop was requested, also where the library that was interrupted raised an error of its own.
+        Exception: whatever else `do` raises, after the first process had time to report it.
+    """
+    try:
+        return do(*args)
+    except Exception as error:
+        if STOP.raised:
+            raise Stopped(STOP.asked, STOP.then) from error
+        wait_for_first_process_error()
+        raise
+
+
+def run_guarded(name: str, do: Callable[..., int], *args: object) -> int:
+    """Return what `do` returns; whatever else ends it is printed as one line, and its exit code returned."""
+    try:
+        with STOP.listen():
+            check_surroundings()
+            with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
+                return call_command(do, *args)
     except Exception as error:
         code, message = describe_end(error)
         print(f"{name}: {redact_secrets(message)}", file=sys.stderr)
-        sys.exit(code)
-    except Stopped as stopped:
-        if is_first_process():
-            print(f"{name}: stopped by {stopped}; the same command {stopped.then}", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        return code
+    except (Stopped, KeyboardInterrupt) as stopped:
+        return print_stop(name, stopped)
+
+
+def print_stop(name: str, stopped: BaseException) -> int:
+    """Print what stopped the work and what the same command does next, and return the exit code."""
+    asked, then = (str(stopped), stopped.then) if isinstance(stopped, Stopped) else ("SIGINT", RESUMES)
+    if is_first_process():
+        print(f"{name}: stopped by {asked}; the same command {then}", file=sys.stderr)
+    return EXIT_STOPPED
+
+
+def run_command(do: Callable[..., int], *args: object) -> None:
+    """Call `do` and exit.
+
+    Raises:
+        SystemExit: always, with the exit code that `do` returns or that belongs to what ended it.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        with guard_screen(name):
+            code = run_guarded(name, do, *args)
+    except (Stopped, KeyboardInterrupt) as stopped:  # before the work, or after it
+        code = print_stop(name, stopped)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
+    sys.exit(code)

@@ -5,7 +5,8 @@ import traceback
 
 from dual_lora.lab.commands.train import plan_runs
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import list_choices, parse_overrides
+from dual_lora.lab.config.overrides import parse_overrides, split_words
+from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, get_first_line, require
 from dual_lora.lab.record.run import prepare_runs
@@ -17,22 +18,30 @@ from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.system.distributed import check_process_count, is_first_process
 from dual_lora.lab.system.files import translate_write_errors
 
+OWN_WORDS = ("experiment", "scale", "run")  # all other words are settings of every run
+
 
 def sweep_command(argv: list[str]) -> int:
     """Do what `sweep.py` is asked: run the missing cells (unless run=false) of one or more experiments, then write the
-    reports. All cells are composed and checked before the first one runs."""
-    given = dict(a.partition("=")[::2] for a in argv)
+    reports; return the exit code. All cells are composed and checked before the first one runs.
+
+    Raises:
+        UserError: the command line or an experiment's file is wrong.
+    """
+    own = [a for a in argv if a.partition("=")[0] in OWN_WORDS or "=" not in a]
+    given = split_words(own, OWN_WORDS, "sweep.py", first="experiment")
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(list_choices('experiment'))}")
     run = given.get("run", "true")
     require(run in ("true", "false"), f"run={run}: true or false")
     launcher = select_launcher_words(argv)
-    extra = [a for a in argv if a not in launcher and a.partition("=")[0] not in ("experiment", "scale", "run")]
+    extra = [a for a in argv if a not in launcher and a not in own]
     parse_overrides(launcher)
     check_launcher(argv)
     names = list_choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
     asked_for = [Experiment.load(name, given.get("scale")) for name in names]
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
     if any(cell.settings.plan for _, cells in composed for cell in cells):
+        require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
@@ -42,25 +51,30 @@ def sweep_command(argv: list[str]) -> int:
 
 
 def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str] | None) -> int:
-    """Run what is missing of an experiment (None: nothing), write its report, print it and return the exit code."""
+    """Run what is missing of an experiment, write its report, print it and return the exit code.
+
+    launcher: the words that choose a launcher; None: run nothing.
+    """
     study, run = cells[0].settings.study, launcher is not None
     code = run_cells(cells, study, launcher) if run else EXIT_OK
     if not is_first_process():
         return code
     try:
-        told = report_experiment(experiment, cells, run)
+        reported = report_experiment(experiment, cells, run)
     except UserError as error:
         print(f"{experiment.name}: no report: {error}", file=sys.stderr)
-        told = EXIT_USER
-    except Exception:  # one report is not to cost the others
+        reported = EXIT_USER
+    except Exception:  # one failing report must not cost the others
         print(f"{experiment.name}: no report\n{redact_secrets(traceback.format_exc())}", file=sys.stderr)
-        told = EXIT_FAILED
-    return code or told
+        reported = EXIT_FAILED
+    return code or reported
 
 
 def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> int:
-    """Write an experiment's report from the records, print it and return the exit code. run: analyse what is not yet,
-    and mirror the report."""
+    """Write an experiment's report from the records, print it and return the exit code.
+
+    run: true: also analyse the runs that are not analysed yet, and mirror the report.
+    """
     from dual_lora.lab.report.table import find_unreadable
     from dual_lora.lab.report.write import mirror_report, write_report
 
@@ -78,7 +92,7 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
 
 
 def analyse_outcomes(done: list[Outcome]) -> bool:
-    """Analyse what is not yet and return whether all of it could be; why not is told."""
+    """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
     from dual_lora.lab.report.ranks import analyse_missing
 
     whole = True

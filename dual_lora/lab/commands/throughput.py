@@ -4,7 +4,7 @@
 
 Both decode alike, with the adapter of a finished run of a generation task; the loop calls `generate` once a prompt on
 the adapter as it was saved, unmerged, as LLM-Adapters does (commonsense_evaluate.py, 4 beams). data_dir and model.path
-tell where the files are now, if they moved.
+say where the files are now, if they moved.
 """
 
 import json
@@ -25,6 +25,11 @@ from dual_lora.lab.record.record import Record
 
 
 def measure_command(argv: list[str]) -> int:
+    """Print the times of the run that `argv` names, as JSON; return the exit code.
+
+    Raises:
+        UserError: the command line is wrong, or the run generates nothing.
+    """
     run, values = parse_run_words(argv, **{"eval.max_examples": int, "split": str})
     name = values.pop("split", None)
     settings = replace_settings(load_recorded_settings(run), values)
@@ -43,9 +48,9 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
     from dual_lora.lab.evaluate.predict import get_decoding_options
     from dual_lora.lab.evaluate.reevaluation import load_trained_model
     from dual_lora.lab.inputs.splits import load_split
-    from dual_lora.lab.model.adapt import merge_adapter
     from dual_lora.lab.model.encode import encode_prompt
     from dual_lora.lab.model.load import move_to_device
+    from dual_lora.lab.model.merge import merge_adapter
     from dual_lora.lab.system.libraries import silence_libraries
 
     silence_libraries()

@@ -1,19 +1,27 @@
 """`train.py`: check the command line, then train, plan or show what Hydra is asked for."""
 
-import hydra
+import sys
+import traceback
+from typing import Any
 
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import load_settings, parse_overrides
-from dual_lora.lab.errors import UserError, require
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.secrets import redact_secrets
+from dual_lora.lab.errors import UserError, describe_machine_error, get_first_line, require
 from dual_lora.lab.record.run import Run, prepare_runs
-from dual_lora.lab.study.execute import EXIT_OK, execute_run, report_failures
+from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
 from dual_lora.lab.study.launch import check_launcher, launch_runs, select_launcher_words, uses_launcher
-from dual_lora.lab.system.distributed import check_process_count
+from dual_lora.lab.study.listing import format_plans, format_results
+from dual_lora.lab.study.schedule import run_in_process
+from dual_lora.lab.study.time_left import TimeLeft
+from dual_lora.lab.system.distributed import check_process_count, is_first_process
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-# What Hydra is asked to show, and the words that say which; it has options that read files of code, too.
-HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--resolve"}
+# What Hydra is asked to show, and the words that say which. It has options that read files of code, too.
+HYDRA_FLAGS = {"--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--resolve"}
 HYDRA_WORDS = {"job", "hydra", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+HELP = {"--help", "-h"}
 MULTIRUN = {"-m", "--multirun"}
 
 
@@ -29,7 +37,8 @@ def check_command(argv: list[str]) -> list[Run]:
     check_launcher(argv)
     many = bool(MULTIRUN & set(argv))
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
-    found = [load_settings(job) for job in jobs]
+    found = [load_settings([word for word in job if not select_launcher_words([word])]) for job in jobs]
+    require(len({settings.plan for settings in found}) == 1, "plan: true for all runs or for none")
     for settings in found:
         if not settings.plan:
             check_process_count(settings)
@@ -37,7 +46,7 @@ def check_command(argv: list[str]) -> list[Run]:
     runs = prepare_runs(found)  # hashes data and weights, which must be there
     for run in runs:
         if not run.settings.force:
-            run.record.read_result()
+            run.record.read_finished()  # a damaged one is refused before the first run
     return runs
 
 
@@ -48,17 +57,21 @@ def asks_hydra(argv: list[str]) -> bool:
         UserError: it is to do more than that, or to show settings that are wrong.
     """
     flags = {a.partition("=")[0] for a in argv if a.startswith("-")}
+    require(not flags & HELP, "--help: stands alone; --cfg job KEY=VALUE shows the values of a run")
     if not flags & HYDRA_FLAGS:
         return False
-    for flag in flags - MULTIRUN:
-        require(flag in HYDRA_FLAGS, f"{flag}: no such option; of Hydra's own {', '.join(sorted(HYDRA_FLAGS))}")
-    for job in parse_overrides([a for a in argv if not a.startswith("-") and a not in HYDRA_WORDS]):
-        load_settings(job)
+    for flag in flags:
+        require(flag in HYDRA_FLAGS, f"{flag}: no such option here; of Hydra's own {', '.join(sorted(HYDRA_FLAGS))}")
+    jobs = parse_overrides([a for a in argv if not a.startswith("-") and a not in HYDRA_WORDS])
+    require(len(jobs) == 1, f"{len(jobs)} runs asked for: {min(flags)} shows one; give single values")
+    load_settings([word for word in jobs[0] if not select_launcher_words([word])])
     return True
 
 
 def show_hydra() -> None:
-    """Let Hydra show what the command line asks it for: help, the composed config, its own settings."""
+    """Let Hydra show what the command line asks it for: the composed config, or its own settings."""
+    import hydra
+
     hydra.main(version_base="1.3", config_path=str(paths.CONF), config_name="config")(lambda config: None)()
 
 
@@ -72,31 +85,60 @@ def train_command(argv: list[str]) -> int:
         show_hydra()
         return EXIT_OK
     runs, launcher = check_command(argv), select_launcher_words(argv)
-    if any(run.settings.plan for run in runs):
+    if runs[0].settings.plan:
+        require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(runs)
     if uses_launcher(launcher):
         launch_runs(runs, launcher)
+    elif len(runs) > 1:
+        run_in_process(runs, TimeLeft())
     else:
-        for run in runs:
-            execute_run(run)
-    return report_failures(runs)
+        execute_run(runs[0])
+    code = report_failures(runs)
+    if len(runs) > 1 and is_first_process():
+        print(f"\n{format_results(runs)}")
+    return code
 
 
 def plan_runs(runs: list[Run]) -> int:
-    """Plan every run, and say in the end which do not fit.
+    """Plan every run, print a table of several, and return the exit code. A plan that fails stops no other.
 
     Raises:
-        UserError: what one refused plan, or several, would need.
+        UserError: why the only plan is refused, or some are to be planned and some to be run.
+    """
+    require(all(run.settings.plan for run in runs), "plan: true for all runs or for none")
+    drawn = [draw_plan(run, alone=len(runs) == 1) for run in runs]
+    plans, refusals, codes = zip(*drawn, strict=True)
+    if len(runs) > 1:
+        print(f"\n{format_plans(runs, plans, refusals)}")
+    for run, refusal in zip(runs, refusals, strict=True):
+        if refusal:
+            print(redact_secrets(f"no plan: {run.label}: {refusal}"), file=sys.stderr)
+    return min((code for code in codes if code), default=EXIT_OK)
+
+
+def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None, int]:
+    """Return the plan of a run if one can be made, why the run is refused if it is, and the exit code.
+
+    Raises:
+        UserError: the run is refused and the only one.
     """
     with import_heavy_libraries():
-        from dual_lora.lab.train.plan import plan_run
+        from dual_lora.lab.train.plan import check_fit, make_plan
 
-    require(all(run.settings.plan for run in runs), "plan: true for all runs or for none")
-    refused = []
-    for run in runs:
-        try:
-            plan_run(run)
-        except UserError as error:
-            refused.append(str(error))
-    require(not refused, "\n".join(refused))
-    return EXIT_OK
+    plan = None
+    try:
+        plan = make_plan(run)
+        check_fit(run.settings, plan)
+        return plan, None, EXIT_OK
+    except UserError as error:
+        if alone:
+            raise
+        return plan, get_first_line(error), EXIT_USER
+    except Exception as error:
+        if alone:
+            raise
+        if said := describe_machine_error(error):
+            return plan, said, EXIT_USER
+        print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+        return plan, f"{type(error).__name__}: {get_first_line(error)}", EXIT_FAILED

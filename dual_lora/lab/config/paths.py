@@ -1,7 +1,8 @@
-"""Where the repository, its configuration and the run records are, and paths that a setting gives."""
+"""Where the repository, its configuration and the run records are; paths that a setting gives; YAML files."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 from dual_lora.lab.errors import UserError, get_first_line, require
 
@@ -9,6 +10,12 @@ ROOT = Path(__file__).resolve().parents[3]
 RUNS = Path(os.path.expanduser(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs"))
 BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
 CONF = ROOT / "conf"
+
+
+def list_choices(group: str) -> list[str]:
+    """Return the choices of a config group, e.g. "glue/rte" of "task"."""
+    folder = CONF / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def resolve_path(key: str, value: str) -> Path:
@@ -31,8 +38,46 @@ def resolve_path(key: str, value: str) -> Path:
 ELSEWHERE_REMEDY = "set DUAL_LORA_RUNS=DIR to keep runs elsewhere"
 
 
-def check_writable(folder: Path, mend: str = ELSEWHERE_REMEDY) -> None:
-    """Refuse a folder that cannot be written, or made, before anything is computed for it."""
+def check_writable(folder: Path, remedy: str = ELSEWHERE_REMEDY) -> None:
+    """Refuse a folder that cannot be written, or made, before anything is computed for it.
+
+    Raises:
+        UserError: with the part of the path that is in the way, and `remedy`.
+    """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    require(able, f"{folder}: {there} is no folder that can be written; {mend}")
+    require(able, f"{folder}: {there} is no folder that can be written; {remedy}")
+
+
+# Values of the largest YAML file here: some hundreds. An alias that names aliases can make billions of ten lines.
+MAX_YAML_VALUES = 100_000
+
+
+def load_yaml(path: Path) -> Any:
+    """Return a YAML file as an OmegaConf config.
+
+    Raises:
+        UserError: its aliases make more values than any settings hold.
+        OSError, ValueError, yaml.YAMLError, omegaconf.errors.OmegaConfBaseException: it cannot be read.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+
+    with path.open(encoding="utf-8") as stream:
+        try:
+            values = count_yaml_values(yaml.compose(stream, Loader=yaml.CSafeLoader), {})
+        except RecursionError as error:
+            raise UserError(f"{path}: nested too deeply; fix the file") from error
+    require(values <= MAX_YAML_VALUES, f"{path}: its aliases make {values:,} values; write the values themselves")
+    return OmegaConf.load(path)
+
+
+def count_yaml_values(node: Any, known: dict[int, int]) -> int:
+    """Return how many values a YAML node holds once its aliases are written out. `known` are those counted before."""
+    if node is None or isinstance(node.value, str):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_YAML_VALUES + 1  # of one that holds itself there is no end
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(count_yaml_values(part, known) for part in parts)
+    return known[id(node)]

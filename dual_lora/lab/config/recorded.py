@@ -1,8 +1,8 @@
-"""The settings that a run's record holds, and settings looked up or replaced by their full names."""
+"""The settings that a run's record holds; settings replaced by their full names; what several runs differ in."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +10,42 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dual_lora.lab.config.compose import SCHEMA, build_settings, check_text, describe_config_error
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import SCHEMA, build_settings, describe_config_error
+from dual_lora.lab.config.overrides import check_text
+from dual_lora.lab.config.paths import load_yaml
+from dual_lora.lab.config.schema import Settings, get_setting, iterate_leaves
 from dual_lora.lab.errors import UserError, require
 
-# What runs from before a setting was added did.
-DEFAULTS_OF_OLD_RECORDS = {
-    "init_from": None,
-    "plan": False,
-    "model": {"architecture": {}, "chat": False},
-    "task": {"stop": [], "train_rows": None},
-    "method": {"ramp_share": None},
-    "train": {
-        "save_minutes": None,
-        "group_by_length": None,
-        "loss_scale": None,
-        "head_lr": None,
-        "adam_epsilon": None,
-    },
-    "eval": {"holdout": None, "holdout_skip": None},
-    "wandb": {"job_type": "train", "tags": []},
-    "hardware": {"name": "single", "accelerator": "a100-80gb", "devices": 1, "sharding": "none", "base": None},
-}
+# Settings that came later than the first records, which did what conf/ says for them where it has no other value here.
+ADDED_SETTINGS = ("init_from", "plan", "model.architecture", "model.chat", "task.stop", "task.train_rows")
+ADDED_SETTINGS += (
+    "train.group_by_length",
+    "train.loss_scale",
+    "eval.holdout",
+    "eval.holdout_skip",
+    "wandb.job_type",
+    "wandb.tags",
+    "hardware",
+    "method.ramp_share",
+    "train.head_lr",
+    "train.adam_epsilon",
+)
+# Runs of that time kept no checkpoints by the clock, which is what conf/ has today.
+OLD_VALUES = {"train": {"save_minutes": None}}
+
+NAMES = ("model.name", "task.name", "method.name")
+DERIVED = {"method.lr", "task.epochs", "task.batch_size"}  # train.* has the values that a run takes
 
 
-@functools.cache
-def build_defaults() -> DictConfig:
-    """Return the schema with the defaults of old records; the same for every record, and slow to build."""
-    return OmegaConf.merge(OmegaConf.structured(SCHEMA), DEFAULTS_OF_OLD_RECORDS)
+@cache
+def load_old_defaults(conf: Path) -> DictConfig:
+    """Return the schema with values of settings that a record may lack because it is older than they are."""
+    today = OmegaConf.merge(load_yaml(conf / "config.yaml"), {"hardware": load_yaml(conf / "hardware" / "single.yaml")})
+    found = OmegaConf.create(OLD_VALUES)
+    for key in ADDED_SETTINGS:
+        OmegaConf.update(found, key, OmegaConf.select(today, key), force_add=True)
+    return OmegaConf.merge(OmegaConf.structured(SCHEMA), found)
 
 
 def load_recorded_settings(run: Path, key: str = "run") -> Settings:
@@ -49,9 +57,9 @@ def load_recorded_settings(run: Path, key: str = "run") -> Settings:
     path = run / "config.yaml"
     require(path.is_file(), f"{key}={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
-        stored = OmegaConf.load(path)
+        stored = load_yaml(path)
         check_text(str(OmegaConf.to_container(stored)), "its values")
-        return build_settings(OmegaConf.merge(build_defaults(), stored))
+        return build_settings(OmegaConf.merge(load_old_defaults(paths.CONF), stored))
     except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a run's settings as this version knows them ({describe_config_error(error)})"
@@ -67,14 +75,6 @@ def replace_settings(settings: Settings, values: dict[str, str | int]) -> Settin
     return settings
 
 
-def get_setting(settings: Settings, key: str) -> object:
-    """Return the value of a setting by its full name, e.g. "train.lr"; None where a method does not have it."""
-    value: object = settings
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return value
-
-
 def iterate_setting_names(values: dict[str, Any], before: str = "") -> Iterator[str]:
     """Yield the full name of every setting."""
     for key, value in values.items():
@@ -82,3 +82,40 @@ def iterate_setting_names(values: dict[str, Any], before: str = "") -> Iterator[
             yield from iterate_setting_names(value, f"{before}{key}.")
         else:
             yield f"{before}{key}"
+
+
+def find_differences(jobs: list[Settings]) -> list[dict[str, Any]]:
+    """Return for each run, by the settings' full names, the values that tell it from the other runs.
+
+    Among runs of the same model, task and method these are as few settings as needed, in the order of the schema. What
+    a method derives from its settings (`method.peft`, and `method.lr`, which train.lr takes) comes last, so that it is
+    named only where nothing else differs.
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for number, job in enumerate(jobs):
+        alike.setdefault(tuple(str(get_setting(job, key)) for key in NAMES), []).append(number)
+    found: list[dict[str, Any]] = [{} for _ in jobs]
+    for numbers in alike.values():
+        for number, values in zip(numbers, find_distinct_values([jobs[n] for n in numbers]), strict=True):
+            found[number] = values
+    varied = [key for key in NAMES if len({get_setting(job, key) for job in jobs}) > 1]
+    return [{key: get_setting(job, key) for key in varied} | values for job, values in zip(jobs, found, strict=True)]
+
+
+def is_derived(key: str) -> bool:
+    """Return whether a setting usually has its value from another one."""
+    return key in DERIVED or key.startswith("method.peft.")
+
+
+def find_distinct_values(jobs: list[Settings]) -> list[dict[str, Any]]:
+    """Return the values that tell runs of one model, task and method apart: a setting is taken if it splits runs that
+    no setting before it has split."""
+    leaves = [{key: value for key, value in iterate_leaves(job) if not key.startswith("wandb.")} for job in jobs]
+    keys = sorted(dict.fromkeys(key for values in leaves for key in values), key=is_derived)
+    chosen: list[str] = []
+    parts = {()}
+    for key in keys if len(jobs) > 1 else ():
+        finer = {tuple(str(values.get(k)) for k in (*chosen, key)) for values in leaves}
+        if len(finer) > len(parts):
+            chosen, parts = [*chosen, key], finer
+    return [{key: values.get(key) for key in chosen} for values in leaves]

@@ -1,62 +1,100 @@
-"""The types of every setting; their values live in conf/ alone.
+"""The types of every setting and the line that explains it; their values live in conf/ alone.
 
-`Settings` is the schema Hydra composes against, so an unknown key or a wrong type is refused while the command line is
-read. Checks that need more than a type are in `__post_init__`; they raise `UserError` with the culprit and the mend.
-Importing this module loads neither torch nor transformers.
+`Settings` is the schema that a command line is composed against, so an unknown key or a wrong type is refused while it
+is read. Checks that need more than a type are in `__post_init__`; they raise `UserError` with the culprit and the
+remedy. `python train.py --help` and docs/settings.md are made from the lines here. Importing this module loads neither
+torch nor transformers nor Hydra.
 """
 
 import importlib.util
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 # Of whole numbers, as of seeds; and of what multiplies weights, whose float32 would overflow.
 MAX_INTEGER, MAX_MULTIPLIER = 2**32, 1e6
+# No known model has more; a plan builds every layer.
+MAX_LAYERS = 1000
+
+
+def setting(about: str) -> Any:
+    """Declare a setting with the line that --help and docs/settings.md print for it."""
+    return field(metadata={"about": about})
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of a setting's choices, naming the nearest.
+
+    Raises:
+        UserError: with the setting and its value.
+    """
     hint = suggest_name(value, choices)
     require(value in choices, f"{key}={value}: not one of {', '.join(choices)}.{hint}")
 
 
 def check_positive(group: str, values: object, *names: str) -> None:
+    """Refuse settings that are not above 0; null is taken.
+
+    Raises:
+        UserError: with the setting and its value.
+    """
     for name in names:
         value = getattr(values, name)
         require(value is None or value > 0, f"{group}.{name}={value}: must be positive")
 
 
 def check_range(group: str, values: object, least: float, below: float, *names: str) -> None:
+    """Refuse settings outside of [least, below); null is taken.
+
+    Raises:
+        UserError: with the setting and its value.
+    """
     for name in names:
         value = getattr(values, name)
-        told = f"must be in [{least}, {below})" if below < math.inf else "must not be negative"
-        require(value is None or least <= value < below, f"{group}.{name}={value}: {told}")
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{group}.{name}={value}: must be a finite number")
+        bounds = f"must be in [{least}, {below})" if below < math.inf else "must not be negative"
+        require(value is None or least <= value < below, f"{group}.{name}={value}: {bounds}")
 
 
 def check_file_name(key: str, value: str, what: str) -> None:
-    """Refuse what names no file or folder, or one that lies elsewhere."""
+    """Refuse what names no file or folder, or one that lies elsewhere.
+
+    Raises:
+        UserError: with the setting and its value.
+    """
     clean = value and all(c.isascii() and c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
     short = len(value.encode(errors="replace")) <= 60
     require(bool(clean) and short, f"{key}={value[:80]}: only letters, digits, '-', '_' and '.', at most 60; {what}")
 
 
 def iterate_leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield full name and value of every setting that holds no others."""
-    for field in fields(values):
-        value = getattr(values, field.name)
-        if is_dataclass(value):
-            yield from iterate_leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
+    """Yield full name and value of every setting that holds no others, also those within dictionaries and lists."""
+    if is_dataclass(values):
+        parts = [(field.name, getattr(values, field.name)) for field in fields(values)]
+    elif isinstance(values, dict):
+        parts = list(values.items())
+    elif isinstance(values, list):
+        parts = list(enumerate(values))
+    else:
+        yield prefix, values
+        return
+    for name, value in parts:
+        yield from iterate_leaves(value, f"{prefix}.{name}" if prefix else str(name))
 
 
 def check_values(values: object) -> None:
-    """Refuse texts that are empty or hold what no terminal shows, and numbers that are none."""
+    """Refuse texts that are empty or hold what no terminal shows, and numbers that are infinite, NaN or too large.
+
+    Raises:
+        UserError: with the setting and its value.
+    """
     for key, value in iterate_leaves(values):
-        if isinstance(value, str):
+        if isinstance(value, str) and not key.startswith(("task.options", "task.stop")):
             require(value != "", f"{key}=: empty; give a value, or null for none")
             require(value.isprintable() and len(value) < 4000, f"{key}={value[:80]!r}: not a line of text")
         if isinstance(value, float):
@@ -67,27 +105,22 @@ def check_values(values: object) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """A base model and the names of its parts.
+    """A base model and the names of its parts."""
 
-    `roles` maps q, k, v, o, gate, up, down to a regular expression that ends a module's name; `adapt` lists the roles
-    a method changes; `head` names modules trained in full beside it because the base model does not bring them.
-    `generates` tells whether the model writes text (a causal language model), `chat` whether prompts are put into its
-    tokenizer's chat template instead of being given as they are. `architecture` is its configuration as far as it
-    differs from transformers' defaults, for plans made without a download.
-    """
-
-    name: str
-    hub: str | None
-    revision: str | None
-    path: str | None
-    bundled: bool
-    dtype: str
-    generates: bool
-    chat: bool
-    roles: dict[str, str]
-    adapt: list[str]
-    head: list[str]
-    architecture: dict[str, Any]
+    name: str = setting("name of the model, also in the names of its runs' folders")
+    hub: str | None = setting("its name on the Hugging Face hub, which is asked unless model.path is given")
+    revision: str | None = setting("the hub's commit, so that the weights stay the same")
+    path: str | None = setting("folder of a saved Hugging Face model, or a GGUF file, instead of the hub")
+    bundled: bool = setting("true: the model is part of this repository")
+    dtype: str = setting("float32, bfloat16 or float16: how the frozen weights are held and products computed")
+    generates: bool = setting("true: a causal language model, which can write text")
+    chat: bool = setting("true: prompts are put into the tokenizer's chat template")
+    roles: dict[str, str] = setting("for q, k, v, o, gate, up and down: a regular expression that ends a module's name")
+    adapt: list[str] = setting("the roles that an adapter changes")
+    head: list[str] = setting(
+        "modules that the base model does not bring and that are trained in full beside the adapter"
+    )
+    architecture: dict[str, Any] = setting("the model's configuration, for plans without a download")
 
     @property
     def heads(self) -> set[str]:
@@ -107,31 +140,30 @@ class Model:
                 role in self.roles,
                 f"model.adapt: {self.name} has no role {role!r}; its roles are {', '.join(self.roles)}",
             )
+        layers = self.architecture.get("num_hidden_layers", 1)
+        fine = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
+        require(fine, f"model.architecture.num_hidden_layers={layers}: must be a whole number from 1 to {MAX_LAYERS:,}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """The protocol of a task, the same for every method; `options` are the task's own (see its module in tasks/).
+    """The protocol of a task, the same for every method."""
 
-    `stop` are texts that end an output where they are one token of the model's vocabulary. `train_rows` is the official
-    number of training examples, for plans made without the data.
-    """
-
-    name: str
-    epochs: float
-    batch_size: int
-    max_length: int
-    warmup_ratio: float
-    checkpoint: str
-    loss_on_prompt: bool
-    label_smoothing: float
-    max_new_tokens: int
-    num_beams: int
-    length_penalty: float
-    no_repeat_ngram: int
-    stop: list[str]
-    options: dict[str, Any]
-    train_rows: int | None
+    name: str = setting("name of the task, file/subset below tasks/")
+    epochs: float = setting("epochs of the task's protocol; train.epochs is what a run takes")
+    batch_size: int = setting("batch size of the task's protocol; train.batch_size is what a run takes")
+    max_length: int = setting("tokens that an example is cut to")
+    warmup_ratio: float = setting("share of all steps in which the learning rate rises from 0; not the adapter's ramp")
+    checkpoint: str = setting("last: the weights after the last step are scored; best: those of the best epoch")
+    loss_on_prompt: bool = setting("true: the loss covers the prompt, too, and not only the text to be written")
+    label_smoothing: float = setting("share of the target's probability that is spread over all classes or tokens")
+    max_new_tokens: int = setting("longest text that is written, in tokens")
+    num_beams: int = setting("beams of beam search; 1: greedy decoding")
+    length_penalty: float = setting("beams are compared by log-probability / length ** this")
+    no_repeat_ngram: int = setting("no run of so many tokens is written twice; 0: no limit")
+    stop: list[str] = setting("texts that end an output, where they are one token of the model's vocabulary")
+    options: dict[str, Any] = setting("the task's own options, see its file in tasks/")
+    train_rows: int | None = setting("official number of training examples, for plans without the data")
 
     def __post_init__(self) -> None:
         for part in self.name.split("/"):
@@ -146,32 +178,27 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a model.
+    """A way to adapt a model."""
 
-    `rank` is the parameter budget in LoRA's unit: Dual LoRA at rank r trains as many weights as LoRA of rank r. `peft`
-    is the adapter configuration as PEFT stores it (`peft_type` and the fields of that type's config class); null
-    trains every weight of the model. `lr_ratio` is LoRA+'s rate of the B matrices over that of A (arXiv 2402.12354).
-    `ramp_share` is the share of all optimizer steps over which an update's ramp goes from 0 to 1; an explicit
-    `peft.scale_warmup_steps` goes before it.
-    """
-
-    name: str
-    lr: float
-    rank: int | None
-    alpha: float | None
-    dropout: float | None
-    magnitude_ratio: float | None
-    r1: int | None
-    r2: int | None
-    lr_ratio: float | None
-    ramp_share: float | None
-    peft: dict[str, Any] | None
+    name: str = setting("name of the method, also in the names of its runs' folders")
+    lr: float = setting("the method's usual learning rate; train.lr is what a run takes")
+    rank: int | None = setting("parameter budget in LoRA's unit: LoRA's r, r1 + r2 of Dual LoRA")
+    alpha: float | None = setting("LoRA's alpha: the update is multiplied by alpha / rank, in Dual LoRA / sqrt(r1 r2)")
+    dropout: float | None = setting("dropout on the adapter's input")
+    magnitude_ratio: float | None = setting("r1 / (r1 + r2): the magnitude group's share of Dual LoRA's rank")
+    r1: int | None = setting("rank of the magnitude group, with r2 instead of rank and magnitude_ratio")
+    r2: int | None = setting("rank of the direction group, with r1")
+    lr_ratio: float | None = setting("LoRA+ (arXiv 2402.12354): learning rate of the B matrices over that of A")
+    ramp_share: float | None = setting("share of all steps in which Dual LoRA's update rises from 0 to its full size")
+    peft: dict[str, Any] | None = setting(
+        "the adapter's configuration as PEFT stores it; null: every weight is trained"
+    )
 
     def __post_init__(self) -> None:
         check_file_name("method.name", self.name, "it names the run's folder")
         check_positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
         check_range("method", self, 0, 1, "dropout", "magnitude_ratio", "ramp_share")
-        check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio")
+        check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio", "alpha")
         for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
             value = getattr(self, key)
             used = self.peft is not None and value is not None
@@ -188,33 +215,26 @@ class Method:
 
 @dataclass(frozen=True)
 class Train:
-    """How long and how fast to train.
+    """How long and how fast to train."""
 
-    A checkpoint is kept every `save_steps` steps, and at the end of a step `save_minutes` after the newest; null: none
-    for that. `group_by_length` true puts examples of like length into a batch, which saves padding but cost quality
-    where it was measured (runs/LOG.md); null draws at random.
-    `loss_scale` multiplies the loss before backward and divides every gradient after it, as fp16 training does: it
-    changes nothing but what bends gradients on the way, as the clip of Dual LoRA's Sign.
-    `head_lr` is the learning rate of a task's head, under every method the same; null: that of everything else.
-    `adam_epsilon` is the term in the denominator of AdamW's step; null: 1e-8.
-    """
-
-    lr: float
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    accumulation: int
-    weight_decay: float
-    schedule: str
-    max_grad_norm: float
-    save_steps: int | None
-    save_minutes: float | None
-    log_steps: int
-    max_examples: int | None
-    group_by_length: bool | None
-    loss_scale: float | None
-    head_lr: float | None
-    adam_epsilon: float | None
+    lr: float = setting("learning rate")
+    epochs: float = setting("passes over the training examples, unless max_steps is given")
+    max_steps: int | None = setting("optimizer steps, instead of epochs")
+    batch_size: int = setting("examples a device sees at a time")
+    accumulation: int = setting("batches whose gradients make one optimizer step")
+    weight_decay: float = setting("AdamW's weight decay")
+    schedule: str = setting("learning rate over time: linear, cosine, constant or constant_with_warmup")
+    max_grad_norm: float = setting("gradients are scaled down to this norm; 0: never")
+    save_steps: int | None = setting("steps between checkpoints; null: by time alone")
+    save_minutes: float | None = setting("minutes between checkpoints; null: by steps alone")
+    log_steps: int = setting("steps between two rows of metrics.jsonl")
+    max_examples: int | None = setting("train on so many examples only, for a quick look")
+    group_by_length: bool | None = setting("true: examples of like length share a batch; cost quality (runs/LOG.md)")
+    loss_scale: float | None = setting(
+        "the loss is multiplied by this and gradients are divided, as in fp16: acts on the clip of Dual LoRA's sign"
+    )
+    head_lr: float | None = setting("learning rate of the task's head, the same under every method; null: train.lr")
+    adam_epsilon: float | None = setting("term in the denominator of AdamW's step; null: 1e-8")
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
@@ -227,19 +247,13 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Rows at a time, whether the base is scored before training, rows of each split at most (null: all).
+    """What is scored, and how."""
 
-    `holdout` sets so many training rows apart, the same for every run, and evaluates on them instead of on the task's
-    own splits: to choose settings by, without looking at what is reported. The first `holdout_skip` rows set apart are
-    neither trained nor evaluated on, so that two runs can be evaluated on disjoint rows: rates are chosen on some,
-    scores reported on others.
-    """
-
-    batch_size: int
-    before: bool
-    max_examples: int | None
-    holdout: int | None
-    holdout_skip: int | None
+    batch_size: int = setting("rows scored at a time; does not change a score")
+    before: bool = setting("true: the base model is scored before training")
+    max_examples: int | None = setting("score so many rows of each split only, for a quick look")
+    holdout: int | None = setting("score so many training rows, set apart, instead of the task's own splits")
+    holdout_skip: int | None = setting("so many more rows set apart, for the scores of other runs")
 
     def __post_init__(self) -> None:
         check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip")
@@ -254,13 +268,13 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Wandb:
-    """The mirror of the local record; never read back. job_type: what its runs are for; tags: more than their names."""
+    """The mirror of the local record in Weights & Biases; never read back."""
 
-    mode: str
-    project: str
-    entity: str | None
-    job_type: str
-    tags: list[str]
+    mode: str = setting("online, offline or disabled")
+    project: str = setting("the project in W&B")
+    entity: str | None = setting("the team in W&B; null: your own")
+    job_type: str = setting("what the run is for; runs that choose learning rates say tune")
+    tags: list[str] = setting("more tags than model, task and method")
 
     def __post_init__(self) -> None:
         check_choice("wandb.mode", self.mode, ("online", "offline", "disabled"))
@@ -268,15 +282,13 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is done on. `accelerator`: what plans take it for. `devices`: how many, each with its own process.
-    `sharding`: none, replicas (every device holds all: DDP) or full (every device its part: FSDP2). `base`: null, or
-    nf4, the form the frozen base is held in."""
+    """What a run is done on."""
 
-    name: str
-    accelerator: str
-    devices: int
-    sharding: str
-    base: str | None
+    name: str = setting("name of the choice")
+    accelerator: str = setting("what plans take the device to be, e.g. h100-80gb")
+    devices: int = setting("number of devices, each with a process of its own")
+    sharding: str = setting("none, replicas (every device holds all: DDP) or full (every device holds its part: FSDP2)")
+    base: str | None = setting("null, or nf4: the frozen base is held in 4 bits (QLoRA)")
 
     def __post_init__(self) -> None:
         check_choice("hardware.sharding", self.sharding, ("none", "replicas", "full"))
@@ -292,31 +304,33 @@ class Hardware:
         require(not split, f"hardware.base={self.base}: cannot be sharded in full; take hardware.sharding=replicas")
 
     def check_installed(self) -> None:
-        """Refuse a base that this environment cannot hold; plans need not hold it."""
+        """Refuse a base that this environment cannot hold; plans need not hold it.
+
+        Raises:
+            UserError: with what is to be installed.
+        """
         here = self.base is None or importlib.util.find_spec("bitsandbytes") is not None
         require(here, f"hardware.base={self.base}: needs bitsandbytes; pip install -e '.[quantised]'")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. `study` names the folder below runs/; `force` runs again what is finished; `init_from` is the folder of
-    a finished run of the same method, whose adapter (but not its head) training starts from; `plan` says what the run
-    would take instead of doing it."""
+    """One run."""
 
-    model: Model
-    task: Task
-    method: Method
-    train: Train
-    eval: Evaluate
-    wandb: Wandb
-    hardware: Hardware
-    seed: int
-    study: str
-    data_dir: str | None
-    init_from: str | None
-    deterministic: bool
-    force: bool
-    plan: bool
+    model: Model = setting("the base model")
+    task: Task = setting("the task and its protocol, the same for every method")
+    method: Method = setting("how the model is adapted")
+    train: Train = setting("how long and how fast to train")
+    eval: Evaluate = setting("what is scored")
+    wandb: Wandb = setting("the copy of the record in Weights & Biases")
+    hardware: Hardware = setting("what the run is done on")
+    seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
+    study: str = setting("folder below runs/ that the run's record is kept in")
+    data_dir: str | None = setting("folder of the task's official files, instead of the hub")
+    init_from: str | None = setting("folder of a finished run of the same method, to start from its adapter")
+    deterministic: bool = setting("true: only deterministic kernels, which may be slower")
+    force: bool = setting("true: a finished run is run again, and replaced once the new one is whole")
+    plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
 
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
@@ -337,3 +351,11 @@ class Settings:
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         check_file_name("study", self.study, "it names a folder below runs/")
+
+
+def get_setting(settings: Settings, key: str) -> object:
+    """Return the value of a setting by its full name, e.g. "train.lr"; None where a method does not have it."""
+    value: object = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+    return value

@@ -1,16 +1,22 @@
 """The task a run's settings name, and a task's own errors as the user's one line."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import tasks
+from dual_lora.lab.config.paths import resolve_path
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, require
 
 
 @contextmanager
 def translate_task_errors() -> Iterator[None]:
-    """Turn a task's error into the user's one line."""
+    """Turn a task's error into the user's one line.
+
+    Raises:
+        UserError: instead of the task's own error.
+    """
     try:
         yield
     except tasks.TaskError as error:
@@ -25,3 +31,30 @@ def load_task(settings: Settings) -> tasks.Task:
     """
     with translate_task_errors():
         return tasks.load(settings.task.name, settings.task.options, settings.data_dir)
+
+
+def check_data_dir(task: tasks.Task, data_dir: str) -> None:
+    """Refuse a data_dir that the task does not read, or that holds none of its files; where these are one or two
+    levels above, name that folder.
+
+    Raises:
+        UserError: with the folder that was most likely meant.
+    """
+    folder = resolve_path("data_dir", data_dir)
+    try:
+        found = task.source(data_dir)
+    except tasks.TaskError as error:
+        meant = find_data_above(task, folder)
+        raise UserError(f"{error}{f'; give data_dir={meant}' if meant else ''}") from error
+    own = f"data_dir={data_dir}: {task.name} reads no files, it makes its own data; drop it"
+    with suppress(tasks.TaskError):  # of a task that has no data but what a folder holds
+        require(found != task.source(), own)
+
+
+def find_data_above(task: tasks.Task, folder: Path) -> Path | None:
+    """Return the folder above, or the one above that, if the task's files are where they belong below it."""
+    for above in folder.absolute().parents[:2] if folder.is_dir() else ():
+        with suppress(tasks.TaskError):
+            if task.source(str(above)):
+                return above
+    return None

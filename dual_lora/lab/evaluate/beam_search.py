@@ -1,4 +1,4 @@
-"""Beam search from which every prompt leaves the batch as soon as its own search is done."""
+"""Beam search in which a prompt leaves the batch as soon as its own search is done."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 
 from dual_lora.lab.evaluate.cache import expand_cache
 
-IMPOSSIBLE = -1e9  # the score of what must not go on
+IMPOSSIBLE = -1e9  # the score of a beam that must not continue
 
 
 def search_beams(
@@ -18,16 +18,18 @@ def search_beams(
     generation_config: GenerationConfig,
     **inputs: Tensor | Cache,
 ) -> Tensor:
-    """Return the best sequence of each prompt, prompts x tokens, padded behind its end.
+    """Return the best sequence of each prompt, prompts x tokens, padded after its end.
 
-    To be given to `generate` as `custom_generate`; the sequences are those of its own beam search, which computes on
-    for all prompts of a batch until the last of them is done (they may differ where early_stopping meets more beams
-    than there are tokens to choose from). input_ids: (prompts * beams) x tokens, of which `inputs["past_key_values"]`
+    `generate` takes it as `custom_generate`. The sequences are those of its own beam search, which computes on for all
+    prompts of a batch until the last of them is done. (They may differ if early_stopping meets more beams than tokens
+    to choose from.) input_ids: (prompts * beams) x tokens, of which `inputs["past_key_values"]`
     holds all but the last, one row a prompt.
     """
     config, beams = generation_config, generation_config.num_beams
     start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id
-    candidates = max(2, 1 + len(config._eos_token_tensor)) * beams  # enough of them go on whichever end
+    candidates = (
+        max(2, 1 + len(config._eos_token_tensor)) * beams
+    )  # so many that enough continue, whichever of them end
     cache, attention_mask = inputs["past_key_values"], inputs["attention_mask"]
     if attention_mask is None:  # `generate` drops one without zeros
         attention_mask = torch.ones_like(input_ids)

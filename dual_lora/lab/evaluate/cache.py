@@ -1,4 +1,4 @@
-"""The keys and values of a decoding: prompts are read once, not once a beam, and nothing is copied to grow."""
+"""The keys and values of decoding: prompts are read once, not once per beam, and growing copies nothing."""
 
 from os.path import commonprefix
 
@@ -9,10 +9,10 @@ from transformers.cache_utils import DynamicLayer
 
 
 class BeamLayer(DynamicLayer):
-    """One layer's keys and values, ... x tokens x size, for beams that share their prompt, with room for what comes.
+    """One layer's keys and values, ... x tokens x size, for beams that share their prompt, with room for new tokens.
 
-    A new token is written in place, and reordering beams moves generated tokens only; the usual cache copies the whole
-    of itself for either, half of the time of a beam search on a CPU.
+    A new token is written in place, and reordering beams moves generated tokens only. The usual cache copies all of
+    itself for either, which takes half of the time of a beam search on a CPU.
     """
 
     def __init__(self, prompt: DynamicLayer, beams: int, room: int) -> None:
@@ -47,7 +47,7 @@ class BeamLayer(DynamicLayer):
 
 
 def expand_cache(cache: DynamicCache, beams: int, room: int) -> None:
-    """Give each prompt of a cache as many rows as it has beams, with room for that many tokens more."""
+    """Give each prompt of a cache as many rows as it has beams, with room for `room` more tokens."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[i] = BeamLayer(layer, beams, room)
@@ -58,7 +58,7 @@ def expand_cache(cache: DynamicCache, beams: int, room: int) -> None:
 def read_prompts(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> dict:
     """Return token ids, mask and the cache of all tokens but the last for these prompts, one row each.
 
-    What all prompts begin with is read once for all of them. Padding stands between that and the rest.
+    A beginning that all prompts share is read once. Padding stands between that and the rest.
     """
     width = max(map(len, prompts))
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)

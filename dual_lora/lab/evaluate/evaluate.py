@@ -1,7 +1,6 @@
 """Outputs of a model on a task's evaluation splits, judged and scored by the task.
 
-The outputs do not depend on the batch size: rows are padded on the side the model expects with the attention mask set,
-and put back into their own order.
+The outputs do not depend on the batch size: padding is masked, and rows are put back into their own order.
 """
 
 import math
@@ -30,7 +29,11 @@ def evaluate_splits(
     settings: Settings,
     title: str = "evaluate",
 ) -> tuple[dict[str, float], list[Row]]:
-    """Return the task's scores (fractions) and one row an example: split, id, output, and how it was judged."""
+    """Return the task's scores (fractions) and one row per example: split, id, output, and how it was judged.
+
+    Raises:
+        UserError: a score is NaN or infinite.
+    """
     judged: dict[str, list[Row]] = {}
     predictions: list[Row] = []
     for name, split in splits.items():
@@ -52,16 +55,16 @@ def evaluate_splits(
 
 
 def find_warnings(task: Task, predictions: list[Row]) -> list[str]:
-    """Return what is wrong with most of a split's texts: they are empty, or hold no answer."""
+    """Return a warning for each split in which most texts are empty or hold no answer."""
     found = []
     for name in dict.fromkeys(row["split"] for row in predictions) if task.form == "generation" else ():
         rows = [row for row in predictions if row["split"] == name]
         empty = sum(not row["output"].strip() for row in rows)
-        mute = sum(not row.get("answer", row["output"]) for row in rows)
+        unanswered = sum(not row.get("answer", row["output"]) for row in rows)
         if empty > len(rows) / 2:
             found.append(f"{name}: {empty} of {len(rows)} outputs are empty")
-        elif mute > len(rows) / 2:
-            found.append(f"{name}: {mute} of {len(rows)} outputs have no answer in them")
+        elif unanswered > len(rows) / 2:
+            found.append(f"{name}: {unanswered} of {len(rows)} outputs have no answer in them")
     return found
 
 
@@ -105,12 +108,12 @@ def compute_outputs(
 
 
 def split_until_fits(ask: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
-    """Return what `ask` makes of the rows, of half of them at a time where memory does not suffice for all (`halve`): a
-    smaller `eval.batch_size` would be another run, and its training lost."""
+    """Return what `ask` returns for the rows. If memory runs out, the batch is split in two and retried (`halve`): a
+    smaller `eval.batch_size` would be another run, and the training would be lost."""
     try:
         return ask(rows)
     except Exception as error:
         if not halve or len(rows) == 1 or not is_out_of_memory(error):
             raise
-    middle = len(rows) // 2  # behind the handler, where the error no longer holds what was computed
+    middle = len(rows) // 2  # after the handler, where the error no longer keeps tensors alive
     return [made for part in (rows[:middle], rows[middle:]) for made in split_until_fits(ask, part, halve)]

@@ -1,6 +1,10 @@
 """A finished run as a checkpoint that plain transformers loads, without this package."""
 
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,58 +13,180 @@ from transformers import PreTrainedModel
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError, describe_machine_error
+from dual_lora.lab.errors import UserError, describe_machine_error, require
+from dual_lora.lab.evaluate.model_card import CARD_NAME, format_model_card
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
-from dual_lora.lab.model.load import NO_CODE, get_head_class
+from dual_lora.lab.model.load import get_head_class
+from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
+from dual_lora.lab.model.source import NO_CODE
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.system.files import raise_disk_errors, remove_path
+from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
+from dual_lora.lab.system.sealed import list_files
 
 MAX_SHARD_SIZE = "5GB"
-# Ids of a made-up text; what they are does not matter to a comparison of logits.
+# Batch and length of a made-up text. Which ids it holds does not matter to a comparison of logits.
 PROBE_SHAPE = (4, 32)
+# What tells a run's folder from any other.
+RECORD_FILES = ("config.yaml", "environment.json")
 
 
 def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
-    """Write the merged model, its tokenizer and, below adapter/, the adapter; return what to tell the user.
+    """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return what to tell the
+    user: how far the logits of the checkpoint, loaded again, are from those of the unmerged run, norm over norm.
 
-    The merge is done in float32 and rounded once to `dtype`; what is told is the relative difference (norm over norm)
-    between the logits of the checkpoint as loaded again and those of the unmerged run. Of a base in 4 bits the adapter
-    is merged into the values these stand for, because those are what it was trained and evaluated on.
+    The merge is done in float32 and rounded once to `dtype`. On a base in 4 bits the adapter is merged into the values
+    these bits stand for, because it was trained and evaluated on those. The folder appears whole or not at all.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the method cannot be merged, the merged model computes something else or NaN or Inf, or the folder
+            cannot be written or was made by somebody else meanwhile.
     """
+    check_export_folder(folder)
     silence_libraries()
     task = load_task(settings)
     model, tokenizer = load_trained_model(settings, record, task)
     unmerged = compute_probe_logits(compute_in_float32(model).eval())
     if settings.hardware.base:
         model = load_trained_model(settings, record, task, plain=True)[0]
-    merged: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    try:
-        with raise_disk_errors(folder):
-            merged.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-            tokenizer.save_pretrained(folder)
-            if (record.folder / "adapter").is_dir():
-                shutil.copytree(record.folder / "adapter", folder / "adapter")
+    merged = merge_trained_model(model, settings, record, folder)
+    check_difference(folder, compare_logits(compute_probe_logits(merged.float().eval()), unmerged), MERGE_TOLERANCE)
+    with build_folder(folder) as partial:
+        merged.to(getattr(torch, dtype)).save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        tokenizer.save_pretrained(partial)
+        if (record.folder / "adapter").is_dir():
+            shutil.copytree(record.folder / "adapter", partial / "adapter")
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **NO_CODE}
-        loaded = get_head_class(task).from_pretrained(folder, **options)
-        found = compute_probe_logits(loaded.eval())
-    except BaseException as error:
-        for path in folder.glob("*"):  # it was empty, and is so again for the next try
-            remove_path(path)
-        if isinstance(error, OSError):
-            raise UserError(f"export={folder}: {describe_machine_error(error)}") from error
-        raise
-    error = ((found - unmerged).norm() / unmerged.norm()).item()
+        loaded = get_head_class(task).from_pretrained(partial, **options)
+        check_weights(folder, loaded, dtype)
+        error = compare_logits(compute_probe_logits(loaded.eval()), unmerged)
+        check_difference(folder, error)
+        card = format_model_card(settings, record, task, dtype, (partial / "adapter").is_dir())
+        (partial / CARD_NAME).write_text(card, encoding="utf-8")
     base = ", its 4-bit base dequantised" if settings.hardware.base else ""
     return f"exported: {folder} ({dtype}{base}); its logits differ from the unmerged run's by {error:.1e} of their norm"
 
 
+def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Record, folder: Path) -> PreTrainedModel:
+    """Return a trained model as plain transformers knows it.
+
+    Raises:
+        UserError: PEFT cannot merge the method.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    why = explain_unmergeable(model)
+    require(
+        why is None,
+        f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share the "
+        f"adapter alone, {record.format_path()}/adapter, which PEFT loads onto the base model",
+    )
+    return merge_and_unload(model)
+
+
+def check_export_folder(folder: Path) -> None:
+    """Refuse a folder that an export must not become, before anything is loaded. That it is new or empty is checked by
+    the command, and once more when it is renamed into place.
+
+    Raises:
+        UserError: it is a link, or within a run's record.
+    """
+    remedy = "give a new folder"
+    require(not folder.is_symlink(), f"export={folder}: a link; {remedy}")
+    place = folder.resolve()
+    for parent in (place, *place.parents):
+        inside = all((parent / name).is_file() for name in RECORD_FILES)
+        require(not inside, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
+
+
+@contextmanager
+def build_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder` to write into. It takes that name when the block ends, and is removed, and
+    nothing else, if the block fails.
+
+    Raises:
+        UserError: the disk fails, or there is something of that name by then.
+    """
+    partial = None
+    try:
+        with raise_disk_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # A name that no other export chooses.
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:60]}.", suffix=".partial", dir=folder.parent))
+            yield partial
+            share_as_usual(partial)
+            install_folder(partial, folder)
+    except OSError as error:
+        raise UserError(f"export={folder}: {describe_machine_error(error)}") from error
+    finally:
+        if partial:
+            remove_path(partial)
+
+
+def share_as_usual(folder: Path) -> None:
+    """Give a folder of `mkdtemp`, and the files in it, the permissions that new ones have here: some writers keep what
+    they write to its owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def install_folder(partial: Path, folder: Path) -> None:
+    """Rename a whole folder into place. The system does so only if there is nothing, or an empty folder.
+
+    Raises:
+        UserError: somebody else was first.
+    """
+    for path in list_files(partial):
+        flush_to_disk(path)
+    try:
+        partial.rename(folder)
+    except OSError:
+        taken = folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+        require(
+            not taken, f"export={folder}: somebody else wrote it meanwhile and it was left as it is; give a new one"
+        )
+        raise
+    flush_to_disk(folder.parent)
+
+
+def check_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
+    """Refuse weights that `dtype` does not hold.
+
+    Raises:
+        UserError: with the first weight that contains NaN or Inf.
+    """
+    bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    require(
+        bad is None, f"export={folder}: {bad} contains NaN or Inf in {dtype}; take model.dtype=float32, or another run"
+    )
+
+
+def check_difference(folder: Path, error: float, tolerance: float = float("inf")) -> None:
+    """Refuse a merge that is none. error: of the logits, norm over norm.
+
+    Raises:
+        UserError: it is NaN or Inf, or above the tolerance.
+    """
+    fine = error < tolerance  # false for NaN
+    require(
+        fine,
+        f"export={folder}: the merged model's logits differ from the run's by {error:.1e} of their norm, so its "
+        "weights or its method cannot be exported; take another run, or the adapter alone",
+    )
+
+
+def compare_logits(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference of two tensors over the norm of the second."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 @torch.inference_mode()
 def compute_probe_logits(model: torch.nn.Module) -> torch.Tensor:
+    """Return the logits of a made-up text in float64, on the CPU."""
     ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().cpu()

@@ -1,7 +1,15 @@
-"""What a model says of a batch of rows: a class, a number, a text, or the likelihood of given texts."""
+"""A model's output for a batch of rows: a class, a number, a text, or the likelihood of given texts."""
+
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
@@ -25,14 +33,18 @@ def classify_rows(
 
 
 def check_finite(scores: torch.Tensor) -> None:
-    """Refuse a model's scores, ... x choices, whose best is no number; some of them may be forbidden (-inf)."""
+    """Refuse a model's scores, ... x choices, whose maximum is NaN or infinite. Forbidden choices may be -inf.
+
+    Raises:
+        UserError: with a remedy; the run diverged.
+    """
     if not scores.amax(-1).isfinite().all():
-        said = "the model's outputs are no numbers; take model.dtype=float32, a lower train.lr or other weights"
+        said = "the model's outputs are NaN or Inf; take model.dtype=float32, a lower train.lr or other weights"
         raise UserError(said, diverged=True)
 
 
 class FiniteScores(LogitsProcessor):
-    """Refuses scores of a next token that are no numbers."""
+    """Refuses scores of a next token that are NaN or infinite."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         check_finite(scores)
@@ -42,7 +54,8 @@ class FiniteScores(LogitsProcessor):
 def generate_texts(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[str]:
-    """Return the text after each prompt, which is never cut, decoded as the task's protocol says (without sampling)."""
+    """Return the text after each prompt, decoded as the task's protocol says, without sampling. Prompts are never
+    truncated."""
     prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
     protocol = settings.task
     check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
@@ -58,8 +71,8 @@ def generate_texts(
 
 
 class NoRepeatInOutput(LogitsProcessor):
-    """Bans a token that would repeat an n-gram of the output, as LoRA's gpt2_beam.py does. transformers' own rule bans
-    those of the prompt, too, padding included, so that no name of n tokens could be copied from it."""
+    """Bans a token that would repeat an n-gram of the output, as LoRA's gpt2_beam.py does. transformers' own rule also
+    bans the n-grams of the prompt, padding included, so that no name of n tokens could be copied from it."""
 
     def __init__(self, size: int, start: int) -> None:
         self.rule, self.start = NoRepeatNGramLogitsProcessor(size), start
@@ -68,22 +81,30 @@ class NoRepeatInOutput(LogitsProcessor):
         return self.rule(input_ids[:, self.start :], scores)
 
 
-def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int) -> dict:
+def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings, start: int) -> dict[str, Any]:
     """Return the protocol's way of decoding, as `generate` takes it. start: the prompts' length with padding."""
+    size = settings.task.no_repeat_ngram
+    rules = [FiniteScores(), *([NoRepeatInOutput(size, start)] if size else [])]
+    return {
+        "generation_config": build_generation_config(tokenizer, settings),
+        "logits_processor": LogitsProcessorList(rules),
+        "synced_gpus": False,
+    }
+
+
+def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
+    """Return the protocol's way of decoding and nothing else: what a model's folder says of decoding does not count."""
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
-    repeats = [NoRepeatInOutput(protocol.no_repeat_ngram, start)] if protocol.no_repeat_ngram else []
-    return {
-        "max_new_tokens": protocol.max_new_tokens,
-        "num_beams": protocol.num_beams,
-        "do_sample": False,
-        "use_cache": True,
-        "synced_gpus": False,
-        "eos_token_id": [tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
-        "pad_token_id": tokenizer.pad_token_id,
-        "logits_processor": [FiniteScores(), *repeats],
+    return GenerationConfig(
+        max_new_tokens=protocol.max_new_tokens,
+        num_beams=protocol.num_beams,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=[tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
+        pad_token_id=tokenizer.pad_token_id,
         **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
-    }
+    )
 
 
 def score_choices(

@@ -2,22 +2,22 @@
 
 import torch
 from peft import PeftModel
+from transformers import set_seed
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require, translate_memory_errors, translate_read_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
 from dual_lora.lab.inputs.splits import load_scored_splits
-from dual_lora.lab.model.adapt import merge_adapter
 from dual_lora.lab.model.load import (
-    NO_CODE,
-    get_head_class,
     is_sharded,
     load_dequantised_model,
     load_model,
-    load_tokenizer,
+    load_tuned_model,
     move_to_device,
 )
+from dual_lora.lab.model.merge import merge_adapter
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_comparison
 from dual_lora.lab.system.distributed import join_processes, share_from_first
@@ -27,10 +27,11 @@ from tasks import Task
 
 
 def reevaluate_run(settings: Settings, record: Record) -> int:
-    """Print the scores now beside the recorded ones, keep them as evaluation.json, return 0 if they are equal, else 1.
+    """Evaluate a run again and print the scores beside the recorded ones, also into evaluation.json. Return 0 if every
+    digit is equal, else 1.
 
     Raises:
-        UserError: the run is not finished, or the rows are not those it was evaluated on.
+        UserError: the run is not finished, cannot be loaded, or the rows are not those it was evaluated on.
     """
     stored = record.read_result()
     require(stored is not None, f"run={record.format_path()}: not finished, it has no result.json")
@@ -56,14 +57,17 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
         metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
     print(format_comparison(stored, metrics, record))
     kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
-    share_from_first(lambda: record.write_file("evaluation.json", kept))
+    share_from_first(lambda: record.try_write_file("evaluation.json", kept))
     return 0 if metrics == stored["metrics"] else 1
 
 
 def load_trained_model(
     settings: Settings, record: Record, task: Task, plain: bool = False
 ) -> tuple[torch.nn.Module, object]:
-    """Return the model as it was when the run ended, and its tokenizer. plain: see `models.load_plain`.
+    """Return the model as it was when the run ended, and its tokenizer. plain: see `load_dequantised_model`.
+
+    Seeds are set as for training, because what no file holds is drawn or computed from the base again: a head that did
+    not train, and the start of a method that changes the base weights (PiSSA with a randomised decomposition).
 
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
@@ -72,15 +76,18 @@ def load_trained_model(
     record.verify_model_files(settings)
     tuned = settings.method.peft is None
     load = load_dequantised_model if plain else load_model
+    set_seed(settings.seed)
     base, tokenizer = (None, load_tokenizer(settings)) if tuned else load(settings, task)
     folder = record.folder / ("model" if tuned else "adapter")
     name = "model.safetensors" if tuned else "adapter_model.safetensors"
-    mend = "run its command again with force=true"
-    whole = (folder / name).is_file() or (folder / f"{name}.index.json").is_file()  # the index of a large one's parts
-    require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {mend}")
-    with translate_read_errors(f"{folder}: cannot be loaded", mend):
+    remedy = "run its command again with force=true"
+    # Large weights are in parts, with an index.
+    whole = (folder / name).is_file() or (folder / f"{name}.index.json").is_file()
+    require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {remedy}")
+    with translate_read_errors(f"{folder}: cannot be loaded", remedy):
+        set_seed(settings.seed)
         if tuned:
-            model = get_head_class(task).from_pretrained(folder, use_safetensors=True, **NO_CODE)
+            model = load_tuned_model(folder, settings, task, tokenizer)
         else:
             model = PeftModel.from_pretrained(base, folder)
     record.verify_files(folder.name)

@@ -1,7 +1,7 @@
-"""A model in one GGUF file, the format of llama.cpp: what the file says of itself, read without torch.
+"""A model in one GGUF file, the format of llama.cpp: the file's header, read without torch.
 
-transformers turns such a file into a model and a tokenizer; what it would read otherwise than the file means is
-refused here, before anything heavy is loaded, or set right in `tokenizer`.
+transformers turns such a file into a model and a tokenizer. What it would misread is refused here, before anything
+heavy is loaded, or corrected in `load_gguf_tokenizer`.
 """
 
 import json
@@ -17,24 +17,24 @@ from typing import Any
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-# How the format writes a value, by its number for the type; beside these there are texts and lists.
+# How the format stores a value, by the number of its type. Texts and lists are stored separately.
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
 SAVED_MODEL_REMEDY = "give the saved Hugging Face model, model.path=DIR"
-# How byte-level tokenizers cut a text before they merge bytes, by llama.cpp's names (src/llama-vocab.cpp). transformers
-# knows a list of its own, and cuts all others as GPT-2 does.
+# How byte-level tokenizers split a text before they merge bytes, by llama.cpp's names (src/llama-vocab.cpp).
+# transformers knows a list of its own, and splits like GPT-2 for all others.
 LIKE_GPT2 = {"gpt-2", "jais", "mpt", "olmo", "phi-2"}
-# Every digit alone, the rest as GPT-2.
+# Each digit by itself, the rest like GPT-2.
 DIGITS = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
-# A piece that is a token stays whole, whatever the merges, and a text begins with a special token unless the file says
-# otherwise, which transformers does not know.
+# A piece that is a token stays whole, whatever the merges say, and a text begins with a special token unless the file
+# says otherwise. transformers does neither.
 WHOLE = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral"}
 WHOLE |= {"tekken"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the weights: values by name (of a list None), names of tensors, and bytes up to there."""
+    """What precedes the weights: values by name (None for a list), names of tensors, and the size in bytes."""
 
     values: dict[str, Any]
     tensors: tuple[str, ...]
@@ -46,18 +46,23 @@ class Header:
 
     @property
     def cut(self) -> str | None:
-        """Return the name of the way the tokenizer cuts texts, None for tokenizers that are not byte-level."""
+        """The name of the way the tokenizer splits texts; None for tokenizers that are not byte-level."""
         byte_level = self.values.get("tokenizer.ggml.model") == "gpt2"
-        return str(self.values.get("tokenizer.ggml.pre", "none told")) if byte_level else None
+        return str(self.values.get("tokenizer.ggml.pre", "unnamed")) if byte_level else None
 
 
 class Cursor:
-    """A place in the bytes of a file; going beyond their end is an error."""
+    """A position in the bytes of a file; moving beyond their end is an error."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
     def skip(self, size: int) -> None:
+        """Move forward by so many bytes.
+
+        Raises:
+            EOFError: the file ends before that.
+        """
         if self.at + size > len(self.data):
             raise EOFError("it ends too early")
         self.at += size
@@ -89,7 +94,7 @@ class Cursor:
             self.read_value(kind)
 
     def read_tensor(self) -> tuple[str, int]:
-        """Return a tensor's name and where it begins among the weights."""
+        """Return a tensor's name and its offset in the weights, in bytes."""
         name = self.read_text()
         self.skip(8 * self.read_number("I") + 4)
         return name, self.read_number("Q")
@@ -100,10 +105,10 @@ def is_gguf_file(path: Path) -> bool:
 
 
 def read_gguf_header(path: Path) -> Header:
-    """Return what a GGUF file says of itself, once it is seen that transformers reads it as it is meant.
+    """Return the header of a GGUF file that transformers reads correctly.
 
     Raises:
-        UserError: there is no such file, it is damaged or of another format, or it is not to be read here.
+        UserError: there is no such file, it is damaged or of another format, or transformers would misread it.
     """
     require(path.is_file(), f"model.path={path}: no such file; give a GGUF file, or the folder of a saved model")
     stamp = path.stat()
@@ -112,7 +117,11 @@ def read_gguf_header(path: Path) -> Header:
 
 @cache
 def read_checked_header(path: Path, size: int, changed: int) -> Header:
-    """Return the header of a file as it was at a time."""
+    """Return the header of a file with this size and time of change.
+
+    Raises:
+        UserError: as `read_gguf_header`.
+    """
     require(read_magic(path) == MAGIC, f"model.path={path}: not a GGUF file; {SAVED_MODEL_REMEDY}")
     installed = find_spec("gguf") is not None
     require(installed, f"model.path={path}: GGUF files need the package gguf; pip install -e '.[quantised]'")
@@ -131,21 +140,36 @@ def read_magic(path: Path) -> bytes:
 
 
 def parse_header(path: Path) -> Header:
+    """Return the header of a GGUF file, whatever model it holds.
+
+    Raises:
+        EOFError: the file is cut short.
+        ValueError: it is of an unknown version.
+    """
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = Cursor(data)
         cursor.skip(len(MAGIC))
-        version, tensors, values = (cursor.read_number(kind) for kind in "IQQ")
+        version, tensors, count = (cursor.read_number(kind) for kind in "IQQ")
         if version not in VERSIONS:
             raise ValueError(f"version {version}, known are 2 and 3")
-        told = {cursor.read_text(): cursor.read_value(cursor.read_number("I")) for _ in range(values)}
+        values = {cursor.read_text(): cursor.read_value(cursor.read_number("I")) for _ in range(count)}
         places = dict(cursor.read_tensor() for _ in range(tensors))
-        found = Header(told, tuple(places), cursor.at)
-        cursor.skip(max(places.values(), default=0))  # where the last tensor begins must be within the file
+        found = Header(values, tuple(places), cursor.at)
+        cursor.skip(max(places.values(), default=0))  # the last tensor must begin within the file
         return found
 
 
 def check_gguf_model(path: Path, found: Header) -> None:
-    """Refuse what transformers makes no model of, or one that computes something else."""
+    """Refuse a file that transformers cannot turn into a model, or only into one that computes something else.
+
+    Raises:
+        UserError: the file is a part, of an unknown architecture, or has scaled positions.
+    """
+    parts = found.values.get("split.count", 1)
+    require(
+        parts == 1,
+        f"model.path={path}: one of {parts} parts; join them first (llama-gguf-split --merge), or {SAVED_MODEL_REMEDY}",
+    )
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
@@ -161,7 +185,11 @@ def check_gguf_model(path: Path, found: Header) -> None:
 
 
 def check_gguf_tokenizer(path: Path, found: Header) -> None:
-    """Refuse a tokenizer that would cut texts otherwise than the model has learned them."""
+    """Refuse a tokenizer that would split texts differently from the model's training.
+
+    Raises:
+        UserError: the way it splits texts is unknown, or transformers does not follow it.
+    """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     known = found.cut is None or found.cut in LIKE_GPT2 | DIGITS | set(GGUF_PRE_TOKENIZER_SPLITS)
@@ -178,16 +206,16 @@ def check_gguf_tokenizer(path: Path, found: Header) -> None:
 
 @cache
 def link_alone(path: Path) -> TemporaryDirectory:
-    """Return a folder, kept while Python runs, that holds a link to the file and nothing else: transformers would also
-    read an adapter or decoding settings that lie beside it."""
+    """Return a folder, kept while Python runs, that holds a link to the file and nothing else. transformers would also
+    read an adapter or decoding settings beside it."""
     folder = TemporaryDirectory(prefix="gguf-")
     (Path(folder.name) / path.name).symlink_to(path.resolve())
     return folder
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
-    """Return the file's own tokenizer as transformers makes it, cutting texts as the file says, without the token that
-    transformers adds to every byte-level vocabulary."""
+    """Return the file's own tokenizer as transformers builds it, but splitting texts as the file says, and without the
+    token that transformers adds to every byte-level vocabulary."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer

@@ -1,5 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once: without it only the cache is used, at once instead of after
-a minute of the libraries' retries."""
+"""Whether the Hugging Face hub can be reached. If not, the cache is used at once, not after the libraries' retries."""
 
 import functools
 import socket
@@ -12,17 +11,17 @@ from huggingface_hub import constants
 
 from dual_lora.lab.errors import UserError
 
-CONNECT_SECONDS = 5.0  # for the hub to take a connection
+CONNECT_SECONDS = 5.0  # for the hub to accept a connection
 
 
 def parse_hub_address() -> tuple[str, int]:
     """Return the hub's host and port.
 
     Raises:
-        UserError: HF_ENDPOINT names none.
+        UserError: HF_ENDPOINT is not an address.
     """
     place = urlsplit(constants.ENDPOINT)
-    with suppress(ValueError):  # of a port that is no number
+    with suppress(ValueError):  # a port may not be a number
         if place.hostname and place.scheme in ("http", "https"):
             return place.hostname, place.port or (443 if place.scheme == "https" else 80)
     raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: no address; give one like https://huggingface.co")
@@ -30,7 +29,7 @@ def parse_hub_address() -> tuple[str, int]:
 
 @functools.cache
 def is_hub_unreachable() -> bool:
-    """Return whether nobody answers at the hub's address; behind a proxy that cannot be told, so it is not said."""
+    """Return whether nothing answers at the hub's address. Behind a proxy this is unknown, and False is returned."""
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() - {"no"}:
         return False
     where = parse_hub_address()
@@ -42,7 +41,7 @@ def is_hub_unreachable() -> bool:
 
 
 def use_cache_if_unreachable(models: bool = False, data: bool = False) -> None:
-    """Let models or data sets come from the cache alone where the hub is cut off."""
+    """Read models or data sets from the cache alone if the hub cannot be reached."""
     if models and is_hub_unreachable():
         constants.HF_HUB_OFFLINE = True
     if data and is_hub_unreachable():

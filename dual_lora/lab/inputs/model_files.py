@@ -1,29 +1,45 @@
-"""The files a model is read from: where they are, and hashes that identify them."""
+"""The files a model is read from: which they are, a folder that holds these alone, and hashes that identify them.
+
+transformers follows what lies in a model's folder: an adapter, an index that names other weights, a file with decoding
+settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json.
+"""
 
 import hashlib
+import json
 import os
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from dual_lora.lab.config.paths import BUNDLED, resolve_path
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError, require
-from dual_lora.lab.inputs.gguf import is_gguf_file, read_gguf_header
+from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.inputs.gguf import is_gguf_file, link_alone, read_gguf_header
+from dual_lora.lab.inputs.model_config import check_class_fields, clean_config
 from dual_lora.lab.system.files import read_json_object
 from dual_lora.lab.system.sealed import hash_file
 
 # Bytes of either end of a weight file that identify it.
 END_BYTES = 1 << 20
-# What of a model's folder can change a digit.
-MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt")
-MODEL_FILES += ("special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+TOKENIZER_FILES += ("chat_template*",)
+SPECIAL_TOKENS, SPECIAL_TOKEN_LISTS = "special_tokens_map.json", ("additional_special_tokens", "extra_special_tokens")
+# Of rarer tokenizers; records of earlier versions do not hold them.
+RARE_TOKENIZER_FILES = ("*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json", "dict.txt", "emoji.json")
+RARE_TOKENIZER_FILES += ("normalizer.json", "entity_vocab.json", "target_vocab.json", "byte_maps.json", "word_*.json")
+# What a record keeps of a model's folder. generation_config.json is no longer read; records are compared by it.
+RECORDED_FILES = ("*.safetensors", "config.json", "generation_config.json", *TOKENIZER_FILES)
+RESAVE_REMEDY = "save the model again"
 
 
 def find_model(settings: Settings) -> Path | None:
     """Return the folder or the GGUF file the model is read from, or None for the hub.
 
     Raises:
-        UserError: `model.path` holds no model.
+        UserError: `model.path` holds no model, or what lies there cannot be honoured.
     """
     model = settings.model
     path = (
@@ -34,19 +50,117 @@ def find_model(settings: Settings) -> Path | None:
     if path and is_gguf_file(path):
         read_gguf_header(path)
         return path
-    if path and not (path / "config.json").is_file():
-        raise UserError(f"model.path={path}: no config.json there; give the folder of a saved Hugging Face model")
-    if path and not list(path.glob("*.safetensors")):
-        raise UserError(f"model.path={path}: no *.safetensors there; other weight formats are not loaded")
     if path:
-        kind = read_json_object(path / "config.json", "save the model anew").get("model_type")
-        require(isinstance(kind, str), f"{path / 'config.json'}: names no model_type; give a saved Hugging Face model")
+        check_model_folder(path)
     return path or None
 
 
+def check_model_folder(path: Path) -> None:
+    """Refuse a folder that holds no model, or more than one.
+
+    Raises:
+        UserError: a file is missing or damaged, or an adapter lies beside the weights.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path={path}: no config.json there; give the folder of a saved Hugging Face model")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"model.path={path}: no *.safetensors there; other weight formats are not loaded")
+    adapter = path / "adapter_config.json"
+    require(
+        not adapter.exists(),
+        f"{adapter}: an adapter beside the model, which may be merged already; move it away, or merge it first",
+    )
+    read_config_fields(path)
+
+
+def read_config_fields(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's config.json that decide what the model is.
+
+    Raises:
+        UserError: the file is damaged, or a field cannot be honoured.
+    """
+    file = folder / "config.json"
+    values = read_json_object(file, RESAVE_REMEDY)
+    kind = values.get("model_type")
+    require(isinstance(kind, str), f"{file}: names no model_type; give a saved Hugging Face model")
+    return clean_config(values, str(file), sum(len(list_tensors(weights)) for weights in list_weight_files(folder)))
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """Return the files the weights are read from: one, or the shards that an index names.
+
+    Raises:
+        UserError: there are none, or the index names files that are not shards in this folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    require(index.is_file(), f"model.path={folder}: neither {WEIGHTS} nor {INDEX} there; {RESAVE_REMEDY}")
+    shards = read_json_object(index, RESAVE_REMEDY, "weight_map")["weight_map"]
+    named = shards and isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
+    require(bool(named), f"{index}: damaged (weight_map names no files); {RESAVE_REMEDY}")
+    names = sorted(set(shards.values()))
+    for name in names:
+        here = Path(name).name == name and name.endswith(".safetensors")
+        require(here, f"{index}: names {name[:80]!r}; weights are read from *.safetensors in the same folder only")
+        require((folder / name).is_file(), f"{index}: names {name}, which is not there; get the whole model")
+    return [folder / name for name in names]
+
+
+def list_tensors(file: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return read_tensor_names(file, *get_file_stamp(file))
+
+
+@cache
+def read_tensor_names(file: Path, *stamp: int) -> list[str]:
+    """Return the names in the header of a safetensors file, read once for each stamp.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            require(length <= file.stat().st_size, f"{file}: damaged; get the file again")
+            header = json.loads(stream.read(length))
+        return [name for name in header if name != "__metadata__"]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged ({get_first_line(error)}); get the file again") from error
+
+
+def find_deciding_index(folder: Path) -> Path | None:
+    """Return the index of the weights if it decides which are read: if the folder holds a tensor twice. Otherwise the
+    shards say all that it says.
+
+    Raises:
+        UserError: the index names two shards that hold the same tensor.
+    """
+    read = list_weight_files(folder)
+    if read == [folder / WEIGHTS]:
+        return None
+    files = {file: list_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    names = [name for file in read for name in files[file]]
+    require(len(names) == len(set(names)), f"{folder / INDEX}: two of its files hold the same tensor; {RESAVE_REMEDY}")
+    others = {name for file in files if file not in read for name in files[file]}
+    return folder / INDEX if others & set(names) else None
+
+
+def list_matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
 def identify_weights(settings: Settings) -> dict[str, str]:
-    """Return what identifies the weights: hub id and revision, or a hash over both ends of every weight file, of a GGUF
-    file over all that stands before the weights, too."""
+    """Return what identifies the weights: hub id and revision, or a hash over both ends of every weight file. Of a GGUF
+    file everything before the weights is hashed, too.
+
+    Raises:
+        UserError: the model is nowhere, or cannot be read.
+    """
     folder = find_model(settings)
     if folder is None:
         known = settings.model.hub or settings.plan
@@ -60,11 +174,13 @@ def identify_weights(settings: Settings) -> dict[str, str]:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode() + read_file_ends(file, END_BYTES))
+    if index := find_deciding_index(folder):
+        digest.update(index.read_bytes())
     return {"sha256": digest.hexdigest()}
 
 
 def read_file_ends(file: Path, first: int) -> bytes:
-    """Return the `first` bytes of a file and its last `END`."""
+    """Return the `first` bytes of a file and its last `END_BYTES`."""
     with file.open("rb") as stream:
         start = stream.read(first)
         stream.seek(max(0, file.stat().st_size - END_BYTES))
@@ -72,15 +188,32 @@ def read_file_ends(file: Path, first: int) -> bytes:
 
 
 def hash_model_files(settings: Settings) -> dict[str, str]:
-    """Return the SHA-256 of every file of the model's folder that can change a digit; of a model of the hub none, which
-    is known by its revision. The run's name holds less of them, so that it does not change from version to version."""
+    """Return the SHA-256 of every file of the model's folder that can change a digit. There are none of a hub's model,
+    which is known by its revision. A run's name holds fewer of them, so that it stays the same from version to version.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
     path = find_model(settings)
     if path is None:
         return {}
     found = {"gguf": path}  # whatever the file is called
     if path.is_dir():
-        found = {file.name: file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
+        files = list_matching_files(path, RECORDED_FILES + RARE_TOKENIZER_FILES)
+        found = {file.name: file for file in [*files, *filter(None, [find_deciding_index(path)])]}
     return {name: hash_unchanged_file(found[name], *get_file_stamp(found[name])) for name in sorted(found)}
+
+
+def find_changed_files(known: dict[str, str], settings: Settings) -> list[str]:
+    """Return the names of the model's files that are not as `known` says, the hashes kept with a record. A file that an
+    earlier version did not record counts as unchanged.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
+    now = hash_model_files(settings)
+    rare = {name for name in now.keys() - known.keys() if any(fnmatch(name, p) for p in RARE_TOKENIZER_FILES)}
+    return sorted(name for name in (known | now).keys() - rare if known.get(name) != now.get(name))
 
 
 def get_file_stamp(path: Path) -> tuple[int, int, int]:
@@ -93,3 +226,63 @@ def get_file_stamp(path: Path) -> tuple[int, int, int]:
 def hash_unchanged_file(path: Path, *stamp: int) -> str:
     """Return a file's SHA-256, read once for each stamp."""
     return hash_file(path)
+
+
+def link_model(path: Path) -> Path:
+    """Return a folder, kept while Python runs, that holds links to the files a model is read from, and nothing else.
+
+    Raises:
+        UserError: the model cannot be read, or its config.json not be honoured.
+    """
+    if is_gguf_file(path):
+        return Path(link_alone(path).name)
+    weights = list_weight_files(path)
+    index = [] if weights == [path / WEIGHTS] else [path / INDEX]
+    files = [*weights, *index, *list_matching_files(path, TOKENIZER_FILES + RARE_TOKENIZER_FILES)]
+    stamps = tuple((file, *get_file_stamp(file)) for file in [path / "config.json", *files])
+    folder = Path(link_files(path, stamps).name)
+    if not folder.is_dir():  # a process that was forked from this one removed it at its end
+        link_files.cache_clear()
+        folder = Path(link_files(path, stamps).name)
+    return folder
+
+
+@cache
+def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...]) -> TemporaryDirectory:
+    """Link the files named in `stamps`, beside a cleaned copy of config.json.
+
+    Raises:
+        UserError: config.json cannot be honoured.
+    """
+    values = read_config_fields(path)
+    check_class_fields(values, str(path / "config.json"))
+    folder = write_config(values)
+    for file, *_ in stamps[1:]:
+        link = Path(folder.name) / file.name
+        if file.name == SPECIAL_TOKENS:
+            link.write_text(json.dumps(read_special_tokens(file)))
+        else:
+            link.symlink_to(file.resolve())
+    return folder
+
+
+def read_special_tokens(file: Path) -> dict[str, Any]:
+    """Return the special tokens that a special_tokens_map.json names; its other fields would be taken for options.
+
+    Raises:
+        UserError: the file is damaged, or a token has no text.
+    """
+    values = read_json_object(file, RESAVE_REMEDY)
+    listed = {name: value for name, value in values.items() if name in SPECIAL_TOKEN_LISTS}
+    named = {name: value for name, value in values.items() if name.endswith("_token") and not name.startswith("add_")}
+    for name, value in named.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        require(bool(text) and isinstance(text, str), f"{file}: {name} is no text; {RESAVE_REMEDY}")
+    return named | listed
+
+
+def write_config(values: dict[str, Any]) -> TemporaryDirectory:
+    """Return a new folder that holds this config.json; it is removed with the object."""
+    folder = TemporaryDirectory(prefix="model-")
+    (Path(folder.name) / "config.json").write_text(json.dumps(values))
+    return folder

@@ -1,4 +1,4 @@
-"""Rows of a task: its own splits, and training rows that are set apart."""
+"""Rows of a task: its own splits, and training rows held out for evaluation."""
 
 from dual_lora.lab.config.schema import Evaluate, Settings
 from dual_lora.lab.config.tasks import translate_task_errors
@@ -6,16 +6,16 @@ from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.hub import use_cache_if_unreachable
 from tasks import Split, Task
 
-# Which training rows `eval.holdout` sets apart.
+# Seed of the draw of the training rows that `eval.holdout` holds out.
 HOLDOUT_SEED = 2512
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:
-    """Return a split. Where a number of rows is set, training takes a sample drawn with the run's seed and evaluation
-    the first rows, the same for every run.
+    """Return a split. If the number of rows is limited, training takes a sample drawn with the run's seed, and
+    evaluation takes the first rows, the same for every run.
 
     Raises:
-        UserError: the data is missing, damaged, cannot be fetched, or too little to set rows of it apart.
+        UserError: the data is missing, damaged, cannot be fetched, or has too few rows to hold some out.
     """
     split, train = read_split(task, name, settings), name == "train"
     if train and settings.eval.holdout:
@@ -28,7 +28,7 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
 
 
 def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
-    """Return the rows a run is evaluated on, by split: the task's own, or training rows set apart.
+    """Return the rows a run is evaluated on, by split: the task's own, or training rows that are held out.
 
     Raises:
         UserError: as `load_split`.

@@ -1,21 +1,40 @@
 """Methods: an adapter configuration as PEFT stores it, put on a model; and the optimizer a method asks for.
 
-No method is known here by name. A method that PEFT has needs its yaml in conf/method/ and nothing else.
+No method is known here by name. A method that PEFT has needs its YAML in conf/method/ and nothing else. What does not
+fit the model or the task is refused before training.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from math import ceil
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PromptLearningConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError, get_first_line, require, suggest_name, translate_read_errors
+from dual_lora.lab.errors import (
+    UserError,
+    get_first_line,
+    is_out_of_memory,
+    require,
+    suggest_name,
+    translate_read_errors,
+)
 from dual_lora.lab.model.load import build_target_pattern, is_sharded
-from dual_lora.lab.model.nf4 import count_entries, list_4bit_layers
+from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.tuner.warmup import factors_of
 
@@ -24,35 +43,78 @@ TASK_TYPES = {
     "regression": TaskType.SEQ_CLS,
     "generation": TaskType.CAUSAL_LM,
 }
+# Types of PEFT that adapt no linear layers but norms, rows of an embedding or whole blocks. They find their modules
+# themselves unless the YAML names them: on a role's linear layers they would be another method than their name says.
+TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
+PROBE_TOKENS = 4  # of the text that a method must be able to compute; any ids do
 
 
 def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
     """Return the PEFT configuration of an adapter method for a task of `form`.
 
-    rows: how many examples training sees an epoch, which the length of a ramp may depend on; None where it does not
-    matter.
+    What the YAML leaves open is filled in where the type has such a field: the modules of the roles in `model.adapt`,
+    and the heads that train beside the adapter. rows: how many examples training sees an epoch, which the length of a
+    ramp may depend on; None where it does not matter.
 
     Raises:
-        UserError: PEFT knows no such method, or refuses a field.
+        UserError: PEFT has no such type, refuses a field, or the type does not fit this harness or this task.
     """
-    fields: dict[str, Any] = dict(settings.method.peft)
-    kind = fields.pop("peft_type")
-    fields |= resolve_ramp(settings, fields, rows)
+    values: dict[str, Any] = dict(settings.method.peft)
+    kind = values.pop("peft_type")
+    values |= resolve_ramp(settings, values, rows)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         hint = suggest_name(kind, [k.value for k in PEFT_TYPE_TO_CONFIG_MAPPING])
         raise UserError(f"method.peft.peft_type={kind}: PEFT has no such method.{hint}")
-    fields.setdefault("target_modules", build_target_pattern(settings.model))
-    if settings.model.head and form != "generation":
-        fields.setdefault("modules_to_save", list(settings.model.head))
+    config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = {field.name for field in fields(config_type)}
+    check_peft_type(settings, kind, known, form)
+    values.setdefault("task_type", TASK_TYPES[form])
+    if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
+        values.setdefault("target_modules", build_target_pattern(settings.model))
+    if settings.model.head and form != "generation" and "modules_to_save" in known:
+        values.setdefault("modules_to_save", list(settings.model.head))
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type=TASK_TYPES[form], **fields)
+        return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
 
 
-def resolve_ramp(settings: Settings, fields: dict[str, Any], rows: int | None) -> dict[str, int]:
+def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
+    """Refuse types of PEFT that would not be what their name says here. known: the fields of the type's configuration.
+
+    Raises:
+        UserError: with the reason and the remedy.
+    """
+    where, tuner = f"method={settings.method.name} ({kind})", PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    prompts = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig)
+    require(
+        not prompts,
+        f"{where}: puts virtual tokens before the text, which decoding and the scoring of answers do not expect; take "
+        "a method that changes weights",
+    )
+    # AdaLoRA always, AdaMSS where its YAML says so: without these calls it would train as something else.
+    scheduled = hasattr(tuner, "update_and_allocate") and settings.method.peft.get("use_asa", "use_asa" not in known)
+    require(
+        not scheduled,
+        f"{where}: its ranks follow a schedule that needs a call after every step, which training does not make; take "
+        "a method of fixed rank",
+    )
+    require(
+        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
+        f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
+        "pissa or olora",
+    )
+    headless = form != "generation" and "modules_to_save" not in known
+    require(
+        not headless,
+        f"{where}: cannot train a head beside it, and {settings.task.name} needs one; take another method, or a task "
+        "that generates text",
+    )
+
+
+def resolve_ramp(settings: Settings, values: dict[str, Any], rows: int | None) -> dict[str, int]:
     """Return the length of an update's ramp in optimizer steps, where the method has one and its settings give none."""
-    if "scale_warmup_steps" not in fields or fields["scale_warmup_steps"] is not None:
+    if "scale_warmup_steps" not in values or values["scale_warmup_steps"] is not None:
         return {}
     share = settings.method.ramp_share or 0
     return {"scale_warmup_steps": 0 if rows is None else ceil(share * settings.count_steps(rows))}
@@ -62,24 +124,24 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     """Return the model with the method on it and exactly its weights trainable. rows: see `build_adapter_config`.
 
     Raises:
-        UserError: the method refuses its settings or finds nothing to adapt.
+        UserError: the method refuses its settings, finds nothing to adapt, or computes no output on this model.
     """
     if settings.method.peft is None:
         if settings.init_from:
             load_init_weights(model, settings)
         return model.requires_grad_(True)
     adapter = build_adapter_config(settings, form, rows)
-    try:
+    if model.device.type == "meta" and isinstance(getattr(adapter, "init_lora_weights", None), str):
+        adapter.init_lora_weights = True  # a start made from the base weights needs their values; shapes are the same
+    with translate_method_errors(settings):
         adapted = get_peft_model(model, adapter)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        where = f"method={settings.method.name} on model={settings.model.name}"
-        reads = "DTensor" in str(error)
-        said = (
-            "it starts from the base weights, which are sharded; take hardware=ddp" if reads else get_first_line(error)
-        )
-        raise UserError(f"{where}: {said}") from error
+        check_forward(adapted)
+    trains = any(weight.requires_grad for weight in adapted.parameters())
+    require(
+        trains or settings.method.peft.get("modules_to_save") == [],  # which says that nothing is to train
+        f"method={settings.method.name}: nothing would train, because {settings.task.name} has no head of its own; "
+        "take another method, or method=none to score the model as it is",
+    )
     if settings.init_from:
         load_init_weights(adapted, settings)
     for factors in factors_of(adapted) if is_sharded(model) else ():
@@ -87,11 +149,44 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     return adapted
 
 
-def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
-    """Give the model the weights of the run `init_from` names, all but those of its head, which stay fresh.
+@contextmanager
+def translate_method_errors(settings: Settings) -> Iterator[None]:
+    """Turn whatever PEFT raises over a model or a configuration into one line.
 
     Raises:
-        UserError: they do not fit.
+        UserError: with the method, the model and what PEFT said.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        where = f"method={settings.method.name} on model={settings.model.name}"
+        reads = "DTensor" in str(error)
+        said = (
+            "it starts from the base weights, which are sharded; take hardware=ddp" if reads else get_first_line(error)
+        )
+        raise UserError(f"{where}: {said}") from error
+
+
+@torch.no_grad()
+def check_forward(model: PeftModel) -> None:
+    """Compute one short text, so that a method that needs more than the usual inputs fails here and not in training.
+    Not of models that are sharded, on the meta device, or in float16, which CPUs compute only in part."""
+    if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
+        return
+    ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
+    training = model.training
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):  # for dropout
+        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.train(training)
+
+
+def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
+    """Give the model the weights of the run that `init_from` names. Heads stay fresh.
+
+    Raises:
+        UserError: the weights do not fit.
     """
     file = find_init_weights(settings)
     with translate_read_errors(f"init_from={settings.init_from}: cannot read {file.name}", "take another run"):
@@ -99,7 +194,7 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
     heads = settings.model.heads
     own = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
     shared = {name for name in getattr(model, "_tied_weights_keys", None) or () if name not in weights}
-    own = {name: t for name, t in own.items() if name not in shared}  # a file has what is tied once
+    own = {name: t for name, t in own.items() if name not in shared}  # a file holds tied weights once
     chosen = {name: t if heads & set(name.split(".")) else weights.pop(name, None) for name, t in own.items()}
     left = [name for name in weights if not heads & set(name.split("."))]
     other = left + [name for name, t in chosen.items() if t is None or t.shape != own[name].shape]
@@ -111,18 +206,8 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
         model.load_state_dict(chosen, strict=not shared)
         return
     set_peft_model_state_dict(model, chosen)
-    for factors in factors_of(model):  # a ramp of another length must not start anew in its middle
+    for factors in factors_of(model):  # trained factors are at full scale, whatever the length of this run's ramp
         factors.set_update_scale(1.0, ramp=False)
-
-
-def merge_adapter(model: torch.nn.Module) -> bool:
-    """Merge the adapter where that loses nothing, so that evaluation runs at the base model's speed, and return whether
-    it was done; in 16 bits the base weights would round much of an update away, in 4 bits nearly all."""
-    plain = model.dtype == torch.float32 and not is_sharded(model) and not list_4bit_layers(model)
-    able = isinstance(model, PeftModel) and plain
-    if able:
-        model.merge_adapter()
-    return able
 
 
 @torch.no_grad()
@@ -173,7 +258,7 @@ def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
 
 
 def list_kernels(model: torch.nn.Module) -> list[str]:
-    """Return how adapters that can be computed in several ways are computed here; empty for others."""
+    """Return the kernels that compute the adapters; empty for methods that have but one."""
     return sorted({factors.kernel_used for factors in factors_of(model)})
 
 
@@ -182,7 +267,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     heads = sum(n for name, n in trained.items() if "modules_to_save" in name)
     return {
-        # beside a head that trains PEFT keeps the original
+        # PEFT keeps the original beside a head that trains
         "parameters": sum(count_entries(p) for name, p in model.named_parameters() if ".original_module." not in name),
         "trainable_parameters": sum(trained.values()),
         "adapter_parameters": sum(trained.values()) - heads if hasattr(model, "peft_config") else 0,

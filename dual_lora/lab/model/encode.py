@@ -39,7 +39,7 @@ def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> 
 
 def get_position_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model has positions for; None if there is no such limit. RoBERTa's positions begin
-    behind that of padding."""
+    after that of padding."""
     limit = getattr(model.config, "max_position_embeddings", None)
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(places, "padding_idx", None)
@@ -51,16 +51,16 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
         pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
         found = tokenizer(*pair, truncation=True, max_length=settings.task.max_length)
         where = f"task={settings.task.name}: {row['id']} is empty"
-        require(found["input_ids"], f"{where}, and {settings.model.name} puts no token of its own; remove the row")
+        require(found["input_ids"], f"{where}, and {settings.model.name} adds no special tokens; remove the row")
         return {**found, "labels": row["label"]}
 
     return columns
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> list[int]:
-    """Return a row's prompt as tokens, with the special tokens the model expects in front, and none behind but its own.
-    With model.chat it is a row's messages, or a user's one, in the tokenizer's chat template, which brings the special
-    tokens itself."""
+    """Return a row's prompt as tokens, with the special tokens that the model expects before it, and none after it but
+    its own. With model.chat the row's messages, or the prompt as a user's turn, go through the tokenizer's chat
+    template, which brings the special tokens itself."""
     prompt = row["prompt"]
     if settings.model.chat:
         text = apply_chat_template(tokenizer, row.get("messages") or [{"role": "user", "content": prompt}])

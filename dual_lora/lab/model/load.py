@@ -1,8 +1,9 @@
 """Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -10,99 +11,190 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
 
 from dual_lora.lab.config.schema import Model, Settings
-from dual_lora.lab.config.tasks import translate_task_errors
-from dual_lora.lab.errors import require, translate_read_errors
-from dual_lora.lab.inputs.gguf import (
-    SAVED_MODEL_REMEDY,
-    is_gguf_file,
-    link_alone,
-    load_gguf_tokenizer,
-    read_gguf_header,
+from dual_lora.lab.errors import require
+from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
+from dual_lora.lab.inputs.model_files import (
+    check_model_folder,
+    find_model,
+    link_model,
+    list_tensors,
+    list_weight_files,
 )
-from dual_lora.lab.inputs.hub import use_cache_if_unreachable
-from dual_lora.lab.inputs.model_files import find_model
-from dual_lora.lab.model.encode import apply_chat_template
 from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
+from dual_lora.lab.model.source import (
+    NO_CODE,
+    find_gguf_file,
+    get_head_options,
+    load_config,
+    locate_model,
+    name_model,
+    translate_model_errors,
+)
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes
 from tasks import Task
 
-NO_CODE = {"trust_remote_code": False}  # given outright: transformers would ask the terminal
 
+@dataclass(frozen=True)
+class Draws:
+    """The state of torch's random numbers, on the CPU and on every GPU."""
 
-def locate_model(settings: Settings) -> dict[str, str | bool | None]:
-    """Return where `from_pretrained` finds the model: a folder, a GGUF file, or a hub id with its revision."""
-    path, file = find_model(settings), find_gguf_file(settings)
-    if file:
-        return {"pretrained_model_name_or_path": link_alone(file).name, "gguf_file": file.name, **NO_CODE}
-    if path:
-        return {"pretrained_model_name_or_path": str(path), **NO_CODE}
-    use_cache_if_unreachable(models=True)
-    return {"pretrained_model_name_or_path": settings.model.hub, "revision": settings.model.revision, **NO_CODE}
+    cpu: torch.Tensor
+    gpus: list[torch.Tensor]
 
+    @classmethod
+    def save(cls) -> "Draws":
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
-def translate_model_errors(settings: Settings) -> AbstractContextManager[None]:
-    """Turn a failure to find, fetch or read a model into one line."""
-    where = find_model(settings) or locate_model(settings)["pretrained_model_name_or_path"]
-    return translate_read_errors(
-        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model"
-    )
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.gpus:
+            torch.cuda.set_rng_state_all(self.gpus)
 
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the base model with the head the task's form needs, and its tokenizer. A GGUF file's weights are unpacked.
+    A head is always fresh, even if the weights bring one: otherwise two folders of a model would start differently.
 
     Raises:
-        UserError: the model is neither at `model.path` nor to be had from the hub.
+        UserError: the model is neither at `model.path` nor on the hub, or what is there cannot be honoured.
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
-    options = {"dtype": get_weight_dtype(settings), "use_safetensors": True, **get_head_options(task)}
-    options |= get_quantisation_options(settings)
+    config = load_config(settings, task)
+    set_own_padding(config, tokenizer)
+    options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
+    options |= get_quantisation_options(settings) | get_decoding_default(task)
+    # A head may have another size; for other weights `check_loaded_weights` says no.
+    options["ignore_mismatched_sizes"] = brings_head(settings)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
+    draws = Draws.save()
     with translate_model_errors(settings):
         options |= get_shard_options(settings, task)
         model, found = get_head_class(task).from_pretrained(
             **locate_model(settings), **options, output_loading_info=True
         )
     keep_as_loaded(model)
+    check_loaded_weights(model, found, tokenizer, settings)
+    if task.form != "generation":
+        draw_head(model, found["missing_keys"], draws, settings)
     cast_trained_to_float32(model, settings, task)
-    fresh = settings.model.heads
-    lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
-    require(
-        not lacking,
-        f"model={settings.model.name}: its weights lack {len(lacking)} that its config.json asks for, first "
-        f"{lacking[:1]}; they are another model's",
-    )
-    if file:
-        model.name_or_path = model.config.name_or_path = ""  # PEFT would look for a config.json there, also on the hub
-        check_all_weights_read(model, file)
-    known, asked = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
-    require(
-        asked < known, f"model={settings.model.name}: its tokenizer goes to {asked}, the model knows {known} tokens"
-    )
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.name_or_path = model.config.name_or_path = name_model(settings)
+    set_token_ids(model, tokenizer)
     return model, tokenizer
 
 
+def brings_head(settings: Settings) -> bool:
+    """Return whether a model's weights hold a head, as far as is known before a download."""
+    path = find_model(settings)
+    if path is None or is_gguf_file(path):
+        return path is None
+    names = (name for file in list_weight_files(path) for name in list_tensors(file))
+    return any(name.split(".")[0] in settings.model.heads for name in names)
+
+
+def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a configuration the tokenizer's padding before the model is built, as RoBERTa's positions need it. Padding
+    that is the end of text, too, is left out: its embedding would not train."""
+    padding = tokenizer.pad_token_id
+    if padding != tokenizer.eos_token_id and padding < config.get_text_config().vocab_size:
+        config.pad_token_id = padding
+
+
+def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
+    """Return what keeps `from_pretrained` from decoding settings beside the weights."""
+    return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
+
+
+def draw_head(model: PreTrainedModel, missing: set[str], draws: Draws, settings: Settings) -> None:
+    """Draw a head that the weights brought, with the random numbers it would have got without them."""
+    heads = {name: module for name, module in model.named_children() if name in settings.model.heads}
+    if not any(f"{name}.{part}" not in missing for name, head in heads.items() for part, _ in head.named_parameters()):
+        return
+    draws.restore()
+    for head in heads.values():
+        for weight in head.parameters():
+            weight._is_hf_initialized = False
+        head.apply(model._init_weights)
+
+
+def load_tuned_model(
+    folder: Path, settings: Settings, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Return the model that a run of method=full left in its record, read as a base model is.
+
+    Raises:
+        UserError: the folder holds no model, or what lies there cannot be honoured.
+    """
+    check_model_folder(folder)
+    place = {"pretrained_model_name_or_path": str(link_model(folder)), **NO_CODE}
+    config = AutoConfig.from_pretrained(**place)
+    config.update(get_head_options(task))
+    set_own_padding(config, tokenizer)
+    options = {"dtype": get_weight_dtype(settings), "use_safetensors": True}
+    model = get_head_class(task).from_pretrained(config=config, **place, **options, **get_decoding_default(task))
+    model.name_or_path = model.config.name_or_path = str(folder)
+    set_token_ids(model, tokenizer)
+    return model
+
+
+def check_loaded_weights(
+    model: PreTrainedModel, found: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> None:
+    """Refuse weights that are not the model's, or a tokenizer that is not. found: transformers' report of loading.
+
+    Raises:
+        UserError: with what does not fit.
+    """
+    fresh, where = settings.model.heads, f"model={settings.model.name}"
+    lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
+    other = sorted(name for name, *_ in found["mismatched_keys"] if not fresh & set(name.split(".")))
+    require(
+        not other,
+        f"{where}: its weights have other shapes than its config.json asks for, first {other[:1]}; they are another "
+        "model's",
+    )
+    require(
+        not lacking,
+        f"{where}: its weights lack {len(lacking)} that its config.json asks for, first {lacking[:1]}; they are "
+        "another model's",
+    )
+    if file := find_gguf_file(settings):
+        check_all_weights_read(model, file)
+    known, asked = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    require(asked < known, f"{where}: its tokenizer goes to {asked}, the model knows {known} tokens")
+
+
+def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model's configurations the special tokens of its tokenizer."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in configs.values():
+            setattr(config, name, getattr(tokenizer, name))
+        if model.can_generate():
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+
+
 def get_weight_dtype(settings: Settings) -> torch.dtype:
-    """Return what the model's weights are held in: `model.dtype`, but float32 where all of them train. In 16 bits a
-    usual step is less than the distance to the next number, and AdamW's means never decay; products are taken in
-    `model.dtype` all the same (`autocast`)."""
+    """Return the type of the model's weights: `model.dtype`, but float32 if all of them train. In 16 bits a usual step
+    is smaller than the distance to the next number, and AdamW's means never decay. Products are computed in
+    `model.dtype` all the same (`autocast_products`)."""
     return torch.float32 if settings.method.peft is None else getattr(torch, settings.model.dtype)
 
 
 def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Task) -> None:
-    """Hold in float32, too, what an adapter method trains of the base model: heads, and what it is told to train."""
+    """Cast to float32 what an adapter method trains of the base model: heads, and the modules it names."""
     heads = settings.model.heads if task.form != "generation" else set()
     names = heads | set((settings.method.peft or {}).get("modules_to_save") or ())
     for name, weight in model.named_parameters():
@@ -111,14 +203,14 @@ def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Ta
 
 
 def autocast_products(model: torch.nn.Module, settings: Settings, task: Task) -> AbstractContextManager[None]:
-    """Take products in `model.dtype` outside of training as the Trainer does in it, where weights of other types meet:
-    those of a head, and all that were trained."""
+    """Compute products in `model.dtype` outside of training, as the Trainer does in training, where weights of several
+    types meet: those of a head, and all that were trained."""
     kind, mixed = getattr(torch, settings.model.dtype), task.form != "generation" or settings.method.peft is None
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 
 
 def explain_unshardable(settings: Settings, task: Task, kind: type) -> str | None:
-    """Return why FSDP2 cannot share out a model of this class for this task and method; None if it can."""
+    """Return why FSDP2 cannot shard a model of this class for this task and method; None if it can."""
     if task.form != "generation":
         return f"not for {task.name}, whose head trains"
     if not getattr(kind, "_fsdp_plan", None):
@@ -131,11 +223,14 @@ def explain_unshardable(settings: Settings, task: Task, kind: type) -> str | Non
 
 
 def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedConfig]:
-    """Return how the processes of a run share out the weights as they read them: each its part of each (FSDP2), or,
-    as replicas or alone, everything."""
+    """Return how the processes of a run load the weights: each a shard of every weight (FSDP2), or each everything.
+
+    Raises:
+        UserError: the model cannot be sharded for this task and method.
+    """
     if settings.hardware.sharding != "full" or not has_several_processes():
         return {}
-    config = AutoConfig.from_pretrained(**locate_model(settings))
+    config = load_config(settings, task)
     why = explain_unshardable(settings, task, get_head_class(task)._model_mapping[type(config)])
     require(why is None, f"hardware.sharding=full: {why}; take hardware=ddp")
     mixed = settings.model.dtype == "bfloat16" and settings.method.peft is None
@@ -143,19 +238,17 @@ def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedCo
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether this process holds but a part of each weight."""
+    """Return whether this process holds only a shard of each weight."""
     return getattr(model, "is_distributed_loading_by_transformers", False)
 
 
-def find_gguf_file(settings: Settings) -> Path | None:
-    """Return the GGUF file the model is read from, if it is."""
-    path = find_model(settings)
-    return path if path and is_gguf_file(path) else None
-
-
 def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
-    """Refuse a GGUF file with more weights than the model that transformers made of it has places for. Those of experts
-    are not counted: transformers joins them."""
+    """Refuse a GGUF file with more weights than the model that transformers built from it takes. Experts are not
+    counted, because transformers joins them.
+
+    Raises:
+        UserError: the file holds weights that the model does not take.
+    """
     held = sum("_exps" not in name for name in read_gguf_header(file).tensors)
     taken = len(list(model.parameters()))
     kind = type(model).__name__
@@ -163,10 +256,10 @@ def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
 
 
 def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return as `load`, but of a base in 4 bits a plain model with the values these stand for, in float32.
+    """Return what `load_model` does, but a base in 4 bits as a plain model with the dequantised values, in float32.
 
     Raises:
-        UserError: as `load`.
+        UserError: as `load_model`.
     """
     model, tokenizer = load_model(settings, task)
     if settings.hardware.base is None:
@@ -176,44 +269,15 @@ def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedMo
     return plain, tokenizer
 
 
-def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; one without a padding token pads with the end of text (masked everywhere)."""
-    file = find_gguf_file(settings)
-    with translate_model_errors(settings):
-        tokenizer = load_gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(**locate_model(settings))
-    bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
-    require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if settings.model.chat:
-        where = f"model.chat=true: {settings.model.name}"
-        require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; take model.chat=false")
-        with translate_read_errors(f"{where}'s chat template takes no single prompt", "take model.chat=false"):
-            apply_chat_template(tokenizer, [{"role": "user", "content": "a prompt"}])
-    return tokenizer
-
-
 def move_to_device(model: torch.nn.Module) -> None:
-    """Move a model to the accelerator, if there is one, as the Trainer does for training. What is in 4 bits or shared
-    out was loaded there."""
+    """Move a model to the accelerator, if there is one, as the Trainer does for training. A model in 4 bits or
+    in shards was loaded there."""
     if torch.cuda.is_available() and not list_4bit_layers(model) and not is_sharded(model):
         model.to("cuda")
 
 
 def get_head_class(task: Task) -> type:
     return AutoModelForCausalLM if task.form == "generation" else AutoModelForSequenceClassification
-
-
-def get_head_options(task: Task) -> dict:
-    if task.form == "classification":
-        with translate_task_errors():
-            labels = task.labels  # of a task on the user's own files, read from there
-        return {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
-    return {"num_labels": 1, "problem_type": "regression"} if task.form == "regression" else {}
 
 
 def build_target_pattern(model: Model) -> str:

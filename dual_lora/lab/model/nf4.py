@@ -1,10 +1,10 @@
 """The frozen base model in 4 bits: NF4 with double quantisation, as in QLoRA (arXiv 2305.14314, section 3), by
 bitsandbytes.
 
-Linear weights are held so. Embeddings, norms, biases and heads are held as without it, so that two such
-runs differ in nothing but 4-bit weights. PEFT's `prepare_model_for_kbit_training` would hold all of these in float32
-(of a 70B model's embeddings 4 GB more, and activations twice as large) and recompute activations; RMS norms compute in
-float32 anyway. The one thing of it that training needs, a frozen base, an adapter brings.
+Only linear weights are quantised. Embeddings, norms, biases and heads keep their type, so that runs with and without
+`hardware.base` differ in nothing but 4-bit weights. PEFT's `prepare_model_for_kbit_training` would cast all of these to
+float32 (4 GB more for a 70B model's embeddings, and activations twice as large) and recompute activations. RMS norms
+compute in float32 anyway, and an adapter freezes the base by itself.
 """
 
 import re
@@ -26,7 +26,7 @@ def list_head_names(model: Model) -> set[str]:
 
 
 def get_quantisation_options(settings: Settings) -> dict[str, BitsAndBytesConfig]:
-    """Return what `from_pretrained` is told beside the model's place."""
+    """Return the options of `from_pretrained` for a base in 4 bits; none for another."""
     if settings.hardware.base is None:
         return {}
     config = BitsAndBytesConfig(
@@ -49,14 +49,14 @@ def is_4bit(weight: object) -> bool:
 
 
 def keep_as_loaded(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing weights anew at the first evaluation, as it does on CPUs with AVX512-BF16: that
-    rounds their constants for good, and training on packed weights has no gradient."""
+    """Keep bitsandbytes from repacking weights at the first evaluation, as it does on CPUs with AVX512-BF16. Repacking
+    rounds their constants for good, and packed weights give no gradient."""
     for _, layer in list_4bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
-    """Return the model with all it computes in float32; the 4-bit weights stay as they are."""
+    """Return the model with everything computed in float32; the 4-bit weights stay as they are."""
     for _, layer in list_4bit_layers(model):
         layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
     return nn.Module.float(model)  # transformers' own refuses a model with anything in 4 bits
@@ -64,7 +64,7 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def copy_dequantised_weights(model: nn.Module, plain: nn.Module) -> None:
-    """Give an unquantised model the values that the 4-bit weights of another stand for, in float32."""
+    """Copy the dequantised values of a model's 4-bit weights to an unquantised model, in float32."""
     from bitsandbytes.functional import dequantize_4bit
 
     for name, layer in list_4bit_layers(compute_in_float32(model)):
@@ -73,7 +73,7 @@ def copy_dequantised_weights(model: nn.Module, plain: nn.Module) -> None:
 
 
 def list_quantisable_layers(model: nn.Module, known: Model) -> list[nn.Module]:
-    """Return the layers of an unquantised model, its method attached, that would be in 4 bits."""
+    """Return the layers of an unquantised model, with its method attached, that would be in 4 bits."""
     return [
         module
         for name, module in model.named_modules()
@@ -90,5 +90,5 @@ def count_nf4_bytes(entries: int) -> int:
 
 
 def count_entries(weight: Tensor) -> int:
-    """Return how many numbers a weight holds, which of a 4-bit one are more than its bytes."""
+    """Return how many numbers a weight holds. A 4-bit weight holds two in each byte."""
     return weight.quant_state.shape.numel() if is_4bit(weight) else weight.numel()

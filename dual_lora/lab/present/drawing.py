@@ -12,6 +12,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write NAME.png and NAME.pdf and return them."""
     paths = [folder / f"{name}.{kind}" for kind in METADATA]
     for path, metadata in zip(paths, METADATA.values(), strict=True):
+        path.unlink(missing_ok=True)  # a link is replaced, not followed
         figure.savefig(path, dpi=150, metadata=metadata)
         figure.set_layout_engine("none")  # the layout is computed once: it takes longer than drawing
     return paths

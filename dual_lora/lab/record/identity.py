@@ -1,7 +1,7 @@
 """A run's identity: a hash of every fact that can change a digit of its result.
 
-Settings, task version, data and weights are such facts, so the same facts find the same folder. Where the files
-are, and what is logged where, is not among them.
+Such facts are settings, task version, data and weights, so the same facts find the same folder. Where the files are,
+and what is logged where, are not among them.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
-# method.lr is where train.lr has its value from, if it has no other.
+# method.lr is only the default of train.lr.
 NOT_IDENTITY = {
     "model": {"path", "architecture"},
     "task": {"train_rows"},
@@ -29,10 +29,10 @@ NOT_IDENTITY = {
 
 
 def find_init_weights(settings: Settings) -> Path:
-    """Return the weights file of the run `init_from` names.
+    """Return the weights file of the run that `init_from` names.
 
     Raises:
-        UserError: there is none, or another method or model trained it.
+        UserError: there is none, it is damaged, or another method or model trained it.
     """
     folder = resolve_path("init_from", settings.init_from)
     file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
@@ -47,8 +47,8 @@ def find_init_weights(settings: Settings) -> Path:
 
 
 def select_identity_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that can change a digit of the result. What is null or empty is left out, so that a setting
-    added later does not rename the runs that were done without it."""
+    """Return the settings that can change a digit of the result. Null and empty ones are left out, so that a setting
+    that is added later does not rename the runs done before."""
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
     where = settings.hardware
@@ -63,7 +63,11 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
 
 
 def collect_identity_facts(settings: Settings) -> dict[str, Any]:
-    """Return everything that can change a digit of the result: settings, task version, data and weights."""
+    """Return everything that can change a digit of the result: settings, task version, data and weights.
+
+    Raises:
+        UserError: data or weights cannot be found or read.
+    """
     task = load_task(settings)
     if settings.data_dir:
         resolve_path("data_dir", settings.data_dir)
@@ -85,12 +89,16 @@ def drop_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute_identity(settings: Settings) -> str:
-    """Return the run's name: what a reader wants to see, then ten hexadecimal digits over all facts."""
+    """Return the run's name: model, task, method and seed, then ten hexadecimal digits of a hash of all facts.
+
+    Raises:
+        UserError: data or weights cannot be found or read.
+    """
     text = json.dumps(collect_identity_facts(settings), sort_keys=True)
     names = (settings.model.name, settings.task.name.replace("/", "-"), settings.method.name, f"s{settings.seed}")
     return "_".join(names) + "_" + hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def serialize_identity_settings(settings: Settings) -> str:
-    """Return what of a run is asked for, whatever data and weights it is done with: its settings as canonical text."""
+    """Return a run's settings as canonical text, whatever data and weights it is done with."""
     return json.dumps(select_identity_settings(settings), sort_keys=True)

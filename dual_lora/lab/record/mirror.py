@@ -1,8 +1,8 @@
 """Weights & Biases as the mirror of a run's local record.
 
-The local record is the truth and is written first; what goes here is a copy that is never read back. A mirror may
-therefore fail, but it never stops, delays or crashes the run: opening it online takes at most some ten seconds (then it
-is an offline one), so does finishing it, and the first error of W&B is told in one line and ends the mirroring.
+The local record is written first and is what counts; the mirror is a copy that is never read back. It may therefore
+fail, but it never stops, delays or crashes the run: opening it online takes at most about ten seconds (after which it
+is offline), and so does finishing it. The first error of W&B is printed as one line and ends the mirroring.
 W&B itself is imported only when a mirror is opened.
 """
 
@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.secrets import redact_secrets
+
+MAX_TAG_CHARACTERS = 64  # W&B refuses longer ones
 MODES = ("online", "offline", "disabled")
 INIT_SECONDS = 5.0  # for the server to accept the run; W&B waits 90 by default
-FINISH_SECONDS = 8.0  # for the last upload; W&B waits for ever by default
+FINISH_SECONDS = 8.0  # for the last upload; W&B waits without limit by default
 
 
 class NoApiKey(Exception):
@@ -24,7 +27,7 @@ class NoApiKey(Exception):
 
 
 class Mirror:
-    """The W&B copy of one run; without a W&B run (`Mirror()`) every call does nothing. No call raises."""
+    """The W&B copy of one run. Without a W&B run (`Mirror()`) every call does nothing. No call raises."""
 
     def __init__(self, run: Any = None, warn: Callable[[str], None] = print):
         self._run, self._warn, self._failed = run, warn, False
@@ -86,7 +89,10 @@ def open_mirror(
     settings, and becomes "offline" if there is no key or no server; "offline" uses no network; "disabled" does nothing.
     run_id: a rerun or a later `wandb sync` with the same id goes to the same run on the server.
     warn: gets one line if the mirror is not what `mode` asked for.
-    Other W&B runs of this process are finished first. Raises ValueError for an unknown mode, nothing else.
+    Other W&B runs of this process are finished first.
+
+    Raises:
+        ValueError: there is no such mode. Nothing else is raised.
     """
     if mode not in MODES:
         raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(MODES)}")
@@ -99,7 +105,7 @@ def open_mirror(
         "name": name,
         "group": group,
         "job_type": job_type,
-        "tags": list(tags),
+        "tags": [tag[:MAX_TAG_CHARACTERS] for tag in tags],
         "config": config,
         "dir": os.path.abspath(folder),
     }
@@ -126,7 +132,11 @@ def _start(mode: str, facts: dict, warn: Callable[[str], None]) -> Any:
 
 
 def _init(wandb: Any, mode: str, facts: dict) -> Any:
-    """Start a run in a fresh W&B session: an old one keeps its environment, its server and its unfinished runs."""
+    """Start a run in a new W&B session: an old one keeps its environment, its server and its unfinished runs.
+
+    Raises:
+        NoApiKey: the server needs a key.
+    """
     _end_session()
     wandb.setup(_settings(wandb, mode))
     if mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -138,7 +148,8 @@ def _init(wandb: Any, mode: str, facts: dict) -> Any:
 
 def _end_session() -> None:
     """Finish what still runs and end W&B's helper process, which may be dead or report a run's exit code as its own."""
-    wandb = sys.modules["wandb"]
+    if (wandb := sys.modules.get("wandb")) is None:
+        return
     with contextlib.suppress(Exception):
         if wandb.run is not None:
             wandb.run.finish()
@@ -148,7 +159,7 @@ def _end_session() -> None:
 
 
 def _settings(wandb: Any, mode: str) -> Any:
-    """Bounded waits, no chatter, and nothing recorded but what the run logs."""
+    """Return W&B's settings: bounded waits, no messages, and nothing recorded except what the run logs."""
     return wandb.Settings(
         mode=mode,
         init_timeout=INIT_SECONDS,
@@ -169,8 +180,14 @@ def _settings(wandb: Any, mode: str) -> Any:
 
 def _upload_hint(run: Any) -> str:
     folder = shlex.quote(str(Path(run.dir).parent))
-    return f"upload it later with: wandb sync --include-online {folder}"  # the flag: a run begun online is skipped else
+    # Without the flag, a run that began online is skipped.
+    return f"upload it later with: wandb sync --include-online {folder}"
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    """Return an error as one line without secrets; what pydantic refuses, with the fields it names."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if hasattr(error, "errors") and lines:  # pydantic's: a headline, then fields and reasons in turn
+        found = [(".".join(map(str, wrong["loc"])), wrong["msg"]) for wrong in error.errors()]
+        lines = ["; ".join(f"{field}: {reason}" for field, reason in found)]
+    return redact_secrets(f"{type(error).__name__}: {lines[0] if lines else ''}".strip())

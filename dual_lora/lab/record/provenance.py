@@ -14,27 +14,21 @@ from typing import Any
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.system.distributed import count_processes
+from dual_lora.lab.system.environment import describe_variables
 from dual_lora.lab.system.sealed import hash_file
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
 PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf", "bitsandbytes")
-# Variables of the environment that change which kernels run or in which order numbers are added.
-VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "NVIDIA_TF32_OVERRIDE",
-    "TRITON_INTERPRET",
-)
-VARIABLES += ("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
-VARIABLES += ("CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "ATEN_CPU_CAPABILITY")
-# What of the repository can change a digit of a run, as git names paths.
+# The parts of the repository that can change a digit of a run, as git names paths.
 CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
-# What of a try at a run that went on stays in its environment.
+# Since version 2 all that is read of a record is sealed; earlier records have no version.
+RECORD_VERSION = 2
+# What the environment of a resumed run keeps of each earlier attempt.
 ATTEMPT_FIELDS = ("started", "commit", "uncommitted_changes", "code")
 
 
 def get_installed_version(package: str) -> str | None:
+    """Return a package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -42,23 +36,25 @@ def get_installed_version(package: str) -> str | None:
 
 
 def run_git(*args: str) -> str | None:
-    """Return what git says of this repository; None where there is no git or no repository."""
+    """Return git's answer about this repository; None without git or a repository. Git's own variables, which hooks
+    set, would name another one."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(["git", "-C", paths.ROOT, *args], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", paths.ROOT, *args], capture_output=True, text=True, env=variables)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def has_uncommitted_changes() -> bool | None:
-    """Return whether code or settings are not those of the commit, new files included; None where git does not tell."""
-    said = run_git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
-    return None if said is None else bool(said)
+    """Return whether code or settings differ from the commit, new files included; None where git does not say."""
+    answer = run_git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+    return None if answer is None else bool(answer)
 
 
 def merge_environments(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the environment of a run that goes on: today's, with the commits of its earlier tries, and clean only if
-    all of them were."""
+    """Return the environment of a resumed run: the present one, with the commits of the earlier attempts; it is clean
+    only if all of them were."""
     earlier = [*begun.get("earlier_commits", []), begun.get("commit")]
     doubts = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
     found = {"uncommitted_changes": True if True in doubts else None if None in doubts else False}
@@ -69,7 +65,7 @@ def merge_environments(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, 
 
 @cache
 def hash_code() -> str:
-    """Return a SHA-256 over the code and the values this process began with."""
+    """Return a SHA-256 over the code and the configuration files that this process started with."""
     digest = hashlib.sha256()
     for path in sorted(
         [*paths.ROOT.glob("dual_lora/**/*.py"), *paths.ROOT.glob("tasks/**/*.py"), *paths.ROOT.glob("conf/**/*.yaml")]
@@ -79,11 +75,13 @@ def hash_code() -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what beside the facts can change a digit of a result: versions, machine, how it computes, code."""
+    """Return what can change a digit of a result besides the identity's facts: versions, machine, how it computes,
+    code."""
     import torch
 
     cuda = torch.cuda.is_available()
     return {
+        "record_version": RECORD_VERSION,
         "python": platform.python_version(),
         "packages": {p: get_installed_version(p) for p in PACKAGES},
         "platform": platform.platform(),
@@ -103,7 +101,7 @@ def describe_environment() -> dict[str, Any]:
             "benchmark": torch.backends.cudnn.benchmark,
         },
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": describe_variables(),
         "commit": run_git("rev-parse", "HEAD"),
         "uncommitted_changes": has_uncommitted_changes(),
         "code": hash_code(),
@@ -113,7 +111,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def get_processor_name() -> str:
-    """Return the processor's name as Linux tells it, or Python's word for it elsewhere."""
+    """Return the processor's name from Linux's /proc/cpuinfo, or Python's name for it elsewhere."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -124,5 +122,5 @@ def get_processor_name() -> str:
 
 
 def is_committed(made_with: dict) -> bool:
-    """Whether a run was done with code that a commit holds, as far as its environment tells."""
+    """Return whether a run was done with committed code, as far as its environment says."""
     return made_with.get("uncommitted_changes") is False

@@ -3,18 +3,23 @@
     runs/<study>/<identity>/
         config.yaml          every setting, resolved
         environment.json     versions, machine, code commit
-        metrics.jsonl        one line a log step
-        predictions.jsonl    one line an example: id, raw output, answer, gold
+        metrics.jsonl        one line per logged step
+        predictions.jsonl    one line per example: id, raw output, answer, gold
         adapter/ or model/   what was trained
         result.json          metrics, parameters, time, memory, identity
 
 While a run is unfinished there are also `checkpoints/`, `.lock` (who does it), `trained.json` once training is done,
-and `failure.json` if a try failed. A run with `force=true` is done in `.again/`, whose files take the old ones' places
-when they are whole, so that no result is lost on the way.
+and `failure.json` if an attempt failed. A run with `force=true` is done in `.again/`, whose files replace the old ones
+once they are whole, so that no result is lost on the way.
+
+What a run leaves is sealed: `result.json` holds the run's identity, the SHA-256 of every other file and a digest of
+itself. A record under another run's name, changed, or with a file added to its weights, is refused.
 """
 
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,28 +30,52 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Elsewhere, UserError, require
-from dual_lora.lab.inputs.model_files import hash_model_files
-from dual_lora.lab.record.provenance import describe_environment, merge_environments
-from dual_lora.lab.system.files import flush_to_disk, read_json_object, remove_path, translate_write_errors
+from dual_lora.lab.errors import Elsewhere, UserError, get_first_line, require
+from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files
+from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
+from dual_lora.lab.system.files import (
+    append_text,
+    read_json_object,
+    remove_path,
+    remove_temporary_files,
+    translate_write_errors,
+    write_text,
+)
 from dual_lora.lab.system.lock import LOCK_NAME, hold_lock
-from dual_lora.lab.system.sealed import find_newest_checkpoint, hash_content, hash_file, list_files, read_seal
+from dual_lora.lab.system.sealed import (
+    check_owner,
+    find_newest_checkpoint,
+    hash_content,
+    hash_file,
+    is_digest_right,
+    list_files,
+    read_seal,
+)
 
-# What its environment must tell.
+# What a record's environment must contain.
 ENVIRONMENT_FIELDS = ("commit", "uncommitted_changes", "threads")
-# What a run's result must tell, whatever version wrote it.
+# What a run's result must contain, whatever version wrote it.
 RESULT_FIELDS = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
-# What a finished run leaves, sealed by the SHA-256 in its result.
-SEALED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "adapter", "model")
+# What a finished run leaves, sealed by the SHA-256 in its result; of these, the folders that are loaded as a whole.
+SEALED_FOLDERS = ("adapter", "model")
+SEALED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", *SEALED_FOLDERS)
 RERUN_FOLDER, TRAINED_FILE = ".again", "trained.json"
+# What is written while the lock is held.
+LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json")
+LOCKED_FILES += (TRAINED_FILE,)
 # What of a finished run does not hold for the same run done again.
 OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json")
+ANALYSIS_FILE = "analysis.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
 OUTDATED_FILES += (
-    "analysis.json",
+    ANALYSIS_FILE,
     "analysis.csv",
     *(f"{name}.{kind}" for name in ANALYSIS_FIGURES for kind in ("png", "pdf")),
 )
+
+
+IDENTITY_END = re.compile(r"_[0-9a-f]{10}$")  # of the names that runs give their folders
+RERUN_REMEDY = "run its command again with force=true"
 
 
 @dataclass(frozen=True)
@@ -57,16 +86,25 @@ class Record:
 
     @property
     def name(self) -> str:
+        """The identity of the run whose folder this is."""
         return (self.folder.parent if self.folder.name == RERUN_FOLDER else self.folder).name
 
+    @property
+    def is_named_by_run(self) -> bool:
+        """Whether the folder has the name of some run; a copy that a user named otherwise claims to be none."""
+        return IDENTITY_END.search(self.name) is not None
+
     def get_attempt(self, settings: Settings) -> "Record":
-        """Return the record a run with these settings is done in: this one, or the one below it until that is whole."""
+        """Return the record in which a run with these settings is done: this one, or with force=true the one below
+        it until that is whole."""
         return Record(self.folder / RERUN_FOLDER) if settings.force else self
 
     def install_rerun(self) -> None:
-        """Put the files of a whole run below `.again` in place of the old ones, result.json last.
+        """Put the files of a whole run below `.again` in place of the old ones, result.json last. If a kill interrupts
+        this, the next call does the rest.
 
-        A kill in the middle leaves the rest to the next call.
+        Raises:
+            OSError: a file cannot be moved.
         """
         again = Record(self.folder / RERUN_FOLDER)
         if not (again.folder / "result.json").is_file():
@@ -81,35 +119,57 @@ class Record:
         again.folder.rmdir()
 
     def finish_cleanup(self) -> None:
-        """Do what a kill right after the result left undone, unless another process is at it."""
+        """Do what a kill right after the result left undone. A run of another process, or on a disk that cannot be
+        written, is left as it is."""
         whole = [path for path in (self.folder, self.folder / RERUN_FOLDER) if (path / "result.json").is_file()]
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
-        if whole and any((self.folder / name).exists() for name in left):
+        if whole and any((self.folder / name).exists() for name in left) and os.access(self.folder, os.W_OK):
             with suppress(Elsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
                 self.install_rerun()
                 self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
-        """Remove what a finished run needs no more."""
-        for path in (self.folder / "checkpoints", self.folder / TRAINED_FILE, *self.folder.glob(".*.partial")):
+        """Remove what a finished run no longer needs, and what killed writers left.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        for path in (self.folder / "checkpoints", self.folder / TRAINED_FILE):
             remove_path(path)
+        remove_temporary_files(self.folder, *LOCKED_FILES)
 
     def format_path(self) -> str:
         """Return the folder as a user would type it."""
         return os.path.relpath(self.folder) if self.folder.is_relative_to(Path.cwd()) else str(self.folder)
 
     def read_result(self) -> dict[str, Any] | None:
-        """Return the finished run's result, or None while there is none."""
-        if not (self.folder / "result.json").is_file():
+        """Return the finished run's result, or None while there is none.
+
+        Raises:
+            UserError: it is damaged, was changed, or is another run's.
+        """
+        path = self.folder / "result.json"
+        if not path.is_file():
             return None
-        found = self.read_json("result.json", *sorted(RESULT_FIELDS))
-        rest = {name: value for name, value in found.items() if name != "digest"}
-        whole = found.get("digest") in (None, hash_content(rest))  # earlier versions wrote none
-        require(whole, f"{self.folder / 'result.json'}: not as the run left it; run its command again with force=true")
+        found = self.read_json(path.name, *sorted(RESULT_FIELDS))
+        whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
+        require(whole, f"{path}: not as the run left it; {RERUN_REMEDY}")
+        identity = found["identity"]
+        mine = identity == self.name or not self.is_named_by_run
+        require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
 
+    def predates_seals(self, result: dict[str, Any]) -> bool:
+        """Return whether a result without a digest was written before results had one: later ones also hold the hashes
+        of files, and their environment that of the code."""
+        return "sha256" not in result and "code" not in self.read_environment()
+
     def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write the result, with SHA-256 of what the run leaves and of the result itself, and return it."""
+        """Write the result, with the SHA-256 of what the run leaves and of the result itself, and return it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         left = [path for name in SEALED_FILES for path in (self.folder / name, *list_files(self.folder / name))]
         found = {str(p.relative_to(self.folder)): hash_file(p) for p in left if p.is_file()}
         result = {**result, "sha256": {name: value for name, value in found.items() if not name.endswith(".md")}}
@@ -118,28 +178,41 @@ class Record:
         return result
 
     def verify_files(self, *names: str) -> None:
-        """Hold files of a finished run (also all of a folder, or simply all) against the SHA-256 in its result; earlier
+        """Compare files of a finished run (also all of a folder, or simply all) with the SHA-256 in its result. Earlier
         versions wrote none.
 
         Raises:
-            UserError: one is gone or not as the run left it.
+            UserError: one is missing, was changed, or was added to a folder that is loaded as a whole.
         """
         kept = (self.read_result() or {}).get("sha256", {})
         for name in (name for name in kept if name.startswith(names or "")):
             path = self.folder / name
             same = path.is_file() and hash_file(path) == kept[name]
-            require(same, f"{path}: not as the run left it; run its command again with force=true")
+            require(same, f"{path}: not as the run left it; {RERUN_REMEDY}")
+        for folder in (folder for folder in SEALED_FOLDERS if kept and folder.startswith(names or "")):
+            for path in list_files(self.folder / folder):
+                known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
+                require(known, f"{path}: added after the run; remove it")
 
-    def verify_model_files(self, settings: Settings) -> None:
-        """Hold the model's files against those the run began with; earlier versions did not write them down.
+    def read_finished(self) -> dict[str, Any] | None:
+        """Return the result of a finished run whose files are all as it left them, or None while there is none.
 
         Raises:
-            UserError: one is another.
+            UserError: a file is missing, damaged, changed or added.
+        """
+        result = self.read_result()
+        self.verify_files()
+        return result
+
+    def verify_model_files(self, settings: Settings) -> None:
+        """Compare the model's files with those that the run began with. Earlier versions did not record them.
+
+        Raises:
+            UserError: one is different.
         """
         known = self.read_environment().get("model_files")
         known = known if isinstance(known, dict) else {}
-        now = hash_model_files(settings) if known else {}
-        other = sorted(name for name in known | now if known.get(name) != now.get(name))
+        other = find_changed_files(known, settings) if known else []
         require(
             not other,
             f"{self.folder}: begun with another {', '.join(other)} of model={settings.model.name}; give the folder as "
@@ -147,14 +220,21 @@ class Record:
         )
 
     def read_failure(self) -> dict[str, Any] | None:
-        """Return why the newest try failed: `error` (its type) and `message`; None if it did not."""
+        """Return why the latest attempt failed: `error` (its type) and `message`; None if it did not.
+
+        Raises:
+            UserError: failure.json is damaged.
+        """
         return self.read_json("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
 
     def write_failure(self, error: BaseException) -> None:
-        details = getattr(error, "details", {})
-        self.write_file(
-            "failure.json", {"error": type(error).__name__, "message": redact_secrets(str(error)), **details}
-        )
+        """Keep why an attempt failed.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        content = {"error": type(error).__name__, "message": str(error), **getattr(error, "details", {})}
+        self.write_file("failure.json", redact_values(content))
 
     def read_json(self, name: str, *keys: str) -> dict[str, Any]:
         """Return a JSON file of the record, which must hold these keys.
@@ -163,30 +243,69 @@ class Record:
             UserError: it is missing or damaged.
         """
         path = self.folder / name
-        require(path.is_file(), f"{path}: not there; is {self.folder} the folder of a finished run?")
+        require(path.is_file(), f"{path}: missing; is {self.folder} the folder of a finished run?")
         return read_json_object(path, "remove it and run the same command again", *keys)
 
+    def read_sealed(self, name: str, *keys: str) -> dict[str, Any]:
+        """Return a JSON file of the record that was written by `write_sealed`; in version 1 it may be unsealed.
+
+        Raises:
+            UserError: it is missing, damaged, changed or another run's.
+        """
+        found, path = self.read_json(name, *keys), self.folder / name
+        if self.is_named_by_run:
+            check_owner(found, self.name, path)
+        old = "digest" not in found and self.read_environment().get("record_version", 1) < RECORD_VERSION
+        require(old or is_digest_right(found), f"{path}: not as it was written; remove it to have it made again")
+        return found
+
+    def write_sealed(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file with the run's identity and a digest.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        identity = (self.read_result() or {"identity": self.name})["identity"]
+        content = json.loads(json.dumps(content | {"identity": identity}, allow_nan=False))  # as it will be read
+        self.write_file(name, content | {"digest": hash_content(content)})
+
     def prepare_folder(self, settings: Settings) -> None:
-        """Make the folder ready for a run: config and environment, and of an earlier try that was cut short its newest
-        checkpoint, or what it trained, with the metrics logged up to there."""
+        """Make the folder ready for a run: config and environment and, after an interrupted attempt, its newest
+        checkpoint or what it trained, with the metrics logged up to there.
+
+        Raises:
+            UserError: it cannot be written, or holds another run's checkpoint.
+        """
         with translate_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in ("failure.json", "predictions.jsonl", *(p.name for p in self.folder.glob(".*.partial"))):
-                (self.folder / stale).unlink(missing_ok=True)
-            checkpoint, trained = self.find_checkpoint(), self.read_training()
+            self.remove_stale_files()
+        checkpoint, trained = self.find_checkpoint(), self.read_training()
         if trained:
             rows = trained["logged"]
         elif checkpoint:
             rows = Record(checkpoint).read_log()
         else:
             rows = [row for row in self.read_log() if row["step"] == 0]
-        goes_on = bool(trained or checkpoint or rows)
-        if goes_on:
+        resumes = bool(trained or checkpoint or rows)
+        if resumes:
             self.verify_model_files(settings)
         self.write_lines("metrics.jsonl", rows)
         self.write_file("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
         now = describe_environment() | {"model_files": hash_model_files(settings)}
-        self.write_file("environment.json", merge_environments(self.read_environment(), now) if goes_on else now)
+        self.write_file("environment.json", merge_environments(self.read_environment(), now) if resumes else now)
+
+    def remove_stale_files(self) -> None:
+        """Remove what an earlier attempt left that must not be read, and links where the run makes folders.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        for name in ("failure.json", "predictions.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        remove_temporary_files(self.folder, *LOCKED_FILES)
+        for name in ("checkpoints", *SEALED_FOLDERS):
+            if (self.folder / name).is_symlink():
+                (self.folder / name).unlink()
 
     def read_environment(self) -> dict[str, Any]:
         """Return the machine and code of the run; nothing where that file is missing or damaged."""
@@ -196,31 +315,40 @@ class Record:
             return {}
 
     def find_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint of an unfinished try."""
-        return find_newest_checkpoint(self.folder / "checkpoints")
+        """Return the newest whole checkpoint of an unfinished attempt.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        return find_newest_checkpoint(self.folder / "checkpoints", self.name)
 
     def get_weights_folder(self, settings: Settings) -> Path:
-        """Return the folder of what was trained."""
+        """Return the folder of the trained weights."""
         return self.folder / ("model" if settings.method.peft is None else "adapter")
 
     def read_training(self) -> dict[str, Any] | None:
-        """Return what is known of a training that is done, if the weights it left are whole."""
-        if not (self.folder / TRAINED_FILE).is_file():
+        """Return what is known of a finished training, if the weights it left are whole.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        path = self.folder / TRAINED_FILE
+        if not path.is_file():
             return None
-        for name in ("model", "adapter"):
-            found = read_seal(self.folder / name, self.folder / TRAINED_FILE)
-            if found:
+        for name in SEALED_FOLDERS:
+            if found := read_seal(self.folder / name, path):
+                check_owner(found, self.name, path)
                 return found
-        remove_path(self.folder / TRAINED_FILE)
+        remove_path(path)
         return None
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Return the rows of metrics.jsonl; one that a kill cut short ends them."""
+        """Return the rows of metrics.jsonl up to the first that a kill cut short."""
         path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(row, dict) or "step" not in row:
                 break
@@ -228,25 +356,44 @@ class Record:
         return rows
 
     def append_log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, handed to the system when this returns."""
-        with translate_write_errors(self.folder / "metrics.jsonl"), (self.folder / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        """Append one line to metrics.jsonl; the system has it when this returns.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with translate_write_errors(self.folder / "metrics.jsonl"):
+            append_text(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write a file of one JSON object per line.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         self.write_file(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_file(self, name: str, content: Any) -> None:
-        """Write a file whole or not at all: to a temporary name first, then renamed."""
+        """Write a text, or anything else as JSON, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         text = content if isinstance(content, str) else json.dumps(content, indent=1, allow_nan=False) + "\n"
-        partial = self.folder / f".{name}.partial"
         with translate_write_errors(self.folder / name):
-            try:
-                with partial.open("w", encoding="utf-8") as stream:
-                    stream.write(text)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                partial.replace(self.folder / name)
-                flush_to_disk(self.folder)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+            write_text(self.folder / name, text)
+
+    def try_write_file(self, name: str, content: Any) -> None:
+        """Write a file that can be done without; why it cannot be written is printed."""
+        try:
+            self.write_file(name, content)
+        except UserError as error:
+            print(f"not kept: {get_first_line(error).partition(';')[0]}", file=sys.stderr)
+
+
+def redact_values(content: Any) -> Any:
+    """Return nested JSON values with secrets redacted in every text."""
+    if isinstance(content, dict):
+        return {key: redact_values(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [redact_values(value) for value in content]
+    return redact_secrets(content) if isinstance(content, str) else content

@@ -1,9 +1,11 @@
 """A run: its settings, its identity and its record, built once and handed on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.paths import check_writable
+from dual_lora.lab.config.recorded import find_differences
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
@@ -11,24 +13,26 @@ from dual_lora.lab.record.record import Record
 
 @dataclass(frozen=True)
 class Run:
-    """One run. Computing its identity hashes data and weights, so whoever needs the record is given the run."""
+    """One run. Computing its identity hashes data and weights, so callers that need the record are given the run."""
 
     settings: Settings
     record: Record
+    differences: dict[str, Any] = field(default_factory=dict)  # from the runs it is done with, by the settings' names
 
     @classmethod
-    def prepare(cls, settings: Settings) -> "Run":
+    def prepare(cls, settings: Settings, differences: dict[str, Any] | None = None) -> "Run":
         """Find the record of a run and check that it may be written.
 
         Raises:
-            UserError: the run cannot be named, nothing can be written where it belongs, or other files of the model
-                made what is there.
+            UserError: the run cannot be named, what is missing of it cannot be written, or what is there was made with
+                other files of the model.
         """
         record = Record(paths.RUNS / settings.study / compute_identity(settings))
-        check_writable(record.folder)
+        if settings.force or not (record.folder / "result.json").is_file():
+            check_writable(record.folder)
         if not settings.force and not settings.plan:
             record.verify_model_files(settings)
-        return cls(settings, record)
+        return cls(settings, record, differences or {})
 
     @property
     def identity(self) -> str:
@@ -36,8 +40,25 @@ class Run:
         return self.record.name
 
     @property
+    def label(self) -> str:
+        """What tells the run from those it is done with: its method, and what varies."""
+        names = [self.differences[key] for key in ("model.name", "task.name") if key in self.differences]
+        return " ".join([*names, self.settings.method.name, *self.list_values()])
+
+    @property
+    def title(self) -> str:
+        """What the run is: model, task, method with what varies, seed."""
+        method = " ".join([self.settings.method.name, *self.list_values("seed")])
+        return f"{self.settings.model.name}  {self.settings.task.name}  {method}  seed {self.settings.seed}"
+
+    def list_values(self, *left_out: str) -> list[str]:
+        """Return what varies, beside names, as short as one would say it: magnitude_ratio=0.25."""
+        shown = {key: value for key, value in self.differences.items() if not key.endswith(".name")}
+        return [f"{key.rpartition('.')[2]}={value}" for key, value in shown.items() if key not in left_out]
+
+    @property
     def is_missing(self) -> bool:
-        """Whether the run is still to be done: it has no result, or is forced to run again."""
+        """Whether the run is still to be done: it has no result, or force=true asks for it again."""
         return self.settings.force or self.record.read_result() is None
 
 
@@ -47,6 +68,6 @@ def prepare_runs(jobs: list[Settings]) -> list[Run]:
     Raises:
         UserError: see `Run.prepare`.
     """
-    distinct = {repr(job): job for job in jobs}.values()
-    runs = {run.record.folder: run for run in reversed([Run.prepare(job) for job in distinct])}
-    return list(runs.values())[::-1]
+    distinct = list({repr(job): job for job in jobs}.values())
+    prepared = [Run.prepare(*pair) for pair in zip(distinct, find_differences(distinct), strict=True)]
+    return list({run.record.folder: run for run in reversed(prepared)}.values())[::-1]

@@ -8,8 +8,8 @@ import tasks
 from dual_lora.lab.record.record import Record
 
 
-def format_summary(result: dict[str, Any], record: Record) -> str:
-    """Return a finished run as a small table of scores (in percent), and what it trained, how long, and where it is."""
+def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
+    """Return a finished run as text: a table of scores (in percent), what it trained, for how long, and its folder."""
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
     table = format_scores(result["task"], ordered, before=before, after=result["metrics"])
@@ -24,8 +24,12 @@ def format_summary(result: dict[str, Any], record: Record) -> str:
         ["record", record.format_path()],
     ]
     facts += [["warning", text] for text in result.get("warnings", ())]
-    title = f"{result['model']}  {result['task']}  {result['method']}  seed {result['seed']}"
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def format_finished(result: dict[str, Any], record: Record, title: str) -> str:
+    """Return what is said of a run that was done before."""
+    return f"finished: {record.format_path()} (force=true runs it again)\n{format_summary(result, record, title)}"
 
 
 def format_comparison(result: dict[str, Any], now: dict[str, float], record: Record) -> str:
@@ -36,7 +40,7 @@ def format_comparison(result: dict[str, Any], now: dict[str, float], record: Rec
 
 
 def format_scores(task: str, names: list[str], **columns: dict[str, float]) -> str:
-    """Return a table of the named scores: in percent, but as they are where the task says so."""
+    """Return a table of the named scores: in percent, except those that the task prints as they are."""
     plain = tasks.load(task).plain
     rows = [[name, *(format_score(column.get(name), name in plain) for column in columns.values())] for name in names]
     aligned = ("left", *("right" for _ in columns))
@@ -44,6 +48,14 @@ def format_scores(task: str, names: list[str], **columns: dict[str, float]) -> s
 
 
 def format_score(value: float | None, plain: bool) -> str:
+    """Return a score in percent, or as it is if `plain`; "-" for none."""
     if value is None:
         return "-"
     return f"{value:.2f}" if plain else f"{100 * value:.1f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time in the largest unit of which it has two or more: 45 s, 3 min, 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,11 +1,10 @@
 """How the runs of a report were done: every hyper-parameter by method, and what a reader needs to repeat them."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import pandas as pd
 
-from dual_lora.lab.config.recorded import iterate_setting_names
+from dual_lora.lab.config.schema import iterate_leaves
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.report.values import format_value
@@ -61,24 +60,14 @@ def iterate_hyperparameter_tables(done: list[Outcome]) -> Iterator[Block]:
 
 def list_hyperparameters(cell: Outcome) -> dict[str, object]:
     """Return the settings of a run that can change a number, by their full names; what is not set is left out."""
-    settings = asdict(cell.settings)
     named = {
         name: value
         for group in GROUPS
-        for name, value in iterate_settings(settings[group], group)
+        for name, value in iterate_leaves(getattr(cell.settings, group), group)
         if name not in NOT_LISTED
     }
     named["train.lr"] = cell.rate
     return {name: format_value(value) for name, value in named.items() if value not in (None, [], {}, "")}
-
-
-def iterate_settings(values: dict, group: str) -> Iterator[tuple[str, object]]:
-    """Yield the full name and value of every setting of a group."""
-    for name in iterate_setting_names(values):
-        found: object = values
-        for part in name.split("."):
-            found = found[part]
-        yield f"{group}.{name}", found
 
 
 def summarize_values(values: list[object]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.present import document
 from dual_lora.lab.present.document import MISSING, Block, Text
 from dual_lora.lab.report.values import Column, get_column_value, get_heading, list_columns
@@ -65,7 +65,7 @@ def is_comparable(experiment: Experiment, row: Row, run: Outcome) -> bool:
     """Whether a row is of a run's model, method and, where it has one, rank, and its value of the columns' setting."""
     settings = run.settings
     own = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
-    alike = all(row.keys.get(key) in (value, None) for key, value in own.items())
+    alike = all(row.keys.get(key) is None or paper.is_same_key(row.keys[key], value) for key, value in own.items())
     key = get_heading(experiment.columns) if has_setting_columns(experiment) else None
     return alike and (key not in row.keys or row.keys[key] == get_setting(settings, experiment.columns))
 

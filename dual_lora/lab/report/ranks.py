@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
+from dual_lora.lab.record.record import ANALYSIS_FILE
 from dual_lora.lab.study.outcome import Outcome
 from dual_lora.lab.weights.histogram_figure import draw_histograms
 from dual_lora.lab.weights.medians import (
@@ -18,7 +19,6 @@ from dual_lora.lab.weights.medians import (
 )
 from dual_lora.lab.weights.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
 
-ANALYSIS_FILE = "analysis.json"
 RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
 
@@ -66,7 +66,7 @@ def read_analyses(done: list[Outcome]) -> dict[str, dict]:
     for cell in done:
         if cell.result and (cell.record.folder / ANALYSIS_FILE).is_file():
             name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
-            found[name] = cell.record.read_json(ANALYSIS_FILE)
+            found[name] = cell.record.read_sealed(ANALYSIS_FILE)
     return found
 
 

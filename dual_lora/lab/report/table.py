@@ -10,23 +10,22 @@ import pandas as pd
 import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
+from dual_lora.lab.record.record import ANALYSIS_FILE, ENVIRONMENT_FIELDS
 from dual_lora.lab.report.comparison.floors import ModelTask
 from dual_lora.lab.report.comparison.matches import describe_weights, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
 from dual_lora.lab.report.published import find_published_lines
-from dual_lora.lab.report.ranks import ANALYSIS_FILE
 from dual_lora.lab.report.values import FIELDS, MARKS, Column, get_heading, get_unit, list_columns
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, find_damaged_records
 
 # How many runs with other records the notes name.
 MAX_NAMED_RUNS = 5
 
 
 def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
-    """Return what the report needs and finished runs lack."""
-    found = []
+    """Return what the report needs and finished runs lack, and which records of the study are damaged."""
+    found = [error for study in {cell.settings.study for cell in done} for error in find_damaged_records(study)]
     for cell in done:
         for check in iterate_checks(experiment) if cell.result else ():
             try:
@@ -42,7 +41,7 @@ def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], objec
     if experiment.baselines:
         yield read_predictions
     if experiment.analyse:
-        yield lambda cell: cell.record.read_json(ANALYSIS_FILE, "rows", "labels")
+        yield lambda cell: cell.record.read_sealed(ANALYSIS_FILE, "rows", "labels")
 
 
 def letter_reasons(values: pd.DataFrame) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pandas as pd
 
 import tasks
 from dual_lora import paper
-from dual_lora.lab.config.recorded import get_setting
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current
@@ -17,7 +17,7 @@ from dual_lora.paper import Table
 MEAN = "mean"
 # What can be asked of a run's result beside its scores: the value, how it is printed.
 FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
-    "seconds_per_step": (lambda result: result["train_seconds"] / result["steps"], "{:.3f}"),
+    "seconds_per_step": (lambda result: result["train_seconds"] / (result["steps"] or 1), "{:.3f}"),
     "tokens_per_second": (lambda result: result["tokens_per_second"], "{:,.0f}"),
     "peak_memory_mib": (lambda result: result["peak_memory_bytes"] / 2**20, "{:,.0f}"),
     "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),

@@ -7,8 +7,10 @@ runs/STUDY/report/
     differences.csv  every comparison with a baseline
     report.html      all of it as one page that needs nothing else
     *.png, *.pdf     figures
+    .figures.json    which figures the report wrote, with their SHA-256; other files are left alone
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +40,10 @@ from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_r
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.system.files import read_json_object, write_text
+from dual_lora.lab.system.sealed import hash_file
 
-DIFFERENCES_FILE = "differences.csv"
+DIFFERENCES_FILE, FIGURES_FILE = "differences.csv", ".figures.json"
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,35 @@ def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> s
     blocks = list(iterate_blocks_of_report(experiment, done, folder, findings))
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = render_markdown([Text(title, heading=True), *blocks])
-    (folder / "table.md").write_text(text, "utf-8")
-    (folder / "table.tex").write_text(render_latex(blocks, experiment.study), "utf-8")
-    (folder / "report.html").write_text(render_html(blocks, title), "utf-8")
-    findings.values.drop(columns="cell").to_csv(folder / "table.csv", index=False)
-    tabulate_comparisons(findings.comparisons.all).to_csv(folder / DIFFERENCES_FILE, index=False)
+    write_text(folder / "table.md", text)
+    write_text(folder / "table.tex", render_latex(blocks, experiment.study))
+    write_text(folder / "report.html", render_html(blocks, title))
+    write_text(folder / "table.csv", findings.values.drop(columns="cell").to_csv(index=False))
+    write_text(folder / DIFFERENCES_FILE, tabulate_comparisons(findings.comparisons.all).to_csv(index=False))
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
 
 
 def remove_stale_figures(folder: Path, figures: set[str]) -> None:
-    """Remove figures of an earlier report that this one does not have."""
-    for path in folder.iterdir():
-        if path.suffix in (".png", ".pdf") and path.stem not in figures:
+    """Remove figures that an earlier report wrote and this one does not have; remember those of this one.
+
+    figures: the names of this report's, without their endings. Files that no report wrote, or that were changed since,
+    stay.
+
+    Raises:
+        OSError: a file cannot be read, removed or written.
+    """
+    file = folder / FIGURES_FILE
+    try:
+        known = read_json_object(file, "") if file.is_file() else {}
+    except UserError:  # then nothing is removed
+        known = {}
+    for name, digest in known.items():
+        path = folder / Path(name).name
+        if path.stem not in figures and path.is_file() and hash_file(path) == digest:
             path.unlink()
+    written = [path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".pdf") and path.stem in figures]
+    write_text(file, json.dumps({path.name: hash_file(path) for path in written}, indent=1) + "\n")
 
 
 def iterate_blocks_of_report(

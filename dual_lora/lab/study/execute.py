@@ -5,14 +5,21 @@ import traceback
 from pathlib import Path
 
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Elsewhere, UserError, get_first_line
+from dual_lora.lab.errors import (
+    EXIT_ELSEWHERE,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    Elsewhere,
+    UserError,
+    get_first_line,
+)
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.record.summary import format_finished
 from dual_lora.lab.system.distributed import has_several_processes, wait_for_first_process_error
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-# Exit codes: done; a run failed; something the user can fix; stopped on request, the same command resumes; done by
-# another process.
-EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
 EXIT_CODES = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
 # Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
 failures: dict[Path, dict[str, str]] = {}
@@ -29,14 +36,14 @@ def execute_run(run: Run) -> dict[str, str] | None:
     still happen.
 
     Raises:
-        Stopped: somebody asked for an end, which ends all runs.
-        SystemExit: the run failed in one of several processes, whose others may be waiting for it.
+        Stopped: a stop was asked for, which ends all runs.
+        SystemExit: the run failed in one of several processes; the others may be waiting for it.
     """
-    with import_heavy_libraries():
-        from dual_lora.lab.train.run import train_run
-
     try:
-        train_run(run)
+        if not show_finished(run):
+            with import_heavy_libraries():
+                from dual_lora.lab.train.run import train_run
+            train_run(run)
         return None
     except (Exception, SystemExit) as caught:
         error = caught
@@ -51,30 +58,47 @@ def execute_run(run: Run) -> dict[str, str] | None:
     return describe_error(error)
 
 
+def show_finished(run: Run) -> bool:
+    """Print the result of a run that was done before, once its files are seen to be as it left them; return whether
+    there is one. torch and transformers, which take seconds to import, are not needed for that.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    if run.settings.force or has_several_processes():  # of several processes, train_run has the first one look
+        return False
+    run.record.finish_cleanup()
+    result = run.record.read_result()
+    if result:
+        run.record.verify_files()
+        print(format_finished(result, run.record, run.title))
+    return result is not None
+
+
 def report_failures(runs: list[Run]) -> int:
     """Print every run that did not finish, with the reason, and return the exit code."""
-    failed = [(run.record, failure) for run in runs if (failure := find_failure(run))]
-    for record, failure in failed:
-        error, message = failure["error"], get_first_line(failure["message"])
-        if error == "Elsewhere":
-            line = (
-                f"done elsewhere: {record.format_path()}" if len(runs) > 1 else ""
-            )  # of a single one it was printed before
-        elif error == "Stopped":
-            line = f"stopped: {record.format_path()}: by {message}; the same command goes on"
-        else:
-            line = (
-                f"failed: {record.format_path()}: {message if error == UserError.__name__ else f'{error}: {message}'}"
-            )
-        if line:
+    failed = [(run, failure) for run in runs if (failure := find_failure(run))]
+    for run, failure in failed:
+        line = describe_failure(run, failure)
+        if failure["error"] != "Elsewhere" or len(runs) > 1:  # of a single one it was printed before
             print(redact_secrets(line), file=sys.stderr)
     if len(runs) > 1:
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished", file=sys.stderr)
     return min((EXIT_CODES.get(failure["error"], EXIT_FAILED) for _, failure in failed), default=EXIT_OK)
 
 
+def describe_failure(run: Run, failure: dict[str, str]) -> str:
+    """Return the line for a run that did not finish."""
+    error, message, path = failure["error"], get_first_line(failure["message"]), run.record.format_path()
+    if error == Elsewhere.__name__:
+        return f"done elsewhere: {path}"
+    if error == "Stopped":
+        return f"stopped: {path}: by {message}; the same command resumes it"
+    return f"failed: {path}: {message if error == UserError.__name__ else f'{error}: {message}'}"
+
+
 def find_failure(run: Run) -> dict[str, str] | None:
-    """Return why a run that was tried has no result; None if it has one."""
+    """Return why a run that was tried has no result; None if it has one. Can be asked once only."""
     failure = failures.pop(run.record.folder, None) or run.record.get_attempt(run.settings).read_failure()
     if (failure is None or failure["error"] == "Elsewhere") and run.record.read_result():
         return None

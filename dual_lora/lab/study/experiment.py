@@ -4,7 +4,8 @@
     scale=small    small real models, hours on two CPU cores
     scale=smoke    bundled models, seconds; shows that the harness works and nothing else
 
-A file gives, for all scales and again (in place of it; `run` and `seeds` aside) below the name of a scale:
+A file gives these fields for all scales. Below the name of a scale it may give them again, which replaces them there
+(`run` is added to):
 
     run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with
@@ -37,9 +38,11 @@ from yaml import YAMLError
 
 from dual_lora import paper
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import describe_config_error, list_choices, load_settings, parse_overrides
-from dual_lora.lab.config.recorded import get_setting, iterate_setting_names
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.compose import describe_config_error, load_settings
+from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.recorded import iterate_setting_names
+from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
@@ -50,10 +53,12 @@ DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
 
 @dataclass(frozen=True)
 class Tune:
-    """The choice of the learning rate, the same for every label: `grid` holds each label's rates, all grids have as
-    many; with `relative` they are multiples of the rate a run has otherwise. A rate is chosen by the main score on rows
-    that are not reported, with the seed `seed` of its own: either `holdout` training examples that are set apart from
-    training, or what the task's `options` say is scored."""
+    """How the learning rate is chosen, the same for every label.
+
+    `grid` holds the rates of each label; all labels have equally many. With `relative` they are multiples of the rate a
+    run has otherwise. A rate is chosen by the main score on rows that are not reported, in a run with the seed `seed`.
+    These rows are either `holdout` training examples that are set apart, or what the task's `options` say is scored.
+    """
 
     grid: dict[str, list[float]]
     holdout: int | None = None
@@ -79,7 +84,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment at one scale; the fields are told at the head of this module."""
+    """One experiment at one scale; its fields are explained at the head of this module."""
 
     name: str
     scale: str
@@ -112,7 +117,7 @@ class Experiment:
         hint = suggest_name(name, known)
         require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
         try:
-            content = OmegaConf.to_container(OmegaConf.load(paths.CONF / "experiment" / f"{name}.yaml"))
+            content = OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
         except YAMLError as error:
             raise UserError(describe_config_error(error)) from error
         except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -121,7 +126,11 @@ class Experiment:
 
     @classmethod
     def from_content(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
-        """Return the experiment a file's content describes."""
+        """Return the experiment that the content of a file describes.
+
+        Raises:
+            UserError: the file lacks the scale or a field, or a field has the wrong form.
+        """
         where = f"conf/experiment/{name}.yaml"
         has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
         require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
@@ -130,7 +139,7 @@ class Experiment:
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
-        shared = OmegaConf.to_container(OmegaConf.load(paths.CONF / "scale" / f"{scale}.yaml"))
+        shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
         lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
@@ -163,9 +172,11 @@ class Experiment:
             )
 
     def compose_cells(self, extra: list[str]) -> list[Cell]:
-        """Return every cell, composed and checked. `extra` overrides come last, and a seed among them replaces the
-        seeds. A model, task, method or value of what heads rows and columns that the experiment has itself chooses its
-        runs, with all else they have.
+        """Return every cell, composed and checked.
+
+        `extra` overrides come last, and a seed among them replaces the seeds. Where an extra override names a model,
+        task, method, or value of a row's or column's heading that the experiment has itself, it chooses those runs and
+        changes nothing in them.
 
         Raises:
             UserError: one of them is wrong, or different runs would stand in one place of the table.
@@ -240,15 +251,15 @@ class Experiment:
         skip = settings.eval.holdout if self.tune.holdout else None
         scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=skip, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
-        told = replace(settings.wandb, job_type="tune")
-        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=told)
+        marked = replace(settings.wandb, job_type="tune")
+        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=marked)
         unit = alone.train.lr if self.tune.relative else 1
         rates = [float(f"{float(rate) * unit:.6g}") for rate in self.tune.grid[label]]
         return tuple(replace(alone, train=replace(alone.train, lr=rate)) for rate in rates)
 
 
 def split_override(word: str) -> tuple[str, str]:
-    """Return what an override sets, and to what."""
+    """Return the key and the value of an override."""
     key, _, value = word.partition("=")
     return key, value
 
@@ -258,13 +269,17 @@ def is_required(field: Field) -> bool:
 
 
 def check_fields(cls: type, values: object, where: str) -> None:
-    """Refuse what is no mapping, fields that a class does not have, and values of other types than its fields'."""
+    """Refuse what is no mapping, fields that a class does not have, and values of other types than its fields'.
+
+    Raises:
+        UserError: with `where` and the field.
+    """
     require(isinstance(values, dict), f"{where}: {str(values)[:80]}: fields with their values are needed here")
     known = {f.name: f.type for f in fields(cls) if f.name not in DERIVED_FIELDS}
     for key, value in values.items():
         require(key in known, f"{where}: {key}: no such field.{suggest_name(str(key), known)}")
         fine = has_type(value, dict if known[key] == Tune | None and value else known[key])
-        require(fine, f"{where}: {key}: {str(value)[:80]!r} is not of the form that is told in {__name__}")
+        require(fine, f"{where}: {key}: {str(value)[:80]!r} is not of the form that {__name__} explains")
 
 
 def has_type(value: object, kind: Any) -> bool:

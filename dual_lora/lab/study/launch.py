@@ -5,11 +5,14 @@ Every launch has a folder of its own, removed when all its runs finished:
     runs/.multirun/WHEN_XXXX/
         N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
         .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
+        command.json    which process the command is: its runs on this machine stop when it is gone
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
 """
 
+import json
+import multiprocessing
 import os
-import re
+import platform
 import shutil
 import signal
 import sys
@@ -24,6 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import strftime
 
+import psutil
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
@@ -36,17 +40,20 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import describe_config_error, list_choices
+from dual_lora.lab.config.compose import describe_config_error
+from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import Stopped, UserError, get_first_line, require, suggest_name
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
+from dual_lora.lab.system.environment import isolate_environment
 from dual_lora.lab.system.files import translate_write_errors
+from dual_lora.lab.system.libraries import hide_foreign_warnings
 from dual_lora.lab.system.signals import REQUEUE, STOP
 
 IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
 EXTRAS = {"ray_cluster": "ray"}  # of pyproject.toml; all others need `launchers`
-# This process has been told to stop: it takes no more runs.
+# Why this process was asked to stop. It then takes no more runs.
 stop_reasons: list[str] = []
 
 
@@ -55,7 +62,7 @@ def parse_key(word: str) -> str:
 
 
 def select_launcher_words(words: list[str]) -> list[str]:
-    """Return what of a command line chooses or sets a launcher."""
+    """Return the words of a command line that choose or set a launcher."""
     return [word for word in words if parse_key(word).replace("/", ".").startswith("hydra.launcher")]
 
 
@@ -81,9 +88,9 @@ def check_launcher(words: list[str]) -> None:
     """Refuse a launcher that is not known or not installed, and settings that it does not have.
 
     Raises:
-        UserError: what is wrong, and the mend.
+        UserError: what is wrong, and the remedy.
     """
-    words = [word for word in words if re.match(r"hydra[./]", parse_key(word))]
+    words = select_launcher_words(words)
     if not words:
         return
     name, known = get_launcher_name(words), [IN_PROCESS, *list_choices("hydra/launcher")]
@@ -92,13 +99,11 @@ def check_launcher(words: list[str]) -> None:
     has = list_launcher_settings(name)
     for key in map(parse_key, words):
         part = key.removeprefix("hydra.launcher.").partition(".")[0]
-        own = key == "hydra/launcher" or not select_launcher_words([key])
-        require(own or part in has, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
-        swept = key.replace("/", ".").startswith("hydra.sweeper") and name != IN_PROCESS
-        require(not swept, f"{key}: not with hydra/launcher={name}, which gets all runs at once")
+        known_key = key == "hydra/launcher" or part in has
+        require(known_key, f"{key}: launcher {name} has no such setting.{suggest_name(part, has)}")
     try:
-        compose_launcher(select_launcher_words(words))
-    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are told
+        compose_launcher(words)
+    except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
         raise UserError(describe_config_error(error)) from error
 
 
@@ -116,8 +121,8 @@ def list_launcher_settings(name: str) -> list[str]:
 
 
 def launch_runs(runs: list[Run], words: list[str]) -> None:
-    """Hand the jobs that are not finished to the launcher that `words` choose, and wait for all of them. Why one did
-    not finish is kept for `cli.conclude`.
+    """Hand the runs that are not finished to the launcher that `words` choose, and wait for all of them. Why one did
+    not finish is kept for `report_failures`.
 
     Raises:
         UserError: the launcher does not take them.
@@ -133,7 +138,7 @@ def launch_runs(runs: list[Run], words: list[str]) -> None:
         returned = started.result()
     except Stopped as stopped:
         (folder / "stop").touch()
-        print(f"\n{stopped}: the runs are told to stop; once more ends at once", file=sys.stderr)
+        print(f"\n{stopped}: the runs are asked to stop; press Ctrl-C again to end at once", file=sys.stderr)
         with suppress(Exception):
             started.result()
         raise
@@ -143,7 +148,7 @@ def launch_runs(runs: list[Run], words: list[str]) -> None:
 
 
 def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
-    """Keep why runs did not finish; of one whose process died nothing is known."""
+    """Keep why runs did not finish. Nothing is known of a run whose process died."""
     for run, done in zip(runs, returned, strict=True):
         failure = done.return_value if done else None
         if done is None and run.settings.force:  # an old result says nothing of this attempt
@@ -155,7 +160,11 @@ def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
 
 
 def prepare_launch_folder(runs: list[Run]) -> Path:
-    """Return the new folder of a launch, with the settings of every job in it."""
+    """Return the new folder of a launch, with the settings of every run in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     place = paths.RUNS.resolve() / ".multirun"
     with translate_write_errors(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -163,12 +172,28 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+        command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
+        (folder / "command.json").write_text(json.dumps(command))
     return folder
 
 
+def is_command_gone(folder: Path) -> bool:
+    """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
+    try:
+        command = json.loads((folder / "command.json").read_text())
+        if command["host"] != platform.node():
+            return False
+        process = psutil.Process(command["pid"])
+        return process.create_time() != command["since"] or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
+        return not folder.exists()
+
+
 def call_in_thread(call: Callable[[], object]) -> Future:
-    """Return what a call comes to, made in a thread in which, and in whose processes, Ctrl-C is not heard: this process
-    hears it and tells them."""
+    """Return the future result of a call made in a thread. Neither that thread nor the processes it starts hear Ctrl-C:
+    this process does, and passes it on to them."""
     done: Future = Future()
 
     def run() -> None:
@@ -192,7 +217,7 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
     config = compose_launcher([*words, f"hydra.sweep.dir='{place}'"])
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
-    # A process that starts anew finds this tree wherever it starts; bars of several runs would fill one screen.
+    # A new process must find this tree, wherever it starts. Progress bars of several runs would fill one screen.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
@@ -200,6 +225,10 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
             return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
     except BrokenExecutor:  # joblib ends all its processes when one of them dies
         return [None] * number
+    except (TimeoutError, multiprocessing.TimeoutError) as error:  # joblib's limit for one run; it gives up on all then
+        (folder / "stop").touch()
+        limit = "hydra.launcher.timeout: a run took longer, so all were ended; leave it out, or give more seconds"
+        raise UserError(limit) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"hydra/launcher={get_launcher_name(words)}: {get_first_line(error)}") from error
 
@@ -214,11 +243,13 @@ def wait_patiently() -> AbstractContextManager:
 
 
 def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | None:
-    """Do a job in a launcher's process and return why it did not finish; None if it did."""
+    """Execute one run in a launcher's process and return why it did not finish; None if it did."""
     paths.RUNS = folder.parents[1]
+    hide_foreign_warnings()
     try:
+        isolate_environment()
         settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
-        with STOP.listen(), stop_on_file(folder / "stop"):
+        with listen_in_process(), stop_on_file(folder / "stop"):
             return execute_run(Run.prepare(settings))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:
@@ -230,16 +261,27 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
         return describe_error(error)
 
 
+def listen_in_process() -> AbstractContextManager:
+    """Return what has this process stop its run when a signal asks for it. A launcher that does one run at a time may
+    do it in a thread of the command's own process, which listens already; Python lets only the main thread listen."""
+    main = threading.current_thread() is threading.main_thread()
+    return STOP.listen() if main else nullcontext()
+
+
 @contextmanager
 def stop_on_file(file: Path) -> Iterator[None]:
-    """Stop this process's work, as a signal would, when the file is made."""
-    if stop_reasons or file.exists():
+    """Stop this process's work, as a signal would, when the file exists or the command that started it is gone.
+
+    Raises:
+        Stopped: that is so already, or an earlier run of this process was stopped.
+    """
+    if stop_reasons or file.exists() or is_command_gone(file.parent):
         raise Stopped(*stop_reasons[:1] or ["the command that started it"])
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(1):
-            if file.exists():
+            if file.exists() or is_command_gone(file.parent):
                 return None if STOP.asked else os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=watch, daemon=True)

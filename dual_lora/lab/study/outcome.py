@@ -1,6 +1,7 @@
 """What is known of each cell of an experiment, from the records alone."""
 
-import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf, isnan, nan
 from operator import itemgetter
@@ -46,19 +47,44 @@ class Outcome:
 
 
 def find_records(study: str) -> dict[str, list[Record]]:
-    """Return the records of a study by their settings, the one to be shown first. A damaged one is left out with a
-    message."""
+    """Return the records of a study by their settings, the one to be shown first. Damaged ones are left out;
+    `find_damaged_records` names them."""
     found: dict[str, list[tuple[tuple, Record]]] = {}
-    for path in sorted((paths.RUNS / study).glob("*/config.yaml")):
-        record = Record(path.parent)
-        try:
-            record.verify_files("config.yaml", "environment.json")
-            settings = load_recorded_settings(record.folder)
+    for record in iterate_records(study):
+        with suppress(UserError):
+            settings = load_verified_settings(record)
             found.setdefault(serialize_identity_settings(settings), []).append((rank_record(record, settings), record))
-        except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
     ranked = {key: sorted(some, key=itemgetter(0), reverse=True) for key, some in found.items()}
     return {key: [record for _, record in some] for key, some in ranked.items()}
+
+
+def iterate_records(study: str) -> Iterator[Record]:
+    """Yield every folder of a study that a run has begun or finished."""
+    folders = {
+        path.parent for name in ("config.yaml", "result.json") for path in (paths.RUNS / study).glob(f"*/{name}")
+    }
+    yield from map(Record, sorted(folders))
+
+
+def load_verified_settings(record: Record) -> Settings:
+    """Return the settings of a record whose result, configuration and environment are as the run left them.
+
+    Raises:
+        UserError: one is damaged or missing.
+    """
+    record.verify_files("config.yaml", "environment.json")
+    return load_recorded_settings(record.folder)
+
+
+def find_damaged_records(study: str) -> list[str]:
+    """Return why records of a study cannot be read, one line each."""
+    found = []
+    for record in iterate_records(study):
+        try:
+            load_verified_settings(record)
+        except UserError as error:
+            found.append(f"{record.name}: {error}")
+    return found
 
 
 def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, str, str]:

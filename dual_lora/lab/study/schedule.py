@@ -32,13 +32,13 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     return report_failures(runs)
 
 
-def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run]) -> None:
-    """Execute runs in this process, one after the other."""
+def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> None:
+    """Execute runs in this process, one after the other; `later` are those whose time is still to come after them."""
     for number, run in enumerate(runs):
         remaining = left.describe_time([other.settings for other in (*runs[number:], *later)])
-        print(f"\n[{number + 1}/{len(runs)}] {run.identity}, {remaining}", flush=True)
-        started = time.monotonic()
-        if execute_run(run) is None:  # a failed one does not tell how long others take
+        print(f"\n[{number + 1}/{len(runs)}] {run.label}, {remaining}", flush=True)
+        started, done_before = time.monotonic(), not run.is_missing
+        if execute_run(run) is None and not done_before:  # a failed or finished one does not say how long others take
             left.add_run(run.settings, time.monotonic() - started)
 
 

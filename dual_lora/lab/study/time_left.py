@@ -1,13 +1,15 @@
-"""How long the rest of a sweep may take, judged by the runs that are most like each of the rest."""
+"""How long the rest of a sweep may take, judged by the finished runs that are most like each of the rest."""
 
 from collections.abc import Iterator
 from statistics import mean
 
 from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.record.summary import format_seconds
 
 
 def iterate_kinds(job: Settings) -> Iterator[tuple]:
-    """Yield what a run has in common with others, from the most alike to any run. Rate and seed take no time."""
+    """Yield what a run has in common with others, from the closest likeness to none. Learning rate and seed take no
+    time."""
     train, where = job.train, (job.model.name, job.task.name)
     yield *where, job.method.name, job.method.rank, train.max_steps, train.epochs, train.batch_size
     yield *where, job.method.name
@@ -22,15 +24,16 @@ class TimeLeft:
         self.took: dict[tuple, list[float]] = {}
 
     def add_run(self, job: Settings, seconds: float) -> None:
+        """Note how many seconds a run took."""
         for kind in iterate_kinds(job):
             self.took.setdefault(kind, []).append(seconds)
 
     def estimate_seconds(self, job: Settings) -> float:
-        """Return what a run may take, as the most alike did."""
+        """Return the seconds that a run may take, as the runs most like it did."""
         return mean(next(self.took[kind] for kind in iterate_kinds(job) if kind in self.took))
 
     def describe_time(self, jobs: list[Settings]) -> str:
         """Return what is said of the time that jobs take; nothing is known before a run is done."""
         if not self.took:
             return "time left not known before a run is done"
-        return f"about {sum(map(self.estimate_seconds, jobs)) / 60:.0f} min left"
+        return f"about {format_seconds(sum(map(self.estimate_seconds, jobs)))} left"

@@ -1,7 +1,7 @@
-"""Several processes that do one run together, one a device, as torchrun or accelerate start them.
+"""Several processes that do one run together, one per device, as torchrun or accelerate start them.
 
-The first process keeps the record and speaks; what it alone can know (files, locks) it shares with the others. With one
-process everything here is as if it were not there.
+The first process writes the record and prints; what only it can know (files, locks) it shares with the others. With one
+process nothing here has any effect.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import Stopped, require
 
-FIRST_PROCESS_SECONDS = 20.0  # seconds that another process gives the first one to say why the work ends
+FIRST_PROCESS_SECONDS = 20.0  # how long another process lets the first one say why the work ends
 
 
 def count_processes() -> int:
@@ -22,22 +22,24 @@ def count_processes() -> int:
 
 
 def get_process_index() -> int:
+    """Return this process's rank among all."""
     return int(os.environ.get("RANK") or 0) if has_several_processes() else 0
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes and prints."""
     return get_process_index() == 0
 
 
 def has_several_processes() -> bool:
+    """Return whether this process is one of several."""
     return count_processes() > 1
 
 
 def wait_for_first_process_error() -> None:
-    """Let the first process say why it ends before this one does. Whatever started them stops all as soon as one has
-    ended, and most of what goes wrong goes wrong in each of them: the first one then speaks for all. If it does not
-    fail, or not soon, or somebody presses Ctrl-C meanwhile, this one goes on and speaks for itself.
+    """Let the first process say why it ends before this one does. The launcher stops all processes as soon as one has
+    ended, and most errors occur in each of them, so the first one reports for all. If it does not fail soon, or
+    somebody presses Ctrl-C meanwhile, this one reports its own error.
 
     Raises:
         Stopped: the others have ended.
@@ -52,20 +54,20 @@ def wait_for_first_process_error() -> None:
 
 
 def check_process_count(settings: Settings) -> None:
-    """Refuse a run that was started as more or fewer processes than it has devices.
+    """Refuse a run that was started with more or fewer processes than it has devices.
 
     Raises:
-        UserError: with the command that starts it.
+        UserError: with the command that starts it correctly.
     """
     devices, found = settings.hardware.devices, count_processes()
-    mend = f"start it with torchrun --nproc-per-node {devices} train.py ..."
+    remedy = f"start it with torchrun --nproc-per-node {devices} train.py ..."
     if devices == 1:
-        mend = f"add hardware=ddp or hardware=fsdp2 and hardware.devices={found}"
-    require(devices == found, f"hardware.devices={devices}: started as {found} process(es); {mend}")
+        remedy = f"add hardware=ddp or hardware=fsdp2 and hardware.devices={found}"
+    require(devices == found, f"hardware.devices={devices}: started as {found} process(es); {remedy}")
 
 
 def join_processes() -> None:
-    """Meet the other processes; the first call waits for them."""
+    """Join the group of processes; the first call waits for all of them."""
     if has_several_processes():
         import torch
         from accelerate import PartialState
@@ -74,7 +76,11 @@ def join_processes() -> None:
 
 
 def share_from_first(make: Callable[[], Any]) -> Any:
-    """Return in all processes what the first one makes; an error there is raised in all of them."""
+    """Return in all processes what the first one makes.
+
+    Raises:
+        Exception: what was raised there, in all of them.
+    """
     if not has_several_processes():
         return make()
     from accelerate.utils import broadcast_object_list
@@ -106,13 +112,13 @@ def any_process(flag: bool) -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have reached this point."""
     gather_items([None])
 
 
 @contextmanager
 def run_first_process_first() -> Iterator[None]:
-    """Let the first process do something before the others do it: fill a cache, say."""
+    """Let the first process do something before the others do it, for example fill a cache."""
     if not has_several_processes():
         yield
         return

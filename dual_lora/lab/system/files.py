@@ -1,40 +1,44 @@
-"""Files that reach the disk, and one clear line when they cannot."""
+"""Files that reach the disk whole or not at all, and one clear line when they cannot."""
 
 import errno
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError, get_first_line, is_out_of_memory, require
-
-WRITE_REMEDIES = {
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there, or name another disk with DUAL_LORA_RUNS",
-    (errno.ENAMETOOLONG,): "give a shorter name",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "make it writable, or name another folder with DUAL_LORA_RUNS",
-}
+from dual_lora.lab.errors import UserError, find_remedy, get_first_line, is_out_of_memory, require
 
 
 @contextmanager
 def translate_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path` into the user's one line."""
+    """Turn a failure to write at or below `path` into one line.
+
+    Raises:
+        UserError: the path, the reason and the remedy. A lack of memory passes.
+    """
     try:
         yield
     except OSError as error:
         if is_out_of_memory(error):
             raise
-        mends = (mend for numbers, mend in WRITE_REMEDIES.items() if error.errno in numbers)
-        reason, mend = error.strerror or str(error), next(mends, "look at the disk")
-        again = "then the same command goes on; finished runs are as they were"
-        raise UserError(f"{path}: cannot be written ({reason}); {mend}, {again}") from error
+        reason, remedy = error.strerror or str(error), find_remedy(error.errno, "check the disk")
+        raise UserError(
+            f"{path}: cannot be written ({reason}); {remedy}, or keep runs elsewhere with DUAL_LORA_RUNS=DIR; then the "
+            "same command resumes, and finished runs are unchanged"
+        ) from error
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk itself before this returns."""
+    """Return when a file, or a folder's list of names, is on the disk itself.
+
+    Raises:
+        OSError: it cannot be flushed.
+    """
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -42,51 +46,131 @@ def flush_to_disk(path: Path) -> None:
         os.close(number)
 
 
+def name_temporary_file(path: Path) -> Path:
+    """Return a name beside `path` that no other writer uses, in this process or another."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def remove_temporary_files(folder: Path, *names: str) -> None:
+    """Remove what killed writers of the named files left in a folder; other files are left alone."""
+    pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})(\.\d+-[0-9a-f]{{8}})?\.partial")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a new empty file beside `path`, to be filled; it takes the place of `path` when it is whole and on disk.
+
+    A link at `path` is replaced, never followed, and the umask decides the file's mode.
+
+    Raises:
+        OSError: it cannot be written. `path` is then unchanged.
+    """
+    temporary = name_temporary_file(path)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replace_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a UTF-8 file that is not a link; the system has the text when this returns.
+
+    Raises:
+        OSError: it cannot be written, or is a link.
+    """
+    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(number, "a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def read_umask() -> int:
+    """Return the process's umask, which can be read only by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def allow_by_umask(path: Path) -> None:
+    """Give a file the mode of a new one; safetensors makes files that only their owner can read.
+
+    Raises:
+        OSError: the mode cannot be changed.
+    """
+    path.chmod(0o666 & ~read_umask())
+
+
 def remove_path(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
+    """Remove a file, a link (not what it points to) or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos")  # what torch says of a file that it cannot write
-MIN_FREE_BYTES = 2**20  # bytes; a disk with less is full
+WRITE_FAILURES = ("PytorchStreamWriter", "unexpected pos")  # how torch reports a file that it cannot write
+MIN_FREE_BYTES = 2**20  # a disk with less is full
 
 
 @contextmanager
 def translate_save_errors(folder: Path) -> Iterator[None]:
-    """Turn a failure to save weights into the user's one line."""
+    """Turn a failure to save weights into one line.
+
+    Raises:
+        UserError: the folder, the reason and the remedy. Other errors pass.
+    """
     with translate_write_errors(folder), raise_disk_errors(folder):
         yield
 
 
 @contextmanager
 def raise_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors that safetensors, tokenizers and torch have of their own for a disk that fails into OSErrors."""
+    """Turn the errors that safetensors, tokenizers and torch raise for a failing disk into OSErrors.
+
+    Raises:
+        OSError: with the errno in the message, else ENOSPC on a full disk, else EIO. Other errors pass.
+    """
     try:
         yield
     except Exception as error:
-        said = re.search(r"os error (\d+)", str(error))
-        if is_out_of_memory(error) or not (said or any(words in str(error) for words in WRITE_FAILURES)):
+        found = re.search(r"os error (\d+)", str(error))
+        if is_out_of_memory(error) or not (found or any(words in str(error) for words in WRITE_FAILURES)):
             raise
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         full = shutil.disk_usage(there).free < MIN_FREE_BYTES
-        number = int(said[1]) if said else errno.ENOSPC if full else errno.EIO
+        number = int(found[1]) if found else errno.ENOSPC if full else errno.EIO
         raise OSError(number, os.strerror(number)) from error
 
 
-def read_json_object(path: Path, mend: str, *keys: str) -> dict[str, Any]:
+def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
     """Return the object that a JSON file holds, with at least these keys.
 
     Raises:
-        UserError: it holds something else; `mend` says what to do.
+        UserError: it holds something else; `remedy` says what to do.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({get_first_line(error)}); {mend}") from error
-    require(isinstance(content, dict), f"{path}: damaged (no JSON object); {mend}")
+        raise UserError(f"{path}: damaged ({get_first_line(error)}); {remedy}") from error
+    require(isinstance(content, dict), f"{path}: damaged (not a JSON object); {remedy}")
     lacking = [key for key in keys if key not in content]
-    require(not lacking, f"{path}: damaged (no {', '.join(lacking)}); {mend}")
+    require(not lacking, f"{path}: damaged (no {', '.join(lacking)}); {remedy}")
     return content

@@ -1,18 +1,22 @@
-"""Libraries that take seconds to import and that talk to the screen."""
+"""Libraries that take seconds to import and that print messages of their own."""
 
 import atexit
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+
+from dual_lora.lab.config import paths
 
 
 @contextmanager
 def import_heavy_libraries() -> Iterator[None]:
-    """Import what imports torch, transformers and PEFT: half a million objects that all stay. Searches for garbage
-    among them would take a fifth of the time that importing does, and later half a second after each run and plan."""
+    """Import what imports torch, transformers and PEFT: half a million objects that all stay. Garbage collection among
+    them would take a fifth of the import time, and later half a second after each run and plan."""
     if "torch" in sys.modules:
         yield
         return
@@ -25,8 +29,31 @@ def import_heavy_libraries() -> Iterator[None]:
         atexit.register(gc.unfreeze)  # Triton counts what is left
 
 
+OWN_CODE = (f"{paths.ROOT / 'tasks'}/", f"{Path(__file__).parents[2]}/")
+
+
+def hide_foreign_warnings() -> None:
+    """Keep warnings and log messages of third-party libraries off the screen; this project's own become one line each.
+
+    Python's own filters, and so PYTHONWARNINGS, no longer matter: a warning never ends a command.
+    """
+    logging.disable(logging.ERROR)
+    warnings.resetwarnings()
+    warnings.simplefilter("default")
+    warnings.showwarning = show_own_warning
+
+
+def show_own_warning(message: Warning | str, *place: object, **more: object) -> None:
+    """Print a warning that this project's code gave; the place that Python names may be a caller's."""
+    frame = sys._getframe(1)
+    while frame and frame.f_code.co_filename == warnings.__file__:
+        frame = frame.f_back
+    if frame and frame.f_code.co_filename.startswith(OWN_CODE):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def silence_libraries() -> None:
-    """Keep the libraries' chatter off the screen; errors still show."""
+    """Turn off the progress bars and messages that libraries have switches for; errors still show."""
     import datasets
     import transformers
     from tqdm.auto import tqdm
@@ -36,4 +63,3 @@ def silence_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # a bar with no switch of its own
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,8 +1,8 @@
-"""One process a run: a lock in the run's folder, which the system lifts when its process ends, however that ends.
+"""One process per run: a lock in the run's folder, which the system lifts when its process ends, however that ends.
 
-The file also says who holds it. On file systems that do not carry locks from one machine to another that text is all
-there is. Whoever holds it therefore touches the file now and then; another machine's that was not touched for some
-minutes is taken for that of a dead process. A process that is frozen for longer, and wakes, is not seen.
+The file also says who holds it. Some file systems do not carry locks from one machine to another; there the text is all
+that shows the holder. The holder therefore touches the file now and then, and a file of another machine that was not
+touched for some minutes counts as a dead process's. A process that is frozen for longer and then wakes is not detected.
 """
 
 import fcntl
@@ -21,13 +21,14 @@ from dual_lora.lab.errors import Elsewhere
 from dual_lora.lab.system.files import translate_write_errors
 
 LOCK_NAME = ".lock"
-# Seconds between two touches, and without one until another machine's process is taken for dead.
+# Seconds between two touches, and after the last one until another machine's process counts as dead.
 TOUCH_SECONDS, STALE_SECONDS = 20, 180
+MAX_HOLDER_CHARACTERS = 4096  # no lock that this program wrote is longer
 
 
 @contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is made if there is none.
+    """Hold the lock of a run's folder, which is created if there is none.
 
     Raises:
         Elsewhere: another process holds it.
@@ -37,73 +38,112 @@ def hold_lock(folder: Path) -> Iterator[None]:
     with translate_write_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         stream = acquire_lock(path)
-    left = threading.Event()
-    heart = threading.Thread(target=touch_until, args=(stream, left), daemon=True)
+    released = threading.Event()
+    heart = threading.Thread(target=touch_until, args=(stream, released), daemon=True)
     heart.start()
     try:
         yield
     finally:
-        left.set()
+        released.set()
         heart.join()
-        path.unlink(missing_ok=True)
+        if is_file_at(stream, path):
+            path.unlink(missing_ok=True)
         stream.close()
 
 
-def touch_until(stream: TextIO, left: threading.Event) -> None:
-    """Touch the lock file until it is left."""
-    while not left.wait(TOUCH_SECONDS):
-        with suppress(OSError):  # a disk that is gone for a while
+def touch_until(stream: TextIO, released: threading.Event) -> None:
+    """Touch the lock file until it is released."""
+    while not released.wait(TOUCH_SECONDS):
+        with suppress(OSError):  # a disk that is away for a while
             os.utime(stream.fileno())
 
 
 def measure_lock_age(stream: TextIO, folder: Path) -> float:
-    """Return for how long the lock file was not touched, by the clock of whoever keeps the files."""
+    """Return the seconds between the lock's last touch and now, by the file server's clock. A touch in the future, as a
+    clock that was set back leaves it, counts like one as long ago.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
     with tempfile.TemporaryFile(dir=folder) as fresh:
-        return os.fstat(fresh.fileno()).st_mtime - os.fstat(stream.fileno()).st_mtime
+        return abs(os.fstat(fresh.fileno()).st_mtime - os.fstat(stream.fileno()).st_mtime)
+
+
+def is_file_at(stream: TextIO, path: Path) -> bool:
+    """Return whether an open file is still the one with this name, and has no other name."""
+    try:
+        held = os.fstat(stream.fileno())
+        return os.path.samestat(held, path.lstat()) and held.st_nlink == 1
+    except OSError:
+        return False
+
+
+def open_lock(path: Path) -> TextIO:
+    """Return the lock file, open; a link or anything else but a plain file is removed first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if path.is_symlink() or found.st_nlink > 1:
+            path.unlink(missing_ok=True)
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
 
 
 def acquire_lock(path: Path) -> TextIO:
-    """Return the lock file, open, locked and with this process's name in it.
+    """Return the lock file, open, locked and with this process's name in it. Only a new file is written.
 
     Raises:
-        Elsewhere: another process of this machine holds the lock, or one of another machine that is alive.
+        Elsewhere: a process of this machine holds the lock, or a live one of another machine.
+        OSError: it cannot be written.
     """
     while True:
-        stream = path.open("a+")
+        stream = open_lock(path)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with stream:
                 raise Elsewhere(describe_holder(read_holder(stream))) from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+        if is_file_at(stream, path):
+            if not os.fstat(stream.fileno()).st_size:
                 break
-        stream.close()  # its last holder removed it after it was opened here
-    other = read_holder(stream)
-    if other.get("host", platform.node()) != platform.node() and measure_lock_age(stream, path.parent) < STALE_SECONDS:
-        stream.close()
-        raise Elsewhere(
-            f"{describe_holder(other)}; if that process is gone, try again in {STALE_SECONDS // 60} minutes or remove "
-            f"{path}"
-        )
-    stream.truncate(0)
+            check_stale(stream, path)
+            path.unlink(missing_ok=True)  # a dead process's
+        stream.close()  # its last holder removed it after it was opened here, or it was stale
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     stream.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n")
     stream.flush()
     return stream
 
 
+def check_stale(stream: TextIO, path: Path) -> None:
+    """Refuse a lock that a live process of another machine may hold; otherwise its process is dead.
+
+    Raises:
+        Elsewhere: who holds it. The file is then closed.
+        OSError: nothing can be written there.
+    """
+    other = read_holder(stream)
+    if other.get("host", platform.node()) == platform.node() or measure_lock_age(stream, path.parent) >= STALE_SECONDS:
+        return
+    stream.close()
+    later = f"try again in {STALE_SECONDS // 60} minutes or remove {path}"
+    raise Elsewhere(f"{describe_holder(other)}; if that process is gone, {later}")
+
+
 def read_holder(stream: TextIO) -> dict[str, str | int]:
-    """Return who wrote the lock file: pid, host and since when; nothing while it is being written."""
+    """Return what the lock file says: pid, host and since when; nothing while it is being written, or if damaged."""
     stream.seek(0)
     try:
-        found = json.loads(stream.read())
-    except ValueError:
+        found = json.loads(stream.read(MAX_HOLDER_CHARACTERS))
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def describe_holder(other: dict[str, str | int]) -> str:
+    """Return the holder of a lock in words."""
     if not other:
-        return "another process is doing it"
-    return f"process {other.get('pid')} on {other.get('host')} is doing it since {other.get('since')}"
+        return "another process does it"
+    return f"process {other.get('pid')} on {other.get('host')} has done it since {other.get('since')}"

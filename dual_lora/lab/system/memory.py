@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: the accelerator's where there is one, else the process's resident set."""
+"""Peak memory of some work (the accelerator's, else the process's resident set), and settings that need less."""
 
 import contextlib
 import ctypes
@@ -15,8 +15,8 @@ STATUS_FILE, RESET_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs
 
 
 class PeakMemory:
-    """Context manager; `peak` is bytes. On Linux the kernel's high-water mark is reset first, so that runs sharing a
-    process do not inherit each other's; elsewhere the mark is the process's since its start."""
+    """Context manager that measures the peak memory of its body; `peak` is in bytes. On Linux the kernel's high-water
+    mark is reset first, so that runs in one process do not inherit each other's; elsewhere it is the process's."""
 
     def __enter__(self) -> "PeakMemory":
         if torch.cuda.is_available():
@@ -31,23 +31,24 @@ class PeakMemory:
 
 
 def suggest_smaller_batch(settings: Settings) -> str:
-    """Return the settings that train on as many examples a step with fewer at a time."""
+    """Return settings that train on as many examples per step, but fewer at a time."""
     train = settings.train
     size, parts = train.batch_size, next((n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0), 1)
     if parts == 1:
         return f"a lower task.max_length or {suggest_smaller_model(settings)}"
     smaller = f"train.batch_size={size // parts} train.accumulation={train.accumulation * parts}"
-    return f"{smaller} takes less with as many examples a step"
+    return f"{smaller} takes less for as many examples per step"
 
 
 def suggest_smaller_model(settings: Settings) -> str:
-    """Return what holds a model in less."""
+    """Return settings with which the model itself needs less."""
     half = " or model.dtype=bfloat16" if settings.model.dtype == "float32" else ""
     return f"a smaller model{half} takes less, or take a machine with more"
 
 
 def suggest_fewer_rows(settings: Settings, sharded: bool) -> str:
-    """Return what evaluates in less, where a single row does not fit, or several that must be done together."""
+    """Return settings with which evaluation needs less, if a single row does not fit, or rows that must stay
+    together."""
     size = settings.eval.batch_size if sharded else 1
     return f"eval.batch_size={size // 2} takes less" if size > 1 else suggest_smaller_model(settings)
 
@@ -61,9 +62,9 @@ def read_resident_peak() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks under 256 MiB instead of returning them to the system and clearing them anew.
+    """Let glibc keep freed blocks under 256 MiB instead of returning them to the system and clearing new ones.
 
-    A fifth of the time of a batched beam search on a CPU went into that. Without glibc nothing happens.
+    That took a fifth of the time of a batched beam search on a CPU. Without glibc this has no effect.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)

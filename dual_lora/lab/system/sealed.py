@@ -1,74 +1,111 @@
-"""Whole checkpoints: a manifest with size and SHA-256 of every file, written last, tells one from half of one. It holds
-a digest of itself, too."""
+"""Sealed folders and files: a manifest, written last, holds size and SHA-256 of every file of a folder, whose they are
+(the run's identity) and a digest of itself. A folder with a file more, less or changed is not whole."""
 
 import hashlib
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.system.files import flush_to_disk, remove_path
+from dual_lora.lab.errors import require
+from dual_lora.lab.system.files import allow_by_umask, flush_to_disk, remove_path, remove_temporary_files, write_text
 
 MANIFEST = "manifest.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
 def list_files(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted; none if there is no folder."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def hash_file(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's size in bytes and its SHA-256.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     return {"size": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def hash_content(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of what a JSON file is to hold."""
+    """Return the SHA-256 of a JSON object, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def is_digest_right(content: dict[str, Any]) -> bool:
+    """Return whether a JSON object holds its own digest; False without one."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return content.get("digest") == hash_content(rest)
+
+
 def seal_folder(folder: Path, manifest: Path | None = None, **more: Any) -> None:
-    """Write the manifest of the files in `folder` (there, unless told), which makes them whole; keeps `more` in it."""
+    """Seal the files in `folder` by writing its manifest (there, unless a path is given), which also keeps `more`.
+
+    Raises:
+        OSError: something cannot be written.
+    """
     manifest = manifest or folder / MANIFEST
     manifest.unlink(missing_ok=True)
-    files = {str(path.relative_to(folder)): describe_file(path) for path in list_files(folder)}
-    for path in (*list_files(folder), folder):
+    remove_temporary_files(folder, manifest.name)
+    for path in list_files(folder):
+        allow_by_umask(path)
         flush_to_disk(path)
-    partial = manifest.with_name(f".{manifest.name}.partial")
-    held = {"files": files, **more}
-    with partial.open("w") as stream:
-        json.dump(held | {"digest": hash_content(held)}, stream, indent=1, allow_nan=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(manifest)
-    flush_to_disk(manifest.parent)
+    flush_to_disk(folder)
+    held = {"files": {str(path.relative_to(folder)): describe_file(path) for path in list_files(folder)}, **more}
+    write_text(manifest, json.dumps(held | {"digest": hash_content(held)}, indent=1, allow_nan=False))
 
 
 def read_seal(folder: Path, manifest: Path | None = None) -> dict[str, Any] | None:
-    """Return what the manifest holds if that and every file it names are as they were sealed, else None."""
+    """Return the manifest's content if it and all files are as they were sealed and there are no others, else None."""
     manifest = manifest or folder / MANIFEST
     try:
-        held = json.loads(manifest.read_text())
-        same = held.pop("digest") == hash_content(held)
-        there = all(describe_file(folder / name) == facts for name, facts in held["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        held = json.loads(manifest.read_text("utf-8"))
+        whole = is_digest_right(held)
+        names = {str(path.relative_to(folder)) for path in list_files(folder) if path != manifest}
+        same = names == held["files"].keys()
+        same = same and all(describe_file(folder / name) == facts for name, facts in held["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return held if same and there else None
+    return {name: value for name, value in held.items() if name != "digest"} if whole and same else None
+
+
+def check_owner(held: dict[str, Any], identity: str, path: Path) -> None:
+    """Refuse what was sealed for another run. Seals of earlier versions name none.
+
+    Raises:
+        UserError: the other run and the remedy.
+    """
+    owner = held.get("identity", identity)
+    require(owner == identity, f"{path}: belongs to run {owner}, not to {identity}; remove it or put it back")
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    """Return the step of a folder that `CHECKPOINT_NAME` matches."""
+    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
 
 
-def find_newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint below `folder`; half and damaged ones are removed."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+def find_newest_checkpoint(folder: Path, identity: str) -> Path | None:
+    """Return a run's newest whole checkpoint below `folder`; incomplete and damaged ones are removed.
+
+    Raises:
+        UserError: a checkpoint is another run's.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
     for path in sorted(found, key=parse_checkpoint_step, reverse=True):
-        if read_seal(path):
+        if held := read_seal(path):
+            check_owner(held, identity, path)
             return path
-        print(f"{path.name} is damaged or was cut short: removed")
+        print(f"{path.name} is damaged or incomplete: removed")
         remove_path(path)
     return None

@@ -1,44 +1,56 @@
-"""A polite stop: SIGTERM, or SIGINT once, ends the work where nothing is lost by it; the second one ends it at once."""
+"""Stopping on request: the first SIGTERM, SIGINT or SIGHUP ends the work where nothing is lost; the second, at once."""
 
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dual_lora.lab.errors import RESUMES, Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What a queue sends shortly before the time limit; it means something only where submitit listens to it.
 REQUEUE = signal.SIGUSR2
 
 
 class StopRequest:
-    """What was asked for (`asked`: a signal's name, or None), whether it must wait for a good place (`waits`), and what
-    the same command does next (`then`)."""
+    """The signal that asked for a stop (`asked`: its name, or None), whether the work first goes on to a good place
+    (`waits`), what the same command does next (`then`), and whether `Stopped` was raised at once (`raised`): libraries
+    that are interrupted may turn it into errors of their own."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.raised = False
         self.waits, self.then = False, RESUMES
         self.before: dict[int, object] = {}
 
     def handle_signal(self, number: int, frame: object) -> None:
-        """The signal handler: end at once, or where the work is that waits; the next signal does what it did before."""
-        self.asked = signal.Signals(number).name
-        self.restore_handlers()
-        if not self.waits:
+        """Handle a signal: end at once, unless it is the first one and the work in progress waits for a good place.
+
+        Raises:
+            Stopped: the work ends here.
+        """
+        first, self.asked = self.asked is None, signal.Signals(number).name
+        if not (first and self.waits):
+            self.raised = True
             raise Stopped(self.asked, self.then)
         kept = "with a checkpoint" if self.then == RESUMES else "without a checkpoint"
-        os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
 
     def restore_handlers(self) -> None:
+        """Let the signals do again what they did before `listen`."""
         while self.before:
             number, handler = self.before.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Listen to the signals as long as this lasts, but to none that whoever started this has it ignore."""
-        self.asked, self.waits, self.then = None, False, RESUMES
+        """Listen to the signals as long as this lasts, except to those that the parent process has set to be ignored.
+
+        Raises:
+            Stopped: a stop was requested.
+        """
+        self.asked, self.raised, self.waits, self.then = None, False, False, RESUMES
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
@@ -50,7 +62,11 @@ class StopRequest:
 
     @contextmanager
     def defer(self, wait: bool = True, then: str | None = None) -> Iterator[None]:
-        """Only note a stop that is asked for in here (`wait`), or end at once (not `wait`)."""
+        """Note a stop that is requested in here and go on (`wait`), or end at once (not `wait`).
+
+        Raises:
+            Stopped: a second stop was requested.
+        """
         before = self.waits, self.then
         self.waits, self.then = wait, then or self.then
         try:
@@ -59,7 +75,11 @@ class StopRequest:
             self.waits, self.then = before
 
     def raise_if_asked(self) -> None:
-        """End here if that was asked for."""
+        """End here if a stop was requested.
+
+        Raises:
+            Stopped: it was.
+        """
         if self.asked:
             raise Stopped(self.asked, self.then)
 

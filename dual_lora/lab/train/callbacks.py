@@ -1,5 +1,7 @@
 """Callbacks of the Trainer: the progress bar, the log, and the scores of every epoch."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,26 +9,43 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from dual_lora.lab.errors import Stopped
 from dual_lora.lab.record.mirror import Mirror
 from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import any_process, has_several_processes, is_first_process
 from dual_lora.lab.system.signals import STOP
 
 
 class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar with the newest loss and the speed beside it, instead of a line for every log step."""
+    """The Trainer's progress bar with the newest loss and the speed beside it, instead of a line for every log step.
+    Where stderr is no terminal, as in a log file, a few lines in its place: a bar would be one endless line there."""
+
+    LINES = 20  # that a run prints at most
 
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
+        hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
+        self.prints = not sys.stderr.isatty() and not hushed
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or hushed)
+        self.current_step = self.first_step = self.printed = state.global_step
         self.started, self.seen = time.perf_counter(), state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            speed = (state.num_input_tokens_seen - self.seen) / (time.perf_counter() - self.started)
-            self.training_bar.set_postfix({"loss": f"{float(logs['loss']):.4f}", "tokens/s": f"{speed:,.0f}"})
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        seconds, loss = time.perf_counter() - self.started, f"{float(logs['loss']):.4f}"
+        speed = f"{(state.num_input_tokens_seen - self.seen) / seconds:,.0f}"
+        self.training_bar.set_postfix({"loss": loss, "tokens/s": speed})
+        due = state.global_step - self.printed >= state.max_steps / self.LINES
+        if self.prints and due:
+            step, end = state.global_step, state.max_steps
+            left = format_seconds(seconds / (step - self.first_step) * (end - step))
+            print(f"step {step}/{end}, loss {loss}, {speed} tokens/s, {left} left", file=sys.stderr, flush=True)
+            self.printed = step
 
     def close(self) -> None:
         """End the bar's line, also after a failure, so that the next message starts on a line of its own."""

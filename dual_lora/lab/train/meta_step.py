@@ -1,39 +1,37 @@
-"""One training step on torch's meta device, where tensors have shapes and no numbers."""
+"""One training step on torch's meta device, where tensors have shapes but no values."""
 
-import copy
 from collections.abc import Callable
-from functools import cache
+from dataclasses import fields, replace
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.bench import kept_bytes
-from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.config.schema import MAX_LAYERS, Settings
+from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
-from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
-from dual_lora.lab.model.load import (
-    cast_trained_to_float32,
-    get_head_class,
-    get_head_options,
-    get_weight_dtype,
-    locate_model,
-    unwrap_adapter,
-)
+from dual_lora.lab.model.load import cast_trained_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
 from dual_lora.lab.model.nf4 import list_quantisable_layers
+from dual_lora.lab.model.source import get_head_options, load_config
 from tasks import Task
+
+# How PEFT's configurations call the choice of initial weights; False: as torch made them.
+INITIALISERS = ("init_lora_weights", "init_weights", "init_ia3_weights")
+PAD_TOKEN = 0  # which token pads makes no difference to shapes
 
 
 def build_meta_model(settings: Settings, task: Task, layers: int | None = None) -> PreTrainedModel:
-    """Return the base model on the meta device, with all its layers or so many.
+    """Return the base model on the meta device, with all its layers, or the first `layers`.
 
     Raises:
-        UserError: neither the model's YAML nor a folder tells its architecture.
+        UserError: neither the model's YAML nor a folder gives its architecture, or it makes no model.
     """
     values = settings.model.architecture
     path = find_model(settings)
@@ -42,11 +40,12 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
         f"model={settings.model.name}: no architecture in its YAML; give model.path=DIR or architecture there",
     )
     options = get_head_options(task)
-    if task.form == "classification":
-        options["problem_type"] = "single_label_classification"  # else some models look into the labels
+    if task.form != "generation":
+        options["pad_token_id"] = PAD_TOKEN  # else a causal model with a head takes one example at a time only
     with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
-        config = copy.deepcopy(read_config(**locate_model(settings))) if path else AutoConfig.for_model(**values)
+        config = load_config(settings, task) if path else AutoConfig.for_model(**values)
         config.update(options)
+    check_layers(settings, config)
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -59,10 +58,49 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     return model
 
 
-@cache
-def read_config(**place: str) -> PretrainedConfig:
-    """Return the configuration of a saved model, read once: a GGUF file's takes seconds."""
-    return AutoConfig.from_pretrained(**place)
+def check_layers(settings: Settings, config: PreTrainedConfig) -> None:
+    """Refuse a number of layers that no model has: all of them are built to be counted.
+
+    Raises:
+        UserError: with that number.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    fine = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
+    require(fine, f"model={settings.model.name}: num_hidden_layers is {layers}; a plan needs 1 to {MAX_LAYERS:,}")
+
+
+def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = None) -> torch.nn.Module:
+    """Return the model on the meta device with the method on it. Some initialisers decompose the base weights (PiSSA,
+    OLoRA) or read data. On the meta device there are none, so such a method starts there from weights as torch makes
+    them, which are as many.
+
+    Raises:
+        UserError: the method refuses its settings, or the model's architecture is not known.
+    """
+    try:
+        return attach_method(build_meta_model(settings, task, layers), settings, task.form)
+    except UserError:
+        plain = skip_initialisation(settings)
+        if plain == settings:
+            raise
+    try:
+        return attach_method(build_meta_model(settings, task, layers), plain, task.form)
+    except UserError as error:
+        reads = "meta" in str(error)
+        name = settings.method.name
+        require(not reads, f"plan: method={name} looks at the base weights, which a plan does not load; run it instead")
+        raise
+
+
+def skip_initialisation(settings: Settings) -> Settings:
+    """Return the settings with a method that draws no initial weights."""
+    own = settings.method.peft
+    if own is None:
+        return settings
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(own.get("peft_type"))
+    named = [field.name for field in fields(kind)] if kind else []
+    drawn = {name: False for name in named if name in INITIALISERS}
+    return replace(settings, method=replace(settings.method, peft={**own, **drawn}))
 
 
 def compute_flash_attention(
@@ -94,7 +132,7 @@ def trace_step(settings: Settings, task: Task, layers: int, sharded: bool) -> di
 
 def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
     """Take one step on the meta device with so many layers."""
-    model = attach_method(build_meta_model(settings, task, layers), settings, task.form).train()
+    model = attach_to_meta_model(settings, task, layers).train()
     if sharded or settings.method.peft is not None:
         model.to(getattr(torch, settings.model.dtype))  # as it computes, but for a head
     else:
@@ -112,11 +150,13 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
 
         def back() -> None:
             with backward:
-                loss.backward()
+                if loss.requires_grad:  # not where the model is scored as it is
+                    loss.backward()
 
         return back
 
-    kept = kept_bytes(model, step)
+    with translate_method_errors(settings):
+        kept = kept_bytes(model, step)
     found = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
     return {"tokens": ids.numel(), "kept": kept, **found}
 

@@ -1,11 +1,11 @@
-"""What a run would take, from the model's architecture alone: nothing is downloaded, no weight is loaded.
+"""What a run would need, from the model's architecture alone: nothing is downloaded, no weight is loaded.
 
-The run's own model, with the run's own method on it, stands on torch's meta device, where tensors have shapes and no
-numbers. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
-operations, hooks on autograd what it keeps for backward. So the plan holds for what this code does. Activations are
+The run's own model, with the run's own method on it, is built on torch's meta device, where tensors have shapes but no
+values. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
+operations, hooks on autograd what it keeps for backward. So the plan describes what this code does. Activations are
 those of full-length batches; hours are those of training on such batches alone, at an assumed share of the peak. A
 base in 4 bits counts as many parameters, operations and activations as one that is not: bitsandbytes makes one layer's
-weight of it at a time, which the reserve is there for.
+weight of it at a time, which the reserve covers.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -20,13 +20,14 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.splits import load_split
-from dual_lora.lab.model.adapt import attach_method, count_parameters
-from dual_lora.lab.model.load import explain_unshardable, find_gguf_file, unwrap_adapter
+from dual_lora.lab.model.adapt import count_parameters
+from dual_lora.lab.model.load import explain_unshardable, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
+from dual_lora.lab.model.source import find_gguf_file
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.libraries import silence_libraries
-from dual_lora.lab.train.meta_step import build_meta_model, trace_step
+from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model, trace_step
 from tasks import Task
 
 GB = 1e9
@@ -62,6 +63,15 @@ def plan_run(run: Run) -> None:
     Raises:
         UserError: the model's architecture is not known, or the run does not fit; the message says what would.
     """
+    check_fit(run.settings, make_plan(run))
+
+
+def make_plan(run: Run) -> dict[str, Any]:
+    """Print the plan of a run, write it to plan.json in the run's folder, and return it.
+
+    Raises:
+        UserError: the accelerator or the model's architecture is not known.
+    """
     settings, record = run.settings, run.record
     known = settings.hardware.accelerator in ACCELERATORS
     require(known, f"hardware.accelerator={settings.hardware.accelerator}: known are {', '.join(ACCELERATORS)}")
@@ -70,16 +80,15 @@ def plan_run(run: Run) -> None:
     record.folder.mkdir(parents=True, exist_ok=True)
     record.write_file("plan.json", found)
     print(format_plan(found, record))
-    check_fit(settings, found)
+    return found
 
 
 def compute_plan(settings: Settings) -> dict[str, Any]:
     """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = load_task(settings)
-    base = build_meta_model(settings, task)
-    alone = explain_unshardable(settings, task, type(base))
-    model = attach_method(base, settings, task.form)
+    model = attach_to_meta_model(settings, task)
+    alone = explain_unshardable(settings, task, type(unwrap_adapter(model)))
     size = measure_sizes(model, settings, task)
     counts = count_parameters(model)
     sharded = settings.hardware.sharding == "full"
@@ -226,23 +235,23 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     wide = [(train.batch_size, devices, "full", None) for devices in more if free]
     wide += [(b, devices, "full", None) for devices in more for b in batches if free]
     chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]
-    mends = []
+    remedies = []
     for batch, devices, sharding, base in filter(None, chosen):
-        mend = []
+        remedy = []
         if batch != train.batch_size:
             accumulation = train.accumulation * train.batch_size // batch
-            mend += [f"train.batch_size={batch} train.accumulation={accumulation}"]
+            remedy += [f"train.batch_size={batch} train.accumulation={accumulation}"]
         if base != hardware.base:
-            mend += [f"hardware.base={base}"]
+            remedy += [f"hardware.base={base}"]
         if (devices, sharding) != here:
-            mend += [f"hardware.sharding={sharding} hardware.devices={devices}"]
+            remedy += [f"hardware.sharding={sharding} hardware.devices={devices}"]
         if devices > hardware.devices:
-            mend += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
-        mends.append(" ".join(mend))
+            remedy += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
+        remedies.append(" ".join(remedy))
     require(
         parts["peak"] <= room,
         f"plan: {settings.model.name} with {settings.method.name} needs {parts['peak'] / GB:.1f} GB a device, "
-        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(mends) or 'a larger accelerator'}",
+        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(remedies) or 'a larger accelerator'}",
     )
 
 

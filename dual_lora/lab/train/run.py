@@ -21,14 +21,14 @@ from dual_lora.lab.model.adapt import (
     find_unfinished_ramp,
     list_kernels,
     list_rates,
-    merge_adapter,
 )
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, load_model
+from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.record.mirror import Mirror, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import format_summary
+from dual_lora.lab.record.summary import format_finished, format_summary
 from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
 from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import silence_libraries
@@ -41,6 +41,9 @@ from dual_lora.lab.train.trainer import RunTrainer
 
 # The share of entries of dL/dSign that were clipped at a logged step; in a result, the largest.
 CLIPPED_COLUMN = "train/clipped_share"
+# What is known of the training of a method that scores the model as it is.
+UNTRAINED = {"steps": 0, "train_loss": None, "train_seconds": 0.0, "tokens": 0, "peak_memory_bytes": 0}
+UNTRAINED |= {"best_epoch": None, "metrics_last_epoch": None}
 
 
 @translate_machine_errors()
@@ -58,7 +61,7 @@ def train_run(run: Run) -> dict[str, Any]:
     share_from_first(record.finish_cleanup)
     result = find_result(settings, record)
     if result:
-        print(f"finished: {record.format_path()} (force=true runs it again)")
+        print(format_finished(result, record, run.title))
     else:
         silence_libraries()
         with ExitStack() as held:
@@ -68,13 +71,17 @@ def train_run(run: Run) -> dict[str, Any]:
             )  # another process may just have finished it
             share_from_first(record.install_rerun)
             share_from_first(record.remove_leftovers)
-    print(format_summary(result, record))
+        print(format_summary(result, record, run.title))
     return result
 
 
 def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
-    """Return the result of a finished run, unless it is forced to run again."""
-    return None if settings.force else share_from_first(record.read_result)
+    """Return the result of a finished run, unless it is forced to run again.
+
+    Raises:
+        UserError: the run is finished, but what it left is damaged.
+    """
+    return None if settings.force else share_from_first(record.read_finished)
 
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
@@ -175,6 +182,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     trained = share_from_first(record.read_training)
     if trained:
         loop.load_weights(record.get_weights_folder(settings))
+    elif not any(weight.requires_grad for weight in model.parameters()):
+        trained = save_training(loop, record, settings, UNTRAINED)
     else:
         with closing(progress), translate_memory_errors(suggest_smaller_batch(settings)):
             trained = train_and_save(loop, best, record, settings)
@@ -202,7 +211,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "steps": trained["steps"],
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
-        "tokens_per_second": trained["tokens"] / trained["train_seconds"],
+        "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
         "peak_memory_bytes": trained["peak_memory_bytes"],
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
@@ -229,14 +238,19 @@ def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, set
             "peak_memory_bytes": peak.peak,
             "best_epoch": best.epoch if best else None,
             "metrics_last_epoch": best.last if best else None,
-            "logged": record.read_log(),
         }
-        folder = record.get_weights_folder(settings)
-        with translate_save_errors(record.folder):
-            share_from_first(lambda: remove_path(folder))
-            loop.model.save_pretrained(folder, is_main_process=is_first_process())
-            share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, **facts))
+        facts = save_training(loop, record, settings, facts)
     STOP.raise_if_asked()
+    return facts
+
+
+def save_training(loop: RunTrainer, record: Record, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+    """Save what was trained, sealed with `facts` and the log up to here, and return these."""
+    facts, folder = facts | {"logged": record.read_log()}, record.get_weights_folder(settings)
+    with translate_save_errors(record.folder):
+        share_from_first(lambda: remove_path(folder))
+        loop.model.save_pretrained(folder, is_main_process=is_first_process())
+        share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, identity=record.name, **facts))
     return facts
 
 

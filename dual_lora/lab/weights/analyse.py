@@ -1,8 +1,9 @@
-"""`eval.py run=... analyse=true`: ranks and entries of what a finished run did to its base weights; needs no data.
+"""`eval.py run=... analyse=true`: ranks and entries of the changes a finished run made to its base weights. Needs no
+data.
 
-Every number stands beside that of random factors in the same place (its null, *_null), because a high rank alone says
-nothing about training. Written into the run's folder: analysis.json (all), analysis.csv (without histograms) and,
-as PNG and PDF, ranks, stable_ranks and, of Dual LoRA, histograms.
+Every number is reported beside that of random factors of the same shape (its null, *_null), because a high rank alone
+says nothing about training. These files are written into the run's folder: analysis.json (everything), analysis.csv
+(without histograms), and as PNG and PDF ranks, stable_ranks and, for Dual LoRA, histograms.
 """
 
 import torch
@@ -11,7 +12,7 @@ from tabulate import tabulate
 from dual_lora import analysis
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
-from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.record import ANALYSIS_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.weights.histogram_figure import draw_histograms
 from dual_lora.lab.weights.medians import RANK_KINDS, UPDATE_ENTRIES, drop_histograms, format_with_null
@@ -31,12 +32,12 @@ ENTRIES = (*UPDATE_ENTRIES, "cosine", "sign_agreement")
 
 
 def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Record] | None = None) -> str:
-    """Analyse a finished run, write its files, and return what to tell the user.
+    """Analyse a finished run, write the analysis into its folder, and return the text to print.
 
-    other: a second run of the same model, to whose updates this one's are compared.
+    other: a second run of the same model, whose updates are compared with this one's.
 
     Raises:
-        UserError: a run cannot be loaded or taken apart, or the two have no weight in common.
+        UserError: a run cannot be loaded, its dW is not known, or the two changed no weight in common.
     """
     silence_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +71,7 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
         "direction_edges": analysis.DIRECTION_EDGES,
         "rows": rows,
     }
-    record.write_file("analysis.json", content)
+    record.write_sealed(ANALYSIS_FILE, content)
     record.write_file("analysis.csv", drop_histograms(rows).to_csv(index=False))
     draw_figures(content, record)
     return format_analysis(content, record)
@@ -88,10 +89,10 @@ def draw_figures(content: dict, record: Record) -> None:
 def describe_update(
     update: Update, other: Update | None, first: DualLoraFactors | None, settings: Settings, device: str
 ) -> dict[str, object]:
-    """Return what is known of one weight: where it is, and every number of dW with that of the null behind it.
+    """Return the row of one weight: where it is, and every number of dW followed by that of its null.
 
-    other: the other run's update of this module; first: the factors this run began with. What cannot be told without
-    them is None, and so is the size of a null whose size means nothing.
+    other: the other run's update of this module. first: the factors this run began with. Numbers that need a missing
+    one are None, and so is the size of a null whose size means nothing.
     """
     W0 = update.get_weight().to(device)
     theirs = None if other is None else other.get_whole_change()[update.block].to(device)
@@ -107,7 +108,7 @@ def describe_update(
 
 
 def locate_update(update: Update, settings: Settings) -> dict[str, object]:
-    """Return what a row is about; `ranks` are the inner dimensions of the factors, r1+r2 or r."""
+    """Return which weight a row is about. `ranks` are the inner dimensions of its factors: r1+r2, or r."""
     out, fan_in = update.get_weight().shape
     role = find_role(update.module, settings) + update.name.removeprefix(update.module)
     layer = find_layer_number(update.module)
@@ -115,13 +116,13 @@ def locate_update(update: Update, settings: Settings) -> dict[str, object]:
 
 
 def measure_update(dW: torch.Tensor, W0: torch.Tensor | None, theirs: torch.Tensor | None) -> dict[str, float | None]:
-    """Return the numbers of one dW: out x in, and of its likeness to another run's."""
+    """Return the numbers of one dW (out x in), and its similarity to another run's."""
     likeness = dict.fromkeys(("cosine", "sign_agreement")) if theirs is None else analysis.agreement(dW, theirs)
     return analysis.overall(dW, W0) | likeness
 
 
 def format_analysis(content: dict, record: Record) -> str:
-    """Return medians over the layers of each role, trained | null, and what to know about them."""
+    """Return tables of medians over the layers of each role, as trained | null, with notes below them."""
     frame = drop_histograms(content["rows"])
     entries = [name for name in ENTRIES if frame[name].notna().any()]
     ranks, rest = [], []
@@ -143,7 +144,7 @@ def format_analysis(content: dict, record: Record) -> str:
 
 
 def explain_analysis(content: dict) -> list[str]:
-    """Return what a reader must know about the numbers, a line each."""
+    """Return the notes that a reader of the numbers needs, one a line."""
     beginning, scale = content["beginning"], content["update_scale"]
     found = [f"Medians over layers, trained | null. Null: {content['null']}."]
     if scale not in (None, 1.0):
@@ -151,11 +152,11 @@ def explain_analysis(content: dict) -> list[str]:
     if beginning["rebuilt"]:
         cosine, sure = beginning["least_cosine"], beginning["least_over_chance"]
         found.append(
-            "Signs flipped: since the factors that the run's seed draws; a trained factor's cosine with its draw is at "
-            f"least {cosine:.2f}, {sure:.0f} standard deviations above chance."
+            "Signs flipped: compared with the factors that the run's seed draws. Every trained factor's cosine with "
+            f"its draw is at least {cosine:.2f}, {sure:.0f} standard deviations above chance."
         )
     elif scale is not None:
-        found.append(f"Signs flipped: not told, {beginning['why']}.")
+        found.append(f"Signs flipped: unknown, because {beginning['why']}.")
     if content["against"]:
         found.append(f"Cosine and sign agreement: with the dW of {content['against']}.")
     return found

@@ -1,4 +1,4 @@
-"""How the entries of ReLU(BA) and DC are spread, trained and random: a line for each role, bins of half a decade."""
+"""Histograms of the entries of ReLU(BA) and DC, trained and random: one line a role, in bins of half a decade."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ PART_TITLES = {"magnitude": "{}, before its scale", "direction": "D C, before it
 
 
 def draw_histograms(content: dict, folder: Path, name: str = "histograms") -> Path | None:
-    """Write NAME.png and NAME.pdf of an analysis and return the first; None where it holds no histogram."""
+    """Write NAME.png and NAME.pdf of an analysis, and return the PNG; None if the analysis holds no histograms."""
     rows = pd.DataFrame(content["rows"])
     if "magnitude_histogram" not in rows:
         return None
@@ -31,7 +31,7 @@ def draw_histograms(content: dict, folder: Path, name: str = "histograms") -> Pa
 
 
 def set_bin_ticks(axes: Axes, edges: list[float]) -> None:
-    """Mark 0 and every second decade; bin i ends at edge i."""
+    """Mark 0 and every second decade. Bin i ends at edge i."""
     marked = [i for i, edge in enumerate(edges) if edge == 0 or round(2 * math.log10(abs(edge))) % 4 == 0]
     axes.set_xticks([i + 0.5 for i in marked], [f"{edges[i]:g}" for i in marked], rotation=90)
     axes.grid(alpha=0.3)

@@ -23,7 +23,7 @@ WeightPlace = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class AnalysedRun:
-    """An analysed run: its name, its method, what its parts of dW are called, and a row for each weight."""
+    """An analysed run: its name, its method, the labels of the parts of dW, and one row a weight."""
 
     name: str
     method: str
@@ -59,7 +59,7 @@ def draw_ranks(runs: list[AnalysedRun], folder: Path, kind: str = "rank") -> Pat
 
 
 def draw_own_ranks(axes: Axes, runs: list[AnalysedRun], part: str, kind: str, place: WeightPlace) -> None:
-    """Draw a line for each run, and one for each different null, in a gray of its method's."""
+    """Draw one line a run, and one for each different null, in its method's shade of gray."""
     nulls, grays = {}, dict(zip(dict.fromkeys(run.method for run in runs), ("black", "gray", "silver"), strict=False))
     for number, run in enumerate(runs):
         rows, scale = run.select_rows(place), min(place[1:]) if kind == "rank" else 1

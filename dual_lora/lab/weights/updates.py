@@ -1,16 +1,17 @@
-"""What a finished run did to each weight it changed: dW, its parts, and what random factors give in its place.
+"""What a finished run did to each weight it changed: dW, the parts of dW, and the same for random factors.
 
-A weight is out x in here, also where the layer keeps it in x out (GPT-2's Conv1D, embeddings).
+A weight is out x in here, even where the layer stores it as in x out (GPT-2's Conv1D, embeddings).
 """
 
 import copy
+import functools
 import math
 import re
 import zlib
 from collections.abc import Iterator
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -24,15 +25,17 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
 from dual_lora.lab.model.adapt import attach_method
-from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.load import load_dequantised_model, load_model
+from dual_lora.lab.model.merge import explain_unmergeable
 from dual_lora.lab.record.record import Record
 from dual_lora.tuner.factors import DualLoraFactors
 from dual_lora.tuner.layer import DualLoraLayer
 
 ADAPTER = "default"
 NULL_SEED = 0
-# A rebuilt draw counts as the run's own when every trained factor is more like it than chance by this many standard
-# deviations: the cosine with an unrelated draw of n entries has a standard deviation of 1 / sqrt(n).
+MATRIX_DIMENSIONS = 2  # of a weight with a rank
+# Factors redrawn from the seed count as the run's own if the cosine of every trained factor with its redrawn self is
+# this many standard deviations above chance. For an unrelated draw of n entries the deviation is 1 / sqrt(n).
 MIN_DEVIATIONS = 8.0
 
 
@@ -64,15 +67,15 @@ class Update:
         return self.get_whole_change()[self.block]
 
     def get_whole_change(self) -> Tensor:
-        """Return dW of the whole module, of which `change` may be a block of rows."""
+        """Return dW of the whole module. `get_change` may be a block of its rows."""
         raise NotImplementedError
 
     def measure_parts(self, device: str) -> dict:
-        """Return the numbers of what dW is made of."""
+        """Return the ranks and entries of the parts that dW is computed from."""
         return {}
 
     def draw_null(self, device: str) -> tuple[Tensor, dict]:
-        """Return dW of random factors, and the numbers of its parts."""
+        """Return dW of random factors, and the ranks and entries of its parts."""
         return self.draw_gaussian(*self.get_weight().shape), {}
 
     def get_seed(self) -> int:
@@ -87,7 +90,7 @@ class Update:
 
 
 class TunedUpdate(Update):
-    """A weight trained as it is: dW is trained minus base."""
+    """A weight that trained in full: dW is the trained minus the base weight."""
 
     def __init__(self, module: str, base: nn.Module, trained: nn.Module) -> None:
         super().__init__(module, base)
@@ -98,7 +101,7 @@ class TunedUpdate(Update):
 
 
 class LowRankUpdate(Update):
-    """LoRA: dW = alpha / r * B A, from the factors, so that no rounding of W0 + dW raises its rank."""
+    """LoRA: dW = alpha / r * B A. It is computed from the factors, because rounding W0 + dW would raise its rank."""
 
     null = "B A with both factors Gaussian (its ranks do not depend on their sizes)"
     labels = {"overall": "dW = BA"}
@@ -119,7 +122,7 @@ class LowRankUpdate(Update):
 
 
 class VariantUpdate(LowRankUpdate):
-    """LoRA's layer with more to it (DoRA's magnitudes): dW is merged minus base; B A is beside it as `product`."""
+    """DoRA: dW is the merged minus the base weight. B A is reported beside it as `product`."""
 
     sized = True
     null = "B A with both factors Gaussian and ||B A|| as trained, all else as at initialisation"
@@ -129,7 +132,7 @@ class VariantUpdate(LowRankUpdate):
         return self.subtract_merged(copy.deepcopy(self.layer).double())
 
     def subtract_merged(self, layer: LoraLayer) -> Tensor:
-        """Return what merging changes, in float64: in float32 W0 + dW - W0 would be of full rank by rounding alone."""
+        """Return what merging changes, in float64: in float32, rounding alone would make W0 + dW - W0 full rank."""
         layer.merge(adapter_names=[ADAPTER])
         return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
 
@@ -154,8 +157,25 @@ def measure_product(BA: Tensor) -> dict:
     return {f"product_{key}": value for key, value in analysis.spectrum(BA).items()}
 
 
+class MergedUpdate(Update):
+    """Any other method that changes weights, and LoRA whose start changes the base (PiSSA, OLoRA, LoftQ): dW is the
+    merged weight minus that of the model as it is loaded. `original` is that model's layer."""
+
+    def __init__(self, module: str, layer: BaseTunerLayer, original: nn.Module) -> None:
+        super().__init__(module, original)
+        self.layer = layer
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.r:
+            self.ranks = str(layer.r[ADAPTER])
+
+    @torch.no_grad()
+    def get_whole_change(self) -> Tensor:
+        layer = copy.deepcopy(self.layer).double()  # for the reason `subtract_merged` gives
+        layer.merge(adapter_names=[ADAPTER])
+        return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
+
+
 class DualLoraUpdate(Update):
-    """Dual LoRA; of a fused layer one adapted block of rows."""
+    """Dual LoRA. In a fused layer, one adapted block of rows."""
 
     sized = True
     null = "fresh factors by the adapter's own rule and shapes, at full scale"
@@ -198,7 +218,7 @@ class DualLoraUpdate(Update):
         return delta_weight(*four, factors.scaling, **factors.kinds), self.measure_factors(factors, device)
 
     def draw_fresh_factors(self) -> DualLoraFactors:
-        """Return factors newly drawn by the adapter's own rule."""
+        """Return fresh factors, drawn by the adapter's own rule."""
         trained = self.factors
         fan_in, fan_out = trained.A.shape[-1], trained.B.shape[-2]
         alpha = trained.scaling * math.sqrt(self.r1 * self.r2)
@@ -215,40 +235,76 @@ class DualLoraUpdate(Update):
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
     """Return every weight a finished run changed, of a fully trained model those that have a role. W0 of a base in 4
-    bits is what these stand for.
+    bits is the values these bits stand for.
 
     Raises:
-        UserError: the run cannot be loaded, has a value that is no number, or a method that is not known here.
+        UserError: the run cannot be loaded, holds NaN or Inf, or its method changes more than a weight can show.
     """
     task = load_task(settings)
     trained, _ = load_trained_model(settings, record, task, plain=True)
     for name, parameter in trained.named_parameters():
-        require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} has values that are no numbers")
+        require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} contains NaN or Inf")
+    check_update_scales(trained, record)
+    base, _ = (load_dequantised_model if settings.hardware.base else load_model)(settings, task)
     if isinstance(trained, PeftModel):
-        return list(list_adapter_updates(trained, settings))
-    base, _ = load_model(settings, task)
+        return list(list_adapter_updates(trained, base, settings))
     after = dict(trained.named_modules())
     names = [(name, module) for name, module in base.named_modules() if find_role(name, settings)]
     return [TunedUpdate(name, module, after[name]) for name, module in names]
 
 
-def list_adapter_updates(model: PeftModel, settings: Settings) -> Iterator[Update]:
-    """Yield the updates of an adapted model."""
+def check_update_scales(model: nn.Module, record: Record) -> None:
+    """Refuse a ramp factor that is NaN or Inf: a buffer, so not among the parameters.
+
+    Raises:
+        UserError: with the adapter's name.
+    """
+    for name, buffer in model.named_buffers():
+        finite = not name.endswith("update_scale") or bool(buffer.isfinite().all())
+        require(finite, f"run={record.format_path()}: {name} contains NaN or Inf")
+
+
+def list_adapter_updates(model: PeftModel, base: nn.Module, settings: Settings) -> Iterator[Update]:
+    """Yield the updates of an adapted model. base: the same model as it is loaded, without an adapter.
+
+    Only LoRA that left the base weights alone, and Dual LoRA, are read from their factors. For all others dW is what
+    the weights say.
+
+    Raises:
+        UserError: the method cannot be merged, so that its dW is not known.
+    """
     config = model.peft_config[ADAPTER]
+    originals = dict(base.named_modules())
+    merges = functools.cache(lambda: explain_unmergeable(model))
     for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
         if isinstance(layer, DualLoraLayer):
             fused = getattr(layer, "fused_slices", {}).get(ADAPTER)
             indexes = [None] if fused is None else range(len(fused[1]))
             yield from (DualLoraUpdate(name, layer, config, index) for index in indexes)
-        elif isinstance(layer, LoraLayer) and (ADAPTER not in layer.lora_variant or ADAPTER in layer.lora_A):
-            yield (VariantUpdate if ADAPTER in layer.lora_variant else LowRankUpdate)(name, layer)
-        elif isinstance(layer, BaseTunerLayer):
-            kind = config.peft_type.value
-            raise UserError(f"analyse: method={settings.method.name} ({kind}): not known how to take its dW apart")
+            continue
+        original = originals.get(name)
+        why = merges() if getattr(original, "weight", None) is not None else f"{name} has no weight of its own"
+        where = f"analyse: method={settings.method.name} ({config.peft_type.value})"
+        require(why is None, f"{where}: cannot be merged into the base weights ({why}), so its dW is not known")
+        if original.weight.ndim >= MATRIX_DIMENSIONS:  # a norm's weight has no rank
+            yield choose_update(name, layer, original, config)
+
+
+def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config: PeftConfig) -> Update:
+    """Return how dW of a layer is known: from LoRA's factors only if the base weights are as they were loaded."""
+    kept = torch.equal(layer.get_base_layer().weight, original.weight)
+    if config.peft_type == PeftType.LORA and kept:
+        if ADAPTER not in layer.lora_variant:
+            return LowRankUpdate(name, layer)
+        if layer.use_dora[ADAPTER] and ADAPTER in layer.lora_A:
+            return VariantUpdate(name, layer)
+    return MergedUpdate(name, layer, original)
 
 
 def find_role(module: str, settings: Settings) -> str:
-    """Return the roles a module has, "q" or, where one weight serves several, "q/k/v"; "" if none."""
+    """Return a module's role, such as "q", or several if they share one weight, such as "q/k/v"; "" if it has none."""
     roles = settings.model.roles.items()
     return "/".join(role for role, pattern in roles if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
 
@@ -260,16 +316,17 @@ def find_layer_number(module: str) -> int | None:
 
 
 def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[dict[str, DualLoraFactors], dict]:
-    """Return the factors the run began with, by module, drawn again as training draws them, and what is known of them.
+    """Return the factors the run began with, by module, and how well they match the trained ones.
 
-    The record does not hold them. They are taken for the run's own only if every trained factor is far more like its
-    redrawn self than chance allows (`SURE`): one draw more or less before, and none would be. Rounding may differ
-    between machines, and sigma between versions of the rule; neither moves a sign. Otherwise nothing is returned, with
-    the reason.
+    The record does not hold them, so they are redrawn from the run's seed as training draws them. They count as the
+    run's own only if every trained factor is far more similar to its redrawn self than chance allows
+    (`MIN_DEVIATIONS`): had one number more or less been drawn before them, none would be. Rounding may differ between
+    machines, and sigma between versions of the rule, but neither changes a sign. If they do not match, no factors are
+    returned, but the reason.
     """
     dual = [u for u in updates if isinstance(u, DualLoraUpdate)]
     if not dual:
-        return {}, {"rebuilt": False, "why": "the method has no sign of its own"}
+        return {}, {"rebuilt": False, "why": "the method has no direction group"}
     try:
         first = draw_initial_factors(settings)
     except UserError as error:
@@ -287,13 +344,17 @@ def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[
             surest.append(cosine * math.sqrt(a.numel()))
     found = {"least_cosine": min(likeness), "least_over_chance": min(surest)}
     if min(surest) < MIN_DEVIATIONS:
-        why = "the factors drawn again from the seed are not seen to be those this run began with"
+        why = "the factors redrawn from the seed do not match those this run began with"
         return {}, {"rebuilt": False, "why": why, **found}
     return first, {"rebuilt": True, "why": None, **found}
 
 
 def draw_initial_factors(settings: Settings) -> dict[str, DualLoraFactors]:
-    """Return the factors as training draws them from the run's seed, by module."""
+    """Return the factors as training draws them from the run's seed, by module.
+
+    Raises:
+        UserError: the model cannot be loaded, or the method does not fit it.
+    """
     task = load_task(settings)
     set_seed(settings.seed)
     base, _ = load_model(settings, task)

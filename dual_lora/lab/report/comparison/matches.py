@@ -154,7 +154,8 @@ def read_predictions(cell: Outcome) -> list[Row]:
     cell.record.verify_files("predictions.jsonl")
     name = f"{cell.record.name}/predictions.jsonl"
     try:
-        rows = [json.loads(line) for line in (cell.record.folder / "predictions.jsonl").open(encoding="utf-8")]
+        with (cell.record.folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: missing or damaged") from error
     require(bool(rows) and all(isinstance(r, dict) and {"split", "id"} <= r.keys() for r in rows), f"{name}: damaged")

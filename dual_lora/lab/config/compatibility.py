@@ -1,0 +1,113 @@
+"""Settings that do not go together: a task the model cannot do, and settings that would change nothing.
+
+A setting that has no effect would still be recorded, and would give the same run another name. So a command line that
+sets one is refused. Records are read without these checks.
+"""
+
+import re
+from collections.abc import Collection
+
+from omegaconf import DictConfig, OmegaConf
+
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.schema import Settings, get_setting
+from dual_lora.lab.config.tasks import check_data_dir, load_task
+from dual_lora.lab.errors import UserError, require
+
+# What only a task that writes text has: how it writes, and what its loss is taken on.
+WRITING = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
+# PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
+LORA_B_TYPES = ("LORA", "ADALORA")
+METHOD_PARTS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
+# A sentence cut shorter than this is special tokens and at most one token of text.
+MIN_SENTENCE_TOKENS = 4
+
+
+def check_compatibility(settings: Settings) -> None:
+    """Refuse a task the model cannot do, and a protocol that the task's form does not have.
+
+    Raises:
+        UserError: what does not go together, and what would.
+    """
+    task, form = settings.task, load_task(settings).form
+    smooths = form == "regression" and task.label_smoothing
+    require(not smooths, f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over")
+    writes = form == "generation"
+    able = writes or settings.hardware.sharding != "full"
+    require(able, f"hardware.sharding=full: not for {task.name}, whose head trains; take hardware.sharding=replicas")
+    require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
+    require(writes or not settings.model.chat, f"model.chat=true: {task.name} has no prompts; take model.chat=false")
+    if settings.model.generates or not writes:
+        return
+    able = [name for name in list_choices("model") if load_yaml(paths.CONF / "model" / f"{name}.yaml").get("generates")]
+    raise UserError(
+        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}"
+    )
+
+
+def check_unused(settings: Settings, given: Collection[str], composed: DictConfig) -> None:
+    """Refuse settings of the command line that would have no effect on this run.
+
+    given: the full names of the settings it sets; composed: the values without it, references unresolved. One that is
+    given null, or the value it has anyway, is taken.
+
+    Raises:
+        UserError: which setting, why it has no effect, and what has.
+    """
+    if settings.data_dir:
+        check_data_dir(load_task(settings), settings.data_dir)
+    for key in sorted(given):
+        reason = explain_unused_method(settings, key, composed) or explain_unused(settings, key, given)
+        if not reason:
+            continue
+        value, default = get_setting(settings, key), OmegaConf.select(composed, key)
+        require(value in (None, default), f"{key}={value}: {reason}")
+
+
+def explain_unused_method(settings: Settings, key: str, composed: DictConfig) -> str | None:
+    """Return why a setting of the method has no effect on this run; None where it has one."""
+    method, (group, _, name) = settings.method, key.partition(".")
+    if group != "method":
+        return None
+    own = OmegaConf.to_container(composed.method.peft, resolve=False) if composed.method.peft else {}
+    if name in METHOD_PARTS and method.peft is not None:
+        used = any(f"${{{key}}}" in str(value) for value in own.values())
+        return None if used else f"method {method.name} has no {name}; drop it"
+    if named := re.fullmatch(r"\$\{(method\.\w+)\}", str(own.get(name.removeprefix("peft."), ""))):
+        return f"method {method.name} takes it from {named[1]}; set that"
+    if name == "lr_ratio" and (method.peft or {}).get("peft_type") not in LORA_B_TYPES:
+        return f"only LoRA's B has a rate of its own, and method {method.name} has no such matrix; drop it"
+    if name == "ramp_share" and own.get("scale_warmup_steps", 0) is not None:
+        return f"method {method.name} has no ramp; drop it"
+    if name == "ramp_share" and method.peft["scale_warmup_steps"] is not None:
+        return "method.peft.scale_warmup_steps is used instead; drop one"
+    if name == "lr" and settings.train.lr != method.lr:
+        return f"train.lr={settings.train.lr} is used instead; drop one"
+    return None
+
+
+def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str | None:
+    """Return why a setting has no effect on this run; None where it has one."""
+    model, task, train, method = settings.model, settings.task, settings.train, settings.method
+    form, (group, _, name) = load_task(settings).form, key.partition(".")
+    writes = form == "generation"
+    if group == "task" and name in WRITING and not writes:
+        return f"{task.name} writes no text; drop it"
+    if key == "task.length_penalty" and task.num_beams == 1:
+        return "only beams are compared by length; set task.num_beams above 1, or drop it"
+    if key == "task.max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
+        return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
+    if key == "task.warmup_ratio" and train.schedule == "constant":
+        return "train.schedule=constant has no warm-up; take train.schedule=constant_with_warmup"
+    if key in ("task.epochs", "task.batch_size") and f"train.{name}" in given:
+        return f"train.{name} is used instead; drop one"
+    if key in ("model.hub", "model.revision") and (model.path or model.bundled):
+        return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
+    if key in ("model.head", "train.head_lr") and writes:
+        return f"{task.name} trains no head; drop it"
+    if group == "model" and name.startswith(("adapt", "roles")) and method.peft is None:
+        return f"method {method.name} trains every weight; drop it"
+    if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
+        return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
+    return None

@@ -1,0 +1,275 @@
+"""Overrides of a command line, KEY=VALUE in Hydra's grammar: checked by name, and a sweep written out as its runs.
+
+Hydra parses each word. What a sweep's values are is worked out here, because Hydra 1.3 sorts the values of a range
+wrongly, lists a range of floats with rounding errors, and lists a range of any length before it says a word.
+"""
+
+import difflib
+import itertools
+import math
+import random
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import fields, is_dataclass, replace
+from fractions import Fraction
+from functools import cache
+from typing import Any, get_args
+
+from hydra._internal.grammar import grammar_functions
+from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Transformer
+from hydra.errors import HydraException
+
+from dual_lora.lab.config.paths import list_choices
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.secrets import redact_secrets
+from dual_lora.lab.errors import UserError, require, suggest_name
+
+GROUPS = ("model", "task", "method", "hardware")
+# More runs than one command can want; composing so many takes minutes.
+MAX_RUNS = 10_000
+# A name such as `lr` stands in several groups. Whoever leaves the group out most likely means the first of these.
+LIKELY_GROUPS = ("train", "method", "task", "model", "eval", "hardware", "wandb")
+# What a command line may say to Hydra itself: how runs are started. Where they write is for the harness to say.
+LAUNCHER_KEY = re.compile(r"hydra[/.]launcher(\.|$)")
+
+
+def iterate_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield every setting's full name, nested ones and their parents."""
+    for field in fields(cls):
+        yield prefix + field.name
+        if is_dataclass(field.type):
+            yield from iterate_keys(field.type, f"{prefix}{field.name}.")
+
+
+def iterate_open_keys(cls: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Yield the settings that are dictionaries: below them any key may be given."""
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            yield from iterate_open_keys(field.type, f"{prefix}{field.name}.")
+        elif any(getattr(t, "__origin__", t) is dict for t in (field.type, *get_args(field.type))):
+            yield prefix + field.name
+
+
+KNOWN_KEYS, OPEN_KEYS = [*iterate_keys(), *GROUPS], list(iterate_open_keys())
+
+
+def measure_range(sweep: RangeSweep) -> tuple[int | Fraction, int | Fraction, int]:
+    """Return first value, step and number of values of a range, exactly: 0.1 is a tenth.
+
+    Raises:
+        ValueError: the step is 0, or a bound is infinite or NaN.
+    """
+    bounds = (sweep.start, sweep.stop, sweep.step)
+    whole = all(isinstance(bound, int) for bound in bounds)
+    try:
+        start, stop, step = (bound if whole else Fraction(str(bound)) for bound in bounds)
+        return start, step, max(0, math.ceil(Fraction(stop - start) / Fraction(step)))
+    except ZeroDivisionError as error:
+        raise ValueError("its step is 0") from error
+
+
+def sort_sweep(*args: Any, sweep: Any = None, list: Any = None, reverse: bool = False) -> Any:  # Hydra's names
+    """Do what Hydra documents for sort(): also of a range whose bounds are not a whole number of steps apart, and of
+    values that were shuffled before.
+
+    Raises:
+        TypeError: the values cannot be compared.
+    """
+    given = args[0] if len(args) == 1 else sweep
+    if not isinstance(given, RangeSweep):
+        found = grammar_functions.sort(*args, sweep=sweep, list=list, reverse=reverse)
+        return replace(found, shuffle=False) if isinstance(found, ChoiceSweep) else found
+    first, step, count = measure_range(given)
+    low, high = sorted((first, first + (count - 1) * step))
+    start, step = (high, -abs(step)) if reverse else (low, abs(step))
+    return replace(given, start=start, stop=start + count * step, step=step, shuffle=False)
+
+
+@cache
+def get_parser() -> OverridesParser:
+    """Return Hydra's parser with a sort() that does what Hydra documents."""
+    functions = create_functions()
+    functions.definitions.pop("sort"), functions.functions.pop("sort")
+    functions.register(name="sort", func=sort_sweep)
+    return OverridesParser(functions)
+
+
+@cache
+def parse_override(word: str) -> Override:
+    """Return one word of a command line as Hydra's grammar has it.
+
+    Raises:
+        UserError: it is not of the form KEY=VALUE.
+    """
+    try:
+        require(word.isprintable(), f"{word!r}: holds characters that are no text")
+        require(word.lstrip("+~")[:1] not in ("", "="), f"{word}: not of the form KEY=VALUE")
+        return get_parser().parse_override(word)
+    # ValueError: a number of 5000 digits; RecursionError: lists within lists; TypeError: sort() of numbers and words
+    except (HydraException, ValueError, TypeError, RecursionError) as error:
+        remedy = "quote a value of other characters, such as KEY=\"'~/data'\""
+        if unknown := re.search(r"Unknown function '(\w+)'", str(error)):
+            known = ", ".join(get_parser().functions.functions)
+            remedy = f"{unknown[1]}() is no function here, known are {known}; quote a value that is none"
+        raise UserError(f"{word[:300]}: not of the form KEY=VALUE; {remedy}") from error
+
+
+def list_values(override: Override) -> list[str]:
+    """Return the values that an override asks for, each as the text after KEY=.
+
+    Raises:
+        UserError: they cannot be listed, or there are none or too many.
+    """
+    key, sweep = override.key_or_group, override._value
+    if not override.is_sweep_override():
+        return [] if override.is_delete() else [override.get_value_string()]
+    where = override.input_line[:300]
+    single = "runs need single values; write KEY=VALUE,VALUE or KEY=range(START,STOP,STEP)"
+    require(not isinstance(sweep, IntervalSweep), f"{where}: interval() names no values; {single}")
+    if isinstance(sweep, Glob):
+        require(key in GROUPS, f"{where}: glob() chooses among names of {', '.join(GROUPS)}; write KEY=VALUE,VALUE")
+        values = sweep.filter(list_choices(key))
+        require(bool(values), f"{where}: matches no {key}; known: {', '.join(list_choices(key))}")
+        return values
+    if isinstance(sweep, RangeSweep):
+        values = list_range(sweep, where)
+    else:
+        require(bool(sweep.list), f"{where}: asks for no run; give at least one value")
+        values = [Transformer.str(value) for value in sweep.list]
+    if sweep.shuffle:
+        random.shuffle(values)
+    return values
+
+
+def list_range(sweep: RangeSweep, where: str) -> list[str]:
+    """Return the values of a range as text; `where` is the word that holds it.
+
+    Raises:
+        UserError: there are none, too many, or the range has no end.
+    """
+    try:
+        first, step, count = measure_range(sweep)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{where}: {error}; write KEY=range(START,STOP,STEP) with finite numbers") from error
+    require(count > 0, f"{where}: an empty range asks for no run; the second number is where it stops, and not in it")
+    check_number_of_runs(count, where)
+    kind = int if isinstance(first, int) and isinstance(step, int) else float
+    return [str(kind(first + number * step)) for number in range(count)]
+
+
+def check_number_of_runs(count: int, where: str) -> None:
+    """Refuse more runs than one command can want.
+
+    Raises:
+        UserError: with how many are asked for.
+    """
+    require(count <= MAX_RUNS, f"{where[:300]}: asks for {count:,} runs, at most {MAX_RUNS:,} at once; ask for fewer")
+
+
+def check_override(override: Override) -> None:
+    """Refuse an override of an unknown group, choice or key, naming the nearest known one.
+
+    Raises:
+        UserError: what is wrong, and the remedy.
+    """
+    key = override.key_or_group
+    check_text(override.input_line, key)
+    require(override.package is None, f"{key}@{override.package}: settings have no packages; write {key}=VALUE")
+    require(not override.is_delete(), f"~{key}: settings cannot be removed")
+    require(key != "experiment", "experiment: experiments are run by sweep.py: python sweep.py experiment=NAME")
+    chooses = key in GROUPS or key == "hydra/launcher"
+    if key.split("/")[0].split(".")[0] == "hydra":
+        require(LAUNCHER_KEY.match(key), f"{key}: of Hydra's own only hydra/launcher may be set; drop it")
+        require(not override.is_sweep_override(), f"{key}: one value for all runs")
+    elif not chooses:
+        opened = any(key.startswith(parent + ".") for parent in OPEN_KEYS)
+        require(opened or key in KNOWN_KEYS, f"{key}: no such setting.{'' if opened else suggest_setting(key)}")
+    added = override.is_add() and (chooses or key in KNOWN_KEYS)
+    require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
+    require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")
+    for value in list_values(override) if key in GROUPS else ():
+        check_choice(key, str(parse_override(f"{key}={value}").value()))
+
+
+def check_choice(group: str, name: str) -> None:
+    """Refuse a model, task, method or hardware that is not in conf/.
+
+    Raises:
+        UserError: with the nearest name, and all.
+    """
+    known = list_choices(group)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is no slip for roberta-base
+    hint = f" Did you mean {near[0]}?" if near else ""
+    require(name in known, f"{group}={name}: no such {group}.{hint} Known: {', '.join(known)}")
+
+
+def suggest_setting(key: str) -> str:
+    """Return " Did you mean X?" for the setting a mistyped key most likely means: one that lacks its group, such as
+    `lr`, or one that is spelt alike."""
+    parts = [f"{group}.{key}" for group in LIKELY_GROUPS if f"{group}.{key}" in KNOWN_KEYS]
+    return f" Did you mean {parts[0]}?" if parts else suggest_name(key, KNOWN_KEYS)
+
+
+def check_text(text: str, key: str) -> None:
+    """Refuse what is no value: code to run, or text to be filled in from elsewhere than the settings.
+
+    Raises:
+        UserError: what is wrong, and the remedy.
+    """
+    require(
+        redact_secrets(text) == text, f"{key}: holds a key or password of the environment, which a record would keep"
+    )
+    require(not re.search(r"(?<!\w)_target_(?!\w)", text), f"{key}: _target_ names code to run; settings are values")
+    strange = re.sub(r"\$\{[\w.]+\}", "", text)
+    require("${" not in strange, f"{key}: of ${{...}} only other settings, such as ${{method.lr}}")
+
+
+def parse_overrides(words: list[str]) -> list[list[str]]:
+    """Return the overrides of every run that a command line (with sweeps) asks for, names checked. The values of the
+    last sweep change first.
+
+    Raises:
+        UserError: a word is wrong, or too many runs are asked for.
+    """
+    choices = []
+    for word in words:
+        override = parse_override(word)
+        check_override(override)
+        # ++KEY of a setting that is there means KEY, and must find it when words of one key are compared
+        known = override.is_force_add() and override.key_or_group in KNOWN_KEYS
+        key = override.key_or_group if known else override.get_key_element()
+        choices.append([f"{key}={value}" for value in list_values(override)])
+    check_number_of_runs(math.prod(map(len, choices)), " ".join(words))
+    return [list(run) for run in itertools.product(*choices)]
+
+
+def split_words(argv: list[str], known: Collection[str], program: str, first: str) -> dict[str, str]:
+    """Return what the words KEY=VALUE of a command line set, values without quotes.
+
+    known: the names that may be set; first: the one that a word without KEY= most likely means.
+
+    Raises:
+        UserError: a word of another form, an unknown name, one that is set twice, or an empty value.
+    """
+    given: dict[str, str] = {}
+    for word in argv:
+        key, equals, _ = word.partition("=")
+        require(equals, f"{word[:300]}: not of the form KEY=VALUE; write {first}={word[:300]}")
+        require(key in known, f"{key}: no such setting of {program}.{suggest_name(key, known)}")
+        require(key not in given, f"{key}: given twice; drop one")
+        given[key] = unquote(word)
+        require(given[key], f"{key}=: needs a value")
+    return given
+
+
+def unquote(word: str) -> str:
+    """Return the value of a word KEY=VALUE without the quotes that Hydra's grammar wants around some paths, so that
+    every program takes what train.py takes."""
+    value = word.partition("=")[2]
+    if len(value) < 2 or value[0] != value[-1] or value[0] not in "'\"":
+        return value
+    try:
+        return str(parse_override(f"value={value}").value())
+    except UserError:
+        return value

@@ -1,0 +1,92 @@
+"""What a model's config.json decides: the architecture of its weights, and nothing that a run's settings decide.
+
+Transformers takes every field of that file at its word. Here a field belongs to one of three groups: fields of the
+architecture are kept, fields of use are dropped (the run's settings or the library's defaults hold instead), and
+fields that would make another model of the weights than the run can use are refused.
+"""
+
+import re
+from typing import Any
+
+from dual_lora.lab.errors import require
+
+# Fields of use: what a task, a method or the settings of a run decide.
+HEAD_FIELDS = {"id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task", "loss_type"}
+TOKEN_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer knows them
+PRECISION_FIELDS = {"dtype", "torch_dtype", "use_bfloat16"}
+KERNEL_FIELDS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "use_kernels"}
+KERNEL_FIELDS |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal"}
+KERNEL_FIELDS |= {"chunk_size_feed_forward", "gradient_checkpointing", "torchscript", "use_cache", "pretraining_tp"}
+KERNEL_FIELDS |= {"fusion_config", "distributed_config", "device_map", "tp_plan", "compile_config"}
+OUTPUT_FIELDS = {"return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
+OUTPUT_FIELDS |= {"_output_attentions", "output_scores", "return_dict_in_generate", "tie_last_hidden_states"}
+PLACE_FIELDS = {"name_or_path", "_name_or_path", "_commit_hash", "configuration_files", "task_specific_params"}
+PLACE_FIELDS |= {"generation_config"}
+DROPPED_FIELDS = HEAD_FIELDS | TOKEN_FIELDS | PRECISION_FIELDS | KERNEL_FIELDS | OUTPUT_FIELDS | PLACE_FIELDS
+# Fields that are refused if they hold anything, with the remedy.
+REFUSED_FIELDS = {
+    "quantization_config": "its weights are quantised; take the plain model, with hardware=qlora for 4 bits",
+    "compression_config": "its weights are compressed; take the plain model, with hardware=qlora for 4 bits",
+    "transformers_weights": "it names another file of weights; name that file model.safetensors and drop the field",
+    "pruned_heads": "its attention heads are pruned; take a model without",
+}
+# Fields that must be as the model's class has them: they make a decoder of an encoder.
+CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+COUNTED = re.compile(r"(^|_)(layers?|blocks|experts|heads)$")  # a module each
+MAX_COUNT = 10_000
+
+
+def clean_config(values: dict[str, Any], where: str, tensors: int | None = None) -> dict[str, Any]:
+    """Return the fields of a config.json that decide what the model is.
+
+    where: how messages name the file. tensors: how many tensors the weights hold, if that is known.
+
+    Raises:
+        UserError: a field cannot be honoured.
+    """
+    for name, remedy in REFUSED_FIELDS.items():
+        require(not values.get(name), f"{where}: {name}: {remedy}")
+    for name, value in values.items():
+        check_count(name, value, where, tensors)
+    kept = {name: value for name, value in values.items() if name not in DROPPED_FIELDS}
+    return {name: clean_part(name, value, where, tensors) for name, value in kept.items()}
+
+
+def clean_part(name: str, value: Any, where: str, tensors: int | None) -> Any:
+    """Return a field as it is, or cleaned if it is the configuration of a part, such as text_config."""
+    part = isinstance(value, dict) and name.endswith("_config")
+    return clean_config(value, f"{where}: {name}", tensors) if part else value
+
+
+def check_class_fields(values: dict[str, Any], where: str) -> None:
+    """Refuse flags that turn the weights into another kind of model. This imports transformers, so it comes last.
+
+    Raises:
+        UserError: a flag is not as the class of the model has it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return
+    for name in CLASS_FIELDS:
+        given, usual = values.get(name), getattr(CONFIG_MAPPING[kind], name, False)
+        require(
+            given is None or bool(given) == bool(usual),
+            f"{where}: {name}={given} makes another kind of model of a {kind}; drop the field",
+        )
+
+
+def check_count(name: str, value: Any, where: str, tensors: int | None) -> None:
+    """Refuse a number of layers, heads or experts that would fill the memory before the weights are looked at.
+
+    Raises:
+        UserError: no such model exists, or the weights hold fewer tensors than the model has layers.
+    """
+    if not COUNTED.search(name) or not isinstance(value, int):
+        return
+    known = tensors is not None and name.endswith(("layer", "layers"))
+    limit = min(tensors, MAX_COUNT) if known else MAX_COUNT
+    holds = f"its weights hold {tensors} tensors" if known else f"at most {MAX_COUNT} are taken"
+    require(value >= 0, f"{where}: {name}={value} is no number of parts; take the config.json of the weights")
+    require(value <= limit, f"{where}: {name}={value}, but {holds}; take the config.json that belongs to the weights")

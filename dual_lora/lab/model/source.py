@@ -1,0 +1,124 @@
+"""Where transformers reads a model from, and its configuration: the architecture of the weights and the task's head."""
+
+import copy
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import translate_task_errors
+from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.inputs.gguf import is_gguf_file
+from dual_lora.lab.inputs.hub import use_cache_if_unreachable
+from dual_lora.lab.inputs.model_config import check_class_fields, clean_config
+from dual_lora.lab.inputs.model_files import find_model, link_model, read_config_fields, write_config
+from tasks import Task
+
+NO_CODE = {"trust_remote_code": False}  # given outright: transformers would ask the terminal
+
+
+def locate_model(settings: Settings) -> dict[str, Any]:
+    """Return where `from_pretrained` finds the model: a folder of links to its files (with the name of a GGUF file, if
+    it is one), or a hub id with its revision.
+
+    Raises:
+        UserError: `model.path` holds no model, or what lies there cannot be honoured.
+    """
+    path, file = find_model(settings), find_gguf_file(settings)
+    if path:
+        gguf = {"gguf_file": file.name} if file else {}
+        return {"pretrained_model_name_or_path": str(link_model(path)), **gguf, **NO_CODE}
+    use_cache_if_unreachable(models=True)
+    return {"pretrained_model_name_or_path": settings.model.hub, "revision": settings.model.revision, **NO_CODE}
+
+
+def name_model(settings: Settings) -> str:
+    """Return what a model is called outside of this process: its own folder or its hub id. A GGUF file has no name,
+    because PEFT would look for a config.json under it, also on the hub."""
+    if find_gguf_file(settings):
+        return ""
+    return str(find_model(settings) or settings.model.hub)
+
+
+def translate_model_errors(settings: Settings) -> AbstractContextManager[None]:
+    """Turn a failure to find, fetch or read a model into one line."""
+    where = find_model(settings) or settings.model.hub
+    return translate_read_errors(
+        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model"
+    )
+
+
+def find_gguf_file(settings: Settings) -> Path | None:
+    """Return the GGUF file the model is read from, if it is."""
+    path = find_model(settings)
+    return path if path and is_gguf_file(path) else None
+
+
+def get_config_fields(settings: Settings) -> dict[str, Any]:
+    """Return the cleaned fields of the model's config.json; none of a GGUF file.
+
+    Raises:
+        UserError: the file cannot be found, read or honoured.
+    """
+    path = find_model(settings)
+    if path:
+        return {} if is_gguf_file(path) else read_config_fields(path)
+    where = locate_model(settings)
+    return read_hub_config(where["pretrained_model_name_or_path"], where["revision"])
+
+
+def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
+    """Return the model's configuration with the head that the task asks for.
+
+    Raises:
+        UserError: the configuration cannot be found, read or honoured.
+    """
+    with translate_model_errors(settings):
+        config = copy.deepcopy(read_config(**locate_model(settings)))
+        config.update(get_head_options(task))
+    return config
+
+
+@cache
+def read_config(pretrained_model_name_or_path: str, revision: str | None = None, **options: Any) -> PreTrainedConfig:
+    """Return the configuration of a located model, read once: a GGUF file's takes seconds.
+
+    Raises:
+        UserError: a field cannot be honoured.
+    """
+    if Path(pretrained_model_name_or_path).is_dir():
+        return AutoConfig.from_pretrained(pretrained_model_name_or_path, **(NO_CODE | options))
+    with write_config(read_hub_config(pretrained_model_name_or_path, revision)) as folder:
+        return AutoConfig.from_pretrained(folder, **(NO_CODE | options))
+
+
+@cache
+def read_hub_config(hub: str, revision: str | None) -> dict:
+    """Return the cleaned fields of a hub model's config.json.
+
+    Raises:
+        UserError: a field cannot be honoured, or the repository holds an adapter.
+    """
+    adapter = find_adapter_config_file(hub, revision=revision)
+    require(adapter is None, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
+    values, _ = PreTrainedConfig.get_config_dict(hub, revision=revision)
+    check_class_fields(values, f"{hub}/config.json")
+    return clean_config(values, f"{hub}/config.json")
+
+
+def get_head_options(task: Task) -> dict:
+    """Return the fields of a configuration that a task decides: its labels, and by them the loss."""
+    if task.form == "classification":
+        with translate_task_errors():
+            labels = task.labels  # of a task on the user's own files, read from there
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "single_label_classification",
+        }
+    return {"num_labels": 1, "problem_type": "regression"} if task.form == "regression" else {}

@@ -1,0 +1,145 @@
+"""A model's tokenizer: its vocabulary and special tokens are the model's, how it is used is the run's.
+
+Without a tokenizer.json its class decides which special tokens stand around a text (`add_bos_token` and
+`add_eos_token` of tokenizer_config.json); with one, that file does. Around prompts only those in front are kept.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
+from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, find_model
+from dual_lora.lab.model.encode import apply_chat_template
+from dual_lora.lab.model.source import find_gguf_file, get_config_fields, locate_model, translate_model_errors
+from dual_lora.lab.system.files import read_json_object
+
+# How a tokenizer is used, whatever was saved with it. GPT-2 counts positions, and encoders classify, from the first
+# column, so padding goes to the right.
+USE = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
+USE |= {"clean_up_tokenization_spaces": False}
+TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
+PROBE = "What does the oak serve?"
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer. One without a padding token pads with the end of text (masked everywhere).
+
+    Raises:
+        UserError: there is none, it lacks a token that the task needs, or its chat template cannot be used.
+    """
+    file = find_gguf_file(settings)
+    with translate_model_errors(settings):
+        tokenizer = (
+            load_gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(**locate_model(settings), **USE)
+        )
+        set_use(tokenizer, get_config_fields(settings).get("type_vocab_size"))
+    bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
+    require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
+    check_special_tokens(tokenizer, settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.model.chat:
+        check_chat_template(tokenizer, settings)
+    return tokenizer
+
+
+def set_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
+    """Undo what a tokenizer saved of how it was used: sides, what it returns, and truncation or padding inside
+    tokenizer.json. types: how many kinds of segment the model knows, if it knows any."""
+    for name, value in USE.items():
+        setattr(tokenizer, name, value)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+    marked = "token_type_ids" in tokenizer.model_input_names and (types or 0) > 1
+    marked = marked or "token_type_ids" in type(tokenizer).model_input_names
+    tokenizer.model_input_names = ["input_ids", *["token_type_ids"][: int(marked)], "attention_mask"]
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    """Refuse a tokenizer that cannot end a text or pad a batch, or that makes a special token of an ordinary word.
+
+    Raises:
+        UserError: with the token that is missing or wrong.
+    """
+    where = f"model={settings.model.name}: its tokenizer"
+    remedy = "set it in tokenizer_config.json, or save the tokenizer with it"
+    longest = tokenizer.model_max_length
+    numeric = isinstance(longest, (int, float)) and longest > 0
+    require(numeric, f"{where} has model_max_length={longest!r}, which is no length; {remedy}")
+    ends = tokenizer.eos_token_id is not None
+    writes = load_task(settings).form == "generation"
+    require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
+    pads = ends or tokenizer.pad_token_id is not None
+    require(pads, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
+    path = find_model(settings)
+    words = read_ordinary_words(path / "tokenizer.json") if path and path.is_dir() else frozenset()
+    added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    turned = sorted(words & (added | set(tokenizer.all_special_tokens)))
+    require(
+        not turned,
+        f"{where} makes special tokens of ordinary words, first {turned[:1]}; remove them from tokenizer_config.json "
+        "and special_tokens_map.json, or save the tokenizer again",
+    )
+
+
+@cache
+def read_ordinary_words(file: Path) -> frozenset[str]:
+    """Return the vocabulary of a tokenizer.json without its special tokens. It is empty if there is no such file, or if
+    its form is not known here."""
+    if not file.is_file():
+        return frozenset()
+    state = read_json_object(file, RESAVE_REMEDY)
+    added, model = state.get("added_tokens"), state.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, (dict, list)) or not isinstance(added, list):
+        return frozenset()
+    words = (entry[0] if isinstance(entry, list) else entry for entry in vocabulary)
+    return frozenset(words) - {token["content"] for token in added}
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    """Refuse a chat template that cannot be used for a task's prompts.
+
+    Raises:
+        UserError: there is none, it fails on a prompt, does not end, or leaves the prompt out.
+    """
+    where, remedy = f"model.chat=true: {settings.model.name}", "take model.chat=false"
+    require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; {remedy}")
+    with translate_read_errors(f"{where}'s chat template takes no single prompt", remedy), limit_time(TEMPLATE_SECONDS):
+        text = apply_chat_template(tokenizer, [{"role": "user", "content": PROBE}])
+    require(PROBE in text, f"{where}'s chat template leaves the prompt out; {remedy}")
+
+
+@contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Stop Python code that takes longer. A template is compiled to Python, and this works in every thread.
+
+    Raises:
+        TimeoutError: the code took longer.
+    """
+    end, earlier = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, value: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than {seconds:.0f} s")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(earlier)

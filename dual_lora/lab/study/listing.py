@@ -1,0 +1,47 @@
+"""Several runs, or several plans, of one command as a table, one row each."""
+
+from typing import Any
+
+from tabulate import tabulate
+
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.record.summary import format_score
+
+MISSING, GB = "-", 1e9
+
+
+def format_results(runs: list[Run]) -> str:
+    """Return the table of a command's runs: the main score of each task (in percent, but as it is where the task says
+    so), before and after training, trained weights and seconds of training. A dash stands where there is no result."""
+    results = [run.record.read_result() or {} for run in runs]
+    metrics = list(dict.fromkeys(result["metric"] for result in results if result))
+    rows = []
+    for run, result in zip(runs, results, strict=True):
+        plain = load_task(run.settings).plain
+        scores = [result.get("metrics", {}).get(name) if result.get("metric") == name else None for name in metrics]
+        before = (result.get("metrics_before") or {}).get(result.get("metric"))
+        trained = f"{result['trainable_parameters']:,}" if result else MISSING
+        seconds = f"{result['train_seconds']:.1f}" if result else MISSING
+        shown = [format_score(score, name in plain) for score, name in zip(scores, metrics, strict=True)]
+        rows.append([run.label, format_score(before, result.get("metric") in plain), *shown, trained, seconds])
+    return format_rows(rows, ["run", "before", *(f"{name} %" for name in metrics), "trained", "seconds"])
+
+
+def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: list[str | None]) -> str:
+    """Return the table of a command's plans: trained weights, peak memory of a device, steps, hours, and whether the
+    run fits. A dash stands where a plan could not be drawn."""
+    rows = []
+    for run, plan, refusal in zip(runs, plans, refusals, strict=True):
+        cells = [MISSING] * 4
+        if plan:
+            memory = f"{plan['memory']['peak'] / GB:.2f}"
+            cells = [f"{plan['trainable_parameters']:,}", memory, f"{plan['steps']:,}", f"{plan['hours']:.2f}"]
+        rows.append([run.label, *cells, "no" if refusal else "yes"])
+    return format_rows(rows, ["plan", "trained", "GB a device", "steps", "hours", "fits"])
+
+
+def format_rows(rows: list[list[str]], headers: list[str]) -> str:
+    """Return rows as a table, the first column flush left."""
+    aligned = ("left", *("right" for _ in headers[1:]))
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)

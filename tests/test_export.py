@@ -1,0 +1,156 @@
+"""Exports: whole or not at all, never into what others made, and refused where they would compute something else."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate import export as evaluate_export
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.sealed import hash_content, hash_file
+from dual_lora.lab.train.run import train_run
+
+SHORT = ["train.max_steps=2", "train.max_examples=20", "train.batch_size=4", "eval.max_examples=4", "eval.before=false"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a short run of Dual LoRA on tiny-roberta."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
+        chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", *SHORT])
+        run = Run.prepare(chosen)
+        train_run(run)
+        return run.record.folder
+
+
+def export(run: Path, folder: Path, *more: str) -> int:
+    return evaluate_command([f"run={run}", f"export={folder}", *more])
+
+
+def list_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_export_has_a_card_that_says_what_it_is_and_how_to_load_it(trained, tmp_path):
+    out = tmp_path / "new" / "out"
+    assert export(trained, out) == 0
+    card = (out / "README.md").read_text()
+    result = json.loads((trained / "result.json").read_text())
+    for fact in ("tiny-roberta", "demo/sentiment", "dual_lora", "rank 16", trained.name, "import dual_lora"):
+        assert fact in card
+    assert f"{result['trainable_parameters']:,} of" in card and f"{100 * result['metrics']['accuracy']:.1f}" in card
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace('"DIR"', repr(str(out)))
+    names: dict = {}
+    exec(code, names)
+    assert isinstance(names["model"], AutoModelForSequenceClassification.from_pretrained(out).__class__)
+    assert names["tokenizer"].get_vocab() == AutoTokenizer.from_pretrained(out).get_vocab()
+    assert list_names(tmp_path / "new") == {"out"}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o666 & ~mask}
+
+
+def test_the_loser_of_two_exports_leaves_the_winners_alone(trained, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", evaluate_export.install_folder
+
+    def install_late(partial, folder):
+        monkeypatch.setattr(evaluate_export, "install_folder", real)
+        assert export(trained, out) == 0  # another, meanwhile
+        real(partial, folder)
+
+    monkeypatch.setattr(evaluate_export, "install_folder", install_late)
+    with pytest.raises(UserError, match="somebody else wrote it meanwhile"):
+        export(trained, out)
+    assert AutoModelForSequenceClassification.from_pretrained(out) and list_names(tmp_path) == {"out"}
+
+
+def test_a_failed_export_removes_what_it_wrote_and_nothing_else(trained, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.partial").write_text("mine")
+
+    def fail(*_, **__):
+        (tmp_path / "out" / "theirs").write_text("theirs")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate_export, "format_model_card", fail)
+    with pytest.raises(UserError, match="export=.*: No space left on device; free some space"):
+        export(trained, tmp_path / "out")
+    assert list_names(tmp_path) == {"out", ".out.partial"} and list_names(tmp_path / "out") == {"theirs"}
+
+
+def test_an_export_is_refused_where_it_must_not_be(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_export, "load_trained_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "run").symlink_to(trained)
+    for folder, message in (
+        (trained / "adapter" / "out", "within the record of a run"),
+        (trained / "out", "within the record of a run"),
+        (tmp_path / "run" / "out", "within the record of a run"),
+        (tmp_path / "link", "a link; give a new folder"),
+        (tmp_path / "dangling", "no folder that can be written; give another folder"),
+    ):
+        before = list_names(trained), list_names(tmp_path)
+        with pytest.raises(UserError, match=message):
+            export(trained, folder)
+        assert (list_names(trained), list_names(tmp_path)) == before
+
+
+def change_weights(run: Path, folder: Path, change) -> Path:
+    """Return a copy of a run whose adapter was changed and sealed again."""
+    copied = shutil.copytree(run, folder)
+    name = "adapter/adapter_model.safetensors"
+    weights = load_file(copied / name)
+    change(weights)
+    save_file(weights, copied / name, metadata={"format": "pt"})
+    result = json.loads((copied / "result.json").read_text())
+    result["sha256"][name] = hash_file(copied / name)
+    result.pop("digest")
+    (copied / "result.json").write_text(json.dumps({**result, "digest": hash_content(result)}))
+    return copied
+
+
+def test_weights_that_are_nan_are_neither_exported_nor_analysed(trained, tmp_path):
+    def spoil(weights):
+        weights[next(name for name in weights if name.endswith(".A"))] *= float("nan")
+
+    run = change_weights(trained, tmp_path / "run", spoil)
+    with pytest.raises(UserError, match=r"export=.*nan"):
+        export(run, tmp_path / "out")
+    assert list_names(tmp_path) == {"run"}
+    with pytest.raises(UserError, match="contains NaN or Inf"):
+        evaluate_command([f"run={run}", "analyse=true"])
+
+
+def test_a_ramp_factor_that_is_nan_is_not_analysed(trained, tmp_path):
+    def spoil(weights):
+        for name in weights:
+            if name.endswith("update_scale"):
+                weights[name] = torch.full_like(weights[name], float("nan"))
+
+    run = change_weights(trained, tmp_path / "run", spoil)
+    with pytest.raises(UserError, match="update_scale contains NaN or Inf"):
+        evaluate_command([f"run={run}", "analyse=true"])
+
+
+def test_weights_that_float16_does_not_hold_are_not_exported(trained, tmp_path):
+    def enlarge(weights):
+        weights[next(name for name in weights if name.endswith("out_proj.bias"))] += 1e5
+
+    run = change_weights(trained, tmp_path / "run", enlarge)
+    with pytest.raises(UserError, match=r"contains NaN or Inf in float16; take model\.dtype=float32"):
+        export(run, tmp_path / "out", "model.dtype=float16")
+    assert list_names(tmp_path) == {"run"}

@@ -1,0 +1,223 @@
+"""Any method of PEFT as one YAML: trained, evaluated again, exported and analysed, or refused in one line first."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+import yaml
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.merge import explain_unmergeable
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
+from dual_lora.lab.weights import analyse as weights_analyse
+
+TASKS = {"tiny-roberta": "demo/sentiment", "tiny-llama": "demo/restaurants"}
+HEADS = {"tiny-roberta": AutoModelForSequenceClassification, "tiny-llama": AutoModelForCausalLM}
+SHORT = ["train.max_steps=2", "train.max_examples=20", "train.batch_size=4", "eval.max_examples=4", "eval.before=false"]
+SHORT += ["task.max_new_tokens=4", "wandb.mode=disabled", "train.lr=0.01"]
+# What a type cannot do without.
+NEEDED = {
+    "TRAINABLE_TOKENS": {"token_indices": [5, 6]},
+    "C3A": {"block_size": 32},
+    "VBLORA": {"vector_length": 32, "num_vectors": 16},
+    "ROAD": {"group_size": 32},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+}
+TYPES = sorted(getattr(kind, "value", kind) for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+@pytest.fixture
+def add_method(tmp_path, monkeypatch, runs_folder):
+    """A function that adds a method by its YAML alone, in a copy of conf/, and returns the override that takes it."""
+    conf = shutil.copytree(paths.CONF, tmp_path / "conf")
+    monkeypatch.setattr(paths, "CONF", conf)
+    monkeypatch.setattr(weights_analyse, "draw_figures", lambda *_: None)
+
+    def add(name: str = "planted", **peft) -> str:
+        (conf / "method" / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "lr": 1e-3, "peft": peft}))
+        return f"method={name}"
+
+    return add
+
+
+def train(model: str, *overrides: str) -> tuple[Record, dict]:
+    run = Run.prepare(load_settings([f"model={model}", f"task={TASKS[model]}", *SHORT, *overrides]))
+    return run.record, train_run(run)
+
+
+def try_command(*arguments: str) -> str | None:
+    """Return the line with which eval.py refuses; None if it does what it is asked for."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            assert evaluate_command([*arguments]) == 0
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return None
+
+
+def check_changes(model: str, record: Record, exported) -> None:
+    """Hold dW of the analysis against exported minus original weights."""
+    settings = load_settings([f"model={model}", f"task={TASKS[model]}"])
+    original, _ = load_model(settings, load_task(settings))
+    after = HEADS[model].from_pretrained(exported).state_dict()
+    before, found = original.state_dict(), rows_of(record)
+    for module, row in found.items():
+        dW = (after[f"{module}.weight"].double() - before[f"{module}.weight"].double()).norm()
+        size = (dW / before[f"{module}.weight"].double().norm()).item()
+        assert row["relative_size"] == pytest.approx(size, rel=1e-3, abs=1e-6), module
+
+
+def rows_of(record: Record) -> dict[str, dict]:
+    return {row["module"]: row for row in json.loads((record.folder / "analysis.json").read_text())["rows"]}
+
+
+def walk(model: str, kind: str, add_method, tmp_path) -> str:
+    """Do everything with one type of PEFT and return how it went."""
+    method = add_method("planted", peft_type=kind, **NEEDED.get(kind, {}))
+    try:
+        record, result = train(model, method)
+    except UserError as error:
+        assert "\n" not in str(error)
+        weights = [*record_folders(tmp_path)]
+        assert not weights, "refused after training"
+        return "refused"
+    assert result["steps"] == 2
+    run, out = f"run={record.folder}", tmp_path / "out"
+    assert try_command(run) is None, "scores are not reproduced"
+    refused, unknown = try_command(run, f"export={out}"), try_command(run, "analyse=true")
+    if not result["merged"]:
+        assert "cannot be merged into the base weights" in refused and not out.exists()
+        return "unmerged"
+    assert refused is None
+    if unknown is None:
+        check_changes(model, record, out)
+    else:
+        assert "no weight of a role" in unknown
+    return "merged"
+
+
+def record_folders(tmp_path):
+    return tmp_path.glob("runs/*/*/adapter")
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "outcome"),
+    [
+        ("tiny-roberta", "LOHA", "merged"),
+        ("tiny-roberta", "LILY", "unmerged"),
+        ("tiny-llama", "BEFT", "unmerged"),
+        ("tiny-llama", "LN_TUNING", "merged"),
+        ("tiny-roberta", "POLY", "refused"),
+        ("tiny-roberta", "PROMPT_TUNING", "refused"),
+        ("tiny-llama", "ADALORA", "refused"),
+        ("tiny-roberta", "TRAINABLE_TOKENS", "refused"),
+    ],
+)
+def test_a_method_of_peft_needs_its_yaml_and_nothing_else(model, kind, outcome, add_method, tmp_path):
+    assert walk(model, kind, add_method, tmp_path) == outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", TASKS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_of_peft_ends_well_or_in_one_line_before_training(model, kind, add_method, tmp_path):
+    assert walk(model, kind, add_method, tmp_path) in ("merged", "unmerged", "refused")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_a_start_that_changes_the_base_is_analysed_as_its_weights_say(start, add_method, tmp_path):
+    method = add_method("planted", peft_type="LORA", r=4, lora_alpha=4, init_lora_weights=start)
+    record, _ = train("tiny-llama", method)
+    run = f"run={record.folder}"
+    assert try_command(run) is None
+    assert try_command(run, f"export={tmp_path / 'out'}") is None and try_command(run, "analyse=true") is None
+    check_changes("tiny-llama", record, tmp_path / "out")
+    for row in rows_of(record).values():
+        assert row["ranks"] == "4" and row["overall_rank"] <= 8  # B A - B0 A0
+        product = adapter_product(record, row["module"])
+        assert row["relative_size"] < 0.5 * product / 1.0, "the factors' product, which the start took from the base"
+
+
+@pytest.mark.parametrize(
+    ("start", "message"), [("eva", "starts from activations on training data"), ("corda_kpm", "preprocess_corda")]
+)
+def test_a_start_that_needs_data_is_refused(start, message, add_method):
+    with pytest.raises(UserError, match=message):
+        train("tiny-llama", add_method("planted", peft_type="LORA", init_lora_weights=start))
+
+
+def adapter_product(record: Record, module: str) -> float:
+    """Return the size of B A relative to the base weight."""
+    factors = load_file(record.folder / "adapter/adapter_model.safetensors")
+    A, B = (next(t for n, t in factors.items() if f"{module}.lora_{part}" in n) for part in "AB")
+    base = load_file(paths.BUNDLED / "tiny-llama/model.safetensors")[f"{module}.weight"]
+    return ((B @ A).norm() / base.norm()).item()
+
+
+def test_a_merge_that_computes_something_else_is_found(add_method, monkeypatch):
+    settings = load_settings(["model=tiny-llama", "task=demo/restaurants", "method=lora"])
+    base, _ = load_model(settings, load_task(settings))
+    model = attach_method(base, settings, "generation")
+    assert explain_unmergeable(model) is None
+    layer = type(model.get_base_model().model.layers[0].self_attn.q_proj)
+    monkeypatch.setattr(layer, "merge", lambda self, **_: self.merged_adapters.append("default"))
+    assert "merged, a layer computes something else" in explain_unmergeable(model)
+
+
+def test_the_bare_model_is_scored_without_a_step(runs_folder):
+    record, result = train("tiny-roberta", "method=none", "eval.before=true")
+    assert result["metrics"] == result["metrics_before"]
+    assert (result["steps"], result["trainable_parameters"], result["train_loss"]) == (0, 0, None)
+    assert try_command(f"run={record.folder}") is None, "the head is drawn again as it was"
+
+
+def test_the_head_alone_trains(runs_folder):
+    record, result = train("tiny-roberta", "method=head_only")
+    assert result["steps"] == 2 and result["adapter_parameters"] == 0 < result["trainable_parameters"]
+    assert all("classifier" in name for name in load_file(record.folder / "adapter/adapter_model.safetensors"))
+    assert try_command(f"run={record.folder}") is None
+    with pytest.raises(UserError, match="nothing would train, because demo/restaurants has no head of its own"):
+        train("tiny-llama", "method=head_only")
+
+
+@pytest.mark.parametrize("setting", ["rank=8", "alpha=2.0", "dropout=0.1"])
+def test_a_setting_that_a_method_does_not_take_is_refused(setting):
+    with pytest.raises(UserError, match=f"^method.{setting.partition('=')[0]}: method none has no "):
+        load_settings(["method=none", f"method.{setting}"])
+    assert load_settings(["method=lora", f"method.{setting}"]).method.peft["r"] in (8, 16)
+
+
+def test_loha_trains_as_many_weights_as_lora_of_its_rank():
+    settings = load_settings(["method=loha", "method.rank=6"])
+    assert settings.method.peft["r"] == 3
+    with pytest.raises(UserError, match="^method.peft.r: .*5 must be even"):
+        load_settings(["method=loha", "method.rank=5"])
+
+
+def test_a_trial_does_not_change_what_is_drawn_next():
+    settings = load_settings(["model=tiny-roberta", "task=demo/sentiment", "method=lora", "method.dropout=0.5"])
+    drawn = []
+    for probe in (True, False):
+        base, _ = load_model(settings, load_task(settings))
+        with pytest.MonkeyPatch.context() as patch:
+            if not probe:
+                patch.setattr("dual_lora.lab.model.adapt.check_forward", lambda model: None)
+            torch.manual_seed(0)
+            attach_method(base, settings, "classification")
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)

@@ -1,0 +1,441 @@
+"""What lies in a model's folder beside its weights: it changes no output, or is refused in one line.
+
+`test_any_field_is_without_effect_or_refused` draws fields of the files that models are saved with. DUAL_LORA_FUZZ=N
+makes N times as many draws; `make test-slow` takes 500.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, GenerationConfig
+
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate.evaluate import compute_outputs
+from dual_lora.lab.inputs.model_config import DROPPED_FIELDS, REFUSED_FIELDS
+from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
+from dual_lora.lab.inputs.splits import load_split
+from dual_lora.lab.model.encode import build_collator, build_generation_encoder, build_sentence_encoder
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
+
+PAIRS = {
+    "tiny-llama": "demo/restaurants",
+    "tiny-roberta": "demo/sentiment",
+    "tiny-gpt2": "demo/sentiment",
+    "tiny-deberta": "demo/sentiment",
+}
+WRITERS = ("tiny-llama", "tiny-gpt2")
+CONFIG, DECODING, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+
+
+def choose(model: str, task: str, folder: Path, *overrides: str):
+    short = ["task.max_new_tokens=8"] if task == "demo/restaurants" else []
+    return load_settings([f"model={model}", f"task={task}", f"model.path={folder}", *short, *overrides])
+
+
+def compute(model: str, task: str, folder: Path, *overrides: str) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Return logits and loss of a batch of rows of very different lengths, and the model's answers."""
+    settings = choose(model, task, folder, *overrides)
+    asked = load_task(settings)
+    torch.manual_seed(0)
+    base, tokenizer = load_model(settings, asked)
+    rows = load_split(asked, "validation", settings).rows.to_list()[:40]
+    rows = sorted(rows, key=lambda row: len(row.get("prompt") or row["text"]))
+    rows = [rows[0], rows[-1], rows[5]]
+    encoder = build_generation_encoder if asked.form == "generation" else build_sentence_encoder
+    columns = encoder(tokenizer, settings)
+    batch = build_collator(asked, tokenizer)([columns(row) for row in rows])
+    with torch.no_grad():
+        found = base.eval()(**batch)
+    real = found.logits[batch["attention_mask"].bool()] if asked.form == "generation" else found.logits
+    return real, found.loss, compute_outputs(base, tokenizer, asked, rows, settings, "test")
+
+
+def is_equal(one: tuple, other: tuple) -> bool:
+    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    """The outputs of the bundled folders, by model, task and overrides, computed once each."""
+    return {}
+
+
+def compare(plain: dict, model: str, task: str, folder: Path, *overrides: str) -> None:
+    key = (model, task, overrides)
+    if key not in plain:
+        plain[key] = compute(model, task, BUNDLED / model, *overrides)
+    assert is_equal(compute(model, task, folder, *overrides), plain[key])
+
+
+def copy(model: str, place: Path) -> Path:
+    return Path(shutil.copytree(BUNDLED / model, place / "model"))
+
+
+def change(folder: Path, name: str, **fields: object) -> Path:
+    """Set fields of a JSON file, which need not be there."""
+    file = folder / name
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | fields))
+    return folder
+
+
+def refused(folder: Path, model: str, *overrides: str, task: str | None = None) -> str:
+    """Return the line in which a folder is refused."""
+    settings = choose(model, task or PAIRS[model], folder, *overrides)
+    with pytest.raises(UserError) as error:
+        load_model(settings, load_task(settings))
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "min_new_tokens": 20, "guidance_scale": 1.5},
+        {"max_time": 0.001, "cache_implementation": "static", "stop_strings": ["a"], "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True, "num_beams": 5, "do_sample": True, "top_k": 3},
+    ],
+)  # fmt: skip
+def test_decoding_is_the_protocols_alone(fields, beams, plain, tmp_path):
+    folder = change(copy("tiny-llama", tmp_path), DECODING, **fields)
+    compare(plain, "tiny-llama", "demo/restaurants", folder, f"task.num_beams={beams}")
+
+
+# The tokenizer.
+
+
+@pytest.mark.parametrize("model", PAIRS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(model, plain, tmp_path):
+    sides = {"padding_side": "left", "truncation_side": "left", "model_input_names": ["input_ids"]}
+    compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, **sides))
+
+
+@pytest.mark.parametrize("model", WRITERS)
+def test_truncation_and_padding_inside_the_tokenizer_do_not_count(model, plain, tmp_path):
+    folder = copy(model, tmp_path)
+    cut = {"direction": "Left", "max_length": 6, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 1, "pad_type_id": 0}
+    change(folder, "tokenizer.json", truncation=cut, padding=pad | {"pad_token": "<pad>"})
+    compare(plain, model, PAIRS[model], folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("tiny-llama", "names no end of text (eos_token)"), ("tiny-roberta", "names neither padding (pad_token) nor")],
+)
+def test_a_tokenizer_without_an_end_is_refused(model, said, tmp_path):
+    folder = copy(model, tmp_path)
+    content = json.loads((folder / TOKENIZER).read_text())
+    (folder / TOKENIZER).write_text(json.dumps(content | {"eos_token": None, "pad_token": None}))
+    found = refused(folder, model)
+    assert said in found and "set it in tokenizer_config.json" in found
+
+
+@pytest.mark.parametrize("fields", [{"pad_token": "e"}, {"eos_token": "e"}, {"extra_special_tokens": ["the"]}])
+def test_a_word_does_not_become_a_special_token(fields, tmp_path):
+    folder = change(copy("tiny-llama", tmp_path), TOKENIZER, **fields)
+    assert "makes special tokens of ordinary words" in refused(folder, "tiny-llama")
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOP, "it takes longer than 1 s"),
+        ("{{ bos_token }}Hello.", "chat template leaves the prompt out; take model.chat=false"),
+        ("{{ messages[7].content }}", "takes no single prompt"),
+        ("{% if %}", "takes no single prompt"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(template, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("dual_lora.lab.model.tokenizer.TEMPLATE_SECONDS", 1.0)
+    folder = copy("tiny-llama", tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    start = time.monotonic()
+    assert said in refused(folder, "tiny-llama", "model.chat=true")
+    assert time.monotonic() - start < 30 and sys.gettrace() is None
+
+
+# The configuration.
+
+
+def test_fields_of_use_do_not_count(plain, tmp_path):
+    fields = {"problem_type": "regression", "return_dict": False, "chunk_size_feed_forward": 3, "pad_token_id": 0}
+    fields |= {"attn_implementation": "flex_attention", "dtype": "float16", "id2label": {"0": "a", "1": "b", "2": "c"}}
+    compare(plain, "tiny-roberta", "demo/sentiment", change(copy("tiny-roberta", tmp_path), CONFIG, **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "with hardware=qlora for 4"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "text_config: quantization_config"),
+        ({"transformers_weights": "sub/w.safetensors"}, "names another file of weights"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, but its weights hold"),
+        ({"num_hidden_layers": 59}, "num_hidden_layers=59, but its weights hold 58 tensors"),
+        ({"num_attention_heads": 10**7}, "num_attention_heads=10000000, but at most"),
+        ({"num_attention_heads": -1}, "num_attention_heads=-1 is no number of parts"),
+        ({"is_decoder": True}, "is_decoder=True makes another kind of model of a roberta"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(fields, said, tmp_path):
+    folder = change(copy("tiny-roberta", tmp_path), CONFIG, **fields)
+    found = refused(folder, "tiny-roberta")
+    assert said in found and "config.json" in found
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+@pytest.mark.parametrize("model", ["tiny-roberta", "tiny-deberta", "tiny-gpt2"])
+def test_a_head_is_drawn_whatever_head_the_weights_bring(model, labels, plain, tmp_path):
+    folder = copy(model, tmp_path)
+    torch.manual_seed(5)
+    other = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels, dtype=torch.float32)
+    other.save_pretrained(folder)
+    compare(plain, model, "demo/sentiment", folder)
+
+
+# The files of the weights.
+
+
+def split(folder: Path, index: dict[str, str], **files: dict[str, torch.Tensor]) -> Path:
+    """Give a folder its weights in these files, with an index."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    return change(folder, "model.safetensors.index.json", metadata={}, weight_map=index)
+
+
+def test_shards_are_read_as_one_file_is(plain, tmp_path):
+    weights = load_file(BUNDLED / "tiny-roberta/model.safetensors")
+    names = sorted(weights)
+    halves = {"a": {n: weights[n] for n in names[::2]}, "b": {n: weights[n] for n in names[1::2]}}
+    index = {n: f"{file}.safetensors" for file, part in halves.items() for n in part}
+    folder = split(copy("tiny-roberta", tmp_path), index, **halves)
+    compare(plain, "tiny-roberta", "demo/sentiment", folder)
+    settings = choose("tiny-roberta", "demo/sentiment", folder)
+    assert "model.safetensors.index.json" not in hash_model_files(settings)  # the shards say all that it says
+
+
+def test_an_index_that_chooses_between_weights_is_part_of_the_identity(tmp_path):
+    weights = load_file(BUNDLED / "tiny-roberta/model.safetensors")
+    halved = {name: tensor / 2 for name, tensor in weights.items()}
+    folder, found = copy("tiny-roberta", tmp_path), []
+    for name in "ab":
+        split(folder, dict.fromkeys(weights, f"{name}.safetensors"), a=weights, b=halved)
+        settings = choose("tiny-roberta", "demo/sentiment", folder)
+        assert "model.safetensors.index.json" in hash_model_files(settings)
+        found.append((identify_weights(settings), compute("tiny-roberta", "demo/sentiment", folder)))
+    assert found[0][0] != found[1][0] and not is_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("shard", "said"),
+    [
+        ("pytorch_model.bin", "weights are read from *.safetensors in the same folder only"),
+        ("../outside.safetensors", "weights are read from *.safetensors in the same folder only"),
+        ("sub/a.safetensors", "weights are read from *.safetensors in the same folder only"),
+        ("b.safetensors", "names b.safetensors, which is not there; get the whole model"),
+        (7, "damaged (weight_map names no files)"),
+    ],
+)
+def test_an_index_that_names_other_files_is_refused(shard, said, tmp_path):
+    weights = load_file(BUNDLED / "tiny-roberta/model.safetensors")
+    save_file(weights, tmp_path / "outside.safetensors")
+    folder = split(copy("tiny-roberta", tmp_path), dict.fromkeys(weights, shard), a=weights)
+    assert said in refused(folder, "tiny-roberta")
+
+
+def test_two_shards_with_one_tensor_are_refused(tmp_path):
+    weights = load_file(BUNDLED / "tiny-roberta/model.safetensors")
+    index = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(weights)}
+    folder = split(copy("tiny-roberta", tmp_path), index, a=weights, b=weights)
+    with pytest.raises(UserError, match="two of its files hold the same tensor"):
+        identify_weights(choose("tiny-roberta", "demo/sentiment", folder))
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    folder = change(copy("tiny-llama", tmp_path), "adapter_config.json", peft_type="LORA")
+    assert "adapter_config.json: an adapter beside the model, which may be merged already" in refused(
+        folder, "tiny-llama"
+    )
+
+
+def test_an_adapter_added_to_a_tuned_model_is_refused(runs_folder):
+    short = ["method=full", "train.max_steps=1", "train.max_examples=8", "eval.max_examples=4", "wandb.mode=disabled"]
+    settings = load_settings(["model=tiny-roberta", "task=demo/sentiment", "eval.before=false", *short])
+    folder = runs_folder / "adhoc" / train_run(Run.prepare(settings))["identity"]
+    assert evaluate_command([f"run={folder}"]) == 0
+    change(folder / "model", "adapter_config.json", peft_type="LORA")
+    with pytest.raises(UserError, match="adapter_config.json"):
+        evaluate_command([f"run={folder}"])
+
+
+def test_a_model_is_read_from_the_listed_files_alone(plain, tmp_path):
+    folder = copy("tiny-llama", tmp_path)
+    for name in (".metadata", "__0_0.distcp", "consolidated.00.pth", "pytorch_model.bin", "preprocessor_config.json"):
+        (folder / name).write_text("junk")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool.jinja").write_text("{{ junk }}")
+    compare(plain, "tiny-llama", "demo/restaurants", folder)
+
+
+def test_a_model_of_the_hub_is_read_by_the_same_rules(plain, tmp_path, monkeypatch):
+    """The hub's cache, as a download leaves it, with a field and a side that do not count, and then an adapter."""
+    commit = "0" * 40
+    place = tmp_path / "hub/models--some--model"
+    snapshot = place / "snapshots" / commit
+    shutil.copytree(BUNDLED / "tiny-gpt2", snapshot)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    change(snapshot, CONFIG, problem_type="regression", pad_token_id=5)
+    change(snapshot, TOKENIZER, padding_side="left")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub = ["model.bundled=false", "model.path=null", "model.hub=some/model", "model.revision=main"]
+    if ("tiny-gpt2", "demo/sentiment", ()) not in plain:
+        plain["tiny-gpt2", "demo/sentiment", ()] = compute("tiny-gpt2", "demo/sentiment", BUNDLED / "tiny-gpt2")
+    found = compute("tiny-gpt2", "demo/sentiment", snapshot, *hub)
+    assert is_equal(found, plain["tiny-gpt2", "demo/sentiment", ()])
+
+
+# Any field.
+
+NUMBERS = [-1, 0, 1, 2, 3, 8, 0.5, 1.5, 10**9]
+VALUES = [*NUMBERS, True, False, None, "", "left", "right", "e", "</s>", "float16", "eager", [], [1], {}, {"a": 1}]
+DECODING_FIELDS = [name for name in GenerationConfig().to_dict() if name != "transformers_version"]
+DECODING_FIELDS += ["custom_generate", "nothing", "_from_model_config", "trust_remote_code"]
+CONFIG_FIELDS = sorted(DROPPED_FIELDS | set(REFUSED_FIELDS)) + DECODING_FIELDS
+CONFIG_FIELDS += ["architectures", "transformers_version", "auto_map", "nothing", "is_decoder", "is_encoder_decoder"]
+CONFIG_FIELDS += [
+    "add_cross_attention",
+    "num_hidden_layers",
+    "not_a_field",
+    "prefix",
+    "sep_token_id",
+]
+TOKENIZER_FIELDS = ["padding_side", "truncation_side", "model_max_length", "max_length", "stride", "truncation"]
+TOKENIZER_FIELDS += ["truncation_strategy", "padding", "pad_to_multiple_of", "pad_token_type_id", "model_input_names"]
+TOKENIZER_FIELDS += ["add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy"]
+TOKENIZER_FIELDS += ["split_special_tokens", "do_lower_case", "strip_accents", "use_fast", "fix_mistral_regex", "vocab"]
+TOKENIZER_FIELDS += [
+    "name_or_path",
+    "vocab_file",
+    "tokenizer_file",
+    "merges_file",
+    "chat_template",
+    "auto_map",
+    "merges",
+]
+TOKENIZER_FIELDS += ["additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "bos_token"]
+TOKENIZER_FIELDS += ["unk_token", "cls_token", "sep_token", "mask_token", "pad_token", "eos_token", "tokenizer_class"]
+TOKENIZER_FIELDS += ["fast_tokenizer_files", "init_inputs", "is_local", "backend", "processor_class", "nothing"]
+INDEX_FIELDS = ["weight_map", "metadata"]
+FIELDS = {
+    CONFIG: CONFIG_FIELDS,
+    DECODING: DECODING_FIELDS,
+    TOKENIZER: TOKENIZER_FIELDS,
+    "special_tokens_map.json": [name for name in TOKENIZER_FIELDS if name.endswith(("_token", "_tokens"))],
+    "model.safetensors.index.json": INDEX_FIELDS,
+    "adapter_config.json": ["peft_type"],
+    "added_tokens.json": ["e", "zebra"],
+}
+SENSIBLE = {
+    "padding_side": ["left"], "truncation_side": ["left"], "problem_type": ["regression", "multi_label_classification"],
+    "attn_implementation": ["eager", "flex_attention", "sdpa"], "dtype": ["float16", "bfloat16"],
+    "quantization_config": [{"quant_method": "fp8"}], "cache_implementation": ["static", "quantized"],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}], "num_hidden_layers": [2, 4, 10**7], "is_decoder": [True],
+    "tokenizer_class": ["GPT2Tokenizer", "LlamaTokenizer", "RobertaTokenizer", "BertTokenizer", "Nothing"],
+    "model_input_names": [["input_ids"], ["attention_mask"]], "stop_strings": [["a"]], "weight_map": [{"a": "b.bin"}],
+    "extra_special_tokens": [["the"], ["zebra"]], "additional_special_tokens": [["the"]], "transformers_weights": ["a"],
+    "added_tokens_decoder": [{"300": {"content": "the", "special": True}}], "repetition_penalty": [1.3],
+}  # fmt: skip
+
+
+def draw(random: random.Random) -> tuple[str, dict[str, dict[str, object]]]:
+    """Return a model and fields to set, by file."""
+    model, fields = random.choice(sorted(PAIRS)), {}
+    for _ in range(random.choice([1, 1, 2, 3])):
+        file = random.choice([CONFIG, CONFIG, CONFIG, DECODING, DECODING, TOKENIZER, TOKENIZER, TOKENIZER, *FIELDS])
+        name = random.choice(FIELDS[file])
+        known = SENSIBLE.get(name, [])
+        fields.setdefault(file, {})[name] = random.choice(known if known and random.random() < 0.6 else VALUES)
+    return model, fields
+
+
+def try_draw(plain: dict, seed: int, place: Path) -> str:
+    """Return "equal", or the line in which a folder with drawn fields is refused."""
+    model, fields = draw(random.Random(seed))
+    folder = copy(model, place)
+    for name, values in fields.items():
+        change(folder, name, **values)
+    try:
+        compare(plain, model, PAIRS[model], folder)
+        return "equal"
+    except UserError as error:
+        assert str(error).strip() and len(str(error).splitlines()) == 1
+        return str(error)
+    except BaseException as error:
+        error.add_note(f"seed {seed}: {model} {fields}")
+        raise
+
+
+# What drawing found: fields that were taken, or ended in a traceback.
+FOUND = [
+    ("tiny-gpt2", "special_tokens_map.json", {"add_eos_token": True}),
+    ("tiny-deberta", "special_tokens_map.json", {"add_bos_token": False}),
+    ("tiny-llama", "special_tokens_map.json", {"pad_token": {"a": 1}}),
+    ("tiny-deberta", "special_tokens_map.json", {"unk_token": {}}),
+    ("tiny-roberta", TOKENIZER, {"model_max_length": "right"}),
+]
+
+
+@pytest.mark.parametrize(("model", "file", "fields"), FOUND)
+def test_a_field_that_was_found_by_drawing_is_without_effect_or_refused(model, file, fields, plain, tmp_path):
+    folder = change(copy(model, tmp_path), file, **fields)
+    try:
+        compare(plain, model, PAIRS[model], folder)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+
+
+DRAWS = 25 * int(os.environ.get("DUAL_LORA_FUZZ", 1))
+
+
+def test_any_field_is_without_effect_or_refused(plain, tmp_path):
+    found = []
+    for seed in range(DRAWS):
+        place = tmp_path / str(seed)
+        place.mkdir()
+        found.append(try_draw(plain, seed, place))
+        shutil.rmtree(place)
+    print(f"{DRAWS} draws: {found.count('equal')} equal, {DRAWS - found.count('equal')} refused")
+    assert "equal" in found and len(set(found)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_of_500_fields_is_without_effect_or_refused():
+    """The same test with 500 draws, in a process of its own."""
+    words = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "any_field", "--timeout=1800"]
+    done = subprocess.run(words, env=os.environ | {"DUAL_LORA_FUZZ": "20"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
