@@ -16,6 +16,11 @@ from dual_lora.lab.commands.guard import run_command
 
 def main(argv: list[str]) -> int:
     """Import the command, guarded like all that it does, and run it."""
+    if argv in (["--help"], ["-h"]):  # answered before anything slow is imported
+        from dual_lora.lab.commands.settings_help import render_help
+
+        print(render_help())
+        return 0
     from dual_lora.lab.commands.train import train_command
 
     return train_command(argv)
