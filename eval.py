@@ -25,11 +25,11 @@ from dual_lora.lab.commands.guard import run_command
 
 def main(argv: list[str]) -> int:
     """Import the command, guarded like all that it does, and run it."""
-    from dual_lora.lab.commands.evaluate import evaluate_command
-
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
+    from dual_lora.lab.commands.evaluate import evaluate_command
+
     return evaluate_command(argv)
 
 

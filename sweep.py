@@ -19,12 +19,13 @@ from dual_lora.lab.commands.guard import run_command
 
 def main(argv: list[str]) -> int:
     """Import the command, guarded like all that it does, and run it."""
-    from dual_lora.lab.commands.sweep import sweep_command
-    from dual_lora.lab.config.paths import list_choices
-
     if {"-h", "--help"} & set(argv):
+        from dual_lora.lab.config.paths import list_choices
+
         print(f"{__doc__}\nKnown experiments: {', '.join(list_choices('experiment'))}")
         return 0
+    from dual_lora.lab.commands.sweep import sweep_command
+
     return sweep_command(argv)
 
 
