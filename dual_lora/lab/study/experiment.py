@@ -8,7 +8,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
 (`run` is added to):
 
     run       overrides that every run shares; those of the scale come after
-    seeds     the seeds every cell is run with
+    seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
     cells     a row's label: its overrides, or several lists of them
     rows      settings whose values head rows beside the label
@@ -56,15 +56,19 @@ class Tune:
     """How the learning rate is chosen, the same for every label.
 
     `grid` holds the rates of each label; all labels have equally many. With `relative` they are multiples of the rate a
-    run has otherwise. A rate is chosen by the main score on rows that are not reported, in a run with the seed `seed`.
-    These rows are either `holdout` training examples that are set apart, or what the task's `options` say is scored.
+    run has otherwise. A rate is chosen by its main score on rows that are not reported, a mean over the runs with
+    `seeds` (`task_seeds` for single tasks, by their names). These rows are either `holdout` training examples that are
+    set apart, or what the task's `options` say is scored. `max_steps` is the length of these runs; null: that of the
+    reported ones.
     """
 
     grid: dict[str, list[float]]
     holdout: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 1000
+    seeds: list[int] = field(default_factory=lambda: [1000])
+    task_seeds: dict[str, list[int]] = field(default_factory=dict)
     relative: bool = False
+    max_steps: int | None = None
 
     def describe_rows(self) -> str:
         """Return what rates are chosen on."""
@@ -203,7 +207,9 @@ class Experiment:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
                     settings = load_settings(list(map("=".join, (job | rest).items())))
                     found += [
-                        cell for cell in self.create_seeded_cells(label, settings, "seed" in rest) if cell not in found
+                        cell
+                        for cell in self.create_seeded_cells(label, settings, "seed" in job | rest)
+                        if cell not in found
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
@@ -252,10 +258,13 @@ class Experiment:
         scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=skip, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
         marked = replace(settings.wandb, job_type="tune")
-        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=marked)
+        alone = replace(settings, eval=scored, task=task, wandb=marked)
         unit = alone.train.lr if self.tune.relative else 1
         rates = [float(f"{float(rate) * unit:.6g}") for rate in self.tune.grid[label]]
-        return tuple(replace(alone, train=replace(alone.train, lr=rate)) for rate in rates)
+        seeds = self.tune.task_seeds.get(task.name, self.tune.seeds)
+        steps = self.tune.max_steps or alone.train.max_steps
+        trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
+        return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
 
 
 def split_override(word: str) -> tuple[str, str]:

@@ -106,10 +106,19 @@ def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | N
     if all diverged. The trials stay in `tuning`."""
     if not cell.tuning:
         return cell
-    scores = [(-get_trial_score(trial, study), trial.train.lr) for trial in cell.tuning]
+    scores = [(-score, rate) for rate, score in average_trials(cell, study)]
     if any(isnan(lost) for lost, _ in scores) or min(scores)[0] == inf:
         return None
     return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(scores)[1])))
+
+
+def average_trials(cell: Cell, study: dict[str, list[Record]]) -> list[tuple[float, float]]:
+    """Return every rate of a cell's grid with its main score, a mean over seeds: -inf if training diverged with one of
+    them, NaN while one is missing."""
+    scores: dict[float, list[float]] = {}
+    for trial in cell.tuning:
+        scores.setdefault(trial.train.lr, []).append(get_trial_score(trial, study))
+    return [(rate, sum(some) / len(some)) for rate, some in scores.items()]
 
 
 def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
@@ -133,7 +142,7 @@ def find_outcomes(cells: list[Cell], study: str) -> list[Outcome]:
 
 def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     """Return what the records of a study say of one cell."""
-    trials = tuple((trial.train.lr, get_trial_score(trial, study)) for trial in cell.tuning)
+    trials = tuple(average_trials(cell, study))
     chosen = choose_learning_rate(cell, study)
     if chosen is None:
         return Outcome(cell, None, None, explain_missing_rate(cell, study), trials=trials)
