@@ -32,9 +32,9 @@ model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 def extend_card(folder: Path) -> None:
     """Add how to load the adapter, and tags, to the model card that PEFT has written, if there is one.
 
-    PEFT sets the tags anew whenever it saves, and keeps the text.
+    PEFT rewrites the tags at every save but keeps the text.
 
-    folder: that of the adapter's weights. PEFT puts the card of an adapter with a name one folder above.
+    folder: where the adapter's weights are. PEFT puts the card of an adapter with a name of its own one folder above.
     """
     places = (folder, folder.parent) if (folder / SAFETENSORS_WEIGHTS_NAME).is_file() else (folder,)
     file = next((place / "README.md" for place in places if (place / "README.md").is_file()), None)
@@ -50,7 +50,7 @@ def extend_card(folder: Path) -> None:
 def find_saved_ramp(folder: Path, steps: int) -> str | None:
     """Return what `find_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
 
-    The checkpoints of a Trainer (checkpoint-N) are left alone: they are saved to go on from.
+    A Trainer's checkpoints (checkpoint-N) are skipped: training continues from them.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() or any(re.fullmatch(r"checkpoint-\d+", part.name) for part in (folder, folder.parent)):

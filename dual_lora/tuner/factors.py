@@ -15,8 +15,8 @@ from .. import kernels
 from ..functional import delta_weight, init_std, is_autocast_on
 from .config import DualLoraConfig
 
-MAX_DRAWS = 100
-# Every module of this kind there is; the optimizer hook of warmup.py looks here for those an optimizer trains.
+MAX_DRAWS = 100  # attempts at initial factors that can train
+# All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
 LIVE: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -27,10 +27,10 @@ class DualLoraFactors(nn.Module):
         fan_in, fan_out: shape of dW is fan_out x fan_in.
         r: the budget r1 + r2.
         alpha: numerator of the scale.
-        blocks: None, or the number of updates of that shape to hold: every factor then has this leading dimension.
+        blocks: None, or the number of separate updates of that shape; every factor then has this leading dimension.
 
     Raises:
-        ValueError: dW would have no entries, or the initial factors no usable product.
+        ValueError: dW would have no entries, or no draw of the initial factors can train.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DualLoraFactors(nn.Module):
         self.reset_parameters(std, config.direction_init_std)
         self.keeps = True  # whether evaluation may keep dW, which is as large as the weight
         self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
-        self.loaded = False  # whether these are values from a file, which `warmup.warn_of_ramp` asks
+        self.loaded = False  # whether the values come from a file; read by `DualLoraModel._warn_of_ramp`
         LIVE.add(self)
 
     def __getstate__(self):
@@ -77,23 +77,23 @@ class DualLoraFactors(nn.Module):
 
     @staticmethod
     def choose_fan(fan_in: int, fan_out: int) -> int:
-        """n where pretrained weights of this kind are usually of size 1 / sqrt(n)."""
+        """Return the n for which pretrained weights of this kind typically have size 1 / sqrt(n)."""
         return fan_in
 
     @property
     def weight(self) -> Tensor:
-        """Where PEFT's FSDP wrapping policy looks whether a leaf module is trained."""
+        """The tensor that PEFT's FSDP wrapping policy inspects to see whether a leaf module trains."""
         return self.A
 
     @torch.no_grad()
     def reset_parameters(self, std: float, direction_std: float | None = None) -> None:
         """Draw A and B from N(0, std^2), C and D from N(0, direction_std^2) (None: std^2).
 
-        Drawn again where every entry of a ReLU(B A) comes out 0: such a layer has no gradient and stays 0 for ever.
-        Only layers of a few entries can meet with it, so a 64 x 64 corner is enough.
+        Redraws if every entry of ReLU(B A) is 0: such a layer has no gradient and would stay 0 forever. That can only
+        happen in layers with a few entries, so checking a 64 x 64 corner is enough.
 
         Raises:
-            ValueError: the products of such factors are beyond what float32 holds, 0 or infinite.
+            ValueError: no draw can train, because the products under- or overflow float32 at this sigma.
         """
         for _ in range(MAX_DRAWS):
             for factor, sigma in ((self.A, std), (self.B, std), (self.C, direction_std), (self.D, direction_std)):
@@ -101,12 +101,13 @@ class DualLoraFactors(nn.Module):
             if self.A.is_meta or self._can_train():
                 return
         raise ValueError(
-            f"init_std={std:.3g}, direction_init_std={direction_std}: all entries of B A or D C are 0 or infinite at "
-            "that; take init_std=None, or a lora_alpha for which its rule gives a usable sigma"
+            f"init_std={std:.3g}, direction_init_std={direction_std}: all entries of B A or D C become 0 or infinite; "
+            "take init_std=None, or a lora_alpha for which its rule gives a usable sigma"
         )
 
     def _can_train(self) -> bool:
-        """Whether a corner of B A (for ReLU: of each block, a positive entry) and of D C are neither 0 nor infinite."""
+        """Return whether the corners of B A and D C are finite and not all 0; for ReLU, B A needs a positive entry in
+        every block."""
         size, direction = (b[..., :64, :] @ a[..., :64] for a, b in ((self.A, self.B), (self.C, self.D)))
         live = size.amax((-2, -1)) > 0 if self.kinds["magnitude"] == "relu" else size.any()
         return bool(live.all() and direction.any() and size.isfinite().all() and direction.isfinite().all())
@@ -122,12 +123,12 @@ class DualLoraFactors(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        """Whether dW is rebuilt in backward. Kernels know the paper's map; its variants are left to autograd."""
+        """Whether dW is rebuilt in backward. The kernels implement the paper's map only; variants use autograd."""
         return self.kernel != "eager" and self.kinds["magnitude"] == "relu" and self.kinds["direction"] == "sign"
 
     @property
     def kernel_used(self) -> str:
-        """How dW is computed here, where `kernel` says "auto" or what this device lacks: eager, recompute or triton."""
+        """The kernel that actually computes dW (eager, recompute or triton) if `kernel` is "auto" or unavailable."""
         if not self.recomputes:
             return "eager"
         return "recompute" if self._kernel_options["ops"] is kernels.TORCH else "triton"
@@ -157,8 +158,8 @@ class DualLoraFactors(nn.Module):
     def advance(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device.
 
-        f is written at every step, also after the ramp: that is how `_matrix` learns of a step on sharded parameters,
-        which are gathered again without a trace in their version.
+        f is written at every step, even after the ramp, so that its version changes: this is how `_matrix` notices a
+        step on sharded parameters, which are gathered again without a change of version.
         """
         ramping = self.step < self.warmup_steps
         self.step += ramping
@@ -176,10 +177,10 @@ class DualLoraFactors(nn.Module):
         return self.training and self.dropout > 0
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x dW^T, or x (weight + dW)^T + bias: ... x fan_in -> ... x (blocks *) fan_out, in x's dtype or autocast's.
+        """Return x dW^T, or x (weight + dW)^T + bias, in x's dtype or autocast's.
 
-        weight: fan_out x fan_in, and bias: fan_out, both constants; only without blocks, where `recomputes` and not
-        `drops`, since the base is not dropped from.
+        x: ... x fan_in; result: ... x (blocks * fan_out). weight (fan_out x fan_in) and bias (fan_out) are constants.
+        They may only be given without blocks, if `recomputes`, and if not `drops`: dropout must not act on the base.
         """
         device = x.device.type
         if is_autocast_on(device) and x.dtype != torch.float64:
@@ -203,8 +204,8 @@ class DualLoraFactors(nn.Module):
         return F.linear(x, self._matrix(weight, x.dtype), bias)
 
     def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """dW, or weight + dW; where it `keeps`, the same between the calls of an evaluation as long as nothing it is
-        made of changes."""
+        """Return dW, or weight + dW, (blocks * fan_out) x fan_in. If `keeps`, it is cached between the calls of an
+        evaluation until one of the tensors it is computed from changes."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
         replayed = torch.compiler.is_compiling() or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -218,16 +219,16 @@ class DualLoraFactors(nn.Module):
         return matrix
 
     def _is_current(self, made_of: tuple, factors: list[Tensor]) -> bool:
-        """Whether what is kept was made of these very tensors, and of the values they have now.
+        """Return whether the cache was computed from exactly these tensors with their present values.
 
-        Writing through `.data`, as averages of weights do, leaves no trace in a version. The factors are small enough
-        to be compared; a base weight written to in that way is not noticed before `train()`, `eval()` or a cast.
+        A write through `.data`, as weight averaging does, does not change a tensor's version. The factors are small
+        enough to compare; such a write to a base weight goes unnoticed until `train()`, `eval()` or a cast.
         """
         was_made_of, values, _ = self._kept
         return was_made_of == made_of and all(map(torch.equal, values, factors))
 
     def release(self) -> None:
-        """Let go of what evaluation has kept."""
+        """Free the matrix that evaluation cached."""
         self._kept = None
 
     def train(self, mode: bool = True):
@@ -258,7 +259,7 @@ class DualLoraFactors(nn.Module):
 
 
 def _is_untrackable(tensor: Tensor) -> bool:
-    """Whether a change of this tensor leaves no trace: made in inference mode, or a torch.func transform's."""
+    """Return whether changes to this tensor leave no trace: one made in inference mode, or wrapped by torch.func."""
     return tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -283,10 +284,10 @@ class EmbeddingFactors(DualLoraFactors):
         return dW.index_fill(-1, torch.tensor([self.padding_idx], device=dW.device), 0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape of int -> ids.shape x embedding_dim; only these columns of dW are computed.
+        """Return the rows of dW^T at `ids` (integers of any shape): ids.shape x embedding_dim. Only these are computed.
 
-        An id that occurs several times is looked up at its last place, where its gradients meet before the
-        straight-through clip, as they do in a whole dW.
+        An id that occurs several times is looked up at its last position, so that its gradients add up before the
+        straight-through clip, as they would in the full dW.
         """
         flat = ids.flatten()
         places = torch.arange(flat.numel(), device=ids.device)
@@ -300,6 +301,6 @@ class ConvFactors(DualLoraFactors):
     """Factors of a convolution; dW is out_channels x (in_channels / groups * kernel size)."""
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        """x: the convolution's input -> its output for dW in place of the weight of `base`, without bias."""
+        """Return the output of the convolution `base` for input x, with dW in place of its weight and without bias."""
         dW = self.delta_weight().view(base.weight.shape).to(x.dtype)
         return base._conv_forward(F.dropout(x, self.dropout, self.training), dW, None)

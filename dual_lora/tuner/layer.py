@@ -20,14 +20,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer with any number of Dual LoRA adapters.
 
     y = base(x) + the sum over the active adapters of x dW^T. In 16 bits the base output and the adapter's own term are
-    computed apart, since rounding W0 + dW would swallow most of dW. A base layer of a class with a forward of its own
-    is run on W0 + dW instead, since only it knows what it does with a weight.
+    computed separately, since rounding W0 + dW would lose most of dW. A base layer with a custom forward is run on
+    W0 + dW instead, since only that forward knows how it uses the weight.
 
     Args:
         base_layer: the layer to adapt.
         quantization_backend: PEFT's, for a quantised base layer.
-        tied: whether another layer holds the same weight; merging then leaves it the old one.
-        bypassed: whether the parent is known never to call this layer; the first call disproves it.
+        tied: whether another layer holds the same weight; merging then leaves that layer's weight unchanged.
+        bypassed: whether the parent never calls this layer, judging by its source; the first call sets it to False.
     """
 
     adapter_layer_names = ("dual_lora_factors",)
@@ -64,7 +64,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             cls = type(self.get_base_layer()).__name__
             raise ValueError(f"lora_dropout={config.lora_dropout}: {cls} has a forward of its own; take lora_dropout=0")
         factors = self._create_factors(config, r, alpha, fused)
-        factors.keeps = not self._quantized()  # dW would take several times the memory of what was made small
+        factors.keeps = not self._quantized()  # a cached dW would take several times the memory of a quantised weight
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -103,15 +103,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """dW of one adapter at its present f, shaped like the base weight, float32 or float64.
 
         Args:
-            adapter: its name; KeyError where this layer has none of it.
+            adapter: its name.
 
-        Warns when ReLU(B A) has no positive entry left: such a layer gets no gradient any more.
+        Raises:
+            KeyError: this layer has no such adapter.
+
+        Warns if ReLU(B A) has no positive entry left: such a layer no longer gets a gradient.
         """
         factors = self.dual_lora_factors[adapter]
         dW = factors.delta_weight()
         if factors.update_scale > 0 and not dW.any():
             warnings.warn(
-                "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it gets no gradient any more.",
+                "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it no longer gets a gradient.",
                 stacklevel=2,
             )
         return self._like_base_weight(dW, adapter)
@@ -120,14 +123,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return dW
 
     def set_adapter(self, adapter_names: str | list[str], *args, **kwargs) -> None:
-        """As in PEFT; what evaluation has kept of the other adapters is released."""
+        """As in PEFT; also frees what evaluation cached for the other adapters."""
         super().set_adapter(adapter_names, *args, **kwargs)
         for name, factors in self.dual_lora_factors.items():
             if name not in self.active_adapters:
                 factors.release()
 
     def check_merge_allowed(self) -> None:
-        """Raise where merging could not be seen in the layer's output.
+        """Raise if merging would have no effect on the layer's output.
 
         Raises:
             ValueError: the base weight is computed from other tensors at every use.
@@ -142,10 +145,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
-        Written into the same parameter, so that whoever holds it (an optimizer, say) goes on doing so. A tied base
-        weight is not written to: this layer gets a weight of its own and its partner keeps the old one. The unmerged
-        weight is kept until `unmerge`, which therefore is exact. Where the layer is `bypassed` nothing is merged, since
-        no forward has used the factors.
+        Written into the same parameter, so that references to it (an optimizer's, say) stay valid. A tied base weight
+        is not written to: this layer gets its own weight and the other layer keeps the old one. The unmerged weight is
+        kept until `unmerge`, which is therefore exact. If the layer is `bypassed`, nothing is merged, since no forward
+        has used the factors.
 
         Args:
             safe_merge: raise instead of merging an adapter with NaN or infinite values.
@@ -166,7 +169,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         merged = target.to(before.dtype)
         if safe_merge:
             self._check_finite(names, merged)
-        # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
+        # An untied weight is kept in host memory; a tied one still belongs to the other layer and is left as it is.
         kept = self._unmerged.pop()[0] if self._unmerged else None
         if kept is None:
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
@@ -182,9 +185,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Put the weight from before the first merge back.
+        """Restore the weight from before the first merge.
 
-        Where the merged weight has been written to since, by an optimizer for example, that is kept: dW is subtracted.
+        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW is
+        subtracted instead.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -248,7 +252,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return weight._version
 
     def __setstate__(self, state: dict) -> None:
-        """A copy's tensors start with versions of their own."""
+        """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
         super().__setstate__(state)
         self._unmerged = [(kept, self._weight_version()) for kept, _ in self._unmerged]
 
@@ -257,7 +261,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return False
 
     def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
-        """What the base layer computes of x, plus the adapters' terms.
+        """Return the base layer's output for x plus the adapters' terms.
 
         adapter_names: one for each row of x, "__base__" for none; set by the model for a batch of mixed adapters.
 
@@ -307,7 +311,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _forward_whole_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
-        """The base layer's own forward on W0 + dW, in the precision of the factors, where 16 bits would swallow dW."""
+        """Run the base layer's own forward on W0 + dW, in the precision of the factors, since 16 bits would lose dW."""
         base = self.get_base_layer()
         dW = sum(self._like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
         tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
@@ -345,7 +349,7 @@ class Linear(DualLoraLayer):
         self.fused_slices: dict[str, list] = {}
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """As `DualLoraLayer.forward`, ... x in -> ... x out, with one product for base and adapter where it serves."""
+        """As `DualLoraLayer.forward`, ... x in -> ... x out; uses one product for base and adapter if possible."""
         factors = None if args or kwargs or self.bypassed else self._fusable(x)
         if factors is None or factors.drops:
             return super().forward(x, *args, **kwargs)
@@ -353,8 +357,8 @@ class Linear(DualLoraLayer):
         return factors(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
 
     def _fusable(self, x: Tensor) -> DualLoraFactors | None:
-        """The active adapter's factors where one product with W0 + dW can serve for base and adapter: one adapter, a
-        plain base layer that takes x and whose weights are constants, and nobody listening to it."""
+        """Return the active adapter's factors if one product with W0 + dW can replace those of base and adapter, else
+        None. That needs exactly one adapter and a plain base layer with x's dtype, frozen weights and no hooks."""
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
         base = self.base_layer
         if (
@@ -372,7 +376,7 @@ class Linear(DualLoraLayer):
         if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
             return None
         if x.dtype != base.weight.dtype and not is_autocast_on(x.device.type):
-            return None  # the base layer has its own say on that
+            return None  # the base layer decides (or raises) about the dtype
         factors = self.dual_lora_factors[names[0]]
         return factors if factors.recomputes else None
 
@@ -409,17 +413,17 @@ class Linear(DualLoraLayer):
         return torch.cat(parts, dim=-1)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """dW is additive, so `peft.convert_to_lora` works, but has full rank: the conversion loses most of it unless
-        the LoRA rank is that of the layer."""
+        """Return True: `peft.convert_to_lora` works, because dW is additive. But dW has full rank, so the conversion
+        loses most of it unless the LoRA rank is that of the layer."""
         return True
 
 
 class Embedding(DualLoraLayer):
     """nn.Embedding. Dropout is not applied, as in LoRA.
 
-    What the base layer does to a row holds for the sum: the row of `padding_idx` stays as it is, `max_norm` limits
-    W0 + dW, `scale_grad_by_freq` divides the gradient. `sparse` concerns the base weight's gradient alone; that of the
-    factors is dense.
+    The base layer's options apply to the sum: the row of `padding_idx` does not change, `max_norm` limits W0 + dW, and
+    `scale_grad_by_freq` divides the gradient. `sparse` affects the base weight's gradient only; that of the factors is
+    dense.
     """
 
     factors_cls = EmbeddingFactors
@@ -492,8 +496,8 @@ def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLo
 def has_plain_forward(base_layer: nn.Module) -> bool:
     """Whether the layer computes what the torch or transformers class it derives from computes.
 
-    A subclass may pad, shift or scale. Scaled embeddings with an `embed_scale` are known; a linear layer with a forward
-    of its own is tried on two rows. Weights in other formats count as plain: their layers are known by type.
+    A subclass may pad, shift or scale. Embeddings with an `embed_scale` are handled and count as plain; a linear layer
+    with a custom forward is tried on two rows. Weights in other formats count as plain: their layers are known by type.
     """
     kind = next((kind for kind in ADAPTED if isinstance(base_layer, kind)), None)
     weight = getattr(base_layer, "weight", None)
@@ -511,5 +515,5 @@ def _agrees_on_two_rows(base_layer: nn.Module, kind: type[nn.Module]) -> bool:
         with torch.no_grad():
             own, plain = type(base_layer).forward(base_layer, rows), kind.forward(base_layer, rows)
         return torch.allclose(own, plain, 1e-2, 1e-4)
-    except Exception:  # a forward that wants something else, or a weight that is not here: as PEFT takes it
+    except Exception:  # needs other inputs, or the weight is on the meta device: counts as plain, as in PEFT
         return True

@@ -1,8 +1,8 @@
 """The ramp of f: one optimizer step, one step of the ramp, in any training loop.
 
 A global hook of torch's optimizers advances the adapters whose factors that optimizer trains. Nothing happens in
-forward, so gradient accumulation and activation checkpointing cannot disturb the count. Each adapter's state lies in
-two buffers of its factors (`step`, `update_scale`) and is saved with it.
+forward, so gradient accumulation and activation checkpointing do not affect the count. Each adapter's state is held in
+two buffers of its factors (`step`, `update_scale`) and saved with them.
 """
 
 import math
@@ -28,8 +28,8 @@ def factors_of(model: nn.Module) -> list[DualLoraFactors]:
 def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> None:
     """Set f by hand, for every Dual LoRA adapter in the model.
 
-    factor: the new f. ramp: False ends the ramp, so that f stays as set whatever optimizer steps follow; True goes on
-    ramping from the whole step nearest to f.
+    factor: the new f. ramp: False ends the ramp, so that later optimizer steps leave f as set; True continues the ramp
+    from the step nearest to f.
 
     Raises:
         ValueError: the model has no Dual LoRA adapter, or factor is NaN, infinite or, with ramp=True, outside [0, 1].
@@ -40,13 +40,13 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     if not factors:
         raise ValueError("the model has no Dual LoRA adapter")
     if ramp and not 0 <= factor <= 1:
-        raise ValueError(f"factor={factor}: a ramp can only go on from a value in [0, 1]")
+        raise ValueError(f"factor={factor}: a ramp can only continue from a value in [0, 1]")
     for f in factors:
         f.set_update_scale(factor, ramp)
 
 
 def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
-    """Return a sentence's end on the shortest of ramps that have not ended, None where all have.
+    """Return the end of a sentence about the least advanced unfinished ramp; None if all ramps have ended.
 
     states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand ends the ramp.
     """
@@ -55,8 +55,8 @@ def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str
         return None
     f, step, steps = min(open_ramps)
     return (
-        f"at f = {f:.3g} of its ramp, {step} of {steps} steps done and {steps - step} left, so it computes that share "
-        "of dW. Train on, take a scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
+        f"at f = {f:.3g}, {step} of {steps} steps into its ramp, so it computes only that fraction of dW. Train "
+        "longer, set scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
         "dual_lora.set_update_scale(model, 1.0)."
     )
 

@@ -19,8 +19,8 @@ PATH_KEYS = {"run", "data_dir", "model.path", "export", "against"}
 
 
 def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
-    """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`,
-    settings by their types.
+    """Return the run folder that a command line names, and its other settings: data_dir, model.path, eval.batch_size,
+    and those in `more` (name: type).
 
     Raises:
         UserError: another setting, an impossible value, or no run.

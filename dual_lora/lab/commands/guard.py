@@ -1,6 +1,6 @@
-"""The frame of every command: an exit code, and one line for whatever ended it.
+"""What wraps every command: an exit code, and one line about whatever ended it.
 
-Nothing here imports a heavy library, so that what goes wrong while those are imported ends in one line as well.
+Nothing here imports a heavy library, so that an error while one is imported is reported in one line as well.
 """
 
 import atexit
@@ -33,8 +33,8 @@ from dual_lora.lab.system.signals import STOP
 
 
 def describe_end(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the line for the error that ended the work. Neither the user's nor the machine's error
-    is a bug: its traceback is printed first."""
+    """Return the exit code and the message for the error that ended the command. If it is neither the user's nor the
+    machine's error, it is a bug, and its traceback is printed first."""
     if isinstance(error, UserError):
         return EXIT_USER, str(error)
     if message := describe_machine_error(error):

@@ -20,14 +20,14 @@ EXAMPLES = {
     "python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2": "every combination, a table at the end",
     "python train.py -m method=dual_lora method.rank=16 method.magnitude_ratio=0.25,0.5,0.75": "three ratios",
     "python train.py -m hydra/launcher=workstation seed=0,1,2": "several runs at once; on a cluster: slurm",
-    "python train.py model=llama3-8b plan=true": "what a run would take; loads nothing",
-    "python train.py --cfg job method=lora": "all values of a run, composed",
+    "python train.py model=llama3-8b plan=true": "memory and hours that a run would need; loads no weights",
+    "python train.py --cfg job method=lora": "show every setting of a run, without running it",
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
-    "python sweep.py experiment=NAME": "all runs of a table, and the table",
+    "python sweep.py experiment=NAME": "all runs that a table needs, and the table",
 }
-SWEEPS = "Several runs, with -m, as Hydra has it: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
+SWEEPS = "Several runs (-m), in Hydra's syntax: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
-GROUPS = ("model", "task", "method", "hardware")
+GROUPS = ("model", "task", "method", "hardware")  # as in config/overrides.py, which would import Hydra
 MANY = "..."  # a list or a dictionary that would fill the line
 
 
@@ -61,7 +61,7 @@ def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as one would type it; of a reference to another setting the name, of many values nothing."""
+    """Return a value as one would type it: a reference as the other setting's name, a filled list or dict as ..."""
     if isinstance(value, str):
         return value.removeprefix("${").removesuffix("}")
     return MANY if isinstance(value, dict | list) and value else yaml.safe_dump(value).partition("\n")[0]
@@ -73,7 +73,7 @@ def render_help() -> str:
     lines += [f"  {command}\n      {about}" for command, about in EXAMPLES.items()]
     lines += ["", "Choices (GROUP=NAME), each a file conf/GROUP/NAME.yaml:", ""]
     lines += [f"  {group:<16}{', '.join(list_choices(group))}" for group in (*GROUPS, "hydra/launcher")]
-    lines += ["", "Settings (KEY=VALUE), with the value each has in `python train.py`; other choices bring others.", ""]
+    lines += ["", "Settings (KEY=VALUE) [default in `python train.py`]; other choices change the defaults.", ""]
     defaults = read_defaults()
     for key, about, group in iterate_settings():
         value = f" [{defaults[key]}]" if key in defaults else ""

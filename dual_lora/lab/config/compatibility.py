@@ -1,7 +1,7 @@
-"""Settings that do not go together: a task the model cannot do, and settings that would change nothing.
+"""Settings that do not go together: a task the model cannot do, and settings that would have no effect.
 
-A setting that has no effect would still be recorded, and would give the same run another name. So a command line that
-sets one is refused. Records are read without these checks.
+A setting without effect would still be recorded and would rename the run, so a command line that sets one is refused.
+When a record is read, ineffective settings are not refused.
 """
 
 import re
@@ -15,7 +15,7 @@ from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
-# What only a task that writes text has: how it writes, and what its loss is taken on.
+# Settings that only a generation task has: decoding, and which tokens the loss covers.
 WRITING = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
@@ -49,8 +49,8 @@ def check_compatibility(settings: Settings) -> None:
 def check_unused(settings: Settings, given: Collection[str], composed: DictConfig) -> None:
     """Refuse settings of the command line that would have no effect on this run.
 
-    given: the full names of the settings it sets; composed: the values without it, references unresolved. One that is
-    given null, or the value it has anyway, is taken.
+    given: full names of the settings that it sets. composed: the values without it, references unresolved. Setting null
+    or the default value is allowed.
 
     Raises:
         UserError: which setting, why it has no effect, and what has.
@@ -95,7 +95,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
     if group == "task" and name in WRITING and not writes:
         return f"{task.name} writes no text; drop it"
     if key == "task.length_penalty" and task.num_beams == 1:
-        return "only beams are compared by length; set task.num_beams above 1, or drop it"
+        return "only beam search uses it; set task.num_beams above 1, or drop it"
     if key == "task.max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
         return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
     if key == "task.warmup_ratio" and train.schedule == "constant":

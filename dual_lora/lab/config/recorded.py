@@ -1,4 +1,4 @@
-"""The settings that a run's record holds; settings replaced by their full names; what several runs differ in."""
+"""Reading the settings of a run's record, replacing settings by full name, and finding how runs differ."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dual_lora.lab.config.paths import load_yaml
 from dual_lora.lab.config.schema import Settings, get_setting, iterate_leaves
 from dual_lora.lab.errors import UserError, require
 
-# Settings that came later than the first records, which did what conf/ says for them where it has no other value here.
+# Settings added after the first records. A record that lacks one behaved as conf/ says, unless OLD_VALUES differs.
 ADDED_SETTINGS = ("init_from", "plan", "model.architecture", "model.chat", "task.stop", "task.train_rows")
 ADDED_SETTINGS += (
     "train.group_by_length",
@@ -31,7 +31,7 @@ ADDED_SETTINGS += (
     "train.head_lr",
     "train.adam_epsilon",
 )
-# Runs of that time kept no checkpoints by the clock, which is what conf/ has today.
+# Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
 
 NAMES = ("model.name", "task.name", "method.name")
@@ -85,11 +85,11 @@ def iterate_setting_names(values: dict[str, Any], before: str = "") -> Iterator[
 
 
 def find_differences(jobs: list[Settings]) -> list[dict[str, Any]]:
-    """Return for each run, by the settings' full names, the values that tell it from the other runs.
+    """Return, for each run, the settings (full name: value) that distinguish it from the other runs.
 
-    Among runs of the same model, task and method these are as few settings as needed, in the order of the schema. What
-    a method derives from its settings (`method.peft`, and `method.lr`, which train.lr takes) comes last, so that it is
-    named only where nothing else differs.
+    Among runs with the same model, task and method these are as few settings as possible, in the order of the schema.
+    Derived settings (`method.peft`, and those that train.* is set from) come last, so that one is named only if nothing
+    else differs.
     """
     alike: dict[tuple[str, ...], list[int]] = {}
     for number, job in enumerate(jobs):
@@ -108,8 +108,8 @@ def is_derived(key: str) -> bool:
 
 
 def find_distinct_values(jobs: list[Settings]) -> list[dict[str, Any]]:
-    """Return the values that tell runs of one model, task and method apart: a setting is taken if it splits runs that
-    no setting before it has split."""
+    """Return the values that distinguish runs of one model, task and method. A setting is used if it separates runs
+    that the earlier ones do not."""
     leaves = [{key: value for key, value in iterate_leaves(job) if not key.startswith("wandb.")} for job in jobs]
     keys = sorted(dict.fromkeys(key for values in leaves for key in values), key=is_derived)
     chosen: list[str] = []

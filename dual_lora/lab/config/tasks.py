@@ -1,4 +1,4 @@
-"""The task a run's settings name, and a task's own errors as the user's one line."""
+"""Loading the task that a run's settings name, and turning a task's errors into one line for the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,7 +52,7 @@ def check_data_dir(task: tasks.Task, data_dir: str) -> None:
 
 
 def find_data_above(task: tasks.Task, folder: Path) -> Path | None:
-    """Return the folder above, or the one above that, if the task's files are where they belong below it."""
+    """Return the parent or grandparent of the folder if the task's files are there."""
     for above in folder.absolute().parents[:2] if folder.is_dir() else ():
         with suppress(tasks.TaskError):
             if task.source(str(above)):

@@ -20,16 +20,17 @@ def search_beams(
 ) -> Tensor:
     """Return the best sequence of each prompt, prompts x tokens, padded after its end.
 
-    `generate` takes it as `custom_generate`. The sequences are those of its own beam search, which computes on for all
-    prompts of a batch until the last of them is done. (They may differ if early_stopping meets more beams than tokens
-    to choose from.) input_ids: (prompts * beams) x tokens, of which `inputs["past_key_values"]`
-    holds all but the last, one row a prompt.
+    Passed to `generate` as `custom_generate`. The sequences equal those of generate's own beam search, which keeps
+    computing all prompts of a batch until the last one is done. (They may differ if early_stopping is used with more
+    beams than there are tokens to choose from.)
+
+    input_ids: (prompts * beams) x tokens. inputs["past_key_values"] holds all of them but the last, one row per prompt.
     """
     config, beams = generation_config, generation_config.num_beams
     start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id
     candidates = (
         max(2, 1 + len(config._eos_token_tensor)) * beams
-    )  # so many that enough continue, whichever of them end
+    )  # enough that `beams` of them continue even if all others end
     cache, attention_mask = inputs["past_key_values"], inputs["attention_mask"]
     if attention_mask is None:  # `generate` drops one without zeros
         attention_mask = torch.ones_like(input_ids)

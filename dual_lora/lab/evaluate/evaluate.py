@@ -95,7 +95,7 @@ def compute_outputs(
     mine = batches[get_process_index() :: count_processes()] if alone else batches
     found: list[tuple[int, Output]] = []
     bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=not is_first_process())
-    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # gathered weights serve training later
+    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # training reuses the gathered weights
     with bar, no_gradients, autocast_products(model, settings, task):
         for batch in bar:
             found += zip(batch, split_until_fits(asked, [rows[i] for i in batch], halve=alone), strict=True)
@@ -108,8 +108,8 @@ def compute_outputs(
 
 
 def split_until_fits(ask: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
-    """Return what `ask` returns for the rows. If memory runs out, the batch is split in two and retried (`halve`): a
-    smaller `eval.batch_size` would be another run, and the training would be lost."""
+    """Return what `ask` returns for the rows. If memory runs out and `halve` is set, the batch is split in two and
+    retried: changing `eval.batch_size` would make it a different run and lose the training."""
     try:
         return ask(rows)
     except Exception as error:

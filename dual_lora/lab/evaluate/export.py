@@ -26,18 +26,18 @@ from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.sealed import list_files
 
 MAX_SHARD_SIZE = "5GB"
-# Batch and length of a made-up text. Which ids it holds does not matter to a comparison of logits.
+# Batch size and length of random token ids on which logits are compared.
 PROBE_SHAPE = (4, 32)
 # What tells a run's folder from any other.
 RECORD_FILES = ("config.yaml", "environment.json")
 
 
 def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
-    """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return what to tell the
-    user: how far the logits of the checkpoint, loaded again, are from those of the unmerged run, norm over norm.
+    """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return a message with the
+    relative error (norm over norm) of the reloaded checkpoint's logits, compared with the unmerged run's.
 
-    The merge is done in float32 and rounded once to `dtype`. On a base in 4 bits the adapter is merged into the values
-    these bits stand for, because it was trained and evaluated on those. The folder appears whole or not at all.
+    The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantised first, because the adapter was
+    trained and evaluated on those values. The folder appears complete or not at all.
 
     Raises:
         UserError: the method cannot be merged, the merged model computes something else or NaN or Inf, or the folder
@@ -166,7 +166,7 @@ def check_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
 
 
 def check_difference(folder: Path, error: float, tolerance: float = float("inf")) -> None:
-    """Refuse a merge that is none. error: of the logits, norm over norm.
+    """Refuse a merge that changed the outputs. error: relative error of the logits, norm over norm.
 
     Raises:
         UserError: it is NaN or Inf, or above the tolerance.

@@ -47,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 {adapter}"""
 
 ADAPTER = """
-`adapter/` holds the adapter alone. It belongs on the base model as that was before training, and not on these weights:
+`adapter/` holds the adapter alone. Load it onto the original base model, not onto these merged weights:
 
 ```python
 from peft import PeftModel{register}

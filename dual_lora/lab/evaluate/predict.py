@@ -93,7 +93,7 @@ def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings,
 
 
 def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
-    """Return the protocol's way of decoding and nothing else: what a model's folder says of decoding does not count."""
+    """Return the decoding settings of the task's protocol only; a model folder's generation_config.json is ignored."""
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
     return GenerationConfig(
@@ -110,8 +110,8 @@ def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settin
 def score_choices(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[list[tuple[float, int]]]:
-    """Return, for each of a row's `task.choices`, the log-likelihood after the prompt, summed over the tokens of the
-    choice, and the number of these tokens."""
+    """Return, for each row and each of its `task.choices`, the choice's log-likelihood given the prompt (nats, summed
+    over its tokens) and its number of tokens."""
     prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
     choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)

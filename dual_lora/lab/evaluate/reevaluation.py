@@ -66,8 +66,8 @@ def load_trained_model(
 ) -> tuple[torch.nn.Module, object]:
     """Return the model as it was when the run ended, and its tokenizer. plain: see `load_dequantised_model`.
 
-    Seeds are set as for training, because what no file holds is drawn or computed from the base again: a head that did
-    not train, and the start of a method that changes the base weights (PiSSA with a randomised decomposition).
+    Seeds are set as for training, because what no file holds is recomputed: a head that did not train, and the initial
+    decomposition of a method that changes the base weights (PiSSA).
 
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is not as the run left it.

@@ -26,15 +26,16 @@ SAVED_MODEL_REMEDY = "give the saved Hugging Face model, model.path=DIR"
 LIKE_GPT2 = {"gpt-2", "jais", "mpt", "olmo", "phi-2"}
 # Each digit by itself, the rest like GPT-2.
 DIGITS = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
-# A piece that is a token stays whole, whatever the merges say, and a text begins with a special token unless the file
-# says otherwise. transformers does neither.
+# A piece that is itself a token is not split by the merges, and a text begins with a special token unless the file says
+# otherwise. transformers does neither.
 WHOLE = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral"}
 WHOLE |= {"tekken"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What precedes the weights: values by name (None for a list), names of tensors, and the size in bytes."""
+    """What precedes the weights: metadata by name (None for a list), names of tensors, and the header's size in
+    bytes."""
 
     values: dict[str, Any]
     tensors: tuple[str, ...]
@@ -46,7 +47,7 @@ class Header:
 
     @property
     def cut(self) -> str | None:
-        """The name of the way the tokenizer splits texts; None for tokenizers that are not byte-level."""
+        """Name of the pre-tokenizer (how texts are split before merging); None if the tokenizer is not byte-level."""
         byte_level = self.values.get("tokenizer.ggml.model") == "gpt2"
         return str(self.values.get("tokenizer.ggml.pre", "unnamed")) if byte_level else None
 

@@ -1,7 +1,7 @@
-"""Methods: an adapter configuration as PEFT stores it, put on a model; and the optimizer a method asks for.
+"""Methods: attaching a PEFT adapter configuration to a model, and the learning rate of each group of weights.
 
-No method is known here by name. A method that PEFT has needs its YAML in conf/method/ and nothing else. What does not
-fit the model or the task is refused before training.
+No method is known here by name: a PEFT method needs only its YAML in conf/method/. What does not fit the model or the
+task is refused before training.
 """
 
 from collections.abc import Iterator
@@ -43,10 +43,10 @@ TASK_TYPES = {
     "regression": TaskType.SEQ_CLS,
     "generation": TaskType.CAUSAL_LM,
 }
-# Types of PEFT that adapt no linear layers but norms, rows of an embedding or whole blocks. They find their modules
-# themselves unless the YAML names them: on a role's linear layers they would be another method than their name says.
+# PEFT types that adapt norms, embedding rows or whole blocks instead of linear layers. Unless the YAML names modules,
+# PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
 TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
-PROBE_TOKENS = 4  # of the text that a method must be able to compute; any ids do
+PROBE_TOKENS = 4  # length of the text on which `check_forward` tries a method
 
 
 def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
@@ -80,7 +80,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
 
 
 def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
-    """Refuse types of PEFT that would not be what their name says here. known: the fields of the type's configuration.
+    """Refuse PEFT types that this harness cannot train as intended. known: the fields of the type's configuration.
 
     Raises:
         UserError: with the reason and the remedy.
@@ -121,7 +121,8 @@ def resolve_ramp(settings: Settings, values: dict[str, Any], rows: int | None) -
 
 
 def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: int | None = None) -> torch.nn.Module:
-    """Return the model with the method on it and exactly its weights trainable. rows: see `build_adapter_config`.
+    """Return the model with the method attached and only the method's weights trainable. rows: see
+    `build_adapter_config`.
 
     Raises:
         UserError: the method refuses its settings, finds nothing to adapt, or computes no output on this model.
@@ -171,8 +172,8 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
 
 @torch.no_grad()
 def check_forward(model: PeftModel) -> None:
-    """Compute one short text, so that a method that needs more than the usual inputs fails here and not in training.
-    Not of models that are sharded, on the meta device, or in float16, which CPUs compute only in part."""
+    """Run one short text, so that a method that needs unusual inputs fails here and not in training. Skipped for models
+    that are sharded, on the meta device, or in float16, which CPUs support only in part."""
     if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
@@ -224,7 +225,7 @@ def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     reached = min((float(factors.update_scale) for factors in factors_of(model)), default=1.0)
     if reached >= 1:
         return []
-    return [f"the update was ramped up to {reached:.2g} of its scale only; train longer or shorten method.ramp_share"]
+    return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
 
 
 def name_rate(name: str, settings: Settings) -> tuple[str, float]:
@@ -258,7 +259,7 @@ def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
 
 
 def list_kernels(model: torch.nn.Module) -> list[str]:
-    """Return the kernels that compute the adapters; empty for methods that have but one."""
+    """Return the kernels that compute the Dual LoRA adapters; empty for other methods."""
     return sorted({factors.kernel_used for factors in factors_of(model)})
 
 

@@ -1,8 +1,8 @@
 """Weights & Biases as the mirror of a run's local record.
 
-The local record is written first and is what counts; the mirror is a copy that is never read back. It may therefore
-fail, but it never stops, delays or crashes the run: opening it online takes at most about ten seconds (after which it
-is offline), and so does finishing it. The first error of W&B is printed as one line and ends the mirroring.
+The local record is written first and is authoritative; the mirror is a copy that is never read back. If it fails, the
+run goes on: opening it online takes at most about ten seconds (after that it is offline), and so does finishing it. The
+first W&B error is printed as one line and ends the mirroring.
 W&B itself is imported only when a mirror is opened.
 """
 
@@ -185,7 +185,7 @@ def _upload_hint(run: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as one line without secrets; what pydantic refuses, with the fields it names."""
+    """Return an error as one line without secrets; pydantic's with the fields that it names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if hasattr(error, "errors") and lines:  # pydantic's: a headline, then fields and reasons in turn
         found = [(".".join(map(str, wrong["loc"])), wrong["msg"]) for wrong in error.errors()]

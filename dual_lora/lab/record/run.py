@@ -17,15 +17,15 @@ class Run:
 
     settings: Settings
     record: Record
-    differences: dict[str, Any] = field(default_factory=dict)  # from the runs it is done with, by the settings' names
+    differences: dict[str, Any] = field(default_factory=dict)  # from the command's other runs, by full setting name
 
     @classmethod
     def prepare(cls, settings: Settings, differences: dict[str, Any] | None = None) -> "Run":
         """Find the record of a run and check that it may be written.
 
         Raises:
-            UserError: the run cannot be named, what is missing of it cannot be written, or what is there was made with
-                other files of the model.
+            UserError: data or weights cannot be read, the folder cannot be written, or its record was made with other
+                model files.
         """
         record = Record(paths.RUNS / settings.study / compute_identity(settings))
         if settings.force or not (record.folder / "result.json").is_file():
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What tells the run from those it is done with: its method, and what varies."""
+        """A short name among the command's runs: the method, and the settings that vary."""
         names = [self.differences[key] for key in ("model.name", "task.name") if key in self.differences]
         return " ".join([*names, self.settings.method.name, *self.list_values()])
 
@@ -52,7 +52,7 @@ class Run:
         return f"{self.settings.model.name}  {self.settings.task.name}  {method}  seed {self.settings.seed}"
 
     def list_values(self, *left_out: str) -> list[str]:
-        """Return what varies, beside names, as short as one would say it: magnitude_ratio=0.25."""
+        """Return the settings that vary, without model, task and method, in short form: magnitude_ratio=0.25."""
         shown = {key: value for key, value in self.differences.items() if not key.endswith(".name")}
         return [f"{key.rpartition('.')[2]}={value}" for key, value in shown.items() if key not in left_out]
 

@@ -28,7 +28,7 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
 
 
 def format_finished(result: dict[str, Any], record: Record, title: str) -> str:
-    """Return what is said of a run that was done before."""
+    """Return the text printed for a run that had already finished."""
     return f"finished: {record.format_path()} (force=true runs it again)\n{format_summary(result, record, title)}"
 
 
@@ -55,7 +55,7 @@ def format_score(value: float | None, plain: bool) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a length of time in the largest unit of which it has two or more: 45 s, 3 min, 2.5 h."""
+    """Return a duration in the largest unit that it fills at least twice: 45 s, 3 min, 2.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

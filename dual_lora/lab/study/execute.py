@@ -1,4 +1,4 @@
-"""The one executor: of train.py's runs, of a sweep's and of a launcher's process; and what became of each run."""
+"""The only place that executes runs, for train.py, sweeps and launchers; it also reports what became of each run."""
 
 import sys
 import traceback
@@ -21,7 +21,7 @@ from dual_lora.lab.system.distributed import has_several_processes, wait_for_fir
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
 EXIT_CODES = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
-# Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
+# Why runs of this process did not finish, by folder. Needed because on a full disk failure.json cannot be written.
 failures: dict[Path, dict[str, str]] = {}
 KILLED = {"error": "Killed", "message": "ended without a result; the same command tries again"}
 
@@ -59,8 +59,8 @@ def execute_run(run: Run) -> dict[str, str] | None:
 
 
 def show_finished(run: Run) -> bool:
-    """Print the result of a run that was done before, once its files are seen to be as it left them; return whether
-    there is one. torch and transformers, which take seconds to import, are not needed for that.
+    """If a run is already finished, verify its files and print its result; return whether it was. This avoids importing
+    torch and transformers, which takes seconds.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -98,7 +98,7 @@ def describe_failure(run: Run, failure: dict[str, str]) -> str:
 
 
 def find_failure(run: Run) -> dict[str, str] | None:
-    """Return why a run that was tried has no result; None if it has one. Can be asked once only."""
+    """Return why an attempted run has no result; None if it has one. Forgets the failure, so call it once per run."""
     failure = failures.pop(run.record.folder, None) or run.record.get_attempt(run.settings).read_failure()
     if (failure is None or failure["error"] == "Elsewhere") and run.record.read_result():
         return None

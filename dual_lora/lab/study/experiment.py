@@ -7,6 +7,7 @@
 A file gives these fields for all scales. Below the name of a scale it may give them again, which replaces them there
 (`run` is added to):
 
+    title     heading of the report
     run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
@@ -20,7 +21,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               p is corrected for their number. All other comparisons are exploratory
     margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
     floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
-    published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
+    published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
     analyse   true: what each run did to its weights is part of the report
@@ -79,7 +80,8 @@ class Tune:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: its row's label and settings; `tuning` are the runs its learning rate is chosen by."""
+    """One run of a table: its row's label, its settings, and the trial runs (`tuning`) that choose its learning
+    rate."""
 
     label: str
     settings: Settings

@@ -192,8 +192,8 @@ def is_command_gone(folder: Path) -> bool:
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
-    """Return the future result of a call made in a thread. Neither that thread nor the processes it starts hear Ctrl-C:
-    this process does, and passes it on to them."""
+    """Run a call in a thread and return its future. The thread and the processes it starts ignore Ctrl-C; this process
+    receives it and passes it on to them."""
     done: Future = Future()
 
     def run() -> None:
@@ -234,7 +234,7 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
 
 
 def wait_patiently() -> AbstractContextManager:
-    """Return what has submitit, if it is installed, wait for all jobs, whatever becomes of one."""
+    """Return a context in which submitit, if installed, waits for all jobs even if one of them fails."""
     if not find_spec("submitit"):
         return nullcontext()
     from dual_lora.lab.study.slurm import wait_for_every_job
@@ -262,8 +262,8 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
 
 
 def listen_in_process() -> AbstractContextManager:
-    """Return what has this process stop its run when a signal asks for it. A launcher that does one run at a time may
-    do it in a thread of the command's own process, which listens already; Python lets only the main thread listen."""
+    """Return a context in which signals stop this process's run. A launcher that does one run at a time may use a
+    thread of the command's own process, which already listens; Python allows only the main thread to handle signals."""
     main = threading.current_thread() is threading.main_thread()
     return STOP.listen() if main else nullcontext()
 

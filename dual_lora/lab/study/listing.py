@@ -30,7 +30,7 @@ def format_results(runs: list[Run]) -> str:
 
 def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: list[str | None]) -> str:
     """Return the table of a command's plans: trained weights, peak memory of a device, steps, hours, and whether the
-    run fits. A dash stands where a plan could not be drawn."""
+    run fits. A dash means that the plan could not be made."""
     rows = []
     for run, plan, refusal in zip(runs, plans, refusals, strict=True):
         cells = [MISSING] * 4

@@ -15,7 +15,7 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     """Execute every run that is not finished and return the exit code.
 
     launcher: the words of the command line that choose one; without them runs are executed here, one after the other.
-    left: how long runs take; finished ones count with the time of their training. later: runs that come after these.
+    left: estimates the remaining time; finished runs count with their training time. later: runs that follow these.
     """
     for run in runs if is_first_process() else ():
         run.record.finish_cleanup()
@@ -44,7 +44,7 @@ def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> No
 
 def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
     """Execute what is missing of an experiment and return the exit code: first the runs that choose learning rates,
-    then the table's own. A trial that failed does not count where all rates are chosen nevertheless."""
+    then the table's own. Failed trials are ignored if every rate could be chosen all the same."""
     trials, left = prepare_runs([trial for cell in cells for trial in cell.tuning]), TimeLeft()
     join_processes()
     code = EXIT_OK

@@ -1,8 +1,8 @@
-"""One process per run: a lock in the run's folder, which the system lifts when its process ends, however that ends.
+"""One process per run: a lock in the run's folder, which the system releases when its process ends for any reason.
 
-The file also says who holds it. Some file systems do not carry locks from one machine to another; there the text is all
-that shows the holder. The holder therefore touches the file now and then, and a file of another machine that was not
-touched for some minutes counts as a dead process's. A process that is frozen for longer and then wakes is not detected.
+The file also says who holds it, because some file systems do not share locks between machines. The holder touches the
+file every 20 seconds; a lock from another machine that was not touched for three minutes is considered stale. A process
+that is frozen for longer and then continues is not detected.
 """
 
 import fcntl

@@ -13,9 +13,12 @@ REQUEUE = signal.SIGUSR2
 
 
 class StopRequest:
-    """The signal that asked for a stop (`asked`: its name, or None), whether the work first goes on to a good place
-    (`waits`), what the same command does next (`then`), and whether `Stopped` was raised at once (`raised`): libraries
-    that are interrupted may turn it into errors of their own."""
+    """A stop requested by a signal.
+
+    asked: the signal's name, or None. waits: whether work may continue to a safe point first. then: what the same
+    command does next. raised: whether `Stopped` was raised at once; an interrupted library may turn it into its own
+    error.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
@@ -38,7 +41,7 @@ class StopRequest:
             os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
 
     def restore_handlers(self) -> None:
-        """Let the signals do again what they did before `listen`."""
+        """Restore the signal handlers from before `listen`."""
         while self.before:
             number, handler = self.before.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
@@ -62,7 +65,7 @@ class StopRequest:
 
     @contextmanager
     def defer(self, wait: bool = True, then: str | None = None) -> Iterator[None]:
-        """Note a stop that is requested in here and go on (`wait`), or end at once (not `wait`).
+        """Within this context, remember a requested stop and continue (wait=True), or stop at once (wait=False).
 
         Raises:
             Stopped: a second stop was requested.

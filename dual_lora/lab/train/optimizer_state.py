@@ -38,7 +38,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 def save_random_state(path: Path) -> None:
     """Write the state of every source of random numbers of this process."""
     kind, numbers, *rest = np.random.get_state()
-    device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # its own; others are for others
+    device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # only this process's own GPU
     held = {
         "python": random.getstate(),
         "numpy": [kind, numbers.tolist(), *rest],

@@ -2,10 +2,10 @@
 
 The run's own model, with the run's own method on it, is built on torch's meta device, where tensors have shapes but no
 values. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
-operations, hooks on autograd what it keeps for backward. So the plan describes what this code does. Activations are
-those of full-length batches; hours are those of training on such batches alone, at an assumed share of the peak. A
-base in 4 bits counts as many parameters, operations and activations as one that is not: bitsandbytes makes one layer's
-weight of it at a time, which the reserve covers.
+operations, and hooks on autograd measure what it keeps for backward, so the plan describes what this code really does.
+Activations are those of full-length batches; hours assume such batches only, at an assumed fraction of peak speed. A
+4-bit base counts the same parameters, operations and activations as an unquantised one: bitsandbytes dequantises one
+layer's weight at a time, which the reserve covers.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -31,9 +31,9 @@ from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model
 from tasks import Task
 
 GB = 1e9
-UTILISATION = 0.4  # of the accelerator's peak, which training of such models reaches at best; assumed, not measured
+UTILISATION = 0.4  # fraction of the accelerator's peak that training reaches at best; assumed, not measured
 COPY_BYTES = 2  # bytes of a number in 16 bits
-RESERVE_SHARE = 0.1  # of the sum of all parts, for what is temporary and for fragments; assumed
+RESERVE_SHARE = 0.1  # of the sum of all parts, for temporary tensors and fragmentation; assumed
 ADAM_MOMENTS = 2  # AdamW's two moments, as large as the weight
 
 
@@ -128,7 +128,7 @@ def count_layers(model: torch.nn.Module) -> int:
 
 
 def find_published_parameters(settings: Settings) -> list[dict[str, str]]:
-    """Return what papers print as the trained weights of this model with this method at this rank, with the table."""
+    """Return the parameter counts that papers print for this model, method and rank, each with its table."""
     keys = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
     found = []
     for row in paper.find(**keys):
@@ -159,9 +159,9 @@ def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
 
 
 def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
-    """Return bytes of frozen weights, of these in 4 bits, of weights that train, of the copies in 16 bits that autocast
-    makes of those in float32 for their products, and of what is gathered at once when all is sharded: two of the base
-    model's layers, or all that is in none of them (embeddings, head), whichever is more."""
+    """Return sizes in bytes: frozen weights ("frozen"), the same with 4-bit layers ("frozen_nf4"), weights that train
+    ("trained"), the 16-bit copies that autocast makes of float32 weights ("copies"), and what FSDP2 gathers at once
+    ("gathered"): two layers, or everything outside the layers (embeddings, head), whichever is more."""
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     small = [layer.weight for layer in list_quantisable_layers(model, settings.model)]
     kind = getattr(torch, settings.model.dtype)
@@ -182,12 +182,12 @@ def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dic
 def estimate_memory(
     size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
 ) -> dict[str, float]:
-    """Return bytes a device: weights, gradients (twice in DDP, whose buckets are copies), AdamW's moments, what is kept
-    for backward, copies in 16 bits, what AdamW's step takes beyond these when they are gone (once what trains), a
-    reserve, and the peak.
+    """Return bytes per device: weights, gradients (doubled in DDP, whose buckets are copies), AdamW's moments,
+    activations kept for backward, 16-bit copies, temporaries of AdamW's step beyond the freed activations (as large as
+    what trains), a reserve, and the peak.
 
-    Sharded in full (FSDP2), a device holds its part of the base model, and what it gathers at once; an adapter is whole
-    on every one. Copies are of what is gathered then.
+    kept: bytes kept for backward. Under FSDP2 (sharding "full") a device holds its share of the base model plus what it
+    gathers at once (copies included), and the whole adapter.
     """
     full = sharding == "full"
     frozen, trained = size[f"frozen_{base}" if base else "frozen"], size["trained"]
@@ -231,7 +231,7 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
     small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
     same = [(b, *here, hardware.base) for b in batches]
-    held = [(b, *here, "nf4") for b in batches if small]  # the method leaves a base that can be held so
+    held = [(b, *here, "nf4") for b in batches if small]  # the method has a frozen base that can be quantised
     wide = [(train.batch_size, devices, "full", None) for devices in more if free]
     wide += [(b, devices, "full", None) for devices in more for b in batches if free]
     chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]

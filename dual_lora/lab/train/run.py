@@ -39,9 +39,9 @@ from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
 from dual_lora.lab.train.trainer import RunTrainer
 
-# The share of entries of dL/dSign that were clipped at a logged step; in a result, the largest.
+# Column with the fraction of entries of dL/dSign clipped at a logged step; a result holds the largest one.
 CLIPPED_COLUMN = "train/clipped_share"
-# What is known of the training of a method that scores the model as it is.
+# The training facts of a method that trains nothing (method=none).
 UNTRAINED = {"steps": 0, "train_loss": None, "train_seconds": 0.0, "tokens": 0, "peak_memory_bytes": 0}
 UNTRAINED |= {"best_epoch": None, "metrics_last_epoch": None}
 
@@ -53,7 +53,7 @@ def train_run(run: Run) -> dict[str, Any]:
     Raises:
         UserError: something the user can fix. `failure.json` keeps the reason of any failed run.
         Elsewhere: another process is doing this run.
-        Stopped: somebody asked for an end; the next attempt resumes from the newest checkpoint.
+        Stopped: a stop was requested; the next attempt resumes from the newest checkpoint.
     """
     STOP.raise_if_asked()
     join_processes()
@@ -220,13 +220,13 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
 
 
 def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
-    """Train, from the newest checkpoint if there is one, and return what the result tells of it.
+    """Train, from the newest checkpoint if there is one, and return the facts about training for the result.
 
-    The weights are kept, and then `trained.json`, so that no later kill costs the training.
+    The weights are saved, and then `trained.json`, so that a later kill does not lose the training.
     """
     with PeakMemory() as peak:
         done = loop.fit_run(share_from_first(record.find_checkpoint))
-    with STOP.defer():  # what is trained is kept first
+    with STOP.defer():  # a stop waits until the trained weights are saved
         if best:
             best.restore_best(loop.model)
         loop.check_weights()
@@ -255,7 +255,7 @@ def save_training(loop: RunTrainer, record: Record, settings: Settings, facts: d
 
 
 def read_initial_scores(record: Record) -> dict[str, float] | None:
-    """Return the scores before training that an earlier try of this run has logged."""
+    """Return the scores before training if an earlier attempt of this run logged them."""
     for row in record.read_log():
         scores = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
         if row["step"] == 0 and scores:
@@ -294,7 +294,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         save_steps=train.save_steps or 500,
         save_total_limit=2,
         report_to="none",
-        disable_tqdm=True,  # for `Progress`
+        disable_tqdm=True,  # `ProgressBar` replaces it
     )
     found._n_gpu = min(found.n_gpu, 1)  # else one process would share every batch among all GPUs it sees
     return found

@@ -1,4 +1,5 @@
-"""The Trainer: it resumes exactly where it stopped, leaves no partial checkpoint, and names the batch that broke it."""
+"""The Trainer, and the writing of checkpoints (`_save_checkpoint`): it resumes exactly where it stopped, leaves no
+partial checkpoint, and names the batch at which training diverged."""
 
 import json
 import shutil
@@ -32,8 +33,8 @@ MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
 class RunTrainer(Trainer):
     """A Trainer for one run.
 
-    record, settings: the run's. ids: names of the training examples, by row. best: the callback whose state is part of
-    every checkpoint. `can_save` is false for a model that is sharded and trained in full: it has no checkpoints.
+    record, settings: the run's. ids: ids of the training examples, by row. best: the callback whose state is saved with
+    every checkpoint. `can_save` is False for a sharded, fully trained model, which has no checkpoints.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class RunTrainer(Trainer):
         examples = examples.add_column(ROW_COLUMN, list(range(len(examples))))
         callbacks = [StopAndResume(self), *kwargs.pop("callbacks")]  # first: the others read what it restores
         args, part = kwargs["args"], is_sharded(kwargs["model"])
-        args.save_only_model = part  # or the Trainer would refuse every sharded model; an adapter on one is not sharded
+        args.save_only_model = part  # else the Trainer refuses every sharded model, although an adapter is not sharded
         super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
         args.save_only_model = False
         # The Trainer assumes that every model divides its loss by the number of tokens in a whole step. Only the loss
@@ -80,7 +81,7 @@ class RunTrainer(Trainer):
 
         Raises:
             UserError: a loss or a gradient is NaN or Inf, or a checkpoint cannot be written.
-            Stopped: somebody asked for an end; a checkpoint has just been written.
+            Stopped: a stop was requested; a checkpoint has just been written (if `can_save`).
         """
         self.began = self.kept_at = time.perf_counter()
         CLIPPED.take()  # counts left by a run that failed before this one
@@ -99,7 +100,7 @@ class RunTrainer(Trainer):
         self._load_from_checkpoint(str(folder))
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """As the Trainer's, except that a checkpoint of the very last step is not trained any further."""
+        """As the Trainer's, except that nothing is trained after resuming from a checkpoint of the last step."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
@@ -136,7 +137,8 @@ class RunTrainer(Trainer):
         self.check_losses()
 
     def check_losses(self) -> None:
-        """Check the losses and gradient norms since the last check. All at once: every look waits for the device.
+        """Check the losses and gradient norms since the last check, all at once, since reading one waits for the
+        device.
 
         Raises:
             UserError: one is NaN or Inf.
@@ -186,7 +188,8 @@ class RunTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As the Trainer's, then the state it forgets, and the manifest as the last file."""
+        """Save a checkpoint as the Trainer does, then the state that it leaves out, and the manifest as the last
+        file."""
         self.check_losses()
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -254,8 +257,8 @@ class RunTrainer(Trainer):
 
 
 class StopAndResume(TrainerCallback):
-    """Stops at the end of a step, with a checkpoint, when somebody asks for it, and restores what the Trainer forgets
-    when it resumes: the losses since its last log and the sum of all earlier ones. Starts the ramp of an update."""
+    """Stops after a step, with a checkpoint, when a stop was requested. When resuming, restores what the Trainer does
+    not: the losses since its last log and the sum of all earlier ones. In a new run, starts the adapter's ramp."""
 
     def __init__(self, loop: RunTrainer) -> None:
         self.loop = loop

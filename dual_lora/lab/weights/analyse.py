@@ -89,10 +89,10 @@ def draw_figures(content: dict, record: Record) -> None:
 def describe_update(
     update: Update, other: Update | None, first: DualLoraFactors | None, settings: Settings, device: str
 ) -> dict[str, object]:
-    """Return the row of one weight: where it is, and every number of dW followed by that of its null.
+    """Return the row of one weight: where it is, and every number for dW, each followed by that of its null.
 
-    other: the other run's update of this module. first: the factors this run began with. Numbers that need a missing
-    one are None, and so is the size of a null whose size means nothing.
+    other: the other run's update of this module. first: this run's initial factors. Numbers that need one of these are
+    None if it is missing; so is the relative size of a null whose scale is arbitrary (`Update.sized`).
     """
     W0 = update.get_weight().to(device)
     theirs = None if other is None else other.get_whole_change()[update.block].to(device)

@@ -50,7 +50,7 @@ class Update:
     `labels` name its parts for people."""
 
     ranks = ""
-    sized = False  # whether the size of a drawn dW means anything
+    sized = False  # whether the norm of the null dW is meaningful
     null = "a Gaussian matrix of the same shape"
     labels = {"overall": "dW"}
 
@@ -234,8 +234,8 @@ class DualLoraUpdate(Update):
 
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
-    """Return every weight a finished run changed, of a fully trained model those that have a role. W0 of a base in 4
-    bits is the values these bits stand for.
+    """Return an update for every weight that a finished run changed; for a fully trained model, those with a role. If
+    the base is in 4 bits, W0 is dequantised.
 
     Raises:
         UserError: the run cannot be loaded, holds NaN or Inf, or its method changes more than a weight can show.
@@ -267,8 +267,8 @@ def check_update_scales(model: nn.Module, record: Record) -> None:
 def list_adapter_updates(model: PeftModel, base: nn.Module, settings: Settings) -> Iterator[Update]:
     """Yield the updates of an adapted model. base: the same model as it is loaded, without an adapter.
 
-    Only LoRA that left the base weights alone, and Dual LoRA, are read from their factors. For all others dW is what
-    the weights say.
+    dW is computed from the factors only for Dual LoRA and for LoRA that left the base weights unchanged. For all other
+    methods it is the merged minus the base weight.
 
     Raises:
         UserError: the method cannot be merged, so that its dW is not known.
@@ -318,11 +318,11 @@ def find_layer_number(module: str) -> int | None:
 def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[dict[str, DualLoraFactors], dict]:
     """Return the factors the run began with, by module, and how well they match the trained ones.
 
-    The record does not hold them, so they are redrawn from the run's seed as training draws them. They count as the
-    run's own only if every trained factor is far more similar to its redrawn self than chance allows
-    (`MIN_DEVIATIONS`): had one number more or less been drawn before them, none would be. Rounding may differ between
-    machines, and sigma between versions of the rule, but neither changes a sign. If they do not match, no factors are
-    returned, but the reason.
+    The record does not hold them, so they are redrawn from the run's seed, as training does. They are accepted only if
+    every trained factor is far more similar to its redrawn counterpart than by chance (`MIN_DEVIATIONS`); if even one
+    more or one fewer random number had been drawn before, none would be. Rounding may differ between machines, and
+    sigma between versions of the rule, but neither changes a sign. If they do not match, no factors are returned, only
+    the reason.
     """
     dual = [u for u in updates if isinstance(u, DualLoraUpdate)]
     if not dual:
