@@ -40,7 +40,7 @@ MAGNITUDES = {
 DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}  # sign: `sign_ste`, which needs `ste`
 
 
-class Clipped:
+class ClipCounter:
     """Counts, while `watching`, how many of all entries of dL/dSign `ste="clip"` clips. Counted on the device, without
     synchronising; the Triton kernels do not count."""
 
@@ -61,7 +61,7 @@ class Clipped:
         return share
 
 
-CLIPPED = Clipped()
+CLIPPED = ClipCounter()
 
 
 class _Sign(torch.autograd.Function):

@@ -26,14 +26,14 @@ def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart
 class Dart(DataToText):
     """Facts from tables, WebNLG and E2E."""
 
-    name, version, metric, lower = "dart", VERSION, "BLEU", ("TER",)
+    name, version, metric, lower_is_better = "dart", VERSION, "BLEU", ("TER",)
     folder = "dart"
     files = {
         s: (f"dart-v1.1.1-full-{f}.json",) for s, f in (("train", "train"), ("validation", "dev"), ("test", "test"))
     }
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        with base.expected("DART 1.1.1", path):
+        with base.translate_shape_errors("DART 1.1.1", path):
             for entry in base.read_json(path):
                 facts = triples((subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"])
                 yield from ((facts, annotation["text"], "") for annotation in entry["annotations"])

@@ -59,7 +59,7 @@ class DataToText(Task):
             raise TaskError(f"{self.name} has no split {split!r}, only {', '.join(self.files)}")
         if data_dir is None:
             return base.fetch(REPOSITORY, COMMIT, f"{FOLDER}/{self.folder}/{self.files[split][0]}")
-        return base.find(data_dir, self.folders(), self.files[split])
+        return base.find_data_file(data_dir, self.folders(), self.files[split])
 
     def folders(self) -> tuple[str, ...]:
         """Return where below `data_dir` the files may lie: in a copy of LoRA's repository or of its data folder."""
@@ -86,7 +86,7 @@ class DataToText(Task):
         Raises:
             TaskError: there are none.
         """
-        with base.expected(f"{self.name}'s file", source):
+        with base.translate_shape_errors(f"{self.name}'s file", source):
             grouped = grouped_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
         return self.dataset((self.row(split, i, *group) for i, group in enumerate(grouped)), source)
 

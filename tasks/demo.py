@@ -337,7 +337,7 @@ def right_answers() -> "dict[str, Score]":
     """Return how the share of right answers is computed again."""
     from tasks import measures
 
-    return {"accuracy": measures.Score(measures.right, measures.mean)}
+    return {"accuracy": measures.Score(measures.mark_correct, measures.mean)}
 
 
 SUBSETS = {"sentiment": Sentiment, "restaurants": Restaurants, "choice": Choice}

@@ -44,7 +44,7 @@ def task(subset: str, references: str = "tokenised", separator: str = SEPARATOR,
 class E2e(DataToText):
     """What both forms share."""
 
-    name, version, metric, plain = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
+    name, version, metric, unscaled = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
     words = False
     form_of_text: str
 
@@ -104,7 +104,7 @@ class Official(E2e):
 
     def pairs(self, path: Path) -> Iterator[Pair]:
         for line, row in base.read_table(path, ",", quoted=True, needed=("mr", "ref")):
-            with base.expected("a row of mr and ref", f"{path}: line {line}"):
+            with base.translate_shape_errors("a row of mr and ref", f"{path}: line {line}"):
                 record, sentence = spelled_out(row["mr"]), row["ref"]
                 if not sentence.strip():
                     raise ValueError(f"{row['mr']!r} has no ref")

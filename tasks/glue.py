@@ -113,7 +113,7 @@ class Glue(Task):
         stem = {"train": "train", "validation": "dev"}.get(split, split.replace("validation", "dev"))
         folders = (f"glue/{self.spec.folder}", self.spec.folder)
         original = (ORIGINAL,) if self.subset == "mrpc" else ()
-        return base.find(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
+        return base.find_data_file(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
 
     def dev_ids(self, path: Path) -> Path | None:
         """Return the file that says which rows of Microsoft's MRPC file GLUE validates on; None for GLUE's own files.
@@ -153,7 +153,7 @@ class Glue(Task):
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
         belongs = self.chooser(path, split)
         for line, row in base.read_table(path, "\t", False, needed, spec.header, skip_short=spec.holes):
-            with base.expected(f"GLUE's {spec.folder}", f"{path}: line {line}"):
+            with base.translate_shape_errors(f"GLUE's {spec.folder}", f"{path}: line {line}"):
                 label = self.parse_label(row[spec.label])
                 if belongs(row):
                     rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
@@ -207,7 +207,7 @@ class Glue(Task):
         parts = {"": lambda row: not is_mismatched(row["split"])}
         if self.subset == "mnli":
             parts["mismatched_"] = lambda row: is_mismatched(row["split"])
-        found = [measures.within(scores, prefix, belongs) for prefix, belongs in parts.items()]
+        found = [measures.restrict_scores(scores, prefix, belongs) for prefix, belongs in parts.items()]
         return {name: score for part in found for name, score in part.items()}
 
 

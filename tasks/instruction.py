@@ -65,7 +65,7 @@ def task(
 class Instruction(OwnFiles):
     """Prompts with one accepted response each."""
 
-    name, version, form, plain, lower = "instruction", VERSION, "generation", ("loss",), ("loss",)
+    name, version, form, unscaled, lower_is_better = "instruction", VERSION, "generation", ("loss",), ("loss",)
     message = {"role": Value("string"), "content": Value("string")}
     features: ClassVar[dict[str, Features]] = {"generation": Features({**base.GENERATION, "messages": List(message)})}
 

@@ -34,12 +34,12 @@ class WebNlg(DataToText):
     """Facts of DBpedia; a row's id names its group, "test-unseen-1200"."""
 
     name, version, metric = "webnlg", VERSION, "BLEU"
-    lower = ("TER", "seen_TER", "unseen_TER")
+    lower_is_better = ("TER", "seen_TER", "unseen_TER")
     folder = "webnlg_challenge_2017"
     files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        with base.expected("WebNLG 2017", path):
+        with base.translate_shape_errors("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
                 if len(holder) > 1:
                     raise ValueError(f"entry {number} holds {len(holder)} entries")
@@ -65,7 +65,7 @@ class WebNlg(DataToText):
         from tasks import measures
 
         whole = super().declare_scores(example)
-        parts = [measures.within(whole, f"{group}_", partial(in_group, group)) for group in ("seen", "unseen")]
+        parts = [measures.restrict_scores(whole, f"{group}_", partial(in_group, group)) for group in ("seen", "unseen")]
         return whole | parts[0] | parts[1]
 
 

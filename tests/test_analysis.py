@@ -173,7 +173,7 @@ def train(*overrides: str):
 def analysed(folder, *arguments: str) -> tuple[dict, dict[str, dict]]:
     """Return analysis.json and its rows by module; no figure is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_analyse, "draw_figures", lambda *_: None)
+        patch.setattr(weights_analyse, "draw_analysis", lambda *_: None)
         return analysed_anew(folder, *arguments)
 
 
@@ -372,7 +372,7 @@ def test_a_null_is_drawn_by_its_module_alone(method):
         state = torch.get_rng_state()
         assert torch.equal(state, torch.manual_seed(seed).get_state())
     assert torch.equal(*nulls)
-    assert abs(analysis.likeness(nulls[0], second.draw_null("cpu")[0])) < 0.1
+    assert abs(analysis.cosine_similarity(nulls[0], second.draw_null("cpu")[0])) < 0.1
 
 
 def test_a_method_that_cannot_be_merged_is_not_analysed():

@@ -623,7 +623,7 @@ def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study
     experiment, done = study(spec, lambda label, s: 80, environment=started)
     other = beside(done[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
     (shown, _) = find_outcomes([cell.cell for cell in done], "made")
-    assert shown.record == done[0].record and shown.others == (other,)
+    assert shown.record == done[0].record and shown.other_records == (other,)
     text = write_report(experiment, [shown], tmp_path)
     assert f"{done[0].record.name} (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
 

@@ -165,6 +165,6 @@ def apply_override(override: Override, config: DictConfig) -> None:
     try:
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
-        said = describe_config_error(error)
+        message = describe_config_error(error)
         key = override.key_or_group
-        raise UserError(said if said.startswith(key.partition(".")[0]) else f"{key}: {said}") from error
+        raise UserError(message if message.startswith(key.partition(".")[0]) else f"{key}: {message}") from error

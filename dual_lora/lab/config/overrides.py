@@ -189,10 +189,10 @@ def check_override(override: Override) -> None:
     require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
     require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")
     for value in list_values(override) if key in GROUPS else ():
-        check_choice(key, str(parse_override(f"{key}={value}").value()))
+        check_group_choice(key, str(parse_override(f"{key}={value}").value()))
 
 
-def check_choice(group: str, name: str) -> None:
+def check_group_choice(group: str, name: str) -> None:
     """Refuse a model, task, method or hardware that is not in conf/.
 
     Raises:

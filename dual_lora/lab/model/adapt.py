@@ -164,10 +164,10 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
             raise
         where = f"method={settings.method.name} on model={settings.model.name}"
         reads = "DTensor" in str(error)
-        said = (
+        message = (
             "it starts from the base weights, which are sharded; take hardware=ddp" if reads else get_first_line(error)
         )
-        raise UserError(f"{where}: {said}") from error
+        raise UserError(f"{where}: {message}") from error
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
 
 
-def name_rate(name: str, settings: Settings) -> tuple[str, float]:
+def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:
     """Return the group a trained weight belongs to, and that group's learning rate: heads train at `train.head_lr`, the
     B matrices of LoRA+ at `method.lr_ratio` times the rate of the rest (arXiv 2402.12354), everything else at
     `train.lr`."""
@@ -248,14 +248,14 @@ def split_by_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, sett
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            name, rate = name_rate(names[parameter], settings)
+            name, rate = find_group_and_rate(names[parameter], settings)
             found.setdefault((number, name), {**group, "params": [], "lr": rate})["params"].append(parameter)
     optimizer.param_groups[:] = sorted(found.values(), key=lambda group: group["lr"] != settings.train.lr)
 
 
 def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
     """Return the learning rate of every group of trained weights, by its name."""
-    return dict(name_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
+    return dict(find_group_and_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def list_kernels(model: torch.nn.Module) -> list[str]:

@@ -45,9 +45,9 @@ class Mirror:
     def send_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         """Send tables (data frames) and images (PNG files) by name."""
         if self._run is not None and not self._failed:
-            self._try(self._show, tables, images)
+            self._try(self._log_report, tables, images)
 
-    def _show(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
+    def _log_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         wandb = sys.modules["wandb"]
         rows = {name: wandb.Table(dataframe=frame) for name, frame in tables.items()}
         self._run.log(rows | {name: wandb.Image(str(path)) for name, path in images.items()})

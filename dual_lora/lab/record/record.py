@@ -30,7 +30,7 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Elsewhere, UserError, get_first_line, require
+from dual_lora.lab.errors import RunHeldElsewhere, UserError, get_first_line, require
 from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files
 from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
 from dual_lora.lab.system.files import (
@@ -94,7 +94,7 @@ class Record:
         """Whether the folder's name ends like a run's identity; a copy that the user renamed need not match one."""
         return IDENTITY_END.search(self.name) is not None
 
-    def get_attempt(self, settings: Settings) -> "Record":
+    def select_attempt_record(self, settings: Settings) -> "Record":
         """Return the record to write a run with these settings into: this one, or, with force=true, the one in
         `.again`, until it is complete."""
         return Record(self.folder / RERUN_FOLDER) if settings.force else self
@@ -124,7 +124,7 @@ class Record:
         whole = [path for path in (self.folder, self.folder / RERUN_FOLDER) if (path / "result.json").is_file()]
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
         if whole and any((self.folder / name).exists() for name in left) and os.access(self.folder, os.W_OK):
-            with suppress(Elsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
+            with suppress(RunHeldElsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
                 self.install_rerun()
                 self.remove_leftovers()
 

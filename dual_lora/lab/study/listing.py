@@ -18,7 +18,7 @@ def format_results(runs: list[Run]) -> str:
     metrics = list(dict.fromkeys(result["metric"] for result in results if result))
     rows = []
     for run, result in zip(runs, results, strict=True):
-        plain = load_task(run.settings).plain
+        plain = load_task(run.settings).unscaled
         scores = [result.get("metrics", {}).get(name) if result.get("metric") == name else None for name in metrics]
         before = (result.get("metrics_before") or {}).get(result.get("metric"))
         trained = f"{result['trainable_parameters']:,}" if result else MISSING

@@ -52,7 +52,7 @@ def train_run(run: Run) -> dict[str, Any]:
 
     Raises:
         UserError: something the user can fix. `failure.json` keeps the reason of any failed run.
-        Elsewhere: another process is doing this run.
+        RunHeldElsewhere: another process is doing this run.
         Stopped: a stop was requested; the next attempt resumes from the newest checkpoint.
     """
     STOP.raise_if_asked()
@@ -86,7 +86,7 @@ def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
     """Do a run that is not finished and return its result; if it fails, the reason is kept in its record."""
-    attempt = record.get_attempt(settings)
+    attempt = record.select_attempt_record(settings)
     with isolate_determinism(settings):
         share_from_first(lambda: attempt.prepare_folder(settings))
         mirror = open_run_mirror(settings, record)
@@ -220,7 +220,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
         "peak_memory_bytes": trained["peak_memory_bytes"],
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
-        "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
+        "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
     return share_from_first(lambda: record.write_result(result))
 

@@ -85,7 +85,7 @@ class RunTrainer(Trainer):
         """
         self.began = self.saved_at = time.perf_counter()
         CLIPPED.take()  # counts left by a run that failed before this one
-        with STOP.defer(then=RESUMES if self.can_save else RESTARTS):
+        with STOP.defer(next_action=RESUMES if self.can_save else RESTARTS):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             STOP.raise_if_asked()
         self.check_losses()
