@@ -38,7 +38,7 @@ from dual_lora.lab.weights.rank_figure import (
     read_published_ranks,
 )
 from dual_lora.lab.weights.updates import MIN_DEVIATIONS, draw_initial_factors, find_role, list_adapter_updates
-from dual_lora.tuner.warmup import factors_of
+from dual_lora.tuner.warmup import list_factors
 
 ROLES = {"q", "k", "v", "up", "down"}
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -332,7 +332,7 @@ def attached(method: str, *overrides: str):
             torch.nn.init.normal_(parameter, std=0.02)
         elif "magnitude" in name:
             parameter.data *= 1.1
-    for dual in factors_of(model):
+    for dual in list_factors(model):
         dual.set_update_scale(0.5, ramp=False)
     return chosen, load_model(chosen, task)[0], model
 

@@ -84,7 +84,7 @@ class RunTrainer(Trainer):
             Stopped: a stop was requested; a checkpoint has just been written (if `can_save`).
         """
         self.began = self.saved_at = time.perf_counter()
-        CLIPPED.take()  # counts left by a run that failed before this one
+        CLIPPED.pop_share()  # counts left by a run that failed before this one
         with STOP.defer(next_action=RESUMES if self.can_save else RESTARTS):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             STOP.raise_if_asked()
@@ -120,11 +120,11 @@ class RunTrainer(Trainer):
         Clipped entries are counted only in steps that are logged, because counting takes another pass over dL/dSign.
         """
         rows = inputs.pop(ROW_COLUMN)
-        CLIPPED.watching = (self.state.global_step + 1) % self.args.logging_steps == 0
+        CLIPPED.enabled = (self.state.global_step + 1) % self.args.logging_steps == 0
         try:
             loss = super().training_step(model, inputs, num_items_in_batch) / self.scale
         finally:
-            CLIPPED.watching = False
+            CLIPPED.enabled = False
         self.unchecked.append(("loss", self.state.global_step + 1, [rows], loss))
         return loss
 
@@ -137,7 +137,7 @@ class RunTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        share = CLIPPED.take()
+        share = CLIPPED.pop_share()
         super().log(logs if share is None else {**logs, "clipped_share": share}, start_time)
         self.check_losses()
 

@@ -191,7 +191,8 @@ class DualLoraUpdate(Update):
         A, _, C, _ = self.get_factors(self.factors)
         self.r1, self.r2 = len(A), len(C)
         self.ranks = f"{self.r1}+{self.r2}"
-        size, sign = (self.NAMES.get(self.factors.kinds[k], self.factors.kinds[k]) for k in ("magnitude", "direction"))
+        variants = self.factors.variants
+        size, sign = (self.NAMES.get(variants[k], variants[k]) for k in ("magnitude", "direction"))
         self.labels = {"magnitude": f"{size}(BA)", "direction": f"{sign}(DC)", "overall": "dW"}
         if index is not None:
             n, blocks = layer.fused_slices[ADAPTER]
@@ -208,8 +209,9 @@ class DualLoraUpdate(Update):
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
     def measure_factors(self, factors: DualLoraFactors, device: str) -> dict:
-        kinds = factors.kinds
-        return analysis.dual(*(t.to(device) for t in self.get_factors(factors)), kinds["magnitude"], kinds["direction"])
+        variants = factors.variants
+        four = (t.to(device) for t in self.get_factors(factors))
+        return analysis.dual(*four, variants["magnitude"], variants["direction"])
 
     def measure_parts(self, device: str) -> dict:
         return self.measure_factors(self.factors, device)
@@ -218,7 +220,7 @@ class DualLoraUpdate(Update):
     def draw_null(self, device: str) -> tuple[Tensor, dict]:
         factors = self.draw_fresh_factors()
         four = [t.to(device) for t in self.get_factors(factors)]
-        return delta_weight(*four, factors.scaling, **factors.kinds), self.measure_factors(factors, device)
+        return delta_weight(*four, factors.scaling, **factors.variants), self.measure_factors(factors, device)
 
     def draw_fresh_factors(self) -> DualLoraFactors:
         """Return fresh factors, drawn by the adapter's own rule."""
