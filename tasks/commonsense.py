@@ -196,7 +196,11 @@ def response(output: str) -> str:
 
 
 def task(subset: str, train: str = "170k", likelihood: bool = True) -> "Commonsense":
-    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too."""
+    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too.
+
+    Raises:
+        TaskError: an option is wrong.
+    """
     if subset:
         raise TaskError(f"commonsense/{subset}: no such task, only commonsense")
     if train not in TRAINING:
@@ -226,6 +230,11 @@ class Commonsense(Task):
         return base.find_data_file(data_dir, (f"commonsense/{folder}", folder), names)
 
     def check(self, split: str) -> None:
+        """Refuse a split that the task does not have.
+
+        Raises:
+            TaskError: with those it has.
+        """
         if split != "train" and split not in SPECS:
             raise TaskError(f"commonsense has no split {split!r}, only train, {', '.join(SPECS)}")
 

@@ -17,7 +17,11 @@ VERSION = 2  # 1: no output repeated an n-gram of its prompt
 
 
 def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart":
-    """Return the task; the options are told in tasks/data_to_text.py."""
+    """Return the task; the options are explained in tasks/data_to_text.py.
+
+    Raises:
+        TaskError: a subset is named.
+    """
     if subset:
         raise TaskError(f"dart/{subset}: no such task, only dart")
     return Dart(separator, scored)

@@ -54,7 +54,11 @@ class DataToText(Task):
         raise NotImplementedError
 
     def path(self, split: str, data_dir: str | None) -> Path:
-        """Return the official file of a split, below `data_dir` or downloaded."""
+        """Return the official file of a split, below `data_dir` or downloaded.
+
+        Raises:
+            TaskError: there is no such split, or its file is missing or cannot be fetched.
+        """
         if split not in self.files:
             raise TaskError(f"{self.name} has no split {split!r}, only {', '.join(self.files)}")
         if data_dir is None:

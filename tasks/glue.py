@@ -89,7 +89,11 @@ SPECS = {
 
 
 def task(subset: str) -> "Glue":
-    """Return one GLUE task by its hub name, e.g. "sst2"."""
+    """Return one GLUE task by its hub name, e.g. "sst2".
+
+    Raises:
+        TaskError: there is no such task.
+    """
     if subset not in SPECS:
         raise TaskError(f"glue/{subset}: no such GLUE task; known: {', '.join(SPECS)}")
     return Glue(subset)
@@ -168,6 +172,11 @@ class Glue(Task):
         return lambda row: (tuple(row[name] for name in IDS) in ids) == (split == "validation")
 
     def parse_label(self, word: str) -> int | float:
+        """Return a label of an official file as a class index or, for STS-B, as its score.
+
+        Raises:
+            ValueError: it is no such label.
+        """
         if self.form == "regression":
             if not 0 <= float(word) <= 5:
                 raise ValueError(f"a score of {word}, which is not in [0, 5],")

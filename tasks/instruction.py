@@ -51,7 +51,11 @@ def task(
     quotes: bool = True,
     overlap: bool = False,
 ) -> "Instruction":
-    """Return the task; `prompt` and `response` name columns, the last five options are told in own_files.py."""
+    """Return the task; `prompt` and `response` name columns, and own_files.py explains the last five options.
+
+    Raises:
+        TaskError: an option is wrong.
+    """
     if subset:
         raise TaskError(f"instruction/{subset}: no such task, only instruction")
     if metric not in METRICS:

@@ -24,7 +24,11 @@ SEEN |= {"WrittenWork"}
 
 
 def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "WebNlg":
-    """Return the task; the options are told in tasks/data_to_text.py."""
+    """Return the task; the options are explained in tasks/data_to_text.py.
+
+    Raises:
+        TaskError: a subset is named.
+    """
     if subset:
         raise TaskError(f"webnlg/{subset}: no such task, only webnlg")
     return WebNlg(separator, scored)
@@ -39,6 +43,11 @@ class WebNlg(DataToText):
     files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
 
     def pairs(self, path: Path) -> Iterator[Pair]:
+        """As in `DataToText`: the texts that the file calls good.
+
+        Raises:
+            TaskError: the file is not one of WebNLG 2017's.
+        """
         with base.translate_shape_errors("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
                 if len(holder) > 1:

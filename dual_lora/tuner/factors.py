@@ -158,8 +158,8 @@ class DualLoraFactors(nn.Module):
     def advance(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device.
 
-        f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix` notices
-        a step on sharded parameters, which are gathered again without a change of version.
+        f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`
+        notices a step on sharded parameters, which are gathered again without a change of version.
         """
         ramping = self.step < self.warmup_steps
         self.step += ramping
@@ -180,8 +180,8 @@ class DualLoraFactors(nn.Module):
         """Return x dW^T, or x (weight + dW)^T + bias, in x's dtype or autocast's.
 
         x: ... x fan_in; result: ... x (blocks * fan_out). weight (fan_out x fan_in) and bias (fan_out) are constants.
-        They may only be given without blocks, if `recomputes`, and if not `applies_dropout`: dropout must not act on the
-        base.
+        They may only be given without blocks, if `recomputes`, and if not `applies_dropout`: dropout must not act on
+        the base.
         """
         device = x.device.type
         if is_autocast_on(device) and x.dtype != torch.float64:
