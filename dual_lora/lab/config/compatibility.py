@@ -56,7 +56,7 @@ def check_unused(settings: Settings, given: Collection[str], composed: DictConfi
         UserError: which setting, why it has no effect, and what has.
     """
     if settings.data_dir:
-        check_data_dir(load_task(settings), settings.data_dir)
+        check_data_dir(settings)
     for key in sorted(given):
         reason = explain_unused_method(settings, key, composed) or explain_unused(settings, key, given)
         if not reason:

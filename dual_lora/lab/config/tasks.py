@@ -33,13 +33,14 @@ def load_task(settings: Settings) -> tasks.Task:
         return tasks.load(settings.task.name, settings.task.options, settings.data_dir)
 
 
-def check_data_dir(task: tasks.Task, data_dir: str) -> None:
+def check_data_dir(settings: Settings) -> None:
     """Refuse a data_dir that the task does not read, or that holds none of its files; where these are one or two
     levels above, name that folder.
 
     Raises:
         UserError: with the folder that was most likely meant.
     """
+    task, data_dir = load_task(settings), settings.data_dir
     folder = resolve_path("data_dir", data_dir)
     try:
         found = task.source(data_dir)
@@ -48,7 +49,7 @@ def check_data_dir(task: tasks.Task, data_dir: str) -> None:
         raise UserError(f"{error}{f'; give data_dir={meant}' if meant else ''}") from error
     own = f"data_dir={data_dir}: {task.name} reads no files, it makes its own data; drop it"
     with suppress(tasks.TaskError):  # of a task that has no data but what a folder holds
-        require(found != task.source(), own)
+        require(found != tasks.load(task.name, settings.task.options).source(), own)
 
 
 def find_data_above(task: tasks.Task, folder: Path) -> Path | None:

@@ -136,7 +136,7 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
         adapter.init_lora_weights = True  # a start made from the base weights needs their values; shapes are the same
     with translate_method_errors(settings):
         adapted = get_peft_model(model, adapter)
-        check_forward(adapted)
+        check_forward(adapted, getattr(torch, settings.model.dtype))
     trains = any(weight.requires_grad for weight in adapted.parameters())
     require(
         trains or settings.method.peft.get("modules_to_save") == [],  # which says that nothing is to train
@@ -171,14 +171,19 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_forward(model: PeftModel) -> None:
+def check_forward(model: PeftModel, dtype: torch.dtype) -> None:
     """Run one short text, so that a method that needs unusual inputs fails here and not in training. Skipped for models
-    that are sharded, on the meta device, or in float16, which CPUs support only in part."""
+    that are sharded, on the meta device, or in float16, which CPUs support only in part.
+
+    dtype: what products are taken in, as in training.
+    """
     if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
     training = model.training
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):  # for dropout
+    devices = [model.device] if model.device.type == "cuda" else []
+    mixed = torch.autocast(model.device.type, dtype, enabled=dtype.itemsize < 4)
+    with torch.random.fork_rng(devices), mixed:  # dropout draws random numbers
         model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(training)
 
