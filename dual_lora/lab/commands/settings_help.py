@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dual_lora.lab.config.paths import CONF, ROOT, list_choices
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 
 EXAMPLES = {
     "python train.py": "the demo: a bundled tiny model, no downloads, about a minute",
@@ -27,7 +27,6 @@ EXAMPLES = {
 }
 SWEEPS = "Several runs (-m), in Hydra's syntax: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
-GROUPS = ("model", "task", "method", "hardware")  # as in config/overrides.py, which would import Hydra
 MANY = "..."  # a list or a dictionary that would fill the line
 
 

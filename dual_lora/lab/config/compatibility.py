@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.paths import list_choices, load_yaml
-from dual_lora.lab.config.schema import Settings, get_setting
+from dual_lora.lab.config.schema import METHOD_SETTINGS, Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
@@ -19,7 +19,6 @@ from dual_lora.lab.errors import UserError, require
 GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
-METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
 # A sentence cut shorter than this is special tokens and at most one token of text.
 MIN_SENTENCE_TOKENS = 4
 

@@ -21,11 +21,10 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from dual_lora.lab.config.paths import list_choices
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require, suggest_name
 
-GROUPS = ("model", "task", "method", "hardware")
 # More runs than anybody wants from one command; composing this many takes minutes.
 MAX_RUNS = 10_000
 # Several groups have a setting such as `lr`. If the group is left out, the first of these is most likely meant.

@@ -33,8 +33,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     Raises:
         UserError: the run is not finished, cannot be loaded, or the rows are not those it was evaluated on.
     """
-    stored = record.read_result()
-    require(stored is not None, f"run={record.format_path()}: not finished, it has no result.json")
+    stored = record.require_result(f"run={record.format_path()}")
     silence_libraries()
     join_processes()
     task = load_task(settings)
@@ -78,11 +77,11 @@ def load_trained_model(
     load = load_dequantised_model if plain else load_model
     set_seed(settings.seed)
     base, tokenizer = (None, load_tokenizer(settings)) if tuned else load(settings, task)
-    folder = record.get_weights_folder(settings)
-    name = "model.safetensors" if tuned else "adapter_model.safetensors"
+    file = record.get_weights_file(settings)
+    folder = file.parent
     # Large weights are in parts, with an index.
-    whole = (folder / name).is_file() or (folder / f"{name}.index.json").is_file()
-    require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {RERUN_REMEDY}")
+    whole = file.is_file() or (folder / f"{file.name}.index.json").is_file()
+    require(whole, f"{folder}: cannot be loaded (no {file.name}, the only format that is read); {RERUN_REMEDY}")
     with translate_read_errors(f"{folder}: cannot be loaded", RERUN_REMEDY):
         set_seed(settings.seed)
         if tuned:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.schema import WANDB_MODES
 from dual_lora.lab.config.secrets import redact_secrets
 
 MAX_TAG_CHARACTERS = 64  # W&B refuses longer ones
-MODES = ("online", "offline", "disabled")
 INIT_SECONDS = 5.0  # for the server to accept the run; W&B waits 90 by default
 FINISH_SECONDS = 8.0  # for the last upload; W&B waits without limit by default
 
@@ -94,8 +94,8 @@ def open_mirror(
     Raises:
         ValueError: there is no such mode. Nothing else is raised.
     """
-    if mode not in MODES:
-        raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(MODES)}")
+    if mode not in WANDB_MODES:
+        raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(WANDB_MODES)}")
     if mode == "disabled":
         return Mirror()
     facts = {

@@ -194,6 +194,16 @@ class Record:
                 known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
                 require(known, f"{path}: added after the run; remove it")
 
+    def require_result(self, label: str) -> dict[str, Any]:
+        """Return the result of a run that must be finished. label: the run as the command line names it.
+
+        Raises:
+            UserError: it is not finished, or see `read_result`.
+        """
+        result = self.read_result()
+        require(result is not None, f"{label}: not finished, it has no result.json")
+        return result
+
     def read_finished(self) -> dict[str, Any] | None:
         """Return the result of a finished run whose files are all as it left them, or None while there is none.
 
@@ -325,6 +335,11 @@ class Record:
     def get_weights_folder(self, settings: Settings) -> Path:
         """Return the folder of the trained weights."""
         return self.folder / ("model" if settings.method.peft is None else "adapter")
+
+    def get_weights_file(self, settings: Settings) -> Path:
+        """Return the file of the trained weights, unless they are so large that they are in parts."""
+        name = "model.safetensors" if settings.method.peft is None else "adapter_model.safetensors"
+        return self.get_weights_folder(settings) / name
 
     def read_training(self) -> dict[str, Any] | None:
         """Return what is known of a finished training, if the weights it left are whole.
