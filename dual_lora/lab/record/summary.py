@@ -41,17 +41,17 @@ def format_comparison(result: dict[str, Any], now: dict[str, float], record: Rec
 
 def format_score_table(task: str, names: list[str], **columns: dict[str, float]) -> str:
     """Return a table of the named scores: in percent, except those that the task prints as they are."""
-    plain = tasks.load(task).unscaled
-    rows = [[name, *(format_score(column.get(name), name in plain) for column in columns.values())] for name in names]
+    unscaled = tasks.load(task).unscaled
+    rows = [[name, *(format_score(column.get(name), name in unscaled) for column in columns.values())] for name in names]
     aligned = ("left", *("right" for _ in columns))
     return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
 
 
-def format_score(value: float | None, plain: bool) -> str:
-    """Return a score in percent, or as it is if `plain`; "-" for none."""
+def format_score(value: float | None, unscaled: bool) -> str:
+    """Return a score in percent, or as it is if `unscaled`; "-" for none."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if plain else f"{100 * value:.1f}"
+    return f"{value:.2f}" if unscaled else f"{100 * value:.1f}"
 
 
 def format_seconds(seconds: float) -> str:
