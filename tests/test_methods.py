@@ -217,7 +217,7 @@ def test_a_trial_does_not_change_what_is_drawn_next():
         base, _ = load_model(settings, load_task(settings))
         with pytest.MonkeyPatch.context() as patch:
             if not probe:
-                patch.setattr("dual_lora.lab.model.adapt.check_forward", lambda model: None)
+                patch.setattr("dual_lora.lab.model.adapt.check_forward", lambda *_: None)
             torch.manual_seed(0)
             attach_method(base, settings, "classification")
         drawn.append(torch.rand(3))
