@@ -42,7 +42,7 @@ def format_comparison(result: dict[str, Any], now: dict[str, float], record: Rec
 def format_score_table(task: str, names: list[str], **columns: dict[str, float]) -> str:
     """Return a table of the named scores: in percent, except those that the task prints as they are."""
     unscaled = tasks.load(task).unscaled
-    rows = [[name, *(format_score(column.get(name), name in unscaled) for column in columns.values())] for name in names]
+    rows = [[name, *(format_score(some.get(name), name in unscaled) for some in columns.values())] for name in names]
     aligned = ("left", *("right" for _ in columns))
     return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
 
