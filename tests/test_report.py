@@ -588,7 +588,7 @@ def test_a_score_that_is_not_resampled_has_no_verdict_and_one_not_measured_is_sa
 
 
 def test_a_score_that_is_no_fraction_is_not_printed_in_percent(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(tasks.load("glue/sst2")), "plain", ("accuracy",))
+    monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
     lines = rows_of(write_report(experiment, done, tmp_path))
     (line,) = [line for line in lines if line[:2] == ["glue/rte", "accuracy"] and line[3] == "Dual LoRA - LoRA"]
