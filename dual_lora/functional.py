@@ -40,28 +40,29 @@ MAGNITUDES = {
 DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}  # sign: `sign_ste`, which needs `ste`
 
 
-class Clipped:
-    """Counts, while `watching`, how many of all entries of dL/dSign `ste="clip"` clips. Counted on the device, without
+class ClipCounter:
+    """Counts, while `enabled`, how many of all entries of dL/dSign `ste="clip"` clips. Counted on the device, without
     synchronising; the Triton kernels do not count."""
 
     def __init__(self) -> None:
-        self.watching = False
+        self.enabled = False
         self.clipped: Tensor | int = 0
         self.entries = 0
 
-    def see(self, grad: Tensor) -> None:
-        if self.watching:
+    def count(self, grad: Tensor) -> None:
+        """Count the entries of dL/dSign, of any shape, if `enabled`."""
+        if self.enabled:
             self.clipped = self.clipped + (grad.abs() > 1).sum()
             self.entries += grad.numel()
 
-    def take(self) -> float | None:
+    def pop_share(self) -> float | None:
         """Return the fraction of entries clipped since the last call and reset the counts; None if there were none."""
         share = float(self.clipped) / self.entries if self.entries else None
         self.clipped = self.entries = 0
         return share
 
 
-CLIPPED = Clipped()
+CLIPPED = ClipCounter()
 
 
 class _Sign(torch.autograd.Function):
@@ -90,7 +91,7 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if ctx.ste == "clip":
-            CLIPPED.see(grad)
+            CLIPPED.count(grad)
             grad = grad.clamp(-1, 1)
         elif ctx.ste == "hardtanh":
             (x,) = ctx.saved_tensors

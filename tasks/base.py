@@ -57,7 +57,7 @@ class TaskError(ValueError):
 
 
 @contextmanager
-def expected(what: str, source: object) -> Iterator[None]:
+def translate_shape_errors(what: str, source: object) -> Iterator[None]:
     """Report in one line that `source` holds something other than `what`.
 
     Raises:
@@ -79,7 +79,7 @@ class Split:
     rows: Dataset
     origin: str
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return origin, number of rows and a hash of their content; equal examples from any source hash the same."""
         digest = hashlib.sha256()
         for row in self.rows.to_list():
@@ -99,8 +99,8 @@ class Task:
         labels: class names in index order; empty unless `form` is "classification".
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
-        plain: keys of scores that are not fractions and are therefore shown as they are, not in percent.
-        lower: keys of scores for which lower is better.
+        unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
+        lower_is_better: keys of scores for which lower is better.
     """
 
     name: str
@@ -110,8 +110,8 @@ class Task:
     labels: tuple[str, ...] = ()
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
-    plain: tuple[str, ...] = ()
-    lower: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
+    lower_is_better: tuple[str, ...] = ()
 
     features: ClassVar[dict[str, Features]] = {
         "classification": CLASSIFICATION,
@@ -162,7 +162,7 @@ class Task:
         Raises:
             TaskError: there are none, or one holds something else; `source` says where they are from.
         """
-        with expected(f"a row of {self.name}", source):
+        with translate_shape_errors(f"a row of {self.name}", source):
             rows, features = list(rows), self.features[self.form]
             columns = [name for name, kind in features.items() if kind == Value("string")]
             for number, row in enumerate(rows, start=1):
@@ -174,7 +174,7 @@ class Task:
             return Dataset.from_list(rows, features=features)
 
 
-def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
+def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
     """Return the first existing `data_dir/folder/name`, each name plain or gzipped, or as a glob pattern.
 
     Raises:
@@ -197,7 +197,7 @@ def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Pat
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def open_file(path: Path) -> Iterator[IO[bytes]]:
     """Open an official file, unpacked if it is a .gz.
 
     Raises:
@@ -229,7 +229,7 @@ def read_table(
         TaskError: the text is unreadable, a column is missing or duplicated, a row has more or fewer fields than the
             header, or quotation marks do not match. Such a row would lose text, or swallow the next one.
     """
-    lines = records(path, read_text(path), delimiter, quoted, remedy)
+    lines = iterate_records(path, read_text(path), delimiter, quoted, remedy)
     header = columns or tuple(next(lines, (0, ()))[1])
     check_header(path, header, needed, remedy)
     for number, fields in lines:
@@ -246,7 +246,7 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
         TaskError: with the columns it has.
     """
     header = [name for name in header if name]
-    if twice := repeated(header):
+    if twice := find_duplicate(header):
         raise TaskError(f"{path}: the column {twice!r} occurs twice in its header; keep one of them")
     if lacking := [name for name in needed if name not in header]:
         if not header:
@@ -256,7 +256,9 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
         raise TaskError(f"{path}: no column {lacking[0]!r}, {known}; {remedy}")
 
 
-def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) -> Iterator[tuple[int, list[str]]]:
+def iterate_records(
+    path: Path, text: str, delimiter: str, quoted: bool, remedy: str
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of its first line and the fields of every record that is not empty.
 
     Raises:
@@ -284,7 +286,7 @@ def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) ->
         raise TaskError(f"{path}: line {start} cannot be read as a row ({error}); {remedy}") from error
 
 
-def repeated(names: Iterable[str]) -> str | None:
+def find_duplicate(names: Iterable[str]) -> str | None:
     """Return a name that occurs twice; None if there is none."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
@@ -295,13 +297,13 @@ def file_sha256(path: Path) -> str:
     Raises:
         TaskError: it cannot be read.
     """
-    with opened(path):
+    with open_file(path):
         return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    with opened(path) as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -325,7 +327,7 @@ def read_text(path: Path) -> str:
     Raises:
         TaskError: it is not UTF-8.
     """
-    with opened(path) as stream:
+    with open_file(path) as stream:
         data = stream.read()
     remedy = "save it as UTF-8 text"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -368,7 +370,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: a key occurs twice.
     """
-    if twice := repeated(key for key, _ in pairs):
+    if twice := find_duplicate(key for key, _ in pairs):
         raise ValueError(f"the key {twice!r} occurs twice in one object")
     return dict(pairs)
 

@@ -25,7 +25,7 @@ TINY = 1e-10  # variance relative to the mean square below which a column counts
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def everywhere(row: Row) -> str:
+def single_stratum(row: Row) -> str:
     """Return the one stratum of a score that is computed on all rows at once."""
     return "all"
 
@@ -46,17 +46,19 @@ class Score:
 
     columns: Callable[[Row], Sequence[float]]
     measure: Measure
-    stratum: Callable[[Row], str | None] = everywhere
+    stratum: Callable[[Row], str | None] = single_stratum
 
 
 # What stands for a row
 
 
-def right(row: Row) -> tuple[float]:
+def mark_correct(row: Row) -> tuple[float]:
+    """Return 1 if the row's answer is the gold one, else 0."""
     return (float(row["answer"] == row["gold"]),)
 
 
 def answer_and_gold(row: Row) -> tuple[float, float]:
+    """Return a row's answer and gold: class indices or numbers."""
     return row["answer"], row["gold"]
 
 
@@ -143,6 +145,7 @@ def spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 
 
 def pearson_spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+    """Return the mean of Pearson's and Spearman's correlation of (answer, gold)."""
     return (pearson(columns_NC, weights_RN) + spearman(columns_NC, weights_RN)) / 2
 
 
@@ -164,11 +167,11 @@ def ranks(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 def bleu(columns_NC: np.ndarray, weights_RN: np.ndarray, smooth: bool = False) -> np.ndarray:
     """Return corpus BLEU from `ngram_counts`; `smooth` is sacrebleu's "exp" for orders without a match."""
     sums = weights_RN @ columns_NC
-    length, closest, right, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
+    length, closest, matched, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
     if smooth:
-        right = np.where((right == 0) & (total > 0), 0.5 ** np.cumsum(right == 0, axis=1), right)
-    scored = (sums[:, 2:6] > 0).any(axis=1) & (right > 0).all(axis=1)
-    logs = np.log(np.where(scored[:, None], right, 1) / np.where(scored[:, None], total, 1)).mean(axis=1)
+        matched = np.where((matched == 0) & (total > 0), 0.5 ** np.cumsum(matched == 0, axis=1), matched)
+    scored = (sums[:, 2:6] > 0).any(axis=1) & (matched > 0).all(axis=1)
+    logs = np.log(np.where(scored[:, None], matched, 1) / np.where(scored[:, None], total, 1)).mean(axis=1)
     brevity = np.minimum(0, 1 - closest / np.where(scored, length, 1))
     return np.where(scored, np.minimum(np.exp(logs + brevity), 1), 0)
 
@@ -195,7 +198,7 @@ def scorer(lowercase: bool) -> sacrebleu.BLEU:
 
 def classification_scores(classes: int) -> dict[str, Score]:
     """Return how the scores of `metrics.classification` are computed again."""
-    found = {"accuracy": Score(right, mean), "matthews": Score(answer_and_gold, matthews)}
+    found = {"accuracy": Score(mark_correct, mean), "matthews": Score(answer_and_gold, matthews)}
     return found | ({"f1": Score(answer_and_gold, f1)} if classes == 2 else {})
 
 
@@ -205,7 +208,7 @@ def regression_scores() -> dict[str, Score]:
     return {name: Score(answer_and_gold, measure) for name, measure in known.items()}
 
 
-def within(scores: dict[str, Score], prefix: str, belongs: Callable[[Row], bool]) -> dict[str, Score]:
+def restrict_scores(scores: dict[str, Score], prefix: str, belongs: Callable[[Row], bool]) -> dict[str, Score]:
     """Return scores of the rows that belong to one part of the data, under names with a prefix."""
 
     def stratum(row: Row) -> str | None:

@@ -46,7 +46,7 @@ def add_method(tmp_path, monkeypatch, runs_folder):
     """A function that adds a method by its YAML alone, in a copy of conf/, and returns the override that takes it."""
     conf = shutil.copytree(paths.CONF, tmp_path / "conf")
     monkeypatch.setattr(paths, "CONF", conf)
-    monkeypatch.setattr(weights_analyse, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(weights_analyse, "draw_analysis", lambda *_: None)
 
     def add(name: str = "planted", **peft) -> str:
         (conf / "method" / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "lr": 1e-3, "peft": peft}))

@@ -407,7 +407,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED / "tiny-roberta", folder)
     chosen = settings("tiny-roberta", f"model.path={folder}", "force=true")
-    record = Run.prepare(chosen).record.get_attempt(chosen)
+    record = Run.prepare(chosen).record.select_attempt_record(chosen)
     record.prepare_folder(chosen)
     record.append_log({"step": 0, "eval/accuracy": 0.5})
     (folder / "tokenizer_config.json").write_text("{}")

@@ -49,15 +49,15 @@ RESTARTS = "starts this run again from the beginning: a sharded model that is tr
 
 
 class Stopped(BaseException):
-    """A stop was requested by the signal named `asked`; `then` says what the same command will do next. It is not an
-    `Exception`, so that no handler on the way mistakes it for a failure."""
+    """A stop was requested by the signal named `asked`; `next_action` says what the same command will do next. It is
+    not an `Exception`, so that no handler on the way mistakes it for a failure."""
 
-    def __init__(self, asked: str, then: str = RESUMES) -> None:
+    def __init__(self, asked: str, next_action: str = RESUMES) -> None:
         super().__init__(asked)
-        self.then = then
+        self.next_action = next_action
 
 
-class Elsewhere(Exception):
+class RunHeldElsewhere(Exception):
     """Another process is doing this run."""
 
 

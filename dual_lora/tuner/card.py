@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .warmup import find_ramp
+from .warmup import describe_unfinished_ramp
 
 TAGS = ("dual-lora", "peft")
 HEADING = "## Loading this adapter"
@@ -48,7 +48,7 @@ def extend_card(folder: Path) -> None:
 
 
 def find_saved_ramp(folder: Path, steps: int) -> str | None:
-    """Return what `find_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
+    """Return what `describe_unfinished_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
 
     A Trainer's checkpoints (checkpoint-N) are skipped: training continues from them.
     """
@@ -58,4 +58,4 @@ def find_saved_ramp(folder: Path, steps: int) -> str | None:
     with safe_open(file, "pt") as saved:
         names = [name.removesuffix("update_scale") for name in saved.keys() if name.endswith(".update_scale")]  # noqa: SIM118
         states = [(saved.get_tensor(f"{n}step"), saved.get_tensor(f"{n}update_scale"), steps) for n in names]
-    return find_ramp(states)
+    return describe_unfinished_ramp(states)

@@ -109,9 +109,9 @@ class DualLoraConfig(PeftConfig):
 
         super().save_pretrained(save_directory, **kwargs)
         extend_card(Path(save_directory))
-        ramp = None if hasattr(self, "_told") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
+        ramp = None if hasattr(self, "_warned") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
         if ramp is not None:
-            self._told = True  # no field, so it is not saved
+            self._warned = True  # no field, so it is not saved
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
 
     def _resolve_ranks(self) -> None:

@@ -17,7 +17,7 @@ from .config import DualLoraConfig
 
 MAX_DRAWS = 100  # attempts at initial factors that can train
 # All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
-LIVE: weakref.WeakSet = weakref.WeakSet()
+ALL_FACTORS: weakref.WeakSet = weakref.WeakSet()
 
 
 class DualLoraFactors(nn.Module):
@@ -53,7 +53,7 @@ class DualLoraFactors(nn.Module):
         self.C = nn.Parameter(torch.empty(*lead, r2, fan_in, dtype=dtype))
         self.D = nn.Parameter(torch.empty(*lead, fan_out, r2, dtype=dtype))
         self.scaling = alpha / math.sqrt(r1 * r2)
-        self.kinds = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
+        self.variants = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
         self.kernel = config.kernel
         self.dropout = config.lora_dropout
         self.warmup_steps = config.scale_warmup_steps
@@ -63,17 +63,17 @@ class DualLoraFactors(nn.Module):
         fan = self.choose_fan(fan_in, fan_out)
         std = config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction)
         self.reset_parameters(std, config.direction_init_std)
-        self.keeps = True  # whether evaluation may keep dW, which is as large as the weight
-        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
+        self.caches_update = True  # whether evaluation may keep dW, which is as large as the weight
+        self._cache: tuple[tuple, list[Tensor], Tensor] | None = None
         self.loaded = False  # whether the values come from a file; read by `DualLoraModel._warn_of_ramp`
-        LIVE.add(self)
+        ALL_FACTORS.add(self)
 
     def __getstate__(self):
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_cache": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        LIVE.add(self)  # a copy or an unpickled module did not pass through __init__
+        ALL_FACTORS.add(self)  # a copy or an unpickled module did not pass through __init__
 
     @staticmethod
     def choose_fan(fan_in: int, fan_out: int) -> int:
@@ -109,7 +109,7 @@ class DualLoraFactors(nn.Module):
         """Return whether the corners of B A and D C are finite and not all 0; for ReLU, B A needs a positive entry in
         every block."""
         size, direction = (b[..., :64, :] @ a[..., :64] for a, b in ((self.A, self.B), (self.C, self.D)))
-        live = size.amax((-2, -1)) > 0 if self.kinds["magnitude"] == "relu" else size.any()
+        live = size.amax((-2, -1)) > 0 if self.variants["magnitude"] == "relu" else size.any()
         return bool(live.all() and direction.any() and size.isfinite().all() and direction.isfinite().all())
 
     @property
@@ -124,7 +124,7 @@ class DualLoraFactors(nn.Module):
     @property
     def recomputes(self) -> bool:
         """Whether dW is rebuilt in backward. The kernels implement the paper's map only; variants use autograd."""
-        return self.kernel != "eager" and self.kinds["magnitude"] == "relu" and self.kinds["direction"] == "sign"
+        return self.kernel != "eager" and self.variants["magnitude"] == "relu" and self.variants["direction"] == "sign"
 
     @property
     def kernel_used(self) -> str:
@@ -139,7 +139,7 @@ class DualLoraFactors(nn.Module):
 
     def _delta_weight(self, *factors: Tensor) -> Tensor:
         if not self.recomputes:
-            return delta_weight(*factors, self.scale, **self.kinds)
+            return delta_weight(*factors, self.scale, **self.variants)
         if factors[0].ndim == 3:
             return torch.stack([self._delta_weight(*block) for block in zip(*factors, strict=True)])
         return kernels.delta_weight(*self._upcast(*factors), **self._kernel_options)
@@ -151,15 +151,15 @@ class DualLoraFactors(nn.Module):
     def _kernel_options(self) -> dict:
         return {
             "scale": self.scale,
-            "ste": self.kinds["ste"],
+            "ste": self.variants["ste"],
             "ops": kernels.choose_ops(self.kernel, self.A.device),
         }
 
     def advance(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device.
 
-        f is written at every step, even after the ramp, so that its version changes: this is how `_matrix` notices a
-        step on sharded parameters, which are gathered again without a change of version.
+        f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`
+        notices a step on sharded parameters, which are gathered again without a change of version.
         """
         ramping = self.step < self.warmup_steps
         self.step += ramping
@@ -172,7 +172,7 @@ class DualLoraFactors(nn.Module):
         self.update_scale.fill_(factor)
 
     @property
-    def drops(self) -> bool:
+    def applies_dropout(self) -> bool:
         """Whether dropout acts on the input now."""
         return self.training and self.dropout > 0
 
@@ -180,7 +180,8 @@ class DualLoraFactors(nn.Module):
         """Return x dW^T, or x (weight + dW)^T + bias, in x's dtype or autocast's.
 
         x: ... x fan_in; result: ... x (blocks * fan_out). weight (fan_out x fan_in) and bias (fan_out) are constants.
-        They may only be given without blocks, if `recomputes`, and if not `drops`: dropout must not act on the base.
+        They may only be given without blocks, if `recomputes`, and if not `applies_dropout`: dropout must not act on
+        the base.
         """
         device = x.device.type
         if is_autocast_on(device) and x.dtype != torch.float64:
@@ -200,44 +201,44 @@ class DualLoraFactors(nn.Module):
         if weight is not None and x.dtype != self._product_dtype:
             # Rounding weight + dW to 16 bits would lose dW.
             base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            return base + F.linear(x, self._matrix(None, x.dtype))
-        return F.linear(x, self._matrix(weight, x.dtype), bias)
+            return base + F.linear(x, self._cached_matrix(None, x.dtype))
+        return F.linear(x, self._cached_matrix(weight, x.dtype), bias)
 
-    def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return dW, or weight + dW, (blocks * fan_out) x fan_in. If `keeps`, it is cached between the calls of an
-        evaluation until one of the tensors it is computed from changes."""
+    def _cached_matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return dW, or weight + dW, (blocks * fan_out) x fan_in. If `caches_update`, it is cached between the calls
+        of an evaluation until one of the tensors it is computed from changes."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
         replayed = torch.compiler.is_compiling() or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
-        keepable = self.keeps and not replayed and not any(_is_untrackable(t) for t in parts)
-        made_of = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
-        if keepable and self._kept is not None and self._is_current(made_of, factors):
-            return self._kept[2]
+        keepable = self.caches_update and not replayed and not any(_is_untrackable(t) for t in parts)
+        cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
+        if keepable and self._cache is not None and self._is_current(cache_key, factors):
+            return self._cache[2]
         dW = self.delta_weight().flatten(0, -2)
         matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
-        self._kept = (made_of, [t.clone() for t in factors], matrix) if keepable else None
+        self._cache = (cache_key, [t.clone() for t in factors], matrix) if keepable else None
         return matrix
 
-    def _is_current(self, made_of: tuple, factors: list[Tensor]) -> bool:
+    def _is_current(self, cache_key: tuple, factors: list[Tensor]) -> bool:
         """Return whether the cache was computed from exactly these tensors with their present values.
 
         A write through `.data`, as weight averaging does, does not change a tensor's version. The factors are small
         enough to compare; such a write to a base weight goes unnoticed until `train()`, `eval()` or a cast.
         """
-        was_made_of, values, _ = self._kept
-        return was_made_of == made_of and all(map(torch.equal, values, factors))
+        cached_key, values, _ = self._cache
+        return cached_key == cache_key and all(map(torch.equal, values, factors))
 
-    def release(self) -> None:
+    def clear_cache(self) -> None:
         """Free the matrix that evaluation cached."""
-        self._kept = None
+        self._cache = None
 
     def train(self, mode: bool = True):
-        self.release()
+        self.clear_cache()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs."""
-        self.release()
+        self.clear_cache()
         before = self.update_scale
         super()._apply(fn, recurse)
         if self.update_scale.dtype != before.dtype:
@@ -245,7 +246,7 @@ class DualLoraFactors(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.release()
+        self.clear_cache()
         self.loaded = True
         super()._load_from_state_dict(*args, **kwargs)
 

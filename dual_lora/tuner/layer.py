@@ -49,7 +49,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         # The weight from before the first merge and the version of the merged one; in a list, since a parameter
         # assigned to an attribute would be registered.
         self._unmerged: list[tuple[Tensor, int | None]] = []
-        self.plain = quantization_backend is not None or has_plain_forward(self.get_base_layer())
+        self.has_plain_forward = quantization_backend is not None or has_plain_forward(self.get_base_layer())
 
     def update_layer(
         self, adapter_name: str, config: DualLoraConfig, r: int, alpha: float, fused: list | None = None
@@ -60,11 +60,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: fused does not fit the layer, the weight has no entries, or the base layer has a forward of its
                 own, to which dropout on the adapter's input cannot be applied.
         """
-        if not self.plain and config.lora_dropout > 0:
+        if not self.has_plain_forward and config.lora_dropout > 0:
             cls = type(self.get_base_layer()).__name__
             raise ValueError(f"lora_dropout={config.lora_dropout}: {cls} has a forward of its own; take lora_dropout=0")
         factors = self._create_factors(config, r, alpha, fused)
-        factors.keeps = not self._quantized()  # a cached dW would take several times the memory of a quantised weight
+        # A cached dW would take several times the memory of a quantised weight.
+        factors.caches_update = not self._is_quantised()
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -117,9 +118,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
                 "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it no longer gets a gradient.",
                 stacklevel=2,
             )
-        return self._like_base_weight(dW, adapter)
+        return self._reshape_like_base_weight(dW, adapter)
 
-    def _like_base_weight(self, dW: Tensor, adapter: str) -> Tensor:
+    def _reshape_like_base_weight(self, dW: Tensor, adapter: str) -> Tensor:
         return dW
 
     def set_adapter(self, adapter_names: str | list[str], *args, **kwargs) -> None:
@@ -127,7 +128,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, *args, **kwargs)
         for name, factors in self.dual_lora_factors.items():
             if name not in self.active_adapters:
-                factors.release()
+                factors.clear_cache()
 
     def check_merge_allowed(self) -> None:
         """Raise if merging would have no effect on the layer's output.
@@ -136,7 +137,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: the base weight is computed from other tensors at every use.
         """
         base = self.get_base_layer()
-        if not self._quantized() and base._parameters.get("weight") is None:
+        if not self._is_quantised() and base._parameters.get("weight") is None:
             raise ValueError(
                 f"cannot merge into {type(base).__name__}: its weight is computed from other tensors (parametrised, "
                 "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
@@ -162,10 +163,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return
         self.check_merge_allowed()
         for factors in self.dual_lora_factors.values():
-            factors.release()
+            factors.clear_cache()
         before = self._base_weight()
         delta = self._sum_delta_weights(names, before.device)
-        target = self._rows_as_looked_up(before.to(delta.dtype)) + delta
+        target = self._apply_max_norm(before.to(delta.dtype)) + delta
         merged = target.to(before.dtype)
         if safe_merge:
             self._check_finite(names, merged)
@@ -177,7 +178,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._unmerged.append((kept, self._weight_version()))
         self.merged_adapters.extend(names)
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
-            kind = "quantised" if self._quantized() else before.dtype
+            kind = "quantised" if self._is_quantised() else before.dtype
             warnings.warn(
                 f"Merging Dual LoRA into {kind} base weights rounds away more than {MAX_ROUNDING:.0%} of dW; "
                 "merge into a base of higher precision to keep it.",
@@ -204,7 +205,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _sum_delta_weights(self, names: list[str], device: torch.device) -> Tensor:
         return sum(self.get_delta_weight(name).to(device) for name in names)
 
-    def _rows_as_looked_up(self, weight: Tensor) -> Tensor:
+    def _apply_max_norm(self, weight: Tensor) -> Tensor:
         """The base weight as the base layer's forward uses it."""
         return weight
 
@@ -220,11 +221,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if not all(t.isfinite().all() for t in (merged, *self.dual_lora_factors[name].parameters())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def _quantized(self) -> bool:
+    def _is_quantised(self) -> bool:
         return self.quantization_backend is not None
 
     def _base_weight(self) -> Tensor:
-        if self._quantized():
+        if self._is_quantised():
             return self.quantization_backend.get_base_weight(self.get_base_layer())
         weight = self.get_base_layer().weight
         if not weight.is_floating_point():
@@ -234,7 +235,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _set_base_weight(self, weight: Tensor, replace: bool) -> None:
         """Write into the base layer's parameter, or, with `replace`, put another in its place."""
         base = self.get_base_layer()
-        if self._quantized():
+        if self._is_quantised():
             self.quantization_backend.set_base_weight(self, weight)
         elif replace or base.weight.is_inference():
             if not isinstance(weight, nn.Parameter):
@@ -247,7 +248,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _weight_version(self) -> int | None:
         """A number that changes when the base weight is written to in place; None where there is none."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if self._quantized() or weight is None or weight.is_inference() or self._writes_to_its_weight():
+        if self._is_quantised() or weight is None or weight.is_inference() or self._writes_to_its_weight():
             return None
         return weight._version
 
@@ -279,10 +280,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
-        if not self.plain and names:
+        if not self.has_plain_forward and names:
             return self._forward_whole_weight(x, names, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        if self._quantized():
+        if self._is_quantised():
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._add_terms(result, x, names)
 
@@ -304,7 +305,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if name not in self.dual_lora_factors:
                 continue  # the base, or an adapter of other layers
             rows = [row for row, of_row in enumerate(adapter_names) if of_row == name]
-            if self.plain:
+            if self.has_plain_forward:
                 result[rows] = self._add_terms(result[rows], x[rows], [name])
             else:
                 result[rows] = self._forward_whole_weight(x[rows], [name], *args, **kwargs)
@@ -313,10 +314,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _forward_whole_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """Run the base layer's own forward on W0 + dW, in the precision of the factors, since 16 bits would lose dW."""
         base = self.get_base_layer()
-        dW = sum(self._like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
+        dW = sum(self._reshape_like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
         tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         state = {name: t.to(dW.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        state["weight"] = self._rows_as_looked_up(state["weight"]) + dW
+        state["weight"] = self._apply_max_norm(state["weight"]) + dW
         precise = x.to(dW.dtype) if x.is_floating_point() else x
         with suspend_autocast(x.device.type):
             result = torch.func.functional_call(base, state, (precise, *args), kwargs)
@@ -333,7 +334,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return result + self.dual_lora_factors[adapter](x)
 
     def extra_repr(self) -> str:
-        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._quantized() else ""
+        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._is_quantised() else ""
 
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()
@@ -350,13 +351,13 @@ class Linear(DualLoraLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As `DualLoraLayer.forward`, ... x in -> ... x out; uses one product for base and adapter if possible."""
-        factors = None if args or kwargs or self.bypassed else self._fusable(x)
-        if factors is None or factors.drops:
+        factors = None if args or kwargs or self.bypassed else self._find_fusable_factors(x)
+        if factors is None or factors.applies_dropout:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         return factors(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
 
-    def _fusable(self, x: Tensor) -> DualLoraFactors | None:
+    def _find_fusable_factors(self, x: Tensor) -> DualLoraFactors | None:
         """Return the active adapter's factors if one product with W0 + dW can replace those of base and adapter, else
         None. That needs exactly one adapter and a plain base layer with x's dtype, frozen weights and no hooks."""
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
@@ -395,7 +396,7 @@ class Linear(DualLoraLayer):
         if fused is not None:
             self.fused_slices[adapter_name] = fused
 
-    def _like_base_weight(self, dW, adapter):
+    def _reshape_like_base_weight(self, dW, adapter):
         if adapter in self.fused_slices:
             n, blocks = self.fused_slices[adapter]
             whole = dW.new_zeros(n, *dW.shape[1:])
@@ -434,13 +435,13 @@ class Embedding(DualLoraLayer):
         factors.padding_idx, factors.scale_grad_by_freq = base.padding_idx, base.scale_grad_by_freq
         return factors
 
-    def _like_base_weight(self, dW, adapter):
+    def _reshape_like_base_weight(self, dW, adapter):
         return dW.T
 
     def _writes_to_its_weight(self):
         return self.get_base_layer().max_norm is not None
 
-    def _rows_as_looked_up(self, weight):
+    def _apply_max_norm(self, weight):
         base = self.get_base_layer()
         return weight if base.max_norm is None else torch.renorm(weight, base.norm_type, 0, base.max_norm)
 
@@ -469,7 +470,7 @@ class ConvNd(DualLoraLayer):
         weight = self.get_base_layer().weight
         return math.prod(weight.shape[1:]), weight.shape[0]
 
-    def _like_base_weight(self, dW, adapter):
+    def _reshape_like_base_weight(self, dW, adapter):
         return dW.view(self.get_base_layer().weight.shape)
 
     def _add_term(self, result, x, adapter):

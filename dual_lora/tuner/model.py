@@ -16,7 +16,7 @@ from .bypass import find_use
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, find_layer_class
 from .register import NAME
-from .warmup import find_ramp
+from .warmup import describe_unfinished_ramp
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -30,7 +30,7 @@ except ImportError:  # peft < 0.20 has no quantisation backends
 
 
 # Rows of a mixed batch that no adapter acts on.
-BASE_ROWS = "__base__"
+BASE_ADAPTER_NAME = "__base__"
 
 
 class DualLoraModel(BaseTuner):
@@ -75,13 +75,13 @@ class DualLoraModel(BaseTuner):
 
     def _warn_of_ramp(self, adapters: list[str], occasion: str, loaded: bool | None = None) -> None:
         """Warn, once per occasion ("loaded", "merged"), that an adapter is not at full scale yet."""
-        told = self.__dict__.setdefault("_told", set())
-        for name in [name for name in adapters if (name, occasion) not in told]:
+        warned = self.__dict__.setdefault("_warned", set())
+        for name in [name for name in adapters if (name, occasion) not in warned]:
             factors = [layer.dual_lora_factors[name] for layer in self._layers() if name in layer.dual_lora_factors]
-            meant = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
-            ramp = find_ramp((f.step, f.update_scale, f.warmup_steps) for f in meant)
+            selected = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
+            ramp = describe_unfinished_ramp((f.step, f.update_scale, f.warmup_steps) for f in selected)
             if ramp is not None:
-                told.add((name, occasion))
+                warned.add((name, occasion))
                 warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
 
     def _check_merge_allowed(self) -> None:
@@ -160,7 +160,7 @@ class DualLoraModel(BaseTuner):
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names={names!r}: expected a list of str, one for each row of the batch")
         known = {name for layer in self._layers() for name in layer.dual_lora_factors}
-        unknown = sorted(set(names) - known - {BASE_ROWS})
+        unknown = sorted(set(names) - known - {BASE_ADAPTER_NAME})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 

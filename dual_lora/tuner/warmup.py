@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from .factors import LIVE, DualLoraFactors
+from .factors import ALL_FACTORS, DualLoraFactors
 
-_TRAINED_BY: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def factors_of(model: nn.Module) -> list[DualLoraFactors]:
+def list_factors(model: nn.Module) -> list[DualLoraFactors]:
     """Every adapter's factors in the model."""
     return [m for m in model.modules() if isinstance(m, DualLoraFactors)]
 
@@ -36,7 +36,7 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor={factor}: expected a finite number")
-    factors = factors_of(model)
+    factors = list_factors(model)
     if not factors:
         raise ValueError("the model has no Dual LoRA adapter")
     if ramp and not 0 <= factor <= 1:
@@ -45,7 +45,7 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
         f.set_update_scale(factor, ramp)
 
 
-def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
+def describe_unfinished_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
     """Return the end of a sentence about the least advanced unfinished ramp; None if all ramps have ended.
 
     states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand ends the ramp.
@@ -69,11 +69,11 @@ def find_first_trained(factors: DualLoraFactors, default: nn.Parameter | None = 
 def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
     """The factors whose first trained parameter this optimizer holds, so that exactly one optimizer advances each."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    known = _TRAINED_BY.get(optimizer)
+    known = _FACTORS_BY_OPTIMIZER.get(optimizer)
     if known is None or known[0] != held:
         ids = set(held)
-        known = held, [weakref.ref(f) for f in LIVE if id(find_first_trained(f, f.A)) in ids]
-        _TRAINED_BY[optimizer] = known
+        known = held, [weakref.ref(f) for f in ALL_FACTORS if id(find_first_trained(f, f.A)) in ids]
+        _FACTORS_BY_OPTIMIZER[optimizer] = known
     return known[1]
 
 
@@ -95,7 +95,7 @@ class DualLoraWarmupCallback(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._before = [(f, int(f.step)) for f in factors_of(model) if find_first_trained(f) is not None]
+        self._before = [(f, int(f.step)) for f in list_factors(model) if find_first_trained(f) is not None]
 
     def on_step_end(self, args, state, control, **kwargs):
         for factors, step in self._before:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dual_lora.lab.config.paths import CONF, ROOT, list_choices
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 
 EXAMPLES = {
     "python train.py": "the demo: a bundled tiny model, no downloads, about a minute",
@@ -27,7 +27,6 @@ EXAMPLES = {
 }
 SWEEPS = "Several runs (-m), in Hydra's syntax: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
-GROUPS = ("model", "task", "method", "hardware")  # as in config/overrides.py, which would import Hydra
 MANY = "..."  # a list or a dictionary that would fill the line
 
 
@@ -43,15 +42,15 @@ def read_defaults() -> dict[str, str]:
     """Return the value of every setting in `python train.py`, by its full name, as one would type it."""
     content = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     chosen = {key: name for entry in content.pop("defaults") if isinstance(entry, dict) for key, name in entry.items()}
-    found = {key: format_value(value) for key, value in iterate_values(content)}
+    found = {key: format_setting(value) for key, value in iterate_defaults(content)}
     for group in GROUPS:
         choice = yaml.safe_load((CONF / group / f"{chosen[group]}.yaml").read_text(encoding="utf-8"))
-        found |= {f"{group}.{key}": format_value(value) for key, value in choice.items()}
+        found |= {f"{group}.{key}": format_setting(value) for key, value in choice.items()}
         found[group] = chosen[group]
     return found
 
 
-def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def iterate_defaults(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield full name and value of every setting of conf/config.yaml."""
     for key, value in content.items():
         if isinstance(value, dict):
@@ -60,7 +59,7 @@ def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def format_value(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Return a value as one would type it: a reference as the other setting's name, a filled list or dict as ..."""
     if isinstance(value, str):
         return value.removeprefix("${").removesuffix("}")

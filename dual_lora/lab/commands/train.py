@@ -139,7 +139,7 @@ def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None,
     except Exception as error:
         if alone:
             raise
-        if said := describe_machine_error(error):
-            return plan, said, EXIT_USER
+        if message := describe_machine_error(error):
+            return plan, message, EXIT_USER
         print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
         return plan, f"{type(error).__name__}: {get_first_line(error)}", EXIT_FAILED

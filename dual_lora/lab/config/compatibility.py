@@ -11,15 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.paths import list_choices, load_yaml
-from dual_lora.lab.config.schema import Settings, get_setting
+from dual_lora.lab.config.schema import METHOD_SETTINGS, Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
 # Settings that only a generation task has: decoding, and which tokens the loss covers.
-WRITING = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
+GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
-METHOD_PARTS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
 # A sentence cut shorter than this is special tokens and at most one token of text.
 MIN_SENTENCE_TOKENS = 4
 
@@ -71,7 +70,7 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
     if group != "method":
         return None
     own = OmegaConf.to_container(composed.method.peft, resolve=False) if composed.method.peft else {}
-    if name in METHOD_PARTS and method.peft is not None:
+    if name in METHOD_SETTINGS and method.peft is not None:
         used = any(f"${{{key}}}" in str(value) for value in own.values())
         return None if used else f"method {method.name} has no {name}; drop it"
     if named := re.fullmatch(r"\$\{(method\.\w+)\}", str(own.get(name.removeprefix("peft."), ""))):
@@ -92,7 +91,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
     model, task, train, method = settings.model, settings.task, settings.train, settings.method
     form, (group, _, name) = load_task(settings).form, key.partition(".")
     writes = form == "generation"
-    if group == "task" and name in WRITING and not writes:
+    if group == "task" and name in GENERATION_SETTINGS and not writes:
         return f"{task.name} writes no text; drop it"
     if key == "task.length_penalty" and task.num_beams == 1:
         return "only beam search uses it; set task.num_beams above 1, or drop it"

@@ -16,9 +16,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
-from dual_lora.lab.config.overrides import GROUPS, iterate_keys, parse_override
+from dual_lora.lab.config.overrides import iterate_keys, parse_override
 from dual_lora.lab.config.paths import list_choices, load_yaml
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 __all__ = ["GROUPS", "build_settings", "describe_config_error", "iterate_keys", "list_choices", "load_settings"]
@@ -165,6 +165,6 @@ def apply_override(override: Override, config: DictConfig) -> None:
     try:
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
-        said = describe_config_error(error)
+        message = describe_config_error(error)
         key = override.key_or_group
-        raise UserError(said if said.startswith(key.partition(".")[0]) else f"{key}: {said}") from error
+        raise UserError(message if message.startswith(key.partition(".")[0]) else f"{key}: {message}") from error

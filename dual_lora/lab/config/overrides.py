@@ -21,11 +21,10 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from dual_lora.lab.config.paths import list_choices
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require, suggest_name
 
-GROUPS = ("model", "task", "method", "hardware")
 # More runs than anybody wants from one command; composing this many takes minutes.
 MAX_RUNS = 10_000
 # Several groups have a setting such as `lr`. If the group is left out, the first of these is most likely meant.
@@ -189,10 +188,10 @@ def check_override(override: Override) -> None:
     require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
     require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")
     for value in list_values(override) if key in GROUPS else ():
-        check_choice(key, str(parse_override(f"{key}={value}").value()))
+        check_group_choice(key, str(parse_override(f"{key}={value}").value()))
 
 
-def check_choice(group: str, name: str) -> None:
+def check_group_choice(group: str, name: str) -> None:
     """Refuse a model, task, method or hardware that is not in conf/.
 
     Raises:

@@ -84,7 +84,7 @@ def iterate_setting_names(values: dict[str, Any], before: str = "") -> Iterator[
             yield f"{before}{key}"
 
 
-def find_differences(jobs: list[Settings]) -> list[dict[str, Any]]:
+def find_differences(all_settings: list[Settings]) -> list[dict[str, Any]]:
     """Return, for each run, the settings (full name: value) that distinguish it from the other runs.
 
     Among runs with the same model, task and method these are as few settings as possible, in the order of the schema.
@@ -92,14 +92,17 @@ def find_differences(jobs: list[Settings]) -> list[dict[str, Any]]:
     else differs.
     """
     alike: dict[tuple[str, ...], list[int]] = {}
-    for number, job in enumerate(jobs):
-        alike.setdefault(tuple(str(get_setting(job, key)) for key in NAMES), []).append(number)
-    found: list[dict[str, Any]] = [{} for _ in jobs]
+    for number, settings in enumerate(all_settings):
+        alike.setdefault(tuple(str(get_setting(settings, key)) for key in NAMES), []).append(number)
+    found: list[dict[str, Any]] = [{} for _ in all_settings]
     for numbers in alike.values():
-        for number, values in zip(numbers, find_distinct_values([jobs[n] for n in numbers]), strict=True):
+        for number, values in zip(numbers, find_distinct_values([all_settings[n] for n in numbers]), strict=True):
             found[number] = values
-    varied = [key for key in NAMES if len({get_setting(job, key) for job in jobs}) > 1]
-    return [{key: get_setting(job, key) for key in varied} | values for job, values in zip(jobs, found, strict=True)]
+    varied = [key for key in NAMES if len({get_setting(settings, key) for settings in all_settings}) > 1]
+    return [
+        {key: get_setting(settings, key) for key in varied} | values
+        for settings, values in zip(all_settings, found, strict=True)
+    ]
 
 
 def is_derived(key: str) -> bool:
@@ -107,14 +110,17 @@ def is_derived(key: str) -> bool:
     return key in DERIVED or key.startswith("method.peft.")
 
 
-def find_distinct_values(jobs: list[Settings]) -> list[dict[str, Any]]:
+def find_distinct_values(all_settings: list[Settings]) -> list[dict[str, Any]]:
     """Return the values that distinguish runs of one model, task and method. A setting is used if it separates runs
     that the earlier ones do not."""
-    leaves = [{key: value for key, value in iterate_leaves(job) if not key.startswith("wandb.")} for job in jobs]
+    leaves = [
+        {key: value for key, value in iterate_leaves(settings) if not key.startswith("wandb.")}
+        for settings in all_settings
+    ]
     keys = sorted(dict.fromkeys(key for values in leaves for key in values), key=is_derived)
     chosen: list[str] = []
     parts = {()}
-    for key in keys if len(jobs) > 1 else ():
+    for key in keys if len(all_settings) > 1 else ():
         finer = {tuple(str(values.get(k)) for k in (*chosen, key)) for values in leaves}
         if len(finer) > len(parts):
             chosen, parts = [*chosen, key], finer

@@ -19,6 +19,11 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 MAX_INTEGER, MAX_MULTIPLIER = 2**32, 1e6
 # No known model has more; a plan builds every layer.
 MAX_LAYERS = 1000
+# The groups whose settings come from a file in conf/ that a command line chooses by name.
+GROUPS = ("model", "task", "method", "hardware")
+# The settings of a method that only an adapter has.
+METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 def setting(about: str) -> Any:
@@ -199,7 +204,7 @@ class Method:
         check_positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
         check_range("method", self, 0, 1, "dropout", "magnitude_ratio", "ramp_share")
         check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio", "alpha")
-        for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
+        for key in METHOD_SETTINGS:
             value = getattr(self, key)
             used = self.peft is not None and value is not None
             require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
@@ -277,7 +282,7 @@ class Wandb:
     tags: list[str] = setting("tags in addition to model, task and method")
 
     def __post_init__(self) -> None:
-        check_choice("wandb.mode", self.mode, ("online", "offline", "disabled"))
+        check_choice("wandb.mode", self.mode, WANDB_MODES)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def search_beams(
     scores = torch.full(tokens.shape[:2], IMPOSSIBLE, device=tokens.device)
     scores[:, 0] = 0  # at first all beams of a prompt are one
     found, best = tokens, torch.full_like(scores, -torch.inf)
-    places = torch.arange(len(tokens), device=tokens.device)
+    prompt_indices = torch.arange(len(tokens), device=tokens.device)
     results = torch.full((len(tokens), end), fill, device=tokens.device)
-    while len(places):
+    while len(prompt_indices):
         rows = tokens.flatten(0, 1)
         first = rows.shape[1] == start
         seen = slice(None, None, beams if first else 1)
@@ -67,13 +67,13 @@ def search_beams(
         scores, order = (sums + ended * IMPOSSIBLE).topk(beams)
         tokens, parents = grown.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
 
-        full = best.isfinite().all(1)
-        reach = end - start if config.early_stopping == "never" and config.length_penalty > 0 else length
-        hopeless = scores[:, 0] / reach**config.length_penalty <= best[:, -1]
-        done = ended.all(1) | (full & (hopeless | (config.early_stopping is True)))
-        results[places[done], : grown.shape[-1]] = found[done, 0]
-        rows = (torch.arange(len(places), device=parents.device)[:, None] * beams + parents)[~done].flatten()
+        has_all_beams = best.isfinite().all(1)
+        best_length = end - start if config.early_stopping == "never" and config.length_penalty > 0 else length
+        hopeless = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]
+        done = ended.all(1) | (has_all_beams & (hopeless | (config.early_stopping is True)))
+        results[prompt_indices[done], : grown.shape[-1]] = found[done, 0]
+        rows = (torch.arange(len(prompt_indices), device=parents.device)[:, None] * beams + parents)[~done].flatten()
         cache.reorder_cache(rows)
         attention_mask = pad(attention_mask[rows], (0, 1), value=1)
-        tokens, scores, found, best, places = (t[~done] for t in (tokens, scores, found, best, places))
+        tokens, scores, found, best, prompt_indices = (t[~done] for t in (tokens, scores, found, best, prompt_indices))
     return results

@@ -26,23 +26,27 @@ class BeamLayer(DynamicLayer):
             space[..., : self.length, :] = held[:, None]
             self.space.append(space.flatten(0, 1))
         self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
-        self._show()
+        self._trim_views()
 
-    def _show(self) -> None:
+    def _trim_views(self) -> None:
         self.keys, self.values = (space[..., : self.length, :] for space in self.space)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, beams x heads x new tokens x size, in place; return all up to and with them."""
         end = self.length + key_states.shape[-2]
         for space, new in zip(self.space, (key_states, value_states), strict=True):
             space[..., self.length : end, :] = new
         self.length = end
-        self._show()
+        self._trim_views()
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows that `beam_idx` lists, in its order. While no prompt is done, a beam only continues one of its
+        own prompt, so the prompt's keys and values stay where they are.
+        """
         if len(beam_idx) < len(self.keys):  # some prompts are done
             self.space = [space.index_select(0, beam_idx) for space in self.space]
-            return self._show()
+            return self._trim_views()
         for space in self.space:
             generated = space[..., self.prompt : self.length, :]
             generated.copy_(generated.index_select(0, beam_idx))

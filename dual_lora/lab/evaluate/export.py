@@ -1,6 +1,5 @@
 """A finished run as a checkpoint that plain transformers loads, without this package."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merg
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, remove_path
+from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.sealed import list_files
 
@@ -115,7 +114,7 @@ def build_folder(folder: Path) -> Iterator[Path]:
             # A name that no other export chooses.
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:60]}.", suffix=".partial", dir=folder.parent))
             yield partial
-            share_as_usual(partial)
+            apply_umask(partial)
             install_folder(partial, folder)
     except OSError as error:
         raise UserError(f"export={folder}: {describe_machine_error(error)}") from error
@@ -124,11 +123,10 @@ def build_folder(folder: Path) -> Iterator[Path]:
             remove_path(partial)
 
 
-def share_as_usual(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Give a folder of `mkdtemp`, and the files in it, the permissions that new ones have here: some writers keep what
     they write to its owner."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = read_umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

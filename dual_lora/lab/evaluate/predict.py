@@ -24,6 +24,7 @@ from tasks.base import Row
 def classify_rows(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[int] | list[float]:
+    """Return the index of each row's class, or, for regression, its number. Rows are truncated to `task.max_length`."""
     columns = build_sentence_encoder(tokenizer, settings)
     features = [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
     batch = tokenizer.pad(features, return_tensors="pt").to(model.device)
@@ -39,8 +40,8 @@ def check_finite(scores: torch.Tensor) -> None:
         UserError: with a remedy; the run diverged.
     """
     if not scores.amax(-1).isfinite().all():
-        said = "the model's outputs are NaN or Inf; take model.dtype=float32, a lower train.lr or other weights"
-        raise UserError(said, diverged=True)
+        message = "the model's outputs are NaN or Inf; take model.dtype=float32, a lower train.lr or other weights"
+        raise UserError(message, diverged=True)
 
 
 class FiniteScores(LogitsProcessor):

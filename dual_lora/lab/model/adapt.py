@@ -36,7 +36,7 @@ from dual_lora.lab.errors import (
 from dual_lora.lab.model.load import build_target_pattern, is_sharded
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
-from dual_lora.tuner.warmup import factors_of
+from dual_lora.tuner.warmup import list_factors
 
 TASK_TYPES = {
     "classification": TaskType.SEQ_CLS,
@@ -145,8 +145,8 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     )
     if settings.init_from:
         load_init_weights(adapted, settings)
-    for factors in factors_of(adapted) if is_sharded(model) else ():
-        factors.keeps = False  # each device would hold an update as large as the whole weight
+    for factors in list_factors(adapted) if is_sharded(model) else ():
+        factors.caches_update = False  # each device would hold an update as large as the whole weight
     return adapted
 
 
@@ -164,10 +164,10 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
             raise
         where = f"method={settings.method.name} on model={settings.model.name}"
         reads = "DTensor" in str(error)
-        said = (
+        message = (
             "it starts from the base weights, which are sharded; take hardware=ddp" if reads else get_first_line(error)
         )
-        raise UserError(f"{where}: {said}") from error
+        raise UserError(f"{where}: {message}") from error
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
         model.load_state_dict(chosen, strict=not shared)
         return
     set_peft_model_state_dict(model, chosen)
-    for factors in factors_of(model):  # trained factors are at full scale, whatever the length of this run's ramp
+    for factors in list_factors(model):  # trained factors are at full scale, whatever the length of this run's ramp
         factors.set_update_scale(1.0, ramp=False)
 
 
@@ -220,20 +220,20 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
 def start_ramp(model: torch.nn.Module) -> None:
     """Take the first step of every ramp that has not begun, so that the first optimizer step already trains the
     factors: at f = 0 they have no gradient."""
-    for factors in factors_of(model):
+    for factors in list_factors(model):
         if int(factors.step) == 0:
             factors.advance()
 
 
 def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     """Return a warning where training ended before an update was at its full scale; none otherwise."""
-    reached = min((float(factors.update_scale) for factors in factors_of(model)), default=1.0)
+    reached = min((float(factors.update_scale) for factors in list_factors(model)), default=1.0)
     if reached >= 1:
         return []
     return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
 
 
-def name_rate(name: str, settings: Settings) -> tuple[str, float]:
+def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:
     """Return the group a trained weight belongs to, and that group's learning rate: heads train at `train.head_lr`, the
     B matrices of LoRA+ at `method.lr_ratio` times the rate of the rest (arXiv 2402.12354), everything else at
     `train.lr`."""
@@ -253,19 +253,19 @@ def split_by_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, sett
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            name, rate = name_rate(names[parameter], settings)
+            name, rate = find_group_and_rate(names[parameter], settings)
             found.setdefault((number, name), {**group, "params": [], "lr": rate})["params"].append(parameter)
     optimizer.param_groups[:] = sorted(found.values(), key=lambda group: group["lr"] != settings.train.lr)
 
 
 def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
     """Return the learning rate of every group of trained weights, by its name."""
-    return dict(name_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
+    return dict(find_group_and_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def list_kernels(model: torch.nn.Module) -> list[str]:
     """Return the kernels that compute the Dual LoRA adapters; empty for other methods."""
-    return sorted({factors.kernel_used for factors in factors_of(model)})
+    return sorted({factors.kernel_used for factors in list_factors(model)})
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

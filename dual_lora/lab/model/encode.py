@@ -47,6 +47,11 @@ def get_position_limit(model: PreTrainedModel) -> int | None:
 
 
 def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
+    """Return the encoder of a sentence or a pair of them, with its label.
+
+    The encoder raises UserError for a row without any token.
+    """
+
     def columns(row: Row) -> dict:
         pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
         found = tokenizer(*pair, truncation=True, max_length=settings.task.max_length)

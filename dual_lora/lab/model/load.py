@@ -45,14 +45,14 @@ from tasks import Task
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomState:
     """The state of torch's random numbers, on the CPU and on every GPU."""
 
     cpu: torch.Tensor
     gpus: list[torch.Tensor]
 
     @classmethod
-    def save(cls) -> "Draws":
+    def save(cls) -> "RandomState":
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
     def restore(self) -> None:
@@ -80,7 +80,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    draws = Draws.save()
+    draws = RandomState.save()
     with translate_model_errors(settings):
         options |= get_shard_options(settings, task)
         model, found = get_head_class(task).from_pretrained(
@@ -118,7 +118,7 @@ def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
 
 
-def draw_head(model: PreTrainedModel, missing: set[str], draws: Draws, settings: Settings) -> None:
+def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:
     """Reinitialise a head that came with the weights, with the random numbers it would have got without them."""
     heads = {name: module for name, module in model.named_children() if name in settings.model.heads}
     if not any(f"{name}.{part}" not in missing for name, head in heads.items() for part, _ in head.named_parameters()):

@@ -35,7 +35,7 @@ def find_init_weights(settings: Settings) -> Path:
         UserError: there is none, it is damaged, or another method or model trained it.
     """
     folder = resolve_path("init_from", settings.init_from)
-    file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
+    file = Record(folder).get_weights_file(settings)
     if not (folder / "result.json").is_file() or not file.is_file():
         raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
     result = Record(folder).read_result()

@@ -55,11 +55,11 @@ def has_uncommitted_changes() -> bool | None:
 def merge_environments(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return the environment of a resumed run: the present one plus the earlier attempts. It counts as committed only
     if every attempt was."""
-    earlier = [*begun.get("earlier_commits", []), begun.get("commit")]
-    doubts = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
-    found = {"uncommitted_changes": True if True in doubts else None if None in doubts else False}
+    earlier_commits = [*begun.get("earlier_commits", []), begun.get("commit")]
+    uncommitted = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
+    found = {"uncommitted_changes": True if True in uncommitted else None if None in uncommitted else False}
     found["earlier_tries"] = [*begun.get("earlier_tries", []), {name: begun.get(name) for name in ATTEMPT_FIELDS}]
-    found["earlier_commits"] = [c for c in dict.fromkeys(earlier) if c != now["commit"]]
+    found["earlier_commits"] = [c for c in dict.fromkeys(earlier_commits) if c != now["commit"]]
     return now | found | {"started": begun.get("started", now["started"])}
 
 

@@ -30,7 +30,7 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Elsewhere, UserError, get_first_line, require
+from dual_lora.lab.errors import RunHeldElsewhere, UserError, get_first_line, require
 from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files
 from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
 from dual_lora.lab.system.files import (
@@ -94,7 +94,7 @@ class Record:
         """Whether the folder's name ends like a run's identity; a copy that the user renamed need not match one."""
         return IDENTITY_END.search(self.name) is not None
 
-    def get_attempt(self, settings: Settings) -> "Record":
+    def select_attempt_record(self, settings: Settings) -> "Record":
         """Return the record to write a run with these settings into: this one, or, with force=true, the one in
         `.again`, until it is complete."""
         return Record(self.folder / RERUN_FOLDER) if settings.force else self
@@ -124,7 +124,7 @@ class Record:
         whole = [path for path in (self.folder, self.folder / RERUN_FOLDER) if (path / "result.json").is_file()]
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
         if whole and any((self.folder / name).exists() for name in left) and os.access(self.folder, os.W_OK):
-            with suppress(Elsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
+            with suppress(RunHeldElsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
                 self.install_rerun()
                 self.remove_leftovers()
 
@@ -193,6 +193,16 @@ class Record:
             for path in list_files(self.folder / folder):
                 known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
                 require(known, f"{path}: added after the run; remove it")
+
+    def require_result(self, label: str) -> dict[str, Any]:
+        """Return the result of a run that must be finished. label: the run as the command line names it.
+
+        Raises:
+            UserError: it is not finished, or see `read_result`.
+        """
+        result = self.read_result()
+        require(result is not None, f"{label}: not finished, it has no result.json")
+        return result
 
     def read_finished(self) -> dict[str, Any] | None:
         """Return the result of a finished run whose files are all as it left them, or None while there is none.
@@ -325,6 +335,11 @@ class Record:
     def get_weights_folder(self, settings: Settings) -> Path:
         """Return the folder of the trained weights."""
         return self.folder / ("model" if settings.method.peft is None else "adapter")
+
+    def get_weights_file(self, settings: Settings) -> Path:
+        """Return the file of the trained weights, unless they are so large that they are in parts."""
+        name = "model.safetensors" if settings.method.peft is None else "adapter_model.safetensors"
+        return self.get_weights_folder(settings) / name
 
     def read_training(self) -> dict[str, Any] | None:
         """Return what is known of a finished training, if the weights it left are whole.

@@ -57,17 +57,17 @@ class Run:
         return [f"{key.rpartition('.')[2]}={value}" for key, value in shown.items() if key not in left_out]
 
     @property
-    def is_missing(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether the run is still to be done: it has no result, or force=true asks for it again."""
         return self.settings.force or self.record.read_result() is None
 
 
-def prepare_runs(jobs: list[Settings]) -> list[Run]:
+def prepare_runs(all_settings: list[Settings]) -> list[Run]:
     """Prepare each different run once, in the order in which they are first asked for.
 
     Raises:
         UserError: see `Run.prepare`.
     """
-    distinct = list({repr(job): job for job in jobs}.values())
+    distinct = list({repr(settings): settings for settings in all_settings}.values())
     prepared = [Run.prepare(*pair) for pair in zip(distinct, find_differences(distinct), strict=True)]
     return list({run.record.folder: run for run in reversed(prepared)}.values())[::-1]

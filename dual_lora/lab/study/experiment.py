@@ -159,7 +159,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         where = f"conf/experiment/{self.name}.yaml"
-        for label in (label for label, ways in self.cells.items() if not ways):
+        for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
@@ -191,9 +191,9 @@ class Experiment:
         jobs = [
             (label, dict(map(split_override, job)))
             for block in self.blocks
-            for label, ways in self.cells.items()
-            for way in (ways if isinstance(ways[0], list) else [ways])
-            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *way, *study]))
+            for label, override_lists in self.cells.items()
+            for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
+            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}

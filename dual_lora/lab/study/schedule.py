@@ -19,7 +19,7 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     """
     for run in runs if is_first_process() else ():
         run.record.finish_cleanup()
-    missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_missing])
+    missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_pending])
     missing = [runs[number] for number in missing]  # the same list in all processes, whenever each looks
     print(f"{len(runs)} {what}, {len(runs) - len(missing)} finished, {len(missing)} to do")
     if uses_launcher(launcher):
@@ -37,7 +37,7 @@ def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> No
     for number, run in enumerate(runs):
         remaining = left.describe_time([other.settings for other in (*runs[number:], *later)])
         print(f"\n[{number + 1}/{len(runs)}] {run.label}, {remaining}", flush=True)
-        started, done_before = time.monotonic(), not run.is_missing
+        started, done_before = time.monotonic(), not run.is_pending
         if execute_run(run) is None and not done_before:  # a failed or finished one does not say how long others take
             left.add_run(run.settings, time.monotonic() - started)
 
@@ -49,7 +49,7 @@ def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
     join_processes()
     code = EXIT_OK
     if trials:
-        later = [run for run in prepare_runs([cell.settings for cell in cells]) if run.is_missing]
+        later = [run for run in prepare_runs([cell.settings for cell in cells]) if run.is_pending]
         code = run_missing(trials, launcher, left, "runs to choose learning rates", later)
     records = share_from_first(lambda: find_records(study)) if trials else {}
     ready = [chosen.settings for cell in cells if (chosen := choose_learning_rate(cell, records))]

@@ -106,6 +106,7 @@ class BestEpoch(TrainerCallback):
         self.on_epoch_end(args, state, control, **kwargs)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        """Score the epoch, unless it was scored or a stop was requested, and keep the weights if they are the best."""
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
         if not ended or self.scored == state.global_step or any_process(bool(STOP.asked)):
             return

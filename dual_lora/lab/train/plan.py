@@ -88,14 +88,14 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = load_task(settings)
     model = attach_to_meta_model(settings, task)
-    alone = explain_unshardable(settings, task, type(unwrap_adapter(model)))
-    size = measure_sizes(model, settings, task)
+    unshardable_reason = explain_unshardable(settings, task, type(unwrap_adapter(model)))
+    sizes = measure_sizes(model, settings, task)
     counts = count_parameters(model)
     sharded = settings.hardware.sharding == "full"
     step = trace_step(settings, task, count_layers(model), sharded)
-    apart = size["copies"] and not sharded
-    size["kept_sharded"] = (
-        trace_step(settings, task, count_layers(model), sharded=True)["kept"] if apart else step["kept"]
+    differs_sharded = sizes["copies"] and not sharded
+    sizes["kept_sharded"] = (
+        trace_step(settings, task, count_layers(model), sharded=True)["kept"] if differs_sharded else step["kept"]
     )
     train, hardware = settings.train, settings.hardware
     rows, counted = count_training_rows(settings, task)
@@ -111,14 +111,14 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         **counts,
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": find_published_parameters(settings),
-        "memory": estimate_memory(size, step["kept"], hardware.devices, hardware.sharding, hardware.base),
+        "memory": estimate_memory(sizes, step["kept"], hardware.devices, hardware.sharding, hardware.base),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
         "train_rows_from": "the data" if counted else "the task's configuration",
         "steps": steps,
         "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILISATION) / 3600,
-        "cannot_shard": alone,
+        "cannot_shard": unshardable_reason,
         "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilisation": UTILISATION},
     }
 
@@ -180,7 +180,7 @@ def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dic
 
 
 def estimate_memory(
-    size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
+    sizes: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
 ) -> dict[str, float]:
     """Return bytes per device: weights, gradients (doubled in DDP, whose buckets are copies), AdamW's moments,
     activations kept for backward, 16-bit copies, temporaries of AdamW's step beyond the freed activations (as large as
@@ -190,10 +190,10 @@ def estimate_memory(
     gathers at once (copies included), and the whole adapter.
     """
     full = sharding == "full"
-    frozen, trained = size[f"frozen_{base}" if base else "frozen"], size["trained"]
+    frozen, trained = sizes[f"frozen_{base}" if base else "frozen"], sizes["trained"]
     if full:
         frozen, trained = frozen / devices, trained if frozen else trained / devices
-    copies = 0 if full else size["copies"]
+    copies = 0 if full else sizes["copies"]
     parts = {
         "weights": frozen + trained,
         "gradients": trained * (2 if sharding == "replicas" else 1),
@@ -201,10 +201,10 @@ def estimate_memory(
         "activations": kept,
         "copies": copies,
         "temporaries": max(0, trained - kept - copies),
-        "gathered": size["gathered"] if full else 0,
+        "gathered": sizes["gathered"] if full else 0,
     }
     reserve = RESERVE_SHARE * sum(parts.values())
-    return {"size": size, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
+    return {"size": sizes, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
 
 
 def check_fit(settings: Settings, found: dict[str, Any]) -> None:
@@ -214,9 +214,9 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
         UserError: with those settings.
     """
     train, hardware, parts = settings.train, settings.hardware, found["memory"]
-    room, alone = found["hardware"]["memory"], found["cannot_shard"]
-    able = hardware.sharding != "full" or alone is None
-    require(able, f"plan: hardware.sharding=full: {alone}; take hardware=ddp")
+    room, unshardable_reason = found["hardware"]["memory"], found["cannot_shard"]
+    able = hardware.sharding != "full" or unshardable_reason is None
+    require(able, f"plan: hardware.sharding=full: {unshardable_reason}; take hardware=ddp")
 
     def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
         kept = parts["size"]["kept_sharded"] if sharding == "full" else parts["activations"]
@@ -225,16 +225,18 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
 
     here = (hardware.devices, hardware.sharding)
     batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
-    more = [] if alone else [2**i for i in range(1, 11) if 2**i > hardware.devices]
-    if hardware.sharding == "replicas" and not alone:
+    more = [] if unshardable_reason else [2**i for i in range(1, 11) if 2**i > hardware.devices]
+    if hardware.sharding == "replicas" and not unshardable_reason:
         more = [hardware.devices, *more]
     free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
     small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
-    same = [(b, *here, hardware.base) for b in batches]
-    held = [(b, *here, "nf4") for b in batches if small]  # the method has a frozen base that can be quantised
-    wide = [(train.batch_size, devices, "full", None) for devices in more if free]
-    wide += [(b, devices, "full", None) for devices in more for b in batches if free]
-    chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]
+    smaller_batches = [(b, *here, hardware.base) for b in batches]
+    quantised = [(b, *here, "nf4") for b in batches if small]  # the method has a frozen base that can be quantised
+    sharded = [(train.batch_size, devices, "full", None) for devices in more if free]
+    sharded += [(b, devices, "full", None) for devices in more for b in batches if free]
+    chosen = [
+        next((option for option in group if fits(*option)), None) for group in (smaller_batches, quantised, sharded)
+    ]
     remedies = []
     for batch, devices, sharding, base in filter(None, chosen):
         remedy = []
