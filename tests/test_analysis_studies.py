@@ -209,6 +209,7 @@ def test_the_rate_with_the_least_mean_is_chosen_and_an_edge_is_told():
     assert chosen(0.3, 0.1, 0.2) == (1, False)
     assert chosen(0.1, 0.2, 0.3) == (0, True) and chosen(0.3, 0.2, 0.1) == (2, True)
     assert chosen(0.3, 0.2, 0.199) == (2, False) and chosen(0.1) == (0, False)
+    assert chosen(float("nan"), 0.2, 0.3) == (1, False) and chosen(0.3, 0.2, float("nan")) == (1, False)
     with pytest.raises(StudyError, match="fewer seeds"):
         cells.choose_rate([scored(1, 0, 0.1), scored(1, 1, 0.1), scored(2, 0, 0.1)], "score", 0.005)
 

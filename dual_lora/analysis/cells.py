@@ -7,6 +7,7 @@ dataclass of plain values; the same cell gives the same result, bit for bit, on 
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from argparse import ArgumentParser
@@ -105,12 +106,14 @@ def choose_rate(rows: Iterable[dict], criterion: str, tolerance: float) -> tuple
     """Return the learning rate with the least mean of result[criterion] over seeds, and whether it is at an edge.
 
     At an edge: it is the first or last of the rates and beats its neighbor by more than the tolerance, so that a
-    better rate may lie outside. Raises StudyError where a rate has fewer seeds than another.
+    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen. Raises StudyError where a rate has
+    fewer seeds than another.
     """
     groups = group_rows(sorted(rows, key=lambda row: row["cell"]["rate"]), "rate")
     if len({len(group) for group in groups.values()}) > 1:
         raise StudyError("some rates have fewer seeds than others: run the missing cells first")
     means = {rate: sum(row["result"][criterion] for row in group) / len(group) for (rate,), group in groups.items()}
+    means = {rate: math.inf if math.isnan(mean) else mean for rate, mean in means.items()}
     rates, best = list(means), min(means, key=means.get)
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return best, False
@@ -135,6 +138,16 @@ def format_average(found: dict, digits: int = 3) -> str:
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
     return f"{found['mean']:.{digits}f} ± {found['high'] - found['mean']:.{digits}f}"
+
+
+def describe_rows(rows: Sequence[dict], study: str) -> str:
+    """Return the line of a report that says what its numbers come from."""
+    seeds = len({row["cell"]["seed"] for row in rows})
+    versions = " and ".join(sorted({f"torch {row['torch']}, {row['threads']} thread" for row in rows}))
+    return (
+        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seeds, {versions}. Every comparison is "
+        "exploratory: each interval is of 95 %, not corrected for their number.\n\n"
+    )
 
 
 def format_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -38,6 +38,7 @@ from .cells import (
     add_options,
     average,
     choose_rate,
+    describe_rows,
     exit_on_mistakes,
     format_average,
     format_table,
@@ -340,7 +341,7 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
     """Write table.md and figure.png and return their paths. Raises StudyError where cells are missing."""
     lines = summarize_rows(rows)
     table, figure = folder / "table.md", folder / "figure.png"
-    table.write_text("# Fitting a known update\n\n" + format_report(lines))
+    table.write_text("# Fitting a known update\n\n" + describe_rows(rows, "fit") + format_report(lines))
     labels = [method.label for method in METHODS.values()]
     panels = []
     for target in dict.fromkeys(line["target"] for line in lines):

@@ -31,6 +31,7 @@ from .cells import (
     add_options,
     average,
     choose_rate,
+    describe_rows,
     exit_on_mistakes,
     format_average,
     format_table,
@@ -298,7 +299,7 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
     """Write table.md and figure.png and return their paths. Raises StudyError where cells are missing."""
     lines = summarize_rows(rows)
     table, figure = folder / "table.md", folder / "figure.png"
-    table.write_text("# Recovering a planted update\n\n" + format_report(lines))
+    table.write_text("# Recovering a planted update\n\n" + describe_rows(rows, "teacher") + format_report(lines))
     panels = []
     for update in dict.fromkeys(line["update"] for line in lines):
         values = {STUDENTS[line["student"]]: line["function"] for line in lines if line["update"] == update}
