@@ -106,8 +106,8 @@ def choose_rate(rows: Iterable[dict], criterion: str, tolerance: float) -> tuple
     """Return the learning rate with the least mean of result[criterion] over seeds, and whether it is at an edge.
 
     At an edge: it is the first or last of the rates and beats its neighbor by more than the tolerance, so that a
-    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen. Raises StudyError where a rate has
-    fewer seeds than another.
+    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen. Raises StudyError where a rate
+    has fewer seeds than another.
     """
     groups = group_rows(sorted(rows, key=lambda row: row["cell"]["rate"]), "rate")
     if len({len(group) for group in groups.values()}) > 1:
