@@ -82,13 +82,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Method:
-    """A form with its parameter budget (1: LoRA of rank r) and its start; magnitude "none" is LoRA, with one pair."""
+    """A form with its parameter budget (1: LoRA of rank r) and its start; magnitude "none" is LoRA, with one pair;
+    rates: None for those of the study."""
 
     label: str
     magnitude: str
     stages: tuple[Stage, ...] = (Stage("identity"),)
     start: str = "gaussian"
     budget: int = 1
+    rates: tuple[float, ...] | None = None
 
 
 STEEPER = (Stage("tanh"), Stage("tanh", 4.0, 0.3), Stage("tanh", 16.0, 0.3), Stage("sign", 1.0, 0.3))
@@ -98,7 +100,7 @@ METHODS = {
     "hadamard": Method("Hadamard BA⊙DC", "identity"),
     "relu_tanh": Method("ReLU⊙tanh", "relu", (Stage("tanh"),)),
     "dual_lora": Method("Dual LoRA", "relu", (Stage("sign"),)),
-    "dual_annealed": Method("Dual LoRA, annealed", "relu", STEEPER),
+    "dual_annealed": Method("Dual LoRA, annealed", "relu", STEEPER, rates=(0.1,)),
     "lora_double": Method("LoRA, 2r", "none", start="zero", budget=2),
     "dual_lora_double": Method("Dual LoRA, 2r", "relu", (Stage("sign"),), budget=2),
 }
@@ -113,7 +115,7 @@ TARGETS = {
     "sign_rank_8": "signs of rank 8",
     "dual_8": "a Dual LoRA's own",
 }
-RATES = (3e-2, 1e-1, 3e-1)
+RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SIZES = {
     "full": {"n": 128, "r": 16, "max_steps": 20_000, "rates": RATES, "seeds": range(5), "targets": TARGETS},
     "smoke": {
@@ -142,7 +144,7 @@ def plan_cells(size: str = "full", updates: Path | None = None) -> list[Cell]:
         for seed in chosen["seeds"]
         for target in names
         for method in METHODS
-        for rate in chosen["rates"]
+        for rate in METHODS[method].rates or chosen["rates"]
     ]
 
 
