@@ -29,7 +29,7 @@ def draw_dots(panels: Sequence[Panel], labels: Sequence[str], unit: str, path: P
     from matplotlib.figure import Figure
 
     down = -(-len(panels) // across)
-    height = down * (len(labels) * LINE + 0.28) + 0.4
+    height = down * (len(labels) * LINE + 0.28) + 0.45
     with matplotlib.rc_context({"font.size": 7, "axes.linewidth": 0.5, "axes.titlesize": 7, "axes.labelsize": 7}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
@@ -38,9 +38,9 @@ def draw_dots(panels: Sequence[Panel], labels: Sequence[str], unit: str, path: P
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         top = max(1.0, *(v for panel in panels for line in panel.values.values() for v in (*line["values"],)))
-        grid[0, 0].set(xlim=(-0.04 * top, 1.04 * top), ylim=(len(labels) - 0.5, -0.5))
+        grid[0, 0].set(xlim=(-0.04 * top, 1.04 * top), ylim=(len(labels) - 0.5, -0.5), xticks=(0, 0.5, 1))
         grid[0, 0].set_yticks(range(len(labels)), labels)
-        figure.supxlabel(unit, fontsize=7)
+        figure.supxlabel(f"{unit}\nmean, 95 % t-interval over seeds; small dots: the seeds", fontsize=7)
         figure.savefig(path, dpi=200, metadata={"Software": None})
 
 

@@ -108,12 +108,12 @@ TARGETS = {
     "gaussian": "dense Gaussian",
     "rank_16": "rank 16",
     "rank_64": "rank 64",
-    "power_0.5": "power law i^-1/2",
-    "power_1": "power law i^-1",
+    "power_0.5": "power law 1/2",
+    "power_1": "power law 1",
     "signs": "random signs",
-    "relu_signs": "ReLU⊙random signs",
-    "sign_rank_8": "signs of rank 8",
-    "dual_8": "a Dual LoRA's own",
+    "relu_signs": "ReLU⊙signs",
+    "sign_rank_8": "signs, rank 8",
+    "dual_8": "a Dual LoRA",
 }
 RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SIZES = {

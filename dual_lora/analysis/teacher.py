@@ -71,8 +71,8 @@ class Cell:
 UPDATES = {
     "rank_4": "rank 4",
     "gaussian": "dense Gaussian",
-    "sign_rank_4": "signs of rank 4",
-    "dual_4": "a Dual LoRA's own",
+    "sign_rank_4": "signs, rank 4",
+    "dual_4": "a Dual LoRA",
 }
 STUDENTS = {"full": "Full", "lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "dual_lora": "Dual LoRA"}
 SIZES = {
