@@ -81,8 +81,8 @@ SIZES = {
         # as many for each student, around the best of a wider grid on one seed
         "rates": {"full": (1e-3, 3e-3, 1e-2), "loha": (3e-2, 1e-1, 3e-1), "others": (3e-3, 1e-2, 3e-2)},
         "seeds": range(5),
-        "model": {"r": 8, "width": 64, "layers": 2, "heads": 4, "length": 16},
-        "data": {"rows": 256, "held_out": 256, "batch": 32, "steps": 400, "relative_size": 0.2},
+        "model": {"r": 8, "width": 64, "layers": 1, "heads": 4, "length": 8},
+        "data": {"rows": 512, "held_out": 256, "batch": 32, "steps": 400, "relative_size": 0.2},
     },
     "smoke": {
         "updates": ("rank_4", "dual_4"),
