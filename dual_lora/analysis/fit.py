@@ -115,7 +115,7 @@ TARGETS = {
     "sign_rank_8": "signs, rank 8",
     "dual_8": "a Dual LoRA",
 }
-RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 SIZES = {
     "full": {"n": 128, "r": 16, "max_steps": 20_000, "rates": RATES, "seeds": range(5), "targets": TARGETS},
     "smoke": {
