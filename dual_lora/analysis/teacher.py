@@ -4,7 +4,7 @@ linear layer; students start from the base, adapt the same layers through PEFT a
     function   ||student(x) - teacher(x)||^2 / ||base(x) - teacher(x)||^2, over held-out x     0: recovered, 1: nothing
     weights    sum ||dW - planted||_F^2 / sum ||planted||_F^2, over the layers                 likewise
 
-    python -m dual_lora.analysis.teacher --out runs/teacher/rows.jsonl [--size short|smoke]
+    python -m dual_lora.analysis.teacher --out runs/teacher/rows.jsonl [--size long|smoke]
 
 The base is a small pre-norm transformer over vectors, with Gaussian weights of variance 1 / fan_in and no biases; its
 inputs are Gaussian, and a fixed set of sequences is all that training sees. A planted update has a fifth of the base
@@ -81,11 +81,11 @@ FULL = {
     "rates": {"full": (1e-3, 3e-3, 1e-2), "loha": (3e-2, 1e-1, 3e-1), "others": (3e-3, 1e-2, 3e-2)},
     "seeds": range(5),
     "model": {"r": 8, "width": 64, "layers": 1, "heads": 4, "length": 8},
-    "data": {"rows": 512, "held_out": 256, "batch": 32, "steps": 1600, "relative_size": 0.2},
+    "data": {"rows": 512, "held_out": 256, "batch": 32, "steps": 400, "relative_size": 0.2},
 }
 SIZES = {
     "full": FULL,
-    "short": FULL | {"data": FULL["data"] | {"steps": 400}},
+    "long": FULL | {"data": FULL["data"] | {"steps": 1600}},
     "smoke": {
         "updates": ("rank_4", "dual_4"),
         "rates": {"others": (3e-3, 1e-2)},
