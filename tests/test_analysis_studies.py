@@ -204,14 +204,14 @@ def scored(rate: float, seed: int, score: float) -> dict:
 def test_the_rate_with_the_least_mean_is_chosen_and_an_edge_is_told():
     def chosen(*means):
         rows = [scored(rate, seed, mean + seed / 100) for rate, mean in enumerate(means) for seed in (0, 1)]
-        return cells.choose_rate(reversed(rows), "score", 0.005)
+        return cells.choose_rate(reversed(rows), "score")
 
     assert chosen(0.3, 0.1, 0.2) == (1, False)
     assert chosen(0.1, 0.2, 0.3) == (0, True) and chosen(0.3, 0.2, 0.1) == (2, True)
     assert chosen(0.3, 0.2, 0.199) == (2, False) and chosen(0.1) == (0, False)
     assert chosen(float("nan"), 0.2, 0.3) == (1, False) and chosen(0.3, 0.2, float("nan")) == (1, False)
     with pytest.raises(StudyError, match="fewer seeds"):
-        cells.choose_rate([scored(1, 0, 0.1), scored(1, 1, 0.1), scored(2, 0, 0.1)], "score", 0.005)
+        cells.choose_rate([scored(1, 0, 0.1), scored(1, 1, 0.1), scored(2, 0, 0.1)], "score")
 
 
 def test_an_average_has_the_t_interval():

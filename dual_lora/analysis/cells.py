@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 LEVEL = 0.95
+EDGE = 0.005  # a better rate at the grid's edge matters where it gains more than this
 
 
 class StudyError(ValueError):
@@ -25,23 +26,22 @@ class StudyError(ValueError):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a file, [] where there is none; a last line cut short by a crash is removed from the file.
+    """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
 
     Raises StudyError where another line is not JSON.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(path, len(whole))
     rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
             raise StudyError(f"{path}, line {number}: not JSON; remove the line, its cell runs again") from error
     return rows
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -59,6 +59,7 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
     threads and the seconds it took. Raises StudyError where another process writes to the file.
     """
     with hold_file(path):
+        os.truncate(path, len(_whole_lines(path)))  # else the next row would continue the line of a crash
         finished = {cell_key(row["cell"]) for row in read_rows(path)}
         for cell in cells:
             if cell_key(asdict(cell)) in finished:
@@ -102,10 +103,10 @@ def group_rows(rows: Iterable[dict], *fields: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def choose_rate(rows: Iterable[dict], criterion: str, tolerance: float) -> tuple[float, bool]:
+def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     """Return the learning rate with the least mean of result[criterion] over seeds, and whether it is at an edge.
 
-    At an edge: it is the first or last of the rates and beats its neighbor by more than the tolerance, so that a
+    At an edge: it is the first or last of the rates and beats its neighbor by more than EDGE, so that a
     better rate may lie outside. A rate at which a seed diverged to NaN is not chosen. Raises StudyError where a rate
     has fewer seeds than another.
     """
@@ -118,7 +119,7 @@ def choose_rate(rows: Iterable[dict], criterion: str, tolerance: float) -> tuple
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return best, False
     neighbor = rates[1] if best == rates[0] else rates[-2]
-    return best, means[neighbor] - means[best] > tolerance
+    return best, means[neighbor] - means[best] > EDGE
 
 
 def average(values: Sequence[float]) -> dict[str, float | None]:

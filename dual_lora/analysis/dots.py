@@ -37,7 +37,7 @@ def draw_dots(panels: Sequence[Panel], labels: Sequence[str], unit: str, path: P
             _draw_panel(axes, panel, labels)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
-        top = max(1.0, *(v for panel in panels for line in panel.values.values() for v in (*line["values"],)))
+        top = max(1.0, *(v for panel in panels for line in panel.values.values() for v in line["values"]))
         grid[0, 0].set(xlim=(-0.04 * top, 1.04 * top), ylim=(len(labels) - 0.5, -0.5), xticks=(0, 0.5, 1))
         grid[0, 0].set_yticks(range(len(labels)), labels)
         figure.supxlabel(f"{unit}\nmean, 95 % t-interval over seeds; small dots: the seeds", fontsize=7)

@@ -4,7 +4,7 @@
 
     python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors] [--size smoke]
 
-Every method has 2 r (out + in) / 2 parameters, the budget of LoRA of rank r, except those called "double":
+Every method has r (out + in) parameters, the budget of LoRA of rank r, except those called "double":
 
     lora              B A                        A: r x in, B: out x r; starts at B = 0; its optimum is known by SVD
     loha              B A ⊙ D C                  each of rank r / 2; starts as PEFT's LoHa does, at 0
@@ -50,7 +50,6 @@ from .targets import draw_update, normalize_update
 
 EXPLAINED = 1e-6
 WINDOW, PROGRESS, CUT, CUTS = 200, 1e-3, 0.1, 2
-EDGE = 0.005  # a better neighbor at the grid's edge matters from here on
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     """
     lines = []
     for (target, method), group in group_rows(rows, "target", "method").items():
-        rate, at_edge = choose_rate(group, "unexplained", EDGE)
+        rate, at_edge = choose_rate(group, "unexplained")
         results = [row["result"] for row in _by_seed(group, rate)]
         values = [result["unexplained"] for result in results]
         line = {"target": target, "method": method, "rate": rate, "at_edge": at_edge, "values": values}
@@ -356,7 +355,7 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing cells of the study, then write its report."""
     parser = argparse.ArgumentParser(prog="python -m dual_lora.analysis.fit", description=main.__doc__)
-    parser.add_argument("--updates", type=Path, help="safetensors file whose matrices are the targets")
+    parser.add_argument("--updates", type=Path, help="safetensors file of matrices to fit; give it an --out of its own")
     chosen = add_options(parser, SIZES).parse_args(arguments)
     run = functools.partial(run_cell, updates=chosen.updates)
     with exit_on_mistakes():

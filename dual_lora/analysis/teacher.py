@@ -43,7 +43,6 @@ from .targets import draw_update
 
 LINEAR = ["q", "k", "v", "o", "up", "down"]
 WARM_UP = 0.06  # share of the steps
-EDGE = 0.005
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ UPDATES = {
 STUDENTS = {"full": "Full", "lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "dual_lora": "Dual LoRA"}
 FULL = {
     "updates": UPDATES,
-    # as many for each student, around the best of a wider grid on one seed
+    # as many for each student, around the best of a wider grid on one seed of a model twice as deep
     "rates": {"full": (1e-3, 3e-3, 1e-2), "loha": (3e-2, 1e-1, 3e-1), "others": (3e-3, 1e-2, 3e-2)},
     "seeds": range(5),
     "model": {"r": 8, "width": 64, "layers": 1, "heads": 4, "length": 8},
@@ -249,7 +248,7 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     """
     lines = []
     for (update, student), group in group_rows(rows, "update", "student").items():
-        rate, at_edge = choose_rate(group, "validation", EDGE)
+        rate, at_edge = choose_rate(group, "validation")
         chosen = sorted((r for r in group if r["cell"]["rate"] == rate), key=lambda row: row["cell"]["seed"])
         results = [row["result"] for row in chosen]
         line = {"update": update, "student": student, "rate": rate, "at_edge": at_edge}
