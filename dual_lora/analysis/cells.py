@@ -176,7 +176,8 @@ def run_study(
     missing = len(cells) - len(select_rows(read_rows(path), cells))
     print(f"{path}: {missing} of {len(cells)} cells to run", flush=True)
     start = time.perf_counter()
-    for done, _ in enumerate(run_missing(cells, run_cell, path), 1):
+    # With nothing to run the file is only read, which another process may write to meanwhile.
+    for done, _ in enumerate(run_missing(cells, run_cell, path) if missing else (), 1):
         if done % 20 == 0 or done == missing:
             seconds = time.perf_counter() - start
             print(f"{done}/{missing}, {seconds:.0f} s, {seconds / done * (missing - done):.0f} s to go", flush=True)
