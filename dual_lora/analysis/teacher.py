@@ -303,7 +303,8 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
     """Write table.md and figure.png and return their paths. Raises StudyError where cells are missing."""
     lines = summarize_rows(rows)
     table, figure = folder / "table.md", folder / "figure.png"
-    table.write_text("# Recovering a planted update\n\n" + describe_rows(rows, "teacher") + format_report(lines))
+    title = f"# Recovering a planted update, {rows[0]['cell']['steps']} steps of training\n\n"
+    table.write_text(title + describe_rows(rows, "teacher") + format_report(lines))
     panels = []
     for update in dict.fromkeys(line["update"] for line in lines):
         values = {STUDENTS[line["student"]]: line["function"] for line in lines if line["update"] == update}
