@@ -29,7 +29,7 @@ FORBIDDEN = {
     "dual_lora/tuner": ("dual_lora.lab", "tasks", "hydra", "datasets", "wandb"),
     "dual_lora/paper": ("dual_lora", "tasks", "torch", "peft", "hydra", "omegaconf"),
     "dual_lora/kernels": ("dual_lora", "tasks", "peft", "transformers", "hydra", "datasets", "wandb"),
-    "dual_lora/analysis": ("dual_lora", "tasks", "peft", "transformers", "hydra", "pandas"),
+    "dual_lora/analysis": ("dual_lora.lab", "dual_lora.paper", "tasks", "transformers", "hydra", "pandas"),
     "dual_lora/functional.py": ("dual_lora", "tasks", "peft", "transformers", "hydra"),
     "dual_lora/lab": ("train", "eval", "sweep"),
 }
