@@ -151,7 +151,8 @@ def plan_cells(size: str = "full", updates: Path | None = None) -> list[Cell]:
 def read_updates(path: Path) -> dict[str, Tensor]:
     """Return the matrices of a safetensors file, as they are; other tensors are left out.
 
-    Raises StudyError where the file cannot be read, holds no matrix, or one that is 0 or not finite.
+    Raises:
+        StudyError: the file cannot be read, holds no matrix, or one that is 0 or not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
