@@ -28,7 +28,8 @@ class StudyError(ValueError):
 def read_rows(path: Path) -> list[dict]:
     """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
 
-    Raises StudyError where another line is not JSON.
+    Raises:
+        StudyError: another line is not JSON.
     """
     rows = []
     for number, line in enumerate(_whole_lines(path).splitlines(), 1):
@@ -56,7 +57,10 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
     """Run the cells that the file has no row of, in their order, and yield each row once it is written.
 
     run_cell: cell -> its result as plain values. A row holds the cell, the result, torch's version, the number of
-    threads and the seconds it took. Raises StudyError where another process writes to the file.
+    threads and the seconds it took.
+
+    Raises:
+        StudyError: another process writes to the file.
     """
     with hold_file(path):
         os.truncate(path, len(_whole_lines(path)))  # else the next row would continue the line of a crash
@@ -74,7 +78,11 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
 
 @contextlib.contextmanager
 def hold_file(path: Path) -> Iterator[None]:
-    """Lock a file, made where there is none, against other processes. Raises StudyError where one holds it."""
+    """Lock a file, made where there is none, against other processes.
+
+    Raises:
+        StudyError: one holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -107,8 +115,10 @@ def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     """Return the learning rate with the least mean of result[criterion] over seeds, and whether it is at an edge.
 
     At an edge: it is the first or last of the rates and beats its neighbor by more than EDGE, so that a
-    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen. Raises StudyError where a rate
-    has fewer seeds than another.
+    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen.
+
+    Raises:
+        StudyError: a rate has fewer seeds than another.
     """
     groups = group_rows(sorted(rows, key=lambda row: row["cell"]["rate"]), "rate")
     if len({len(group) for group in groups.values()}) > 1:
@@ -189,7 +199,11 @@ def run_study(
 
 @contextlib.contextmanager
 def exit_on_mistakes() -> Iterator[None]:
-    """Turn a StudyError into its one line on standard error and exit status 1."""
+    """Turn a StudyError into its one line on standard error and exit status 1.
+
+    Raises:
+        SystemExit: in place of the StudyError.
+    """
     try:
         yield
     except StudyError as error:

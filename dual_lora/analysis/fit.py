@@ -131,8 +131,10 @@ SIZES = {
 def plan_cells(size: str = "full", updates: Path | None = None) -> list[Cell]:
     """Return the cells of a study, seed by seed.
 
-    updates: a safetensors file whose matrices are the targets in place of the drawn ones. Raises KeyError on an unknown
-    size and StudyError as `read_updates` does.
+    updates: a safetensors file whose matrices are the targets in place of the drawn ones.
+
+    Raises:
+        KeyError: an unknown size and StudyError as `read_updates` does.
     """
     chosen = SIZES[size]
     names, n, digest = chosen["targets"], chosen["n"], None
@@ -179,8 +181,10 @@ def run_cell(cell: Cell, updates: Path | None = None) -> dict:
     """Fit the target of a cell. The same cell gives the same bits.
 
     Keys: unexplained, the least of all steps of the last stage; svd, the optimum of LoRA's form (None for others);
-    steps; converged; zeros, the share of entries of the fit that are 0. Raises StudyError where the cell belongs to
-    another file.
+    steps; converged; zeros, the share of entries of the fit that are 0.
+
+    Raises:
+        StudyError: the cell belongs to another file.
     """
     target = _target(cell, updates)
     method = METHODS[cell.method]
@@ -274,7 +278,10 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
 
     Keys: target, method, rate, at_edge, values (by seed), mean, low, high, svd (mean, None where not LoRA's form),
     converged (share of the seeds), steps (mean), and dual_minus, the `average` of Dual LoRA's values minus these, by
-    seed, at the same budget (None for Dual LoRA itself). Raises StudyError where cells are missing.
+    seed, at the same budget (None for Dual LoRA itself).
+
+    Raises:
+        StudyError: cells are missing.
     """
     lines = []
     for (target, method), group in group_rows(rows, "target", "method").items():
@@ -340,7 +347,11 @@ def format_report(lines: Sequence[dict]) -> str:
 
 
 def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """Write table.md and figure.png and return their paths. Raises StudyError where cells are missing."""
+    """Write table.md and figure.png and return their paths.
+
+    Raises:
+        StudyError: cells are missing.
+    """
     lines = summarize_rows(rows)
     table, figure = folder / "table.md", folder / "figure.png"
     table.write_text("# Fitting a known update\n\n" + describe_rows(rows, "fit") + format_report(lines))

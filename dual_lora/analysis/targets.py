@@ -20,7 +20,10 @@ from ..functional import delta_weight, sign_ste
 def draw_update(kind: str, out: int, fan_in: int, generator: Generator) -> Tensor:
     """Draw an update of a kind of the table above, out x fan_in, float32, with a root mean square of 1.
 
-    kind: its name, with a number in place of k or a ("rank_16", "power_0.5"). Raises ValueError on another name.
+    kind: its name, with a number in place of k or a ("rank_16", "power_0.5").
+
+    Raises:
+        ValueError: another name.
     """
     name, _, number = kind.rpartition("_")
     if kind in PLAIN:
@@ -34,7 +37,11 @@ def draw_update(kind: str, out: int, fan_in: int, generator: Generator) -> Tenso
 
 
 def normalize_update(update: Tensor) -> Tensor:
-    """Scale an update to a root mean square of 1. Raises ValueError where it is 0 or not finite."""
+    """Scale an update to a root mean square of 1.
+
+    Raises:
+        ValueError: it is 0 or not finite.
+    """
     size = update.double().square().mean().sqrt()
     if not 0 < size < torch.inf:
         raise ValueError("an update to fit must be finite and not 0 throughout")

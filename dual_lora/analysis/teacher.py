@@ -147,7 +147,11 @@ def build_teacher(base: nn.Module, planted: dict[str, Tensor]) -> nn.Module:
 
 
 def adapter_config(student: str, r: int, steps: int) -> PeftConfig:
-    """Return the PEFT configuration of a student other than "full". Raises KeyError on an unknown student."""
+    """Return the PEFT configuration of a student other than "full".
+
+    Raises:
+        KeyError: an unknown student.
+    """
     return {
         "lora": lambda: LoraConfig(r=r, lora_alpha=r, target_modules=LINEAR),
         "dora": lambda: LoraConfig(r=r, lora_alpha=r, target_modules=LINEAR, use_dora=True),
@@ -170,7 +174,11 @@ def attach_student(base: nn.Module, cell: Cell) -> nn.Module:
 
 
 def plan_cells(size: str = "full") -> list[Cell]:
-    """Return the cells of a study, seed by seed. Raises KeyError on an unknown size."""
+    """Return the cells of a study, seed by seed.
+
+    Raises:
+        KeyError: an unknown size.
+    """
     chosen = SIZES[size]
     return [
         Cell(update, student, rate, seed, **chosen["model"], **chosen["data"])
@@ -247,7 +255,10 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
 
     Keys: update, student, rate, at_edge, parameters, train (mean), function and weights (each an `average` with its
     values by seed), dual_minus (the `average` of Dual LoRA's function score minus this one's, by seed; None for Dual
-    LoRA itself). Raises StudyError where cells are missing.
+    LoRA itself).
+
+    Raises:
+        StudyError: cells are missing.
     """
     lines = []
     for (update, student), group in group_rows(rows, "update", "student").items():
@@ -300,7 +311,11 @@ def format_report(lines: Sequence[dict]) -> str:
 
 
 def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """Write table.md and figure.png and return their paths. Raises StudyError where cells are missing."""
+    """Write table.md and figure.png and return their paths.
+
+    Raises:
+        StudyError: cells are missing.
+    """
     lines = summarize_rows(rows)
     table, figure = folder / "table.md", folder / "figure.png"
     title = f"# Recovering a planted update, {rows[0]['cell']['steps']} steps of training\n\n"
