@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
 from dual_lora.lab.config.schema import Model, Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
