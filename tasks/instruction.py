@@ -79,8 +79,8 @@ class Instruction(OwnFiles):
         return next((form for form in forms if set(form) <= known.keys()), self.columns)
 
     def remedy(self) -> str:
-        mend = "name yours with task.options.prompt and response"
-        return f"{mend}, or give instruction and output, or messages"
+        remedy = "name yours with task.options.prompt and response"
+        return f"{remedy}, or give instruction and output, or messages"
 
     def key(self, row: Row) -> Hashable:
         return tuple((message["role"], message["content"]) for message in row["messages"])

@@ -100,7 +100,7 @@ def test_every_launcher_composes(name):
         ("+hydra/launcher=slurm", "+hydra/launcher: is there already"),
         ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: of Hydra's own only"),
         ("hydra/sweeper=basic", "hydra/sweeper: of Hydra's own only"),
-        ("hydra.launchers=slurm", "hydra.launchers: of Hydra's own only hydra/launcher"),
+        ("hydra.launchers=slurm", "hydra.launchers: only hydra/launcher may be set"),
     ],
 )
 def test_mistakes(words, message):

@@ -432,7 +432,7 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path, 
         evaluate_command([f"run={folder}"])
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("beams: 1", "beams: 2") + "\n")
-    with pytest.raises(UserError, match="config.yaml: not as the run left it"):
+    with pytest.raises(UserError, match="config.yaml: changed since the run"):
         evaluate_command([f"run={folder}"])
     (folder / "config.yaml").write_text(config)
     stored["data"]["validation"]["sha256"] = stored.pop("digest")

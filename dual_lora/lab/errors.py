@@ -131,7 +131,7 @@ def translate_machine_errors() -> Iterator[None]:
 # What errors of transformers mean here, by a word in them.
 READ_FAILURES = {
     "trust_remote_code": "it needs code of its own, which is never run",
-    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "ignore_mismatched_sizes": "the shapes of its weights differ from its config.json",
 }
 
 

@@ -70,7 +70,7 @@ def load_trained_model(
     not train, and the start of a method that changes the base weights (PiSSA with a randomised decomposition).
 
     Raises:
-        UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
+        UserError: the base model or what was trained cannot be loaded, or is changed since the run.
     """
     record.verify_files("config.yaml")
     record.verify_model_files(settings)

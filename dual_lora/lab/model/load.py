@@ -163,8 +163,7 @@ def check_loaded_weights(
     other = sorted(name for name, *_ in found["mismatched_keys"] if not fresh & set(name.split(".")))
     require(
         not other,
-        f"{where}: its weights have other shapes than its config.json asks for, first {other[:1]}; they are another "
-        "model's",
+        f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
     require(
         not lacking,

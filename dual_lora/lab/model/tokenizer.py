@@ -79,7 +79,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     remedy = "set it in tokenizer_config.json, or save the tokenizer with it"
     longest = tokenizer.model_max_length
     numeric = isinstance(longest, (int, float)) and longest > 0
-    require(numeric, f"{where} has model_max_length={longest!r}, which is no length; {remedy}")
+    require(numeric, f"{where} has model_max_length={longest!r}, which is not a length; {remedy}")
     ends = tokenizer.eos_token_id is not None
     writes = load_task(settings).form == "generation"
     require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
@@ -119,7 +119,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     """
     where, remedy = f"model.chat=true: {settings.model.name}", "take model.chat=false"
     require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; {remedy}")
-    with translate_read_errors(f"{where}'s chat template takes no single prompt", remedy), limit_time(TEMPLATE_SECONDS):
+    with (
+        translate_read_errors(f"{where}'s chat template fails on a single prompt", remedy),
+        limit_time(TEMPLATE_SECONDS),
+    ):
         text = apply_chat_template(tokenizer, [{"role": "user", "content": PROBE}])
     require(PROBE in text, f"{where}'s chat template leaves the prompt out; {remedy}")
 
