@@ -154,7 +154,7 @@ def checked_messages(place: Place, value: Any) -> list[Row]:
     column = f"{place}, column 'messages'"
     like = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(message, dict) for message in value):
-        raise TaskError(f"{column}: no list of two messages or more; {like}")
+        raise TaskError(f"{column}: not a list of two or more messages; {like}")
     found = []
     for number, message in enumerate(value, start=1):
         if message.get("role") not in ROLES:

@@ -137,10 +137,10 @@ def test_an_analysis_is_sealed_since_version_2(record):
     record.write_sealed("analysis.json", {"rows": [{1: 2.5}], "labels": ("a",)})
     assert record.read_sealed("analysis.json", "rows")["labels"] == ["a"]
     edit(record.folder / "analysis.json", rows=[])
-    with pytest.raises(UserError, match="analysis.json: not as it was written; remove it"):
+    with pytest.raises(UserError, match="analysis.json: changed since it was written; remove it"):
         record.read_sealed("analysis.json")
     edit(record.folder / "analysis.json", digest=None)
-    with pytest.raises(UserError, match="analysis.json: not as it was written"):
+    with pytest.raises(UserError, match="analysis.json: changed since it was written"):
         record.read_sealed("analysis.json")
     edit(record.folder / "environment.json", record_version=None)
     assert record.read_sealed("analysis.json")["rows"] == []

@@ -366,7 +366,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     folder = Run.prepare(settings).record.folder
     folder.mkdir(parents=True)
     with hold_lock(folder):
-        with pytest.raises(Elsewhere, match=f"process {os.getpid()} on .* has done it since"):
+        with pytest.raises(Elsewhere, match=f"process {os.getpid()} on .* has been doing it since"):
             train_run(Run.prepare(settings))
         execute_run(Run.prepare(settings))
         assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE

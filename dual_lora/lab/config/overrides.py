@@ -111,7 +111,7 @@ def parse_override(word: str) -> Override:
         remedy = "quote a value of other characters, such as KEY=\"'~/data'\""
         if unknown := re.search(r"Unknown function '(\w+)'", str(error)):
             known = ", ".join(get_parser().functions.functions)
-            remedy = f"{unknown[1]}() is no function here, known are {known}; quote a value that is none"
+            remedy = f"{unknown[1]}() is not a function here (there are {known}); quote a value that is not a call"
         raise UserError(f"{word[:300]}: not of the form KEY=VALUE; {remedy}") from error
 
 
@@ -135,7 +135,7 @@ def list_values(override: Override) -> list[str]:
     if isinstance(sweep, RangeSweep):
         values = list_range(sweep, where)
     else:
-        require(bool(sweep.list), f"{where}: asks for no run; give at least one value")
+        require(bool(sweep.list), f"{where}: gives no runs; give at least one value")
         values = [Transformer.str(value) for value in sweep.list]
     if sweep.shuffle:
         random.shuffle(values)

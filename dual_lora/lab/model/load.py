@@ -167,8 +167,8 @@ def check_loaded_weights(
     )
     require(
         not lacking,
-        f"{where}: its weights lack {len(lacking)} that its config.json asks for, first {lacking[:1]}; they are "
-        "another model's",
+        f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
+        "are another model's",
     )
     if file := find_gguf_file(settings):
         check_all_weights_read(model, file)

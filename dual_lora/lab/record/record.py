@@ -204,6 +204,12 @@ class Record:
         self.verify_files()
         return result
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether the run finished or got far enough to resume. One that failed before has nothing to protect."""
+        paths = (self.folder / name for name in ("result.json", TRAINED_FILE, "metrics.jsonl", "checkpoints"))
+        return any(any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size for path in paths)
+
     def verify_model_files(self, settings: Settings) -> None:
         """Compare the model's files with those that the run began with. Earlier versions did not record them.
 
