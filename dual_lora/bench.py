@@ -319,6 +319,11 @@ def shown(record: dict) -> str:
 
 
 def batch_shape(text: str) -> tuple[int, int]:
+    """Return the rows and tokens of a batch from ROWSxTOKENS.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not of that form.
+    """
     try:
         rows, tokens = (int(n) for n in text.split("x"))
     except ValueError as error:
@@ -343,6 +348,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure what the arguments ask for, print the tables, and write a JSON file if `--out` is given.
+
+    Raises:
+        SystemExit: an argument is wrong.
+    """
     given = parser().parse_args(arguments)
     if given.show:
         print(shown(json.loads(given.show.read_text())))

@@ -10,9 +10,12 @@ Source: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 
 
 Sign(x) is +1 for x > 0, else -1, so Sign(0) = -1. Its gradient is straight-through, dL/dx = clip(dL/dSign, -1, 1).
 
-Where we depart from the paper: every other value of `magnitude`, `direction` and `ste` than the first of its table
-below; the rule for the initial sigma (`init_std`), which the paper does not give; factors with leading dimensions,
-each index of which is an update of its own.
+Where we depart from the paper: all values of `magnitude`, `direction` and `ste` but the first of each table below; the
+rule for the initial sigma (`init_std`), which the paper does not give; and factors with leading dimensions, where each
+index is a separate update.
+
+f is called `update_scale` in the code; its ramp lasts `scale_warmup_steps` optimizer steps, which the harness sets as a
+share of all steps (`method.ramp_share`). It is not the learning rate's warm-up.
 """
 
 import contextlib
@@ -22,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialisation; beta = 1 would turn each
-# of them into ln 2, a hundred times the size of a pretrained weight.
+# softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialisation; beta = 1 would map them
+# all to about ln 2, a hundred times the size of a pretrained weight.
 SOFTPLUS_BETA = 1000.0
 # Root mean square of a fresh dW at f = 1, in units of 1 / sqrt(fan_in), the usual size of a pretrained weight.
 INIT_RELATIVE_SIZE = 0.02
@@ -34,31 +37,32 @@ MAGNITUDES = {
     "softplus": lambda x: F.softplus(x, beta=SOFTPLUS_BETA),
     "identity": lambda x: x,
 }
-DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}
+DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}  # sign: `sign_ste`, which needs `ste`
 
 
-class Clipped:
-    """How many entries of dL/dSign `ste="clip"` clips, of how many, while `watching`. Counted on the device, so that
-    nothing waits for it; Triton's kernels do not count."""
+class ClipCounter:
+    """Counts, while `enabled`, how many of all entries of dL/dSign `ste="clip"` clips. Counted on the device, without
+    synchronising; the Triton kernels do not count."""
 
     def __init__(self) -> None:
-        self.watching = False
+        self.enabled = False
         self.clipped: Tensor | int = 0
         self.entries = 0
 
-    def see(self, grad: Tensor) -> None:
-        if self.watching:
+    def count(self, grad: Tensor) -> None:
+        """Count the entries of dL/dSign, of any shape, if `enabled`."""
+        if self.enabled:
             self.clipped = self.clipped + (grad.abs() > 1).sum()
             self.entries += grad.numel()
 
-    def take(self) -> float | None:
-        """Return the share of clipped entries since the last call; None where none was seen."""
+    def pop_share(self) -> float | None:
+        """Return the fraction of entries clipped since the last call and reset the counts; None if there were none."""
         share = float(self.clipped) / self.entries if self.entries else None
         self.clipped = self.entries = 0
         return share
 
 
-CLIPPED = Clipped()
+CLIPPED = ClipCounter()
 
 
 class _Sign(torch.autograd.Function):
@@ -78,7 +82,7 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
-        # The clip of "clip" acts on what comes from the loss, which forward mode does not know: the tangent passes.
+        # "clip" clips the gradient that arrives from the loss. Forward mode has none, so the tangent passes unchanged.
         if ctx.ste == "hardtanh":
             (x,) = ctx.saved_tensors
             return tangent * (x.abs() <= 1)
@@ -87,7 +91,7 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if ctx.ste == "clip":
-            CLIPPED.see(grad)
+            CLIPPED.count(grad)
             grad = grad.clamp(-1, 1)
         elif ctx.ste == "hardtanh":
             (x,) = ctx.saved_tensors
@@ -136,12 +140,12 @@ def delta_weight(
     direction: str = "sign",
     ste: str = "clip",
 ) -> Tensor:
-    """dW = scale * magnitude(B A) ⊙ direction(D C), out x in.
+    """Return dW = scale * magnitude(B A) ⊙ direction(D C), (leading dimensions x) out x in.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, each with the same leading dimensions, if any. The products are
     taken in float32 (float64 factors stay float64) with autocast off, because rounding B A or D C to 16 bits flips
-    signs. Plain autograd: works under `torch.func` (vmap, grad, jvp, jacfwd, jacrev, hessian). Forward mode over
-    forward mode is the exception: PyTorch takes the inner tangent of a custom function for a constant.
+    signs. Plain autograd, so it works under `torch.func` (vmap, grad, jvp, jacfwd, jacrev, hessian), except forward
+    mode over forward mode: PyTorch treats the inner tangent of a custom function as a constant.
 
     Raises:
         KeyError: unknown magnitude or direction.

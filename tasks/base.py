@@ -48,17 +48,17 @@ GENERATION = Features(
 
 
 FETCH = "fetch the file again"
-# What reading data of another shape than expected raises.
+# What code raises when it reads data of an unexpected shape.
 SHAPE = (AttributeError, LookupError, TypeError, ValueError, csv.Error)
 
 
 class TaskError(ValueError):
-    """Data that is missing, damaged or not what its name says; the message names the file and the mend."""
+    """Data that is missing, damaged or not what its name says; the message names the file and the remedy."""
 
 
 @contextmanager
-def expected(what: str, source: object) -> Iterator[None]:
-    """Tell in one line that `source` holds something else than `what`.
+def translate_shape_errors(what: str, source: object) -> Iterator[None]:
+    """Report in one line that `source` holds something other than `what`.
 
     Raises:
         TaskError: whatever reading data of another shape raises.
@@ -79,8 +79,8 @@ class Split:
     rows: Dataset
     origin: str
 
-    def facts(self) -> dict[str, Any]:
-        """Return origin, number of rows and a hash of their content, equal for equal examples whatever their source."""
+    def describe(self) -> dict[str, Any]:
+        """Return origin, number of rows and a hash of their content; equal examples from any source hash the same."""
         digest = hashlib.sha256()
         for row in self.rows.to_list():
             digest.update(repr(sorted(row.items())).encode())
@@ -99,8 +99,8 @@ class Task:
         labels: class names in index order; empty unless `form` is "classification".
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
-        plain: keys of scores that are no fractions and are shown as they are, not in percent.
-        lower: keys of scores that are the better the lower they are.
+        unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
+        lower_is_better: keys of scores for which lower is better.
     """
 
     name: str
@@ -110,8 +110,8 @@ class Task:
     labels: tuple[str, ...] = ()
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
-    plain: tuple[str, ...] = ()
-    lower: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
+    lower_is_better: tuple[str, ...] = ()
 
     features: ClassVar[dict[str, Features]] = {
         "classification": CLASSIFICATION,
@@ -132,15 +132,18 @@ class Task:
         raise NotImplementedError
 
     def choices(self, row: Row) -> list[str]:
-        """Return the texts a likelihood decides between, as continuations of the prompt; none where it has no say."""
+        """Return the continuations of the prompt to rank by likelihood; empty if this task does not rank any."""
         return []
 
     def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
-        """Return what the predictions file keeps of the log-likelihoods of `choices`, each summed over its `tokens`."""
+        """Return the columns that the predictions file keeps about `choices`.
+
+        likelihoods: log-likelihood of each choice, in nats, summed over its tokens. tokens: how many each has.
+        """
         raise NotImplementedError
 
     def judge(self, row: Row, output: Output) -> Row:
-        """Return what the predictions file keeps of one example beside its id and raw output."""
+        """Return the columns that the predictions file keeps for one example beside its id and raw output."""
         gold = row["target"] if self.form == "generation" else row["label"]
         return {"answer": output, "gold": gold}
 
@@ -149,8 +152,8 @@ class Task:
         raise NotImplementedError
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
-        """Return how scores are computed again on rows drawn anew, by key (tasks/measures.py). `example` is any judged
-        row, for its columns. A score that is not among them has no interval and no test."""
+        """Return, for each score, how to recompute it on resampled rows (see tasks/measures.py). `example` is any
+        judged row; only its column names are used. A score that is missing here gets no interval and no test."""
         return {}
 
     def dataset(self, rows: Iterable[Row], source: object) -> Dataset:
@@ -159,7 +162,7 @@ class Task:
         Raises:
             TaskError: there are none, or one holds something else; `source` says where they are from.
         """
-        with expected(f"a row of {self.name}", source):
+        with translate_shape_errors(f"a row of {self.name}", source):
             rows, features = list(rows), self.features[self.form]
             columns = [name for name, kind in features.items() if kind == Value("string")]
             for number, row in enumerate(rows, start=1):
@@ -171,7 +174,7 @@ class Task:
             return Dataset.from_list(rows, features=features)
 
 
-def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
+def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
     """Return the first existing `data_dir/folder/name`, each name plain or gzipped, or as a glob pattern.
 
     Raises:
@@ -194,7 +197,7 @@ def find(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Pat
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def open_file(path: Path) -> Iterator[IO[bytes]]:
     """Open an official file, unpacked if it is a .gz.
 
     Raises:
@@ -224,10 +227,10 @@ def read_table(
     `remedy` is what to do about a bad row.
 
     Raises:
-        TaskError: no readable text, a column missing or twice, another number of fields than the header, or quotation
-            marks that do not match. Such a row would lose text, or swallow the next one.
+        TaskError: the text is unreadable, a column is missing or duplicated, a row has more or fewer fields than the
+            header, or quotation marks do not match. Such a row would lose text, or swallow the next one.
     """
-    lines = records(path, read_text(path), delimiter, quoted, remedy)
+    lines = iterate_records(path, read_text(path), delimiter, quoted, remedy)
     header = columns or tuple(next(lines, (0, ()))[1])
     check_header(path, header, needed, remedy)
     for number, fields in lines:
@@ -238,13 +241,13 @@ def read_table(
 
 
 def check_header(path: object, header: Iterable[str], needed: Iterable[str], remedy: str) -> None:
-    """Refuse a table that lacks a column, or has one twice, of which one would be dropped.
+    """Refuse a table that lacks a column or has one twice (one of the two would be dropped).
 
     Raises:
         TaskError: with the columns it has.
     """
     header = [name for name in header if name]
-    if twice := repeated(header):
+    if twice := find_duplicate(header):
         raise TaskError(f"{path}: the column {twice!r} occurs twice in its header; keep one of them")
     if lacking := [name for name in needed if name not in header]:
         if not header:
@@ -254,7 +257,9 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
         raise TaskError(f"{path}: no column {lacking[0]!r}, {known}; {remedy}")
 
 
-def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) -> Iterator[tuple[int, list[str]]]:
+def iterate_records(
+    path: Path, text: str, delimiter: str, quoted: bool, remedy: str
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of its first line and the fields of every record that is not empty.
 
     Raises:
@@ -271,7 +276,7 @@ def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) ->
     reader, start = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True), 1
     try:
         for fields in reader:
-            # csv takes a mark in the middle of an unquoted field for text, also where its partner was lost
+            # csv treats a quotation mark inside an unquoted field as text, even if the matching mark was lost
             if quoted and sum(line.count('"') for line in record) % 2:
                 raise csv.Error("a quotation mark has no partner")
             if fields:
@@ -282,7 +287,7 @@ def records(path: Path, text: str, delimiter: str, quoted: bool, remedy: str) ->
         raise TaskError(f"{path}: line {start} cannot be read as a row ({error}); {remedy}") from error
 
 
-def repeated(names: Iterable[str]) -> str | None:
+def find_duplicate(names: Iterable[str]) -> str | None:
     """Return a name that occurs twice; None if there is none."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
@@ -293,13 +298,13 @@ def file_sha256(path: Path) -> str:
     Raises:
         TaskError: it cannot be read.
     """
-    with opened(path):
+    with open_file(path):
         return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    with opened(path) as stream:
+    with open_file(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -323,7 +328,7 @@ def read_text(path: Path) -> str:
     Raises:
         TaskError: it is not UTF-8.
     """
-    with opened(path) as stream:
+    with open_file(path) as stream:
         data = stream.read()
     remedy = "save it as UTF-8 text"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -352,7 +357,7 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
     """Return what a JSON text holds.
 
     Raises:
-        TaskError: it is no JSON, holds a number that is none (NaN), or an object has a key twice.
+        TaskError: it is not JSON, holds NaN or Infinity, or an object has a key twice.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
@@ -366,7 +371,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: a key occurs twice.
     """
-    if twice := repeated(key for key, _ in pairs):
+    if twice := find_duplicate(key for key, _ in pairs):
         raise ValueError(f"the key {twice!r} occurs twice in one object")
     return dict(pairs)
 

@@ -42,7 +42,11 @@ def task(
     quotes: bool = True,
     overlap: bool = False,
 ) -> "Classification":
-    """Return the task; `text`, `text_pair` and `label` name columns, the last six options are told in own_files.py."""
+    """Return the task; `text`, `text_pair` and `label` name columns, and own_files.py explains the last six options.
+
+    Raises:
+        TaskError: an option is wrong.
+    """
     if subset:
         raise TaskError(f"classification/{subset}: no such task, only classification")
     if metric not in METRICS:
@@ -89,6 +93,11 @@ class Classification(OwnFiles):
         return None if self.form == "regression" else row["label"]
 
     def parse(self, placed: Placed) -> Row:
+        """Return a row of the form, without its id.
+
+        Raises:
+            TaskError: a column holds something else, or a class that `labels` does not list.
+        """
         place, row = placed
         pair = text_of(place, row, self.text_pair) if self.text_pair else ""
         label = (number_of if self.form == "regression" else class_of)(place, row, self.label)
@@ -98,6 +107,11 @@ class Classification(OwnFiles):
         return {"text": text_of(place, row, self.text), "text_pair": pair, "label": label}
 
     def check(self, found: dict[str, list[Placed]]) -> None:
+        """Refuse classes that do not fit the metric, or that cannot be learnt and measured.
+
+        Raises:
+            TaskError: with the classes and the remedy.
+        """
         if self.form == "classification" and not self.listed:
             self.check_classes(found)
         classes = len(self.listed) or len({row["label"] for _, row in found["train"]})

@@ -196,7 +196,11 @@ def response(output: str) -> str:
 
 
 def task(subset: str, train: str = "170k", likelihood: bool = True) -> "Commonsense":
-    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too."""
+    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too.
+
+    Raises:
+        TaskError: an option is wrong.
+    """
     if subset:
         raise TaskError(f"commonsense/{subset}: no such task, only commonsense")
     if train not in TRAINING:
@@ -223,9 +227,14 @@ class Commonsense(Task):
             folder, names = "ft-training_set", (f"commonsense_{self.train}.json", TRAINING[self.train])
         if data_dir is None:
             return base.fetch(REPOSITORY, COMMIT, f"{folder}/{names[0]}")
-        return base.find(data_dir, (f"commonsense/{folder}", folder), names)
+        return base.find_data_file(data_dir, (f"commonsense/{folder}", folder), names)
 
     def check(self, split: str) -> None:
+        """Refuse a split that the task does not have.
+
+        Raises:
+            TaskError: with those it has.
+        """
         if split != "train" and split not in SPECS:
             raise TaskError(f"commonsense has no split {split!r}, only train, {', '.join(SPECS)}")
 
@@ -263,7 +272,7 @@ class Commonsense(Task):
         """
         items = list(items)
         head, _, tail = (TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT).partition("{}")
-        with base.expected("a list of LLM-Adapters' items", source):
+        with base.translate_shape_errors("a list of LLM-Adapters' items", source):
             rows = [
                 {
                     "id": f"{split}-{number}",
@@ -274,7 +283,7 @@ class Commonsense(Task):
                 for number, item in enumerate(items)
             ]
         found = self.dataset(rows, source)
-        with base.expected("one of LLM-Adapters' items", source):
+        with base.translate_shape_errors("one of LLM-Adapters' items", source):
             for row, item in zip(rows, items, strict=True):
                 check_item(item, row, SPECS[split].words if split in SPECS else None)
         return found

@@ -17,7 +17,11 @@ VERSION = 2  # 1: no output repeated an n-gram of its prompt
 
 
 def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart":
-    """Return the task; the options are told in tasks/data_to_text.py."""
+    """Return the task; the options are explained in tasks/data_to_text.py.
+
+    Raises:
+        TaskError: a subset is named.
+    """
     if subset:
         raise TaskError(f"dart/{subset}: no such task, only dart")
     return Dart(separator, scored)
@@ -26,14 +30,14 @@ def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "Dart
 class Dart(DataToText):
     """Facts from tables, WebNLG and E2E."""
 
-    name, version, metric, lower = "dart", VERSION, "BLEU", ("TER",)
+    name, version, metric, lower_is_better = "dart", VERSION, "BLEU", ("TER",)
     folder = "dart"
     files = {
         s: (f"dart-v1.1.1-full-{f}.json",) for s, f in (("train", "train"), ("validation", "dev"), ("test", "test"))
     }
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        with base.expected("DART 1.1.1", path):
+        with base.translate_shape_errors("DART 1.1.1", path):
             for entry in base.read_json(path):
                 facts = triples((subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"])
                 yield from ((facts, annotation["text"], "") for annotation in entry["annotations"])

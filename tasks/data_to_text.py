@@ -54,12 +54,16 @@ class DataToText(Task):
         raise NotImplementedError
 
     def path(self, split: str, data_dir: str | None) -> Path:
-        """Return the official file of a split, below `data_dir` or downloaded."""
+        """Return the official file of a split, below `data_dir` or downloaded.
+
+        Raises:
+            TaskError: there is no such split, or its file is missing or cannot be fetched.
+        """
         if split not in self.files:
             raise TaskError(f"{self.name} has no split {split!r}, only {', '.join(self.files)}")
         if data_dir is None:
             return base.fetch(REPOSITORY, COMMIT, f"{FOLDER}/{self.folder}/{self.files[split][0]}")
-        return base.find(data_dir, self.folders(), self.files[split])
+        return base.find_data_file(data_dir, self.folders(), self.files[split])
 
     def folders(self) -> tuple[str, ...]:
         """Return where below `data_dir` the files may lie: in a copy of LoRA's repository or of its data folder."""
@@ -86,7 +90,7 @@ class DataToText(Task):
         Raises:
             TaskError: there are none.
         """
-        with base.expected(f"{self.name}'s file", source):
+        with base.translate_shape_errors(f"{self.name}'s file", source):
             grouped = grouped_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
         return self.dataset((self.row(split, i, *group) for i, group in enumerate(grouped)), source)
 

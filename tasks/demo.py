@@ -229,6 +229,11 @@ class Demo(Task):
         raise NotImplementedError
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
+        """Return the generated rows of a split; `data_dir` is not used.
+
+        Raises:
+            TaskError: there is no such split.
+        """
         if name not in self.sizes:
             raise TaskError(f"{self.name} has no split {name!r}, only {' and '.join(self.sizes)}")
         return Split(self.dataset(self.drawn()[name], self.name), self.source()["generator"])
@@ -337,14 +342,18 @@ def right_answers() -> "dict[str, Score]":
     """Return how the share of right answers is computed again."""
     from tasks import measures
 
-    return {"accuracy": measures.Score(measures.right, measures.mean)}
+    return {"accuracy": measures.Score(measures.mark_correct, measures.mean)}
 
 
 SUBSETS = {"sentiment": Sentiment, "restaurants": Restaurants, "choice": Choice}
 
 
 def task(subset: str) -> Task:
-    """Return the demo task `subset`."""
+    """Return the demo task `subset`.
+
+    Raises:
+        TaskError: there is no such task.
+    """
     if subset not in SUBSETS:
         raise TaskError(f"no task demo/{subset}; the demo tasks are {', '.join(SUBSETS)}")
     return SUBSETS[subset]()

@@ -33,7 +33,11 @@ FORMS = {"tokenised": "LoRA's tokenised text", "official": "the official text"}
 
 
 def task(subset: str, references: str = "tokenised", separator: str = SEPARATOR, scored: str = "test") -> "E2e":
-    """Return the task; `references` and `separator` are told above and in tasks/data_to_text.py."""
+    """Return the task; `references` and `separator` are explained above and in tasks/data_to_text.py.
+
+    Raises:
+        TaskError: an option is wrong.
+    """
     if subset:
         raise TaskError(f"e2e/{subset}: no such task, only e2e")
     if references not in FORMS:
@@ -44,7 +48,7 @@ def task(subset: str, references: str = "tokenised", separator: str = SEPARATOR,
 class E2e(DataToText):
     """What both forms share."""
 
-    name, version, metric, plain = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
+    name, version, metric, unscaled = "e2e", VERSION, "BLEU", ("NIST", "CIDEr")
     words = False
     form_of_text: str
 
@@ -67,6 +71,11 @@ class Tokenised(E2e):
     files = {"train": ("train.txt", "train.*.txt"), "validation": ("valid.txt",), "test": ("test.txt",)}
 
     def path(self, split: str, data_dir: str | None) -> Path:
+        """As in `DataToText`, with a hint at the other form of the text.
+
+        Raises:
+            TaskError: it is missing or cannot be fetched.
+        """
         try:
             return super().path(split, data_dir)
         except TaskError as error:
@@ -74,6 +83,11 @@ class Tokenised(E2e):
             raise TaskError(f"{error}{hint}") from error
 
     def pairs(self, path: Path) -> Iterator[Pair]:
+        """As in `DataToText`.
+
+        Raises:
+            TaskError: a line is not of the form RECORD||SENTENCE.
+        """
         for number, line in enumerate(base.read_text(path).split("\n"), start=1):
             record, *sentences = line.strip().split("||")
             if line.strip() and not (record.strip() and len(sentences) == 1 and sentences[0].strip()):
@@ -103,8 +117,13 @@ class Official(E2e):
         return Split(self.rows(name, pairs, HUB), f"{HUB}@{REVISION} ({FORMS['official']})")
 
     def pairs(self, path: Path) -> Iterator[Pair]:
+        """As in `DataToText`.
+
+        Raises:
+            TaskError: a row has no sentence, or one that has swallowed another row.
+        """
         for line, row in base.read_table(path, ",", quoted=True, needed=("mr", "ref")):
-            with base.expected("a row of mr and ref", f"{path}: line {line}"):
+            with base.translate_shape_errors("a row of mr and ref", f"{path}: line {line}"):
                 record, sentence = spelled_out(row["mr"]), row["ref"]
                 if not sentence.strip():
                     raise ValueError(f"{row['mr']!r} has no ref")

@@ -89,7 +89,11 @@ SPECS = {
 
 
 def task(subset: str) -> "Glue":
-    """Return one GLUE task by its hub name, e.g. "sst2"."""
+    """Return one GLUE task by its hub name, e.g. "sst2".
+
+    Raises:
+        TaskError: there is no such task.
+    """
     if subset not in SPECS:
         raise TaskError(f"glue/{subset}: no such GLUE task; known: {', '.join(SPECS)}")
     return Glue(subset)
@@ -114,7 +118,7 @@ class Glue(Task):
         folders = (f"glue/{self.spec.folder}", self.spec.folder)
         original = (ORIGINAL,) if self.subset == "mrpc" else ()
         try:
-            return base.find(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
+            return base.find_data_file(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
         except TaskError as error:
             raise TaskError(f"{error}{self.hint(data_dir) if original else ''}") from error
 
@@ -162,7 +166,7 @@ class Glue(Task):
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
         belongs = self.chooser(path, split)
         for line, row in base.read_table(path, "\t", False, needed, spec.header, skip_short=spec.holes):
-            with base.expected(f"GLUE's {spec.folder}", f"{path}: line {line}"):
+            with base.translate_shape_errors(f"GLUE's {spec.folder}", f"{path}: line {line}"):
                 label = self.parse_label(row[spec.label])
                 if belongs(row):
                     rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
@@ -177,6 +181,11 @@ class Glue(Task):
         return lambda row: (tuple(row[name] for name in IDS) in ids) == (split == "validation")
 
     def parse_label(self, word: str) -> int | float:
+        """Return a label of an official file as a class index or, for STS-B, as its score.
+
+        Raises:
+            ValueError: it is no such label.
+        """
         if self.form == "regression":
             if not 0 <= float(word) <= 5:
                 raise ValueError(f"a score of {word}, which is not in [0, 5],")
@@ -216,7 +225,7 @@ class Glue(Task):
         parts = {"": lambda row: not is_mismatched(row["split"])}
         if self.subset == "mnli":
             parts["mismatched_"] = lambda row: is_mismatched(row["split"])
-        found = [measures.within(scores, prefix, belongs) for prefix, belongs in parts.items()]
+        found = [measures.restrict_scores(scores, prefix, belongs) for prefix, belongs in parts.items()]
         return {name: score for part in found for name, score in part.items()}
 
 

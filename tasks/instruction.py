@@ -51,7 +51,11 @@ def task(
     quotes: bool = True,
     overlap: bool = False,
 ) -> "Instruction":
-    """Return the task; `prompt` and `response` name columns, the last five options are told in own_files.py."""
+    """Return the task; `prompt` and `response` name columns, and own_files.py explains the last five options.
+
+    Raises:
+        TaskError: an option is wrong.
+    """
     if subset:
         raise TaskError(f"instruction/{subset}: no such task, only instruction")
     if metric not in METRICS:
@@ -65,7 +69,7 @@ def task(
 class Instruction(OwnFiles):
     """Prompts with one accepted response each."""
 
-    name, version, form, plain, lower = "instruction", VERSION, "generation", ("loss",), ("loss",)
+    name, version, form, unscaled, lower_is_better = "instruction", VERSION, "generation", ("loss",), ("loss",)
     message = {"role": Value("string"), "content": Value("string")}
     features: ClassVar[dict[str, Features]] = {"generation": Features({**base.GENERATION, "messages": List(message)})}
 

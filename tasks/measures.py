@@ -1,8 +1,8 @@
-"""How scores are computed again on rows drawn anew, so that a task's scores have intervals and paired tests.
+"""How scores are recomputed on resampled rows, so that they can have confidence intervals and paired tests.
 
-A test draws rows with replacement, or swaps the outputs of two runs, some thousand times. So each measure takes rows as
-numbers, and how often each occurs: `measure(columns_NC, weights_RN) -> values_R`. A task names the measure of each of
-its scores in `declare_scores`; what draws and swaps (dual_lora/lab) knows no score by name.
+A test resamples rows with replacement, or swaps the outputs of two runs, a few thousand times. A measure therefore
+takes rows as numbers, plus how often each row occurs: `measure(columns_NC, weights_RN) -> values_R`. A task names the
+measure of each of its scores in `declare_scores`; dual_lora/lab/statistics knows no score by name.
 
     N  rows       R  resamples       C  numbers that stand for one row       K  classes
 
@@ -20,12 +20,12 @@ import sacrebleu
 from tasks import metrics
 from tasks.base import Row
 
-TINY = 1e-10
+TINY = 1e-10  # variance relative to the mean square below which a column counts as constant
 
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def everywhere(row: Row) -> str:
+def single_stratum(row: Row) -> str:
     """Return the one stratum of a score that is computed on all rows at once."""
     return "all"
 
@@ -35,8 +35,8 @@ class Score:
     """How one score of a task follows from judged rows.
 
     The score is the unweighted mean, over strata, of the measure on each stratum's rows. A row is the unit that is
-    drawn and swapped. The paired test follows from the measure: McNemar's exact test for a `mean` of right (1) and
-    wrong (0) in one stratum with one seed, else the paired permutation test; the interval is a bootstrap of rows.
+    resampled and swapped. The measure decides the paired test: McNemar's exact test for a `mean` of 1 (right) and 0
+    (wrong) in a single stratum with one seed, otherwise the permutation test. The interval is a bootstrap over rows.
 
     Attributes:
         columns: the C numbers that stand for one judged row.
@@ -46,29 +46,31 @@ class Score:
 
     columns: Callable[[Row], Sequence[float]]
     measure: Measure
-    stratum: Callable[[Row], str | None] = everywhere
+    stratum: Callable[[Row], str | None] = single_stratum
 
 
 # What stands for a row
 
 
-def right(row: Row) -> tuple[float]:
+def mark_correct(row: Row) -> tuple[float]:
+    """Return 1 if the row's answer is the gold one, else 0."""
     return (float(row["answer"] == row["gold"]),)
 
 
 def answer_and_gold(row: Row) -> tuple[float, float]:
+    """Return a row's answer and gold: class indices or numbers."""
     return row["answer"], row["gold"]
 
 
 def column(name: str) -> Callable[[Row], tuple[float]]:
-    """Return what takes a row's number of this name."""
+    """Return a function that takes the number of this name from a row."""
     return lambda row: (row[name],)
 
 
 @dataclass(frozen=True)
 class Bleu:
-    """What is done to texts before BLEU: `words` splits them and keeps six references (metrics.webnlg); `smooth` is
-    sacrebleu's "exp"."""
+    """How texts are prepared for BLEU: `words` splits them into words and keeps six references (metrics.webnlg);
+    `smooth` is sacrebleu's "exp"."""
 
     words: bool = False
     lowercase: bool = True
@@ -94,7 +96,7 @@ def mean(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 
 
 def class_counts(columns_NC: np.ndarray, weights_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return, from (answer, gold), how often each class was answered rightly, was answered, and was gold: (R, K)."""
+    """Return counts of each class among correct answers, answers and gold, from (answer, gold): three arrays (R, K)."""
     classes, codes = np.unique(columns_NC, return_inverse=True)
     answer_NK, gold_NK = np.eye(len(classes))[codes.reshape(columns_NC.shape).T]
     return weights_RN @ (answer_NK * gold_NK), weights_RN @ answer_NK, weights_RN @ gold_NK
@@ -123,7 +125,7 @@ def f1(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 
 
 def quotient(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
-    """Return the sum of the first number over the sum of the second: a mean over what a row has several of."""
+    """Return the sum of the first number over the sum of the second: a mean over items, several of them in a row."""
     above, below = (weights_RN @ columns_NC).T
     return ratio(above, below)
 
@@ -143,6 +145,7 @@ def spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 
 
 def pearson_spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+    """Return the mean of Pearson's and Spearman's correlation of (answer, gold)."""
     return (pearson(columns_NC, weights_RN) + spearman(columns_NC, weights_RN)) / 2
 
 
@@ -153,7 +156,7 @@ def correlation(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy
 
 
 def ranks(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
-    """Return each value's mean rank among the weighted values, counted from their middle, of shape (R, N)."""
+    """Return each value's mean rank among the weighted values, centred on 0, of shape (R, N)."""
     order = np.argsort(values_N, kind="stable")
     _, starts, places = np.unique(values_N[order], return_index=True, return_inverse=True)
     equal = np.add.reduceat(weights_RN[:, order], starts, axis=1)
@@ -164,11 +167,11 @@ def ranks(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 def bleu(columns_NC: np.ndarray, weights_RN: np.ndarray, smooth: bool = False) -> np.ndarray:
     """Return corpus BLEU from `ngram_counts`; `smooth` is sacrebleu's "exp" for orders without a match."""
     sums = weights_RN @ columns_NC
-    length, closest, right, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
+    length, closest, matched, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
     if smooth:
-        right = np.where((right == 0) & (total > 0), 0.5 ** np.cumsum(right == 0, axis=1), right)
-    scored = (sums[:, 2:6] > 0).any(axis=1) & (right > 0).all(axis=1)
-    logs = np.log(np.where(scored[:, None], right, 1) / np.where(scored[:, None], total, 1)).mean(axis=1)
+        matched = np.where((matched == 0) & (total > 0), 0.5 ** np.cumsum(matched == 0, axis=1), matched)
+    scored = (sums[:, 2:6] > 0).any(axis=1) & (matched > 0).all(axis=1)
+    logs = np.log(np.where(scored[:, None], matched, 1) / np.where(scored[:, None], total, 1)).mean(axis=1)
     brevity = np.minimum(0, 1 - closest / np.where(scored, length, 1))
     return np.where(scored, np.minimum(np.exp(logs + brevity), 1), 0)
 
@@ -195,7 +198,7 @@ def scorer(lowercase: bool) -> sacrebleu.BLEU:
 
 def classification_scores(classes: int) -> dict[str, Score]:
     """Return how the scores of `metrics.classification` are computed again."""
-    found = {"accuracy": Score(right, mean), "matthews": Score(answer_and_gold, matthews)}
+    found = {"accuracy": Score(mark_correct, mean), "matthews": Score(answer_and_gold, matthews)}
     return found | ({"f1": Score(answer_and_gold, f1)} if classes == 2 else {})
 
 
@@ -205,7 +208,7 @@ def regression_scores() -> dict[str, Score]:
     return {name: Score(answer_and_gold, measure) for name, measure in known.items()}
 
 
-def within(scores: dict[str, Score], prefix: str, belongs: Callable[[Row], bool]) -> dict[str, Score]:
+def restrict_scores(scores: dict[str, Score], prefix: str, belongs: Callable[[Row], bool]) -> dict[str, Score]:
     """Return scores of the rows that belong to one part of the data, under names with a prefix."""
 
     def stratum(row: Row) -> str | None:

@@ -120,7 +120,11 @@ def webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()
 
 
 def one_line(hypotheses: Texts, references: References) -> tuple[list[str], list[list[str]]]:
-    """Return the texts with every run of white space as one blank: a break would shift all later sentences."""
+    """Return the texts with every run of white space as one blank: a break would shift all later sentences.
+
+    Raises:
+        ValueError: there are no texts, or one has no references.
+    """
     if len(hypotheses) != len(references) or not hypotheses or not all(references):
         raise ValueError(f"{len(hypotheses)} outputs for {len(references)} lists of references; every one needs a list")
     return [" ".join(h.split()) for h in hypotheses], [[" ".join(r.split()) for r in rs] for rs in references]
@@ -236,7 +240,11 @@ def environment() -> dict[str, str]:
 
 
 def jar(name: str) -> str:
-    """Return the path of a jar that pycocoevalcap carries."""
+    """Return the path of a jar that pycocoevalcap carries.
+
+    Raises:
+        Unavailable: pycocoevalcap is not installed.
+    """
     package = find_spec("pycocoevalcap")
     if not package:
         raise Unavailable("pycocoevalcap is not installed; pip install dual-lora[nlg]")
@@ -267,7 +275,11 @@ def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float
 
 
 def penn_tokens(texts: Texts) -> list[str]:
-    """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out."""
+    """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out.
+
+    Raises:
+        Unavailable: there is no Java or no tokeniser, or it fails.
+    """
     command = [
         java(),
         *LOCALE,

@@ -156,6 +156,11 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
+    """Yield the rows of a text table.
+
+    Raises:
+        TaskError: its header has another separator, or `base.read_table` refuses it.
+    """
     header = base.read_text(path).lstrip("\r\n").partition("\n")[0]
     names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
     other = next((sign for sign in names if sign != delimiter and sign in header), None)
@@ -172,6 +177,11 @@ def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
 
 
 def read_objects(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a .jsonl file.
+
+    Raises:
+        TaskError: a line is no JSON object.
+    """
     for number, line in enumerate(base.read_text(path).split("\n"), start=1):
         if line.strip():
             place = Place(path, number, "line")
@@ -179,6 +189,11 @@ def read_objects(path: Path) -> Iterator[Placed]:
 
 
 def read_list(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a .json file, which holds one list of objects.
+
+    Raises:
+        TaskError: it holds something else.
+    """
     remedy = "give a list of objects, or a .jsonl with one object a line"
     content = base.parse_json(base.read_text(path), str(path), remedy)
     if not isinstance(content, list):
@@ -189,13 +204,22 @@ def read_list(path: Path) -> Iterator[Placed]:
 
 
 def checked_object(value: Any, place: Place) -> Row:
+    """Return a row as it was read.
+
+    Raises:
+        TaskError: it is no object with columns.
+    """
     if not isinstance(value, dict):
         raise TaskError(f"{place}: {str(value)[:60]!r} is not an object with columns; write {{...}}")
     return value
 
 
 def read_parquet(path: Path) -> Iterator[Placed]:
-    """Yield rows; class indices are written as the names the file has for them."""
+    """Yield rows; class indices are written as the names the file has for them.
+
+    Raises:
+        TaskError: it cannot be read as Parquet, or a column occurs twice.
+    """
     try:
         table = Dataset(pyarrow.parquet.read_table(path))
     except (OSError, ValueError, TypeError) as error:
@@ -299,6 +323,11 @@ class OwnFiles(Task):
         return {split: files[split] for split in ("train", scored) if split in files}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
+        """Return the rows of split `name` from the user's files.
+
+        Raises:
+            TaskError: there is no such split, or `rows` refuses the files.
+        """
         files, rows = self.used(data_dir), self.rows(data_dir)
         if name not in rows:
             raise TaskError(f"data_dir={self.data_dir}: no {name} split, only {', '.join(rows)}")

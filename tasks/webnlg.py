@@ -24,7 +24,11 @@ SEEN |= {"WrittenWork"}
 
 
 def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "WebNlg":
-    """Return the task; the options are told in tasks/data_to_text.py."""
+    """Return the task; the options are explained in tasks/data_to_text.py.
+
+    Raises:
+        TaskError: a subset is named.
+    """
     if subset:
         raise TaskError(f"webnlg/{subset}: no such task, only webnlg")
     return WebNlg(separator, scored)
@@ -34,12 +38,17 @@ class WebNlg(DataToText):
     """Facts of DBpedia; a row's id names its group, "test-unseen-1200"."""
 
     name, version, metric = "webnlg", VERSION, "BLEU"
-    lower = ("TER", "seen_TER", "unseen_TER")
+    lower_is_better = ("TER", "seen_TER", "unseen_TER")
     folder = "webnlg_challenge_2017"
     files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
 
     def pairs(self, path: Path) -> Iterator[Pair]:
-        with base.expected("WebNLG 2017", path):
+        """As in `DataToText`: the texts that the file calls good.
+
+        Raises:
+            TaskError: the file is not one of WebNLG 2017's.
+        """
+        with base.translate_shape_errors("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
                 if len(holder) > 1:
                     raise ValueError(f"entry {number} holds {len(holder)} entries")
@@ -65,7 +74,7 @@ class WebNlg(DataToText):
         from tasks import measures
 
         whole = super().declare_scores(example)
-        parts = [measures.within(whole, f"{group}_", partial(in_group, group)) for group in ("seen", "unseen")]
+        parts = [measures.restrict_scores(whole, f"{group}_", partial(in_group, group)) for group in ("seen", "unseen")]
         return whole | parts[0] | parts[1]
 
 

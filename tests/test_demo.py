@@ -32,7 +32,7 @@ def scores(name: str, outputs: list, of: list[dict]) -> dict[str, float]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_rows_are_the_same_on_every_machine(name, split):
-    assert tasks.load(name).split(split).facts()["sha256"][:16] == GOLDEN[name, split]
+    assert tasks.load(name).split(split).describe()["sha256"][:16] == GOLDEN[name, split]
 
 
 @pytest.mark.parametrize("name", NAMES)

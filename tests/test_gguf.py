@@ -136,7 +136,7 @@ def test_a_run_is_exported_and_analysed(file, runs_folder, tmp_path, capsys):
     run = f"run={runs_folder / 'adhoc' / made['identity']}"
     assert evaluate_command([run, f"export={tmp_path / 'out'}"]) == 0
     assert evaluate_command([run, "analyse=true"]) == 0
-    assert "Signs flipped: since" in capsys.readouterr().out
+    assert "Signs flipped: compared with" in capsys.readouterr().out
     exported = loaded(settings(tmp_path / "out"))[0].config
     assert exported.model_type == "llama" and not hasattr(exported, "quantization_config")
 

@@ -308,7 +308,7 @@ def test_a_process_that_died_over_a_forced_run_is_told_though_an_old_result_is_t
 
 def test_exit_codes_of_what_other_processes_tell(runs_folder, capsys):
     run = Run.prepare(load_settings(TINY))
-    expected = {"Stopped": EXIT_STOPPED, "Elsewhere": EXIT_ELSEWHERE, "UserError": EXIT_USER}
+    expected = {"Stopped": EXIT_STOPPED, "RunHeldElsewhere": EXIT_ELSEWHERE, "UserError": EXIT_USER}
     for error, code in {**expected, "ValueError": EXIT_FAILED}.items():
         failures[run.record.folder] = {"error": error, "message": "SIGTERM"}
         assert report_failures([run]) == code

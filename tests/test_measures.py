@@ -57,7 +57,7 @@ def test_a_declaration_gives_the_tasks_own_score(name, no_java):
     assert set(scores) - UNDECLARED == set(declared)
     for metric, score in declared.items():
         assert value(score, rows) == pytest.approx(scores[metric], abs=1e-12), metric
-    assert not set(task.lower) - set(scores)
+    assert not set(task.lower_is_better) - set(scores)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -56,7 +56,7 @@ class Questions(Task):
     def declare_scores(self, example):
         return {
             "macro_f1": measures.Score(lambda row: (row["class"], row["true_class"]), macro_f1),
-            "exact_match": measures.Score(measures.right, measures.mean),
+            "exact_match": measures.Score(measures.mark_correct, measures.mean),
             "ROUGE_L": measures.Score(lambda row: (overlap(row),), measures.mean),
             "BLEU": measures.Bleu().score(),
         }

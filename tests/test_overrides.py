@@ -156,7 +156,7 @@ IDLE = {
     (*ENCODER, "method=full", "model.roles.q=x"): "model.roles.q=x: method full trains every weight",
     (*ENCODER, "model.revision=abc"): "model.revision=abc: tiny-roberta is read from this repository; drop it",
     (*WRITER, "model.head=[x]"): "model.head=['x']: demo/restaurants trains no head",
-    (*WRITER, "task.length_penalty=2"): "task.length_penalty=2.0: only beams are compared by length",
+    (*WRITER, "task.length_penalty=2"): "task.length_penalty=2.0: only beam search uses it",
     (*ENCODER, "data_dir=."): "data_dir=.: demo/sentiment reads no files, it makes its own data; drop it",
 }
 

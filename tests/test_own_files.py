@@ -234,7 +234,7 @@ def test_scores_of_responses(tmp_path):
     scores = task.score({"test": judged})
     assert scores["exact_match"] == 0.5 and scores["loss"] == pytest.approx((3 + 5) / (4 + 6))
     assert scores["rouge_l"] == pytest.approx((1 + 2 * 2 / 8) / 2) and 0.5 < scores["chrf"] < 1
-    assert task.metric == "rouge_l" and task.plain == task.lower == ("loss",)
+    assert task.metric == "rouge_l" and task.unscaled == task.lower_is_better == ("loss",)
     for name, score in task.declare_scores(judged[0]).items():
         columns = np.array([score.columns(row) for row in judged], dtype=float)
         assert score.measure(columns, np.ones((1, 2))) == pytest.approx(scores[name]), name
@@ -444,7 +444,7 @@ def test_a_run_on_own_classes_is_evaluated_again_from_its_record(method, own_dat
     settings = load_settings([*words, "task.options.metric=macro_f1"])
     result = train_run(Run.prepare(settings))
     assert result["metric"] == "macro_f1" and set(result["metrics"]) == {"accuracy", "macro_f1", "matthews", "f1"}
-    assert result["data"]["test"] == tasks.load("classification").split("test", str(own_data)).facts()
+    assert result["data"]["test"] == tasks.load("classification").split("test", str(own_data)).describe()
     record = Record(runs_folder / "adhoc" / result["identity"])
     assert reevaluate_run(settings, record) == 0
     rows = [json.loads(line) for line in (record.folder / "predictions.jsonl").open()]

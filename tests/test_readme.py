@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import forked
 import pytest
@@ -94,6 +95,7 @@ def a_run(tmp_path_factory):
 )
 def test_commands_run(command, runs_folder, small_bert, a_run, tmp_path):
     write_official(tmp_path, "sst2")
+    write_own_data(tmp_path, command)
     shutil.copytree(a_run, runs_folder / "adhoc" / a_run.name)
     places = {
         "run=runs/adhoc/ID": f"run={runs_folder / 'adhoc' / a_run.name}",
@@ -104,6 +106,20 @@ def test_commands_run(command, runs_folder, small_bert, a_run, tmp_path):
     arguments = [places.get(word, word) for word in words(command)[1:]]
     done = (started if command == ALONE else forked.run)(*arguments, *shortened(arguments))
     assert done.returncode == 0, done.stderr
+
+
+def write_own_data(folder: Path, command: str) -> None:
+    """Write small tables of the form that a command's task reads, if it reads tables of one's own."""
+    if "task=classification" in command:
+        columns = [
+            next((w.partition("=")[2] for w in words(command) if w.startswith(key)), default)
+            for key, default in (("task.options.text=", "text"), ("task.options.label=", "label"))
+        ]
+        lines = ["\t".join(columns), *(f"a text number {i}\t{'yes' if i % 2 else 'no'}" for i in range(40))]
+        (folder / "train.tsv").write_text("\n".join(lines) + "\n")
+    elif "task=instruction" in command:
+        rows = [{"prompt": f"Say {i}.", "response": f"It is {i}."} for i in range(40)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def shortened(arguments: list[str]) -> list[str]:

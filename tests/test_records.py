@@ -14,7 +14,7 @@ from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
-from dual_lora.lab.errors import Elsewhere, UserError
+from dual_lora.lab.errors import RunHeldElsewhere, UserError
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report.write import FIGURES_FILE, remove_stale_figures
@@ -281,7 +281,7 @@ def test_a_lock_from_the_future_becomes_stale_too(tmp_path):
         later = path.stat().st_mtime + seconds
         os.utime(path, (later, later))
         if held:
-            with pytest.raises(Elsewhere, match="try again in 3 minutes"), hold_lock(tmp_path):
+            with pytest.raises(RunHeldElsewhere, match="try again in 3 minutes"), hold_lock(tmp_path):
                 pass
         else:
             with hold_lock(tmp_path):

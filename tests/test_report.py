@@ -588,7 +588,7 @@ def test_a_score_that_is_not_resampled_has_no_verdict_and_one_not_measured_is_sa
 
 
 def test_a_score_that_is_no_fraction_is_not_printed_in_percent(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(tasks.load("glue/sst2")), "plain", ("accuracy",))
+    monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
     lines = rows_of(write_report(experiment, done, tmp_path))
     (line,) = [line for line in lines if line[:2] == ["glue/rte", "accuracy"] and line[3] == "Dual LoRA - LoRA"]
@@ -623,7 +623,7 @@ def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study
     experiment, done = study(spec, lambda label, s: 80, environment=started)
     other = beside(done[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
     (shown, _) = find_outcomes([cell.cell for cell in done], "made")
-    assert shown.record == done[0].record and shown.others == (other,)
+    assert shown.record == done[0].record and shown.other_records == (other,)
     text = write_report(experiment, [shown], tmp_path)
     assert f"{done[0].record.name} (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
 

@@ -21,7 +21,7 @@ from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import RESTARTS, RESUMES, Elsewhere, Stopped, UserError, translate_memory_errors
+from dual_lora.lab.errors import RESTARTS, RESUMES, RunHeldElsewhere, Stopped, UserError, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
@@ -366,7 +366,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     folder = Run.prepare(settings).record.folder
     folder.mkdir(parents=True)
     with hold_lock(folder):
-        with pytest.raises(Elsewhere, match=f"process {os.getpid()} on .* has been doing it since"):
+        with pytest.raises(RunHeldElsewhere, match=f"process {os.getpid()} on .* has been doing it since"):
             train_run(Run.prepare(settings))
         execute_run(Run.prepare(settings))
         assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE
@@ -400,7 +400,7 @@ def test_another_machines_lock_holds_as_long_as_it_is_touched(tmp_path, monkeypa
             time.sleep(0.01)
     path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))
     with (
-        pytest.raises(Elsewhere, match=f"process 1 on elsewhere .* try again in 3 minutes or remove {path}"),
+        pytest.raises(RunHeldElsewhere, match=f"process 1 on elsewhere .* try again in 3 minutes or remove {path}"),
         hold_lock(tmp_path),
     ):
         pass
@@ -421,7 +421,7 @@ def test_of_many_that_want_a_lock_one_has_it(tmp_path):
             taken = 0
             try:
                 while taken < 200:
-                    with suppress(Elsewhere), hold_lock(tmp_path):
+                    with suppress(RunHeldElsewhere), hold_lock(tmp_path):
                         alone.touch(exist_ok=False)
                         alone.unlink()
                         taken += 1
@@ -572,7 +572,7 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
 @pytest.mark.parametrize(("then", "kept"), [(RESUMES, "with a checkpoint"), (RESTARTS, "without a checkpoint")])
 def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(then, kept, capfd):
     def work() -> int:
-        with STOP.defer(then=then):
+        with STOP.defer(next_action=then):
             os.kill(os.getpid(), signal.SIGTERM)
             STOP.raise_if_asked()
         return 0

@@ -1,6 +1,7 @@
 """Rules about the tree: who may import whom, and that names, files and settings agree."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ FORBIDDEN = {
     "dual_lora/tuner": ("dual_lora.lab", "tasks", "hydra", "datasets", "wandb"),
     "dual_lora/paper": ("dual_lora", "tasks", "torch", "peft", "hydra", "omegaconf"),
     "dual_lora/kernels": ("dual_lora", "tasks", "peft", "transformers", "hydra", "datasets", "wandb"),
-    "dual_lora/analysis": ("dual_lora", "tasks", "peft", "transformers", "hydra", "pandas"),
+    "dual_lora/analysis": ("dual_lora.lab", "dual_lora.paper", "tasks", "transformers", "hydra", "pandas"),
     "dual_lora/functional.py": ("dual_lora", "tasks", "peft", "transformers", "hydra"),
     "dual_lora/lab": ("train", "eval", "sweep"),
 }
@@ -112,3 +113,43 @@ def test_every_task_setting_has_its_module(name):
 def test_entry_points_are_short_and_imported_by_nothing():
     for script in ROOT.glob("*.py"):
         assert len(script.read_text().splitlines()) < 100
+
+
+def list_public_functions(path: Path) -> list[ast.FunctionDef]:
+    """Return the public functions of a file and the public methods of its classes."""
+    tree = ast.parse(path.read_text())
+    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+    return [n for body in bodies for n in body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+
+
+def walk_own_code(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below one, without those of functions and classes defined inside it."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            yield child
+            yield from walk_own_code(child)
+
+
+def raises_error(node: ast.AST) -> bool:
+    """Return whether a statement makes an error, or calls `require`. Not meant: `raise`, `raise error`, and
+    NotImplementedError, which says what a subclass must define."""
+    if isinstance(node, ast.Raise):
+        return isinstance(node.exc, ast.Call | ast.Attribute) and "NotImplementedError" not in ast.unparse(node.exc)
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require"
+
+
+@pytest.mark.parametrize("folder", ["dual_lora", "tasks"])
+def test_docstrings_name_the_errors_that_public_functions_raise(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for function in list_public_functions(path):
+            silent = "Raises:" not in (ast.get_docstring(function) or "")
+            lines = [node.lineno for node in walk_own_code(function) if raises_error(node)]
+            assert not (silent and lines), f"{path}:{lines[0]}: {function.name} raises, its docstring has no Raises:"
+
+
+def test_no_two_public_functions_of_the_harness_share_a_name():
+    found: dict[str, Path] = {}
+    for path in (ROOT / "dual_lora/lab").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert found.setdefault(node.name, path) == path, f"{node.name}: in {found[node.name]} and in {path}"

@@ -407,7 +407,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED / "tiny-roberta", folder)
     chosen = settings("tiny-roberta", f"model.path={folder}", "force=true")
-    record = Run.prepare(chosen).record.get_attempt(chosen)
+    record = Run.prepare(chosen).record.select_attempt_record(chosen)
     record.prepare_folder(chosen)
     record.append_log({"step": 0, "eval/accuracy": 0.5})
     (folder / "tokenizer_config.json").write_text("{}")
@@ -694,7 +694,7 @@ def test_a_ramp_lasts_a_share_of_the_steps_and_begins_before_the_first(runs_fold
 def test_an_update_that_never_reached_its_full_scale_is_a_warning(runs_folder):
     chosen = settings("tiny-roberta", "train.max_steps=4", "method.peft.scale_warmup_steps=20", "eval.before=false")
     (warning,) = [w for w in train_run(Run.prepare(chosen))["warnings"] if "ramp" in w]
-    assert "0.25 of its scale" in warning  # one step before the first optimizer step, and four after
+    assert "0.25 of its full scale" in warning  # one step before the first optimizer step, and four after
 
 
 def test_the_first_optimizer_step_trains_every_factor(runs_folder, monkeypatch):

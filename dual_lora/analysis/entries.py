@@ -1,4 +1,4 @@
-"""What the entries of an update tell: zeros, size, where they lie, and likeness to another update."""
+"""What the entries of an update tell: zeros, size, where they lie, and similarity to another update."""
 
 import torch
 from torch import Tensor
@@ -44,10 +44,10 @@ def agreement(a: Tensor, b: Tensor) -> dict[str, float | None]:
     sign_agreement, the share of equal signs among the entries that are 0 in neither (chance: 0.5), None without any."""
     both = (a != 0) & (b != 0)
     equal = ((a > 0) == (b > 0)) & both
-    return {"cosine": likeness(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
+    return {"cosine": cosine_similarity(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
 
 
-def likeness(a: Tensor, b: Tensor) -> float | None:
+def cosine_similarity(a: Tensor, b: Tensor) -> float | None:
     """Cosine between two tensors of one shape as vectors, None where either is 0."""
     a, b = a.double(), b.double()
     return _ratio((a * b).sum(), a.norm() * b.norm())

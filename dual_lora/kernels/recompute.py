@@ -133,7 +133,7 @@ def project(
             torch.addmm(dA, scaled_B.T, P, out=dA)
             Q = torch.mul(g, M.relu_(), out=P)
             if ste == "clip":
-                CLIPPED.see(Q)
+                CLIPPED.count(Q)
                 Q.clamp_(-1, 1)
             elif ste == "hardtanh":
                 Q.mul_(passes)

@@ -37,7 +37,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def get_first_line(error: BaseException | str) -> str:
-    """Return an error's message as one line: its first, joined to the next if it ends in a colon; or its repr."""
+    """Return the first line of an error's message, with the next one if it ends in a colon; without any, its repr."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, LookupError) or not lines:
         return repr(error)  # str() of a KeyError is only the key
@@ -49,21 +49,21 @@ RESTARTS = "starts this run again from the beginning: a sharded model that is tr
 
 
 class Stopped(BaseException):
-    """A stop was requested by the signal `asked`; `then` is what the same command does next. Not an `Exception`, so
-    that no handler on the way mistakes it for a failure."""
+    """A stop was requested by the signal named `asked`; `next_action` says what the same command will do next. It is
+    not an `Exception`, so that no handler on the way mistakes it for a failure."""
 
-    def __init__(self, asked: str, then: str = RESUMES) -> None:
+    def __init__(self, asked: str, next_action: str = RESUMES) -> None:
         super().__init__(asked)
-        self.then = then
+        self.next_action = next_action
 
 
-class Elsewhere(Exception):
-    """Another process does this run."""
+class RunHeldElsewhere(Exception):
+    """Another process is doing this run."""
 
 
 # How torch, CUDA, the dynamic loader and safetensors report a lack of memory without a type of its own.
 OUT_OF_MEMORY_WORDS = ("out of memory", "allocate memory", "ALLOC_FAILED", "failed to map segment", "bad_alloc")
-# Remedies by errno. Libraries repeat the system's words in errors without an errno, so those count as well.
+# Remedies by errno. Some libraries raise errors with the system's message but no errno: see LIMIT_WORDS.
 REMEDIES = {
     (errno.EACCES, errno.EPERM, errno.EROFS): "check that you may read and write there",
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free some space there",
@@ -128,7 +128,7 @@ def translate_machine_errors() -> Iterator[None]:
         raise
 
 
-# What errors of transformers mean here, by a word in them.
+# What errors from transformers mean here, by a word they contain.
 READ_FAILURES = {
     "trust_remote_code": "it needs code of its own, which is never run",
     "ignore_mismatched_sizes": "the shapes of its weights differ from its config.json",
@@ -137,7 +137,7 @@ READ_FAILURES = {
 
 @contextmanager
 def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever libraries raise over files that somebody else wrote into one line.
+    """Turn whatever libraries raise while reading a user's files into one line.
 
     Raises:
         UserError: `what`, the reason and the remedy. A lack of memory passes.

@@ -186,7 +186,11 @@ def read(path: Path) -> Table:
 
 
 def read_row(path: Path, table: dict[str, Any], number: int, cells: list[Any]) -> Row:
-    """Return one row of a file: its keys, its values and what the mapping at its end says."""
+    """Return one row of a file: its keys, its values and what the mapping at its end says.
+
+    Raises:
+        ValueError: it has too few or too many cells, or a key or status that is not known.
+    """
     field, keys, columns = f"rows[{number}]", table["keys"], table["columns"]
     extras = cells.pop() if cells and isinstance(cells[-1], dict) else {}
     names = [*keys, *columns]
@@ -233,9 +237,19 @@ def parse_key(text: str) -> Key:
 
 
 def check_status(path: Path, field: str, status: str) -> None:
+    """Refuse a status of values that is not known.
+
+    Raises:
+        ValueError: with the known ones.
+    """
     require(status in STATUSES, path, field, f"{status} is none of {', '.join(STATUSES)}")
 
 
 def require(condition: object, path: Path, field: str, message: str) -> None:
+    """Refuse what does not meet a condition.
+
+    Raises:
+        ValueError: with the file, the field and this message, if the condition is false.
+    """
     if not condition:
         raise ValueError(f"{path.name}: {field}: {message}")

@@ -2,8 +2,8 @@
 
 An adapter acts where its layer is called. Some parents read `layer.weight` and compute with it themselves: Mamba's
 convolution, the TDNN layers of speech models, nn.MultiheadAttention's out_proj. Others, such as T5's `shared`, only
-hold a weight that another embedding looks up. There the factors get no gradient and stay as drawn, and merging them
-would add a random dW that no forward has used. What a parent does with a child is read off its source.
+hold a weight that another embedding looks up. In such layers the factors get no gradient and keep their initial values,
+so merging them would add a random dW that no forward has used. How a parent uses a child is read from its source code.
 """
 
 import ast
@@ -20,7 +20,7 @@ METADATA = {
     "requires_grad_", "shape", "size", "stride",
 }  # fmt: skip
 QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "len", "type"}
-# Base classes that know no child by name, and whose long sources would take seconds to read.
+# Base classes that mention no child by name, and whose long sources would take seconds to parse.
 INFRASTRUCTURE = ("transformers.modeling_", "transformers.generation", "transformers.integrations")
 # Methods that set a model up rather than run it.
 SETUP = ("__init__", "_init", "get_", "init_", "reset_", "_reset", "resize_", "set_", "tie_", "_tie")

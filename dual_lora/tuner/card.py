@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .warmup import find_ramp
+from .warmup import describe_unfinished_ramp
 
 TAGS = ("dual-lora", "peft")
 HEADING = "## Loading this adapter"
@@ -32,9 +32,9 @@ model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 def extend_card(folder: Path) -> None:
     """Add how to load the adapter, and tags, to the model card that PEFT has written, if there is one.
 
-    PEFT sets the tags anew whenever it saves, and keeps the text.
+    PEFT rewrites the tags at every save but keeps the text.
 
-    folder: that of the adapter's weights. PEFT puts the card of an adapter with a name one folder above.
+    folder: where the adapter's weights are. PEFT puts the card of an adapter with a name of its own one folder above.
     """
     places = (folder, folder.parent) if (folder / SAFETENSORS_WEIGHTS_NAME).is_file() else (folder,)
     file = next((place / "README.md" for place in places if (place / "README.md").is_file()), None)
@@ -48,9 +48,9 @@ def extend_card(folder: Path) -> None:
 
 
 def find_saved_ramp(folder: Path, steps: int) -> str | None:
-    """Return what `find_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
+    """Return what `describe_unfinished_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
 
-    The checkpoints of a Trainer (checkpoint-N) are left alone: they are saved to go on from.
+    A Trainer's checkpoints (checkpoint-N) are skipped: training continues from them.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file() or any(re.fullmatch(r"checkpoint-\d+", part.name) for part in (folder, folder.parent)):
@@ -58,4 +58,4 @@ def find_saved_ramp(folder: Path, steps: int) -> str | None:
     with safe_open(file, "pt") as saved:
         names = [name.removesuffix("update_scale") for name in saved.keys() if name.endswith(".update_scale")]  # noqa: SIM118
         states = [(saved.get_tensor(f"{n}step"), saved.get_tensor(f"{n}update_scale"), steps) for n in names]
-    return find_ramp(states)
+    return describe_unfinished_ramp(states)

@@ -25,26 +25,27 @@ class DualLoraConfig(PeftConfig):
         r: the whole budget r1 + r2, at least 2. Default 16, or r1 + r2 where both are given.
         magnitude_ratio: r1 / r, between 0 and 1; r1 = round(r * magnitude_ratio), at least 1 and at most r - 1.
             Default 0.5.
-        r1, r2: the two ranks outright. Where only one is given the other is the rest of r.
+        r1, r2: the two ranks, instead of magnitude_ratio. If only one is given, the other is the rest of r.
         lora_alpha: numerator of the scale. Note that alpha / sqrt(r1 r2) is twice LoRA's alpha / r at r1 = r2 = r / 2.
         lora_dropout: probability of dropout on the adapter's input, as in LoRA; not applied to embeddings.
         init_weights: True starts at f = 0, so that the model computes what its base computes; False starts at f = 1.
-        init_std: sigma of the Gaussian all four factors are drawn from. None takes it, layer by layer, such that dW at
-            f = 1 has a root mean square of 0.02 / sqrt(fan_in), 2 % of a usual pretrained weight, whatever the width,
+        init_std: sigma of the Gaussian all four factors are drawn from. None chooses it for each layer so that dW at
+            f = 1 has a root mean square of 0.02 / sqrt(fan_in), 2 % of a typical pretrained weight, whatever the width,
             ranks and alpha: sigma^2 = 0.02 * sqrt(2 * r2 / fan_in) / lora_alpha (`dual_lora.init_std`). fan_in is
             in_features, or in_channels / groups * kernel size, or embedding_dim.
-        direction_init_std: sigma of C and D where it shall differ from that of A and B; None takes the same. Sign(D C)
-            does not depend on it, but training does: the gradients of C and D are proportional to it, so a larger one
-            keeps them clear of Adam's epsilon, but Adam's steps, as large as the learning rate, then flip signs later.
-        scale_warmup_steps: optimizer steps over which f goes linearly from 0 to 1; 0 starts at f = 1. A run should be
-            several times as long: what is saved or merged before the end of the ramp is only a part of dW. Default 10,
-            which suits runs of 20 steps and costs runs of 200 nothing (under 2 % of the loss, on tiny models).
+        direction_init_std: sigma of C and D if it is to differ from that of A and B; None means the same. Sign(D C)
+            does not depend on it, but training does: the gradients of C and D are proportional to it. A larger sigma
+            keeps them well above Adam's epsilon, but Adam's steps, whose size is the learning rate, then take longer to
+            flip a sign.
+        scale_warmup_steps: optimizer steps over which f rises linearly from 0 to 1; 0 starts at f = 1. A run should be
+            several times as long: before the ramp ends, only a fraction of dW is saved or merged. Default 10, which
+            suits runs of 20 steps and hardly affects runs of 200 (under 2 % of the loss, on tiny models).
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
         magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
         direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
-        kernel: how dW is computed, to the same result: "eager" is plain autograd, "recompute" rebuilds dW in backward
-            instead of keeping it, "triton" does so with Triton kernels (plain torch where there is no Triton), "auto"
-            takes the best that was measured, now "recompute". Variants of magnitude and direction are always "eager".
+        kernel: how dW is computed; all give the same result. "eager" is plain autograd, "recompute" rebuilds dW in
+            backward instead of storing it, "triton" does so with Triton kernels (plain torch if Triton is missing),
+            "auto" is the best one measured, now "recompute". Variants of magnitude and direction always use "eager".
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
             the architecture.
         exclude_modules: names, suffixes or a regex of modules to leave out.
@@ -54,7 +55,7 @@ class DualLoraConfig(PeftConfig):
         rank_pattern: {module name or regex: budget r}, split by magnitude_ratio.
         alpha_pattern: {module name or regex: lora_alpha}.
         layers_to_transform, layers_pattern: restrict target_modules to these layer indexes, as in LoRA.
-        modules_to_save: further modules to train and save whole.
+        modules_to_save: further modules to train and save in full.
 
     Raises:
         ValueError: on impossible or contradictory values.
@@ -97,20 +98,20 @@ class DualLoraConfig(PeftConfig):
         self._check_targets()
 
     def split(self, r: int) -> tuple[int, int]:
-        """Return the budget r, at least 2, as (r1, r2)."""
+        """Return (r1, r2), the split of a budget r >= 2 by `magnitude_ratio`."""
         r1 = min(max(round(r * self.magnitude_ratio), 1), r - 1)
         return r1, r - r1
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As in PEFT. Beside an adapter's weights, which PEFT writes before, it also extends the model card, and warns,
-        once, where the ramp of f has not ended."""
-        from .card import extend_card, find_saved_ramp  # they import this module
+        """As in PEFT, which has already written the adapter's weights. Also extends the model card, and warns once if
+        the ramp of f has not ended."""
+        from .card import extend_card, find_saved_ramp  # here, because they import this module
 
         super().save_pretrained(save_directory, **kwargs)
         extend_card(Path(save_directory))
-        ramp = None if hasattr(self, "_told") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
+        ramp = None if hasattr(self, "_warned") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
         if ramp is not None:
-            self._told = True  # no field, so it is not saved
+            self._warned = True  # no field, so it is not saved
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
 
     def _resolve_ranks(self) -> None:
@@ -167,7 +168,7 @@ class DualLoraConfig(PeftConfig):
 
 
 def _is_positive(value) -> bool:
-    """Whether the value is a number that float32, in which dW is scaled, holds as finite and above 0."""
+    """Return whether the value is a number that stays finite and above 0 in float32, in which dW is scaled."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     return number and torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max
 

@@ -15,9 +15,9 @@ from .. import kernels
 from ..functional import delta_weight, init_std, is_autocast_on
 from .config import DualLoraConfig
 
-MAX_DRAWS = 100
-# Every module of this kind there is; the optimizer hook of warmup.py looks here for those an optimizer trains.
-LIVE: weakref.WeakSet = weakref.WeakSet()
+MAX_DRAWS = 100  # attempts at initial factors that can train
+# All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
+ALL_FACTORS: weakref.WeakSet = weakref.WeakSet()
 
 
 class DualLoraFactors(nn.Module):
@@ -27,10 +27,10 @@ class DualLoraFactors(nn.Module):
         fan_in, fan_out: shape of dW is fan_out x fan_in.
         r: the budget r1 + r2.
         alpha: numerator of the scale.
-        blocks: None, or the number of updates of that shape to hold: every factor then has this leading dimension.
+        blocks: None, or the number of separate updates of that shape; every factor then has this leading dimension.
 
     Raises:
-        ValueError: dW would have no entries, or the initial factors no usable product.
+        ValueError: dW would have no entries, or no draw of the initial factors can train.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DualLoraFactors(nn.Module):
         self.C = nn.Parameter(torch.empty(*lead, r2, fan_in, dtype=dtype))
         self.D = nn.Parameter(torch.empty(*lead, fan_out, r2, dtype=dtype))
         self.scaling = alpha / math.sqrt(r1 * r2)
-        self.kinds = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
+        self.variants = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
         self.kernel = config.kernel
         self.dropout = config.lora_dropout
         self.warmup_steps = config.scale_warmup_steps
@@ -63,37 +63,37 @@ class DualLoraFactors(nn.Module):
         fan = self.choose_fan(fan_in, fan_out)
         std = config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction)
         self.reset_parameters(std, config.direction_init_std)
-        self.keeps = True  # whether evaluation may keep dW, which is as large as the weight
-        self._kept: tuple[tuple, list[Tensor], Tensor] | None = None
-        self.loaded = False  # whether these are values from a file, which `warmup.warn_of_ramp` asks
-        LIVE.add(self)
+        self.caches_update = True  # whether evaluation may keep dW, which is as large as the weight
+        self._cache: tuple[tuple, list[Tensor], Tensor] | None = None
+        self.loaded = False  # whether the values come from a file; read by `DualLoraModel._warn_of_ramp`
+        ALL_FACTORS.add(self)
 
     def __getstate__(self):
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_cache": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        LIVE.add(self)  # a copy or an unpickled module did not pass through __init__
+        ALL_FACTORS.add(self)  # a copy or an unpickled module did not pass through __init__
 
     @staticmethod
     def choose_fan(fan_in: int, fan_out: int) -> int:
-        """n where pretrained weights of this kind are usually of size 1 / sqrt(n)."""
+        """Return the n for which pretrained weights of this kind typically have size 1 / sqrt(n)."""
         return fan_in
 
     @property
     def weight(self) -> Tensor:
-        """Where PEFT's FSDP wrapping policy looks whether a leaf module is trained."""
+        """The tensor that PEFT's FSDP wrapping policy inspects to see whether a leaf module trains."""
         return self.A
 
     @torch.no_grad()
     def reset_parameters(self, std: float, direction_std: float | None = None) -> None:
         """Draw A and B from N(0, std^2), C and D from N(0, direction_std^2) (None: std^2).
 
-        Drawn again where every entry of a ReLU(B A) comes out 0: such a layer has no gradient and stays 0 for ever.
-        Only layers of a few entries can meet with it, so a 64 x 64 corner is enough.
+        Redraws if every entry of ReLU(B A) is 0: such a layer has no gradient and would stay 0 forever. That can only
+        happen in layers with a few entries, so checking a 64 x 64 corner is enough.
 
         Raises:
-            ValueError: the products of such factors are beyond what float32 holds, 0 or infinite.
+            ValueError: no draw can train, because the products under- or overflow float32 at this sigma.
         """
         for _ in range(MAX_DRAWS):
             for factor, sigma in ((self.A, std), (self.B, std), (self.C, direction_std), (self.D, direction_std)):
@@ -101,14 +101,15 @@ class DualLoraFactors(nn.Module):
             if self.A.is_meta or self._can_train():
                 return
         raise ValueError(
-            f"init_std={std:.3g}, direction_init_std={direction_std}: all entries of B A or D C are 0 or infinite at "
-            "that; take init_std=None, or a lora_alpha for which its rule gives a usable sigma"
+            f"init_std={std:.3g}, direction_init_std={direction_std}: all entries of B A or D C become 0 or infinite; "
+            "take init_std=None, or a lora_alpha for which its rule gives a usable sigma"
         )
 
     def _can_train(self) -> bool:
-        """Whether a corner of B A (for ReLU: of each block, a positive entry) and of D C are neither 0 nor infinite."""
+        """Return whether the corners of B A and D C are finite and not all 0; for ReLU, B A needs a positive entry in
+        every block."""
         size, direction = (b[..., :64, :] @ a[..., :64] for a, b in ((self.A, self.B), (self.C, self.D)))
-        live = size.amax((-2, -1)) > 0 if self.kinds["magnitude"] == "relu" else size.any()
+        live = size.amax((-2, -1)) > 0 if self.variants["magnitude"] == "relu" else size.any()
         return bool(live.all() and direction.any() and size.isfinite().all() and direction.isfinite().all())
 
     @property
@@ -122,12 +123,12 @@ class DualLoraFactors(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        """Whether dW is rebuilt in backward. Kernels know the paper's map; its variants are left to autograd."""
-        return self.kernel != "eager" and self.kinds["magnitude"] == "relu" and self.kinds["direction"] == "sign"
+        """Whether dW is rebuilt in backward. The kernels implement the paper's map only; variants use autograd."""
+        return self.kernel != "eager" and self.variants["magnitude"] == "relu" and self.variants["direction"] == "sign"
 
     @property
     def kernel_used(self) -> str:
-        """How dW is computed here, where `kernel` says "auto" or what this device lacks: eager, recompute or triton."""
+        """The kernel that actually computes dW (eager, recompute or triton) if `kernel` is "auto" or unavailable."""
         if not self.recomputes:
             return "eager"
         return "recompute" if self._kernel_options["ops"] is kernels.TORCH else "triton"
@@ -138,7 +139,7 @@ class DualLoraFactors(nn.Module):
 
     def _delta_weight(self, *factors: Tensor) -> Tensor:
         if not self.recomputes:
-            return delta_weight(*factors, self.scale, **self.kinds)
+            return delta_weight(*factors, self.scale, **self.variants)
         if factors[0].ndim == 3:
             return torch.stack([self._delta_weight(*block) for block in zip(*factors, strict=True)])
         return kernels.delta_weight(*self._upcast(*factors), **self._kernel_options)
@@ -150,15 +151,15 @@ class DualLoraFactors(nn.Module):
     def _kernel_options(self) -> dict:
         return {
             "scale": self.scale,
-            "ste": self.kinds["ste"],
+            "ste": self.variants["ste"],
             "ops": kernels.choose_ops(self.kernel, self.A.device),
         }
 
     def advance(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device.
 
-        f is written at every step, also after the ramp: that is how `_matrix` learns of a step on sharded parameters,
-        which are gathered again without a trace in their version.
+        f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`
+        notices a step on sharded parameters, which are gathered again without a change of version.
         """
         ramping = self.step < self.warmup_steps
         self.step += ramping
@@ -171,15 +172,16 @@ class DualLoraFactors(nn.Module):
         self.update_scale.fill_(factor)
 
     @property
-    def drops(self) -> bool:
+    def applies_dropout(self) -> bool:
         """Whether dropout acts on the input now."""
         return self.training and self.dropout > 0
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x dW^T, or x (weight + dW)^T + bias: ... x fan_in -> ... x (blocks *) fan_out, in x's dtype or autocast's.
+        """Return x dW^T, or x (weight + dW)^T + bias, in x's dtype or autocast's.
 
-        weight: fan_out x fan_in, and bias: fan_out, both constants; only without blocks, where `recomputes` and not
-        `drops`, since the base is not dropped from.
+        x: ... x fan_in; result: ... x (blocks * fan_out). weight (fan_out x fan_in) and bias (fan_out) are constants.
+        They may only be given without blocks, if `recomputes`, and if not `applies_dropout`: dropout must not act on
+        the base.
         """
         device = x.device.type
         if is_autocast_on(device) and x.dtype != torch.float64:
@@ -199,44 +201,44 @@ class DualLoraFactors(nn.Module):
         if weight is not None and x.dtype != self._product_dtype:
             # Rounding weight + dW to 16 bits would lose dW.
             base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            return base + F.linear(x, self._matrix(None, x.dtype))
-        return F.linear(x, self._matrix(weight, x.dtype), bias)
+            return base + F.linear(x, self._cached_matrix(None, x.dtype))
+        return F.linear(x, self._cached_matrix(weight, x.dtype), bias)
 
-    def _matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """dW, or weight + dW; where it `keeps`, the same between the calls of an evaluation as long as nothing it is
-        made of changes."""
+    def _cached_matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return dW, or weight + dW, (blocks * fan_out) x fan_in. If `caches_update`, it is cached between the calls
+        of an evaluation until one of the tensors it is computed from changes."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
         replayed = torch.compiler.is_compiling() or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
-        keepable = self.keeps and not replayed and not any(_is_untrackable(t) for t in parts)
-        made_of = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
-        if keepable and self._kept is not None and self._is_current(made_of, factors):
-            return self._kept[2]
+        keepable = self.caches_update and not replayed and not any(_is_untrackable(t) for t in parts)
+        cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
+        if keepable and self._cache is not None and self._is_current(cache_key, factors):
+            return self._cache[2]
         dW = self.delta_weight().flatten(0, -2)
         matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
-        self._kept = (made_of, [t.clone() for t in factors], matrix) if keepable else None
+        self._cache = (cache_key, [t.clone() for t in factors], matrix) if keepable else None
         return matrix
 
-    def _is_current(self, made_of: tuple, factors: list[Tensor]) -> bool:
-        """Whether what is kept was made of these very tensors, and of the values they have now.
+    def _is_current(self, cache_key: tuple, factors: list[Tensor]) -> bool:
+        """Return whether the cache was computed from exactly these tensors with their present values.
 
-        Writing through `.data`, as averages of weights do, leaves no trace in a version. The factors are small enough
-        to be compared; a base weight written to in that way is not noticed before `train()`, `eval()` or a cast.
+        A write through `.data`, as weight averaging does, does not change a tensor's version. The factors are small
+        enough to compare; such a write to a base weight goes unnoticed until `train()`, `eval()` or a cast.
         """
-        was_made_of, values, _ = self._kept
-        return was_made_of == made_of and all(map(torch.equal, values, factors))
+        cached_key, values, _ = self._cache
+        return cached_key == cache_key and all(map(torch.equal, values, factors))
 
-    def release(self) -> None:
-        """Let go of what evaluation has kept."""
-        self._kept = None
+    def clear_cache(self) -> None:
+        """Free the matrix that evaluation cached."""
+        self._cache = None
 
     def train(self, mode: bool = True):
-        self.release()
+        self.clear_cache()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs."""
-        self.release()
+        self.clear_cache()
         before = self.update_scale
         super()._apply(fn, recurse)
         if self.update_scale.dtype != before.dtype:
@@ -244,7 +246,7 @@ class DualLoraFactors(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.release()
+        self.clear_cache()
         self.loaded = True
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -258,7 +260,7 @@ class DualLoraFactors(nn.Module):
 
 
 def _is_untrackable(tensor: Tensor) -> bool:
-    """Whether a change of this tensor leaves no trace: made in inference mode, or a torch.func transform's."""
+    """Return whether changes to this tensor leave no trace: one made in inference mode, or wrapped by torch.func."""
     return tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -283,10 +285,10 @@ class EmbeddingFactors(DualLoraFactors):
         return dW.index_fill(-1, torch.tensor([self.padding_idx], device=dW.device), 0)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids: any shape of int -> ids.shape x embedding_dim; only these columns of dW are computed.
+        """Return the rows of dW^T at `ids` (integers of any shape): ids.shape x embedding_dim. Only these are computed.
 
-        An id that occurs several times is looked up at its last place, where its gradients meet before the
-        straight-through clip, as they do in a whole dW.
+        An id that occurs several times is looked up at its last position, so that its gradients add up before the
+        straight-through clip, as they would in the full dW.
         """
         flat = ids.flatten()
         places = torch.arange(flat.numel(), device=ids.device)
@@ -300,6 +302,6 @@ class ConvFactors(DualLoraFactors):
     """Factors of a convolution; dW is out_channels x (in_channels / groups * kernel size)."""
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
-        """x: the convolution's input -> its output for dW in place of the weight of `base`, without bias."""
+        """Return the output of the convolution `base` for input x, with dW in place of its weight and without bias."""
         dW = self.delta_weight().view(base.weight.shape).to(x.dtype)
         return base._conv_forward(F.dropout(x, self.dropout, self.training), dW, None)

@@ -20,14 +20,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer with any number of Dual LoRA adapters.
 
     y = base(x) + the sum over the active adapters of x dW^T. In 16 bits the base output and the adapter's own term are
-    computed apart, since rounding W0 + dW would swallow most of dW. A base layer of a class with a forward of its own
-    is run on W0 + dW instead, since only it knows what it does with a weight.
+    computed separately, since rounding W0 + dW would lose most of dW. A base layer with a custom forward is run on
+    W0 + dW instead, since only that forward knows how it uses the weight.
 
     Args:
         base_layer: the layer to adapt.
         quantization_backend: PEFT's, for a quantised base layer.
-        tied: whether another layer holds the same weight; merging then leaves it the old one.
-        bypassed: whether the parent is known never to call this layer; the first call disproves it.
+        tied: whether another layer holds the same weight; merging then leaves that layer's weight unchanged.
+        bypassed: whether the parent never calls this layer, judging by its source; the first call sets it to False.
     """
 
     adapter_layer_names = ("dual_lora_factors",)
@@ -49,7 +49,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         # The weight from before the first merge and the version of the merged one; in a list, since a parameter
         # assigned to an attribute would be registered.
         self._unmerged: list[tuple[Tensor, int | None]] = []
-        self.plain = quantization_backend is not None or has_plain_forward(self.get_base_layer())
+        self.has_plain_forward = quantization_backend is not None or has_plain_forward(self.get_base_layer())
 
     def update_layer(
         self, adapter_name: str, config: DualLoraConfig, r: int, alpha: float, fused: list | None = None
@@ -60,11 +60,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             ValueError: fused does not fit the layer, the weight has no entries, or the base layer has a forward of its
                 own, to which dropout on the adapter's input cannot be applied.
         """
-        if not self.plain and config.lora_dropout > 0:
+        if not self.has_plain_forward and config.lora_dropout > 0:
             cls = type(self.get_base_layer()).__name__
             raise ValueError(f"lora_dropout={config.lora_dropout}: {cls} has a forward of its own; take lora_dropout=0")
         factors = self._create_factors(config, r, alpha, fused)
-        factors.keeps = not self._quantized()  # dW would take several times the memory of what was made small
+        # A cached dW would take several times the memory of a quantised weight.
+        factors.caches_update = not self._is_quantised()
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -103,37 +104,40 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """dW of one adapter at its present f, shaped like the base weight, float32 or float64.
 
         Args:
-            adapter: its name; KeyError where this layer has none of it.
+            adapter: its name.
 
-        Warns when ReLU(B A) has no positive entry left: such a layer gets no gradient any more.
+        Raises:
+            KeyError: this layer has no such adapter.
+
+        Warns if ReLU(B A) has no positive entry left: such a layer no longer gets a gradient.
         """
         factors = self.dual_lora_factors[adapter]
         dW = factors.delta_weight()
         if factors.update_scale > 0 and not dW.any():
             warnings.warn(
-                "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it gets no gradient any more.",
+                "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it no longer gets a gradient.",
                 stacklevel=2,
             )
-        return self._like_base_weight(dW, adapter)
+        return self._reshape_like_base_weight(dW, adapter)
 
-    def _like_base_weight(self, dW: Tensor, adapter: str) -> Tensor:
+    def _reshape_like_base_weight(self, dW: Tensor, adapter: str) -> Tensor:
         return dW
 
     def set_adapter(self, adapter_names: str | list[str], *args, **kwargs) -> None:
-        """As in PEFT; what evaluation has kept of the other adapters is released."""
+        """As in PEFT; also frees what evaluation cached for the other adapters."""
         super().set_adapter(adapter_names, *args, **kwargs)
         for name, factors in self.dual_lora_factors.items():
             if name not in self.active_adapters:
-                factors.release()
+                factors.clear_cache()
 
     def check_merge_allowed(self) -> None:
-        """Raise where merging could not be seen in the layer's output.
+        """Raise if merging would have no effect on the layer's output.
 
         Raises:
             ValueError: the base weight is computed from other tensors at every use.
         """
         base = self.get_base_layer()
-        if not self._quantized() and base._parameters.get("weight") is None:
+        if not self._is_quantised() and base._parameters.get("weight") is None:
             raise ValueError(
                 f"cannot merge into {type(base).__name__}: its weight is computed from other tensors (parametrised, "
                 "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
@@ -142,10 +146,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
-        Written into the same parameter, so that whoever holds it (an optimizer, say) goes on doing so. A tied base
-        weight is not written to: this layer gets a weight of its own and its partner keeps the old one. The unmerged
-        weight is kept until `unmerge`, which therefore is exact. Where the layer is `bypassed` nothing is merged, since
-        no forward has used the factors.
+        Written into the same parameter, so that references to it (an optimizer's, say) stay valid. A tied base weight
+        is not written to: this layer gets its own weight and the other layer keeps the old one. The unmerged weight is
+        kept until `unmerge`, which is therefore exact. If the layer is `bypassed`, nothing is merged, since no forward
+        has used the factors.
 
         Args:
             safe_merge: raise instead of merging an adapter with NaN or infinite values.
@@ -159,14 +163,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return
         self.check_merge_allowed()
         for factors in self.dual_lora_factors.values():
-            factors.release()
+            factors.clear_cache()
         before = self._base_weight()
         delta = self._sum_delta_weights(names, before.device)
-        target = self._rows_as_looked_up(before.to(delta.dtype)) + delta
+        target = self._apply_max_norm(before.to(delta.dtype)) + delta
         merged = target.to(before.dtype)
         if safe_merge:
             self._check_finite(names, merged)
-        # An untied weight waits in host memory; a tied one is the partner's and stays where and what it is.
+        # An untied weight is kept in host memory; a tied one still belongs to the other layer and is left as it is.
         kept = self._unmerged.pop()[0] if self._unmerged else None
         if kept is None:
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
@@ -174,7 +178,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._unmerged.append((kept, self._weight_version()))
         self.merged_adapters.extend(names)
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
-            kind = "quantised" if self._quantized() else before.dtype
+            kind = "quantised" if self._is_quantised() else before.dtype
             warnings.warn(
                 f"Merging Dual LoRA into {kind} base weights rounds away more than {MAX_ROUNDING:.0%} of dW; "
                 "merge into a base of higher precision to keep it.",
@@ -182,9 +186,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Put the weight from before the first merge back.
+        """Restore the weight from before the first merge.
 
-        Where the merged weight has been written to since, by an optimizer for example, that is kept: dW is subtracted.
+        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW is
+        subtracted instead.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -200,7 +205,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _sum_delta_weights(self, names: list[str], device: torch.device) -> Tensor:
         return sum(self.get_delta_weight(name).to(device) for name in names)
 
-    def _rows_as_looked_up(self, weight: Tensor) -> Tensor:
+    def _apply_max_norm(self, weight: Tensor) -> Tensor:
         """The base weight as the base layer's forward uses it."""
         return weight
 
@@ -216,11 +221,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if not all(t.isfinite().all() for t in (merged, *self.dual_lora_factors[name].parameters())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def _quantized(self) -> bool:
+    def _is_quantised(self) -> bool:
         return self.quantization_backend is not None
 
     def _base_weight(self) -> Tensor:
-        if self._quantized():
+        if self._is_quantised():
             return self.quantization_backend.get_base_weight(self.get_base_layer())
         weight = self.get_base_layer().weight
         if not weight.is_floating_point():
@@ -230,7 +235,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _set_base_weight(self, weight: Tensor, replace: bool) -> None:
         """Write into the base layer's parameter, or, with `replace`, put another in its place."""
         base = self.get_base_layer()
-        if self._quantized():
+        if self._is_quantised():
             self.quantization_backend.set_base_weight(self, weight)
         elif replace or base.weight.is_inference():
             if not isinstance(weight, nn.Parameter):
@@ -243,12 +248,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _weight_version(self) -> int | None:
         """A number that changes when the base weight is written to in place; None where there is none."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if self._quantized() or weight is None or weight.is_inference() or self._writes_to_its_weight():
+        if self._is_quantised() or weight is None or weight.is_inference() or self._writes_to_its_weight():
             return None
         return weight._version
 
     def __setstate__(self, state: dict) -> None:
-        """A copy's tensors start with versions of their own."""
+        """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
         super().__setstate__(state)
         self._unmerged = [(kept, self._weight_version()) for kept, _ in self._unmerged]
 
@@ -257,7 +262,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return False
 
     def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
-        """What the base layer computes of x, plus the adapters' terms.
+        """Return the base layer's output for x plus the adapters' terms.
 
         adapter_names: one for each row of x, "__base__" for none; set by the model for a batch of mixed adapters.
 
@@ -275,10 +280,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed_batch(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
-        if not self.plain and names:
+        if not self.has_plain_forward and names:
             return self._forward_whole_weight(x, names, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        if self._quantized():
+        if self._is_quantised():
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._add_terms(result, x, names)
 
@@ -300,19 +305,19 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if name not in self.dual_lora_factors:
                 continue  # the base, or an adapter of other layers
             rows = [row for row, of_row in enumerate(adapter_names) if of_row == name]
-            if self.plain:
+            if self.has_plain_forward:
                 result[rows] = self._add_terms(result[rows], x[rows], [name])
             else:
                 result[rows] = self._forward_whole_weight(x[rows], [name], *args, **kwargs)
         return result
 
     def _forward_whole_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
-        """The base layer's own forward on W0 + dW, in the precision of the factors, where 16 bits would swallow dW."""
+        """Run the base layer's own forward on W0 + dW, in the precision of the factors, since 16 bits would lose dW."""
         base = self.get_base_layer()
-        dW = sum(self._like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
+        dW = sum(self._reshape_like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
         tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         state = {name: t.to(dW.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        state["weight"] = self._rows_as_looked_up(state["weight"]) + dW
+        state["weight"] = self._apply_max_norm(state["weight"]) + dW
         precise = x.to(dW.dtype) if x.is_floating_point() else x
         with suspend_autocast(x.device.type):
             result = torch.func.functional_call(base, state, (precise, *args), kwargs)
@@ -329,7 +334,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return result + self.dual_lora_factors[adapter](x)
 
     def extra_repr(self) -> str:
-        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._quantized() else ""
+        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._is_quantised() else ""
 
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()
@@ -345,16 +350,16 @@ class Linear(DualLoraLayer):
         self.fused_slices: dict[str, list] = {}
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """As `DualLoraLayer.forward`, ... x in -> ... x out, with one product for base and adapter where it serves."""
-        factors = None if args or kwargs or self.bypassed else self._fusable(x)
-        if factors is None or factors.drops:
+        """As `DualLoraLayer.forward`, ... x in -> ... x out; uses one product for base and adapter if possible."""
+        factors = None if args or kwargs or self.bypassed else self._find_fusable_factors(x)
+        if factors is None or factors.applies_dropout:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         return factors(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
 
-    def _fusable(self, x: Tensor) -> DualLoraFactors | None:
-        """The active adapter's factors where one product with W0 + dW can serve for base and adapter: one adapter, a
-        plain base layer that takes x and whose weights are constants, and nobody listening to it."""
+    def _find_fusable_factors(self, x: Tensor) -> DualLoraFactors | None:
+        """Return the active adapter's factors if one product with W0 + dW can replace those of base and adapter, else
+        None. That needs exactly one adapter and a plain base layer with x's dtype, frozen weights and no hooks."""
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
         base = self.base_layer
         if (
@@ -372,7 +377,7 @@ class Linear(DualLoraLayer):
         if any(type(t) is not nn.Parameter or t.requires_grad or not t.is_floating_point() for t in constants):
             return None
         if x.dtype != base.weight.dtype and not is_autocast_on(x.device.type):
-            return None  # the base layer has its own say on that
+            return None  # the base layer decides (or raises) about the dtype
         factors = self.dual_lora_factors[names[0]]
         return factors if factors.recomputes else None
 
@@ -391,7 +396,7 @@ class Linear(DualLoraLayer):
         if fused is not None:
             self.fused_slices[adapter_name] = fused
 
-    def _like_base_weight(self, dW, adapter):
+    def _reshape_like_base_weight(self, dW, adapter):
         if adapter in self.fused_slices:
             n, blocks = self.fused_slices[adapter]
             whole = dW.new_zeros(n, *dW.shape[1:])
@@ -409,17 +414,17 @@ class Linear(DualLoraLayer):
         return torch.cat(parts, dim=-1)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """dW is additive, so `peft.convert_to_lora` works, but has full rank: the conversion loses most of it unless
-        the LoRA rank is that of the layer."""
+        """Return True: `peft.convert_to_lora` works, because dW is additive. But dW has full rank, so the conversion
+        loses most of it unless the LoRA rank is that of the layer."""
         return True
 
 
 class Embedding(DualLoraLayer):
     """nn.Embedding. Dropout is not applied, as in LoRA.
 
-    What the base layer does to a row holds for the sum: the row of `padding_idx` stays as it is, `max_norm` limits
-    W0 + dW, `scale_grad_by_freq` divides the gradient. `sparse` concerns the base weight's gradient alone; that of the
-    factors is dense.
+    The base layer's options apply to the sum: the row of `padding_idx` does not change, `max_norm` limits W0 + dW, and
+    `scale_grad_by_freq` divides the gradient. `sparse` affects the base weight's gradient only; that of the factors is
+    dense.
     """
 
     factors_cls = EmbeddingFactors
@@ -430,13 +435,13 @@ class Embedding(DualLoraLayer):
         factors.padding_idx, factors.scale_grad_by_freq = base.padding_idx, base.scale_grad_by_freq
         return factors
 
-    def _like_base_weight(self, dW, adapter):
+    def _reshape_like_base_weight(self, dW, adapter):
         return dW.T
 
     def _writes_to_its_weight(self):
         return self.get_base_layer().max_norm is not None
 
-    def _rows_as_looked_up(self, weight):
+    def _apply_max_norm(self, weight):
         base = self.get_base_layer()
         return weight if base.max_norm is None else torch.renorm(weight, base.norm_type, 0, base.max_norm)
 
@@ -465,7 +470,7 @@ class ConvNd(DualLoraLayer):
         weight = self.get_base_layer().weight
         return math.prod(weight.shape[1:]), weight.shape[0]
 
-    def _like_base_weight(self, dW, adapter):
+    def _reshape_like_base_weight(self, dW, adapter):
         return dW.view(self.get_base_layer().weight.shape)
 
     def _add_term(self, result, x, adapter):
@@ -492,8 +497,8 @@ def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLo
 def has_plain_forward(base_layer: nn.Module) -> bool:
     """Whether the layer computes what the torch or transformers class it derives from computes.
 
-    A subclass may pad, shift or scale. Scaled embeddings with an `embed_scale` are known; a linear layer with a forward
-    of its own is tried on two rows. Weights in other formats count as plain: their layers are known by type.
+    A subclass may pad, shift or scale. Embeddings with an `embed_scale` are handled and count as plain; a linear layer
+    with a custom forward is tried on two rows. Weights in other formats count as plain: their layers are known by type.
     """
     kind = next((kind for kind in ADAPTED if isinstance(base_layer, kind)), None)
     weight = getattr(base_layer, "weight", None)
@@ -511,5 +516,5 @@ def _agrees_on_two_rows(base_layer: nn.Module, kind: type[nn.Module]) -> bool:
         with torch.no_grad():
             own, plain = type(base_layer).forward(base_layer, rows), kind.forward(base_layer, rows)
         return torch.allclose(own, plain, 1e-2, 1e-4)
-    except Exception:  # a forward that wants something else, or a weight that is not here: as PEFT takes it
+    except Exception:  # needs other inputs, or the weight is on the meta device: counts as plain, as in PEFT
         return True

@@ -16,7 +16,7 @@ from .bypass import find_use
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, find_layer_class
 from .register import NAME
-from .warmup import find_ramp
+from .warmup import describe_unfinished_ramp
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -30,7 +30,7 @@ except ImportError:  # peft < 0.20 has no quantisation backends
 
 
 # Rows of a mixed batch that no adapter acts on.
-BASE_ROWS = "__base__"
+BASE_ADAPTER_NAME = "__base__"
 
 
 class DualLoraModel(BaseTuner):
@@ -38,7 +38,7 @@ class DualLoraModel(BaseTuner):
 
     Raises, on creation and when an adapter is added:
         TypeError: a target is of a kind of layer that Dual LoRA does not adapt.
-        ValueError: a target that its parent never calls, as PEFT has it for LoRA; a layer that the config does not fit.
+        ValueError: a target is one that PEFT refuses for LoRA, or the config does not fit a layer.
     """
 
     prefix = "dual_lora_"
@@ -52,16 +52,16 @@ class DualLoraModel(BaseTuner):
         self._partly_called: list[str] = []
 
     def _check_target_module_compatiblity(self, peft_config: DualLoraConfig, model: nn.Module, target_name: str):
-        """Refuse what PEFT refuses for LoRA, whose list goes by the type of the method."""
+        """Refuse what PEFT refuses for LoRA; its list depends on the method's type. (The misspelt name is PEFT's.)"""
         try:
             super()._check_target_module_compatiblity(SimpleNamespace(peft_type="LORA"), model, target_name)
         except ValueError as error:
             raise ValueError(str(error).replace("[PEFT:LORA]", f"[PEFT:{NAME}]")) from None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """True: factors in float32, whatever the base is in. False, at the user's risk: in the dtype of the base.
+        """Cast the factors: to float32 (True), or, at the user's risk, to the dtype of the base (False).
 
-        PEFT calls this last when it has loaded an adapter, so this is also where a ramp that has not ended is told of.
+        PEFT calls this last when it loads an adapter, so this is also where an unfinished ramp is warned about.
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
@@ -74,18 +74,18 @@ class DualLoraModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
 
     def _warn_of_ramp(self, adapters: list[str], occasion: str, loaded: bool | None = None) -> None:
-        """Say once for each occasion that an adapter is not at full scale yet."""
-        told = self.__dict__.setdefault("_told", set())
-        for name in [name for name in adapters if (name, occasion) not in told]:
+        """Warn, once per occasion ("loaded", "merged"), that an adapter is not at full scale yet."""
+        warned = self.__dict__.setdefault("_warned", set())
+        for name in [name for name in adapters if (name, occasion) not in warned]:
             factors = [layer.dual_lora_factors[name] for layer in self._layers() if name in layer.dual_lora_factors]
-            meant = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
-            ramp = find_ramp((f.step, f.update_scale, f.warmup_steps) for f in meant)
+            selected = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
+            ramp = describe_unfinished_ramp((f.step, f.update_scale, f.warmup_steps) for f in selected)
             if ramp is not None:
-                told.add((name, occasion))
+                warned.add((name, occasion))
                 warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
 
     def _check_merge_allowed(self) -> None:
-        """Check every layer before the first is merged, and tell what merging will not do.
+        """Check every layer before the first is merged, and warn about layers that will not be merged.
 
         Raises:
             ValueError: a layer's weight is computed from other tensors, so that merging into it would have no effect.
@@ -123,7 +123,7 @@ class DualLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """For the time of a forward or generate with `adapter_names`: hands every layer the adapter of each row.
+        """While a forward or generate with `adapter_names` runs, pass every layer the adapter name of each row.
 
         Raises:
             ValueError: the model is in training mode, no adapter has such a name, or `alora_offsets` is given.
@@ -140,8 +140,8 @@ class DualLoraModel(BaseTuner):
                 handle.remove()
 
     def _hand_out_names(self, names: list[str], beams: int | None) -> list:
-        """Register the hooks and return their handles. With beams, generate repeats each row that often, though not for
-        the encoder of an encoder-decoder model."""
+        """Register the hooks and return their handles. In beam search, generate repeats each row `beams` times, except
+        in the encoder of an encoder-decoder model."""
         self._check_names(names)
         repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") and repeated is not names else None
@@ -160,7 +160,7 @@ class DualLoraModel(BaseTuner):
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names={names!r}: expected a list of str, one for each row of the batch")
         known = {name for layer in self._layers() for name in layer.dual_lora_factors}
-        unknown = sorted(set(names) - known - {BASE_ROWS})
+        unknown = sorted(set(names) - known - {BASE_ADAPTER_NAME})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
@@ -248,14 +248,14 @@ class DualLoraModel(BaseTuner):
 
     def _watch_parent(self, layer: DualLoraLayer, parent: nn.Module, name: str, key: str) -> None:
         if isinstance(parent, nn.TransformerEncoderLayer):
-            # It computes with the weights in one go, in evaluation, unless a module in it has a hook.
+            # In evaluation its fast path uses the weights directly, unless one of its modules has a hook.
             layer.register_forward_hook(_do_nothing)
         elif find_use(parent, name) == (True, True):
             self._partly_called.append(key)
 
 
 def _find_shared_weights(modules: Iterable[nn.Module]) -> set[int]:
-    """Ids of the parameters whose memory several of the modules hold, as one parameter or as several."""
+    """Return the ids of parameters that share memory across modules, as one parameter or as several."""
     held = [p for module in modules for p in module._parameters.values() if p is not None]
     holders = Counter(_locate(p) for p in held)
     return {id(p) for p in held if holders[_locate(p)] > 1}
@@ -272,10 +272,10 @@ def _set_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_nam
 
 
 def _do_nothing(module: nn.Module, args: tuple, output) -> None:
-    """A hook."""
+    """A forward hook whose mere presence disables the fast path of nn.TransformerEncoderLayer."""
 
 
 def _list_names(names: list[str]) -> str:
-    """The first few of the names and a verb, for the start of a sentence."""
+    """Return the first three names and "is" or "are", to begin a sentence."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"

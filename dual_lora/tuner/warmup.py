@@ -1,8 +1,8 @@
 """The ramp of f: one optimizer step, one step of the ramp, in any training loop.
 
 A global hook of torch's optimizers advances the adapters whose factors that optimizer trains. Nothing happens in
-forward, so gradient accumulation and activation checkpointing cannot disturb the count. Each adapter's state lies in
-two buffers of its factors (`step`, `update_scale`) and is saved with it.
+forward, so gradient accumulation and activation checkpointing do not affect the count. Each adapter's state is held in
+two buffers of its factors (`step`, `update_scale`) and saved with them.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from .factors import LIVE, DualLoraFactors
+from .factors import ALL_FACTORS, DualLoraFactors
 
-_TRAINED_BY: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def factors_of(model: nn.Module) -> list[DualLoraFactors]:
+def list_factors(model: nn.Module) -> list[DualLoraFactors]:
     """Every adapter's factors in the model."""
     return [m for m in model.modules() if isinstance(m, DualLoraFactors)]
 
@@ -28,25 +28,25 @@ def factors_of(model: nn.Module) -> list[DualLoraFactors]:
 def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> None:
     """Set f by hand, for every Dual LoRA adapter in the model.
 
-    factor: the new f. ramp: False ends the ramp, so that f stays as set whatever optimizer steps follow; True goes on
-    ramping from the whole step nearest to f.
+    factor: the new f. ramp: False ends the ramp, so that later optimizer steps leave f as set; True continues the ramp
+    from the step nearest to f.
 
     Raises:
         ValueError: the model has no Dual LoRA adapter, or factor is NaN, infinite or, with ramp=True, outside [0, 1].
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor={factor}: expected a finite number")
-    factors = factors_of(model)
+    factors = list_factors(model)
     if not factors:
         raise ValueError("the model has no Dual LoRA adapter")
     if ramp and not 0 <= factor <= 1:
-        raise ValueError(f"factor={factor}: a ramp can only go on from a value in [0, 1]")
+        raise ValueError(f"factor={factor}: a ramp can only continue from a value in [0, 1]")
     for f in factors:
         f.set_update_scale(factor, ramp)
 
 
-def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
-    """Return a sentence's end on the shortest of ramps that have not ended, None where all have.
+def describe_unfinished_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
+    """Return the end of a sentence about the least advanced unfinished ramp; None if all ramps have ended.
 
     states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand ends the ramp.
     """
@@ -55,8 +55,8 @@ def find_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str
         return None
     f, step, steps = min(open_ramps)
     return (
-        f"at f = {f:.3g} of its ramp, {step} of {steps} steps done and {steps - step} left, so it computes that share "
-        "of dW. Train on, take a scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
+        f"at f = {f:.3g}, {step} of {steps} steps into its ramp, so it computes only that fraction of dW. Train "
+        "longer, set scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
         "dual_lora.set_update_scale(model, 1.0)."
     )
 
@@ -69,11 +69,11 @@ def find_first_trained(factors: DualLoraFactors, default: nn.Parameter | None = 
 def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
     """The factors whose first trained parameter this optimizer holds, so that exactly one optimizer advances each."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    known = _TRAINED_BY.get(optimizer)
+    known = _FACTORS_BY_OPTIMIZER.get(optimizer)
     if known is None or known[0] != held:
         ids = set(held)
-        known = held, [weakref.ref(f) for f in LIVE if id(find_first_trained(f, f.A)) in ids]
-        _TRAINED_BY[optimizer] = known
+        known = held, [weakref.ref(f) for f in ALL_FACTORS if id(find_first_trained(f, f.A)) in ids]
+        _FACTORS_BY_OPTIMIZER[optimizer] = known
     return known[1]
 
 
@@ -95,7 +95,7 @@ class DualLoraWarmupCallback(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._before = [(f, int(f.step)) for f in factors_of(model) if find_first_trained(f) is not None]
+        self._before = [(f, int(f.step)) for f in list_factors(model) if find_first_trained(f) is not None]
 
     def on_step_end(self, args, state, control, **kwargs):
         for factors, step in self._before:

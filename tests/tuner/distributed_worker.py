@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dual_lora.tuner.warmup import factors_of
+from dual_lora.tuner.warmup import list_factors
 
 from .tiny_llama import adapted, batches, llama, trained
 
@@ -53,7 +53,7 @@ def train(mode: str, rank: int = 0, size: int = 1) -> dict:
     weights = {name: whole(p.detach()) for name, p in inner.named_parameters() if p.requires_grad}
     return {
         "weights": weights,
-        "ramp": {(int(f.step), float(f.update_scale)) for f in factors_of(inner)},
+        "ramp": {(int(f.step), float(f.update_scale)) for f in list_factors(inner)},
         "losses": losses,
     }
 

@@ -75,9 +75,9 @@ def test_backward_keeps_the_input_alone(base):
 def test_the_base_layer_is_called_wherever_its_call_matters(change):
     model = adapted(nn.Linear(IN, OUT))
     x = torch.ones(3, IN)
-    assert layer_of(model)._fusable(x) is not None
+    assert layer_of(model)._find_fusable_factors(x) is not None
     change(model)
-    assert layer_of(model)._fusable(x) is None
+    assert layer_of(model)._find_fusable_factors(x) is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -161,22 +161,22 @@ class TestEvaluation:
         names = set(model.state_dict())
         with torch.no_grad():
             model(self.x(model))
-        assert factors_of(model)._kept is not None
+        assert factors_of(model)._cache is not None
         assert set(model.state_dict()) == names
-        assert pickle.loads(pickle.dumps(factors_of(model)))._kept is None
+        assert pickle.loads(pickle.dumps(factors_of(model)))._cache is None
         model.train()
-        assert factors_of(model)._kept is None
+        assert factors_of(model)._cache is None
 
     def test_other_adapters_and_merging_release_what_is_kept(self, model):
         model.add_adapter("second", config())
         with torch.no_grad():
             model(self.x(model))
             model.set_adapter("second")
-            assert factors_of(model)._kept is None
+            assert factors_of(model)._cache is None
             model(self.x(model))
-            assert factors_of(model, "second")._kept is not None
+            assert factors_of(model, "second")._cache is not None
             model.merge_adapter()
-            assert factors_of(model, "second")._kept is None
+            assert factors_of(model, "second")._cache is None
 
     def test_with_gradients_on_the_gradient_is_there(self, model):
         with torch.no_grad():

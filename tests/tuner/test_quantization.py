@@ -65,7 +65,7 @@ def test_evaluation_keeps_no_dW_beside_a_quantised_weight(kind):
     model, x = quantized_model(kind)
     with torch.no_grad():
         model(x)
-    assert factors_of(model)._kept is None
+    assert factors_of(model)._cache is None
 
 
 def test_8_bit_merge_and_unmerge():

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from dual_lora import DualLoraConfig, DualLoraWarmupCallback
-from dual_lora.tuner.warmup import factors_of
+from dual_lora.tuner.warmup import list_factors
 
 from .tiny_llama import adapted, batches, llama, trained
 
@@ -36,7 +36,7 @@ def train(model, data, context=None, lr=1e-2):
 
 
 def steps_of(model):
-    return {int(f.step) for f in factors_of(model)}
+    return {int(f.step) for f in list_factors(model)}
 
 
 def test_it_learns():
@@ -163,7 +163,7 @@ def test_resume_is_exact(tmp_path):
         torch.testing.assert_close(p, q)
     assert steps_of(resumed) == {5}
     saved = PeftModel.from_pretrained(base, str(tmp_path / "checkpoint-3"))
-    assert steps_of(saved) == {3} and {round(float(f.update_scale), 6) for f in factors_of(saved)} == {0.6}
+    assert steps_of(saved) == {3} and {round(float(f.update_scale), 6) for f in list_factors(saved)} == {0.6}
 
 
 def test_tied_embeddings_merge_exactly():

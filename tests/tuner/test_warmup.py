@@ -174,7 +174,7 @@ def test_f_is_a_finite_number(factor, ramp):
         set_update_scale(ramping(), factor, ramp)
 
 
-TOLD = r"at f = 0.25 of its ramp, 1 of 4 steps done and 3 left.*dual_lora.set_update_scale\(model, 1.0\)"
+TOLD = r"at f = 0.25, 1 of 4 steps into its ramp.*dual_lora.set_update_scale\(model, 1.0\)"
 
 
 def quarter(**fields):
@@ -188,7 +188,7 @@ def told():
     """Collects the lines about ramps."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield lambda: [str(w.message) for w in caught if " of its ramp" in str(w.message)]
+        yield lambda: [str(w.message) for w in caught if " into its ramp" in str(w.message)]
 
 
 def test_a_short_ramp_is_told_of_once_at_save_at_load_and_at_merge(told, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from dual_lora import DualLoraConfig, set_update_scale
-from dual_lora.tuner.warmup import factors_of
+from dual_lora.tuner.warmup import list_factors
 
 from .tiny_llama import llama
 
@@ -36,7 +36,7 @@ def write(folder: Path, base) -> None:
 
 def read(folder: Path, base) -> None:
     model = PeftModel.from_pretrained(base, folder).eval()
-    assert {int(f.step) for f in factors_of(model)} == {30}
+    assert {int(f.step) for f in list_factors(model)} == {30}
     assert torch.equal(model(input_ids=IDS).logits, torch.load(folder / "logits.pt"))
     config = model.peft_config["default"]
     assert all(getattr(config, k) == (set(v) if k == "target_modules" else v) for k, v in FIELDS.items())

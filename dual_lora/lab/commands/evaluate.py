@@ -19,8 +19,8 @@ PATH_KEYS = {"run", "data_dir", "model.path", "export", "against"}
 
 
 def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
-    """Return the run a command line names and what else it sets: where files are now, rows at a time, and `more`,
-    settings by their types.
+    """Return the run folder that a command line names, and its other settings: data_dir, model.path, eval.batch_size,
+    and those in `more` (name: type).
 
     Raises:
         UserError: another setting, an impossible value, or no run.
@@ -72,11 +72,11 @@ def analyse_command(settings: Settings, record: Record, against: Path | None, va
     Raises:
         UserError: one is not finished, or their models differ.
     """
-    require(record.read_result() is not None, f"run={record.format_path()}: not finished, it has no result.json")
+    record.require_result(f"run={record.format_path()}")
     other = None
     if against:
         other = replace_settings(load_recorded_settings(against, "against"), values), Record(against.resolve())
-        require(other[1].read_result() is not None, f"against={against}: not finished, it has no result.json")
+        other[1].require_result(f"against={against}")
         require(
             other[0].model.name == settings.model.name and identify_weights(other[0]) == identify_weights(settings),
             f"against={against}: its model is {other[0].model.name}, this run's is {settings.model.name}; "
@@ -96,7 +96,7 @@ def export_command(settings: Settings, record: Record, folder: Path, dtype: str)
         UserError: the run is not finished, or the folder cannot be written or is not empty.
     """
     replace(settings.model, dtype=dtype)  # checks its name
-    require(record.read_result() is not None, f"run={record.format_path()}: not finished, it has no result.json")
+    record.require_result(f"run={record.format_path()}")
     require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")
     require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
     check_writable(folder, "give another folder as export=DIR")

@@ -1,6 +1,6 @@
-"""The frame of every command: an exit code, and one line for whatever ended it.
+"""What wraps every command: an exit code, and one line about whatever ended it.
 
-Nothing here imports a heavy library, so that what goes wrong while those are imported ends in one line as well.
+Nothing here imports a heavy library, so that an error while one is imported is reported in one line as well.
 """
 
 import atexit
@@ -33,8 +33,8 @@ from dual_lora.lab.system.signals import STOP
 
 
 def describe_end(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the line for the error that ended the work. Neither the user's nor the machine's error
-    is a bug: its traceback is printed first."""
+    """Return the exit code and the message for the error that ended the command. If it is neither the user's nor the
+    machine's error, it is a bug, and its traceback is printed first."""
     if isinstance(error, UserError):
         return EXIT_USER, str(error)
     if message := describe_machine_error(error):
@@ -57,29 +57,29 @@ def check_surroundings() -> None:
     resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
 
 
-def call_command(do: Callable[..., int], *args: object) -> int:
-    """Return what `do` returns.
+def call_command(command: Callable[..., int], *args: object) -> int:
+    """Return what `command` returns.
 
     Raises:
         Stopped: a stop was requested, also where the library that was interrupted raised an error of its own.
-        Exception: whatever else `do` raises, after the first process had time to report it.
+        Exception: whatever else `command` raises, after the first process had time to report it.
     """
     try:
-        return do(*args)
+        return command(*args)
     except Exception as error:
         if STOP.raised:
-            raise Stopped(STOP.asked, STOP.then) from error
+            raise Stopped(STOP.asked, STOP.next_action) from error
         wait_for_first_process_error()
         raise
 
 
-def run_guarded(name: str, do: Callable[..., int], *args: object) -> int:
-    """Return what `do` returns; whatever else ends it is printed as one line, and its exit code returned."""
+def run_guarded(name: str, command: Callable[..., int], *args: object) -> int:
+    """Return what `command` returns; whatever else ends it is printed as one line, and its exit code returned."""
     try:
         with STOP.listen():
             check_surroundings()
             with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
-                return call_command(do, *args)
+                return call_command(command, *args)
     except Exception as error:
         code, message = describe_end(error)
         print(f"{name}: {redact_secrets(message)}", file=sys.stderr)
@@ -90,22 +90,22 @@ def run_guarded(name: str, do: Callable[..., int], *args: object) -> int:
 
 def print_stop(name: str, stopped: BaseException) -> int:
     """Print what stopped the work and what the same command does next, and return the exit code."""
-    asked, then = (str(stopped), stopped.then) if isinstance(stopped, Stopped) else ("SIGINT", RESUMES)
+    asked, next_action = (str(stopped), stopped.next_action) if isinstance(stopped, Stopped) else ("SIGINT", RESUMES)
     if is_first_process():
-        print(f"{name}: stopped by {asked}; the same command {then}", file=sys.stderr)
+        print(f"{name}: stopped by {asked}; the same command {next_action}", file=sys.stderr)
     return EXIT_STOPPED
 
 
-def run_command(do: Callable[..., int], *args: object) -> None:
-    """Call `do` and exit.
+def run_command(command: Callable[..., int], *args: object) -> None:
+    """Call `command` and exit.
 
     Raises:
-        SystemExit: always, with the exit code that `do` returns or that belongs to what ended it.
+        SystemExit: always, with the exit code that `command` returns or that belongs to what ended it.
     """
     name = Path(sys.argv[0]).name
     try:
         with guard_screen(name):
-            code = run_guarded(name, do, *args)
+            code = run_guarded(name, command, *args)
     except (Stopped, KeyboardInterrupt) as stopped:  # before the work, or after it
         code = print_stop(name, stopped)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop

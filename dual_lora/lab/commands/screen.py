@@ -1,4 +1,4 @@
-"""What a command prints: never a secret, never an error because the reader has gone or cannot show a character."""
+"""What a command prints: no secrets, and no error if the reading end is closed or cannot encode a character."""
 
 import codecs
 import io
@@ -61,7 +61,7 @@ def open_screen(name: str, number: int) -> Screen:
 
 
 def fill_standard_descriptors() -> None:
-    """Open what of descriptors 0 to 2 is closed: the next file opened would else be taken for the screen."""
+    """Open those of descriptors 0 to 2 that are closed; otherwise the next file opened would receive the output."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -91,7 +91,7 @@ def guard_screen(command: str) -> Iterator[None]:
         for stream in ours.values():
             stream.flush()
         lost = ours["stdout"].buffer.raw.error if "stdout" in ours else None
-        if lost and lost.errno != EPIPE:  # whoever closes a pipe has read enough
+        if lost and lost.errno != EPIPE:  # a closed pipe is fine: its reader had enough (`| head`)
             print(f"{command}: what it printed could not be written ({lost.strerror})", file=sys.stderr)
         for name, stream in before.items():
             setattr(sys, name, stream)

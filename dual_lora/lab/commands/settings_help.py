@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dual_lora.lab.config.paths import CONF, ROOT, list_choices
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 
 EXAMPLES = {
     "python train.py": "the demo: a bundled tiny model, no downloads, about a minute",
@@ -20,14 +20,13 @@ EXAMPLES = {
     "python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2": "every combination, a table at the end",
     "python train.py -m method=dual_lora method.rank=16 method.magnitude_ratio=0.25,0.5,0.75": "three ratios",
     "python train.py -m hydra/launcher=workstation seed=0,1,2": "several runs at once; on a cluster: slurm",
-    "python train.py model=llama3-8b plan=true": "what a run would take; loads nothing",
-    "python train.py --cfg job method=lora": "all values of a run, composed",
+    "python train.py model=llama3-8b plan=true": "memory and hours that a run would need; loads no weights",
+    "python train.py --cfg job method=lora": "show every setting of a run, without running it",
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
-    "python sweep.py experiment=NAME": "all runs of a table, and the table",
+    "python sweep.py experiment=NAME": "all runs that a table needs, and the table",
 }
-SWEEPS = "Several runs, with -m, as Hydra has it: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
+SWEEPS = "Several runs (-m), in Hydra's syntax: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
-GROUPS = ("model", "task", "method", "hardware")
 MANY = "..."  # a list or a dictionary that would fill the line
 
 
@@ -43,15 +42,15 @@ def read_defaults() -> dict[str, str]:
     """Return the value of every setting in `python train.py`, by its full name, as one would type it."""
     content = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     chosen = {key: name for entry in content.pop("defaults") if isinstance(entry, dict) for key, name in entry.items()}
-    found = {key: format_value(value) for key, value in iterate_values(content)}
+    found = {key: format_setting(value) for key, value in iterate_defaults(content)}
     for group in GROUPS:
         choice = yaml.safe_load((CONF / group / f"{chosen[group]}.yaml").read_text(encoding="utf-8"))
-        found |= {f"{group}.{key}": format_value(value) for key, value in choice.items()}
+        found |= {f"{group}.{key}": format_setting(value) for key, value in choice.items()}
         found[group] = chosen[group]
     return found
 
 
-def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def iterate_defaults(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield full name and value of every setting of conf/config.yaml."""
     for key, value in content.items():
         if isinstance(value, dict):
@@ -60,8 +59,8 @@ def iterate_values(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def format_value(value: Any) -> str:
-    """Return a value as one would type it; of a reference to another setting the name, of many values nothing."""
+def format_setting(value: Any) -> str:
+    """Return a value as one would type it: a reference as the other setting's name, a filled list or dict as ..."""
     if isinstance(value, str):
         return value.removeprefix("${").removesuffix("}")
     return MANY if isinstance(value, dict | list) and value else yaml.safe_dump(value).partition("\n")[0]
@@ -73,7 +72,7 @@ def render_help() -> str:
     lines += [f"  {command}\n      {about}" for command, about in EXAMPLES.items()]
     lines += ["", "Choices (GROUP=NAME), each a file conf/GROUP/NAME.yaml:", ""]
     lines += [f"  {group:<16}{', '.join(list_choices(group))}" for group in (*GROUPS, "hydra/launcher")]
-    lines += ["", "Settings (KEY=VALUE), with the value each has in `python train.py`; other choices bring others.", ""]
+    lines += ["", "Settings (KEY=VALUE) [default in `python train.py`]; other choices change the defaults.", ""]
     defaults = read_defaults()
     for key, about, group in iterate_settings():
         value = f" [{defaults[key]}]" if key in defaults else ""

@@ -1,4 +1,4 @@
-"""How much faster evaluation is than a loop over single prompts, which is how LLM-Adapters evaluates, at equal outputs.
+"""Compares the speed of our evaluation with LLM-Adapters' loop over single prompts, and counts equal outputs.
 
     python -m dual_lora.lab.commands.throughput run=runs/STUDY/ID split=NAME [eval.batch_size=N eval.max_examples=N]
 

@@ -1,4 +1,4 @@
-"""`train.py`: check the command line, then train, plan or show what Hydra is asked for."""
+"""`train.py`: check the command line, then train, plan, or let Hydra show the config (--cfg, --info)."""
 
 import sys
 import traceback
@@ -18,7 +18,7 @@ from dual_lora.lab.study.time_left import TimeLeft
 from dual_lora.lab.system.distributed import check_process_count, is_first_process
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-# What Hydra is asked to show, and the words that say which. It has options that read files of code, too.
+# Hydra's options that only show something, and their arguments. Its other options are refused: some can load code.
 HYDRA_FLAGS = {"--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--resolve"}
 HYDRA_WORDS = {"job", "hydra", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 HELP = {"--help", "-h"}
@@ -101,10 +101,11 @@ def train_command(argv: list[str]) -> int:
 
 
 def plan_runs(runs: list[Run]) -> int:
-    """Plan every run, print a table of several, and return the exit code. A plan that fails stops no other.
+    """Plan every run, print a table if there are several, and return the exit code. One failed plan does not stop the
+    others.
 
     Raises:
-        UserError: why the only plan is refused, or some are to be planned and some to be run.
+        UserError: the only plan is refused, or `plan` is not the same for all runs.
     """
     require(all(run.settings.plan for run in runs), "plan: true for all runs or for none")
     drawn = [draw_plan(run, alone=len(runs) == 1) for run in runs]
@@ -138,7 +139,7 @@ def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None,
     except Exception as error:
         if alone:
             raise
-        if said := describe_machine_error(error):
-            return plan, said, EXIT_USER
+        if message := describe_machine_error(error):
+            return plan, message, EXIT_USER
         print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
         return plan, f"{type(error).__name__}: {get_first_line(error)}", EXIT_FAILED

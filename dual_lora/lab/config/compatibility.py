@@ -1,7 +1,7 @@
-"""Settings that do not go together: a task the model cannot do, and settings that would change nothing.
+"""Settings that do not go together: a task the model cannot do, and settings that would have no effect.
 
-A setting that has no effect would still be recorded, and would give the same run another name. So a command line that
-sets one is refused. Records are read without these checks.
+A setting without effect would still be recorded and would rename the run, so a command line that sets one is refused.
+When a record is read, ineffective settings are not refused.
 """
 
 import re
@@ -11,15 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.paths import list_choices, load_yaml
-from dual_lora.lab.config.schema import Settings, get_setting
+from dual_lora.lab.config.schema import METHOD_SETTINGS, Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
-# What only a task that writes text has: how it writes, and what its loss is taken on.
-WRITING = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
+# Settings that only a generation task has: decoding, and which tokens the loss covers.
+GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
-METHOD_PARTS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
 # A sentence cut shorter than this is special tokens and at most one token of text.
 MIN_SENTENCE_TOKENS = 4
 
@@ -49,14 +48,14 @@ def check_compatibility(settings: Settings) -> None:
 def check_unused(settings: Settings, given: Collection[str], composed: DictConfig) -> None:
     """Refuse settings of the command line that would have no effect on this run.
 
-    given: the full names of the settings it sets; composed: the values without it, references unresolved. One that is
-    given null, or the value it has anyway, is taken.
+    given: full names of the settings that it sets. composed: the values without it, references unresolved. Setting null
+    or the default value is allowed.
 
     Raises:
         UserError: which setting, why it has no effect, and what has.
     """
     if settings.data_dir:
-        check_data_dir(load_task(settings), settings.data_dir)
+        check_data_dir(settings)
     for key in sorted(given):
         reason = explain_unused_method(settings, key, composed) or explain_unused(settings, key, given)
         if not reason:
@@ -71,7 +70,7 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
     if group != "method":
         return None
     own = OmegaConf.to_container(composed.method.peft, resolve=False) if composed.method.peft else {}
-    if name in METHOD_PARTS and method.peft is not None:
+    if name in METHOD_SETTINGS and method.peft is not None:
         used = any(f"${{{key}}}" in str(value) for value in own.values())
         return None if used else f"method {method.name} has no {name}; drop it"
     if named := re.fullmatch(r"\$\{(method\.\w+)\}", str(own.get(name.removeprefix("peft."), ""))):
@@ -92,10 +91,10 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
     model, task, train, method = settings.model, settings.task, settings.train, settings.method
     form, (group, _, name) = load_task(settings).form, key.partition(".")
     writes = form == "generation"
-    if group == "task" and name in WRITING and not writes:
+    if group == "task" and name in GENERATION_SETTINGS and not writes:
         return f"{task.name} writes no text; drop it"
     if key == "task.length_penalty" and task.num_beams == 1:
-        return "only beams are compared by length; set task.num_beams above 1, or drop it"
+        return "only beam search uses it; set task.num_beams above 1, or drop it"
     if key == "task.max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
         return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
     if key == "task.warmup_ratio" and train.schedule == "constant":

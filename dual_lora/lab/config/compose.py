@@ -16,9 +16,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
-from dual_lora.lab.config.overrides import GROUPS, iterate_keys, parse_override
+from dual_lora.lab.config.overrides import iterate_keys, parse_override
 from dual_lora.lab.config.paths import list_choices, load_yaml
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 __all__ = ["GROUPS", "build_settings", "describe_config_error", "iterate_keys", "list_choices", "load_settings"]
@@ -27,7 +27,7 @@ OmegaConf.clear_resolver("oc.env")
 
 
 def halve(value: float | None) -> float | None:
-    """Return half of a setting, for methods with twice LoRA's weights at the same rank.
+    """Return half of a setting, for methods that have twice as many weights as LoRA at equal rank (`${half:...}`).
 
     Raises:
         ValueError: a whole number that is odd.
@@ -41,7 +41,7 @@ OmegaConf.register_new_resolver("half", halve, replace=True)
 
 
 def unfreeze_schema(cls: type) -> type:
-    """Return a dataclass like `cls` that is not frozen: OmegaConf merges values into nothing frozen."""
+    """Return a dataclass like `cls` that is not frozen, since OmegaConf cannot merge values into a frozen one."""
     return make_dataclass(
         cls.__name__, [(f.name, unfreeze_schema(f.type) if is_dataclass(f.type) else f.type) for f in fields(cls)]
     )
@@ -104,7 +104,7 @@ def describe_config_error(error: Exception) -> str:
 
 @cache
 def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
-    """Return the values of conf/config.yaml under their types, and the choice of each group where none is named."""
+    """Return the values of conf/config.yaml, typed by the schema, and the default choice of each group."""
     base = load_yaml(conf / "config.yaml")
     choices = {
         key: name for entry in base.pop("defaults") if isinstance(entry, DictConfig) for key, name in entry.items()
@@ -115,16 +115,16 @@ def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
 
 @cache
 def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
-    """Return the values of one choice a group, in the order of GROUPS, as Hydra composes them; it would take half a
-    second for each of a study's many combinations."""
+    """Return the values for one choice per group (in the order of GROUPS), as Hydra would compose them. Hydra itself
+    takes half a second for each of a study's many combinations."""
     files = {group: load_yaml(conf / group / f"{name}.yaml") for group, name in zip(GROUPS, choices, strict=True)}
     composed = OmegaConf.merge(load_base(conf)[0], files)
-    OmegaConf.set_struct(composed, True)  # of an unknown key: an error
+    OmegaConf.set_struct(composed, True)  # an unknown key is an error
     return composed
 
 
 def iterate_given_keys(key: str, value: object) -> Iterator[str]:
-    """Yield the full names that an override sets: of train={lr:1} that is train.lr, too."""
+    """Yield the full names that an override sets: train={lr:1} sets train and train.lr."""
     yield key
     for name, part in value.items() if isinstance(value, dict) else ():
         yield from iterate_given_keys(f"{key}.{name}", part)
@@ -165,6 +165,6 @@ def apply_override(override: Override, config: DictConfig) -> None:
     try:
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
-        said = describe_config_error(error)
+        message = describe_config_error(error)
         key = override.key_or_group
-        raise UserError(said if said.startswith(key.partition(".")[0]) else f"{key}: {said}") from error
+        raise UserError(message if message.startswith(key.partition(".")[0]) else f"{key}: {message}") from error

@@ -1,7 +1,7 @@
 """Overrides of a command line, KEY=VALUE in Hydra's grammar: checked by name, and a sweep written out as its runs.
 
-Hydra parses each word. What a sweep's values are is worked out here, because Hydra 1.3 sorts the values of a range
-wrongly, lists a range of floats with rounding errors, and lists a range of any length before it says a word.
+Hydra parses each word. The values of a sweep are listed here, because Hydra 1.3 sorts ranges wrongly, lists ranges of
+floats with rounding errors, and expands a range of any length without complaint.
 """
 
 import difflib
@@ -21,16 +21,15 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, O
 from hydra.errors import HydraException
 
 from dual_lora.lab.config.paths import list_choices
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require, suggest_name
 
-GROUPS = ("model", "task", "method", "hardware")
-# More runs than one command can want; composing so many takes minutes.
+# More runs than anybody wants from one command; composing this many takes minutes.
 MAX_RUNS = 10_000
-# A name such as `lr` stands in several groups. Whoever leaves the group out most likely means the first of these.
+# Several groups have a setting such as `lr`. If the group is left out, the first of these is most likely meant.
 LIKELY_GROUPS = ("train", "method", "task", "model", "eval", "hardware", "wandb")
-# What a command line may say to Hydra itself: how runs are started. Where they write is for the harness to say.
+# The only Hydra settings a command line may change: how runs are started. The harness decides where they write.
 LAUNCHER_KEY = re.compile(r"hydra[/.]launcher(\.|$)")
 
 
@@ -70,7 +69,7 @@ def measure_range(sweep: RangeSweep) -> tuple[int | Fraction, int | Fraction, in
 
 
 def sort_sweep(*args: Any, sweep: Any = None, list: Any = None, reverse: bool = False) -> Any:  # Hydra's names
-    """Do what Hydra documents for sort(): also of a range whose bounds are not a whole number of steps apart, and of
+    """Do what Hydra documents for sort(), also for a range whose bounds are not a whole number of steps apart, and for
     values that were shuffled before.
 
     Raises:
@@ -189,17 +188,17 @@ def check_override(override: Override) -> None:
     require(not added, f"+{key}: already exists; write {key}=VALUE without the +")
     require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")
     for value in list_values(override) if key in GROUPS else ():
-        check_choice(key, str(parse_override(f"{key}={value}").value()))
+        check_group_choice(key, str(parse_override(f"{key}={value}").value()))
 
 
-def check_choice(group: str, name: str) -> None:
+def check_group_choice(group: str, name: str) -> None:
     """Refuse a model, task, method or hardware that is not in conf/.
 
     Raises:
         UserError: with the nearest name, and all.
     """
     known = list_choices(group)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is no slip for roberta-base
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is not a typo of roberta-base
     hint = f" Did you mean {near[0]}?" if near else ""
     require(name in known, f"{group}={name}: no such {group}.{hint} Known: {', '.join(known)}")
 
@@ -248,7 +247,7 @@ def parse_overrides(words: list[str]) -> list[list[str]]:
 def split_words(argv: list[str], known: Collection[str], program: str, first: str) -> dict[str, str]:
     """Return what the words KEY=VALUE of a command line set, values without quotes.
 
-    known: the names that may be set; first: the one that a word without KEY= most likely means.
+    known: the names that may be set; first: the one that a word without "KEY=" most likely belongs to.
 
     Raises:
         UserError: a word of another form, an unknown name, one that is set twice, or an empty value.
@@ -265,8 +264,8 @@ def split_words(argv: list[str], known: Collection[str], program: str, first: st
 
 
 def unquote(word: str) -> str:
-    """Return the value of a word KEY=VALUE without the quotes that Hydra's grammar wants around some paths, so that
-    every program takes what train.py takes."""
+    """Return the value of KEY=VALUE without the quotes that Hydra's grammar needs around some paths, so that eval.py
+    and sweep.py accept what train.py accepts."""
     value = word.partition("=")[2]
     if len(value) < 2 or value[0] != value[-1] or value[0] not in "'\"":
         return value

@@ -19,10 +19,10 @@ def list_choices(group: str) -> list[str]:
 
 
 def resolve_path(key: str, value: str) -> Path:
-    """Return the path that a setting gives, ~ filled in; whether anything is there is for its reader to say.
+    """Return the path that a setting gives, with ~ expanded. The caller checks whether anything exists there.
 
     Raises:
-        UserError: nothing can be there, or it may not be looked at.
+        UserError: the path is impossible, or access is denied.
     """
     try:
         path = Path(value).expanduser()
@@ -49,7 +49,7 @@ def check_writable(folder: Path, remedy: str = ELSEWHERE_REMEDY) -> None:
     require(able, f"{folder}: {there} is not a writable folder; {remedy}")
 
 
-# Values of the largest YAML file here: some hundreds. An alias that names aliases can make billions of ten lines.
+# The largest YAML file here has a few hundred values. Nested aliases can turn ten lines into billions.
 MAX_YAML_VALUES = 100_000
 
 

@@ -1,4 +1,4 @@
-"""The settings that a run's record holds; settings replaced by their full names; what several runs differ in."""
+"""Reading the settings of a run's record, replacing settings by full name, and finding how runs differ."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ from dual_lora.lab.config.paths import load_yaml
 from dual_lora.lab.config.schema import Settings, get_setting, iterate_leaves
 from dual_lora.lab.errors import UserError, require
 
-# Settings that came later than the first records, which did what conf/ says for them where it has no other value here.
+# Settings added after the first records. A record that lacks one behaved as conf/ says, unless OLD_VALUES differs.
 ADDED_SETTINGS = ("init_from", "plan", "model.architecture", "model.chat", "task.stop", "task.train_rows")
 ADDED_SETTINGS += (
     "train.group_by_length",
@@ -31,7 +31,7 @@ ADDED_SETTINGS += (
     "train.head_lr",
     "train.adam_epsilon",
 )
-# Runs of that time kept no checkpoints by the clock, which is what conf/ has today.
+# Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
 
 NAMES = ("model.name", "task.name", "method.name")
@@ -84,22 +84,25 @@ def iterate_setting_names(values: dict[str, Any], before: str = "") -> Iterator[
             yield f"{before}{key}"
 
 
-def find_differences(jobs: list[Settings]) -> list[dict[str, Any]]:
-    """Return for each run, by the settings' full names, the values that tell it from the other runs.
+def find_differences(all_settings: list[Settings]) -> list[dict[str, Any]]:
+    """Return, for each run, the settings (full name: value) that distinguish it from the other runs.
 
-    Among runs of the same model, task and method these are as few settings as needed, in the order of the schema. What
-    a method derives from its settings (`method.peft`, and `method.lr`, which train.lr takes) comes last, so that it is
-    named only where nothing else differs.
+    Among runs with the same model, task and method these are as few settings as possible, in the order of the schema.
+    Derived settings (`method.peft`, and those that train.* is set from) come last, so that one is named only if nothing
+    else differs.
     """
     alike: dict[tuple[str, ...], list[int]] = {}
-    for number, job in enumerate(jobs):
-        alike.setdefault(tuple(str(get_setting(job, key)) for key in NAMES), []).append(number)
-    found: list[dict[str, Any]] = [{} for _ in jobs]
+    for number, settings in enumerate(all_settings):
+        alike.setdefault(tuple(str(get_setting(settings, key)) for key in NAMES), []).append(number)
+    found: list[dict[str, Any]] = [{} for _ in all_settings]
     for numbers in alike.values():
-        for number, values in zip(numbers, find_distinct_values([jobs[n] for n in numbers]), strict=True):
+        for number, values in zip(numbers, find_distinct_values([all_settings[n] for n in numbers]), strict=True):
             found[number] = values
-    varied = [key for key in NAMES if len({get_setting(job, key) for job in jobs}) > 1]
-    return [{key: get_setting(job, key) for key in varied} | values for job, values in zip(jobs, found, strict=True)]
+    varied = [key for key in NAMES if len({get_setting(settings, key) for settings in all_settings}) > 1]
+    return [
+        {key: get_setting(settings, key) for key in varied} | values
+        for settings, values in zip(all_settings, found, strict=True)
+    ]
 
 
 def is_derived(key: str) -> bool:
@@ -107,14 +110,17 @@ def is_derived(key: str) -> bool:
     return key in DERIVED or key.startswith("method.peft.")
 
 
-def find_distinct_values(jobs: list[Settings]) -> list[dict[str, Any]]:
-    """Return the values that tell runs of one model, task and method apart: a setting is taken if it splits runs that
-    no setting before it has split."""
-    leaves = [{key: value for key, value in iterate_leaves(job) if not key.startswith("wandb.")} for job in jobs]
+def find_distinct_values(all_settings: list[Settings]) -> list[dict[str, Any]]:
+    """Return the values that distinguish runs of one model, task and method. A setting is used if it separates runs
+    that the earlier ones do not."""
+    leaves = [
+        {key: value for key, value in iterate_leaves(settings) if not key.startswith("wandb.")}
+        for settings in all_settings
+    ]
     keys = sorted(dict.fromkeys(key for values in leaves for key in values), key=is_derived)
     chosen: list[str] = []
     parts = {()}
-    for key in keys if len(jobs) > 1 else ():
+    for key in keys if len(all_settings) > 1 else ():
         finer = {tuple(str(values.get(k)) for k in (*chosen, key)) for values in leaves}
         if len(finer) > len(parts):
             chosen, parts = [*chosen, key], finer

@@ -15,10 +15,15 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, require, suggest_name
 
-# Of whole numbers, as of seeds; and of what multiplies weights, whose float32 would overflow.
+# Limit of whole numbers (a seed has 32 bits), and of factors that multiply weights, which would overflow float32.
 MAX_INTEGER, MAX_MULTIPLIER = 2**32, 1e6
 # No known model has more; a plan builds every layer.
 MAX_LAYERS = 1000
+# The groups whose settings come from a file in conf/ that a command line chooses by name.
+GROUPS = ("model", "task", "method", "hardware")
+# The settings of a method that only an adapter has.
+METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 def setting(about: str) -> Any:
@@ -108,17 +113,17 @@ class Model:
     """A base model and the names of its parts."""
 
     name: str = setting("name of the model, also in the names of its runs' folders")
-    hub: str | None = setting("its name on the Hugging Face hub, which is asked unless model.path is given")
-    revision: str | None = setting("the hub's commit, so that the weights stay the same")
+    hub: str | None = setting("its id on the Hugging Face hub, used unless model.path is given")
+    revision: str | None = setting("commit on the hub that pins the weights")
     path: str | None = setting("folder of a saved Hugging Face model, or a GGUF file, instead of the hub")
     bundled: bool = setting("true: the model is part of this repository")
-    dtype: str = setting("float32, bfloat16 or float16: how the frozen weights are held and products computed")
+    dtype: str = setting("float32, bfloat16 or float16: type of the frozen weights and of matrix products")
     generates: bool = setting("true: a causal language model, which can write text")
     chat: bool = setting("true: prompts are put into the tokenizer's chat template")
-    roles: dict[str, str] = setting("for q, k, v, o, gate, up and down: a regular expression that ends a module's name")
+    roles: dict[str, str] = setting("for q, k, v, o, gate, up, down: regular expression for the end of a module's name")
     adapt: list[str] = setting("the roles that an adapter changes")
     head: list[str] = setting(
-        "modules that the base model does not bring and that are trained in full beside the adapter"
+        "modules that are not in the base model (the task's head), trained in full beside the adapter"
     )
     architecture: dict[str, Any] = setting("the model's configuration, for plans without a download")
 
@@ -150,18 +155,18 @@ class Task:
     """The protocol of a task, the same for every method."""
 
     name: str = setting("name of the task, file/subset below tasks/")
-    epochs: float = setting("epochs of the task's protocol; train.epochs is what a run takes")
-    batch_size: int = setting("batch size of the task's protocol; train.batch_size is what a run takes")
-    max_length: int = setting("tokens that an example is cut to")
-    warmup_ratio: float = setting("share of all steps in which the learning rate rises from 0; not the adapter's ramp")
-    checkpoint: str = setting("last: the weights after the last step are scored; best: those of the best epoch")
-    loss_on_prompt: bool = setting("true: the loss covers the prompt, too, and not only the text to be written")
-    label_smoothing: float = setting("share of the target's probability that is spread over all classes or tokens")
-    max_new_tokens: int = setting("longest text that is written, in tokens")
+    epochs: float = setting("epochs of the task's protocol, the default of train.epochs")
+    batch_size: int = setting("batch size of the task's protocol, the default of train.batch_size")
+    max_length: int = setting("maximum tokens of an example; longer ones are truncated")
+    warmup_ratio: float = setting("fraction of all steps over which the learning rate rises; not the adapter's ramp")
+    checkpoint: str = setting("last: score the weights after the last step; best: those of the best epoch")
+    loss_on_prompt: bool = setting("true: the loss covers the prompt as well as the target")
+    label_smoothing: float = setting("fraction of the target's probability that is spread over all classes or tokens")
+    max_new_tokens: int = setting("maximum length of generated text, in tokens")
     num_beams: int = setting("beams of beam search; 1: greedy decoding")
-    length_penalty: float = setting("beams are compared by log-probability / length ** this")
-    no_repeat_ngram: int = setting("no run of so many tokens is written twice; 0: no limit")
-    stop: list[str] = setting("texts that end an output, where they are one token of the model's vocabulary")
+    length_penalty: float = setting("exponent p: beams are ranked by log-probability / length ** p")
+    no_repeat_ngram: int = setting("n: no n-gram of the output is generated twice; 0: no limit")
+    stop: list[str] = setting("strings that end the output; only those that are a single token count")
     options: dict[str, Any] = setting("the task's own options, see its file in tasks/")
     train_rows: int | None = setting("official number of training examples, for plans without the data")
 
@@ -181,15 +186,15 @@ class Method:
     """A way to adapt a model."""
 
     name: str = setting("name of the method, also in the names of its runs' folders")
-    lr: float = setting("the method's usual learning rate; train.lr is what a run takes")
+    lr: float = setting("the method's usual learning rate, the default of train.lr")
     rank: int | None = setting("parameter budget in LoRA's unit: LoRA's r, r1 + r2 of Dual LoRA")
-    alpha: float | None = setting("LoRA's alpha: the update is multiplied by alpha / rank, in Dual LoRA / sqrt(r1 r2)")
+    alpha: float | None = setting("numerator of the update's scale: alpha / rank, in Dual LoRA alpha / sqrt(r1 r2)")
     dropout: float | None = setting("dropout on the adapter's input")
     magnitude_ratio: float | None = setting("r1 / (r1 + r2): the magnitude group's share of Dual LoRA's rank")
     r1: int | None = setting("rank of the magnitude group, with r2 instead of rank and magnitude_ratio")
     r2: int | None = setting("rank of the direction group, with r1")
-    lr_ratio: float | None = setting("LoRA+ (arXiv 2402.12354): learning rate of the B matrices over that of A")
-    ramp_share: float | None = setting("share of all steps in which Dual LoRA's update rises from 0 to its full size")
+    lr_ratio: float | None = setting("LoRA+ (arXiv 2402.12354): ratio of B's learning rate to A's")
+    ramp_share: float | None = setting("fraction of all steps over which Dual LoRA's update is ramped up from 0")
     peft: dict[str, Any] | None = setting(
         "the adapter's configuration as PEFT stores it; null: every weight is trained"
     )
@@ -199,7 +204,7 @@ class Method:
         check_positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
         check_range("method", self, 0, 1, "dropout", "magnitude_ratio", "ramp_share")
         check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio", "alpha")
-        for key in ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2"):
+        for key in METHOD_SETTINGS:
             value = getattr(self, key)
             used = self.peft is not None and value is not None
             require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
@@ -220,21 +225,21 @@ class Train:
     lr: float = setting("learning rate")
     epochs: float = setting("passes over the training examples, unless max_steps is given")
     max_steps: int | None = setting("optimizer steps, instead of epochs")
-    batch_size: int = setting("examples a device sees at a time")
-    accumulation: int = setting("batches whose gradients make one optimizer step")
+    batch_size: int = setting("examples per device and batch")
+    accumulation: int = setting("batches per optimizer step (gradient accumulation)")
     weight_decay: float = setting("AdamW's weight decay")
     schedule: str = setting("learning rate over time: linear, cosine, constant or constant_with_warmup")
-    max_grad_norm: float = setting("gradients are scaled down to this norm; 0: never")
+    max_grad_norm: float = setting("gradients are clipped to this norm; 0: no clipping")
     save_steps: int | None = setting("steps between checkpoints; null: by time alone")
     save_minutes: float | None = setting("minutes between checkpoints; null: by steps alone")
     log_steps: int = setting("steps between two rows of metrics.jsonl")
-    max_examples: int | None = setting("train on so many examples only, for a quick look")
-    group_by_length: bool | None = setting("true: examples of like length share a batch; cost quality (runs/LOG.md)")
+    max_examples: int | None = setting("train on this many examples only, for a quick test")
+    group_by_length: bool | None = setting("true: batch examples of similar length; made results worse (runs/LOG.md)")
     loss_scale: float | None = setting(
-        "the loss is multiplied by this and gradients are divided, as in fp16: acts on the clip of Dual LoRA's sign"
+        "factor on the loss, divided out of the gradients, as in fp16; changes what Dual LoRA's sign gradient clips"
     )
     head_lr: float | None = setting("learning rate of the task's head, the same under every method; null: train.lr")
-    adam_epsilon: float | None = setting("term in the denominator of AdamW's step; null: 1e-8")
+    adam_epsilon: float | None = setting("AdamW's epsilon; null: 1e-8")
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
@@ -251,8 +256,8 @@ class Evaluate:
 
     batch_size: int = setting("rows scored at a time; does not change a score")
     before: bool = setting("true: the base model is scored before training")
-    max_examples: int | None = setting("score so many rows of each split only, for a quick look")
-    holdout: int | None = setting("score so many training rows, set apart, instead of the task's own splits")
+    max_examples: int | None = setting("score this many rows of each split only, for a quick test")
+    holdout: int | None = setting("score this many held-out training rows instead of the task's own splits")
     holdout_skip: int | None = setting("so many more rows set apart, for the scores of other runs")
 
     def __post_init__(self) -> None:
@@ -273,11 +278,11 @@ class Wandb:
     mode: str = setting("online, offline or disabled")
     project: str = setting("the project in W&B")
     entity: str | None = setting("the team in W&B; null: your own")
-    job_type: str = setting("what the run is for; runs that choose learning rates say tune")
-    tags: list[str] = setting("more tags than model, task and method")
+    job_type: str = setting("W&B job type; tune for runs that choose a learning rate")
+    tags: list[str] = setting("tags in addition to model, task and method")
 
     def __post_init__(self) -> None:
-        check_choice("wandb.mode", self.mode, ("online", "offline", "disabled"))
+        check_choice("wandb.mode", self.mode, WANDB_MODES)
 
 
 @dataclass(frozen=True)
@@ -285,8 +290,8 @@ class Hardware:
     """What a run is done on."""
 
     name: str = setting("name of the choice")
-    accelerator: str = setting("what plans take the device to be, e.g. h100-80gb")
-    devices: int = setting("number of devices, each with a process of its own")
+    accelerator: str = setting("device that plans assume, e.g. h100-80gb")
+    devices: int = setting("number of devices, with one process each")
     sharding: str = setting("none, replicas (every device holds all: DDP) or full (every device holds its part: FSDP2)")
     base: str | None = setting("null, or nf4: the frozen base is held in 4 bits (QLoRA)")
 
@@ -304,7 +309,7 @@ class Hardware:
         require(not split, f"hardware.base={self.base}: cannot be sharded in full; take hardware.sharding=replicas")
 
     def check_installed(self) -> None:
-        """Refuse a base that this environment cannot hold; plans need not hold it.
+        """Refuse a 4-bit base if bitsandbytes is not installed. Plans do not need it.
 
         Raises:
             UserError: with what is to be installed.
@@ -325,11 +330,11 @@ class Settings:
     wandb: Wandb = setting("the copy of the record in Weights & Biases")
     hardware: Hardware = setting("what the run is done on")
     seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
-    study: str = setting("folder below runs/ that the run's record is kept in")
+    study: str = setting("folder below runs/ for the run's record")
     data_dir: str | None = setting("folder of the task's official files, instead of the hub")
     init_from: str | None = setting("folder of a finished run of the same method, to start from its adapter")
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
-    force: bool = setting("true: a finished run is run again, and replaced once the new one is whole")
+    force: bool = setting("true: run a finished run again, and replace it once the new one is complete")
     plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
 
     def count_steps(self, rows: int) -> int:

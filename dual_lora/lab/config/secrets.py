@@ -1,4 +1,4 @@
-"""Keys and passwords, which no file and no message may hold: those of the environment, of URLs and of known forms."""
+"""Keys and passwords, kept out of all files and messages: from the environment, in URLs, and of known formats."""
 
 import os
 import re
@@ -11,8 +11,8 @@ SECRET_NAME = re.compile(
     rf"(?:^|_)(?:{WORDS})(?:_ID|_VALUE|_HEADER)?$|(?:^|_)(?:SECRET|PASSWORD)_|(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)$",
     re.I,
 )
-MIN_LENGTH = 8  # of a secret that is looked for anywhere in a text
-MIN_WORD_LENGTH = 4  # of one that is looked for as a word of its own, if it is not letters alone
+MIN_LENGTH = 8  # secrets at least this long are masked anywhere in a text
+MIN_WORD_LENGTH = 4  # shorter ones only as whole words, and only if they are not all letters
 LOGIN = re.compile(r"(?<=://)[^\s/@'\"]*:?[^\s/@'\"]*@")
 FORMS = (
     (LOGIN, f"{MASK}@"),

@@ -1,4 +1,4 @@
-"""The task a run's settings name, and a task's own errors as the user's one line."""
+"""Loading the task that a run's settings name, and turning a task's errors into one line for the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,13 +33,14 @@ def load_task(settings: Settings) -> tasks.Task:
         return tasks.load(settings.task.name, settings.task.options, settings.data_dir)
 
 
-def check_data_dir(task: tasks.Task, data_dir: str) -> None:
+def check_data_dir(settings: Settings) -> None:
     """Refuse a data_dir that the task does not read, or that holds none of its files; where these are one or two
     levels above, name that folder.
 
     Raises:
         UserError: with the folder that was most likely meant.
     """
+    task, data_dir = load_task(settings), settings.data_dir
     folder = resolve_path("data_dir", data_dir)
     try:
         found = task.source(data_dir)
@@ -48,11 +49,11 @@ def check_data_dir(task: tasks.Task, data_dir: str) -> None:
         raise UserError(f"{error}{f'; give data_dir={meant}' if meant else ''}") from error
     own = f"data_dir={data_dir}: {task.name} reads no files, it makes its own data; drop it"
     with suppress(tasks.TaskError):  # of a task that has no data but what a folder holds
-        require(found != task.source(), own)
+        require(found != tasks.load(task.name, settings.task.options).source(), own)
 
 
 def find_data_above(task: tasks.Task, folder: Path) -> Path | None:
-    """Return the folder above, or the one above that, if the task's files are where they belong below it."""
+    """Return the parent or grandparent of the folder if the task's files are there."""
     for above in folder.absolute().parents[:2] if folder.is_dir() else ():
         with suppress(tasks.TaskError):
             if task.source(str(above)):

@@ -20,16 +20,17 @@ def search_beams(
 ) -> Tensor:
     """Return the best sequence of each prompt, prompts x tokens, padded after its end.
 
-    `generate` takes it as `custom_generate`. The sequences are those of its own beam search, which computes on for all
-    prompts of a batch until the last of them is done. (They may differ if early_stopping meets more beams than tokens
-    to choose from.) input_ids: (prompts * beams) x tokens, of which `inputs["past_key_values"]`
-    holds all but the last, one row a prompt.
+    Passed to `generate` as `custom_generate`. The sequences equal those of generate's own beam search, which keeps
+    computing all prompts of a batch until the last one is done. (They may differ if early_stopping is used with more
+    beams than there are tokens to choose from.)
+
+    input_ids: (prompts * beams) x tokens. inputs["past_key_values"] holds all of them but the last, one row per prompt.
     """
     config, beams = generation_config, generation_config.num_beams
     start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id
     candidates = (
         max(2, 1 + len(config._eos_token_tensor)) * beams
-    )  # so many that enough continue, whichever of them end
+    )  # enough that `beams` of them continue even if all others end
     cache, attention_mask = inputs["past_key_values"], inputs["attention_mask"]
     if attention_mask is None:  # `generate` drops one without zeros
         attention_mask = torch.ones_like(input_ids)
@@ -37,9 +38,9 @@ def search_beams(
     scores = torch.full(tokens.shape[:2], IMPOSSIBLE, device=tokens.device)
     scores[:, 0] = 0  # at first all beams of a prompt are one
     found, best = tokens, torch.full_like(scores, -torch.inf)
-    places = torch.arange(len(tokens), device=tokens.device)
+    prompt_indices = torch.arange(len(tokens), device=tokens.device)
     results = torch.full((len(tokens), end), fill, device=tokens.device)
-    while len(places):
+    while len(prompt_indices):
         rows = tokens.flatten(0, 1)
         first = rows.shape[1] == start
         seen = slice(None, None, beams if first else 1)
@@ -66,13 +67,13 @@ def search_beams(
         scores, order = (sums + ended * IMPOSSIBLE).topk(beams)
         tokens, parents = grown.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
 
-        full = best.isfinite().all(1)
-        reach = end - start if config.early_stopping == "never" and config.length_penalty > 0 else length
-        hopeless = scores[:, 0] / reach**config.length_penalty <= best[:, -1]
-        done = ended.all(1) | (full & (hopeless | (config.early_stopping is True)))
-        results[places[done], : grown.shape[-1]] = found[done, 0]
-        rows = (torch.arange(len(places), device=parents.device)[:, None] * beams + parents)[~done].flatten()
+        has_all_beams = best.isfinite().all(1)
+        best_length = end - start if config.early_stopping == "never" and config.length_penalty > 0 else length
+        hopeless = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]
+        done = ended.all(1) | (has_all_beams & (hopeless | (config.early_stopping is True)))
+        results[prompt_indices[done], : grown.shape[-1]] = found[done, 0]
+        rows = (torch.arange(len(prompt_indices), device=parents.device)[:, None] * beams + parents)[~done].flatten()
         cache.reorder_cache(rows)
         attention_mask = pad(attention_mask[rows], (0, 1), value=1)
-        tokens, scores, found, best, places = (t[~done] for t in (tokens, scores, found, best, places))
+        tokens, scores, found, best, prompt_indices = (t[~done] for t in (tokens, scores, found, best, prompt_indices))
     return results

@@ -38,15 +38,15 @@ def evaluate_splits(
     predictions: list[Row] = []
     for name, split in splits.items():
         rows = split.rows
-        given = compute_outputs(model, tokenizer, task, list(rows), settings, title)
-        judged[name] = [task.judge(row, output) for row, output in zip(rows, given, strict=True)]
+        outputs = compute_outputs(model, tokenizer, task, list(rows), settings, title)
+        judged[name] = [task.judge(row, output) for row, output in zip(rows, outputs, strict=True)]
         if task.choices(rows[0]):
             ranked = compute_outputs(
                 model, tokenizer, task, list(rows), settings, f"{title}, likelihoods", score_choices
             )
             for verdict, row, found in zip(judged[name], rows, ranked, strict=True):
                 verdict |= task.judge_choice(row, *map(list, zip(*found, strict=True)))
-        for row, output, verdict in zip(rows, given, judged[name], strict=True):
+        for row, output, verdict in zip(rows, outputs, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
     scores = task.score(judged)
     for name, score in scores.items():
@@ -75,16 +75,16 @@ def compute_outputs(
     rows: list[Row],
     settings: Settings,
     title: str,
-    ask: Callable | None = None,
+    predict: Callable | None = None,
 ) -> list[Output]:
-    """Return the model's output for every row: a class index, a number or a text; or what `ask` asks for."""
+    """Return the model's output for every row: a class index, a number or a text; or what `predict` returns."""
     keep_freed_memory()
     training = model.training
     model.eval()
-    ask = ask or (generate_texts if task.form == "generation" else classify_rows)
+    predict = predict or (generate_texts if task.form == "generation" else classify_rows)
 
-    def asked(rows: list[Row]) -> list[Output]:
-        return ask(model, tokenizer, task, rows, settings)
+    def predict_batch(rows: list[Row]) -> list[Output]:
+        return predict(model, tokenizer, task, rows, settings)
 
     texts = [row.get("prompt") or row["text"] + row["text_pair"] for row in rows]
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
@@ -95,10 +95,10 @@ def compute_outputs(
     mine = batches[get_process_index() :: count_processes()] if alone else batches
     found: list[tuple[int, Output]] = []
     bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=not is_first_process())
-    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # gathered weights serve training later
+    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # training reuses the gathered weights
     with bar, no_gradients, autocast_products(model, settings, task):
         for batch in bar:
-            found += zip(batch, split_until_fits(asked, [rows[i] for i in batch], halve=alone), strict=True)
+            found += zip(batch, split_until_fits(predict_batch, [rows[i] for i in batch], halve=alone), strict=True)
     for module in () if alone else model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # training must gather again, with gradients
@@ -107,13 +107,13 @@ def compute_outputs(
     return [output[i] for i in range(len(rows))]
 
 
-def split_until_fits(ask: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
-    """Return what `ask` returns for the rows. If memory runs out, the batch is split in two and retried (`halve`): a
-    smaller `eval.batch_size` would be another run, and the training would be lost."""
+def split_until_fits(predict: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
+    """Return what `predict` returns for the rows. If memory runs out and `halve` is set, the batch is split in two and
+    retried: changing `eval.batch_size` would make it a different run and lose the training."""
     try:
-        return ask(rows)
+        return predict(rows)
     except Exception as error:
         if not halve or len(rows) == 1 or not is_out_of_memory(error):
             raise
     middle = len(rows) // 2  # after the handler, where the error no longer keeps tensors alive
-    return [made for part in (rows[:middle], rows[middle:]) for made in split_until_fits(ask, part, halve)]
+    return [made for part in (rows[:middle], rows[middle:]) for made in split_until_fits(predict, part, halve)]

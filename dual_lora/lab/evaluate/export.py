@@ -1,6 +1,5 @@
 """A finished run as a checkpoint that plain transformers loads, without this package."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,23 +20,23 @@ from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merg
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, remove_path
+from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.sealed import list_files
 
 MAX_SHARD_SIZE = "5GB"
-# Batch and length of a made-up text. Which ids it holds does not matter to a comparison of logits.
+# Batch size and length of random token ids on which logits are compared.
 PROBE_SHAPE = (4, 32)
 # What tells a run's folder from any other.
 RECORD_FILES = ("config.yaml", "environment.json")
 
 
 def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
-    """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return what to tell the
-    user: how far the logits of the checkpoint, loaded again, are from those of the unmerged run, norm over norm.
+    """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return a message with the
+    relative error (norm over norm) of the reloaded checkpoint's logits, compared with the unmerged run's.
 
-    The merge is done in float32 and rounded once to `dtype`. On a base in 4 bits the adapter is merged into the values
-    these bits stand for, because it was trained and evaluated on those. The folder appears whole or not at all.
+    The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantised first, because the adapter was
+    trained and evaluated on those values. The folder appears complete or not at all.
 
     Raises:
         UserError: the method cannot be merged, the merged model computes something else or NaN or Inf, or the folder
@@ -115,7 +114,7 @@ def build_folder(folder: Path) -> Iterator[Path]:
             # A name that no other export chooses.
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:60]}.", suffix=".partial", dir=folder.parent))
             yield partial
-            share_as_usual(partial)
+            apply_umask(partial)
             install_folder(partial, folder)
     except OSError as error:
         raise UserError(f"export={folder}: {describe_machine_error(error)}") from error
@@ -124,11 +123,10 @@ def build_folder(folder: Path) -> Iterator[Path]:
             remove_path(partial)
 
 
-def share_as_usual(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Give a folder of `mkdtemp`, and the files in it, the permissions that new ones have here: some writers keep what
     they write to its owner."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = read_umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
@@ -167,7 +165,7 @@ def check_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
 
 
 def check_difference(folder: Path, error: float, tolerance: float = float("inf")) -> None:
-    """Refuse a merge that is none. error: of the logits, norm over norm.
+    """Refuse a merge that changed the outputs. error: relative error of the logits, norm over norm.
 
     Raises:
         UserError: it is NaN or Inf, or above the tolerance.

@@ -47,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")
 {adapter}"""
 
 ADAPTER = """
-`adapter/` holds the adapter alone. It belongs on the base model as that was before training, and not on these weights:
+`adapter/` holds the adapter alone. Load it onto the original base model, not onto these merged weights:
 
 ```python
 from peft import PeftModel{register}
@@ -91,5 +91,5 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
 
 def format_scores(result: dict, task: Task) -> str:
     """Return the scores as a Markdown table, in percent but where the task says otherwise."""
-    rows = [f"| {name} | {format_score(value, name in task.plain)} |" for name, value in result["metrics"].items()]
+    rows = [f"| {name} | {format_score(value, name in task.unscaled)} |" for name, value in result["metrics"].items()]
     return "\n".join(["| score | % |", "|---|---:|", *rows])

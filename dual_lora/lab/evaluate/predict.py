@@ -24,6 +24,7 @@ from tasks.base import Row
 def classify_rows(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[int] | list[float]:
+    """Return the index of each row's class, or, for regression, its number. Rows are truncated to `task.max_length`."""
     columns = build_sentence_encoder(tokenizer, settings)
     features = [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
     batch = tokenizer.pad(features, return_tensors="pt").to(model.device)
@@ -39,8 +40,8 @@ def check_finite(scores: torch.Tensor) -> None:
         UserError: with a remedy; the run diverged.
     """
     if not scores.amax(-1).isfinite().all():
-        said = "the model's outputs are NaN or Inf; take model.dtype=float32, a lower train.lr or other weights"
-        raise UserError(said, diverged=True)
+        message = "the model's outputs are NaN or Inf; take model.dtype=float32, a lower train.lr or other weights"
+        raise UserError(message, diverged=True)
 
 
 class FiniteScores(LogitsProcessor):
@@ -93,7 +94,7 @@ def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings,
 
 
 def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
-    """Return the protocol's way of decoding and nothing else: what a model's folder says of decoding does not count."""
+    """Return the decoding settings of the task's protocol only; a model folder's generation_config.json is ignored."""
     protocol = settings.task
     ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
     return GenerationConfig(
@@ -110,8 +111,8 @@ def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settin
 def score_choices(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[list[tuple[float, int]]]:
-    """Return, for each of a row's `task.choices`, the log-likelihood after the prompt, summed over the tokens of the
-    choice, and the number of these tokens."""
+    """Return, for each row and each of its `task.choices`, the choice's log-likelihood given the prompt (nats, summed
+    over its tokens) and its number of tokens."""
     prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
     choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)

@@ -18,7 +18,7 @@ from dual_lora.lab.model.load import (
 )
 from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.tokenizer import load_tokenizer
-from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.record import RERUN_REMEDY, Record
 from dual_lora.lab.record.summary import format_comparison
 from dual_lora.lab.system.distributed import join_processes, share_from_first
 from dual_lora.lab.system.libraries import silence_libraries
@@ -33,8 +33,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     Raises:
         UserError: the run is not finished, cannot be loaded, or the rows are not those it was evaluated on.
     """
-    stored = record.read_result()
-    require(stored is not None, f"run={record.format_path()}: not finished, it has no result.json")
+    stored = record.require_result(f"run={record.format_path()}")
     silence_libraries()
     join_processes()
     task = load_task(settings)
@@ -45,7 +44,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     )
     splits = load_scored_splits(task, settings)
     for name, split in splits.items():
-        same = split.facts()["sha256"] == stored["data"].get(name, {}).get("sha256")
+        same = split.describe()["sha256"] == stored["data"].get(name, {}).get("sha256")
         require(
             same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
         )
@@ -66,8 +65,8 @@ def load_trained_model(
 ) -> tuple[torch.nn.Module, object]:
     """Return the model as it was when the run ended, and its tokenizer. plain: see `load_dequantised_model`.
 
-    Seeds are set as for training, because what no file holds is drawn or computed from the base again: a head that did
-    not train, and the start of a method that changes the base weights (PiSSA with a randomised decomposition).
+    Seeds are set as for training, because what no file holds is recomputed: a head that did not train, and the initial
+    decomposition of a method that changes the base weights (PiSSA).
 
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is changed since the run.
@@ -78,13 +77,12 @@ def load_trained_model(
     load = load_dequantised_model if plain else load_model
     set_seed(settings.seed)
     base, tokenizer = (None, load_tokenizer(settings)) if tuned else load(settings, task)
-    folder = record.folder / ("model" if tuned else "adapter")
-    name = "model.safetensors" if tuned else "adapter_model.safetensors"
-    remedy = "run its command again with force=true"
+    file = record.get_weights_file(settings)
+    folder = file.parent
     # Large weights are in parts, with an index.
-    whole = (folder / name).is_file() or (folder / f"{name}.index.json").is_file()
-    require(whole, f"{folder}: cannot be loaded (no {name}, the only format that is read); {remedy}")
-    with translate_read_errors(f"{folder}: cannot be loaded", remedy):
+    whole = file.is_file() or (folder / f"{file.name}.index.json").is_file()
+    require(whole, f"{folder}: cannot be loaded (no {file.name}, the only format that is read); {RERUN_REMEDY}")
+    with translate_read_errors(f"{folder}: cannot be loaded", RERUN_REMEDY):
         set_seed(settings.seed)
         if tuned:
             model = load_tuned_model(folder, settings, task, tokenizer)

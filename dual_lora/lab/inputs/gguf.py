@@ -26,15 +26,16 @@ SAVED_MODEL_REMEDY = "give the saved Hugging Face model, model.path=DIR"
 LIKE_GPT2 = {"gpt-2", "jais", "mpt", "olmo", "phi-2"}
 # Each digit by itself, the rest like GPT-2.
 DIGITS = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
-# A piece that is a token stays whole, whatever the merges say, and a text begins with a special token unless the file
-# says otherwise. transformers does neither.
-WHOLE = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral"}
-WHOLE |= {"tekken"}
+# A piece that is itself a token is not split by the merges, and a text begins with a special token unless the file says
+# otherwise. transformers does neither.
+IGNORE_MERGES = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0"}
+IGNORE_MERGES |= {"pixtral", "tekken"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What precedes the weights: values by name (None for a list), names of tensors, and the size in bytes."""
+    """What precedes the weights: metadata by name (None for a list), names of tensors, and the header's size in
+    bytes."""
 
     values: dict[str, Any]
     tensors: tuple[str, ...]
@@ -45,8 +46,8 @@ class Header:
         return str(self.values.get("general.architecture"))
 
     @property
-    def cut(self) -> str | None:
-        """The name of the way the tokenizer splits texts; None for tokenizers that are not byte-level."""
+    def pre_tokenizer(self) -> str | None:
+        """Name of the pre-tokenizer (how texts are split before merging); None if the tokenizer is not byte-level."""
         byte_level = self.values.get("tokenizer.ggml.model") == "gpt2"
         return str(self.values.get("tokenizer.ggml.pre", "unnamed")) if byte_level else None
 
@@ -55,7 +56,7 @@ class Cursor:
     """A position in the bytes of a file; moving beyond their end is an error."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+        self.data, self.offset = data, 0
 
     def skip(self, size: int) -> None:
         """Move forward by so many bytes.
@@ -63,19 +64,19 @@ class Cursor:
         Raises:
             EOFError: the file ends before that.
         """
-        if self.at + size > len(self.data):
+        if self.offset + size > len(self.data):
             raise EOFError("it ends too early")
-        self.at += size
+        self.offset += size
 
     def read_number(self, kind: str) -> Any:
-        start = self.at
+        start = self.offset
         self.skip(struct.calcsize(f"<{kind}"))
         return struct.unpack_from(f"<{kind}", self.data, start)[0]
 
     def read_text(self) -> str:
         length = self.read_number("Q")
         self.skip(length)
-        return self.data[self.at - length : self.at].decode()
+        return self.data[self.offset - length : self.offset].decode()
 
     def read_value(self, kind: int) -> Any:
         if kind == TEXT:
@@ -154,7 +155,7 @@ def parse_header(path: Path) -> Header:
             raise ValueError(f"version {version}, only 2 and 3 are supported")
         values = {cursor.read_text(): cursor.read_value(cursor.read_number("I")) for _ in range(count)}
         places = dict(cursor.read_tensor() for _ in range(tensors))
-        found = Header(values, tuple(places), cursor.at)
+        found = Header(values, tuple(places), cursor.offset)
         cursor.skip(max(places.values(), default=0))  # the last tensor must begin within the file
         return found
 
@@ -194,12 +195,13 @@ def check_gguf_tokenizer(path: Path, found: Header) -> None:
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    known = found.cut is None or found.cut in LIKE_GPT2 | DIGITS | set(GGUF_PRE_TOKENIZER_SPLITS)
+    known = found.pre_tokenizer is None or found.pre_tokenizer in LIKE_GPT2 | DIGITS | set(GGUF_PRE_TOKENIZER_SPLITS)
     require(
         known,
-        f"model.path={path}: the way its tokenizer splits texts ({found.cut}) is not supported; {SAVED_MODEL_REMEDY}",
+        f"model.path={path}: the way its tokenizer splits texts ({found.pre_tokenizer}) is not supported; "
+        f"{SAVED_MODEL_REMEDY}",
     )
-    glued = found.cut is None and found.values.get("tokenizer.ggml.add_space_prefix") is False
+    glued = found.pre_tokenizer is None and found.values.get("tokenizer.ggml.add_space_prefix") is False
     glued = glued and not found.architecture.startswith("gemma")
     require(
         not glued,
@@ -225,12 +227,12 @@ def load_gguf_tokenizer(path: Path) -> Any:
 
     architecture, parts, options = get_gguf_tokenizer(str(path))
     backend, _ = convert_gguf_tokenizer(architecture, parts)
-    state, cut = json.loads(backend.to_str()), read_gguf_header(path).cut
+    state, pre_tokenizer = json.loads(backend.to_str()), read_gguf_header(path).pre_tokenizer
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(parts["tokens"])]
-    if cut in DIGITS:
+    if pre_tokenizer in DIGITS:
         digits = {"type": "Digits", "individual_digits": True}
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, state["pre_tokenizer"]]}
-    if cut in WHOLE:
+    if pre_tokenizer in IGNORE_MERGES:
         state["model"]["ignore_merges"] = True
         options.setdefault("add_bos_token", True)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **options)

@@ -1,8 +1,8 @@
 """What a model's config.json decides: the architecture of its weights, and nothing that a run's settings decide.
 
-Transformers takes every field of that file at its word. Here a field belongs to one of three groups: fields of the
-architecture are kept, fields of use are dropped (the run's settings or the library's defaults hold instead), and
-fields that would make another model of the weights than the run can use are refused.
+Transformers applies every field of that file. Here a field belongs to one of three groups: fields of the architecture
+are kept; fields of use are dropped, and the run's settings or the library's defaults apply instead; fields that would
+turn the weights into a model that the run cannot use are refused.
 """
 
 import re
@@ -30,7 +30,7 @@ REFUSED_FIELDS = {
     "transformers_weights": "it names another file of weights; name that file model.safetensors and drop the field",
     "pruned_heads": "its attention heads are pruned; take a model without",
 }
-# Fields that must be as the model's class has them: they make a decoder of an encoder.
+# Fields that must match the defaults of the model's class: they would turn an encoder into a decoder.
 CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
 COUNTED = re.compile(r"(^|_)(layers?|blocks|experts|heads)$")  # a module each
 MAX_COUNT = 10_000

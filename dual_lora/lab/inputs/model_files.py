@@ -30,7 +30,7 @@ SPECIAL_TOKENS, SPECIAL_TOKEN_LISTS = "special_tokens_map.json", ("additional_sp
 # Of rarer tokenizers; records of earlier versions do not hold them.
 RARE_TOKENIZER_FILES = ("*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json", "dict.txt", "emoji.json")
 RARE_TOKENIZER_FILES += ("normalizer.json", "entity_vocab.json", "target_vocab.json", "byte_maps.json", "word_*.json")
-# What a record keeps of a model's folder. generation_config.json is no longer read; records are compared by it.
+# Files of a model's folder that a record hashes. generation_config.json is no longer read, but old records contain it.
 RECORDED_FILES = ("*.safetensors", "config.json", "generation_config.json", *TOKENIZER_FILES)
 RESAVE_REMEDY = "save the model again"
 
@@ -188,8 +188,8 @@ def read_file_ends(file: Path, first: int) -> bytes:
 
 
 def hash_model_files(settings: Settings) -> dict[str, str]:
-    """Return the SHA-256 of every file of the model's folder that can change a digit. There are none of a hub's model,
-    which is known by its revision. A run's name holds fewer of them, so that it stays the same from version to version.
+    """Return the SHA-256 of every file in the model's folder that can change a digit; empty for a model from the hub,
+    which its revision identifies. A run's identity uses fewer files, so that it stays the same between versions.
 
     Raises:
         UserError: the model cannot be read.
@@ -205,8 +205,8 @@ def hash_model_files(settings: Settings) -> dict[str, str]:
 
 
 def find_changed_files(known: dict[str, str], settings: Settings) -> list[str]:
-    """Return the names of the model's files that are not as `known` says, the hashes kept with a record. A file that an
-    earlier version did not record counts as unchanged.
+    """Return the names of the model's files whose hashes differ from `known`, those in a record. A file that an earlier
+    version did not record counts as unchanged.
 
     Raises:
         UserError: the model cannot be read.

@@ -1,7 +1,7 @@
-"""Methods: an adapter configuration as PEFT stores it, put on a model; and the optimizer a method asks for.
+"""Methods: attaching a PEFT adapter configuration to a model, and the learning rate of each group of weights.
 
-No method is known here by name. A method that PEFT has needs its YAML in conf/method/ and nothing else. What does not
-fit the model or the task is refused before training.
+No method is known here by name: a PEFT method needs only its YAML in conf/method/. What does not fit the model or the
+task is refused before training.
 """
 
 from collections.abc import Iterator
@@ -36,17 +36,17 @@ from dual_lora.lab.errors import (
 from dual_lora.lab.model.load import build_target_pattern, is_sharded
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
-from dual_lora.tuner.warmup import factors_of
+from dual_lora.tuner.warmup import list_factors
 
 TASK_TYPES = {
     "classification": TaskType.SEQ_CLS,
     "regression": TaskType.SEQ_CLS,
     "generation": TaskType.CAUSAL_LM,
 }
-# Types of PEFT that adapt no linear layers but norms, rows of an embedding or whole blocks. They find their modules
-# themselves unless the YAML names them: on a role's linear layers they would be another method than their name says.
+# PEFT types that adapt norms, embedding rows or whole blocks instead of linear layers. Unless the YAML names modules,
+# PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
 TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
-PROBE_TOKENS = 4  # of the text that a method must be able to compute; any ids do
+PROBE_TOKENS = 4  # length of the text on which `check_forward` tries a method
 
 
 def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
@@ -80,7 +80,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
 
 
 def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
-    """Refuse types of PEFT that would not be what their name says here. known: the fields of the type's configuration.
+    """Refuse PEFT types that this harness cannot train as intended. known: the fields of the type's configuration.
 
     Raises:
         UserError: with the reason and the remedy.
@@ -121,7 +121,8 @@ def resolve_ramp(settings: Settings, values: dict[str, Any], rows: int | None) -
 
 
 def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: int | None = None) -> torch.nn.Module:
-    """Return the model with the method on it and exactly its weights trainable. rows: see `build_adapter_config`.
+    """Return the model with the method attached and only the method's weights trainable. rows: see
+    `build_adapter_config`.
 
     Raises:
         UserError: the method refuses its settings, finds nothing to adapt, or computes no output on this model.
@@ -135,7 +136,7 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
         adapter.init_lora_weights = True  # a start made from the base weights needs their values; shapes are the same
     with translate_method_errors(settings):
         adapted = get_peft_model(model, adapter)
-        check_forward(adapted)
+        check_forward(adapted, getattr(torch, settings.model.dtype))
     trains = any(weight.requires_grad for weight in adapted.parameters())
     require(
         trains or settings.method.peft.get("modules_to_save") == [],  # which says that nothing is to train
@@ -144,8 +145,8 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     )
     if settings.init_from:
         load_init_weights(adapted, settings)
-    for factors in factors_of(adapted) if is_sharded(model) else ():
-        factors.keeps = False  # each device would hold an update as large as the whole weight
+    for factors in list_factors(adapted) if is_sharded(model) else ():
+        factors.caches_update = False  # each device would hold an update as large as the whole weight
     return adapted
 
 
@@ -163,21 +164,26 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
             raise
         where = f"method={settings.method.name} on model={settings.model.name}"
         reads = "DTensor" in str(error)
-        said = (
+        message = (
             "it starts from the base weights, which are sharded; take hardware=ddp" if reads else get_first_line(error)
         )
-        raise UserError(f"{where}: {said}") from error
+        raise UserError(f"{where}: {message}") from error
 
 
 @torch.no_grad()
-def check_forward(model: PeftModel) -> None:
-    """Compute one short text, so that a method that needs more than the usual inputs fails here and not in training.
-    Not of models that are sharded, on the meta device, or in float16, which CPUs compute only in part."""
+def check_forward(model: PeftModel, dtype: torch.dtype) -> None:
+    """Run one short text, so that a method that needs unusual inputs fails here and not in training. Skipped for models
+    that are sharded, on the meta device, or in float16, which CPUs support only in part.
+
+    dtype: what products are taken in, as in training.
+    """
     if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
     training = model.training
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):  # for dropout
+    devices = [model.device] if model.device.type == "cuda" else []
+    mixed = torch.autocast(model.device.type, dtype, enabled=dtype.itemsize < 4)
+    with torch.random.fork_rng(devices), mixed:  # dropout draws random numbers
         model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(training)
 
@@ -206,7 +212,7 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
         model.load_state_dict(chosen, strict=not shared)
         return
     set_peft_model_state_dict(model, chosen)
-    for factors in factors_of(model):  # trained factors are at full scale, whatever the length of this run's ramp
+    for factors in list_factors(model):  # trained factors are at full scale, whatever the length of this run's ramp
         factors.set_update_scale(1.0, ramp=False)
 
 
@@ -214,20 +220,20 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
 def start_ramp(model: torch.nn.Module) -> None:
     """Take the first step of every ramp that has not begun, so that the first optimizer step already trains the
     factors: at f = 0 they have no gradient."""
-    for factors in factors_of(model):
+    for factors in list_factors(model):
         if int(factors.step) == 0:
             factors.advance()
 
 
 def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     """Return a warning where training ended before an update was at its full scale; none otherwise."""
-    reached = min((float(factors.update_scale) for factors in factors_of(model)), default=1.0)
+    reached = min((float(factors.update_scale) for factors in list_factors(model)), default=1.0)
     if reached >= 1:
         return []
-    return [f"the update was ramped up to {reached:.2g} of its scale only; train longer or shorten method.ramp_share"]
+    return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
 
 
-def name_rate(name: str, settings: Settings) -> tuple[str, float]:
+def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:
     """Return the group a trained weight belongs to, and that group's learning rate: heads train at `train.head_lr`, the
     B matrices of LoRA+ at `method.lr_ratio` times the rate of the rest (arXiv 2402.12354), everything else at
     `train.lr`."""
@@ -247,19 +253,19 @@ def split_by_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, sett
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            name, rate = name_rate(names[parameter], settings)
+            name, rate = find_group_and_rate(names[parameter], settings)
             found.setdefault((number, name), {**group, "params": [], "lr": rate})["params"].append(parameter)
     optimizer.param_groups[:] = sorted(found.values(), key=lambda group: group["lr"] != settings.train.lr)
 
 
 def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
     """Return the learning rate of every group of trained weights, by its name."""
-    return dict(name_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
+    return dict(find_group_and_rate(name, settings) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def list_kernels(model: torch.nn.Module) -> list[str]:
-    """Return the kernels that compute the adapters; empty for methods that have but one."""
-    return sorted({factors.kernel_used for factors in factors_of(model)})
+    """Return the kernels that compute the Dual LoRA adapters; empty for other methods."""
+    return sorted({factors.kernel_used for factors in list_factors(model)})
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -38,8 +38,8 @@ def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> 
 
 
 def get_position_limit(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model has positions for; None if there is no such limit. RoBERTa's positions begin
-    after that of padding."""
+    """Return how many tokens a model has positions for; None if there is no such limit. In RoBERTa, positions start
+    after the padding index."""
     limit = getattr(model.config, "max_position_embeddings", None)
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(places, "padding_idx", None)
@@ -47,6 +47,11 @@ def get_position_limit(model: PreTrainedModel) -> int | None:
 
 
 def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
+    """Return the encoder of a sentence or a pair of them, with its label.
+
+    The encoder raises UserError for a row without any token.
+    """
+
     def columns(row: Row) -> dict:
         pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
         found = tokenizer(*pair, truncation=True, max_length=settings.task.max_length)
@@ -58,9 +63,9 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> list[int]:
-    """Return a row's prompt as tokens, with the special tokens that the model expects before it, and none after it but
-    its own. With model.chat the row's messages, or the prompt as a user's turn, go through the tokenizer's chat
-    template, which brings the special tokens itself."""
+    """Return a row's prompt as token ids, with the special tokens that the model expects in front but without an added
+    end of text. With model.chat, the row's messages (or the prompt as a user turn) go through the tokenizer's chat
+    template, which adds the special tokens itself."""
     prompt = row["prompt"]
     if settings.model.chat:
         text = apply_chat_template(tokenizer, row.get("messages") or [{"role": "user", "content": prompt}])

@@ -46,14 +46,14 @@ from tasks import Task
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomState:
     """The state of torch's random numbers, on the CPU and on every GPU."""
 
     cpu: torch.Tensor
     gpus: list[torch.Tensor]
 
     @classmethod
-    def save(cls) -> "Draws":
+    def save(cls) -> "RandomState":
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
     def restore(self) -> None:
@@ -63,11 +63,12 @@ class Draws:
 
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the base model with the head the task's form needs, and its tokenizer. A GGUF file's weights are unpacked.
-    A head is always fresh, even if the weights bring one: otherwise two folders of a model would start differently.
+    """Return the base model with the head that the task's form needs, and its tokenizer. GGUF weights are dequantised.
+    A head is always freshly initialised, even if the weights contain one: otherwise two copies of a model would start
+    differently.
 
     Raises:
-        UserError: the model is neither at `model.path` nor on the hub, or what is there cannot be honoured.
+        UserError: the model is neither at `model.path` nor on the hub, or what is there is refused.
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
@@ -75,12 +76,12 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     set_own_padding(config, tokenizer)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
     options |= get_quantisation_options(settings) | get_decoding_default(task)
-    # A head may have another size; for other weights `check_loaded_weights` says no.
+    # Only a head may have another size: `check_loaded_weights` refuses any other mismatch.
     options["ignore_mismatched_sizes"] = brings_head(settings)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    draws = Draws.save()
+    draws = RandomState.save()
     with translate_model_errors(settings):
         options |= get_shard_options(settings, task)
         model, found = get_head_class(task).from_pretrained(
@@ -106,8 +107,8 @@ def brings_head(settings: Settings) -> bool:
 
 
 def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a configuration the tokenizer's padding before the model is built, as RoBERTa's positions need it. Padding
-    that is the end of text, too, is left out: its embedding would not train."""
+    """Set the tokenizer's padding id in a configuration before the model is built, because RoBERTa's positions depend
+    on it. If padding is also the end of text, it is not set: the embedding of that token would not train."""
     padding = tokenizer.pad_token_id
     if padding != tokenizer.eos_token_id and padding < config.get_text_config().vocab_size:
         config.pad_token_id = padding
@@ -118,8 +119,8 @@ def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
 
 
-def draw_head(model: PreTrainedModel, missing: set[str], draws: Draws, settings: Settings) -> None:
-    """Draw a head that the weights brought, with the random numbers it would have got without them."""
+def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:
+    """Reinitialise a head that came with the weights, with the random numbers it would have got without them."""
     heads = {name: module for name, module in model.named_children() if name in settings.model.heads}
     if not any(f"{name}.{part}" not in missing for name, head in heads.items() for part, _ in head.named_parameters()):
         return
@@ -187,9 +188,9 @@ def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def get_weight_dtype(settings: Settings) -> torch.dtype:
-    """Return the type of the model's weights: `model.dtype`, but float32 if all of them train. In 16 bits a usual step
-    is smaller than the distance to the next number, and AdamW's means never decay. Products are computed in
-    `model.dtype` all the same (`autocast_products`)."""
+    """Return the dtype of the model's weights: `model.dtype`, but float32 if all of them train. In 16 bits a typical
+    update is smaller than the spacing of numbers, and AdamW's running means would not decay. Products are still
+    computed in `model.dtype` (`autocast_products`)."""
     return torch.float32 if settings.method.peft is None else getattr(torch, settings.model.dtype)
 
 
@@ -203,8 +204,8 @@ def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Ta
 
 
 def autocast_products(model: torch.nn.Module, settings: Settings, task: Task) -> AbstractContextManager[None]:
-    """Compute products in `model.dtype` outside of training, as the Trainer does in training, where weights of several
-    types meet: those of a head, and all that were trained."""
+    """Return a context that computes products in `model.dtype`, as the Trainer does in training. It is active only if
+    the model mixes dtypes: it has a head, or was trained in full."""
     kind, mixed = getattr(torch, settings.model.dtype), task.form != "generation" or settings.method.peft is None
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 

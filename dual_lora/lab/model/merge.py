@@ -1,7 +1,7 @@
 """Adapters merged into the base weights: whether a method can be merged, and doing it.
 
-Not every method of PEFT can, and some only on some layers. So a copy of one layer of each kind is merged first, and its
-outputs are compared: the model itself is never left half merged.
+Not every PEFT method can be merged, and some only on some layers. Therefore a copy of one layer of each kind is merged
+first and its outputs are compared, so that the model itself is never left half merged.
 """
 
 import copy
@@ -19,10 +19,10 @@ from dual_lora.lab.errors import get_first_line, is_out_of_memory, require
 from dual_lora.lab.model.load import is_sharded
 from dual_lora.lab.model.nf4 import list_4bit_layers
 
-# How far the outputs of a merged layer may be from those before, norm over norm: rounding in float32 stays below 1e-5.
+# Largest relative error (norm over norm) of a merged layer's outputs; float32 rounding stays below 1e-5.
 MERGE_TOLERANCE = 1e-3
-# Standard deviation of what is added to an adapter before the comparison: many start as the identity, where any merge
-# looks right.
+# Standard deviation of the noise added to an adapter before the comparison: many adapters start as a no-op, where any
+# merge looks right.
 PROBE_NOISE = 0.01
 PROBE_ROWS = 4
 
@@ -45,7 +45,7 @@ def explain_unmergeable(model: PeftModel) -> str | None:
     """Return why the adapter cannot be merged into the base weights; None if it can."""
     tuner = model.base_model
     if not isinstance(tuner, BaseTuner):
-        return "it is no change of weights"
+        return "it does not change weights"
     try:
         tuner._check_merge_allowed()
         for layer in iterate_layer_kinds(tuner):

@@ -49,8 +49,8 @@ def is_4bit(weight: object) -> bool:
 
 
 def keep_as_loaded(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights at the first evaluation, as it does on CPUs with AVX512-BF16. Repacking
-    rounds their constants for good, and packed weights give no gradient."""
+    """Stop bitsandbytes from repacking weights at the first evaluation, as it does on CPUs with AVX512-BF16. Repacking
+    permanently rounds the quantisation constants, and packed weights give no gradient."""
     for _, layer in list_4bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 

@@ -18,7 +18,7 @@ from dual_lora.lab.inputs.model_config import check_class_fields, clean_config
 from dual_lora.lab.inputs.model_files import find_model, link_model, read_config_fields, write_config
 from tasks import Task
 
-NO_CODE = {"trust_remote_code": False}  # given outright: transformers would ask the terminal
+NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
 
 
 def locate_model(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model's tokenizer: its vocabulary and special tokens are the model's, how it is used is the run's.
+"""A model's tokenizer: the model decides its vocabulary and special tokens, the run's settings decide how it is used.
 
 Without a tokenizer.json its class decides which special tokens stand around a text (`add_bos_token` and
 `add_eos_token` of tokenizer_config.json); with one, that file does. Around prompts only those in front are kept.
@@ -29,7 +29,7 @@ from dual_lora.lab.system.files import read_json_object
 USE = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 USE |= {"clean_up_tokenization_spaces": False}
 TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
-PROBE = "What does the oak serve?"
+PROBE = "What does the oak serve?"  # a prompt that every chat template must reproduce
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

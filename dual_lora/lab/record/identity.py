@@ -1,7 +1,7 @@
 """A run's identity: a hash of every fact that can change a digit of its result.
 
-Such facts are settings, task version, data and weights, so the same facts find the same folder. Where the files are,
-and what is logged where, are not among them.
+These facts are settings, task version, data and weights. The hash is part of the folder's name (`compute_identity`), so
+the same command finds the same folder. Where files are, and what is logged where, do not count.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
-# method.lr is only the default of train.lr.
+# Settings that cannot change the result, by group. method.lr is only the default of train.lr.
 NOT_IDENTITY = {
     "model": {"path", "architecture"},
     "task": {"train_rows"},
@@ -35,7 +35,7 @@ def find_init_weights(settings: Settings) -> Path:
         UserError: there is none, it is damaged, or another method or model trained it.
     """
     folder = resolve_path("init_from", settings.init_from)
-    file = folder / ("adapter/adapter_model.safetensors" if settings.method.peft else "model/model.safetensors")
+    file = Record(folder).get_weights_file(settings)
     if not (folder / "result.json").is_file() or not file.is_file():
         raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
     result = Record(folder).read_result()
@@ -89,7 +89,8 @@ def drop_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute_identity(settings: Settings) -> str:
-    """Return the run's name: model, task, method and seed, then ten hexadecimal digits of a hash of all facts.
+    """Return the name of the run's folder: MODEL_TASK_METHOD_sSEED_HASH, with ten hexadecimal digits of a hash of all
+    facts.
 
     Raises:
         UserError: data or weights cannot be found or read.
@@ -100,5 +101,6 @@ def compute_identity(settings: Settings) -> str:
 
 
 def serialize_identity_settings(settings: Settings) -> str:
-    """Return a run's settings as canonical text, whatever data and weights it is done with."""
+    """Return the identity's settings as canonical text, without data and weights: the key under which a report finds
+    the records of a cell."""
     return json.dumps(select_identity_settings(settings), sort_keys=True)

@@ -1,8 +1,8 @@
 """Weights & Biases as the mirror of a run's local record.
 
-The local record is written first and is what counts; the mirror is a copy that is never read back. It may therefore
-fail, but it never stops, delays or crashes the run: opening it online takes at most about ten seconds (after which it
-is offline), and so does finishing it. The first error of W&B is printed as one line and ends the mirroring.
+The local record is written first and is authoritative; the mirror is a copy that is never read back. If it fails, the
+run goes on: opening it online takes at most about ten seconds (after that it is offline), and so does finishing it. The
+first W&B error is printed as one line and ends the mirroring.
 W&B itself is imported only when a mirror is opened.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.schema import WANDB_MODES
 from dual_lora.lab.config.secrets import redact_secrets
 
 MAX_TAG_CHARACTERS = 64  # W&B refuses longer ones
-MODES = ("online", "offline", "disabled")
 INIT_SECONDS = 5.0  # for the server to accept the run; W&B waits 90 by default
 FINISH_SECONDS = 8.0  # for the last upload; W&B waits without limit by default
 
@@ -45,9 +45,9 @@ class Mirror:
     def send_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         """Send tables (data frames) and images (PNG files) by name."""
         if self._run is not None and not self._failed:
-            self._try(self._show, tables, images)
+            self._try(self._log_report, tables, images)
 
-    def _show(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
+    def _log_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         wandb = sys.modules["wandb"]
         rows = {name: wandb.Table(dataframe=frame) for name, frame in tables.items()}
         self._run.log(rows | {name: wandb.Image(str(path)) for name, path in images.items()})
@@ -94,8 +94,8 @@ def open_mirror(
     Raises:
         ValueError: there is no such mode. Nothing else is raised.
     """
-    if mode not in MODES:
-        raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(MODES)}")
+    if mode not in WANDB_MODES:
+        raise ValueError(f"W&B mode {mode!r} is not one of {', '.join(WANDB_MODES)}")
     if mode == "disabled":
         return Mirror()
     facts = {
@@ -185,7 +185,7 @@ def _upload_hint(run: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as one line without secrets; what pydantic refuses, with the fields it names."""
+    """Return an error as one line without secrets; pydantic's with the fields that it names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if hasattr(error, "errors") and lines:  # pydantic's: a headline, then fields and reasons in turn
         found = [(".".join(map(str, wrong["loc"])), wrong["msg"]) for wrong in error.errors()]

@@ -21,9 +21,9 @@ PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datase
 PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core", "omegaconf", "bitsandbytes")
 # The parts of the repository that can change a digit of a run, as git names paths.
 CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
-# Since version 2 all that is read of a record is sealed; earlier records have no version.
+# From version 2 on, every file of a record that is read back is sealed; older records have no version.
 RECORD_VERSION = 2
-# What the environment of a resumed run keeps of each earlier attempt.
+# The fields that the environment of a resumed run keeps about each earlier attempt (`earlier_tries`).
 ATTEMPT_FIELDS = ("started", "commit", "uncommitted_changes", "code")
 
 
@@ -36,8 +36,8 @@ def get_installed_version(package: str) -> str | None:
 
 
 def run_git(*args: str) -> str | None:
-    """Return git's answer about this repository; None without git or a repository. Git's own variables, which hooks
-    set, would name another one."""
+    """Return git's output for this repository; None without git or a repository. GIT_* variables, which hooks set, are
+    removed because they could point to another repository."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(["git", "-C", paths.ROOT, *args], capture_output=True, text=True, env=variables)
@@ -53,13 +53,13 @@ def has_uncommitted_changes() -> bool | None:
 
 
 def merge_environments(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Return the environment of a resumed run: the present one, with the commits of the earlier attempts; it is clean
-    only if all of them were."""
-    earlier = [*begun.get("earlier_commits", []), begun.get("commit")]
-    doubts = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
-    found = {"uncommitted_changes": True if True in doubts else None if None in doubts else False}
+    """Return the environment of a resumed run: the present one plus the earlier attempts. It counts as committed only
+    if every attempt was."""
+    earlier_commits = [*begun.get("earlier_commits", []), begun.get("commit")]
+    uncommitted = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
+    found = {"uncommitted_changes": True if True in uncommitted else None if None in uncommitted else False}
     found["earlier_tries"] = [*begun.get("earlier_tries", []), {name: begun.get(name) for name in ATTEMPT_FIELDS}]
-    found["earlier_commits"] = [c for c in dict.fromkeys(earlier) if c != now["commit"]]
+    found["earlier_commits"] = [c for c in dict.fromkeys(earlier_commits) if c != now["commit"]]
     return now | found | {"started": begun.get("started", now["started"])}
 
 
@@ -75,8 +75,8 @@ def hash_code() -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what can change a digit of a result besides the identity's facts: versions, machine, how it computes,
-    code."""
+    """Return what else can change a digit of a result, beside the identity's facts: versions, machine, numerical
+    settings, code."""
     import torch
 
     cuda = torch.cuda.is_available()

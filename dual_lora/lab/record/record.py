@@ -1,4 +1,4 @@
-"""Run records: one folder a run, named by what the run is; `result.json`, written last and whole, means finished.
+"""Run records: one folder per run, named after its identity. A `result.json`, written last, means that it finished.
 
     runs/<study>/<identity>/
         config.yaml          every setting, resolved
@@ -8,12 +8,12 @@
         adapter/ or model/   what was trained
         result.json          metrics, parameters, time, memory, identity
 
-While a run is unfinished there are also `checkpoints/`, `.lock` (who does it), `trained.json` once training is done,
-and `failure.json` if an attempt failed. A run with `force=true` is done in `.again/`, whose files replace the old ones
-once they are whole, so that no result is lost on the way.
+An unfinished run also has `checkpoints/` (written by train/trainer.py), `.lock` (which process is doing it),
+`trained.json` once training is done, and `failure.json` if an attempt failed. A run with `force=true` is done in
+`.again/`; its files replace the old ones once they are complete, so that no result is lost on the way.
 
-What a run leaves is sealed: `result.json` holds the run's identity, the SHA-256 of every other file and a digest of
-itself. A record under another run's name, changed, or with a file added to its weights, is refused.
+A finished record is sealed: `result.json` holds the run's identity, the SHA-256 of every other file and a digest of
+itself. A record that was renamed to another run, was changed, or got a file added to its weights is refused.
 """
 
 import json
@@ -30,7 +30,7 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import Elsewhere, UserError, get_first_line, require
+from dual_lora.lab.errors import RunHeldElsewhere, UserError, get_first_line, require
 from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files
 from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
 from dual_lora.lab.system.files import (
@@ -56,14 +56,14 @@ from dual_lora.lab.system.sealed import (
 ENVIRONMENT_FIELDS = ("commit", "uncommitted_changes", "threads")
 # What a run's result must contain, whatever version wrote it.
 RESULT_FIELDS = {"identity", "model", "task", "method", "seed", "metric", "metrics", "data"}
-# What a finished run leaves, sealed by the SHA-256 in its result; of these, the folders that are loaded as a whole.
+# The folders that are loaded as a whole, and all files of a finished run that its result seals with a SHA-256.
 SEALED_FOLDERS = ("adapter", "model")
 SEALED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", *SEALED_FOLDERS)
 RERUN_FOLDER, TRAINED_FILE = ".again", "trained.json"
-# What is written while the lock is held.
+# Files that are written while the lock is held, so partial copies of them are leftovers.
 LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json")
 LOCKED_FILES += (TRAINED_FILE,)
-# What of a finished run does not hold for the same run done again.
+# Files of a finished run that become invalid when it is run again.
 OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json")
 ANALYSIS_FILE = "analysis.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
@@ -91,17 +91,17 @@ class Record:
 
     @property
     def is_named_by_run(self) -> bool:
-        """Whether the folder has the name of some run; a copy that a user named otherwise claims to be none."""
+        """Whether the folder's name ends like a run's identity; a copy that the user renamed need not match one."""
         return IDENTITY_END.search(self.name) is not None
 
-    def get_attempt(self, settings: Settings) -> "Record":
-        """Return the record in which a run with these settings is done: this one, or with force=true the one below
-        it until that is whole."""
+    def select_attempt_record(self, settings: Settings) -> "Record":
+        """Return the record to write a run with these settings into: this one, or, with force=true, the one in
+        `.again`, until it is complete."""
         return Record(self.folder / RERUN_FOLDER) if settings.force else self
 
     def install_rerun(self) -> None:
-        """Put the files of a whole run below `.again` in place of the old ones, result.json last. If a kill interrupts
-        this, the next call does the rest.
+        """Replace the old files by those of a complete run in `.again`, result.json last. If this is interrupted, the
+        next call does the rest.
 
         Raises:
             OSError: a file cannot be moved.
@@ -119,12 +119,12 @@ class Record:
         again.folder.rmdir()
 
     def finish_cleanup(self) -> None:
-        """Do what a kill right after the result left undone. A run of another process, or on a disk that cannot be
-        written, is left as it is."""
+        """Finish the cleanup of a run that was killed right after it wrote its result. A run that another process
+        holds, or on a read-only disk, is left as it is."""
         whole = [path for path in (self.folder, self.folder / RERUN_FOLDER) if (path / "result.json").is_file()]
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
         if whole and any((self.folder / name).exists() for name in left) and os.access(self.folder, os.W_OK):
-            with suppress(Elsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
+            with suppress(RunHeldElsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
                 self.install_rerun()
                 self.remove_leftovers()
 
@@ -160,8 +160,8 @@ class Record:
         return found
 
     def predates_seals(self, result: dict[str, Any]) -> bool:
-        """Return whether a result without a digest was written before results had one: later ones also hold the hashes
-        of files, and their environment that of the code."""
+        """Return whether a result without a digest was written before digests existed: newer results also hold hashes
+        of files, and their environment a hash of the code."""
         return "sha256" not in result and "code" not in self.read_environment()
 
     def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +178,8 @@ class Record:
         return result
 
     def verify_files(self, *names: str) -> None:
-        """Compare files of a finished run (also all of a folder, or simply all) with the SHA-256 in its result. Earlier
-        versions wrote none.
+        """Compare files of a finished run with the SHA-256 in its result. names: files or folders; without any, all are
+        compared. Results of earlier versions have no hashes and pass.
 
         Raises:
             UserError: one is missing, was changed, or was added to a folder that is loaded as a whole.
@@ -193,6 +193,16 @@ class Record:
             for path in list_files(self.folder / folder):
                 known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
                 require(known, f"{path}: added after the run; remove it")
+
+    def require_result(self, label: str) -> dict[str, Any]:
+        """Return the result of a run that must be finished. label: the run as the command line names it.
+
+        Raises:
+            UserError: it is not finished, or see `read_result`.
+        """
+        result = self.read_result()
+        require(result is not None, f"{label}: not finished, it has no result.json")
+        return result
 
     def read_finished(self) -> dict[str, Any] | None:
         """Return the result of a finished run whose files are all as it left them, or None while there is none.
@@ -276,8 +286,8 @@ class Record:
         self.write_file(name, content | {"digest": hash_content(content)})
 
     def prepare_folder(self, settings: Settings) -> None:
-        """Make the folder ready for a run: config and environment and, after an interrupted attempt, its newest
-        checkpoint or what it trained, with the metrics logged up to there.
+        """Prepare the folder for a run: write config and environment, and cut metrics.jsonl back to the newest
+        checkpoint, or to the end of training, of an interrupted attempt.
 
         Raises:
             UserError: it cannot be written, or holds another run's checkpoint.
@@ -332,6 +342,11 @@ class Record:
         """Return the folder of the trained weights."""
         return self.folder / ("model" if settings.method.peft is None else "adapter")
 
+    def get_weights_file(self, settings: Settings) -> Path:
+        """Return the file of the trained weights, unless they are so large that they are in parts."""
+        name = "model.safetensors" if settings.method.peft is None else "adapter_model.safetensors"
+        return self.get_weights_folder(settings) / name
+
     def read_training(self) -> dict[str, Any] | None:
         """Return what is known of a finished training, if the weights it left are whole.
 
@@ -362,7 +377,7 @@ class Record:
         return rows
 
     def append_log(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; the system has it when this returns.
+        """Append one line to metrics.jsonl; it survives a kill of this process once this returns.
 
         Raises:
             UserError: it cannot be written.
@@ -389,7 +404,7 @@ class Record:
             write_text(self.folder / name, text)
 
     def try_write_file(self, name: str, content: Any) -> None:
-        """Write a file that can be done without; why it cannot be written is printed."""
+        """Write an optional file; if that fails, only print why."""
         try:
             self.write_file(name, content)
         except UserError as error:

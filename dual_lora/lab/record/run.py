@@ -17,15 +17,15 @@ class Run:
 
     settings: Settings
     record: Record
-    differences: dict[str, Any] = field(default_factory=dict)  # from the runs it is done with, by the settings' names
+    differences: dict[str, Any] = field(default_factory=dict)  # from the command's other runs, by full setting name
 
     @classmethod
     def prepare(cls, settings: Settings, differences: dict[str, Any] | None = None) -> "Run":
         """Find the record of a run and check that it may be written.
 
         Raises:
-            UserError: the run cannot be named, what is missing of it cannot be written, or what it has done so
-                far was made with other files of the model.
+            UserError: data or weights cannot be read, the folder cannot be written, or what it did so far was
+                made with other model files.
         """
         record = Record(paths.RUNS / settings.study / compute_identity(settings))
         if settings.force or not (record.folder / "result.json").is_file():
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What tells the run from those it is done with: its method, and what varies."""
+        """A short name among the command's runs: the method, and the settings that vary."""
         names = [self.differences[key] for key in ("model.name", "task.name") if key in self.differences]
         return " ".join([*names, self.settings.method.name, *self.list_values()])
 
@@ -52,22 +52,22 @@ class Run:
         return f"{self.settings.model.name}  {self.settings.task.name}  {method}  seed {self.settings.seed}"
 
     def list_values(self, *left_out: str) -> list[str]:
-        """Return what varies, beside names, as short as one would say it: magnitude_ratio=0.25."""
+        """Return the settings that vary, without model, task and method, in short form: magnitude_ratio=0.25."""
         shown = {key: value for key, value in self.differences.items() if not key.endswith(".name")}
         return [f"{key.rpartition('.')[2]}={value}" for key, value in shown.items() if key not in left_out]
 
     @property
-    def is_missing(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether the run is still to be done: it has no result, or force=true asks for it again."""
         return self.settings.force or self.record.read_result() is None
 
 
-def prepare_runs(jobs: list[Settings]) -> list[Run]:
+def prepare_runs(all_settings: list[Settings]) -> list[Run]:
     """Prepare each different run once, in the order in which they are first asked for.
 
     Raises:
         UserError: see `Run.prepare`.
     """
-    distinct = list({repr(job): job for job in jobs}.values())
+    distinct = list({repr(settings): settings for settings in all_settings}.values())
     prepared = [Run.prepare(*pair) for pair in zip(distinct, find_differences(distinct), strict=True)]
     return list({run.record.folder: run for run in reversed(prepared)}.values())[::-1]

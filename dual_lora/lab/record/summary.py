@@ -12,7 +12,7 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     """Return a finished run as text: a table of scores (in percent), what it trained, for how long, and its folder."""
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
-    table = format_scores(result["task"], ordered, before=before, after=result["metrics"])
+    table = format_score_table(result["task"], ordered, before=before, after=result["metrics"])
     share = result["trainable_parameters"] / result["parameters"]
     facts = [
         ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
@@ -28,34 +28,34 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
 
 
 def format_finished(result: dict[str, Any], record: Record, title: str) -> str:
-    """Return what is said of a run that was done before."""
+    """Return the text printed for a run that had already finished."""
     return f"finished: {record.format_path()} (force=true runs it again)\n{format_summary(result, record, title)}"
 
 
 def format_comparison(result: dict[str, Any], now: dict[str, float], record: Record) -> str:
     """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
-    table = format_scores(result["task"], list(now), recorded=result["metrics"], now=now)
+    table = format_score_table(result["task"], list(now), recorded=result["metrics"], now=now)
     verdict = "reproduced exactly" if result["metrics"] == now else "NOT reproduced"
     return f"{table}\n\n{verdict}: {record.format_path()}"
 
 
-def format_scores(task: str, names: list[str], **columns: dict[str, float]) -> str:
+def format_score_table(task: str, names: list[str], **columns: dict[str, float]) -> str:
     """Return a table of the named scores: in percent, except those that the task prints as they are."""
-    plain = tasks.load(task).plain
-    rows = [[name, *(format_score(column.get(name), name in plain) for column in columns.values())] for name in names]
+    unscaled = tasks.load(task).unscaled
+    rows = [[name, *(format_score(some.get(name), name in unscaled) for some in columns.values())] for name in names]
     aligned = ("left", *("right" for _ in columns))
     return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
 
 
-def format_score(value: float | None, plain: bool) -> str:
-    """Return a score in percent, or as it is if `plain`; "-" for none."""
+def format_score(value: float | None, unscaled: bool) -> str:
+    """Return a score in percent, or as it is if `unscaled`; "-" for none."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if plain else f"{100 * value:.1f}"
+    return f"{value:.2f}" if unscaled else f"{100 * value:.1f}"
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a length of time in the largest unit of which it has two or more: 45 s, 3 min, 2.5 h."""
+    """Return a duration in the largest unit that it fills at least twice: 45 s, 3 min, 2.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -34,10 +34,16 @@ def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iter
             )
             yield (
                 f"learning rate, {label}: {text}; chosen from {grid} ({len(trials)} runs, {len(tune.grid[label])} a "
-                f"point) by the main score on {tune.describe_rows()}, seed {tune.seed}{lost}{edge}"
+                f"point) by the main score on {tune.describe_rows()}, {describe_seeds(cells)}{lost}{edge}"
             )
         else:
             yield f"learning rate, {label}: {text}; given, not tuned here"
+
+
+def describe_seeds(cells: list[Outcome]) -> str:
+    """Return the seeds of the runs that chose rates."""
+    seeds = sorted({trial.seed for cell in cells for trial in cell.cell.tuning})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def is_at_edge(cell: Outcome) -> bool:

@@ -127,7 +127,7 @@ def format_cell(part: pd.DataFrame, column: Column, done: list[Outcome], reasons
 def is_lower_better(column: Column, done: list[Outcome]) -> bool:
     """Whether less of a column's score is better, by what its task or any of the runs' tasks says."""
     names = [column.task] if column.task else {cell.settings.task.name for cell in done}
-    return any(column.field in tasks.load(name).lower for name in names)
+    return any(column.field in tasks.load(name).lower_is_better for name in names)
 
 
 def find_best(
@@ -228,7 +228,7 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
                 ", ".join(some[:MAX_NAMED_RUNS]) + (" and more" if len(some) > MAX_NAMED_RUNS else "") for some in found
             )
             yield f"runs of {name} that were done with different files and do not compare: {groups}"
-    if rivals := [describe_rivals(cell) for cell in done if cell.others]:
+    if rivals := [describe_rivals(cell) for cell in done if cell.other_records]:
         more = f" and {len(rivals) - MAX_NAMED_RUNS} more" if len(rivals) > MAX_NAMED_RUNS else ""
         yield (
             "several finished records of the same settings (other data, weights, task version or code); shown is the "
@@ -249,7 +249,7 @@ def group_by_model_files(done: list[Outcome]) -> dict[str, list[list[str]]]:
 
 def describe_rivals(cell: Outcome) -> str:
     """Return a run that is shown and those that are not, with their main scores."""
-    results = {record.name: record.read_result() for record in (cell.record, *cell.others)}
+    results = {record.name: record.read_result() for record in (cell.record, *cell.other_records)}
     scores = [
         f"{name} ({r['metrics'][r['metric']] * get_unit(r['task'], r['metric']):.1f})" for name, r in results.items()
     ]

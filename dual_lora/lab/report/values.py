@@ -56,12 +56,12 @@ class Column:
         """Return how a value is printed."""
         if self.field in FIELDS:
             return FIELDS[self.field][1]
-        return "{:.2f}" if self.field in tasks.load(task).plain else "{:.1f}"
+        return "{:.2f}" if self.field in tasks.load(task).unscaled else "{:.1f}"
 
 
 def get_unit(task: str, metric: str) -> int:
     """Return what a score is multiplied by to be printed: 100 for percent, 1 for a score that is not a fraction."""
-    return 1 if metric in tasks.load(task).plain else 100
+    return 1 if metric in tasks.load(task).unscaled else 100
 
 
 def list_columns(experiment: Experiment, done: list[Outcome]) -> list[Column]:

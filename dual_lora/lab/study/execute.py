@@ -1,4 +1,4 @@
-"""The one executor: of train.py's runs, of a sweep's and of a launcher's process; and what became of each run."""
+"""The only place that executes runs, for train.py, sweeps and launchers; it also reports what became of each run."""
 
 import sys
 import traceback
@@ -11,7 +11,7 @@ from dual_lora.lab.errors import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USER,
-    Elsewhere,
+    RunHeldElsewhere,
     UserError,
     get_first_line,
 )
@@ -20,8 +20,8 @@ from dual_lora.lab.record.summary import format_finished
 from dual_lora.lab.system.distributed import has_several_processes, wait_for_first_process_error
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-EXIT_CODES = {"UserError": EXIT_USER, "Elsewhere": EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
-# Why runs of this process did not finish, by their folders: a full disk takes no failure.json.
+EXIT_CODES = {"UserError": EXIT_USER, RunHeldElsewhere.__name__: EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
+# Why runs of this process did not finish, by folder. Needed because on a full disk failure.json cannot be written.
 failures: dict[Path, dict[str, str]] = {}
 KILLED = {"error": "Killed", "message": "ended without a result; the same command tries again"}
 
@@ -48,7 +48,7 @@ def execute_run(run: Run) -> dict[str, str] | None:
     except (Exception, SystemExit) as caught:
         error = caught
     wait_for_first_process_error()
-    if isinstance(error, Elsewhere):
+    if isinstance(error, RunHeldElsewhere):
         print(f"done elsewhere: {run.record.format_path()}: {error}", file=sys.stderr)
     elif not isinstance(error, UserError):
         print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
@@ -59,8 +59,8 @@ def execute_run(run: Run) -> dict[str, str] | None:
 
 
 def show_finished(run: Run) -> bool:
-    """Print the result of a run that was done before, once its files are seen to be as it left them; return whether
-    there is one. torch and transformers, which take seconds to import, are not needed for that.
+    """If a run is already finished, verify its files and print its result; return whether it was. This avoids importing
+    torch and transformers, which takes seconds.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -80,7 +80,7 @@ def report_failures(runs: list[Run]) -> int:
     failed = [(run, failure) for run in runs if (failure := find_failure(run))]
     for run, failure in failed:
         line = describe_failure(run, failure)
-        if failure["error"] != "Elsewhere" or len(runs) > 1:  # of a single one it was printed before
+        if failure["error"] != RunHeldElsewhere.__name__ or len(runs) > 1:  # of a single one it was printed before
             print(redact_secrets(line), file=sys.stderr)
     if len(runs) > 1:
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished", file=sys.stderr)
@@ -90,7 +90,7 @@ def report_failures(runs: list[Run]) -> int:
 def describe_failure(run: Run, failure: dict[str, str]) -> str:
     """Return the line for a run that did not finish."""
     error, message, path = failure["error"], get_first_line(failure["message"]), run.record.format_path()
-    if error == Elsewhere.__name__:
+    if error == RunHeldElsewhere.__name__:
         return f"done elsewhere: {path}"
     if error == "Stopped":
         return f"stopped: {path}: by {message}; the same command resumes it"
@@ -98,8 +98,8 @@ def describe_failure(run: Run, failure: dict[str, str]) -> str:
 
 
 def find_failure(run: Run) -> dict[str, str] | None:
-    """Return why a run that was tried has no result; None if it has one. Can be asked once only."""
-    failure = failures.pop(run.record.folder, None) or run.record.get_attempt(run.settings).read_failure()
-    if (failure is None or failure["error"] == "Elsewhere") and run.record.read_result():
+    """Return why an attempted run has no result; None if it has one. Forgets the failure, so call it once per run."""
+    failure = failures.pop(run.record.folder, None) or run.record.select_attempt_record(run.settings).read_failure()
+    if (failure is None or failure["error"] == RunHeldElsewhere.__name__) and run.record.read_result():
         return None
     return failure or KILLED

@@ -7,8 +7,9 @@
 A file gives these fields for all scales. Below the name of a scale it may give them again, which replaces them there
 (`run` is added to):
 
+    title     heading of the report
     run       overrides that every run shares; those of the scale come after
-    seeds     the seeds every cell is run with
+    seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
     cells     a row's label: its overrides, or several lists of them
     rows      settings whose values head rows beside the label
@@ -20,7 +21,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               p is corrected for their number. All other comparisons are exploratory
     margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
     floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
-    published tables of dual_lora/paper set beside, the first one gives the columns where `columns` asks for it
+    published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
     analyse   true: what each run did to its weights is part of the report
@@ -56,15 +57,19 @@ class Tune:
     """How the learning rate is chosen, the same for every label.
 
     `grid` holds the rates of each label; all labels have equally many. With `relative` they are multiples of the rate a
-    run has otherwise. A rate is chosen by the main score on rows that are not reported, in a run with the seed `seed`.
-    These rows are either `holdout` training examples that are set apart, or what the task's `options` say is scored.
+    run has otherwise. A rate is chosen by its main score on rows that are not reported, a mean over the runs with
+    `seeds` (`task_seeds` for single tasks, by their names). These rows are either `holdout` training examples that are
+    set apart, or what the task's `options` say is scored. `max_steps` is the length of these runs; null: that of the
+    reported ones.
     """
 
     grid: dict[str, list[float]]
     holdout: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 1000
+    seeds: list[int] = field(default_factory=lambda: [1000])
+    task_seeds: dict[str, list[int]] = field(default_factory=dict)
     relative: bool = False
+    max_steps: int | None = None
 
     def describe_rows(self) -> str:
         """Return what rates are chosen on."""
@@ -75,7 +80,8 @@ class Tune:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: its row's label and settings; `tuning` are the runs its learning rate is chosen by."""
+    """One run of a table: its row's label, its settings, and the trial runs (`tuning`) that choose its learning
+    rate."""
 
     label: str
     settings: Settings
@@ -153,7 +159,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         where = f"conf/experiment/{self.name}.yaml"
-        for label in (label for label, ways in self.cells.items() if not ways):
+        for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
@@ -185,9 +191,9 @@ class Experiment:
         jobs = [
             (label, dict(map(split_override, job)))
             for block in self.blocks
-            for label, ways in self.cells.items()
-            for way in (ways if isinstance(ways[0], list) else [ways])
-            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *way, *study]))
+            for label, override_lists in self.cells.items()
+            for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
+            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
@@ -203,7 +209,9 @@ class Experiment:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
                     settings = load_settings(list(map("=".join, (job | rest).items())))
                     found += [
-                        cell for cell in self.create_seeded_cells(label, settings, "seed" in rest) if cell not in found
+                        cell
+                        for cell in self.create_seeded_cells(label, settings, "seed" in job | rest)
+                        if cell not in found
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
@@ -252,10 +260,13 @@ class Experiment:
         scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=skip, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
         marked = replace(settings.wandb, job_type="tune")
-        alone = replace(settings, seed=self.tune.seed, eval=scored, task=task, wandb=marked)
+        alone = replace(settings, eval=scored, task=task, wandb=marked)
         unit = alone.train.lr if self.tune.relative else 1
         rates = [float(f"{float(rate) * unit:.6g}") for rate in self.tune.grid[label]]
-        return tuple(replace(alone, train=replace(alone.train, lr=rate)) for rate in rates)
+        seeds = self.tune.task_seeds.get(task.name, self.tune.seeds)
+        steps = self.tune.max_steps or alone.train.max_steps
+        trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
+        return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
 
 
 def split_override(word: str) -> tuple[str, str]:

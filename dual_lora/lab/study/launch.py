@@ -43,7 +43,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
-from dual_lora.lab.errors import Stopped, UserError, get_first_line, require, suggest_name
+from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first_line, require, suggest_name
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
 from dual_lora.lab.system.environment import isolate_environment
@@ -58,6 +58,7 @@ stop_reasons: list[str] = []
 
 
 def parse_key(word: str) -> str:
+    """Return the setting that a word of the command line names, without Hydra's + or ~."""
     return word.partition("=")[0].lstrip("+~")
 
 
@@ -128,7 +129,7 @@ def launch_runs(runs: list[Run], words: list[str]) -> None:
         UserError: the launcher does not take them.
         Stopped: a stop was asked for; it has reached the jobs, and they have ended.
     """
-    missing = [run for run in runs if run.is_missing]
+    missing = [run for run in runs if run.is_pending]
     if not missing:
         return
     folder = prepare_launch_folder(missing)
@@ -155,7 +156,7 @@ def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
             failure = KILLED
         if failure:
             failures[run.record.folder] = failure
-        if failure and failure["error"] == "Elsewhere" and len(runs) == 1:
+        if failure and failure["error"] == RunHeldElsewhere.__name__ and len(runs) == 1:
             print(f"done elsewhere: {run.record.format_path()}: {failure['message']}", file=sys.stderr)
 
 
@@ -192,8 +193,8 @@ def is_command_gone(folder: Path) -> bool:
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
-    """Return the future result of a call made in a thread. Neither that thread nor the processes it starts hear Ctrl-C:
-    this process does, and passes it on to them."""
+    """Run a call in a thread and return its future. The thread and the processes it starts ignore Ctrl-C; this process
+    receives it and passes it on to them."""
     done: Future = Future()
 
     def run() -> None:
@@ -221,7 +222,7 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        with wait_patiently():
+        with wait_for_all_jobs():
             return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
     except BrokenExecutor:  # joblib ends all its processes when one of them dies
         return [None] * number
@@ -233,8 +234,8 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
         raise UserError(f"hydra/launcher={get_launcher_name(words)}: {get_first_line(error)}") from error
 
 
-def wait_patiently() -> AbstractContextManager:
-    """Return what has submitit, if it is installed, wait for all jobs, whatever becomes of one."""
+def wait_for_all_jobs() -> AbstractContextManager:
+    """Return a context in which submitit, if installed, waits for all jobs even if one of them fails."""
     if not find_spec("submitit"):
         return nullcontext()
     from dual_lora.lab.study.slurm import wait_for_every_job
@@ -262,8 +263,8 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
 
 
 def listen_in_process() -> AbstractContextManager:
-    """Return what has this process stop its run when a signal asks for it. A launcher that does one run at a time may
-    do it in a thread of the command's own process, which listens already; Python lets only the main thread listen."""
+    """Return a context in which signals stop this process's run. A launcher that does one run at a time may use a
+    thread of the command's own process, which already listens; Python allows only the main thread to handle signals."""
     main = threading.current_thread() is threading.main_thread()
     return STOP.listen() if main else nullcontext()
 

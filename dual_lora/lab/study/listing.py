@@ -18,19 +18,19 @@ def format_results(runs: list[Run]) -> str:
     metrics = list(dict.fromkeys(result["metric"] for result in results if result))
     rows = []
     for run, result in zip(runs, results, strict=True):
-        plain = load_task(run.settings).plain
+        unscaled = load_task(run.settings).unscaled
         scores = [result.get("metrics", {}).get(name) if result.get("metric") == name else None for name in metrics]
         before = (result.get("metrics_before") or {}).get(result.get("metric"))
         trained = f"{result['trainable_parameters']:,}" if result else MISSING
         seconds = f"{result['train_seconds']:.1f}" if result else MISSING
-        shown = [format_score(score, name in plain) for score, name in zip(scores, metrics, strict=True)]
-        rows.append([run.label, format_score(before, result.get("metric") in plain), *shown, trained, seconds])
+        shown = [format_score(score, name in unscaled) for score, name in zip(scores, metrics, strict=True)]
+        rows.append([run.label, format_score(before, result.get("metric") in unscaled), *shown, trained, seconds])
     return format_rows(rows, ["run", "before", *(f"{name} %" for name in metrics), "trained", "seconds"])
 
 
 def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: list[str | None]) -> str:
     """Return the table of a command's plans: trained weights, peak memory of a device, steps, hours, and whether the
-    run fits. A dash stands where a plan could not be drawn."""
+    run fits. A dash means that the plan could not be made."""
     rows = []
     for run, plan, refusal in zip(runs, plans, refusals, strict=True):
         cells = [MISSING] * 4

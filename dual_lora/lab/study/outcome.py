@@ -23,7 +23,7 @@ class Outcome:
 
     Attributes:
         rate: the learning rate, None while it is not chosen.
-        others: finished records of the same settings that are not shown.
+        other_records: finished records of the same settings that are not shown.
         trials: the rates it was chosen from, each with its trial's main score: -inf where training diverged, NaN while
             it is not known.
     """
@@ -33,7 +33,7 @@ class Outcome:
     result: dict | None
     reason: str | None
     rate: float | None = None
-    others: tuple[Record, ...] = ()
+    other_records: tuple[Record, ...] = ()
     trials: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -106,10 +106,19 @@ def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | N
     if all diverged. The trials stay in `tuning`."""
     if not cell.tuning:
         return cell
-    scores = [(-get_trial_score(trial, study), trial.train.lr) for trial in cell.tuning]
+    scores = [(-score, rate) for rate, score in average_trials(cell, study)]
     if any(isnan(lost) for lost, _ in scores) or min(scores)[0] == inf:
         return None
     return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(scores)[1])))
+
+
+def average_trials(cell: Cell, study: dict[str, list[Record]]) -> list[tuple[float, float]]:
+    """Return every rate of a cell's grid with its main score, a mean over seeds: -inf if training diverged with one of
+    them, NaN while one is missing."""
+    scores: dict[float, list[float]] = {}
+    for trial in cell.tuning:
+        scores.setdefault(trial.train.lr, []).append(get_trial_score(trial, study))
+    return [(rate, sum(some) / len(some)) for rate, some in scores.items()]
 
 
 def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
@@ -117,7 +126,7 @@ def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
     record = find_record(trial, study)
     if result := record and record.read_result():
         return result["metrics"][result["metric"]]
-    return -inf if read_mishap(record).get("diverged") else nan
+    return -inf if read_failure_or_empty(record).get("diverged") else nan
 
 
 def find_record(settings: Settings, study: dict[str, list[Record]]) -> Record | None:
@@ -133,31 +142,31 @@ def find_outcomes(cells: list[Cell], study: str) -> list[Outcome]:
 
 def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     """Return what the records of a study say of one cell."""
-    trials = tuple((trial.train.lr, get_trial_score(trial, study)) for trial in cell.tuning)
+    trials = tuple(average_trials(cell, study))
     chosen = choose_learning_rate(cell, study)
     if chosen is None:
         return Outcome(cell, None, None, explain_missing_rate(cell, study), trials=trials)
-    record, *others = study.get(serialize_identity_settings(chosen.settings), [None])
+    record, *other_records = study.get(serialize_identity_settings(chosen.settings), [None])
     result = record.read_result() if record else None
-    reason = None if result else describe_failure(record) or ("started, not finished" if record else "not run")
-    rate, others = chosen.settings.train.lr, tuple(other for other in others if other.read_result())
-    return Outcome(chosen, record, result, reason, rate, others, trials)
+    reason = None if result else explain_failure(record) or ("started, not finished" if record else "not run")
+    rate, other_records = chosen.settings.train.lr, tuple(other for other in other_records if other.read_result())
+    return Outcome(chosen, record, result, reason, rate, other_records, trials)
 
 
 def explain_missing_rate(cell: Cell, study: dict[str, list[Record]]) -> str:
     """Return why a cell has no learning rate: the first failure of its missing trials, or of all if all diverged."""
     missing = [trial for trial in cell.tuning if isnan(get_trial_score(trial, study))] or cell.tuning
-    failed = [why for trial in missing if (why := describe_failure(find_record(trial, study)))]
+    failed = [why for trial in missing if (why := explain_failure(find_record(trial, study)))]
     return f"learning rate not chosen: {failed[0]}" if failed else "learning rate not chosen yet"
 
 
-def describe_failure(record: Record | None) -> str | None:
+def explain_failure(record: Record | None) -> str | None:
     """Return why a run failed, without the remedy in its message; None if it did not fail."""
-    message = read_mishap(record).get("message")
+    message = read_failure_or_empty(record).get("message")
     return message and f"failed: {get_first_line(message).partition(';')[0]}"
 
 
-def read_mishap(record: Record | None) -> dict:
+def read_failure_or_empty(record: Record | None) -> dict:
     """Return the failure that an unfinished run recorded; empty if there is none."""
     try:
         return record.read_failure() or {} if record and not record.read_result() else {}

@@ -15,11 +15,11 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     """Execute every run that is not finished and return the exit code.
 
     launcher: the words of the command line that choose one; without them runs are executed here, one after the other.
-    left: how long runs take; finished ones count with the time of their training. later: runs that come after these.
+    left: estimates the remaining time; finished runs count with their training time. later: runs that follow these.
     """
     for run in runs if is_first_process() else ():
         run.record.finish_cleanup()
-    missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_missing])
+    missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_pending])
     missing = [runs[number] for number in missing]  # the same list in all processes, whenever each looks
     print(f"{len(runs)} {what}, {len(runs) - len(missing)} finished, {len(missing)} to do")
     if uses_launcher(launcher):
@@ -37,19 +37,19 @@ def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> No
     for number, run in enumerate(runs):
         remaining = left.describe_time([other.settings for other in (*runs[number:], *later)])
         print(f"\n[{number + 1}/{len(runs)}] {run.label}, {remaining}", flush=True)
-        started, done_before = time.monotonic(), not run.is_missing
+        started, done_before = time.monotonic(), not run.is_pending
         if execute_run(run) is None and not done_before:  # a failed or finished one does not say how long others take
             left.add_run(run.settings, time.monotonic() - started)
 
 
 def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
     """Execute what is missing of an experiment and return the exit code: first the runs that choose learning rates,
-    then the table's own. A trial that failed does not count where all rates are chosen nevertheless."""
+    then the table's own. Failed trials are ignored if every rate could be chosen all the same."""
     trials, left = prepare_runs([trial for cell in cells for trial in cell.tuning]), TimeLeft()
     join_processes()
     code = EXIT_OK
     if trials:
-        later = [run for run in prepare_runs([cell.settings for cell in cells]) if run.is_missing]
+        later = [run for run in prepare_runs([cell.settings for cell in cells]) if run.is_pending]
         code = run_missing(trials, launcher, left, "runs to choose learning rates", later)
     records = share_from_first(lambda: find_records(study)) if trials else {}
     ready = [chosen.settings for cell in cells if (chosen := choose_learning_rate(cell, records))]

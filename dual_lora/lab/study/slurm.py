@@ -23,7 +23,7 @@ class SqueueWatcher(SlurmInfoWatcher):
 
 @contextmanager
 def wait_for_every_job() -> Iterator[None]:
-    """Have submitit wait for every job: one that died is None among the results, and not the end of the waiting."""
+    """Make submitit wait for every job: a job that died yields None as its result instead of ending the wait."""
     results, watcher = Job.results, SlurmJob.watcher
 
     def found(job: Job) -> list:

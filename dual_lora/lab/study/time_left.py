@@ -8,8 +8,8 @@ from dual_lora.lab.record.summary import format_seconds
 
 
 def iterate_kinds(job: Settings) -> Iterator[tuple]:
-    """Yield what a run has in common with others, from the closest likeness to none. Learning rate and seed take no
-    time."""
+    """Yield keys that similar runs share, from the most specific to none. Learning rate and seed do not affect the
+    time, so they are in no key."""
     train, where = job.train, (job.model.name, job.task.name)
     yield *where, job.method.name, job.method.rank, train.max_steps, train.epochs, train.batch_size
     yield *where, job.method.name

@@ -13,7 +13,7 @@ from typing import Any
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import Stopped, require
 
-FIRST_PROCESS_SECONDS = 20.0  # how long another process lets the first one say why the work ends
+FIRST_PROCESS_SECONDS = 20.0  # how long the other processes wait for the first one to report an error
 
 
 def count_processes() -> int:

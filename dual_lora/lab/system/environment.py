@@ -3,10 +3,9 @@
 What would silently change a run is removed or refused: precision, compilation and accumulation come from the settings
 alone. Other variables that can change a digit are left as they are and recorded in environment.json.
 
-Threads: OpenMP's spin while they wait for each other. On a machine whose cores other programs use as well, a thread
-that is not scheduled then holds up all others at the end of every small parallel region: training becomes up to ten
-times slower than with a single thread. Threads that sleep while they wait cost a little on a quiet machine and lose
-nothing on a busy one.
+Threads: OpenMP threads spin while they wait for each other. If other programs share the cores, one thread that is not
+scheduled then holds up all the others at the end of every small parallel region: training becomes up to ten times
+slower than with a single thread. Sleeping threads cost a little on an idle machine and nothing on a busy one.
 """
 
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require
 
-# What libraries read behind the settings, by how the names begin.
+# Prefixes of variables that libraries read and that could override the settings.
 OVERRIDES = ("ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TORCHDYNAMO_", "TORCH_COMPILE_")
 OVERRIDES += ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "USE_TORCH_XLA", "TRANSFORMERS_SDPA_FORCE_GQA", "USE_HUB_KERNELS")
 OVERRIDES += ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -48,11 +47,11 @@ def list_variables(beginnings: Iterable[str]) -> list[str]:
 
 
 def isolate_environment() -> None:
-    """Remove from the environment what the settings decide, name what asked for something else, and set up threads.
-    To be called before torch is imported.
+    """Remove variables that the settings decide, report those that asked for something else, and set up threads. Call
+    this before torch is imported.
 
     Raises:
-        UserError: the environment asks for a kind of training that there is not, or its processes make no sense.
+        UserError: a variable asks for a kind of training that is not supported, or those of the processes conflict.
     """
     for name in UNSUPPORTED:
         value = os.environ.get(f"ACCELERATE_USE_{name}", "")

@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a UTF-8 file that is not a link; the system has the text when this returns.
+    """Append to a UTF-8 file that is not a link; the text survives a kill of this process once this returns.
 
     Raises:
         OSError: it cannot be written, or is a link.

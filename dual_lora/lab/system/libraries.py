@@ -15,8 +15,9 @@ from dual_lora.lab.config import paths
 
 @contextmanager
 def import_heavy_libraries() -> Iterator[None]:
-    """Import what imports torch, transformers and PEFT: half a million objects that all stay. Garbage collection among
-    them would take a fifth of the import time, and later half a second after each run and plan."""
+    """A context for importing torch, transformers and PEFT with garbage collection off. They create half a million
+    permanent objects; collecting them would take a fifth of the import time, and half a second after each run and
+    plan."""
     if "torch" in sys.modules:
         yield
         return

@@ -1,8 +1,8 @@
-"""One process per run: a lock in the run's folder, which the system lifts when its process ends, however that ends.
+"""One process per run: a lock in the run's folder, which the system releases when its process ends for any reason.
 
-The file also says who holds it. Some file systems do not carry locks from one machine to another; there the text is all
-that shows the holder. The holder therefore touches the file now and then, and a file of another machine that was not
-touched for some minutes counts as a dead process's. A process that is frozen for longer and then wakes is not detected.
+The file also says who holds it, because some file systems do not share locks between machines. The holder touches the
+file every 20 seconds; a lock from another machine that was not touched for three minutes is considered stale. A process
+that is frozen for longer and then continues is not detected.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from dual_lora.lab.errors import Elsewhere
+from dual_lora.lab.errors import RunHeldElsewhere
 from dual_lora.lab.system.files import translate_write_errors
 
 LOCK_NAME = ".lock"
@@ -31,7 +31,7 @@ def hold_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which is created if there is none.
 
     Raises:
-        Elsewhere: another process holds it.
+        RunHeldElsewhere: another process holds it.
         UserError: it cannot be written.
     """
     path = folder / LOCK_NAME
@@ -95,7 +95,7 @@ def acquire_lock(path: Path) -> TextIO:
     """Return the lock file, open, locked and with this process's name in it. Only a new file is written.
 
     Raises:
-        Elsewhere: a process of this machine holds the lock, or a live one of another machine.
+        RunHeldElsewhere: a process of this machine holds the lock, or a live one of another machine.
         OSError: it cannot be written.
     """
     while True:
@@ -104,7 +104,7 @@ def acquire_lock(path: Path) -> TextIO:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with stream:
-                raise Elsewhere(describe_holder(read_holder(stream))) from None
+                raise RunHeldElsewhere(describe_holder(read_holder(stream))) from None
         if is_file_at(stream, path):
             if not os.fstat(stream.fileno()).st_size:
                 break
@@ -121,7 +121,7 @@ def check_stale(stream: TextIO, path: Path) -> None:
     """Refuse a lock that a live process of another machine may hold; otherwise its process is dead.
 
     Raises:
-        Elsewhere: who holds it. The file is then closed.
+        RunHeldElsewhere: who holds it. The file is then closed.
         OSError: nothing can be written there.
     """
     other = read_holder(stream)
@@ -129,7 +129,7 @@ def check_stale(stream: TextIO, path: Path) -> None:
         return
     stream.close()
     later = f"try again in {STALE_SECONDS // 60} minutes or remove {path}"
-    raise Elsewhere(f"{describe_holder(other)}; if that process is gone, {later}")
+    raise RunHeldElsewhere(f"{describe_holder(other)}; if that process is gone, {later}")
 
 
 def read_holder(stream: TextIO) -> dict[str, str | int]:

@@ -1,5 +1,6 @@
-"""Sealed folders and files: a manifest, written last, holds size and SHA-256 of every file of a folder, whose they are
-(the run's identity) and a digest of itself. A folder with a file more, less or changed is not whole."""
+"""Sealed folders and files: a manifest, written last, holds the size and SHA-256 of every file in a folder, the
+identity of the run that they belong to, and a digest of itself. A folder with an added, missing or changed file is not
+whole."""
 
 import hashlib
 import json

@@ -13,14 +13,17 @@ REQUEUE = signal.SIGUSR2
 
 
 class StopRequest:
-    """The signal that asked for a stop (`asked`: its name, or None), whether the work first goes on to a good place
-    (`waits`), what the same command does next (`then`), and whether `Stopped` was raised at once (`raised`): libraries
-    that are interrupted may turn it into errors of their own."""
+    """A stop requested by a signal.
+
+    asked: the signal's name, or None. waits: whether work may continue to a safe point first. next_action: what the
+    same command does next. raised: whether `Stopped` was raised at once; an interrupted library may turn it into its
+    own error.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self.raised = False
-        self.waits, self.then = False, RESUMES
+        self.waits, self.next_action = False, RESUMES
         self.before: dict[int, object] = {}
 
     def handle_signal(self, number: int, frame: object) -> None:
@@ -32,13 +35,13 @@ class StopRequest:
         first, self.asked = self.asked is None, signal.Signals(number).name
         if not (first and self.waits):
             self.raised = True
-            raise Stopped(self.asked, self.then)
-        kept = "with a checkpoint" if self.then == RESUMES else "without a checkpoint"
+            raise Stopped(self.asked, self.next_action)
+        kept = "with a checkpoint" if self.next_action == RESUMES else "without a checkpoint"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
 
     def restore_handlers(self) -> None:
-        """Let the signals do again what they did before `listen`."""
+        """Restore the signal handlers from before `listen`."""
         while self.before:
             number, handler = self.before.popitem()
             signal.signal(number, handler or signal.SIG_DFL)
@@ -50,7 +53,7 @@ class StopRequest:
         Raises:
             Stopped: a stop was requested.
         """
-        self.asked, self.raised, self.waits, self.then = None, False, False, RESUMES
+        self.asked, self.raised, self.waits, self.next_action = None, False, False, RESUMES
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
@@ -61,18 +64,18 @@ class StopRequest:
             self.asked = None
 
     @contextmanager
-    def defer(self, wait: bool = True, then: str | None = None) -> Iterator[None]:
-        """Note a stop that is requested in here and go on (`wait`), or end at once (not `wait`).
+    def defer(self, wait: bool = True, next_action: str | None = None) -> Iterator[None]:
+        """Within this context, remember a requested stop and continue (wait=True), or stop at once (wait=False).
 
         Raises:
             Stopped: a second stop was requested.
         """
-        before = self.waits, self.then
-        self.waits, self.then = wait, then or self.then
+        before = self.waits, self.next_action
+        self.waits, self.next_action = wait, next_action or self.next_action
         try:
             yield
         finally:
-            self.waits, self.then = before
+            self.waits, self.next_action = before
 
     def raise_if_asked(self) -> None:
         """End here if a stop was requested.
@@ -81,7 +84,7 @@ class StopRequest:
             Stopped: it was.
         """
         if self.asked:
-            raise Stopped(self.asked, self.then)
+            raise Stopped(self.asked, self.next_action)
 
 
 STOP = StopRequest()

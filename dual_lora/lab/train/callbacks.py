@@ -21,10 +21,10 @@ from dual_lora.lab.system.signals import STOP
 
 
 class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar with the newest loss and the speed beside it, instead of a line for every log step.
-    Where stderr is no terminal, as in a log file, a few lines in its place: a bar would be one endless line there."""
+    """The Trainer's progress bar with the latest loss and the speed, instead of a line for every log step. If stderr is
+    not a terminal but, say, a log file, a few lines are printed instead: a bar would become one endless line."""
 
-    LINES = 20  # that a run prints at most
+    LINES = 20  # the most that a run prints
 
     def on_train_begin(self, args, state, control, **kwargs):
         hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
@@ -102,10 +102,11 @@ class BestEpoch(TrainerCallback):
         self.seconds = 0.0  # spent on scoring by this process
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Score an epoch whose last step was saved before its scores were known."""
+        """After resuming, score an epoch whose last step was checkpointed before it was scored."""
         self.on_epoch_end(args, state, control, **kwargs)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        """Score the epoch, unless it was scored or a stop was requested, and keep the weights if they are the best."""
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
         if not ended or self.scored == state.global_step or any_process(bool(STOP.asked)):
             return
@@ -132,7 +133,7 @@ class BestEpoch(TrainerCallback):
         return {"best": self.best, "epoch": self.epoch, "last": self.last, "scored": self.scored}
 
     def load_state(self, folder: Path, kept: dict[str, Any]) -> None:
-        """Read what `save_state` wrote to a checkpoint; `kept` is what it returned."""
+        """Restore from a checkpoint what `save_state` wrote there; `kept` is the dictionary that it returned."""
         if kept:
             self.best, self.epoch, self.last, self.scored = (kept[k] for k in ("best", "epoch", "last", "scored"))
             self.weights = load_file(folder / BEST_FILE)

@@ -22,9 +22,9 @@ from dual_lora.lab.model.nf4 import list_quantisable_layers
 from dual_lora.lab.model.source import get_head_options, load_config
 from tasks import Task
 
-# How PEFT's configurations call the choice of initial weights; False: as torch made them.
+# What PEFT's configurations call the choice of initial weights; False keeps torch's default initialisation.
 INITIALISERS = ("init_lora_weights", "init_weights", "init_ia3_weights")
-PAD_TOKEN = 0  # which token pads makes no difference to shapes
+PAD_TOKEN = 0  # any id will do: it does not affect shapes
 
 
 def build_meta_model(settings: Settings, task: Task, layers: int | None = None) -> PreTrainedModel:
@@ -70,9 +70,9 @@ def check_layers(settings: Settings, config: PreTrainedConfig) -> None:
 
 
 def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = None) -> torch.nn.Module:
-    """Return the model on the meta device with the method on it. Some initialisers decompose the base weights (PiSSA,
-    OLoRA) or read data. On the meta device there are none, so such a method starts there from weights as torch makes
-    them, which are as many.
+    """Return the model on the meta device with the method attached. Some initialisers decompose the base weights
+    (PiSSA, OLoRA) or read data, neither of which exists there. Such a method gets torch's default initial weights
+    instead; their number is the same.
 
     Raises:
         UserError: the method refuses its settings, or the model's architecture is not known.
@@ -106,8 +106,11 @@ def skip_initialisation(settings: Settings) -> Settings:
 def compute_flash_attention(
     module, query: Tensor, key: Tensor, value: Tensor, mask, scaling=None, **_
 ) -> tuple[Tensor, None]:
-    """Attention as accelerators compute it, which keeps no score for backward; on the meta device torch itself would
-    choose the way that keeps them all."""
+    """Flash attention, which accelerators use and which stores no attention scores for backward; on the meta device
+    torch would pick the variant that stores them all.
+
+    query: batch x heads x tokens x size; key, value: the same with key-value heads. Returns batch x tokens x heads x
+    size, and None for the attention weights."""
     kind = next(module.parameters()).dtype  # positions and a cache may have made them float32; autocast undoes that
     query, key, value = query.to(kind), key.to(kind), value.to(kind)
     groups = query.shape[1] // key.shape[1]
@@ -122,9 +125,9 @@ AttentionMaskInterface.register("planned", lambda *args, **kwargs: None)
 
 
 def trace_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
-    """Return what a step of one batch takes: tokens, operations forward and backward, bytes kept for backward.
+    """Return the cost of a step on one batch: tokens, operations forward and backward, bytes kept for backward.
 
-    Each is measured with one layer and with two; the layers are alike, so the rest is a straight line.
+    Each is measured with one and with two layers and extrapolated linearly, since all layers are alike.
     """
     one, two = (take_meta_step(settings, task, count, sharded) for count in (1, 2))
     return {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one}
@@ -134,7 +137,7 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
     """Take one step on the meta device with so many layers."""
     model = attach_to_meta_model(settings, task, layers).train()
     if sharded or settings.method.peft is not None:
-        model.to(getattr(torch, settings.model.dtype))  # as it computes, but for a head
+        model.to(getattr(torch, settings.model.dtype))  # the dtype it computes in, except for a head
     else:
         imitate_autocast(model, getattr(torch, settings.model.dtype))
     for layer in list_quantisable_layers(model, settings.model) if settings.hardware.base else ():

@@ -26,6 +26,7 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """Give a fresh optimizer and its schedule the state that `save_optimizer` wrote."""
     held = json.loads((folder / SCHEDULE_FILE).read_text())
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
@@ -38,7 +39,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
 def save_random_state(path: Path) -> None:
     """Write the state of every source of random numbers of this process."""
     kind, numbers, *rest = np.random.get_state()
-    device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # its own; others are for others
+    device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # only this process's own GPU
     held = {
         "python": random.getstate(),
         "numpy": [kind, numbers.tolist(), *rest],
@@ -48,6 +49,7 @@ def save_random_state(path: Path) -> None:
 
 
 def load_random_state(path: Path) -> None:
+    """Restore what `save_random_state` wrote, so that resumed training draws the same random numbers."""
     held = json.loads(path.read_text())
     version, numbers, spare = held["python"]
     random.setstate((version, tuple(numbers), spare))

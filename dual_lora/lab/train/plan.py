@@ -2,10 +2,10 @@
 
 The run's own model, with the run's own method on it, is built on torch's meta device, where tensors have shapes but no
 values. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
-operations, hooks on autograd what it keeps for backward. So the plan describes what this code does. Activations are
-those of full-length batches; hours are those of training on such batches alone, at an assumed share of the peak. A
-base in 4 bits counts as many parameters, operations and activations as one that is not: bitsandbytes makes one layer's
-weight of it at a time, which the reserve covers.
+operations, and hooks on autograd measure what it keeps for backward, so the plan describes what this code really does.
+Activations are those of full-length batches; hours assume such batches only, at an assumed fraction of peak speed. A
+4-bit base counts the same parameters, operations and activations as an unquantised one: bitsandbytes dequantises one
+layer's weight at a time, which the reserve covers.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -31,9 +31,9 @@ from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model
 from tasks import Task
 
 GB = 1e9
-UTILISATION = 0.4  # of the accelerator's peak, which training of such models reaches at best; assumed, not measured
+UTILISATION = 0.4  # fraction of the accelerator's peak that training reaches at best; assumed, not measured
 COPY_BYTES = 2  # bytes of a number in 16 bits
-RESERVE_SHARE = 0.1  # of the sum of all parts, for what is temporary and for fragments; assumed
+RESERVE_SHARE = 0.1  # of the sum of all parts, for temporary tensors and fragmentation; assumed
 ADAM_MOMENTS = 2  # AdamW's two moments, as large as the weight
 
 
@@ -88,14 +88,14 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = load_task(settings)
     model = attach_to_meta_model(settings, task)
-    alone = explain_unshardable(settings, task, type(unwrap_adapter(model)))
-    size = measure_sizes(model, settings, task)
+    unshardable_reason = explain_unshardable(settings, task, type(unwrap_adapter(model)))
+    sizes = measure_sizes(model, settings, task)
     counts = count_parameters(model)
     sharded = settings.hardware.sharding == "full"
     step = trace_step(settings, task, count_layers(model), sharded)
-    apart = size["copies"] and not sharded
-    size["kept_sharded"] = (
-        trace_step(settings, task, count_layers(model), sharded=True)["kept"] if apart else step["kept"]
+    differs_sharded = sizes["copies"] and not sharded
+    sizes["kept_sharded"] = (
+        trace_step(settings, task, count_layers(model), sharded=True)["kept"] if differs_sharded else step["kept"]
     )
     train, hardware = settings.train, settings.hardware
     rows, counted = count_training_rows(settings, task)
@@ -111,14 +111,14 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         **counts,
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": find_published_parameters(settings),
-        "memory": estimate_memory(size, step["kept"], hardware.devices, hardware.sharding, hardware.base),
+        "memory": estimate_memory(sizes, step["kept"], hardware.devices, hardware.sharding, hardware.base),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
         "train_rows_from": "the data" if counted else "the task's configuration",
         "steps": steps,
         "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILISATION) / 3600,
-        "cannot_shard": alone,
+        "cannot_shard": unshardable_reason,
         "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilisation": UTILISATION},
     }
 
@@ -128,7 +128,7 @@ def count_layers(model: torch.nn.Module) -> int:
 
 
 def find_published_parameters(settings: Settings) -> list[dict[str, str]]:
-    """Return what papers print as the trained weights of this model with this method at this rank, with the table."""
+    """Return the parameter counts that papers print for this model, method and rank, each with its table."""
     keys = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
     found = []
     for row in paper.find(**keys):
@@ -159,9 +159,9 @@ def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
 
 
 def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
-    """Return bytes of frozen weights, of these in 4 bits, of weights that train, of the copies in 16 bits that autocast
-    makes of those in float32 for their products, and of what is gathered at once when all is sharded: two of the base
-    model's layers, or all that is in none of them (embeddings, head), whichever is more."""
+    """Return sizes in bytes: frozen weights ("frozen"), the same with 4-bit layers ("frozen_nf4"), weights that train
+    ("trained"), the 16-bit copies that autocast makes of float32 weights ("copies"), and what FSDP2 gathers at once
+    ("gathered"): two layers, or everything outside the layers (embeddings, head), whichever is more."""
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     small = [layer.weight for layer in list_quantisable_layers(model, settings.model)]
     kind = getattr(torch, settings.model.dtype)
@@ -180,20 +180,20 @@ def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dic
 
 
 def estimate_memory(
-    size: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
+    sizes: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
 ) -> dict[str, float]:
-    """Return bytes a device: weights, gradients (twice in DDP, whose buckets are copies), AdamW's moments, what is kept
-    for backward, copies in 16 bits, what AdamW's step takes beyond these when they are gone (once what trains), a
-    reserve, and the peak.
+    """Return bytes per device: weights, gradients (doubled in DDP, whose buckets are copies), AdamW's moments,
+    activations kept for backward, 16-bit copies, temporaries of AdamW's step beyond the freed activations (as large as
+    what trains), a reserve, and the peak.
 
-    Sharded in full (FSDP2), a device holds its part of the base model, and what it gathers at once; an adapter is whole
-    on every one. Copies are of what is gathered then.
+    kept: bytes kept for backward. Under FSDP2 (sharding "full") a device holds its share of the base model plus what it
+    gathers at once (copies included), and the whole adapter.
     """
     full = sharding == "full"
-    frozen, trained = size[f"frozen_{base}" if base else "frozen"], size["trained"]
+    frozen, trained = sizes[f"frozen_{base}" if base else "frozen"], sizes["trained"]
     if full:
         frozen, trained = frozen / devices, trained if frozen else trained / devices
-    copies = 0 if full else size["copies"]
+    copies = 0 if full else sizes["copies"]
     parts = {
         "weights": frozen + trained,
         "gradients": trained * (2 if sharding == "replicas" else 1),
@@ -201,10 +201,10 @@ def estimate_memory(
         "activations": kept,
         "copies": copies,
         "temporaries": max(0, trained - kept - copies),
-        "gathered": size["gathered"] if full else 0,
+        "gathered": sizes["gathered"] if full else 0,
     }
     reserve = RESERVE_SHARE * sum(parts.values())
-    return {"size": size, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
+    return {"size": sizes, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
 
 
 def check_fit(settings: Settings, found: dict[str, Any]) -> None:
@@ -214,9 +214,9 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
         UserError: with those settings.
     """
     train, hardware, parts = settings.train, settings.hardware, found["memory"]
-    room, alone = found["hardware"]["memory"], found["cannot_shard"]
-    able = hardware.sharding != "full" or alone is None
-    require(able, f"plan: hardware.sharding=full: {alone}; take hardware=ddp")
+    room, unshardable_reason = found["hardware"]["memory"], found["cannot_shard"]
+    able = hardware.sharding != "full" or unshardable_reason is None
+    require(able, f"plan: hardware.sharding=full: {unshardable_reason}; take hardware=ddp")
 
     def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
         kept = parts["size"]["kept_sharded"] if sharding == "full" else parts["activations"]
@@ -225,16 +225,18 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
 
     here = (hardware.devices, hardware.sharding)
     batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
-    more = [] if alone else [2**i for i in range(1, 11) if 2**i > hardware.devices]
-    if hardware.sharding == "replicas" and not alone:
+    more = [] if unshardable_reason else [2**i for i in range(1, 11) if 2**i > hardware.devices]
+    if hardware.sharding == "replicas" and not unshardable_reason:
         more = [hardware.devices, *more]
     free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
     small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
-    same = [(b, *here, hardware.base) for b in batches]
-    held = [(b, *here, "nf4") for b in batches if small]  # the method leaves a base that can be held so
-    wide = [(train.batch_size, devices, "full", None) for devices in more if free]
-    wide += [(b, devices, "full", None) for devices in more for b in batches if free]
-    chosen = [next((option for option in group if fits(*option)), None) for group in (same, held, wide)]
+    smaller_batches = [(b, *here, hardware.base) for b in batches]
+    quantised = [(b, *here, "nf4") for b in batches if small]  # the method has a frozen base that can be quantised
+    sharded = [(train.batch_size, devices, "full", None) for devices in more if free]
+    sharded += [(b, devices, "full", None) for devices in more for b in batches if free]
+    chosen = [
+        next((option for option in group if fits(*option)), None) for group in (smaller_batches, quantised, sharded)
+    ]
     remedies = []
     for batch, devices, sharding, base in filter(None, chosen):
         remedy = []

@@ -39,9 +39,9 @@ from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
 from dual_lora.lab.train.trainer import RunTrainer
 
-# The share of entries of dL/dSign that were clipped at a logged step; in a result, the largest.
+# Column with the fraction of entries of dL/dSign clipped at a logged step; a result holds the largest one.
 CLIPPED_COLUMN = "train/clipped_share"
-# What is known of the training of a method that scores the model as it is.
+# The training facts of a method that trains nothing (method=none).
 UNTRAINED = {"steps": 0, "train_loss": None, "train_seconds": 0.0, "tokens": 0, "peak_memory_bytes": 0}
 UNTRAINED |= {"best_epoch": None, "metrics_last_epoch": None}
 
@@ -52,8 +52,8 @@ def train_run(run: Run) -> dict[str, Any]:
 
     Raises:
         UserError: something the user can fix. `failure.json` keeps the reason of any failed run.
-        Elsewhere: another process is doing this run.
-        Stopped: somebody asked for an end; the next attempt resumes from the newest checkpoint.
+        RunHeldElsewhere: another process is doing this run.
+        Stopped: a stop was requested; the next attempt resumes from the newest checkpoint.
     """
     STOP.raise_if_asked()
     join_processes()
@@ -64,8 +64,8 @@ def train_run(run: Run) -> dict[str, Any]:
         print(format_finished(result, record, run.title))
     else:
         silence_libraries()
-        with ExitStack() as held:
-            share_from_first(lambda: held.enter_context(hold_lock(record.folder)))
+        with ExitStack() as stack:
+            share_from_first(lambda: stack.enter_context(hold_lock(record.folder)))
             result = find_result(settings, record) or attempt_run(
                 settings, record
             )  # another process may just have finished it
@@ -86,7 +86,7 @@ def find_result(settings: Settings, record: Record) -> dict[str, Any] | None:
 
 def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
     """Do a run that is not finished and return its result; if it fails, the reason is kept in its record."""
-    attempt = record.get_attempt(settings)
+    attempt = record.select_attempt_record(settings)
     with isolate_determinism(settings):
         share_from_first(lambda: attempt.prepare_folder(settings))
         mirror = open_run_mirror(settings, record)
@@ -124,6 +124,7 @@ def isolate_determinism(settings: Settings) -> Iterator[None]:
 
 
 def open_run_mirror(settings: Settings, record: Record) -> Mirror:
+    """Return the W&B run that mirrors a run; one that does nothing in all processes but the first."""
     names = (settings.model.name, settings.task.name, settings.method.name)
     return open_mirror(
         settings.wandb.mode if is_first_process() else "disabled",
@@ -140,7 +141,12 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
 
 
 def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
-    """Do everything between an empty record and its result, which is written last."""
+    """Do everything between an empty record and its result, which is written last.
+
+    Raises:
+        UserError: model.dtype=float16 without a GPU, or data, model, method and training refuse what they are given.
+        Stopped: a stop was requested.
+    """
     task = load_task(settings)
     able = settings.model.dtype != "float16" or torch.cuda.is_available()
     require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
@@ -155,12 +161,12 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     check_positions(base, max(map(len, examples["input_ids"])), settings)
     log = LogCallback(record, mirror)
 
-    def measure(title: str) -> tuple[dict, list]:
+    def score_model(title: str) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
             return evaluate_splits(model, tokenizer, task, held_out, settings, title)
 
-    best = BestEpoch(measure, task.metric, log) if settings.task.checkpoint == "best" else None
-    loop = RunTrainer(
+    best = BestEpoch(score_model, task.metric, log) if settings.task.checkpoint == "best" else None
+    trainer = RunTrainer(
         record,
         settings,
         train.rows["id"],
@@ -172,23 +178,23 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         processing_class=tokenizer,
         callbacks=[log, best] if best else [log],
     )
-    loop.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
     progress = ProgressBar()
-    loop.add_callback(progress)
+    trainer.add_callback(progress)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
-        before = measure("before")[0]
+        before = score_model("before")[0]
         log.write_scores(0, before)
     trained = share_from_first(record.read_training)
     if trained:
-        loop.load_weights(record.get_weights_folder(settings))
+        trainer.load_weights(record.get_weights_folder(settings))
     elif not any(weight.requires_grad for weight in model.parameters()):
-        trained = save_training(loop, record, settings, UNTRAINED)
+        trained = save_training(trainer, record, settings, UNTRAINED)
     else:
         with closing(progress), translate_memory_errors(suggest_smaller_batch(settings)):
-            trained = train_and_save(loop, best, record, settings)
+            trained = train_and_save(trainer, best, record, settings)
     merged = merge_adapter(model)
-    metrics, predictions = measure("after")
+    metrics, predictions = score_model("after")
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     result = {
@@ -214,48 +220,48 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
         "peak_memory_bytes": trained["peak_memory_bytes"],
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
-        "data": {name: split.facts() for name, split in {"train": train, **held_out}.items()},
+        "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
     return share_from_first(lambda: record.write_result(result))
 
 
-def train_and_save(loop: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
-    """Train, from the newest checkpoint if there is one, and return what the result tells of it.
+def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
+    """Train, from the newest checkpoint if there is one, and return the facts about training for the result.
 
-    The weights are kept, and then `trained.json`, so that no later kill costs the training.
+    The weights are saved, and then `trained.json`, so that a later kill does not lose the training.
     """
     with PeakMemory() as peak:
-        done = loop.fit_run(share_from_first(record.find_checkpoint))
-    with STOP.defer():  # what is trained is kept first
+        done = trainer.fit_run(share_from_first(record.find_checkpoint))
+    with STOP.defer():  # a stop waits until the trained weights are saved
         if best:
-            best.restore_best(loop.model)
-        loop.check_weights()
+            best.restore_best(trainer.model)
+        trainer.check_weights()
         facts = {
             "steps": done.global_step,
             "train_loss": done.training_loss,
-            "train_seconds": loop.train_seconds,
-            "tokens": loop.state.num_input_tokens_seen,
+            "train_seconds": trainer.train_seconds,
+            "tokens": trainer.state.num_input_tokens_seen,
             "peak_memory_bytes": peak.peak,
             "best_epoch": best.epoch if best else None,
             "metrics_last_epoch": best.last if best else None,
         }
-        facts = save_training(loop, record, settings, facts)
+        facts = save_training(trainer, record, settings, facts)
     STOP.raise_if_asked()
     return facts
 
 
-def save_training(loop: RunTrainer, record: Record, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
+def save_training(trainer: RunTrainer, record: Record, settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
     """Save what was trained, sealed with `facts` and the log up to here, and return these."""
     facts, folder = facts | {"logged": record.read_log()}, record.get_weights_folder(settings)
     with translate_save_errors(record.folder):
         share_from_first(lambda: remove_path(folder))
-        loop.model.save_pretrained(folder, is_main_process=is_first_process())
+        trainer.model.save_pretrained(folder, is_main_process=is_first_process())
         share_from_first(lambda: seal_folder(folder, record.folder / TRAINED_FILE, identity=record.name, **facts))
     return facts
 
 
 def read_initial_scores(record: Record) -> dict[str, float] | None:
-    """Return the scores before training that an earlier try of this run has logged."""
+    """Return the scores before training if an earlier attempt of this run logged them."""
     for row in record.read_log():
         scores = {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
         if row["step"] == 0 and scores:
@@ -294,7 +300,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         save_steps=train.save_steps or 500,
         save_total_limit=2,
         report_to="none",
-        disable_tqdm=True,  # for `Progress`
+        disable_tqdm=True,  # `ProgressBar` replaces it
     )
     found._n_gpu = min(found.n_gpu, 1)  # else one process would share every batch among all GPUs it sees
     return found

@@ -1,4 +1,5 @@
-"""The Trainer: it resumes exactly where it stopped, leaves no partial checkpoint, and names the batch that broke it."""
+"""The Trainer, and the writing of checkpoints (`_save_checkpoint`): it resumes exactly where it stopped, leaves no
+partial checkpoint, and names the batch at which training diverged."""
 
 import json
 import shutil
@@ -32,15 +33,15 @@ MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
 class RunTrainer(Trainer):
     """A Trainer for one run.
 
-    record, settings: the run's. ids: names of the training examples, by row. best: the callback whose state is part of
-    every checkpoint. `can_save` is false for a model that is sharded and trained in full: it has no checkpoints.
+    record, settings: the run's. example_ids: ids of the training examples, by row. best: the callback whose state is
+    saved with every checkpoint. `can_save` is False for a sharded, fully trained model, which has no checkpoints.
     """
 
     def __init__(
         self,
         record: Record,
         settings: Settings,
-        ids: list[str],
+        example_ids: list[str],
         best: BestEpoch | None,
         **kwargs: Any,
     ) -> None:
@@ -48,22 +49,22 @@ class RunTrainer(Trainer):
         examples = examples.add_column(ROW_COLUMN, list(range(len(examples))))
         callbacks = [StopAndResume(self), *kwargs.pop("callbacks")]  # first: the others read what it restores
         args, part = kwargs["args"], is_sharded(kwargs["model"])
-        args.save_only_model = part  # or the Trainer would refuse every sharded model; an adapter on one is not sharded
+        args.save_only_model = part  # else the Trainer refuses every sharded model, although an adapter is not sharded
         super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
         args.save_only_model = False
         # The Trainer assumes that every model divides its loss by the number of tokens in a whole step. Only the loss
         # of a causal language model does so; other losses, and label smoothing, average over one micro-batch.
         self.model_accepts_loss_kwargs &= self._loss_shifts_labels and not args.label_smoothing_factor
         self.can_save = not part or isinstance(self.model, PeftModel)
-        self.record, self.settings, self.ids, self.best = record, settings, ids, best
+        self.record, self.settings, self.example_ids, self.best = record, settings, example_ids, best
         self.scale = scale = settings.train.loss_scale or 1.0
         for weight in self.model.parameters() if scale != 1 else ():
             if weight.requires_grad:
                 weight.register_hook(lambda gradient: gradient / scale)
         # (what, step, rows, value) since the last check; values stay on the device until then
-        self.recent: list[tuple[str, int, list[torch.Tensor], Any]] = []
-        self.earlier, self.began = 0.0, time.perf_counter()
-        self.minutes, self.kept_at = settings.train.save_minutes, self.began
+        self.unchecked: list[tuple[str, int, list[torch.Tensor], Any]] = []
+        self.earlier_seconds, self.began = 0.0, time.perf_counter()
+        self.save_minutes, self.saved_at = settings.train.save_minutes, self.began
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -73,18 +74,18 @@ class RunTrainer(Trainer):
     @property
     def train_seconds(self) -> float:
         """Seconds of training without the scoring of epochs; earlier attempts count up to the checkpoint they left."""
-        return self.earlier + time.perf_counter() - self.began - (self.best.seconds if self.best else 0)
+        return self.earlier_seconds + time.perf_counter() - self.began - (self.best.seconds if self.best else 0)
 
     def fit_run(self, checkpoint: Path | None) -> Any:
         """Train, from a checkpoint if there is one, and return the Trainer's figures.
 
         Raises:
             UserError: a loss or a gradient is NaN or Inf, or a checkpoint cannot be written.
-            Stopped: somebody asked for an end; a checkpoint has just been written.
+            Stopped: a stop was requested; a checkpoint has just been written (if `can_save`).
         """
-        self.began = self.kept_at = time.perf_counter()
-        CLIPPED.take()  # counts left by a run that failed before this one
-        with STOP.defer(then=RESUMES if self.can_save else RESTARTS):
+        self.began = self.saved_at = time.perf_counter()
+        CLIPPED.pop_share()  # counts left by a run that failed before this one
+        with STOP.defer(next_action=RESUMES if self.can_save else RESTARTS):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             STOP.raise_if_asked()
         self.check_losses()
@@ -92,14 +93,14 @@ class RunTrainer(Trainer):
 
     def is_checkpoint_due(self) -> bool:
         """Return whether the newest checkpoint is older than `train.save_minutes`."""
-        return self.minutes is not None and time.perf_counter() - self.kept_at > 60 * self.minutes
+        return self.save_minutes is not None and time.perf_counter() - self.saved_at > 60 * self.save_minutes
 
     def load_weights(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""
         self._load_from_checkpoint(str(folder))
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """As the Trainer's, except that a checkpoint of the very last step is not trained any further."""
+        """As the Trainer's, except that nothing is trained after resuming from a checkpoint of the last step."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
 
@@ -109,45 +110,53 @@ class RunTrainer(Trainer):
             self._signature_columns.append(ROW_COLUMN)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, times `train.loss_scale`: dL/dSign is clipped inside backward, so its scale matters."""
         loss = super().compute_loss(*args, **kwargs)
         return loss if self.scale == 1 else loss * self.scale
 
     def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        """As the Trainer's; returns the loss without `train.loss_scale`, for the log and the check.
+
+        Clipped entries are counted only in steps that are logged, because counting takes another pass over dL/dSign.
+        """
         rows = inputs.pop(ROW_COLUMN)
-        CLIPPED.watching = (self.state.global_step + 1) % self.args.logging_steps == 0
+        CLIPPED.enabled = (self.state.global_step + 1) % self.args.logging_steps == 0
         try:
             loss = super().training_step(model, inputs, num_items_in_batch) / self.scale
         finally:
-            CLIPPED.watching = False
-        self.recent.append(("loss", self.state.global_step + 1, [rows], loss))
+            CLIPPED.enabled = False
+        self.unchecked.append(("loss", self.state.global_step + 1, [rows], loss))
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm, step = super()._get_grad_norm(model, grad_norm=grad_norm), self.state.global_step + 1
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not self.args.fp16:  # its loss scaling provokes infinite gradients, and skips them
-            rows = [rows for _, s, given, _ in self.recent if s == step for rows in given]
-            self.recent.append(("gradient norm", step, rows, norm))
+            rows = [rows for _, s, given, _ in self.unchecked if s == step for rows in given]
+            self.unchecked.append(("gradient norm", step, rows, norm))
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        share = CLIPPED.take()
+        share = CLIPPED.pop_share()
         super().log(logs if share is None else {**logs, "clipped_share": share}, start_time)
         self.check_losses()
 
     def check_losses(self) -> None:
-        """Check the losses and gradient norms since the last check. All at once: every look waits for the device.
+        """Check the losses and gradient norms since the last check, all at once, since reading one waits for the
+        device.
 
         Raises:
             UserError: one is NaN or Inf.
         """
-        recent, self.recent = self.recent, []
-        values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for *_, value in recent]
-        for (what, step, rows, _), value in zip(recent, torch.stack(values).tolist() if values else (), strict=True):
+        unchecked, self.unchecked = self.unchecked, []
+        values = [torch.as_tensor(value, dtype=torch.float32, device=self.args.device) for *_, value in unchecked]
+        for (what, step, rows, _), value in zip(unchecked, torch.stack(values).tolist() if values else (), strict=True):
             if not isfinite(value):
-                raise self.describe_divergence(what, value, step, [self.ids[i] for part in rows for i in part.tolist()])
+                ids = [self.example_ids[i] for part in rows for i in part.tolist()]
+                raise self.describe_divergence(what, value, step, ids)
 
     def describe_divergence(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
+        """Return the error for a loss or gradient norm (`what`) that is NaN or Inf, with the examples of its step."""
         good = self.name_last_checkpoint()
         more = f" and {len(ids) - MAX_NAMED_EXAMPLES} more" if len(ids) > MAX_NAMED_EXAMPLES else ""
         return UserError(
@@ -161,6 +170,7 @@ class RunTrainer(Trainer):
         )
 
     def name_last_checkpoint(self) -> str | None:
+        """Return the folder name of the newest whole checkpoint, such as checkpoint-500; None if there is none."""
         kept = self.record.find_checkpoint()
         return f"checkpoint-{parse_checkpoint_step(kept)}" if kept else None
 
@@ -186,7 +196,8 @@ class RunTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As the Trainer's, then the state it forgets, and the manifest as the last file."""
+        """Save a checkpoint as the Trainer does, then the state that it leaves out, and the manifest as the last
+        file."""
         self.check_losses()
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -254,35 +265,39 @@ class RunTrainer(Trainer):
 
 
 class StopAndResume(TrainerCallback):
-    """Stops at the end of a step, with a checkpoint, when somebody asks for it, and restores what the Trainer forgets
-    when it resumes: the losses since its last log and the sum of all earlier ones. Starts the ramp of an update."""
+    """Stops after a step, with a checkpoint, when a stop was requested. When resuming, restores what the Trainer does
+    not: the losses since its last log and the sum of all earlier ones. In a new run, starts the adapter's ramp."""
 
-    def __init__(self, loop: RunTrainer) -> None:
-        self.loop = loop
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Start the ramp of a new run, or restore a resumed one from the checkpoint the Trainer has just loaded."""
         if not state.global_step:
-            start_ramp(self.loop.model)
+            start_ramp(self.trainer.model)
             return
-        loop, folder = self.loop, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        trainer, folder = self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
         kept = json.loads((folder / STATE_FILE).read_text())
         state.compute_steps(args, state.max_steps)  # train.save_steps may have changed
-        loop._tr_loss += kept["loss_since_log"]
-        loop._globalstep_last_logged, loop._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
-        loop._initial_global_step, loop.earlier = 0, kept["seconds"]
-        if loop.best:
-            loop.best.load_state(folder, kept["best"])
+        trainer._tr_loss += kept["loss_since_log"]
+        trainer._globalstep_last_logged, trainer._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
+        trainer._initial_global_step, trainer.earlier_seconds = 0, kept["seconds"]
+        if trainer.best:
+            trainer.best.load_state(folder, kept["best"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        told = gather_items([(bool(STOP.asked), self.loop.is_checkpoint_due())])
-        stop, due = (any(words) for words in zip(*told, strict=True))
-        control.should_save = self.loop.can_save if stop else control.should_save or (due and self.loop.can_save)
+        """Save if a stop was requested or a checkpoint is due in any process: all of them must decide the same."""
+        flags = gather_items([(bool(STOP.asked), self.trainer.is_checkpoint_due())])
+        stop, due = (any(values) for values in zip(*flags, strict=True))
+        control.should_save = self.trainer.can_save if stop else control.should_save or (due and self.trainer.can_save)
         control.should_training_stop = control.should_training_stop or stop
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.loop.best:  # before the epoch is scored
-            self.loop.check_losses()
-            self.loop.check_weights()
+        """Check what was trained before `BestEpoch`, a later callback, scores it and keeps its weights."""
+        if self.trainer.best:
+            self.trainer.check_losses()
+            self.trainer.check_weights()
 
     def on_save(self, args, state, control, **kwargs):
-        self.loop.kept_at = time.perf_counter()
+        """Start the clock of `train.save_minutes` again."""
+        self.trainer.saved_at = time.perf_counter()

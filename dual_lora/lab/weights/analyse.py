@@ -50,8 +50,8 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
     if other:
         common = any(update.module in theirs for update in mine)
         require(common, f"against={other[1].format_path()}: changed none of the weights that this run changed")
-    first, beginning = rebuild_initial_factors(settings, mine)
-    rows = [describe_update(u, theirs.get(u.module), first.get(u.module), settings, device) for u in mine]
+    initial_factors, initial_match = rebuild_initial_factors(settings, mine)
+    rows = [describe_update(u, theirs.get(u.module), initial_factors.get(u.module), settings, device) for u in mine]
     content = {
         "run": record.name,
         "against": other[1].name if other else None,
@@ -66,18 +66,18 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
         "update_scale": min(
             (u.factors.update_scale.item() for u in mine if isinstance(u, DualLoraUpdate)), default=None
         ),
-        "beginning": beginning,
+        "beginning": initial_match,
         "magnitude_edges": analysis.MAGNITUDE_EDGES,
         "direction_edges": analysis.DIRECTION_EDGES,
         "rows": rows,
     }
     record.write_sealed(ANALYSIS_FILE, content)
     record.write_file("analysis.csv", drop_histograms(rows).to_csv(index=False))
-    draw_figures(content, record)
+    draw_analysis(content, record)
     return format_analysis(content, record)
 
 
-def draw_figures(content: dict, record: Record) -> None:
+def draw_analysis(content: dict, record: Record) -> None:
     """Draw the figures of an analysis."""
     name = f"{content['model']}, {content['method']}"
     run = AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
@@ -87,23 +87,24 @@ def draw_figures(content: dict, record: Record) -> None:
 
 
 def describe_update(
-    update: Update, other: Update | None, first: DualLoraFactors | None, settings: Settings, device: str
+    update: Update, other: Update | None, initial_factors: DualLoraFactors | None, settings: Settings, device: str
 ) -> dict[str, object]:
-    """Return the row of one weight: where it is, and every number of dW followed by that of its null.
+    """Return the row of one weight: where it is, and every number for dW, each followed by that of its null.
 
-    other: the other run's update of this module. first: the factors this run began with. Numbers that need a missing
-    one are None, and so is the size of a null whose size means nothing.
+    other: the other run's update of this module. initial_factors: those this run began with. Numbers that need one of
+    these are None if it is missing; so is the relative size of a null whose scale is arbitrary
+    (`Update.size_is_meaningful`).
     """
     W0 = update.get_weight().to(device)
     theirs = None if other is None else other.get_whole_change()[update.block].to(device)
     trained = update.measure_parts(device) | measure_update(update.get_change().to(device), W0, theirs)
     drawn, null = update.draw_null(device)
-    null |= measure_update(drawn.to(device), W0 if update.sized else None, theirs)
+    null |= measure_update(drawn.to(device), W0 if update.size_is_meaningful else None, theirs)
     values = {key: value for name in trained for key, value in ((name, trained[name]), (f"{name}_null", null[name]))}
     return (
         locate_update(update, settings)
         | values
-        | {"signs_flipped": first and update.measure_flipped_signs(first, device)}
+        | {"signs_flipped": initial_factors and update.measure_flipped_signs(initial_factors, device)}
     )
 
 
@@ -117,8 +118,8 @@ def locate_update(update: Update, settings: Settings) -> dict[str, object]:
 
 def measure_update(dW: torch.Tensor, W0: torch.Tensor | None, theirs: torch.Tensor | None) -> dict[str, float | None]:
     """Return the numbers of one dW (out x in), and its similarity to another run's."""
-    likeness = dict.fromkeys(("cosine", "sign_agreement")) if theirs is None else analysis.agreement(dW, theirs)
-    return analysis.overall(dW, W0) | likeness
+    similarity = dict.fromkeys(("cosine", "sign_agreement")) if theirs is None else analysis.agreement(dW, theirs)
+    return analysis.overall(dW, W0) | similarity
 
 
 def format_analysis(content: dict, record: Record) -> str:
@@ -145,18 +146,18 @@ def format_analysis(content: dict, record: Record) -> str:
 
 def explain_analysis(content: dict) -> list[str]:
     """Return the notes that a reader of the numbers needs, one a line."""
-    beginning, scale = content["beginning"], content["update_scale"]
+    initial_match, scale = content["beginning"], content["update_scale"]
     found = [f"Medians over layers, trained | null. Null: {content['null']}."]
     if scale not in (None, 1.0):
         found.append(f"The ramp had reached f = {scale:g} when training ended; the null is at f = 1.")
-    if beginning["rebuilt"]:
-        cosine, sure = beginning["least_cosine"], beginning["least_over_chance"]
+    if initial_match["rebuilt"]:
+        cosine, sure = initial_match["least_cosine"], initial_match["least_over_chance"]
         found.append(
             "Signs flipped: compared with the factors that the run's seed draws. Every trained factor's cosine with "
             f"its draw is at least {cosine:.2f}, {sure:.0f} standard deviations above chance."
         )
     elif scale is not None:
-        found.append(f"Signs flipped: unknown, because {beginning['why']}.")
+        found.append(f"Signs flipped: unknown, because {initial_match['why']}.")
     if content["against"]:
         found.append(f"Cosine and sign agreement: with the dW of {content['against']}.")
     return found

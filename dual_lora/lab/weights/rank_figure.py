@@ -59,7 +59,7 @@ def draw_ranks(runs: list[AnalysedRun], folder: Path, kind: str = "rank") -> Pat
 
 
 def draw_own_ranks(axes: Axes, runs: list[AnalysedRun], part: str, kind: str, place: WeightPlace) -> None:
-    """Draw one line a run, and one for each different null, in its method's shade of gray."""
+    """Draw one line per run, and one per distinct null in its method's shade of gray."""
     nulls, grays = {}, dict(zip(dict.fromkeys(run.method for run in runs), ("black", "gray", "silver"), strict=False))
     for number, run in enumerate(runs):
         rows, scale = run.select_rows(place), min(place[1:]) if kind == "rank" else 1

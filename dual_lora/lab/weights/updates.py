@@ -50,7 +50,7 @@ class Update:
     `labels` name its parts for people."""
 
     ranks = ""
-    sized = False  # whether the size of a drawn dW means anything
+    size_is_meaningful = False  # whether the norm of the null dW is meaningful
     null = "a Gaussian matrix of the same shape"
     labels = {"overall": "dW"}
 
@@ -79,6 +79,7 @@ class Update:
         return self.draw_gaussian(*self.get_weight().shape), {}
 
     def get_seed(self) -> int:
+        """Return the seed of this weight's null, the same in every analysis."""
         return zlib.crc32(f"{NULL_SEED} {self.name}".encode())
 
     def draw_gaussian(self, out: int, fan_in: int, rank: int | None = None) -> Tensor:
@@ -112,6 +113,7 @@ class LowRankUpdate(Update):
         self.ranks = str(layer.r[ADAPTER])
 
     def get_product(self) -> Tensor:
+        """Return alpha / r * B A, out x in."""
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
     def get_whole_change(self) -> Tensor:
@@ -124,7 +126,7 @@ class LowRankUpdate(Update):
 class VariantUpdate(LowRankUpdate):
     """DoRA: dW is the merged minus the base weight. B A is reported beside it as `product`."""
 
-    sized = True
+    size_is_meaningful = True
     null = "B A with both factors Gaussian and ||B A|| as trained, all else as at initialisation"
     labels = {"product": "BA", "overall": "dW"}
 
@@ -154,6 +156,7 @@ class VariantUpdate(LowRankUpdate):
 
 
 def measure_product(BA: Tensor) -> dict:
+    """Return the ranks of B A (out x in), under names that begin with `product`."""
     return {f"product_{key}": value for key, value in analysis.spectrum(BA).items()}
 
 
@@ -177,7 +180,7 @@ class MergedUpdate(Update):
 class DualLoraUpdate(Update):
     """Dual LoRA. In a fused layer, one adapted block of rows."""
 
-    sized = True
+    size_is_meaningful = True
     null = "fresh factors by the adapter's own rule and shapes, at full scale"
     NAMES = {"relu": "ReLU", "sign": "Sign", "identity": ""}
 
@@ -188,7 +191,8 @@ class DualLoraUpdate(Update):
         A, _, C, _ = self.get_factors(self.factors)
         self.r1, self.r2 = len(A), len(C)
         self.ranks = f"{self.r1}+{self.r2}"
-        size, sign = (self.NAMES.get(self.factors.kinds[k], self.factors.kinds[k]) for k in ("magnitude", "direction"))
+        variants = self.factors.variants
+        size, sign = (self.NAMES.get(variants[k], variants[k]) for k in ("magnitude", "direction"))
         self.labels = {"magnitude": f"{size}(BA)", "direction": f"{sign}(DC)", "overall": "dW"}
         if index is not None:
             n, blocks = layer.fused_slices[ADAPTER]
@@ -205,8 +209,9 @@ class DualLoraUpdate(Update):
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
     def measure_factors(self, factors: DualLoraFactors, device: str) -> dict:
-        kinds = factors.kinds
-        return analysis.dual(*(t.to(device) for t in self.get_factors(factors)), kinds["magnitude"], kinds["direction"])
+        variants = factors.variants
+        four = (t.to(device) for t in self.get_factors(factors))
+        return analysis.dual(*four, variants["magnitude"], variants["direction"])
 
     def measure_parts(self, device: str) -> dict:
         return self.measure_factors(self.factors, device)
@@ -215,7 +220,7 @@ class DualLoraUpdate(Update):
     def draw_null(self, device: str) -> tuple[Tensor, dict]:
         factors = self.draw_fresh_factors()
         four = [t.to(device) for t in self.get_factors(factors)]
-        return delta_weight(*four, factors.scaling, **factors.kinds), self.measure_factors(factors, device)
+        return delta_weight(*four, factors.scaling, **factors.variants), self.measure_factors(factors, device)
 
     def draw_fresh_factors(self) -> DualLoraFactors:
         """Return fresh factors, drawn by the adapter's own rule."""
@@ -227,15 +232,17 @@ class DualLoraUpdate(Update):
             torch.manual_seed(self.get_seed())
             return type(trained)(self.config, fan_in, fan_out, self.r1 + self.r2, alpha, blocks)
 
-    def measure_flipped_signs(self, first: DualLoraFactors, device: str) -> float:
+    def measure_flipped_signs(self, initial_factors: DualLoraFactors, device: str) -> float:
         """Return the share of signs that differ from those of the factors the run began with."""
-        C, D, C0, D0 = (t.to(device) for t in (*self.get_factors(self.factors)[2:], *self.get_factors(first)[2:]))
+        C, D, C0, D0 = (
+            t.to(device) for t in (*self.get_factors(self.factors)[2:], *self.get_factors(initial_factors)[2:])
+        )
         return analysis.flipped(C, D, C0, D0)
 
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
-    """Return every weight a finished run changed, of a fully trained model those that have a role. W0 of a base in 4
-    bits is the values these bits stand for.
+    """Return an update for every weight that a finished run changed; for a fully trained model, those with a role. If
+    the base is in 4 bits, W0 is dequantised.
 
     Raises:
         UserError: the run cannot be loaded, holds NaN or Inf, or its method changes more than a weight can show.
@@ -267,8 +274,8 @@ def check_update_scales(model: nn.Module, record: Record) -> None:
 def list_adapter_updates(model: PeftModel, base: nn.Module, settings: Settings) -> Iterator[Update]:
     """Yield the updates of an adapted model. base: the same model as it is loaded, without an adapter.
 
-    Only LoRA that left the base weights alone, and Dual LoRA, are read from their factors. For all others dW is what
-    the weights say.
+    dW is computed from the factors only for Dual LoRA and for LoRA that left the base weights unchanged. For all other
+    methods it is the merged minus the base weight.
 
     Raises:
         UserError: the method cannot be merged, so that its dW is not known.
@@ -318,35 +325,37 @@ def find_layer_number(module: str) -> int | None:
 def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[dict[str, DualLoraFactors], dict]:
     """Return the factors the run began with, by module, and how well they match the trained ones.
 
-    The record does not hold them, so they are redrawn from the run's seed as training draws them. They count as the
-    run's own only if every trained factor is far more similar to its redrawn self than chance allows
-    (`MIN_DEVIATIONS`): had one number more or less been drawn before them, none would be. Rounding may differ between
-    machines, and sigma between versions of the rule, but neither changes a sign. If they do not match, no factors are
-    returned, but the reason.
+    The record does not hold them, so they are redrawn from the run's seed, as training does. They are accepted only if
+    every trained factor is far more similar to its redrawn counterpart than by chance (`MIN_DEVIATIONS`); if even one
+    more or one fewer random number had been drawn before, none would be. Rounding may differ between machines, and
+    sigma between versions of the rule, but neither changes a sign. If they do not match, no factors are returned, only
+    the reason.
     """
     dual = [u for u in updates if isinstance(u, DualLoraUpdate)]
     if not dual:
         return {}, {"rebuilt": False, "why": "the method has no direction group"}
     try:
-        first = draw_initial_factors(settings)
+        initial_factors = draw_initial_factors(settings)
     except UserError as error:
         return {}, {"rebuilt": False, "why": str(error)}
-    likeness, surest = [], []
+    cosines, deviations = [], []
     for update in dual:
-        if update.module not in first:
+        if update.module not in initial_factors:
             return {}, {"rebuilt": False, "why": f"training would not adapt {update.module} now"}
-        pairs = list(zip(update.get_factors(update.factors), update.get_factors(first[update.module]), strict=True))
+        pairs = list(
+            zip(update.get_factors(update.factors), update.get_factors(initial_factors[update.module]), strict=True)
+        )
         if any(a.shape != b.shape for a, b in pairs):
             return {}, {"rebuilt": False, "why": f"training would give {update.module} other shapes now"}
         for a, b in pairs:
-            cosine = analysis.likeness(a, b) or 0.0
-            likeness.append(cosine)
-            surest.append(cosine * math.sqrt(a.numel()))
-    found = {"least_cosine": min(likeness), "least_over_chance": min(surest)}
-    if min(surest) < MIN_DEVIATIONS:
+            cosine = analysis.cosine_similarity(a, b) or 0.0
+            cosines.append(cosine)
+            deviations.append(cosine * math.sqrt(a.numel()))
+    found = {"least_cosine": min(cosines), "least_over_chance": min(deviations)}
+    if min(deviations) < MIN_DEVIATIONS:
         why = "the factors redrawn from the seed do not match those this run began with"
         return {}, {"rebuilt": False, "why": why, **found}
-    return first, {"rebuilt": True, "why": None, **found}
+    return initial_factors, {"rebuilt": True, "why": None, **found}
 
 
 def draw_initial_factors(settings: Settings) -> dict[str, DualLoraFactors]:

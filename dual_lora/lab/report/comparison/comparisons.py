@@ -148,7 +148,7 @@ def test_match(
                 difference=difference,
                 unit=unit,
                 margin=experiment.margin.get("task") if unit == 100 else None,
-                lower_is_better=metric in task.lower,
+                lower_is_better=metric in task.lower_is_better,
                 planned=planned and main,
             )
         )

@@ -34,7 +34,7 @@ def draw_forest(found: list[Comparison]) -> Figure | None:
             labels[place] = name_comparison(comparison)
             draw_row(axes, comparison, place, reach)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(ylim=(-0.7, lines - 0.3), xlabel=describe_axis(rows))
+    axes.set(ylim=(-0.7, lines - 0.3), xlabel=describe_difference_axis(rows))
     axes.set_yticks(list(labels), list(labels.values()))
     for tick, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
         text.set_fontweight("bold" if labels[int(tick)] in groups else "normal")
@@ -73,7 +73,7 @@ def draw_row(axes: Axes, comparison: Comparison, place: float, reach: float) -> 
     axes.plot(test.mean, place, "D", color=color, markersize=4)
 
 
-def describe_axis(rows: list[Comparison]) -> str:
+def describe_difference_axis(rows: list[Comparison]) -> str:
     """Return what lies to the left and right."""
     lower = {c.lower_is_better for c in rows}
     sides = "" if len(lower) > 1 else "; left: better" if True in lower else "; right: better"

@@ -58,7 +58,7 @@ def describe_spread(experiment: Experiment, values: pd.DataFrame) -> str:
 def describe_axis(part: pd.DataFrame, done: list[Outcome]) -> str:
     """Return the name and unit of the main score of some values, for an axis."""
     found = [tasks.load(done[i].settings.task.name) for i in sorted(set(part["cell"]) - {-1})]
-    names = list(dict.fromkeys(task.metric if task.metric in task.plain else f"{task.metric}, %" for task in found))
+    names = list(dict.fromkeys(task.metric if task.metric in task.unscaled else f"{task.metric}, %" for task in found))
     return names[0] if len(names) == 1 else "mean of the main scores, %"
 
 
@@ -218,7 +218,7 @@ def draw_column(axes: Axes, part: pd.DataFrame, order: list[str]) -> None:
 
 def get_column_unit(column: Column, done: list[Outcome]) -> str:
     """Return the unit of the score that a column names; empty if it names no score."""
-    return "" if column.field in FIELDS or column.field in tasks.load(done[0].settings.task.name).plain else "%"
+    return "" if column.field in FIELDS or column.field in tasks.load(done[0].settings.task.name).unscaled else "%"
 
 
 def widen_axis(axes: Axes) -> None:

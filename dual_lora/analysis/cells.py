@@ -1,0 +1,210 @@
+"""A study of many small cells: one JSON line per finished cell, so that a stopped study resumes where it stopped.
+
+A study is a module with `plan_cells(size, ...)`, `run_cell(cell)` and `write_report(rows, folder)`. A cell is a frozen
+dataclass of plain values; the same cell gives the same result, bit for bit, on the same machine and number of threads.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+LEVEL = 0.95
+EDGE = 0.005  # a better rate at the grid's edge matters where it gains more than this
+
+
+class StudyError(ValueError):
+    """A mistake that the user can put right; its text is one line."""
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
+
+    Raises:
+        StudyError: another line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise StudyError(f"{path}, line {number}: not JSON; remove the line, its cell runs again") from error
+    return rows
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Append a row as one line and wait until it is on the disk."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dict]:
+    """Run the cells that the file has no row of, in their order, and yield each row once it is written.
+
+    run_cell: cell -> its result as plain values. A row holds the cell, the result, torch's version, the number of
+    threads and the seconds it took.
+
+    Raises:
+        StudyError: another process writes to the file.
+    """
+    with hold_file(path):
+        os.truncate(path, len(_whole_lines(path)))  # else the next row would continue the line of a crash
+        finished = {cell_key(row["cell"]) for row in read_rows(path)}
+        for cell in cells:
+            if cell_key(asdict(cell)) in finished:
+                continue
+            start = time.perf_counter()
+            row = {"cell": asdict(cell), "result": run_cell(cell)}
+            row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            row |= {"seconds": round(time.perf_counter() - start, 3)}
+            append_row(path, row)
+            yield row
+
+
+@contextlib.contextmanager
+def hold_file(path: Path) -> Iterator[None]:
+    """Lock a file, made where there is none, against other processes.
+
+    Raises:
+        StudyError: one holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(f"{path}: another process writes to it; wait for its end") from None
+        yield
+
+
+def cell_key(cell: dict) -> str:
+    """Return the text by which two cells are the same."""
+    return json.dumps(cell, sort_keys=True)
+
+
+def select_rows(rows: Iterable[dict], cells: Sequence) -> list[dict]:
+    """Return the rows of these cells, in the cells' order, one for each that has run."""
+    by_key = {cell_key(row["cell"]): row for row in rows}
+    return [by_key[key] for cell in cells if (key := cell_key(asdict(cell))) in by_key]
+
+
+def group_rows(rows: Iterable[dict], *fields: str) -> dict[tuple, list[dict]]:
+    """Return the rows by their cells' values of these fields, in order of first appearance."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row["cell"][field] for field in fields), []).append(row)
+    return groups
+
+
+def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
+    """Return the learning rate with the least mean of result[criterion] over seeds, and whether it is at an edge.
+
+    At an edge: it is the first or last of the rates and beats its neighbor by more than EDGE, so that a
+    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen.
+
+    Raises:
+        StudyError: a rate has fewer seeds than another.
+    """
+    groups = group_rows(sorted(rows, key=lambda row: row["cell"]["rate"]), "rate")
+    if len({len(group) for group in groups.values()}) > 1:
+        raise StudyError("some rates have fewer seeds than others: run the missing cells first")
+    means = {rate: sum(row["result"][criterion] for row in group) / len(group) for (rate,), group in groups.items()}
+    means = {rate: math.inf if math.isnan(mean) else mean for rate, mean in means.items()}
+    rates, best = list(means), min(means, key=means.get)
+    if len(rates) == 1 or best not in (rates[0], rates[-1]):
+        return best, False
+    neighbor = rates[1] if best == rates[0] else rates[-2]
+    return best, means[neighbor] - means[best] > EDGE
+
+
+def average(values: Sequence[float]) -> dict[str, float | None]:
+    """Return mean, low and high: the t-interval of a mean over seeds; low and high are None with one value."""
+    from scipy import stats
+
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    error = float(stats.sem(values))
+    half = error * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def format_average(found: dict, digits: int = 3) -> str:
+    """Return mean and half width of the interval of an `average`."""
+    if found["low"] is None:
+        return f"{found['mean']:.{digits}f}"
+    return f"{found['mean']:.{digits}f} ± {found['high'] - found['mean']:.{digits}f}"
+
+
+def describe_rows(rows: Sequence[dict], study: str) -> str:
+    """Return the line of a report that says what its numbers come from."""
+    seeds = len({row["cell"]["seed"] for row in rows})
+    versions = " and ".join(sorted({f"torch {row['torch']}, {row['threads']} thread" for row in rows}))
+    return (
+        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seeds, {versions}. Every comparison is "
+        "exploratory: each interval is of 95 %, not corrected for their number.\n\n"
+    )
+
+
+def format_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; columns after the first are aligned right."""
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
+
+
+def add_options(parser: ArgumentParser, sizes: Iterable[str]) -> ArgumentParser:
+    """Add the options that every study has: --out, --size and --report."""
+    parser.add_argument("--out", type=Path, required=True, help="file of rows, one JSON line a cell")
+    parser.add_argument("--size", choices=list(sizes), default="full")
+    parser.add_argument("--report", type=Path, help="folder of the report (default: report/ beside the rows)")
+    return parser
+
+
+def run_study(
+    cells: Sequence, run_cell: Callable, write_report: Callable, path: Path, report: Path | None = None
+) -> None:
+    """Run what is missing in one thread, with a line of progress for every twentieth cell, then write the report.
+
+    report: its folder; None is report/ beside the rows.
+    """
+    torch.set_num_threads(1)
+    missing = len(cells) - len(select_rows(read_rows(path), cells))
+    print(f"{path}: {missing} of {len(cells)} cells to run", flush=True)
+    start = time.perf_counter()
+    # With nothing to run the file is only read, which another process may write to meanwhile.
+    for done, _ in enumerate(run_missing(cells, run_cell, path) if missing else (), 1):
+        if done % 20 == 0 or done == missing:
+            seconds = time.perf_counter() - start
+            print(f"{done}/{missing}, {seconds:.0f} s, {seconds / done * (missing - done):.0f} s to go", flush=True)
+    folder = report or path.parent / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for written in write_report(select_rows(read_rows(path), cells), folder):
+        print(written)
+
+
+@contextlib.contextmanager
+def exit_on_mistakes() -> Iterator[None]:
+    """Turn a StudyError into its one line on standard error and exit status 1.
+
+    Raises:
+        SystemExit: in place of the StudyError.
+    """
+    try:
+        yield
+    except StudyError as error:
+        raise SystemExit(f"error: {error}") from error

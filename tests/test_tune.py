@@ -1,0 +1,76 @@
+"""Learning rates chosen by several seeds, with a length of their own."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.study import outcome
+from dual_lora.lab.study.experiment import Experiment
+
+SPEC = {
+    "title": "Made",
+    "columns": "task.name",
+    "cells": {"LoRA": ["method=lora"], "Head only": ["method=head_only", "seed=7,8"]},
+    "smoke": {
+        "run": ["model=tiny-roberta"],
+        "seeds": [0, 1, 2],
+        "blocks": [["task=demo/sentiment"], ["task=demo/choice", "model=tiny-llama"]],
+        "tune": {
+            "holdout": 9,
+            "max_steps": 1,
+            "seeds": [50],
+            "task_seeds": {"demo/sentiment": [50, 51]},
+            "grid": {"LoRA": [1e-3, 2e-3]},
+        },
+    },
+}
+
+
+@pytest.fixture
+def cells():
+    spec = json.loads(json.dumps(SPEC))
+    spec["smoke"]["blocks"] = spec["smoke"]["blocks"][:1]
+    return Experiment.from_content("made", spec).compose_cells([])
+
+
+def test_trials_have_seeds_and_a_length_of_their_own(cells):
+    cell = next(cell for cell in cells if cell.label == "LoRA")
+    assert [(t.train.lr, t.seed, t.train.max_steps) for t in cell.tuning] == [
+        (1e-3, 50, 1),
+        (1e-3, 51, 1),
+        (2e-3, 50, 1),
+        (2e-3, 51, 1),
+    ]
+    assert cell.settings.train.max_steps == 2 and cell.settings.seed == 0
+
+
+def test_a_cell_that_names_its_seeds_is_run_with_those(cells):
+    assert [cell.settings.seed for cell in cells if cell.label == "Head only"] == [7, 8]
+    assert [cell.settings.seed for cell in cells if cell.label == "LoRA"] == [0, 1, 2]
+
+
+def test_a_task_without_seeds_of_its_own_has_those_of_all():
+    spec = json.loads(json.dumps(SPEC))
+    spec["cells"].pop("Head only")
+    spec["smoke"]["blocks"] = [["task=demo/restaurants", "model=tiny-llama"]]
+    cell, *_ = Experiment.from_content("made", spec).compose_cells([])
+    assert [t.seed for t in cell.tuning] == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("scores", "rate"),
+    [
+        ([0.5, 0.9, 0.8, 0.7], 2e-3),  # the mean decides, not the best single seed
+        ([0.9, 0.9, 0.1, 0.2], 1e-3),
+        ([0.5, float("-inf"), 0.1, 0.2], 2e-3),  # a rate that diverged with one seed is the worst
+        ([0.5, 0.6, 0.7, float("nan")], None),  # one is missing
+    ],
+)
+def test_a_rate_is_chosen_by_its_mean_over_seeds(cells, scores, rate, monkeypatch):
+    cell = next(cell for cell in cells if cell.label == "LoRA")
+    known = {serialize_identity_settings(trial): score for trial, score in zip(cell.tuning, scores, strict=True)}
+    monkeypatch.setattr(outcome, "get_trial_score", lambda trial, study: known[serialize_identity_settings(trial)])
+    chosen = outcome.choose_learning_rate(cell, SimpleNamespace())
+    assert (chosen and chosen.settings.train.lr) == rate
