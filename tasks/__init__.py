@@ -28,7 +28,9 @@ def load(name: str, options: dict[str, Any] | None = None, data_dir: str | None 
         raise TaskError(f"task.name={name}: no such task; take task=NAME, one of those in conf/task/")
     build = getattr(importlib.import_module(f"tasks.{file}"), "task", None)
     if build is None:
-        raise TaskError(f"task.name={name}: no task, but what tasks use; take task=NAME, one of those in conf/task/")
+        raise TaskError(
+            f"task.name={name}: not a task but a module that tasks share; take task=NAME, one of those in conf/task/"
+        )
     known = {key: parameter.default for key, parameter in list(signature(build).parameters.items())[1:]}
     for key, value in (options or {}).items():
         if key not in known:

@@ -207,7 +207,8 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error) as error:
-        raise TaskError(f"{path}: cannot be read ({error}); {FETCH}") from error
+        remedy = "check that you may read it" if isinstance(error, PermissionError) else FETCH
+        raise TaskError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from error
 
 
 def read_table(
@@ -339,7 +340,7 @@ def read_text(path: Path) -> str:
         raise TaskError(f"{path}: cannot be read (line {line} is not UTF-8: {error.reason}); {remedy}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise TaskError(f"{path}: cannot be read (line {line} holds a zero byte, so it is no text); {remedy}")
+        raise TaskError(f"{path}: cannot be read (line {line} holds a zero byte, so it is not text); {remedy}")
     return text
 
 

@@ -103,7 +103,7 @@ class Classification(OwnFiles):
         label = (number_of if self.form == "regression" else class_of)(place, row, self.label)
         if self.listed and self.form == "classification" and label not in self.listed:
             what = f"{place}, column {self.label!r}: {label!r} is none of task.options.labels"
-            raise TaskError(f"{what}, {', '.join(self.listed)[:200]}; mend the row or list it")
+            raise TaskError(f"{what}, {', '.join(self.listed)[:200]}; fix the row or list it")
         return {"text": text_of(place, row, self.text), "text_pair": pair, "label": label}
 
     def check(self, found: dict[str, list[Placed]]) -> None:
@@ -129,19 +129,19 @@ class Classification(OwnFiles):
         place, rows = found["train"][0][0], len(found["train"])
         column = f"column {self.label!r}"
         if len(train) > max(MANY, rows / 2):
-            mend = "name another column, or take task.options.metric=pearson for numbers"
-            raise TaskError(f"{place.path}: {column} has {len(train)} classes in {rows} rows; {mend}")
+            remedy = "name another column, or take task.options.metric=pearson for numbers"
+            raise TaskError(f"{place.path}: {column} has {len(train)} classes in {rows} rows; {remedy}")
         alike: dict[str, str] = {}
         for label in in_order(train):
             if (other := alike.setdefault(label.casefold(), label)) != label:
-                mend = "write both alike, or list the classes with task.options.labels"
-                raise TaskError(f"{train[label]}, {column}: {label!r} and {other!r} differ in capitals only; {mend}")
+                remedy = "write both alike, or list the classes with task.options.labels"
+                raise TaskError(f"{train[label]}, {column}: {label!r} and {other!r} differ in capitals only; {remedy}")
         for split, seen in first.items():
             for other, known in first.items():
                 if lost := next((label for label in seen if label not in known), None):
-                    mend = "add rows of it there, mend the row, or list the classes with task.options.labels"
+                    remedy = "add rows of it there, fix the row, or list the classes with task.options.labels"
                     raise TaskError(
-                        f"{seen[lost]}, {column}: the class {lost!r} is in {split} but not in {other}; {mend}"
+                        f"{seen[lost]}, {column}: the class {lost!r} is in {split} but not in {other}; {remedy}"
                     )
         if len(train) < 2:
             raise TaskError(f"{place.path}: {column} has one class only, {next(iter(train))!r}; add rows of another")
@@ -191,8 +191,8 @@ def class_of(place: Place, row: Row, column: str) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float) and not math.isnan(value):
-        mend = "write a class name or a whole number, or take task.options.metric=pearson"
-        raise TaskError(f"{place}, column {column!r}: {value} is no class; {mend}")
+        remedy = "write a class name or a whole number, or take task.options.metric=pearson"
+        raise TaskError(f"{place}, column {column!r}: {value} is not a class; {remedy}")
     return text_of(place, row | {column: None} if isinstance(value, float) else row, column).strip()
 
 
@@ -210,5 +210,5 @@ def number_of(place: Place, row: Row, column: str) -> float:
             raise
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]!r} is no finite number; write one like 2.5")
+        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]!r} is not a finite number; write one like 2.5")
     return number

@@ -60,7 +60,7 @@ class GlueMetrics(Checked):
         )
 
     def check(self, predictions: Iterable[Any], references: Iterable[Any]) -> None:
-        """Refuse what is no class index, or no finite number for "stsb".
+        """Refuse what is not a class index, or not a finite number for "stsb".
 
         Raises:
             ValueError: with the first such value.
@@ -69,12 +69,12 @@ class GlueMetrics(Checked):
             found = np.asarray(values)
             if found.ndim != 1 or found.dtype.kind not in "biuf":
                 raise ValueError(
-                    f"{name}: {' '.join(str(values).split())[:80]} is no list of one number for each example"
+                    f"{name}: {' '.join(str(values).split())[:80]} is not a list of one number for each example"
                 )
             fits = np.isfinite(found) if self.form == "regression" else np.isin(found, range(self.classes))
             if not fits.all():
                 wanted = "finite number" if self.form == "regression" else f"class index from 0 to {self.classes - 1}"
-                raise ValueError(f"{name}: {found[~fits][0]} is no {wanted}")
+                raise ValueError(f"{name}: {found[~fits][0]} is not a {wanted}")
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         if self.form == "regression":
@@ -100,10 +100,10 @@ class E2eMetrics(Checked):
         """
         for text in predictions:
             if not isinstance(text, str):
-                raise ValueError(f"predictions: {text!r} is no text")
+                raise ValueError(f"predictions: {text!r} is not text")
         for texts in references:
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"references: {texts!r} is no list of texts; every output needs a list")
+                raise ValueError(f"references: {texts!r} is not a list of texts; every output needs a list")
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         return metrics.e2e(predictions, references)

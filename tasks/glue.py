@@ -117,7 +117,16 @@ class Glue(Task):
         stem = {"train": "train", "validation": "dev"}.get(split, split.replace("validation", "dev"))
         folders = (f"glue/{self.spec.folder}", self.spec.folder)
         original = (ORIGINAL,) if self.subset == "mrpc" else ()
-        return base.find_data_file(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
+        try:
+            return base.find_data_file(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
+        except TaskError as error:
+            raise TaskError(f"{error}{self.hint(data_dir) if original else ''}") from error
+
+    def hint(self, data_dir: str) -> str:
+        """Return where Microsoft's MRPC file lies, if it is in data_dir but not where it belongs."""
+        root = Path(data_dir).expanduser()
+        found = next((path for path in (root / ORIGINAL, *root.glob(f"*/{ORIGINAL}")) if path.is_file()), None)
+        return f"; move {found} and GLUE's dev_ids.tsv to {root / self.spec.folder}/" if found else ""
 
     def dev_ids(self, path: Path) -> Path | None:
         """Return the file that says which rows of Microsoft's MRPC file GLUE validates on; None for GLUE's own files.

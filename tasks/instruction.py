@@ -83,8 +83,8 @@ class Instruction(OwnFiles):
         return next((form for form in forms if set(form) <= known.keys()), self.columns)
 
     def remedy(self) -> str:
-        mend = "name yours with task.options.prompt and response"
-        return f"{mend}, or give instruction and output, or messages"
+        remedy = "name yours with task.options.prompt and response"
+        return f"{remedy}, or give instruction and output, or messages"
 
     def key(self, row: Row) -> Hashable:
         return tuple((message["role"], message["content"]) for message in row["messages"])
@@ -158,7 +158,7 @@ def checked_messages(place: Place, value: Any) -> list[Row]:
     column = f"{place}, column 'messages'"
     like = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(message, dict) for message in value):
-        raise TaskError(f"{column}: no list of two messages or more; {like}")
+        raise TaskError(f"{column}: not a list of two or more messages; {like}")
     found = []
     for number, message in enumerate(value, start=1):
         if message.get("role") not in ROLES:

@@ -71,7 +71,7 @@ def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, flo
         ValueError: a value is NaN or infinite.
     """
     if odd := [value for value in (*answers, *gold) if not math.isfinite(value)]:
-        raise ValueError(f"{odd[0]!r} is no number to correlate")
+        raise ValueError(f"{odd[0]!r} is not a number that can be correlated")
     if len(set(answers)) < 2 or len(set(gold)) < 2:
         return {"pearson": 0.0, "spearman": 0.0, "pearson_spearman_mean": 0.0}
     pearson, spearman = float(pearsonr(answers, gold)[0]), float(spearmanr(answers, gold)[0])

@@ -68,7 +68,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
     found: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         if (split := split_of(path)) is None:
-            raise TaskError(f"{path}: its name is no split's; rename it to train, validation or test, or move it away")
+            raise TaskError(f"{path}: not named after a split; rename it to train, validation or test, or move it away")
         found[split].append(path)
     if "train" not in found:
         raise TaskError(f"data_dir={data_dir}: no file called train, only {', '.join(p.name for p in paths)[:200]}")
@@ -151,7 +151,7 @@ def stamp(path: Path) -> tuple[int, int]:
     try:
         facts = path.stat()
     except OSError as error:
-        raise TaskError(f"{path}: cannot be read ({error.strerror}); see that you may read it") from error
+        raise TaskError(f"{path}: cannot be read ({error.strerror}); check that you may read it") from error
     return facts.st_size, facts.st_mtime_ns
 
 
@@ -165,12 +165,14 @@ def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
     names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
     other = next((sign for sign in names if sign != delimiter and sign in header), None)
     if other and delimiter not in header:
-        mend = f"save it with {names[delimiter]}{' or name it .tsv' if other == chr(9) else ''}"
-        raise TaskError(f"{path}: its header is separated by {names[other]}, not by {names[delimiter]}; {mend}")
-    mend = "write every row with all of its fields"
+        remedy = f"save it with {names[delimiter]}{' or name it .tsv' if other == chr(9) else ''}"
+        raise TaskError(f"{path}: its header is separated by {names[other]}, not by {names[delimiter]}; {remedy}")
+    remedy = "write every row with all of its fields"
     if quotes:
-        mend += ", in quotation marks where one holds a separator; where marks are text, take task.options.quotes=false"
-    for number, row in base.read_table(path, delimiter, quotes, remedy=mend):
+        remedy += (
+            ", in quotation marks where one holds a separator; where marks are text, take task.options.quotes=false"
+        )
+    for number, row in base.read_table(path, delimiter, quotes, remedy=remedy):
         yield Place(path, number, "line"), row
 
 
@@ -192,10 +194,10 @@ def read_list(path: Path) -> Iterator[Placed]:
     Raises:
         TaskError: it holds something else.
     """
-    mend = "give a list of objects, or a .jsonl with one object a line"
-    content = base.parse_json(base.read_text(path), str(path), mend)
+    remedy = "give a list of objects, or a .jsonl with one object a line"
+    content = base.parse_json(base.read_text(path), str(path), remedy)
     if not isinstance(content, list):
-        raise TaskError(f"{path}: no list; {mend}")
+        raise TaskError(f"{path}: not a list; {remedy}")
     for number, value in enumerate(content, start=1):
         place = Place(path, number, "row")
         yield place, checked_object(value, place)
@@ -208,7 +210,7 @@ def checked_object(value: Any, place: Place) -> Row:
         TaskError: it is no object with columns.
     """
     if not isinstance(value, dict):
-        raise TaskError(f"{place}: {str(value)[:60]!r} is no object with columns; write {{...}}")
+        raise TaskError(f"{place}: {str(value)[:60]!r} is not an object with columns; write {{...}}")
     return value
 
 
@@ -251,11 +253,11 @@ def text_of(place: Place, row: Row, column: str, empty: bool = False) -> str:
     if value is None or isinstance(value, str) and not value.strip() and not empty:
         raise TaskError(f"{place}, column {column!r}: empty; fill it in or remove the row")
     if not isinstance(value, str):
-        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]} is no text; write it in quotation marks")
+        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]} is not text; write it in quotation marks")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise TaskError(f"{place}, column {column!r}: holds half a character ({error.reason}); mend the row") from error
+        raise TaskError(f"{place}, column {column!r}: holds half a character ({error.reason}); fix the row") from error
     return value
 
 
@@ -379,8 +381,8 @@ class OwnFiles(Task):
             for place, row in found[split]:
                 if same := known.get(self.key(row)):
                     where = f"{same.path.name} {same.unit} {same.number}"
-                    mend = "remove one of them, or allow it with task.options.overlap=true"
-                    raise TaskError(f"{place}: the same example as {where}, which training sees; {mend}")
+                    remedy = "remove one of them, or allow it with task.options.overlap=true"
+                    raise TaskError(f"{place}: the same example as {where}, which training sees; {remedy}")
 
 
 def set_apart(

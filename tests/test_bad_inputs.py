@@ -1,6 +1,6 @@
 """Bad input of every kind, through the entry points: one line that names the culprit, exit code 2, nothing lost.
 
-tests/golden/bad_inputs.md is the table of them, with what is said; DUAL_LORA_GOLDEN=write pytest -m '' writes it anew.
+tests/golden/bad_inputs.md is the table of them, with what is said; DUAL_LORA_GOLDEN=write pytest -m '' rewrites it.
 How long an error takes is written there too, in classes, and not compared: of every case in this process, which has
 loaded everything, and of one case or more of each kind as a user waits for it, from the start of a process to its end.
 """
@@ -341,18 +341,18 @@ CASES = [
     Case("config", "unknown setting", "train.epoch=2", "train.epoch: no such setting. Did you mean train.epochs?"),
     Case("config", "unknown choice", "method=lorra", "method=lorra: no such method. Did you mean lora?"),
     Case("config", "unknown setting with +", "+train.warmup=3", "train.warmup: no such setting"),
-    Case("config", "a known setting with +", "+train.lr=1", "+train.lr: is there already"),
-    Case("config", "a choice with +", "+method=lora", "+method: is there already"),
+    Case("config", "a known setting with +", "+train.lr=1", "+train.lr: already exists"),
+    Case("config", "a choice with +", "+method=lora", "+method: already exists"),
     Case("config", "no value at all", "rank", "rank: not of the form KEY=VALUE"),
     Case("config", "no name at all", "=3", "not of the form KEY=VALUE"),
-    Case("config", "a line break", "study=a\\nb{_}c".replace("\\n", "{nl}"), "holds characters that are no text"),
+    Case("config", "a line break", "study=a\\nb{_}c".replace("\\n", "{nl}"), "contains characters that are not text; remove them"),
     Case("config", "a removed group", "~method", "~method: settings cannot be removed"),
     Case("config", "an unknown option", "--config-dir=/tmp", "--config-dir=/tmp: no such option"),
     Case("config", "a new PEFT field without +", "method.peft.zzz=1", "write +method.peft.zzz=VALUE to add it"),
     Case("config", "another task's option", "+task.options.style=5", "demo/sentiment has no such option"),
     Case("config", "option of another type", "task=e2e task.options.separator=5 model=tiny-llama", "must be like ' ||'"),
     Case("config", "unknown task by name", "task.name=nothing", "task.name=nothing: no such task"),
-    Case("config", "a module that is no task", "task.name=metrics", "task.name=metrics: no task"),
+    Case("config", "a module that is no task", "task.name=metrics", "task.name=metrics: not a task"),
     # config: values
     Case("config", "text for a number", "train.lr=fast", "train.lr: Value 'fast'"),
     Case("config", "fraction for a whole number", "method.rank=2.5", "method.rank: Value '2.5'"),
@@ -371,7 +371,7 @@ CASES = [
     Case("config", "ranks of zero", "method.r1=0 method.r2=0", "method.r1=0 and method.r2=0: must be positive"),
     Case("config", "empty value", "data_dir=", "data_dir=: empty; give a value, or null"),
     Case("config", "nothing to adapt", "model.adapt=[]", "model.adapt=[]: nothing for dual_lora to adapt"),
-    Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: no regular expression"),
+    Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: not a regular expression"),
     Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "make it 16; drop one"),
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),
@@ -397,21 +397,21 @@ CASES = [
     Case("config", "a model's name above the runs", "model.name=../../x", "model.name=../../x: only letters"),
     Case("config", "a task's name above the runs", "task.name=../x", "task.name=..: only letters"),
     Case("config", "a name longer than a file's", f"study={'a' * 300}", "at most 60"),
-    Case("config", "Hydra's folder", "hydra.run.dir=/etc", "hydra.run.dir: of Hydra's own only"),
-    Case("config", "Hydra's search path", "hydra.searchpath=[/tmp]", "hydra.searchpath: of Hydra's own only"),
-    Case("config", "Hydra's environment", "+hydra.job.env_set.X=1", "hydra.job.env_set.X: of Hydra's own only"),
+    Case("config", "Hydra's folder", "hydra.run.dir=/etc", "hydra.run.dir: only hydra/launcher may be set"),
+    Case("config", "Hydra's search path", "hydra.searchpath=[/tmp]", "hydra.searchpath: only hydra/launcher may be set"),
+    Case("config", "Hydra's environment", "+hydra.job.env_set.X=1", "hydra.job.env_set.X: only hydra/launcher may be set"),
     Case("config", "code as a value", "+method.peft._target_=os.system", "_target_ names code to run"),
     Case("config", "code for Hydra", "hydra.launcher._target_=os.system", "_target_ names code to run"),
     Case("config", "an unknown launcher", "hydra/launcher=slrum", "no such launcher. Did you mean slurm?"),
     Case("config", "a launcher not installed", "hydra/launcher=ray_cluster", "not installed; pip install -e '.[ray]'"),
     Case("config", "a setting of another launcher", "hydra/launcher=slurm hydra.launcher.n_jobs=2", "launcher slurm has no such setting"),
     Case("config", "two launchers", "hydra/launcher=slurm,workstation", "hydra/launcher: one value for all runs"),
-    Case("config", "the environment", "study=${oc.env:WANDB_API_KEY}", "study: of ${...} only other settings"),
+    Case("config", "the environment", "study=${oc.env:WANDB_API_KEY}", "study: ${...} may name only other settings"),
     Case("config", "the environment, hidden", "study=${oc.${wandb.mode}:X}", "not of the form KEY=VALUE"),
-    Case("config", "decoded text", "study=${oc.decode:a}", "study: of ${...} only other settings"),
+    Case("config", "decoded text", "study=${oc.decode:a}", "study: ${...} may name only other settings"),
     Case("config", "an unknown reference", "seed=${nothing}", "seed: Interpolation key 'nothing' not found"),
     Case("config", "a reference to itself", "seed=${seed}", "seed: Recursive interpolation"),
-    Case("config", "a key typed as a name", f"study={KEY}/x", "study: holds a key or password of the environment", env={"WANDB_API_KEY": KEY}),
+    Case("config", "a key typed as a name", f"study={KEY}/x", "study: contains a key or password from the environment", env={"WANDB_API_KEY": KEY}),
     Case("config", "an unknown experiment", "experiment=learning_rate", "Did you mean learning_rates?", script=SWEEP),
     # data
     Case("data", "no such folder", "task=glue/rte data_dir=/nowhere", "data_dir=/nowhere: no such folder"),
@@ -485,7 +485,7 @@ CASES = [
     Case("adapter", "start from another model's", "model=tiny-deberta init_from={here}/run", "trained with model=tiny-roberta", finished),
     Case("adapter", "start from another method's", "method=lora init_from={here}/run", "trained with method=dual_lora", finished),
     Case("adapter", "start from other ranks", "method.rank=4 init_from={here}/run", "does not fit at", finished),
-    Case("adapter", "start from damaged weights", "init_from={here}/run", "not as the run left it", changed("run/adapter/adapter_model.safetensors", lambda c: c[:200], finished)),
+    Case("adapter", "start from damaged weights", "init_from={here}/run", "changed since the run", changed("run/adapter/adapter_model.safetensors", lambda c: c[:200], finished)),
     Case("adapter", "start from a pickle", "init_from={here}/run", "no finished run with adapter_model.safetensors", as_pickle("run/adapter/adapter_model.safetensors", finished)),
     # checkpoint and record
     Case("record", "no run named", "", "run=runs/STUDY/ID is needed", script=EVAL),
@@ -495,33 +495,33 @@ CASES = [
     Case("record", "not finished, to analyse", "run={here}/run analyse=true", "not finished", unfinished, EVAL),
     Case("record", "not finished, to export", "run={here}/run export={here}/out", "not finished", unfinished, EVAL),
     Case("record", "result.json cut short", "run={here}/run", "result.json: damaged", changed("run/result.json", lambda c: c[:40], finished), EVAL),
-    Case("record", "result.json is a list", "run={here}/run", "result.json: damaged (no JSON object)", changed("run/result.json", lambda c: b"[]", finished), EVAL),
+    Case("record", "result.json is a list", "run={here}/run", "result.json: damaged (not a JSON object)", changed("run/result.json", lambda c: b"[]", finished), EVAL),
     Case("record", "result.json of another program", "run={here}/run", "result.json: damaged (no data,", changed("run/result.json", lambda c: b"{}", finished), EVAL),
     Case("record", "its own result.json damaged", "", "result.json: damaged", damaged_own_result),
-    Case("record", "config.yaml with a newer setting", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, said("magic: 1"), finished), EVAL),
-    Case("record", "config.yaml without a setting", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, lambda c: b"seed: 0\n", finished), EVAL),
-    Case("record", "config.yaml is a list", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, lambda c: b"[1]\n", finished), EVAL),
-    Case("record", "config.yaml is binary", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, lambda c: b"\x80\x04", finished), EVAL),
-    Case("record", "config.yaml with a Python object", "run={here}/run", "config.yaml: not a run's settings as this version", changed(CONFIG, said("study: !!python/object/apply:os.system [exit]"), finished), EVAL),
+    Case("record", "config.yaml with a newer setting", "run={here}/run", "config.yaml: not settings that this version can read", changed(CONFIG, said("magic: 1"), finished), EVAL),
+    Case("record", "config.yaml without a setting", "run={here}/run", "config.yaml: not settings that this version can read", changed(CONFIG, lambda c: b"seed: 0\n", finished), EVAL),
+    Case("record", "config.yaml is a list", "run={here}/run", "config.yaml: not settings that this version can read", changed(CONFIG, lambda c: b"[1]\n", finished), EVAL),
+    Case("record", "config.yaml is binary", "run={here}/run", "config.yaml: not settings that this version can read", changed(CONFIG, lambda c: b"\x80\x04", finished), EVAL),
+    Case("record", "config.yaml with a Python object", "run={here}/run", "config.yaml: not settings that this version can read", changed(CONFIG, said("study: !!python/object/apply:os.system [exit]"), finished), EVAL),
     Case("record", "config.yaml with code", "run={here}/run", "_target_ names code to run", changed(CONFIG, said("study: {_target_: os.system}"), finished), EVAL),
-    Case("record", "config.yaml with the environment", "run={here}/run", "of ${...} only other settings", changed(CONFIG, said("study: ${oc.env:WANDB_API_KEY}"), finished), EVAL),
+    Case("record", "config.yaml with the environment", "run={here}/run", "${...} may name only other settings", changed(CONFIG, said("study: ${oc.env:WANDB_API_KEY}"), finished), EVAL),
     Case("record", "config.yaml above the runs", "run={here}/run", "study=../x: only letters", changed(CONFIG, said("study: ../x"), finished), EVAL),
     Case("record", "exported over something", "run={here}/run export={here}/run", "not empty; give a new folder", finished, EVAL),
     Case("record", "another setting for eval", "run={here}/run seed=1", "seed: no such setting of eval.py", finished, EVAL),
     Case("record", "compared with no run", "run={here}/run analyse=true against={here}", "against=", finished, EVAL),
     # environment
-    Case("environment", "a file in place of the runs", "", "is no folder that can be written", lambda h: (h / "runs").write_text("")),
+    Case("environment", "a file in place of the runs", "", "is not a writable folder", lambda h: (h / "runs").write_text("")),
     Case("environment", "a model's folder that is none", "model.path=/nowhere", "model.path=/nowhere: no config.json there"),
     Case("environment", "a model without weights", PLACED, "no *.safetensors there", without("model/model.safetensors", model)),
     Case("environment", "a model of *.bin only", PLACED, "no *.safetensors there", as_pickle("model/model.safetensors", model)),
     Case("environment", "config.json is junk", PLACED, "config.json: damaged", changed("model/config.json", lambda c: b"\x00\xff{", model)),
-    Case("environment", "config.json is a list", PLACED, "config.json: damaged (no JSON object)", changed("model/config.json", lambda c: b"[]", model)),
+    Case("environment", "config.json is a list", PLACED, "config.json: damaged (not a JSON object)", changed("model/config.json", lambda c: b"[]", model)),
     Case("environment", "config.json names no model", PLACED, "names no model_type", changed("model/config.json", lambda c: b"{}", model)),
     Case("environment", "a model of an unknown kind", PLACED, "cannot load", changed("model/config.json", in_json(lambda c: c | {"model_type": "magic"}), model)),
-    Case("environment", "a model with code of its own", PLACED, "wants code of its own to be run", own_code),
+    Case("environment", "a model with code of its own", PLACED, "it needs code of its own", own_code),
     Case("environment", "weights cut short", PLACED, "cannot load", changed("model/model.safetensors", lambda c: c[:-9], model)),
     Case("environment", "weights of a smaller model", PLACED, "its weights lack", changed("model/config.json", in_json(lambda c: c | {"num_hidden_layers": 9}), model)),
-    Case("environment", "weights of another width", PLACED, "its weights have other shapes", changed("model/config.json", in_json(lambda c: c | {"intermediate_size": 24}), model)),
+    Case("environment", "weights of another width", PLACED, "the shapes of its weights", changed("model/config.json", in_json(lambda c: c | {"intermediate_size": 24}), model)),
     Case("environment", "no tokenizer", PLACED, "no tokenizer beside the model", lambda h: [without("model/tokenizer.json", model)(h), (h / "model/tokenizer_config.json").unlink()]),
     Case("environment", "a tokenizer that is junk", PLACED, "cannot load", changed("model/tokenizer.json", lambda c: b"{}", model)),
     Case("environment", "another model's tokenizer", PLACED, "model=tiny-roberta", lambda h: other_tokenizer(h)),
@@ -533,13 +533,13 @@ CASES = [
     Case("environment", "a GGUF file cut short", GGUF, "x.gguf: damaged", changed("x.gguf", lambda c: c[: len(c) // 2], in_gguf())),
     Case("environment", "a GGUF file cut in its last weight", GGUF, "cannot load", changed("x.gguf", lambda c: c[:-5], in_gguf())),
     Case("environment", "a GGUF file of an old version", GGUF, "x.gguf: damaged (version 1", changed("x.gguf", lambda c: c.replace(b"GGUF\x03", b"GGUF\x01", 1), in_gguf())),
-    Case("environment", "a GGUF file of another kind", GGUF, "transformers reads no clip from GGUF", in_gguf(architecture="clip")),
-    Case("environment", "a GGUF file with an unknown tokenizer", GGUF, "how its tokenizer cuts texts (deepseek-llm) is not known", in_gguf(cut="deepseek-llm")),
+    Case("environment", "a GGUF file of another kind", GGUF, "transformers cannot read clip models from GGUF", in_gguf(architecture="clip")),
+    Case("environment", "a GGUF file with an unknown tokenizer", GGUF, "its tokenizer splits texts (deepseek-llm) is not supported", in_gguf(cut="deepseek-llm")),
     Case("environment", "a GGUF file with stretched positions", GGUF, "its positions are scaled", in_gguf(more={"llama.rope.scaling.type": "yarn"})),
     Case("environment", "a GGUF file of another family than the model's", "model=tiny-gpt2 task=demo/choice model.path={here}/x.gguf", "not found in the base model", in_gguf()),
     Case("environment", "a GGUF file of an encoder and decoder", "model=tiny-llama task=demo/restaurants model.path={here}/x.gguf", "cannot load", in_gguf(architecture="t5")),
-    Case("environment", "a chat template that is broken", "model=tiny-llama task=demo/restaurants model.chat=true model.path={here}/x.gguf", "chat template takes no single prompt", in_gguf(template="{% for %}")),
-    Case("environment", "a chat template that would run code", "model=tiny-llama task=demo/restaurants model.chat=true model.path={here}/x.gguf", "chat template takes no single prompt", in_gguf(template="{{ ''.__class__.__mro__[1].__subclasses__() }}")),
+    Case("environment", "a chat template that is broken", "model=tiny-llama task=demo/restaurants model.chat=true model.path={here}/x.gguf", "chat template fails on a single prompt", in_gguf(template="{% for %}")),
+    Case("environment", "a chat template that would run code", "model=tiny-llama task=demo/restaurants model.chat=true model.path={here}/x.gguf", "chat template fails on a single prompt", in_gguf(template="{{ ''.__class__.__mro__[1].__subclasses__() }}")),
     Case("environment", "a model that is not here, offline", "model=roberta-base", "cannot load FacebookAI/roberta-base"),
     Case("environment", "data that is not here, offline", "task=glue/rte", "cannot load its train split"),
     # names that no disk takes, and homes that nobody has
@@ -562,17 +562,17 @@ CASES = [
     Case("config", "Hydra runs a pickle", "--info --experimental-rerun x.pickle", "--experimental-rerun: no such option"),
     Case("config", "Hydra shows an unknown setting", "--cfg job nothing=1", "nothing: no such setting"),
     Case("config", "Hydra shows a wrong value", "--cfg job train.lr=fast", "train.lr: Value 'fast'"),
-    Case("config", "the sweeper's own settings", "+hydra.sweeper.params={train.lr:1}", "hydra.sweeper.params: of Hydra's own only"),
+    Case("config", "the sweeper's own settings", "+hydra.sweeper.params={train.lr:1}", "hydra.sweeper.params: only hydra/launcher may be set"),
     # files of conf/
     Case("config", "a method that is no YAML", "method=lora", "method/lora.yaml: line ", conf("method/lora.yaml", "name: lora\npeft: {a: [1\n"), under=elsewhere),
     Case("config", "an experiment that is no YAML", "experiment=x", "experiment/x.yaml: line ", conf("experiment/x.yaml", "cells: {a: [1\n"), SWEEP, under=elsewhere),
     Case("config", "an experiment that is a list", "experiment=x", "conf/experiment/x.yaml: gives no scale", conf("experiment/x.yaml", "[1]\n"), SWEEP, under=elsewhere),
     Case("config", "an experiment without a scale", "experiment=x", "conf/experiment/x.yaml: gives no scale", conf("experiment/x.yaml", "title: x\n"), SWEEP, under=elsewhere),
     Case("config", "an experiment without anything", "experiment=x", "title, cells, columns: missing", conf("experiment/x.yaml", "full: {}\n"), SWEEP, under=elsewhere),
-    Case("config", "an experiment with a number for seeds", "experiment=x", "seeds: '5' is not of the form", conf("experiment/x.yaml", "full: {seeds: 5}\n"), SWEEP, under=elsewhere),
+    Case("config", "an experiment with a number for seeds", "experiment=x", "seeds: '5' has the wrong form", conf("experiment/x.yaml", "full: {seeds: 5}\n"), SWEEP, under=elsewhere),
     # exports, before anything is loaded
     Case("record", "exported into a file", "run={here}/run export={here}/x", "x: a file; give a new folder", lambda h: [finished(h), write("x", "")(h)], EVAL),
-    Case("environment", "a hub without an address", "model=roberta-base", "HF_ENDPOINT=http://host:notaport: no address", under=no_hub),
+    Case("environment", "a hub without an address", "model=roberta-base", "HF_ENDPOINT=http://host:notaport: not an address", under=no_hub),
     # checkpoints
     Case("checkpoint", "one without a manifest", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/optimizer.pt", "x"), code=0),
     Case("checkpoint", "a manifest that is junk", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "\0"), code=0),
@@ -586,17 +586,17 @@ CASES = [
     Case("disk", "full under a checkpoint", "train.save_steps=1", "checkpoint-1: cannot be written (No space left on device); free some space", under=raising("transformers.Trainer._save_checkpoint", FULL)),
     Case("disk", "full under the adapter", "", "cannot be written (No space left on device); free some space", under=raising("peft.PeftModel.save_pretrained", FULL)),
     Case("disk", "full under an export", "run={here}/run export={here}/out", "export=", finished, EVAL, under=raising("transformers.PreTrainedModel.save_pretrained", FULL)),
-    Case("disk", "broken under the data", RTE, "dev.tsv: cannot be read ([Errno 5] Input/output error", rte, under=failing("dev.tsv", errno.EIO, "r")),
+    Case("disk", "broken under the data", RTE, "dev.tsv: cannot be read (Input/output error", rte, under=failing("dev.tsv", errno.EIO, "r")),
     Case("disk", "too many open files", "run={here}/run", "Too many open files; allow more open files", finished, EVAL, under=raising("dual_lora.lab.evaluate.reevaluation.load_task", OSError(errno.EMFILE, "Too many open files"))),
     # permissions
-    Case("permission", "runs that may not be written", "", "is no folder that can be written; set DUAL_LORA_RUNS=DIR", under=forbidden),
-    Case("permission", "an export that may not be written", "run={here}/run export={here}/out", "is no folder that can be written; give another folder as export=DIR", finished, EVAL, under=forbidden),
+    Case("permission", "runs that may not be written", "", "is not a writable folder; set DUAL_LORA_RUNS=DIR", under=forbidden),
+    Case("permission", "an export that may not be written", "run={here}/run export={here}/out", "is not a writable folder; give another folder as export=DIR", finished, EVAL, under=forbidden),
     Case("permission", "a record that may not be written", "", "config.yaml: cannot be written (Permission denied); check that you may read and write", under=failing(".config.yaml.", errno.EACCES)),
     Case("permission", "a disk that is read-only", "", "environment.json: cannot be written (Read-only file system); check that you may read and write", under=failing(".environment.json.", errno.EROFS)),
     Case("permission", "a lock that may not be written", "", ".lock: cannot be written (Permission denied); check that you may read and write", under=failing("/.lock", errno.EACCES)),
-    Case("permission", "data that may not be read", RTE, "dev.tsv: cannot be read ([Errno 13] Permission denied", rte, under=failing("dev.tsv", errno.EACCES, "r")),
-    Case("permission", "a model that may not be read", PLACED, "config.json: damaged ([Errno 13] Permission denied", model, under=failing("model/config.json", errno.EACCES, "r")),
-    Case("permission", "settings that may not be read", "run={here}/run", "config.yaml: not a run's settings", finished, EVAL, under=failing("run/config.yaml", errno.EACCES, "r")),
+    Case("permission", "data that may not be read", RTE, "dev.tsv: cannot be read (Permission denied); check that you may read it", rte, under=failing("dev.tsv", errno.EACCES, "r")),
+    Case("permission", "a model that may not be read", PLACED, "config.json: cannot be read (Permission denied); check that you may read", model, under=failing("model/config.json", errno.EACCES, "r")),
+    Case("permission", "settings that may not be read", "run={here}/run", "config.yaml: not settings that", finished, EVAL, under=failing("run/config.yaml", errno.EACCES, "r")),
     Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; check that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
     # memory
     Case("memory", "too little to load", "", "a smaller model or model.dtype=bfloat16 takes less", under=raising(LOADING, CUDA)),
@@ -762,14 +762,20 @@ def test_as_the_user_sees_it(what, tmp_path, runs_folder):
     """One case of each kind in a process of its own says the same."""
     case = next(c for c in CASES if c.what == what)
     case.make(tmp_path)
-    code = f"import sys; sys.path[:0] = ['.', 'tests']; import test_bad_inputs as t; t.alone({what!r}, t.Path({str(tmp_path)!r}))"
+    code = (
+        "import sys; sys.path[:0] = ['.', 'tests']\nfrom dual_lora.lab.system.libraries import hide_foreign_warnings\n"
+    )
+    code += "hide_foreign_warnings()  # as the programs do before they import anything that prints\n"
+    code += f"import test_bad_inputs as t; t.alone({what!r}, t.Path({str(tmp_path)!r}))"
     command = (
         [sys.executable, "-c", code]
         if case.under is not Case.under
         else [sys.executable, case.script, *case.words(tmp_path)]
     )
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1500, stdin=subprocess.DEVNULL)
+    env = os.environ | {"DUAL_LORA_LAZY": "1"}
+    options = {"cwd": ROOT, "env": env, "timeout": 1500, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     WHOLE[what] = time.perf_counter() - started
     assert done.returncode == case.code, done.stderr
     said = the_line(case, done.returncode, done.stderr, done.stdout, tmp_path)
@@ -797,7 +803,7 @@ def test_a_record_that_cannot_be_written_is_told(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Record, "write_file", denied)
     monkeypatch.setattr(sys, "argv", [EVAL])
     assert entry(EVAL, [f"run={tmp_path / 'run'}"]) == EXIT_USER
-    assert "evaluation.json: Read-only file system; see that you may read and write there" in capfd.readouterr().err
+    assert "evaluation.json: Read-only file system; check that you may read and write there" in capfd.readouterr().err
 
 
 def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):

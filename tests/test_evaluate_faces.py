@@ -23,17 +23,17 @@ PROBABILITIES = [[0.1, 0.9], [0.8, 0.2]]
 @pytest.mark.parametrize(
     ("subset", "predictions", "message"),
     [
-        ("sst2", [0.7, 1], "0.7 is no class index from 0 to 1"),
-        ("sst2", np.array([0.7, 0.2]), "0.7 is no class index"),
-        ("sst2", [0, 2], "2 is no class index"),
-        ("mnli", [-1, 2], "-1 is no class index from 0 to 2"),
-        ("sst2", [float("nan"), 1], "nan is no class index"),
-        ("sst2", PROBABILITIES, "is no list of one number for each example"),
-        ("sst2", ["0", "1"], "is no list of one number"),
-        ("sst2", [None, 1], "is no list of one number"),
-        ("stsb", [float("inf"), 1.0], "inf is no finite number"),
-        ("stsb", ["1.0", 2.0], "is no list of one number"),
-        ("stsb", [[1.0], [2.0]], "is no list of one number"),
+        ("sst2", [0.7, 1], "0.7 is not a class index from 0 to 1"),
+        ("sst2", np.array([0.7, 0.2]), "0.7 is not a class index"),
+        ("sst2", [0, 2], "2 is not a class index"),
+        ("mnli", [-1, 2], "-1 is not a class index from 0 to 2"),
+        ("sst2", [float("nan"), 1], "nan is not a class index"),
+        ("sst2", PROBABILITIES, "is not a list of one number for each example"),
+        ("sst2", ["0", "1"], "is not a list of one number"),
+        ("sst2", [None, 1], "is not a list of one number"),
+        ("stsb", [float("inf"), 1.0], "inf is not a finite number"),
+        ("stsb", ["1.0", 2.0], "is not a list of one number"),
+        ("stsb", [[1.0], [2.0]], "is not a list of one number"),
     ],
 )
 def test_what_datasets_would_cut_or_rewrite_is_refused(subset, predictions, message):
@@ -49,7 +49,7 @@ def test_what_datasets_would_cut_or_rewrite_is_refused(subset, predictions, mess
 def test_a_single_output_is_checked_like_a_batch():
     face = faces.GlueMetrics("sst2")
     face.add(prediction=1, reference=1)
-    with pytest.raises(ValueError, match="predictions: 0.7 is no class index"):
+    with pytest.raises(ValueError, match="predictions: 0.7 is not a class index"):
         face.add(prediction=0.7, reference=1)
     assert face.compute()["accuracy"] == 1
 
@@ -57,10 +57,10 @@ def test_a_single_output_is_checked_like_a_batch():
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
     [
-        (["a pub"], ["a pub"], "references: 'a pub' is no list of texts"),
-        (["a pub"], [[5]], r"references: \[5\] is no list of texts"),
-        (["a pub"], [None], "references: None is no list of texts"),
-        ([5], [["a pub"]], "predictions: 5 is no text"),
+        (["a pub"], ["a pub"], "references: 'a pub' is not a list of texts"),
+        (["a pub"], [[5]], r"references: \[5\] is not a list of texts"),
+        (["a pub"], [None], "references: None is not a list of texts"),
+        ([5], [["a pub"]], "predictions: 5 is not text"),
     ],
 )
 def test_texts_are_texts(predictions, references, message):

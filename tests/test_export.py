@@ -71,7 +71,7 @@ def test_the_loser_of_two_exports_leaves_the_winners_alone(trained, tmp_path, mo
         real(partial, folder)
 
     monkeypatch.setattr(evaluate_export, "install_folder", install_late)
-    with pytest.raises(UserError, match="somebody else wrote it meanwhile"):
+    with pytest.raises(UserError, match="another process wrote to it meanwhile"):
         export(trained, out)
     assert AutoModelForSequenceClassification.from_pretrained(out) and list_names(tmp_path) == {"out"}
 

@@ -180,8 +180,8 @@ def test_a_text_is_cut_as_the_file_says(cut, pieces, tmp_path):
 def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
     for number, (options, message) in enumerate(
         [
-            ({"cut": "deepseek-llm"}, r"how its tokenizer cuts texts \(deepseek-llm\) is not known here"),
-            ({"cut": None}, r"how its tokenizer cuts texts \(unnamed\) is not known here"),
+            ({"cut": "deepseek-llm"}, r"the way its tokenizer splits texts \(deepseek-llm\) is not supported"),
+            ({"cut": None}, r"the way its tokenizer splits texts \(unnamed\) is not supported"),
             ({"more": {"llama.rope.scaling.type": "yarn"}}, "its positions are scaled"),
             ({"extra": ["rope_freqs.weight"]}, "its positions are scaled"),
             ({"more": {"split.count": 3}}, "one of 3 parts; join them first"),

@@ -230,5 +230,17 @@ def test_what_is_no_class_is_not_scored(odd):
 
     with pytest.raises(ValueError, match="none of the 2 classes, 0 to 1"):
         metrics.classification([0, odd], [0, 1], classes=2)
-    with pytest.raises(ValueError, match="nan is no number"):
+    with pytest.raises(ValueError, match="nan is not a number"):
         metrics.regression([0.0, float("nan")], [0.0, 1.0])
+
+
+@pytest.mark.parametrize("place", [".", "MSRParaphraseCorpus"])
+def test_the_original_mrpc_file_is_named_where_it_does_not_belong(place, tmp_path):
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "msr_paraphrase_train.txt").write_text("")
+    with pytest.raises(TaskError) as refused:
+        tasks.load("glue/mrpc").split("train", str(tmp_path))
+    found = tmp_path / place / "msr_paraphrase_train.txt"
+    assert f"; move {found} and GLUE's dev_ids.tsv to {tmp_path}/MRPC/" in str(refused.value)
+    with pytest.raises(TaskError, match="below it$"):
+        tasks.load("glue/rte").split("train", str(tmp_path))

@@ -97,10 +97,13 @@ def test_every_launcher_composes(name):
         ("hydra/launcher=workstation hydra.launcher.n_jobs=two", "hydra.launcher.n_jobs: Value 'two' of type 'str'"),
         ("hydra/launcher=workstation hydra.launcher.n_jobs=1,2", "hydra.launcher.n_jobs: one value for all runs"),
         ("hydra/launcher=workstation,slurm", "hydra/launcher: one value for all runs"),
-        ("+hydra/launcher=slurm", "+hydra/launcher: is there already"),
-        ("hydra/launcher=slurm hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size: of Hydra's own only"),
-        ("hydra/sweeper=basic", "hydra/sweeper: of Hydra's own only"),
-        ("hydra.launchers=slurm", "hydra.launchers: of Hydra's own only hydra/launcher"),
+        ("+hydra/launcher=slurm", "+hydra/launcher: already exists"),
+        (
+            "hydra/launcher=slurm hydra.sweeper.max_batch_size=2",
+            "hydra.sweeper.max_batch_size: only hydra/launcher may be set",
+        ),
+        ("hydra/sweeper=basic", "hydra/sweeper: only hydra/launcher may be set"),
+        ("hydra.launchers=slurm", "hydra.launchers: only hydra/launcher may be set"),
     ],
 )
 def test_mistakes(words, message):

@@ -83,7 +83,7 @@ def test_a_finished_run_whose_files_were_changed_is_not_called_finished(runs_fol
     (run.record.folder / "predictions.jsonl").write_text("{}\n")
     execute_run(run)
     assert report_failures([run]) == EXIT_USER
-    assert "predictions.jsonl: not as the run left it; run its command again with force=true" in capfd.readouterr().err
+    assert "predictions.jsonl: changed since the run; run its command again with force=true" in capfd.readouterr().err
 
 
 def test_a_run_without_a_result_is_a_row_of_dashes(runs_folder):

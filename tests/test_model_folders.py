@@ -164,8 +164,9 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
     [
         (LOOP, "it takes longer than 1 s"),
         ("{{ bos_token }}Hello.", "chat template leaves the prompt out; take model.chat=false"),
-        ("{{ messages[7].content }}", "takes no single prompt"),
-        ("{% if %}", "takes no single prompt"),
+        ("{{ 'x' * 10 ** 18 }}", "fails on a single prompt (it fills the memory); take model.chat=false"),
+        ("{{ messages[7].content }}", "fails on a single prompt"),
+        ("{% if %}", "fails on a single prompt"),
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_refused(template, said, tmp_path, monkeypatch):
@@ -195,7 +196,7 @@ def test_fields_of_use_do_not_count(plain, tmp_path):
         ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, but its weights hold"),
         ({"num_hidden_layers": 59}, "num_hidden_layers=59, but its weights hold 58 tensors"),
         ({"num_attention_heads": 10**7}, "num_attention_heads=10000000, but at most"),
-        ({"num_attention_heads": -1}, "num_attention_heads=-1 is no number of parts"),
+        ({"num_attention_heads": -1}, "num_attention_heads=-1 is not a valid count"),
         ({"is_decoder": True}, "is_decoder=True makes another kind of model of a roberta"),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_would(overrides, mend, ru
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hardware.accelerator=tpu"], "hardware.accelerator=tpu: known are a100-40gb"),
+        (["hardware.accelerator=tpu"], "hardware.accelerator=tpu: must be one of a100-40gb"),
         (["hardware.devices=8"], "hardware.devices=8 with hardware.sharding=none"),
         (["hardware.sharding=half"], "hardware.sharding=half: not one of none, replicas, full"),
     ],

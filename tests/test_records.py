@@ -75,7 +75,7 @@ def test_a_record_under_another_runs_name_is_refused(record):
 @pytest.mark.parametrize("lost", [("digest",), ("digest", "sha256")])
 def test_a_result_that_lost_its_seal_is_refused(record, lost):
     edit(record.folder / "result.json", metrics={"accuracy": 0.99}, **dict.fromkeys(lost))
-    with pytest.raises(UserError, match="result.json: not as the run left it"):
+    with pytest.raises(UserError, match="result.json: changed since the run"):
         train_run(Run.prepare(load_settings(RUN)))
 
 
@@ -84,7 +84,7 @@ def test_a_run_with_damaged_files_is_not_called_finished(record, name):
     with (record.folder / name).open("ab") as stream:
         stream.write(b" ")
     for use in (lambda: check_command(RUN), lambda: train_run(Run.prepare(load_settings(RUN)))):
-        with pytest.raises(UserError, match=f"{name}: not as the run left it"):
+        with pytest.raises(UserError, match=f"{name}: changed since the run"):
             use()
 
 
@@ -137,10 +137,10 @@ def test_an_analysis_is_sealed_since_version_2(record):
     record.write_sealed("analysis.json", {"rows": [{1: 2.5}], "labels": ("a",)})
     assert record.read_sealed("analysis.json", "rows")["labels"] == ["a"]
     edit(record.folder / "analysis.json", rows=[])
-    with pytest.raises(UserError, match="analysis.json: not as it was written; remove it"):
+    with pytest.raises(UserError, match="analysis.json: changed since it was written; remove it"):
         record.read_sealed("analysis.json")
     edit(record.folder / "analysis.json", digest=None)
-    with pytest.raises(UserError, match="analysis.json: not as it was written"):
+    with pytest.raises(UserError, match="analysis.json: changed since it was written"):
         record.read_sealed("analysis.json")
     edit(record.folder / "environment.json", record_version=None)
     assert record.read_sealed("analysis.json")["rows"] == []

@@ -272,7 +272,7 @@ def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
     for path in left:
         before = path.read_bytes()
         path.write_bytes(before.replace(b"0", b"1", 1))
-        with pytest.raises(UserError, match=f"{path}: not as the run left it; run its command again with force=true"):
+        with pytest.raises(UserError, match=f"{path}: changed since the run; run its command again with force=true"):
             record.verify_files()
         path.write_bytes(before)
     flip(weights := record.folder / "adapter/adapter_model.safetensors")
@@ -281,7 +281,7 @@ def test_every_file_a_finished_run_leaves_is_sealed(runs_folder, capsys):
         lambda: evaluate_command([f"run={record.folder}", f"export={runs_folder / 'out'}"]),
         lambda: Run.prepare(chosen(f"init_from={record.folder}")).record,
     ):
-        with pytest.raises(UserError, match=f"{weights}: not as the run left it"):
+        with pytest.raises(UserError, match=f"{weights}: changed since the run"):
             use()
     assert not (runs_folder / "out").exists()
 
@@ -291,7 +291,7 @@ def test_records_of_earlier_versions_have_no_seals(runs_folder, capsys):
     train_run(Run.prepare(settings))
     record = Run.prepare(settings).record
     edited(record.folder / "result.json", lambda held: {k: held[k] for k in held if k not in ("sha256", "digest")})
-    with pytest.raises(UserError, match="not as the run left it"):
+    with pytest.raises(UserError, match="changed since the run"):
         record.read_result()
     edited(record.folder / "environment.json", lambda held: {k: held[k] for k in held if k != "code"})
     record.verify_files()
@@ -366,7 +366,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     folder = Run.prepare(settings).record.folder
     folder.mkdir(parents=True)
     with hold_lock(folder):
-        with pytest.raises(RunHeldElsewhere, match=f"process {os.getpid()} on .* has done it since"):
+        with pytest.raises(RunHeldElsewhere, match=f"process {os.getpid()} on .* has been doing it since"):
             train_run(Run.prepare(settings))
         execute_run(Run.prepare(settings))
         assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE
@@ -513,10 +513,10 @@ def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
+    ("number", "remedy"),
     [(errno.ENOSPC, "free some space"), (errno.EROFS, "check that you may"), (errno.EACCES, "check that you may")],
 )
-def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, monkeypatch, capsys):
+def test_what_cannot_be_written_is_told_in_one_line(number, remedy, runs_folder, monkeypatch, capsys):
     settings = chosen("train.save_steps=2")
     finished = chosen("seed=1")
     train_run(Run.prepare(finished))
@@ -531,7 +531,7 @@ def test_what_cannot_be_written_is_told_in_one_line(number, mend, runs_folder, m
             execute_run(Run.prepare(settings))
         assert report_failures(list(map(Run.prepare, (finished, settings)))) == EXIT_USER
         said = capsys.readouterr().err
-        assert f"cannot be written ({os.strerror(number)}); {mend}" in said and "Traceback" not in said
+        assert f"cannot be written ({os.strerror(number)}); {remedy}" in said and "Traceback" not in said
     assert not list(Run.prepare(settings).record.folder.glob("checkpoints/*"))
     assert kept(Run.prepare(finished).record.folder) == before
     train_run(Run.prepare(settings))
@@ -561,9 +561,9 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
     monkeypatch.setattr(train_trainer.Trainer, "training_step", step)
     with pytest.raises(UserError, match="out of memory .*; train.batch_size=4 train.accumulation=4 takes less"):
         train_run(Run.prepare(chosen()))
-    with pytest.raises(UserError, match="out of memory .*; mend"), translate_memory_errors("mend"):
+    with pytest.raises(UserError, match="out of memory .*; remedy"), translate_memory_errors("remedy"):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="another"), translate_memory_errors("mend"):
+    with pytest.raises(RuntimeError, match="another"), translate_memory_errors("remedy"):
         raise RuntimeError("another")
     assert suggest_smaller_batch(chosen("train.batch_size=9")).startswith("train.batch_size=3 train.accum")
     assert "task.max_length" in suggest_smaller_batch(chosen("train.batch_size=1"))

@@ -322,7 +322,7 @@ def test_mistakes_in_a_file(changes, message):
     [
         ("experiment=costt", "no such experiment. Did you mean cost?"),
         ("run=false", "experiment=NAME is needed"),
-        ("experiment=cost run=maybe", "run=maybe: true or false"),
+        ("experiment=cost run=maybe", "run=maybe: must be true or false"),
         ("experiment=cost scale=huge", "scale=huge: experiment cost has full, small, smoke"),
         ("experiment=cost train.lrr=3", "train.lrr: no such setting"),
     ],

@@ -397,7 +397,7 @@ def test_a_run_is_not_taken_for_that_of_another_models_files(name, runs_folder, 
     if compute_identity(chosen) == result["identity"]:  # the ends of weights name a run
         uses.append(lambda: train_run(Run.prepare(chosen)))
     for use in uses:
-        with pytest.raises(UserError, match=f"begun with another {name} of model=tiny-llama; give"):
+        with pytest.raises(UserError, match=f"started with a different {name} of model=tiny-llama; give"):
             use()
     shutil.copy(BUNDLED / "tiny-llama" / name, folder / name)
     assert train_run(Run.prepare(chosen)) == result
@@ -411,7 +411,7 @@ def test_an_unfinished_run_does_not_go_on_with_other_files(runs_folder, tmp_path
     record.prepare_folder(chosen)
     record.append_log({"step": 0, "eval/accuracy": 0.5})
     (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(UserError, match="begun with another tokenizer_config.json"):
+    with pytest.raises(UserError, match="started with a different tokenizer_config.json"):
         record.prepare_folder(chosen)
 
 
@@ -432,7 +432,7 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path, 
         evaluate_command([f"run={folder}"])
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("beams: 1", "beams: 2") + "\n")
-    with pytest.raises(UserError, match="config.yaml: not as the run left it"):
+    with pytest.raises(UserError, match="config.yaml: changed since the run"):
         evaluate_command([f"run={folder}"])
     (folder / "config.yaml").write_text(config)
     stored["data"]["validation"]["sha256"] = stored.pop("digest")

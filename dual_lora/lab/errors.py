@@ -105,7 +105,7 @@ def describe_machine_error(error: BaseException) -> str | None:
         )
     words = next((words for words in LIMIT_WORDS if words in str(error)), None)
     if words and not isinstance(error, UserError):
-        return f"{get_first_line(error)}; {find_remedy(LIMIT_WORDS[words], '')}"
+        return f"{getattr(error, 'strerror', None) or get_first_line(error)}; {find_remedy(LIMIT_WORDS[words], '')}"
     if not isinstance(error, OSError):
         return None
     remedy = find_remedy(error.errno, "check the disk or the network")
@@ -131,7 +131,7 @@ def translate_machine_errors() -> Iterator[None]:
 # What errors from transformers mean here, by a word they contain.
 READ_FAILURES = {
     "trust_remote_code": "it needs code of its own, which is never run",
-    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "ignore_mismatched_sizes": "the shapes of its weights differ from its config.json",
 }
 
 

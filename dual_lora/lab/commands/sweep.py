@@ -32,7 +32,7 @@ def sweep_command(argv: list[str]) -> int:
     given = split_words(own, OWN_WORDS, "sweep.py", first="experiment")
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(list_choices('experiment'))}")
     run = given.get("run", "true")
-    require(run in ("true", "false"), f"run={run}: true or false")
+    require(run in ("true", "false"), f"run={run}: must be true or false")
     launcher = select_launcher_words(argv)
     extra = [a for a in argv if a not in launcher and a not in own]
     parse_overrides(launcher)

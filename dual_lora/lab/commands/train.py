@@ -61,7 +61,7 @@ def asks_hydra(argv: list[str]) -> bool:
     if not flags & HYDRA_FLAGS:
         return False
     for flag in flags:
-        require(flag in HYDRA_FLAGS, f"{flag}: no such option here; of Hydra's own {', '.join(sorted(HYDRA_FLAGS))}")
+        require(flag in HYDRA_FLAGS, f"{flag}: no such option here; Hydra's own are {', '.join(sorted(HYDRA_FLAGS))}")
     jobs = parse_overrides([a for a in argv if not a.startswith("-") and a not in HYDRA_WORDS])
     require(len(jobs) == 1, f"{len(jobs)} runs asked for: {min(flags)} shows one; give single values")
     load_settings([word for word in jobs[0] if not select_launcher_words([word])])

@@ -102,7 +102,7 @@ def parse_override(word: str) -> Override:
         UserError: it is not of the form KEY=VALUE.
     """
     try:
-        require(word.isprintable(), f"{word!r}: holds characters that are no text")
+        require(word.isprintable(), f"{word!r}: contains characters that are not text; remove them")
         require(word.lstrip("+~")[:1] not in ("", "="), f"{word}: not of the form KEY=VALUE")
         return get_parser().parse_override(word)
     # ValueError: a number of 5000 digits; RecursionError: lists within lists; TypeError: sort() of numbers and words
@@ -110,7 +110,7 @@ def parse_override(word: str) -> Override:
         remedy = "quote a value of other characters, such as KEY=\"'~/data'\""
         if unknown := re.search(r"Unknown function '(\w+)'", str(error)):
             known = ", ".join(get_parser().functions.functions)
-            remedy = f"{unknown[1]}() is no function here, known are {known}; quote a value that is none"
+            remedy = f"{unknown[1]}() is not a function here (there are {known}); quote a value that is not a call"
         raise UserError(f"{word[:300]}: not of the form KEY=VALUE; {remedy}") from error
 
 
@@ -134,7 +134,7 @@ def list_values(override: Override) -> list[str]:
     if isinstance(sweep, RangeSweep):
         values = list_range(sweep, where)
     else:
-        require(bool(sweep.list), f"{where}: asks for no run; give at least one value")
+        require(bool(sweep.list), f"{where}: gives no runs; give at least one value")
         values = [Transformer.str(value) for value in sweep.list]
     if sweep.shuffle:
         random.shuffle(values)
@@ -151,7 +151,7 @@ def list_range(sweep: RangeSweep, where: str) -> list[str]:
         first, step, count = measure_range(sweep)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{where}: {error}; write KEY=range(START,STOP,STEP) with finite numbers") from error
-    require(count > 0, f"{where}: an empty range asks for no run; the second number is where it stops, and not in it")
+    require(count > 0, f"{where}: an empty range gives no runs; its second number is not part of it")
     check_number_of_runs(count, where)
     kind = int if isinstance(first, int) and isinstance(step, int) else float
     return [str(kind(first + number * step)) for number in range(count)]
@@ -179,13 +179,13 @@ def check_override(override: Override) -> None:
     require(key != "experiment", "experiment: experiments are run by sweep.py: python sweep.py experiment=NAME")
     chooses = key in GROUPS or key == "hydra/launcher"
     if key.split("/")[0].split(".")[0] == "hydra":
-        require(LAUNCHER_KEY.match(key), f"{key}: of Hydra's own only hydra/launcher may be set; drop it")
+        require(LAUNCHER_KEY.match(key), f"{key}: only hydra/launcher may be set of Hydra's own settings; drop it")
         require(not override.is_sweep_override(), f"{key}: one value for all runs")
     elif not chooses:
         opened = any(key.startswith(parent + ".") for parent in OPEN_KEYS)
         require(opened or key in KNOWN_KEYS, f"{key}: no such setting.{'' if opened else suggest_setting(key)}")
     added = override.is_add() and (chooses or key in KNOWN_KEYS)
-    require(not added, f"+{key}: is there already; write {key}=VALUE without the +")
+    require(not added, f"+{key}: already exists; write {key}=VALUE without the +")
     require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")
     for value in list_values(override) if key in GROUPS else ():
         check_group_choice(key, str(parse_override(f"{key}={value}").value()))
@@ -217,11 +217,12 @@ def check_text(text: str, key: str) -> None:
         UserError: what is wrong, and the remedy.
     """
     require(
-        redact_secrets(text) == text, f"{key}: holds a key or password of the environment, which a record would keep"
+        redact_secrets(text) == text,
+        f"{key}: contains a key or password from the environment, which the record would keep; remove it",
     )
     require(not re.search(r"(?<!\w)_target_(?!\w)", text), f"{key}: _target_ names code to run; settings are values")
     strange = re.sub(r"\$\{[\w.]+\}", "", text)
-    require("${" not in strange, f"{key}: of ${{...}} only other settings, such as ${{method.lr}}")
+    require("${" not in strange, f"{key}: ${{...}} may name only other settings, such as ${{method.lr}}")
 
 
 def parse_overrides(words: list[str]) -> list[list[str]]:

@@ -46,7 +46,7 @@ def check_writable(folder: Path, remedy: str = ELSEWHERE_REMEDY) -> None:
     """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    require(able, f"{folder}: {there} is no folder that can be written; {remedy}")
+    require(able, f"{folder}: {there} is not a writable folder; {remedy}")
 
 
 # The largest YAML file here has a few hundred values. Nested aliases can turn ten lines into billions.

@@ -62,7 +62,7 @@ def load_recorded_settings(run: Path, key: str = "run") -> Settings:
         return build_settings(OmegaConf.merge(load_old_defaults(paths.CONF), stored))
     except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: not a run's settings as this version knows them ({describe_config_error(error)})"
+            f"{path}: not settings that this version can read ({describe_config_error(error)}); restore the file"
         ) from error
 
 

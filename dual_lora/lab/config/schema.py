@@ -139,7 +139,7 @@ class Model:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"model.roles.{role}={pattern}: no regular expression ({error})") from error
+                raise UserError(f"model.roles.{role}={pattern}: not a regular expression ({error}); fix it") from error
         for role in self.adapt:
             require(
                 role in self.roles,

@@ -145,7 +145,8 @@ def install_folder(partial: Path, folder: Path) -> None:
     except OSError:
         taken = folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
         require(
-            not taken, f"export={folder}: somebody else wrote it meanwhile and it was left as it is; give a new one"
+            not taken,
+            f"export={folder}: another process wrote to it meanwhile, so it was left unchanged; give a new folder",
         )
         raise
     flush_to_disk(folder.parent)

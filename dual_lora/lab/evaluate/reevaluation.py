@@ -69,7 +69,7 @@ def load_trained_model(
     decomposition of a method that changes the base weights (PiSSA).
 
     Raises:
-        UserError: the base model or what was trained cannot be loaded, or is not as the run left it.
+        UserError: the base model or what was trained cannot be loaded, or is changed since the run.
     """
     record.verify_files("config.yaml")
     record.verify_model_files(settings)

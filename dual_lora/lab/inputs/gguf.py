@@ -152,7 +152,7 @@ def parse_header(path: Path) -> Header:
         cursor.skip(len(MAGIC))
         version, tensors, count = (cursor.read_number(kind) for kind in "IQQ")
         if version not in VERSIONS:
-            raise ValueError(f"version {version}, known are 2 and 3")
+            raise ValueError(f"version {version}, only 2 and 3 are supported")
         values = {cursor.read_text(): cursor.read_value(cursor.read_number("I")) for _ in range(count)}
         places = dict(cursor.read_tensor() for _ in range(tensors))
         found = Header(values, tuple(places), cursor.offset)
@@ -176,7 +176,9 @@ def check_gguf_model(path: Path, found: Header) -> None:
 
     known = {name.replace("_", "") for name in {*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}}
     able = found.architecture.replace("-", "").replace("_", "") in known
-    require(able, f"model.path={path}: transformers reads no {found.architecture} from GGUF; {SAVED_MODEL_REMEDY}")
+    require(
+        able, f"model.path={path}: transformers cannot read {found.architecture} models from GGUF; {SAVED_MODEL_REMEDY}"
+    )
     scaled = found.values.get(f"{found.architecture}.rope.scaling.type", "none") != "none"
     scaled = scaled and found.architecture != "gpt-oss" or any(name.startswith("rope_") for name in found.tensors)
     require(
@@ -196,7 +198,7 @@ def check_gguf_tokenizer(path: Path, found: Header) -> None:
     known = found.pre_tokenizer is None or found.pre_tokenizer in LIKE_GPT2 | DIGITS | set(GGUF_PRE_TOKENIZER_SPLITS)
     require(
         known,
-        f"model.path={path}: how its tokenizer cuts texts ({found.pre_tokenizer}) is not known here; "
+        f"model.path={path}: the way its tokenizer splits texts ({found.pre_tokenizer}) is not supported; "
         f"{SAVED_MODEL_REMEDY}",
     )
     glued = found.pre_tokenizer is None and found.values.get("tokenizer.ggml.add_space_prefix") is False

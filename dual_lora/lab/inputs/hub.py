@@ -24,7 +24,7 @@ def parse_hub_address() -> tuple[str, int]:
     with suppress(ValueError):  # a port may not be a number
         if place.hostname and place.scheme in ("http", "https"):
             return place.hostname, place.port or (443 if place.scheme == "https" else 80)
-    raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: no address; give one like https://huggingface.co")
+    raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: not an address; give one like https://huggingface.co")
 
 
 @functools.cache

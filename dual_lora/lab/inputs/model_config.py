@@ -88,5 +88,7 @@ def check_count(name: str, value: Any, where: str, tensors: int | None) -> None:
     known = tensors is not None and name.endswith(("layer", "layers"))
     limit = min(tensors, MAX_COUNT) if known else MAX_COUNT
     holds = f"its weights hold {tensors} tensors" if known else f"at most {MAX_COUNT} are taken"
-    require(value >= 0, f"{where}: {name}={value} is no number of parts; take the config.json of the weights")
-    require(value <= limit, f"{where}: {name}={value}, but {holds}; take the config.json that belongs to the weights")
+    require(
+        value >= 0, f"{where}: {name}={value} is not a valid count; use the config.json that belongs to the weights"
+    )
+    require(value <= limit, f"{where}: {name}={value}, but {holds}; use the config.json that belongs to the weights")

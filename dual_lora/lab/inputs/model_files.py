@@ -277,7 +277,7 @@ def read_special_tokens(file: Path) -> dict[str, Any]:
     named = {name: value for name, value in values.items() if name.endswith("_token") and not name.startswith("add_")}
     for name, value in named.items():
         text = value.get("content") if isinstance(value, dict) else value
-        require(bool(text) and isinstance(text, str), f"{file}: {name} is no text; {RESAVE_REMEDY}")
+        require(bool(text) and isinstance(text, str), f"{file}: {name} is not text; {RESAVE_REMEDY}")
     return named | listed
 
 

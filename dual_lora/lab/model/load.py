@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
 from dual_lora.lab.config.schema import Model, Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
@@ -163,13 +164,12 @@ def check_loaded_weights(
     other = sorted(name for name, *_ in found["mismatched_keys"] if not fresh & set(name.split(".")))
     require(
         not other,
-        f"{where}: its weights have other shapes than its config.json asks for, first {other[:1]}; they are another "
-        "model's",
+        f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
     require(
         not lacking,
-        f"{where}: its weights lack {len(lacking)} that its config.json asks for, first {lacking[:1]}; they are "
-        "another model's",
+        f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
+        "are another model's",
     )
     if file := find_gguf_file(settings):
         check_all_weights_read(model, file)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
 from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, find_model
 from dual_lora.lab.model.encode import apply_chat_template
@@ -79,7 +79,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     remedy = "set it in tokenizer_config.json, or save the tokenizer with it"
     longest = tokenizer.model_max_length
     numeric = isinstance(longest, (int, float)) and longest > 0
-    require(numeric, f"{where} has model_max_length={longest!r}, which is no length; {remedy}")
+    require(numeric, f"{where} has model_max_length={longest!r}, which is not a length; {remedy}")
     ends = tokenizer.eos_token_id is not None
     writes = load_task(settings).form == "generation"
     require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
@@ -119,8 +119,12 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     """
     where, remedy = f"model.chat=true: {settings.model.name}", "take model.chat=false"
     require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; {remedy}")
-    with translate_read_errors(f"{where}'s chat template takes no single prompt", remedy), limit_time(TEMPLATE_SECONDS):
-        text = apply_chat_template(tokenizer, [{"role": "user", "content": PROBE}])
+    fails = f"{where}'s chat template fails on a single prompt"
+    try:
+        with translate_read_errors(fails, remedy), limit_time(TEMPLATE_SECONDS):
+            text = apply_chat_template(tokenizer, [{"role": "user", "content": PROBE}])
+    except MemoryError as error:  # the template's fault, not the machine's
+        raise UserError(f"{fails} (it fills the memory); {remedy}") from error
     require(PROBE in text, f"{where}'s chat template leaves the prompt out; {remedy}")
 
 

@@ -153,7 +153,7 @@ class Record:
             return None
         found = self.read_json(path.name, *sorted(RESULT_FIELDS))
         whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
-        require(whole, f"{path}: not as the run left it; {RERUN_REMEDY}")
+        require(whole, f"{path}: changed since the run; {RERUN_REMEDY}")
         identity = found["identity"]
         mine = identity == self.name or not self.is_named_by_run
         require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
@@ -188,7 +188,7 @@ class Record:
         for name in (name for name in kept if name.startswith(names or "")):
             path = self.folder / name
             same = path.is_file() and hash_file(path) == kept[name]
-            require(same, f"{path}: not as the run left it; {RERUN_REMEDY}")
+            require(same, f"{path}: changed since the run; {RERUN_REMEDY}")
         for folder in (folder for folder in SEALED_FOLDERS if kept and folder.startswith(names or "")):
             for path in list_files(self.folder / folder):
                 known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
@@ -214,6 +214,12 @@ class Record:
         self.verify_files()
         return result
 
+    @property
+    def holds_work(self) -> bool:
+        """Whether the run finished or got far enough to resume. One that failed before has nothing to protect."""
+        paths = (self.folder / name for name in ("result.json", TRAINED_FILE, "metrics.jsonl", "checkpoints"))
+        return any(any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size for path in paths)
+
     def verify_model_files(self, settings: Settings) -> None:
         """Compare the model's files with those that the run began with. Earlier versions did not record them.
 
@@ -225,8 +231,8 @@ class Record:
         other = find_changed_files(known, settings) if known else []
         require(
             not other,
-            f"{self.folder}: begun with another {', '.join(other)} of model={settings.model.name}; give the folder as "
-            "it was as model.path=DIR, or name another study=NAME",
+            f"{self.folder}: started with a different {', '.join(other)} of model={settings.model.name}; give the "
+            "original folder as model.path=DIR, or choose another study=NAME",
         )
 
     def read_failure(self) -> dict[str, Any] | None:
@@ -266,7 +272,7 @@ class Record:
         if self.is_named_by_run:
             check_owner(found, self.name, path)
         old = "digest" not in found and self.read_environment().get("record_version", 1) < RECORD_VERSION
-        require(old or is_digest_right(found), f"{path}: not as it was written; remove it to have it made again")
+        require(old or is_digest_right(found), f"{path}: changed since it was written; remove it, and it is made again")
         return found
 
     def write_sealed(self, name: str, content: dict[str, Any]) -> None:

@@ -24,13 +24,13 @@ class Run:
         """Find the record of a run and check that it may be written.
 
         Raises:
-            UserError: data or weights cannot be read, the folder cannot be written, or its record was made with other
-                model files.
+            UserError: data or weights cannot be read, the folder cannot be written, or what it did so far was
+                made with other model files.
         """
         record = Record(paths.RUNS / settings.study / compute_identity(settings))
         if settings.force or not (record.folder / "result.json").is_file():
             check_writable(record.folder)
-        if not settings.force and not settings.plan:
+        if not settings.force and not settings.plan and record.holds_work:
             record.verify_model_files(settings)
         return cls(settings, record, differences or {})
 

@@ -290,7 +290,7 @@ def check_fields(cls: type, values: object, where: str) -> None:
     for key, value in values.items():
         require(key in known, f"{where}: {key}: no such field.{suggest_name(str(key), known)}")
         fine = has_type(value, dict if known[key] == Tune | None and value else known[key])
-        require(fine, f"{where}: {key}: {str(value)[:80]!r} is not of the form that {__name__} explains")
+        require(fine, f"{where}: {key}: {str(value)[:80]!r} has the wrong form; {__name__} shows the right one")
 
 
 def has_type(value: object, kind: Any) -> bool:

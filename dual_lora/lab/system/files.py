@@ -168,7 +168,10 @@ def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        remedy = find_remedy(error.errno, remedy)
+        raise UserError(f"{path}: cannot be read ({error.strerror or get_first_line(error)}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({get_first_line(error)}); {remedy}") from error
     require(isinstance(content, dict), f"{path}: damaged (not a JSON object); {remedy}")
     lacking = [key for key in keys if key not in content]

@@ -146,4 +146,4 @@ def describe_holder(other: dict[str, str | int]) -> str:
     """Return the holder of a lock in words."""
     if not other:
         return "another process does it"
-    return f"process {other.get('pid')} on {other.get('host')} has done it since {other.get('since')}"
+    return f"process {other.get('pid')} on {other.get('host')} has been doing it since {other.get('since')}"

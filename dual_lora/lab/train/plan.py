@@ -74,7 +74,7 @@ def make_plan(run: Run) -> dict[str, Any]:
     """
     settings, record = run.settings, run.record
     known = settings.hardware.accelerator in ACCELERATORS
-    require(known, f"hardware.accelerator={settings.hardware.accelerator}: known are {', '.join(ACCELERATORS)}")
+    require(known, f"hardware.accelerator={settings.hardware.accelerator}: must be one of {', '.join(ACCELERATORS)}")
     silence_libraries()
     found = compute_plan(replace(settings, init_from=None))
     record.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,51 @@
+"""The three programs as a user starts them: each in a process of its own, which imports only what it asks for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dual_lora.lab.config.paths import BUNDLED
+
+SHORT = ["model=tiny-roberta", "task=demo/sentiment", "train.max_steps=2", "eval.max_examples=4", "eval.before=false"]
+SHORT += ["train.max_examples=20", "wandb.mode=disabled"]
+
+
+def start(script: str, *words: str, **env: str) -> subprocess.CompletedProcess:
+    """Run a program to its end. The test's own process has imported everything, so this one must not be asked."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run([sys.executable, script, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    done = start("train.py", *SHORT, DUAL_LORA_RUNS=str(runs))
+    assert done.returncode == 0, done.stderr
+    return next((runs / "adhoc").iterdir())
+
+
+@pytest.mark.parametrize("words", [(), ("export={out}",), ("analyse=true",)], ids=["evaluate", "export", "analyse"])
+def test_eval_reads_an_adapter_of_the_method(record, tmp_path, words):
+    """PEFT knows the method only after the package has registered it."""
+    done = start("eval.py", f"run={record}", *(word.format(out=tmp_path / "out") for word in words))
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_run_that_never_began_takes_a_repaired_model(tmp_path):
+    """What failed before anything was trained has nothing to protect: the model is repaired, the same command runs."""
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED / "tiny-llama", model)
+    file = model / "tokenizer_config.json"
+    words = ["model=tiny-llama", f"model.path={model}", "model.chat=true", "task.max_new_tokens=4", *SHORT[2:]]
+    for template, code in (("no prompt in it", 2), ("{{ messages[0].content }}", 0)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+        done = start("train.py", *words, DUAL_LORA_RUNS=str(tmp_path / "runs"))
+        assert done.returncode == code, done.stderr
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{{ messages[0].content }}."}))
+    done = start("train.py", *words, DUAL_LORA_RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 2 and "started with a different tokenizer_config.json" in done.stderr
