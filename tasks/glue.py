@@ -113,16 +113,20 @@ class Glue(Task):
             self.eval_splits = ("validation_matched", "validation_mismatched")
 
     def path(self, split: str, data_dir: str) -> Path:
-        """Return the official file of a split; a file named "sample" stands in where the full one is absent."""
+        """Return the official file of a split; a file named "sample" stands in where the full one is absent.
+
+        Raises:
+            TaskError: there is none, or there are several.
+        """
         stem = {"train": "train", "validation": "dev"}.get(split, split.replace("validation", "dev"))
         folders = (f"glue/{self.spec.folder}", self.spec.folder)
         original = (ORIGINAL,) if self.subset == "mrpc" else ()
         try:
             return base.find_data_file(data_dir, folders, (f"{stem}.tsv", f"{stem}.sample*.tsv", *original))
         except TaskError as error:
-            raise TaskError(f"{error}{self.hint(data_dir) if original else ''}") from error
+            raise TaskError(f"{error}{self.locate_original(data_dir) if original else ''}") from error
 
-    def hint(self, data_dir: str) -> str:
+    def locate_original(self, data_dir: str) -> str:
         """Return where Microsoft's MRPC file lies, if it is in data_dir but not where it belongs."""
         root = Path(data_dir).expanduser()
         found = next((path for path in (root / ORIGINAL, *root.glob(f"*/{ORIGINAL}")) if path.is_file()), None)

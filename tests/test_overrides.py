@@ -68,6 +68,8 @@ def test_shuffled_values_are_all_there():
         "seed=glob(*)": "seed=glob(*): glob() chooses among names of model, task, method, hardware; write",
         "method=glob(zz*)": "method=glob(zz*): matches no method; known: ",
         "seed=range(0,0)": "seed=range(0,0): an empty range gives no runs",
+        "seed=shuffle(range(0,2)),5": "seed=shuffle(range(0,2)),5: a range, choice or sort cannot be one of several",
+        "seed=5,range(0,2)": "seed=5,range(0,2): a range, choice or sort cannot be one of several values",
         "seed=range(3,0)": "seed=range(3,0): an empty range",
         "seed=range(0,3,0)": "seed=range(0,3,0): its step is 0; write KEY=range(START,STOP,STEP)",
         "seed=range(0,inf)": "seed=range(0,inf): Invalid literal",

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from hydra._internal.grammar import grammar_functions
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Transformer
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Sweep, Transformer
 from hydra.errors import HydraException
 
 from dual_lora.lab.config.paths import list_choices
@@ -135,6 +135,8 @@ def list_values(override: Override) -> list[str]:
         values = list_range(sweep, where)
     else:
         require(bool(sweep.list), f"{where}: gives no runs; give at least one value")
+        mixed = any(isinstance(value, Sweep) for value in sweep.list)
+        require(not mixed, f"{where}: a range, choice or sort cannot be one of several values; write the values out")
         values = [Transformer.str(value) for value in sweep.list]
     if sweep.shuffle:
         random.shuffle(values)
