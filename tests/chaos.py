@@ -357,7 +357,7 @@ class Chaos:
             while subprocess.run(["mount", "-o", "remount,ro", study.folder], capture_output=True).returncode:
                 time.sleep(0.002)
             code, finished = ended(child), study.results()
-            named = "cannot be written" in study.said() or "no folder that can be written" in study.said()
+            named = "cannot be written" in study.said() or "not a writable folder" in study.said()
             told = code == EXIT_USER and named and "Traceback" not in study.said()
             if not told:
                 print(f"read-only after {delay} s: exit {code}\n{study.said()[-3000:]}")

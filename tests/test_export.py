@@ -101,7 +101,7 @@ def test_an_export_is_refused_where_it_must_not_be(trained, tmp_path, monkeypatc
         (trained / "out", "within the record of a run"),
         (tmp_path / "run" / "out", "within the record of a run"),
         (tmp_path / "link", "a link; give a new folder"),
-        (tmp_path / "dangling", "no folder that can be written; give another folder"),
+        (tmp_path / "dangling", "is not a writable folder; give another folder"),
     ):
         before = list_names(trained), list_names(tmp_path)
         with pytest.raises(UserError, match=message):

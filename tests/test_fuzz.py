@@ -133,8 +133,8 @@ def test_any_settings_are_taken_or_refused_in_one_line(many, overrides, runs_fol
     except UserError as error:
         in_one_line(error)
         return
-    for chosen in found:
-        folder = Run.prepare(chosen).record.folder
+    for run in found:
+        folder, chosen = run.record.folder, run.settings
         assert folder.parent.parent == paths.RUNS and folder.resolve().is_relative_to(paths.RUNS.resolve())
         assert "HOME" not in str(chosen)
 

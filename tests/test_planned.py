@@ -22,7 +22,7 @@ SPEC = {
         ({"planned": ["LoRA"]}, "LoRA: planned and a baseline; give it in one of them"),
         ({"margin": {"tasks": 1.0}}, "margin.tasks: 1.0: positive points for task or mean are needed"),
         ({"margin": {"task": 0}}, "margin.task: 0: positive points for task or mean are needed"),
-        ({"margin": 1.0}, "margin: '1.0' is not of the form"),
+        ({"margin": 1.0}, "margin: '1.0' has the wrong form"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes, said):

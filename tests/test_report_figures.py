@@ -67,8 +67,8 @@ def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study):  # noqa: F
             finish(trial, 60 + round(5000 * trial.train.lr))
     done = find_outcomes(cells, "made")
     assert np.isnan(collect_rates(experiment, done)["score"]).sum() == 2  # the third rate is missing
-    (first,) = {cell.trials for cell in done if cell.cell.label == "LoRA"}
-    assert [rate for rate, _ in first] == [1e-3, 2e-3, 4e-3]
+    (rates,) = {tuple(rate for rate, _ in cell.trials) for cell in done if cell.cell.label == "LoRA"}
+    assert rates == (1e-3, 2e-3, 4e-3)
     frame = pd.DataFrame(
         [
             {"place": "rte", "label": "LoRA", "rate": rate, "score": score, "chosen": rate == 2e-3}

@@ -33,6 +33,7 @@ from dual_lora.lab.record import mirror
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.sealed import hash_content
 from dual_lora.lab.train import callbacks as train_callbacks
 from dual_lora.lab.train import trainer as train_trainer
 from dual_lora.lab.train.callbacks import ProgressBar
@@ -436,7 +437,7 @@ def test_evaluation_refuses_other_data_and_other_folders(runs_folder, tmp_path, 
         evaluate_command([f"run={folder}"])
     (folder / "config.yaml").write_text(config)
     stored["data"]["validation"]["sha256"] = stored.pop("digest")
-    (folder / "result.json").write_text(json.dumps(stored))
+    (folder / "result.json").write_text(json.dumps(stored | {"digest": hash_content(stored)}))
     with pytest.raises(UserError, match="not the validation rows this run was evaluated on"):
         evaluate_command([f"run={folder}"])
 

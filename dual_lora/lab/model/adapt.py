@@ -61,7 +61,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     """
     values: dict[str, Any] = dict(settings.method.peft)
     kind = values.pop("peft_type")
-    values |= resolve_ramp(settings, values, rows)
+    resolve_ramp(settings, values, rows)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         hint = suggest_name(kind, [k.value for k in PEFT_TYPE_TO_CONFIG_MAPPING])
         raise UserError(f"method.peft.peft_type={kind}: PEFT has no such method.{hint}")
@@ -112,12 +112,14 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
     )
 
 
-def resolve_ramp(settings: Settings, values: dict[str, Any], rows: int | None) -> dict[str, int]:
-    """Return the length of an update's ramp in optimizer steps, where the method has one and its settings give none."""
-    if "scale_warmup_steps" not in values or values["scale_warmup_steps"] is not None:
-        return {}
-    share = settings.method.ramp_share or 0
-    return {"scale_warmup_steps": 0 if rows is None else ceil(share * settings.count_steps(rows))}
+def resolve_ramp(settings: Settings, values: dict[str, Any], rows: int | None) -> None:
+    """Fill in the length of an update's ramp in optimizer steps, where the method has one and its settings give none.
+    If the number of rows is not known, it is the method's own default."""
+    if values.get("scale_warmup_steps", 0) is not None:
+        return
+    del values["scale_warmup_steps"]
+    if rows is not None:
+        values["scale_warmup_steps"] = ceil((settings.method.ramp_share or 0) * settings.count_steps(rows))
 
 
 def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: int | None = None) -> torch.nn.Module:
