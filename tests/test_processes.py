@@ -163,7 +163,9 @@ def test_what_several_processes_cannot_do_is_told_in_one_line(arguments, said, r
 @pytest.mark.parametrize("where", ["before a run", "in a run"])
 def test_another_process_waits_for_the_first_before_it_says_why(where, asked, runs_folder, monkeypatch, capsys):
     """It is stopped while it waits once the first one has ended, and says nothing then."""
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
 
     def fail(*_):
