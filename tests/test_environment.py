@@ -269,3 +269,10 @@ def test_no_file_of_the_machine_is_left_open_for_the_screen(tmp_path):
     done = subprocess.run(f'{sys.executable} -c "{code}" >&-', shell=True, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path / "f").read_bytes() == b""
+
+
+def test_folders_of_caches_are_not_recorded(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/home/somebody/cache")
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    found = describe_variables()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in found and found["TORCHINDUCTOR_MAX_AUTOTUNE"] == "1"

@@ -107,8 +107,10 @@ def read_whole_number(name: str, least: int = 0) -> int:
 
 
 def describe_variables() -> dict[str, str]:
-    """Return the variables that can change a digit of a result, without secrets."""
-    return {name: redact_secrets(os.environ[name]) for name in list_variables(RECORDED)}
+    """Return the variables that can change a digit of a result, without secrets. Where caches are is not among them:
+    torch itself names a folder of the user's there."""
+    names = (name for name in list_variables(RECORDED) if not name.endswith("_DIR"))
+    return {name: redact_secrets(os.environ[name]) for name in names}
 
 
 def count_available_cores() -> int:
