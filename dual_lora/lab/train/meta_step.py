@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora.bench import kept_bytes
+from dual_lora.bench.measure import kept_bytes
 from dual_lora.lab.config.schema import MAX_LAYERS, Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
