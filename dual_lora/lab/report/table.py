@@ -40,7 +40,7 @@ def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], objec
     yield lambda cell: cell.record.read_json("environment.json", *ENVIRONMENT_FIELDS)
     if experiment.baselines:
         yield read_predictions
-    if experiment.analyse:
+    if experiment.analyse == "ranks":
         yield lambda cell: cell.record.read_sealed(ANALYSIS_FILE, "rows", "labels")
 
 
