@@ -13,6 +13,7 @@ from .register import NAME, add_peft_type
 
 KERNELS = ("auto", "eager", "recompute", "triton")
 GRADIENT_DTYPES = (None, "bfloat16")
+GROUPS = {"magnitude": ("A", "B"), "direction": ("C", "D")}
 
 
 @dataclass
@@ -44,6 +45,8 @@ class DualLoraConfig(PeftConfig):
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
         magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
         direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
+        freeze: "magnitude" keeps A and B as they were drawn, "direction" keeps C and D; None trains all four. For
+            ablations: what a trained group adds to a random one. Frozen magnitudes keep dW at its initial size.
         kernel: how dW is computed; all give the same result. "eager" is plain autograd, "recompute" rebuilds dW in
             backward instead of storing it, "triton" does so with Triton kernels (plain torch if Triton is missing),
             "auto" is the best one measured, now "recompute". Variants of magnitude and direction always use "eager".
@@ -81,6 +84,7 @@ class DualLoraConfig(PeftConfig):
     ste: str = field(default="clip", metadata={"help": "Gradient of Sign: clip, identity or hardtanh."})
     magnitude: str = field(default="relu", metadata={"help": "relu, abs, softplus or identity."})
     direction: str = field(default="sign", metadata={"help": "sign, tanh or identity."})
+    freeze: str | None = field(default=None, metadata={"help": "Group that does not train: magnitude or direction."})
     kernel: str = field(default="auto", metadata={"help": "auto, eager, recompute or triton."})
     weight_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/ddW; None: float32."})
     input_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/dx; None: float32."})
@@ -146,8 +150,9 @@ class DualLoraConfig(PeftConfig):
             ("magnitude", MAGNITUDES),
             ("direction", DIRECTIONS),
             ("kernel", KERNELS),
+            ("freeze", (None, *GROUPS)),
         ):
-            _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(kinds)}")
+            _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(map(str, kinds))}")
         self._check_gradient_dtypes()
         steps = self.scale_warmup_steps
         whole = isinstance(steps, int) and not isinstance(steps, bool)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..functional import delta_weight, init_std, is_autocast_on
-from .config import DualLoraConfig
+from .config import GROUPS, DualLoraConfig
 
 MAX_DRAWS = 100  # attempts at initial factors that can train
 # All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
@@ -52,6 +52,8 @@ class DualLoraFactors(nn.Module):
         self.B = nn.Parameter(torch.empty(*lead, fan_out, r1, dtype=dtype))
         self.C = nn.Parameter(torch.empty(*lead, r2, fan_in, dtype=dtype))
         self.D = nn.Parameter(torch.empty(*lead, fan_out, r2, dtype=dtype))
+        self.frozen = GROUPS.get(config.freeze, ())
+        self.freeze_group()
         self.scaling = alpha / math.sqrt(r1 * r2)
         self.variants = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
         self.kernel = config.kernel
@@ -85,7 +87,12 @@ class DualLoraFactors(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The tensor that PEFT's FSDP wrapping policy inspects to see whether a leaf module trains."""
-        return self.A
+        return self.C if "A" in self.frozen else self.A
+
+    def freeze_group(self) -> None:
+        """Stop the gradients of the group that does not train; PEFT starts those of all factors of an adapter."""
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(False)
 
     @torch.no_grad()
     def reset_parameters(self, std: float, direction_std: float | None = None) -> None:

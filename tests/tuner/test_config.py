@@ -93,6 +93,7 @@ EVERY_FIELD = {
     "ste": "hardtanh",
     "magnitude": "abs",
     "direction": "tanh",
+    "freeze": "direction",
     "kernel": "eager",
     "target_modules": {"q_proj", "v_proj"},
     "exclude_modules": {"lm_head"},
