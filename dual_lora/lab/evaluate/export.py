@@ -19,6 +19,7 @@ from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
+from dual_lora.lab.model.split import fuse_layers
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
@@ -68,7 +69,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
 
 
 def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Record, folder: Path) -> PreTrainedModel:
-    """Return a trained model as plain transformers knows it.
+    """Return a trained model as plain transformers knows it, split layers fused.
 
     Raises:
         UserError: PEFT cannot merge the method.
@@ -81,7 +82,7 @@ def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Reco
         f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share the "
         f"adapter alone, {record.format_path()}/adapter, which PEFT loads onto the base model",
     )
-    return merge_and_unload(model)
+    return fuse_layers(merge_and_unload(model))
 
 
 def check_export_folder(folder: Path) -> None:
