@@ -123,8 +123,7 @@ class Model:
     roles: dict[str, str] = setting("for q, k, v, o, gate, up, down: regular expression for the end of a module's name")
     adapt: list[str] = setting("the roles that an adapter changes")
     split: list[str] = setting(
-        "roles that share one weight, in the order of its blocks (GPT-2: [q,k,v]): loaded as a layer each, so that an "
-        "adapter may change one of them"
+        "roles that share one weight, in the order of its blocks (GPT-2: [q,k,v]), to be loaded as a layer each"
     )
     dropout: float | None = setting("dropout inside the base model while it trains; null: as its config.json says")
     head: list[str] = setting(

@@ -36,6 +36,8 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
     """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return a message with the
     relative error (norm over norm) of the reloaded checkpoint's logits, compared with the unmerged run's.
 
+    An adapter of split layers is left out: the model it fits exists only here.
+
     The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantised first, because the adapter was
     trained and evaluated on those values. The folder appears complete or not at all.
 
@@ -55,7 +57,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
     with build_folder(folder) as partial:
         merged.to(getattr(torch, dtype)).save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
-        if (record.folder / "adapter").is_dir():
+        if (record.folder / "adapter").is_dir() and not settings.splits_layers:
             shutil.copytree(record.folder / "adapter", partial / "adapter")
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **NO_CODE}
         loaded = get_head_class(task).from_pretrained(partial, **options)

@@ -312,7 +312,8 @@ def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config:
 
 def find_role(module: str, settings: Settings) -> str:
     """Return a module's role, such as "q", or several if they share one weight, such as "q/k/v"; "" if it has none."""
-    return "/".join(role for role, pattern in settings.roles.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
+    roles = settings.roles.items()
+    return "/".join(role for role, pattern in roles if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
 
 
 def find_layer_number(module: str) -> int | None:
