@@ -30,6 +30,9 @@ ADDED_SETTINGS += (
     "method.ramp_share",
     "train.head_lr",
     "train.adam_epsilon",
+    "model.split",
+    "model.dropout",
+    "task.search",
 )
 # Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
