@@ -240,6 +240,9 @@ class Train:
     )
     head_lr: float | None = setting("learning rate of the task's head, the same under every method; null: train.lr")
     adam_epsilon: float | None = setting("AdamW's epsilon; null: 1e-8")
+    gradient_checkpointing: bool | None = setting(
+        "true: keep only each layer's input for backward and recompute the rest; less memory, more time"
+    )
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))

@@ -36,6 +36,7 @@ from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
 from dual_lora.lab.system.sealed import seal_folder
 from dual_lora.lab.system.signals import STOP
+from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
 from dual_lora.lab.train.trainer import RunTrainer
 
@@ -157,6 +158,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
+    apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
     log = LogCallback(record, mirror)
