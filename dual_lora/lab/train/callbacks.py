@@ -22,13 +22,20 @@ from dual_lora.lab.system.signals import STOP
 
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar with the latest loss and the speed, instead of a line for every log step. If stderr is
-    not a terminal but, say, a log file, a few lines are printed instead: a bar would become one endless line."""
+    not a terminal but, say, a log file, a few lines are printed instead: a bar would become one endless line.
+
+    name: the run's, put before each line where several runs share the file.
+    """
 
     LINES = 20  # the most that a run prints
 
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def on_train_begin(self, args, state, control, **kwargs):
         hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
-        self.prints = not sys.stderr.isatty() and not hushed
+        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if hushed else ""
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or hushed)
         self.current_step = self.first_step = self.printed = state.global_step
@@ -44,7 +51,11 @@ class ProgressBar(ProgressCallback):
         if self.prints and due:
             step, end = state.global_step, state.max_steps
             left = format_seconds(seconds / (step - self.first_step) * (end - step))
-            print(f"step {step}/{end}, loss {loss}, {speed} tokens/s, {left} left", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}step {step}/{end}, loss {loss}, {speed} tokens/s, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
             self.printed = step
 
     def close(self) -> None:

@@ -181,7 +181,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         callbacks=[log, best] if best else [log],
     )
     trainer.remove_callback(PrinterCallback)
-    progress = ProgressBar()
+    progress = ProgressBar(record.name)
     trainer.add_callback(progress)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
