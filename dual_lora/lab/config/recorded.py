@@ -31,6 +31,8 @@ ADDED_SETTINGS += (
     "train.head_lr",
     "train.adam_epsilon",
     "train.gradient_checkpointing",
+    "train.early_stopping",
+    "eval.development_rows",
 )
 # Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
