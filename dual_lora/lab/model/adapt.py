@@ -70,7 +70,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     check_peft_type(settings, kind, known, form)
     values.setdefault("task_type", TASK_TYPES[form])
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
-        values.setdefault("target_modules", build_target_pattern(settings.model))
+        values.setdefault("target_modules", build_target_pattern(settings))
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:

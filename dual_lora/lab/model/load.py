@@ -21,7 +21,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
-from dual_lora.lab.config.schema import Model, Settings
+from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
 from dual_lora.lab.inputs.model_files import (
@@ -42,6 +42,7 @@ from dual_lora.lab.model.source import (
     name_model,
     translate_model_errors,
 )
+from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes
 from tasks import Task
@@ -100,6 +101,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     check_loaded_weights(model, found, tokenizer, settings)
     if task.form != "generation":
         draw_head(model, found["missing_keys"], draws, settings)
+    split_layers(model, settings)
     cast_trained_to_float32(model, settings, task)
     model.name_or_path = model.config.name_or_path = name_model(settings)
     set_token_ids(model, tokenizer)
@@ -330,9 +332,9 @@ def get_head_class(task: Task) -> type:
     return AutoModelForCausalLM if task.form == "generation" else AutoModelForSequenceClassification
 
 
-def build_target_pattern(model: Model) -> str:
+def build_target_pattern(settings: Settings) -> str:
     """Return the regular expression of the module names that `model.adapt` chooses, for PEFT's `target_modules`."""
-    ends = sorted({model.roles[role] for role in model.adapt})
+    ends = sorted({settings.roles[role] for role in settings.model.adapt})
     return rf"(?:.*\.)?(?:{'|'.join(ends)})"
 
 

@@ -19,6 +19,7 @@ from dual_lora.lab.inputs.model_files import find_model, link_model, read_config
 from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
+HEAD_WORDS = {"classifier", "classif", "cls", "summary", "pooler", "qa"}  # in the names of a head's dropout
 
 
 def locate_model(settings: Settings) -> dict[str, Any]:
@@ -80,7 +81,29 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
     with translate_model_errors(settings):
         config = copy.deepcopy(read_config(**locate_model(settings)))
         config.update(get_head_options(task))
+        set_dropout(config, settings)
     return config
+
+
+def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
+    """Set every dropout within the base model to `model.dropout`, if that is given. The head keeps its own.
+
+    Raises:
+        UserError: the model has none.
+    """
+    chosen = settings.model.dropout
+    if chosen is None:
+        return
+    names = [name for name, value in config.to_dict().items() if is_dropout(name) and isinstance(value, int | float)]
+    require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
+    config.update(dict.fromkeys(names, chosen))
+
+
+def is_dropout(name: str) -> bool:
+    """Return whether a field of a configuration is a dropout within the base model: hidden_dropout_prob, resid_pdrop,
+    but not classifier_dropout or encoder_layerdrop."""
+    words = set(name.split("_"))
+    return bool(words & {"dropout", "pdrop"}) and not words & HEAD_WORDS
 
 
 @cache
