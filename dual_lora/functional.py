@@ -137,7 +137,8 @@ def check_factors(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
         ValueError: with the shapes.
     """
     if (*A.shape[:-2], B.shape[-2], A.shape[-1]) != (*C.shape[:-2], D.shape[-2], C.shape[-1]):
-        shapes = ", ".join(f"{name}: {' x '.join(map(str, t.shape))}" for name, t in zip("ABCD", (A, B, C, D), strict=True))
+        named = {"A": A, "B": B, "C": C, "D": D}
+        shapes = ", ".join(f"{name}: {' x '.join(map(str, t.shape))}" for name, t in named.items())
         raise ValueError(f"{shapes}: expected A: r1 x in, B: out x r1, C: r2 x in, D: out x r2")
 
 
