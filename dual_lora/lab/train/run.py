@@ -17,6 +17,7 @@ from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.inputs.splits import load_scored_splits, load_split
 from dual_lora.lab.model.adapt import (
     attach_method,
+    check_named_modules,
     count_parameters,
     find_unfinished_ramp,
     list_kernels,
@@ -157,6 +158,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
+    check_named_modules(model, settings, task.form)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
     log = LogCallback(record, mirror)
