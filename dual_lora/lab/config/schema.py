@@ -341,7 +341,9 @@ class Settings:
     seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
     study: str = setting("folder below runs/ for the run's record")
     data_dir: str | None = setting("folder of the task's official files, instead of the hub")
-    init_from: str | None = setting("folder of a finished run of the same method, to start from its adapter")
+    init_from: str | None = setting(
+        "finished run, saved adapter (a folder or its name on the hub) of the same method to start from"
+    )
     tensorboard: bool = setting("true: also write the log as TensorBoard files, to the run's folder tensorboard/")
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
     force: bool = setting("true: run a finished run again, and replace it once the new one is complete")

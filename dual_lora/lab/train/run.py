@@ -26,6 +26,7 @@ from dual_lora.lab.model.adapt import (
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, load_model
 from dual_lora.lab.model.merge import merge_adapter
+from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
@@ -36,7 +37,7 @@ from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
-from dual_lora.lab.system.sealed import seal_folder
+from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
@@ -229,6 +230,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
+    if settings.init_from:
+        result["init_weights"] = hash_file(find_init_weights(settings))
     if development:
         result["development"] = next(iter(development.values())).describe()
     return share_from_first(lambda: record.write_result(result))
