@@ -192,16 +192,22 @@ class DualLoraModel(BaseTuner):
         self._warn_of_bypass(names, stacklevel=8)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As in PEFT.
+        """As in PEFT; warns of a pattern of ranks or alphas that matches nothing.
 
         Raises:
             ValueError: fused_slices names a layer that is not adapted.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for pattern in self.peft_config[adapter_name].fused_slices:
-            if all(get_pattern_key([pattern], name) == name != pattern for name in self.targeted_module_names):
-                raise ValueError(f"fused_slices: no adapted module is called {pattern!r}")
+        for field in ("fused_slices", "rank_pattern", "alpha_pattern"):
+            for pattern in filter(self._matches_nothing, getattr(self.peft_config[adapter_name], field)):
+                message = f"{field}: no adapted module is called {pattern!r}"
+                if field == "fused_slices":
+                    raise ValueError(message)
+                warnings.warn(f"Dual LoRA: {message}", stacklevel=4)
         self._warn_of_bypassed_layers(model, adapter_name)
+
+    def _matches_nothing(self, pattern: str) -> bool:
+        return all(get_pattern_key([pattern], name) == name != pattern for name in self.targeted_module_names)
 
     def _warn_of_bypassed_layers(self, model: nn.Module, adapter_name: str) -> None:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and m.bypassed}

@@ -45,7 +45,7 @@ def sweep_command(argv: list[str]) -> int:
         return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
-        cell.settings.hardware.check_installed()
+        cell.settings.check_installed()
     codes = [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
     return min((code for code in codes if code), default=EXIT_OK)
 

@@ -30,7 +30,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
-conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
+conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
+before; within one list a key stands once.
 """
 
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -44,7 +45,7 @@ from yaml import YAMLError
 from dual_lora import paper
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, load_settings
-from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
@@ -143,7 +144,7 @@ class Experiment:
         """Return the experiment that the content of a file describes.
 
         Raises:
-            UserError: the file lacks the scale or a field, or a field has the wrong form.
+            UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
         has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
@@ -154,6 +155,8 @@ class Experiment:
         for part in (common, own):
             check_fields(cls, part, where)
         shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        for part in (shared, common, own):
+            check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
         lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
@@ -169,6 +172,11 @@ class Experiment:
         where = f"conf/experiment/{self.name}.yaml"
         for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
+        for label, override_lists in self.cells.items():
+            for overrides in list_alternatives(override_lists):
+                check_repeats(overrides, f"{where}: cells: {label}: ")
+        for block in self.blocks:
+            check_repeats(block, f"{where}: blocks: ")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for label in self.planned:
@@ -203,16 +211,14 @@ class Experiment:
             (label, dict(map(split_override, job)))
             for block in self.blocks
             for label, override_lists in self.cells.items()
-            for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
+            for overrides in list_alternatives(override_lists)
             for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
-        for more in map(
-            dict, (map(split_override, words) for words in parse_overrides(drop_replaced_overrides(extra)))
-        ):
+        for more in (dict(map(split_override, words)) for words in parse_overrides(extra)):
             chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
             rest = {key: value for key, value in more.items() if key not in chosen}
             rows = ", ".join(sorted(has["method"]))
@@ -304,6 +310,11 @@ class Experiment:
         steps = self.tune.max_steps or alone.train.max_steps
         trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
         return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
+
+
+def list_alternatives(override_lists: list) -> list[list[str]]:
+    """Return a cell's lists of overrides; it may give one alone."""
+    return override_lists if isinstance(override_lists[0], list) else [override_lists]
 
 
 def split_override(word: str) -> tuple[str, str]:
