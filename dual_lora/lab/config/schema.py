@@ -237,7 +237,8 @@ class Method:
             used = self.peft is not None and value is not None
             require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
         if self.peft is not None:
-            require("peft_type" in self.peft, f"method.peft: {self.name} names no peft_type")
+            named = isinstance(self.peft.get("peft_type"), str)
+            require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
             for key in ("magnitude_ratio", "r1", "r2"):
                 require(
                     getattr(self, key) is None or key in self.peft, f"method.{key}: method {self.name} has no {key}"

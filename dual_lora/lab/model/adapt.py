@@ -74,7 +74,8 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_type)}
     check_peft_type(settings, kind, known, form)
-    values.setdefault("task_type", TASK_TYPES[form])
+    check_decided_fields(values, form)
+    values["task_type"] = TASK_TYPES[form]
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
         values.setdefault("target_modules", build_target_pattern(settings))
     if settings.model.head and form != "generation" and "modules_to_save" in known:
@@ -83,6 +84,18 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
         return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
+
+
+def check_decided_fields(values: dict[str, Any], form: str) -> None:
+    """Refuse fields of PEFT by which less would train than the task asks for.
+
+    Raises:
+        UserError: with the field.
+    """
+    given, own = values.get("task_type"), TASK_TYPES[form].value
+    require(given in (None, own), f"method.peft.task_type={given}: the task decides it, here {own}; drop it")
+    trains = not values.get("inference_mode")
+    require(trains, "method.peft.inference_mode=true: nothing of the adapter would train; drop it")
 
 
 def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
