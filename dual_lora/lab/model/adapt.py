@@ -123,6 +123,11 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
         "pissa or olora",
     )
+    require(
+        "n_tasks" not in known,
+        f"{where}: mixes adapters by the number of the task that each row belongs to, which rows here do not have; "
+        "take a method with one adapter",
+    )
     headless = form != "generation" and "modules_to_save" not in known
     require(
         not headless,
