@@ -127,16 +127,7 @@ class Experiment:
         Raises:
             UserError: there is no such experiment or scale, or its file is wrong.
         """
-        known = list_choices("experiment")
-        hint = suggest_name(name, known)
-        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
-        try:
-            content = OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
-        except YAMLError as error:
-            raise UserError(describe_config_error(error)) from error
-        except (OmegaConfBaseException, OSError, ValueError) as error:
-            raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
-        return cls.from_content(name, content, scale)
+        return cls.from_content(name, load_experiment_file(name), scale)
 
     @classmethod
     def from_content(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
@@ -146,10 +137,7 @@ class Experiment:
             UserError: the file lacks the scale or a field, or a field has the wrong form.
         """
         where = f"conf/experiment/{name}.yaml"
-        has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
-        require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
-        scale = scale or has[0]
-        require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+        scale, study = choose_scale(name, content, scale)
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
@@ -162,7 +150,6 @@ class Experiment:
             check_fields(Tune, values["tune"], f"{where}: tune")
             require("grid" in values["tune"], f"{where}: tune.grid: missing")
             values["tune"] = Tune(**values["tune"])
-        study = name if scale == has[0] else f"{name}_{scale}"
         return cls(name, scale, study, **values)
 
     def __post_init__(self) -> None:
@@ -304,6 +291,36 @@ class Experiment:
         steps = self.tune.max_steps or alone.train.max_steps
         trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
         return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
+
+
+def load_experiment_file(name: str) -> Any:
+    """Return the content of conf/experiment/NAME.yaml.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    known = list_choices("experiment")
+    hint = suggest_name(name, known)
+    require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
+    try:
+        return OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
+    except YAMLError as error:
+        raise UserError(describe_config_error(error)) from error
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
+
+
+def choose_scale(name: str, content: Any, scale: str | None) -> tuple[str, str]:
+    """Return the scale, by default the first that the file has, and the folder below runs/ that belongs to it.
+
+    Raises:
+        UserError: the file has no scale, or not this one.
+    """
+    has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
+    require(bool(has), f"conf/experiment/{name}.yaml: gives no scale; one of {', '.join(SCALES)} is needed")
+    scale = scale or has[0]
+    require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+    return scale, name if scale == has[0] else f"{name}_{scale}"
 
 
 def split_override(word: str) -> tuple[str, str]:
