@@ -11,7 +11,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
-    cells     a row's label: its overrides, or several lists of them
+    cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
+              or block gives the same setting
     rows      settings whose values head rows beside the label
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
@@ -33,6 +34,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
 """
 
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -52,6 +54,7 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "truncation", "curvature")
+MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
@@ -191,7 +194,8 @@ class Experiment:
             for block in self.blocks
             for label, override_lists in self.cells.items()
             for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
-            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
+            for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
+            for job in parse_overrides(drop_replaced_overrides(words))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
@@ -214,6 +218,25 @@ class Experiment:
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
+        return found
+
+    def compute_multiples(self, overrides: list[str]) -> list[str]:
+        """Return the overrides, every multiple computed from the last number before it of the same setting.
+
+        Raises:
+            UserError: no earlier override gives the setting a number.
+        """
+        found: list[str] = []
+        numbers: dict[str, float] = {}
+        for word in overrides:
+            key, value = split_override(word)
+            if multiple := MULTIPLE.fullmatch(value):
+                where = f"conf/experiment/{self.name}.yaml: {word}"
+                require(key in numbers, f"{where}: a multiple of what? run and block give it no number")
+                value = f"{float(multiple[1]) * numbers[key]:g}"
+            if NUMBER.fullmatch(value):
+                numbers[key] = float(value)
+            found.append(f"{key}={value}" if multiple else word)
         return found
 
     def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
