@@ -3,6 +3,7 @@
 import pytest
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.study.experiment import Experiment
 
 SPEC = {
@@ -68,3 +69,39 @@ def test_a_value_may_be_a_multiple_of_its_block_s():
     alone = Experiment.from_content("made", SPEC | {"cells": cells})
     with pytest.raises(UserError, match="^conf/experiment/made.yaml: method.alpha=0.5x: a multiple of what"):
         alone.compose_cells([])
+
+
+def identify(name: str, scale: str = "small") -> tuple[dict[str, set[str]], set[str]]:
+    """Return the identities of an experiment's runs, by label and before a rate is chosen, and of its trials."""
+    cells = Experiment.load(name, scale).compose_cells([])
+    runs: dict[str, set[str]] = {}
+    for cell in cells:
+        runs.setdefault(cell.label, set()).add(serialize_identity_settings(cell.settings))
+    return runs, {serialize_identity_settings(trial) for cell in cells for trial in cell.tuning}
+
+
+def test_experiments_that_share_the_runs_of_the_verdict_ask_for_the_same_runs():
+    runs, trials = identify("verdict")
+    for name in ("truncation", "curvature"):
+        mine, my_trials = identify(name)
+        assert all(some <= runs[label] for label, some in mine.items()) and my_trials <= trials
+    mine, my_trials = identify("frozen_groups")
+    assert mine["Dual LoRA"] <= runs["Dual LoRA"] and mine["Head only"] <= runs["Head only"]
+    assert len(my_trials & trials) == 12 and len(my_trials) == 72  # Dual LoRA's of six
+    mine, my_trials = identify("ratio")
+    middle = mine["Dual LoRA"] & mine["Dual LoRA, scale held"]
+    assert middle <= runs["Dual LoRA"] and len(middle) == 10 and len(my_trials & trials) == 6
+    assert identify("own_knobs")[0]["Dual LoRA, by rule"] <= runs["Dual LoRA"]
+    for name in ("truncation", "curvature", "frozen_groups", "ratio", "own_knobs"):
+        experiment = Experiment.load(name, "small")
+        assert {c.settings.study for c in experiment.compose_cells(["seed=0"])} == {"verdict"}
+        assert experiment.find_report_study("verdict") == name and experiment.find_report_study("mine") == "mine"
+
+
+def test_runs_cannot_lie_among_those_of_an_unknown_experiment():
+    with pytest.raises(UserError, match="^experiment=verdicts: no such experiment. Did you mean verdict"):
+        Experiment.from_content("made", SPEC | {"records": "verdicts"}).compose_cells([])
+    with pytest.raises(
+        UserError, match="^conf/experiment/made.yaml: analyse: rank: not one of ranks, truncation, curv"
+    ):
+        Experiment.from_content("made", SPEC | {"analyse": "rank"})
