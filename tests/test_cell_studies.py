@@ -74,7 +74,8 @@ def test_a_study_leaves_the_number_of_threads_to_the_runs_after_it(runs_folder):
             ["experiment=fit", "hydra/launcher=slurm"],
             "experiment=fit: its cells run in this process; drop hydra/launcher",
         ),
-        (["experiment=fit", "scale=small"], "scale=small: experiment fit has full, smoke"),
+        (["experiment=fit", "scale=full"], "scale=full: experiment fit has small, smoke"),
+        (["experiment=fit", "plan=true"], "experiment=fit: has no model, task or method; drop plan=true"),
         (["experiment=fit", "scale=smoke", "run=false"], "experiment=fit: .* 60 of 60 cells have not run"),
     ],
 )

@@ -31,7 +31,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
-conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
+conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
+before; within one list a key stands once.
 """
 
 import re
@@ -46,7 +47,7 @@ from yaml import YAMLError
 from dual_lora import paper
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, load_settings
-from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
@@ -137,7 +138,7 @@ class Experiment:
         """Return the experiment that the content of a file describes.
 
         Raises:
-            UserError: the file lacks the scale or a field, or a field has the wrong form.
+            UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
         scale, study = choose_scale(name, content, scale)
@@ -145,6 +146,8 @@ class Experiment:
         for part in (common, own):
             check_fields(cls, part, where)
         shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        for part in (shared, common, own):
+            check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
         lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
@@ -159,6 +162,11 @@ class Experiment:
         where = f"conf/experiment/{self.name}.yaml"
         for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
+        for label, override_lists in self.cells.items():
+            for overrides in list_alternatives(override_lists):
+                check_repeats(overrides, f"{where}: cells: {label}: ")
+        for block in self.blocks:
+            check_repeats(block, f"{where}: blocks: ")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for label in self.planned:
@@ -193,7 +201,7 @@ class Experiment:
             (label, dict(map(split_override, job)))
             for block in self.blocks
             for label, override_lists in self.cells.items()
-            for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
+            for overrides in list_alternatives(override_lists)
             for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
             for job in parse_overrides(drop_replaced_overrides(words))
         ]
@@ -201,9 +209,7 @@ class Experiment:
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
-        for more in map(
-            dict, (map(split_override, words) for words in parse_overrides(drop_replaced_overrides(extra)))
-        ):
+        for more in (dict(map(split_override, words)) for words in parse_overrides(extra)):
             chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
             rest = {key: value for key, value in more.items() if key not in chosen}
             rows = ", ".join(sorted(has["method"]))
@@ -344,6 +350,11 @@ def choose_scale(name: str, content: Any, scale: str | None) -> tuple[str, str]:
     scale = scale or has[0]
     require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
     return scale, name if scale == has[0] else f"{name}_{scale}"
+
+
+def list_alternatives(override_lists: list) -> list[list[str]]:
+    """Return a cell's lists of overrides; it may give one alone."""
+    return override_lists if isinstance(override_lists[0], list) else [override_lists]
 
 
 def split_override(word: str) -> tuple[str, str]:

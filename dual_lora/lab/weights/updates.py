@@ -333,7 +333,7 @@ def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config:
 
 def find_role(module: str, settings: Settings) -> str:
     """Return a module's role, such as "q", or several if they share one weight, such as "q/k/v"; "" if it has none."""
-    roles = settings.model.roles.items()
+    roles = settings.roles.items()
     return "/".join(role for role, pattern in roles if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
 
 
