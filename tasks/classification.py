@@ -15,12 +15,12 @@ import re
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
 from tasks.base import Row, TaskError
 from tasks.own_files import OwnFiles, Place, Placed, text_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.measures import Score
 
 VERSION = 1
@@ -148,7 +148,7 @@ class Classification(OwnFiles):
         if len(train) < 2:
             raise TaskError(f"{place.path}: {column} has one class only, {next(iter(train))!r}; add rows of another")
 
-    def dataset(self, rows: Any, source: object) -> Dataset:
+    def dataset(self, rows: Any, source: object) -> "Dataset":
         """Return rows with their classes as indices."""
         rows = list(rows)
         if self.form == "classification":
