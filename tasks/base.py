@@ -205,9 +205,21 @@ def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ..
                     several = " and ".join(path.name for path in found)
                     raise TaskError(f"data_dir={data_dir}: {several} could each be {names[0]}; keep one of them")
                 if found:
+                    check_packed_copy(found[0])
                     return found[0]
     looked = " or ".join(f"{folder}/{names[0]}" for folder in folders)
     raise TaskError(f"data_dir={data_dir}: no {looked} (plain or .gz) below it")
+
+
+def check_packed_copy(path: Path) -> None:
+    """Refuse a file beside a .gz of the same name that holds other data.
+
+    Raises:
+        TaskError: with both.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    if packed.is_file() and file_sha256(packed) != file_sha256(path):
+        raise TaskError(f"{path} and {packed.name}: hold different data; keep one of them")
 
 
 @contextmanager
@@ -217,6 +229,8 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         TaskError: it cannot be opened or unpacked.
     """
+    if path.is_fifo():  # reading it would wait for somebody to write
+        raise TaskError(f"{path}: a pipe, not a file; {FETCH}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             yield stream
@@ -286,6 +300,7 @@ def iterate_records(
             record.append(line)
             yield line
 
+    csv.field_size_limit(2**31 - 1)  # the default of 128 Ki characters refuses long documents
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader, start = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True), 1
     try:

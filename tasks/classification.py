@@ -51,6 +51,8 @@ def task(
         raise TaskError(f"classification/{subset}: no such task, only classification")
     if metric not in METRICS:
         raise TaskError(f"task.options.metric={metric}: must be one of {', '.join(METRICS)}")
+    if odd := [name for name in labels if not isinstance(name, (str, int, float))]:
+        raise TaskError(f"task.options.labels: {odd[0]!r} is no class name; write a list of names")
     names = [str(name).lower() if isinstance(name, bool) else str(name).strip() for name in labels]
     if len(set(names)) < len(names) or len(names) == 1 or "" in names:
         raise TaskError(f"task.options.labels={names}: must be two class names or more, all different")

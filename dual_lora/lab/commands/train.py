@@ -46,7 +46,7 @@ def check_command(argv: list[str]) -> list[Run]:
     for settings in found:
         if not settings.plan:
             check_process_count(settings)
-            settings.hardware.check_installed()
+            settings.check_installed()
     runs = prepare_runs(found)  # hashes data and weights, which must be there
     if len(jobs) == 1:
         runs = [replace(runs[0], differences=select_named_settings(found[0], jobs[0]))]

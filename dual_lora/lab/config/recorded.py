@@ -36,10 +36,12 @@ ADDED_SETTINGS += (
     "train.gradient_checkpointing",
     "train.early_stopping",
     "eval.development_rows",
+    "tensorboard",
 )
 # Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
 
+MIRRORS = ("wandb.", "tensorboard")  # where the log is copied to
 NAMES = ("model.name", "task.name", "method.name")
 DERIVED = {"method.lr", "task.epochs", "task.batch_size"}  # train.* has the values that a run takes
 
@@ -126,7 +128,7 @@ def find_distinct_values(all_settings: list[Settings]) -> list[dict[str, Any]]:
     """Return the values that distinguish runs of one model, task and method. A setting is used if it separates runs
     that the earlier ones do not."""
     leaves = [
-        {key: value for key, value in iterate_leaves(settings) if not key.startswith("wandb.")}
+        {key: value for key, value in iterate_leaves(settings) if not key.startswith(MIRRORS)}
         for settings in all_settings
     ]
     keys = sorted(dict.fromkeys(key for values in leaves for key in values), key=is_derived)

@@ -237,7 +237,8 @@ class Method:
             used = self.peft is not None and value is not None
             require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
         if self.peft is not None:
-            require("peft_type" in self.peft, f"method.peft: {self.name} names no peft_type")
+            named = isinstance(self.peft.get("peft_type"), str)
+            require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
             for key in ("magnitude_ratio", "r1", "r2"):
                 require(
                     getattr(self, key) is None or key in self.peft, f"method.{key}: method {self.name} has no {key}"
@@ -369,7 +370,10 @@ class Settings:
     seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
     study: str = setting("folder below runs/ for the run's record")
     data_dir: str | None = setting("folder of the task's official files, instead of the hub")
-    init_from: str | None = setting("folder of a finished run of the same method, to start from its adapter")
+    init_from: str | None = setting(
+        "finished run, saved adapter (a folder or its name on the hub) of the same method to start from"
+    )
+    tensorboard: bool = setting("true: also write the log as TensorBoard files, to the run's folder tensorboard/")
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
     force: bool = setting("true: run a finished run again, and replace it once the new one is complete")
     plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
@@ -383,6 +387,16 @@ class Settings:
     def roles(self) -> dict[str, str]:
         """For each role of the model: regular expression for the end of a module's name, as the model is loaded."""
         return self.model.split_roles if self.splits_layers else self.model.roles
+
+    def check_installed(self) -> None:
+        """Refuse what needs an optional package that is not installed. Plans do not need it.
+
+        Raises:
+            UserError: with what is to be installed.
+        """
+        self.hardware.check_installed()
+        here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
+        require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
 
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""

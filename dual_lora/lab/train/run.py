@@ -18,6 +18,7 @@ from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
 from dual_lora.lab.model.adapt import (
     attach_method,
+    check_named_modules,
     count_parameters,
     find_unfinished_ramp,
     list_kernels,
@@ -26,16 +27,18 @@ from dual_lora.lab.model.adapt import (
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, load_model
 from dual_lora.lab.model.merge import merge_adapter
-from dual_lora.lab.record.mirror import Mirror, open_mirror
+from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_finished, format_summary
+from dual_lora.lab.record.tensorboard import Board, open_board
 from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
 from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
-from dual_lora.lab.system.sealed import seal_folder
+from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
@@ -92,7 +95,8 @@ def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
     attempt = record.select_attempt_record(settings)
     with isolate_determinism(settings):
         share_from_first(lambda: attempt.prepare_folder(settings))
-        mirror = open_run_mirror(settings, record)
+        board = open_board(settings, attempt) if is_first_process() else Board()
+        mirror = Mirrors(open_run_mirror(settings, record), board)
         try:
             with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
                 result = train_and_evaluate(settings, attempt, mirror)
@@ -143,7 +147,7 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
     )
 
 
-def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
+def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> dict[str, Any]:
     """Do everything between an empty record and its result, which is written last.
 
     Raises:
@@ -161,6 +165,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
+    check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
@@ -227,6 +232,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
+    if settings.init_from:
+        result["init_weights"] = hash_file(find_init_weights(settings))
     if development:
         result["development"] = next(iter(development.values())).describe()
     return share_from_first(lambda: record.write_result(result))
