@@ -49,6 +49,7 @@ from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_USER
+from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.train.run import train_run
 from tasks.commonsense import SPECS
 
@@ -76,7 +77,7 @@ class Case:
 
     def words(self, here: Path) -> list[str]:
         given = [word.replace("{here}", str(here)).replace("{_}", " ") for word in self.argv.split()]
-        return [*TINY, *given] if self.script == "train.py" else given
+        return drop_replaced_overrides([*TINY, *given]) if self.script == "train.py" else given
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:

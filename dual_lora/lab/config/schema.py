@@ -237,7 +237,8 @@ class Method:
             used = self.peft is not None and value is not None
             require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
         if self.peft is not None:
-            require("peft_type" in self.peft, f"method.peft: {self.name} names no peft_type")
+            named = isinstance(self.peft.get("peft_type"), str)
+            require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
             for key in ("magnitude_ratio", "r1", "r2"):
                 require(
                     getattr(self, key) is None or key in self.peft, f"method.{key}: method {self.name} has no {key}"
@@ -268,12 +269,18 @@ class Train:
     )
     head_lr: float | None = setting("learning rate of the task's head, the same under every method; null: train.lr")
     adam_epsilon: float | None = setting("AdamW's epsilon; null: 1e-8")
+    gradient_checkpointing: bool | None = setting(
+        "true: keep only each layer's input for backward and recompute the rest; less memory, more time"
+    )
+    early_stopping: int | None = setting(
+        "stop after so many epochs without a better score on eval.development_rows, and keep the best epoch"
+    )
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         check_positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         check_positive("train", self, "save_steps", "save_minutes", "log_steps", "max_examples", "loss_scale")
-        check_positive("train", self, "head_lr", "adam_epsilon")
+        check_positive("train", self, "head_lr", "adam_epsilon", "early_stopping")
         check_range("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
         check_range("train", self, 0, MAX_MULTIPLIER, "lr", "epochs", "head_lr")
 
@@ -287,16 +294,19 @@ class Evaluate:
     max_examples: int | None = setting("score this many rows of each split only, for a quick test")
     holdout: int | None = setting("score this many held-out training rows instead of the task's own splits")
     holdout_skip: int | None = setting("so many more rows set apart, for the scores of other runs")
+    development_rows: int | None = setting(
+        "so many training rows set apart to compare epochs on, instead of on the rows whose scores are reported"
+    )
 
     def __post_init__(self) -> None:
-        check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip")
+        check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip", "development_rows")
         apart = self.holdout is not None or self.holdout_skip is None
         require(apart, f"eval.holdout_skip={self.holdout_skip}: needs eval.holdout, the rows after those skipped")
 
     @property
     def rows_apart(self) -> int:
         """How many training rows are left out of training."""
-        return (self.holdout or 0) + (self.holdout_skip or 0)
+        return (self.holdout or 0) + (self.holdout_skip or 0) + (self.development_rows or 0)
 
 
 @dataclass(frozen=True)
@@ -360,7 +370,10 @@ class Settings:
     seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
     study: str = setting("folder below runs/ for the run's record")
     data_dir: str | None = setting("folder of the task's official files, instead of the hub")
-    init_from: str | None = setting("folder of a finished run of the same method, to start from its adapter")
+    init_from: str | None = setting(
+        "finished run, saved adapter (a folder or its name on the hub) of the same method to start from"
+    )
+    tensorboard: bool = setting("true: also write the log as TensorBoard files, to the run's folder tensorboard/")
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
     force: bool = setting("true: run a finished run again, and replace it once the new one is complete")
     plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
@@ -375,6 +388,16 @@ class Settings:
         """For each role of the model: regular expression for the end of a module's name, as the model is loaded."""
         return self.model.split_roles if self.splits_layers else self.model.roles
 
+    def check_installed(self) -> None:
+        """Refuse what needs an optional package that is not installed. Plans do not need it.
+
+        Raises:
+            UserError: with what is to be installed.
+        """
+        self.hardware.check_installed()
+        here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
+        require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
+
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
         train = self.train
@@ -386,6 +409,9 @@ class Settings:
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
         base, frozen = self.hardware.base, self.method.peft is not None
+        patience, development = self.train.early_stopping, self.eval.development_rows
+        judged = patience is None or development is not None
+        require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
         kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
         require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
         whole = self.hardware.sharding != "full" and base is None

@@ -4,6 +4,7 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.model.load import get_head_class
+from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_score
 from tasks import Task
@@ -98,5 +99,8 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
 
 def format_scores(result: dict, task: Task) -> str:
     """Return the scores as a Markdown table, in percent but where the task says otherwise."""
-    rows = [f"| {name} | {format_score(value, name in task.unscaled)} |" for name, value in result["metrics"].items()]
+    rows = [
+        f"| {escape_markdown_cell(name)} | {format_score(value, name in task.unscaled)} |"
+        for name, value in result["metrics"].items()
+    ]
     return "\n".join(["| score | % |", "|---|---:|", *rows])

@@ -14,7 +14,7 @@ from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.gguf import is_gguf_file
 from dual_lora.lab.inputs.hub import use_cache_if_unreachable
-from dual_lora.lab.inputs.model_config import check_class_fields, clean_config
+from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
 from dual_lora.lab.inputs.model_files import find_model, link_model, read_config_fields, write_config
 from tasks import Task
 
@@ -129,8 +129,7 @@ def read_hub_config(hub: str, revision: str | None) -> dict:
     adapter = find_adapter_config_file(hub, revision=revision)
     require(adapter is None, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
     values, _ = PreTrainedConfig.get_config_dict(hub, revision=revision)
-    check_class_fields(values, f"{hub}/config.json")
-    return clean_config(values, f"{hub}/config.json")
+    return clean_config(fit_class_fields(values, f"{hub}/config.json"), f"{hub}/config.json")
 
 
 def get_head_options(task: Task) -> dict:
