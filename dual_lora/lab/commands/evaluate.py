@@ -8,7 +8,7 @@ from dual_lora.lab.config.overrides import split_words
 from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.config.tasks import check_data_dir, load_task
+from dual_lora.lab.config.tasks import check_data_dir
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
@@ -53,7 +53,7 @@ def evaluate_command(argv: list[str]) -> int:
     require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:
-        check_data_dir(load_task(settings), settings.data_dir)
+        check_data_dir(settings)
     settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:
