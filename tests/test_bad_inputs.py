@@ -39,11 +39,11 @@ from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.outside import hub as inputs_hub
+from dual_lora.lab.config.outside.hub import is_hub_unreachable
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.inputs import hub as inputs_hub
-from dual_lora.lab.inputs.hub import is_hub_unreachable
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.record import Record

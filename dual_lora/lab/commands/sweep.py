@@ -5,6 +5,7 @@ import traceback
 
 from dual_lora.lab.commands.train import plan_runs
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.outside.models import print_found_models
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
@@ -40,6 +41,7 @@ def sweep_command(argv: list[str]) -> int:
     names = list_choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
     asked_for = [Experiment.load(name, given.get("scale")) for name in names]
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
+    print_found_models()
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))

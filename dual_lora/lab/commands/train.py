@@ -6,6 +6,7 @@ from typing import Any
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.outside.models import print_found_models
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, describe_machine_error, get_first_line, require
@@ -85,6 +86,7 @@ def train_command(argv: list[str]) -> int:
         show_hydra()
         return EXIT_OK
     runs, launcher = check_command(argv), select_launcher_words(argv)
+    print_found_models()
     if runs[0].settings.plan:
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(runs)

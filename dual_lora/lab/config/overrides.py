@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser, create_
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Sweep, Transformer
 from hydra.errors import HydraException
 
+from dual_lora.lab.config.outside.models import is_model_place
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.config.secrets import redact_secrets
@@ -202,7 +203,9 @@ def check_group_choice(group: str, name: str) -> None:
     known = list_choices(group)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is not a typo of roberta-base
     hint = f" Did you mean {near[0]}?" if near else ""
-    require(name in known, f"{group}={name}: no such {group}.{hint} Known: {', '.join(known)}")
+    outside = group == "model" and is_model_place(name)
+    others = "; any other: model=ORG/NAME of the hub, or model=DIR" if group == "model" else ""
+    require(name in known or outside, f"{group}={name}: no such {group}.{hint} Known: {', '.join(known)}{others}")
 
 
 def suggest_setting(key: str) -> str:

@@ -32,7 +32,7 @@ REFUSED_FIELDS = {
 }
 # Fields that must match the defaults of the model's class: they would turn an encoder into a decoder.
 CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
-COUNTED = re.compile(r"(^|_)(layers?|blocks|experts|heads)$")  # a module each
+COUNTED = re.compile(r"^(?!max_)(.*_)?(layers?|blocks|experts|heads)$")  # a module each
 MAX_COUNT = 10_000
 
 

@@ -1,9 +1,9 @@
 """Rows of a task: its own splits, and training rows held out for evaluation."""
 
+from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Evaluate, Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
-from dual_lora.lab.inputs.hub import use_cache_if_unreachable
 from tasks import Split, Task
 
 # Seed of the draw of the training rows that `eval.holdout` holds out.

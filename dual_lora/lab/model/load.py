@@ -20,6 +20,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
+from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Model, Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
@@ -166,10 +167,12 @@ def check_loaded_weights(
         not other,
         f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
+    outer = sorted({name.split(".")[0] for name in lacking})
+    own = f", or the task's head: then take model.head=[{','.join(outer)}]"
     require(
         not lacking,
         f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
-        "are another model's",
+        f"are another model's{'' if model.base_model_prefix in outer else own}",
     )
     if file := find_gguf_file(settings):
         check_all_weights_read(model, file)
@@ -282,7 +285,10 @@ def get_head_class(task: Task) -> type:
 
 
 def build_target_pattern(model: Model) -> str:
-    """Return the regular expression of the module names that `model.adapt` chooses, for PEFT's `target_modules`."""
+    """Return the regular expression of the module names that `model.adapt` chooses, for PEFT's `target_modules`, or
+    PEFT's word for all linear layers but the head."""
+    if ALL_LINEAR in (model.roles[role] for role in model.adapt):
+        return ALL_LINEAR
     ends = sorted({model.roles[role] for role in model.adapt})
     return rf"(?:.*\.)?(?:{'|'.join(ends)})"
 

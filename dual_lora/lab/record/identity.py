@@ -18,6 +18,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
+# Characters that a folder's name keeps of each name; those of the hub may be longer.
+MAX_NAME = 60
 # Settings that cannot change the result, by group. method.lr is only the default of train.lr.
 NOT_IDENTITY = {
     "model": {"path", "architecture"},
@@ -96,8 +98,9 @@ def compute_identity(settings: Settings) -> str:
         UserError: data or weights cannot be found or read.
     """
     text = json.dumps(collect_identity_facts(settings), sort_keys=True)
-    names = (settings.model.name, settings.task.name.replace("/", "-"), settings.method.name, f"s{settings.seed}")
-    return "_".join(names) + "_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+    named = (settings.model.name, settings.task.name, settings.method.name, f"s{settings.seed}")
+    names = [name.replace("/", "-")[:MAX_NAME] for name in named]
+    return "_".join([*names, hashlib.sha256(text.encode()).hexdigest()[:10]])
 
 
 def serialize_identity_settings(settings: Settings) -> str:

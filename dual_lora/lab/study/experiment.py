@@ -38,10 +38,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
-from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, load_settings
 from dual_lora.lab.config.overrides import parse_overrides
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
@@ -123,7 +122,7 @@ class Experiment:
         hint = suggest_name(name, known)
         require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
         try:
-            content = OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
+            content = OmegaConf.to_container(load_yaml(find_choices("experiment")[name]))
         except YAMLError as error:
             raise UserError(describe_config_error(error)) from error
         except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -145,7 +144,7 @@ class Experiment:
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
-        shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        shared = OmegaConf.to_container(load_yaml(find_choices("scale")[scale]))
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
         lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
