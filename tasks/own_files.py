@@ -271,7 +271,14 @@ class OwnFiles(Task):
     with `split_seed`. Rows of equal text stay together, so that none is on both sides.
     """
 
-    def __init__(self, scored: str, held_out: float, split_seed: int, quotes: bool, overlap: bool) -> None:
+    def __init__(
+        self,
+        scored: str = "test",
+        held_out: float = 0.1,
+        split_seed: int = 0,
+        quotes: bool = True,
+        overlap: bool = False,
+    ) -> None:
         if scored not in ("test", "validation"):
             raise TaskError(f"task.options.scored={scored}: must be test or validation")
         if not 0 < held_out < 1:

@@ -65,7 +65,8 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
 
 
 def collect_identity_facts(settings: Settings) -> dict[str, Any]:
-    """Return everything that can change a digit of the result: settings, task version, data and weights.
+    """Return everything that can change a digit of the result: settings, task version, data, weights, and the code that
+    the command line named.
 
     Raises:
         UserError: data or weights cannot be found or read.
@@ -81,6 +82,8 @@ def collect_identity_facts(settings: Settings) -> dict[str, Any]:
         "data": data,
         "task_version": task.version,
     }
+    if tasks.plugins:
+        found["plugins"] = {name: plugin.sha256 for name, plugin in tasks.plugins.items()}
     return found | ({"init_weights": tasks.base.file_sha256(find_init_weights(settings))} if settings.init_from else {})
 
 
