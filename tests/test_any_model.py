@@ -284,11 +284,14 @@ def test_a_folder_that_is_no_model_says_what_it_lacks(what, tmp_path):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("model=bert-base-uncased", "; any other: model=ORG/NAME of the hub, or model=DIR"),
+        (
+            "model=bert-base-uncased",
+            " Any other is model=ORG/NAME, of the hub, or model=DIR. Known: deberta-v2-xxlarge, ",
+        ),
         ("model=google-bert/bert-base-uncased", "cannot fetch its config.json from the hub"),
         ("model=x.gguf", "a GGUF file does not say all of its model; take model=NAME model.path=x.gguf"),
         ("model=a/b/c", "model=a/b/c: no such folder"),
-        ("model.name=a/b/c", "model.name=a/b: only letters"),
+        ("model.name=a/b/c", "model.name=a/b/c: only letters"),
     ],
 )
 def test_a_model_that_is_nowhere_is_answered_in_one_line(word, said):

@@ -353,7 +353,7 @@ CASES = [
     Case("config", "a setting without its group", "lr=1e-3", "lr: no such setting. Did you mean train.lr?"),
     Case("config", "an option without its group", "held_out=0.2", "held_out: no such setting. Did you mean task.options.held_out?"),
     Case("config", "a model that is nowhere", "model=/nowhere", "model=/nowhere: no such folder; give a saved Hugging Face model"),
-    Case("config", "a model of the hub without its owner", "model=bert-base-uncased", "any other: model=ORG/NAME of the hub"),
+    Case("config", "a model of the hub without its owner", "model=bert-base-uncased", "Any other is model=ORG/NAME, of the hub, or model=DIR."),
     Case("config", "a new PEFT field without +", "method.peft.zzz=1", "write +method.peft.zzz=VALUE to add it"),
     Case("config", "another task's option", "+task.options.style=5", "demo/sentiment has no such option"),
     Case("config", "option of another type", "task=e2e task.options.separator=5 model=tiny-llama", "must be like ' ||'"),

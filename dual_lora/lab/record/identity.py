@@ -12,14 +12,12 @@ from typing import Any
 
 import tasks
 from dual_lora.lab.config.paths import resolve_path
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import MAX_NAME, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
-# Characters that a folder's name keeps of each name; those of the hub may be longer.
-MAX_NAME = 60
 # Settings that cannot change the result, by group. method.lr is only the default of train.lr.
 NOT_IDENTITY = {
     "model": {"path", "architecture"},

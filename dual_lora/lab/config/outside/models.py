@@ -13,13 +13,13 @@ from typing import Any
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
+from dual_lora.lab.config.schema import MAX_NAME
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 
 # PEFT's word for every linear layer but the head, as the role that a model of an unknown type has.
 ALL_LINEAR = "all-linear"
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 HUB_CACHE = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/[0-9a-f]{40}")
-MAX_NAME = 60
 WRITERS = ("ForCausalLM", "LMHeadModel")  # how the classes of models that write text end
 SIXTEEN_BITS = ("bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json")
