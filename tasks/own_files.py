@@ -322,6 +322,9 @@ class OwnFiles(Task):
         files = self.used(data_dir)
         return {split: " ".join(map(base.file_sha256, paths)) for split, paths in files.items()}
 
+    def check_files(self) -> None:
+        self.rows()
+
     def used(self, data_dir: str | None) -> Files:
         """Return training's files and those that are scored, if any are; the folder is the task's from now on."""
         self.data_dir = data_dir or self.data_dir

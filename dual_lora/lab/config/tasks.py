@@ -9,6 +9,8 @@ from dual_lora.lab.config.paths import resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require
 
+# What identifies the data and its task, of all data that this process has checked.
+checked_files: set[tuple[str, str, str]] = set()
 MAX_FOLDERS = 50  # below a folder that holds no data, looked through for it
 
 
@@ -36,8 +38,8 @@ def load_task(settings: Settings) -> tasks.Task:
 
 
 def check_data_dir(settings: Settings) -> None:
-    """Refuse a data_dir that the task does not read, or that holds none of its files; where these are one or two
-    levels above or below, name that folder.
+    """Refuse a data_dir that the task does not read, that holds none of its files, or tables without its columns.
+    Where the files are one or two levels above or below, name that folder.
 
     Raises:
         UserError: with the folder that was most likely meant.
@@ -52,6 +54,11 @@ def check_data_dir(settings: Settings) -> None:
     own = f"data_dir={data_dir}: {task.name} reads no files, it makes its own data; drop it"
     with suppress(tasks.TaskError):  # of a task that has no data but what a folder holds
         require(found != tasks.load(task.name, settings.task.options).source(), own)
+    files = (task.name, str(settings.task.options), str(found))
+    if files not in checked_files:  # once, however many runs read them
+        with translate_task_errors():
+            task.check_files()
+        checked_files.add(files)
 
 
 def find_data_near(task: tasks.Task, folder: Path) -> Path | None:
