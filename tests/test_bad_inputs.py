@@ -49,6 +49,7 @@ from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_USER
+from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.train.run import train_run
 from tasks.commonsense import SPECS
 
@@ -76,7 +77,7 @@ class Case:
 
     def words(self, here: Path) -> list[str]:
         given = [word.replace("{here}", str(here)).replace("{_}", " ") for word in self.argv.split()]
-        return [*TINY, *given] if self.script == "train.py" else given
+        return drop_replaced_overrides([*TINY, *given]) if self.script == "train.py" else given
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
@@ -378,6 +379,8 @@ CASES = [
     Case("config", "empty value", "data_dir=", "data_dir=: empty; give a value, or null"),
     Case("config", "nothing to adapt", "model.adapt=[]", "model.adapt=[]: nothing for dual_lora to adapt"),
     Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: not a regular expression"),
+    Case("config", "half of a fused weight", "model=tiny-gpt2 task=demo/choice model.split=[q,k]", "model.split=['q', 'k']: not the roles of one weight"),
+    Case("config", "a beam search without beams", "model=tiny-llama task=demo/choice task.search=gpt2_beam", "only beam search uses it"),
     Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "make it 16; drop one"),
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),

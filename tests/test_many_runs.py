@@ -17,7 +17,7 @@ from dual_lora.lab.record import run as record_run
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
-from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.experiment import Experiment, drop_replaced_overrides
 from dual_lora.lab.study.listing import format_results
 from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.train import plan as train_plan
@@ -27,7 +27,8 @@ TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
 
 def label(*words: str) -> list[str]:
     """Return the labels of a command's runs."""
-    return [run.label for run in prepare_runs([load_settings(job) for job in parse_overrides([*TINY, *words])])]
+    jobs = parse_overrides(drop_replaced_overrides([*TINY, *words]))
+    return [run.label for run in prepare_runs([load_settings(job) for job in jobs])]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from dual_lora.lab.record import mirror
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.system.sealed import hash_content
 from dual_lora.lab.train import callbacks as train_callbacks
 from dual_lora.lab.train import trainer as train_trainer
@@ -566,7 +567,7 @@ def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs
     assert done.stderr.count("failed: ") == 2 and "r=1" in done.stderr
     finished = sorted(p.parent.name for p in runs_folder.glob("adhoc/*/result.json"))
     assert len(finished) == 2 and all("_lora_" in name for name in finished)
-    again = forked.run(*sweep, "method.rank=1", "method=lora")
+    again = forked.run(*drop_replaced_overrides([*sweep, "method.rank=1", "method=lora"]))
     assert again.returncode == 0 and again.stdout.count("finished: ") == 2
 
 
@@ -575,7 +576,7 @@ def test_the_demo_run_shows_before_after_parameters_time_and_the_record(runs_fol
     assert done.returncode == 0, done.stderr
     for word in ("before", "after", "parameters", "tokens/s", "record"):
         assert word in done.stdout
-    assert "tiny-llama  demo/restaurants  dual_lora  seed 0" in done.stdout
+    assert "tiny-llama  demo/restaurants  dual_lora max_steps=3  seed 0" in done.stdout
     assert list(runs_folder.glob("adhoc/*/wandb/offline-run-*"))
 
 

@@ -4,6 +4,7 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.model.load import get_head_class
+from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_score
 from tasks import Task
@@ -55,6 +56,10 @@ from peft import PeftModel{register}
 model = PeftModel.from_pretrained(base_model, "DIR/adapter")
 ```
 """
+SPLIT = """
+The adapter itself is not here: it changes blocks of fused layers (`model.split=[{roles}]`), which the original model
+does not have as modules of their own.
+"""
 # PEFT finds types of its own; those of this package are known once it is imported.
 REGISTER = """
 import dual_lora  # pip install dual-lora: registers the adapter's type with PEFT"""
@@ -68,6 +73,9 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
     header |= {"tags": [method.name, *(["peft"] if adapter else [])]}
     header |= {"base_model": settings.model.hub} if settings.model.hub else {}
     own = bool(result.get("kernels"))
+    about_adapter = SPLIT.format(roles=",".join(settings.model.split)) if settings.splits_layers else ""
+    if adapter:
+        about_adapter = ADAPTER.format(register=REGISTER if own else "")
     return CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         model=settings.model.name,
@@ -85,11 +93,14 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
         run=record.name,
         scores=format_scores(result, task),
         head=get_head_class(task).__name__,
-        adapter=ADAPTER.format(register=REGISTER if own else "") if adapter else "",
+        adapter=about_adapter,
     )
 
 
 def format_scores(result: dict, task: Task) -> str:
     """Return the scores as a Markdown table, in percent but where the task says otherwise."""
-    rows = [f"| {name} | {format_score(value, name in task.unscaled)} |" for name, value in result["metrics"].items()]
+    rows = [
+        f"| {escape_markdown_cell(name)} | {format_score(value, name in task.unscaled)} |"
+        for name, value in result["metrics"].items()
+    ]
     return "\n".join(["| score | % |", "|---|---:|", *rows])

@@ -65,10 +65,12 @@ LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions
 LOCKED_FILES += (TRAINED_FILE,)
 # Files of a finished run that become invalid when it is run again.
 OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json")
-ANALYSIS_FILE = "analysis.json"
+ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
 OUTDATED_FILES += (
     ANALYSIS_FILE,
+    TRUNCATION_FILE,
+    CURVATURE_FILE,
     "analysis.csv",
     *(f"{name}.{kind}" for name in ANALYSIS_FIGURES for kind in ("png", "pdf")),
 )
@@ -193,6 +195,15 @@ class Record:
             for path in list_files(self.folder / folder):
                 known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
                 require(known, f"{path}: added after the run; remove it")
+
+    def verify_kept_files(self) -> None:
+        """Compare all files of a finished run, except weights that are not there: a record may be kept without them.
+
+        Raises:
+            UserError: one is missing, was changed, or was added to the weights.
+        """
+        lost = [name for name in SEALED_FOLDERS if not (self.folder / name).exists()]
+        self.verify_files(*(name for name in SEALED_FILES if name not in lost))
 
     def require_result(self, label: str) -> dict[str, Any]:
         """Return the result of a run that must be finished. label: the run as the command line names it.

@@ -4,6 +4,7 @@ Every launch has a folder of its own, removed when all its runs finished:
 
     runs/.multirun/WHEN_XXXX/
         N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
+        N/varies.json   those that distinguish it from the others, which its process prints
         .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
         command.json    which process the command is: its runs on this machine stop when it is gone
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
@@ -18,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -45,7 +47,15 @@ from dual_lora.lab.config.compose import describe_config_error
 from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, import_plugin
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
-from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first_line, require, suggest_name
+from dual_lora.lab.errors import (
+    EXIT_STOPPED,
+    RunHeldElsewhere,
+    Stopped,
+    UserError,
+    get_first_line,
+    require,
+    suggest_name,
+)
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
 from dual_lora.lab.system.environment import isolate_environment
@@ -57,6 +67,8 @@ IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
 EXTRAS = {"ray_cluster": "ray"}  # of pyproject.toml; all others need `launchers`
 # Why this process was asked to stop. It then takes no more runs.
 stop_reasons: list[str] = []
+# Held while this process executes a run.
+run_in_progress = threading.Lock()
 
 
 def parse_key(word: str) -> str:
@@ -175,6 +187,7 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+            (folder / str(number) / "varies.json").write_text(json.dumps(run.differences))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
         command["plugins"] = describe_plugins()
         (folder / "command.json").write_text(json.dumps(command))
@@ -185,14 +198,30 @@ def is_command_gone(folder: Path) -> bool:
     """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
     try:
         command = json.loads((folder / "command.json").read_text())
-        if command["host"] != platform.node():
-            return False
-        process = psutil.Process(command["pid"])
-        return process.create_time() != command["since"] or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+        return command["host"] == platform.node() and is_process_gone(command["pid"], command["since"])
     except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
         return not folder.exists()
+
+
+def is_process_gone(pid: int, since: float) -> bool:
+    """Return whether a process of this machine, started at a time in seconds, has ended."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() != since or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def end_with_command(pid: int, since: float) -> None:
+    """End this process of joblib's once the command that started it is gone and no run is in progress; joblib itself
+    lets it wait for work for five minutes. A run in progress is stopped by `stop_on_file`."""
+
+    def watch() -> None:
+        while not is_process_gone(pid, since) or run_in_progress.locked():
+            time.sleep(1)
+        os._exit(EXIT_STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
@@ -221,6 +250,9 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
     config = compose_launcher([*words, f"hydra.sweep.dir='{place}'"])
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
+    if isinstance(settings := getattr(launcher, "joblib", None), dict):
+        identity = os.getpid(), psutil.Process().create_time()
+        settings |= {"initializer": end_with_command, "initargs": identity}
     # A new process must find this tree, wherever it starts. Progress bars of several runs would fill one screen.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -253,9 +285,10 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     try:
         isolate_environment()
         import_launched_plugins(folder)
-        settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
-        with listen_in_process(), stop_on_file(folder / "stop"):
-            return execute_run(Run.prepare(settings))
+        place = folder / str(HydraConfig.get().job.num)
+        settings, differences = load_recorded_settings(place), json.loads((place / "varies.json").read_text())
+        with run_in_progress, listen_in_process(), stop_on_file(folder / "stop"):
+            return execute_run(Run.prepare(settings, differences))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:
             with suppress(Exception):
