@@ -4,11 +4,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from dual_lora.lab.config.outside.plugins import check_plugins
+from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import split_words
 from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.config.tasks import check_data_dir, load_task
+from dual_lora.lab.config.tasks import check_data_dir
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
@@ -44,6 +46,7 @@ def evaluate_command(argv: list[str]) -> int:
     Raises:
         UserError: the command line or the run's record is wrong.
     """
+    argv = take_outside_words(argv, takes_folder=False)
     run, values = parse_run_words(argv, **{"export": str, "model.dtype": str, "analyse": str, "against": str})
     folder, dtype = values.pop("export", None), values.pop("model.dtype", None)
     analyse, against = values.pop("analyse", "false"), values.pop("against", None)
@@ -51,9 +54,10 @@ def evaluate_command(argv: list[str]) -> int:
     require(analyse in ("true", "false"), f"analyse={analyse}: must be true or false")
     require(analyse == "true" or not against, "against: only with analyse=true")
     require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
+    check_plugins(Record(run).read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:
-        check_data_dir(load_task(settings), settings.data_dir)
+        check_data_dir(settings)
     settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:

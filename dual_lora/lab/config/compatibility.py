@@ -9,8 +9,7 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
-from dual_lora.lab.config import paths
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, load_yaml
 from dual_lora.lab.config.schema import METHOD_SETTINGS, Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
@@ -40,7 +39,7 @@ def check_compatibility(settings: Settings) -> None:
     require(writes or not settings.model.chat, f"model.chat=true: {task.name} has no prompts; take model.chat=false")
     if settings.model.generates or not writes:
         return
-    able = [name for name in list_choices("model") if load_yaml(paths.CONF / "model" / f"{name}.yaml").get("generates")]
+    able = [name for name, path in find_choices("model").items() if load_yaml(path).get("generates")]
     raise UserError(
         f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}"
     )

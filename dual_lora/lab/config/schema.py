@@ -17,6 +17,8 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 
 # Limit of whole numbers (a seed has 32 bits), and of factors that multiply weights, which would overflow float32.
 MAX_INTEGER, MAX_MULTIPLIER = 2**32, 1e6
+# Characters of a name in folders' names, and of one on the hub.
+MAX_NAME, MAX_HUB_NAME = 60, 96
 # No known model has more; a plan builds every layer.
 MAX_LAYERS = 1000
 # The groups whose settings come from a file in conf/ that a command line chooses by name.
@@ -66,15 +68,26 @@ def check_range(group: str, values: object, least: float, below: float, *names: 
         require(value is None or least <= value < below, f"{group}.{name}={value}: {bounds}")
 
 
+def is_file_name(value: str, longest: int) -> bool:
+    """Return whether a value names a file or folder on any system, and none that lies elsewhere."""
+    clean = value and all(c.isascii() and c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
+    return bool(clean) and len(value) <= longest
+
+
 def check_file_name(key: str, value: str, what: str) -> None:
     """Refuse what names no file or folder, or one that lies elsewhere.
 
     Raises:
         UserError: with the setting and its value.
     """
-    clean = value and all(c.isascii() and c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
-    short = len(value.encode(errors="replace")) <= 60
-    require(bool(clean) and short, f"{key}={value[:80]}: only letters, digits, '-', '_' and '.', at most 60; {what}")
+    allowed = f"only letters, digits, '-', '_' and '.', at most {MAX_NAME}"
+    require(is_file_name(value, MAX_NAME), f"{key}={value[:80]}: {allowed}; {what}")
+
+
+def is_hub_id(value: str) -> bool:
+    """Return whether a value has the form of a hub id, ORG/NAME."""
+    parts = value.split("/")
+    return len(parts) == 2 and all(is_file_name(part, MAX_HUB_NAME) for part in parts)
 
 
 def iterate_leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,7 +125,7 @@ def check_values(values: object) -> None:
 class Model:
     """A base model and the names of its parts."""
 
-    name: str = setting("name of the model, also in the names of its runs' folders")
+    name: str = setting("name of the model, also in the names of its runs' folders; ORG/NAME is a hub id")
     hub: str | None = setting("its id on the Hugging Face hub, used unless model.path is given")
     revision: str | None = setting("commit on the hub that pins the weights")
     path: str | None = setting("folder of a saved Hugging Face model, or a GGUF file, instead of the hub")
@@ -157,7 +170,8 @@ class Model:
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        check_file_name("model.name", self.name, "it names the run's folder")
+        if not is_hub_id(self.name):
+            check_file_name("model.name", self.name, "it names the run's folder")
         for role, pattern in self.roles.items():
             try:
                 re.compile(pattern)
