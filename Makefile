@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow test-slurm test-torch smoke chaos calibration lint audit clean
+.PHONY: help env demo test test-slow test-slurm test-torch smoke chaos calibration gpu lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ chaos: env  ## kill, starve and damage a small study in many ways, about 20 minu
 
 calibration: env  ## simulate equal methods: are verdicts and intervals right as often as promised; minutes
 	OMP_NUM_THREADS=1 $(PY) -m tools.calibrate
+
+gpu: env  ## what only a GPU can show, written to benchmarks/; at most ten minutes, resumable
+	$(PY) -m tools.gpu_check
 
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .

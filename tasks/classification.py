@@ -15,12 +15,12 @@ import re
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
 from tasks.base import Row, TaskError
 from tasks.own_files import OwnFiles, Place, Placed, text_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.measures import Score
 
 VERSION = 1
@@ -51,6 +51,8 @@ def task(
         raise TaskError(f"classification/{subset}: no such task, only classification")
     if metric not in METRICS:
         raise TaskError(f"task.options.metric={metric}: must be one of {', '.join(METRICS)}")
+    if odd := [name for name in labels if not isinstance(name, (str, int, float))]:
+        raise TaskError(f"task.options.labels: {odd[0]!r} is no class name; write a list of names")
     names = [str(name).lower() if isinstance(name, bool) else str(name).strip() for name in labels]
     if len(set(names)) < len(names) or len(names) == 1 or "" in names:
         raise TaskError(f"task.options.labels={names}: must be two class names or more, all different")
@@ -146,7 +148,7 @@ class Classification(OwnFiles):
         if len(train) < 2:
             raise TaskError(f"{place.path}: {column} has one class only, {next(iter(train))!r}; add rows of another")
 
-    def dataset(self, rows: Any, source: object) -> Dataset:
+    def dataset(self, rows: Any, source: object) -> "Dataset":
         """Return rows with their classes as indices."""
         rows = list(rows)
         if self.form == "classification":

@@ -16,9 +16,6 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-from datasets import ClassLabel, Dataset
-
 from tasks import base
 from tasks.base import Row, Split, Task, TaskError
 
@@ -220,6 +217,9 @@ def read_parquet(path: Path) -> Iterator[Placed]:
     Raises:
         TaskError: it cannot be read as Parquet, or a column occurs twice.
     """
+    import pyarrow.parquet
+    from datasets import ClassLabel, Dataset
+
     try:
         table = Dataset(pyarrow.parquet.read_table(path))
     except (OSError, ValueError, TypeError) as error:

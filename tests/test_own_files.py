@@ -413,6 +413,8 @@ def test_an_overlap_may_be_allowed_on_purpose(tmp_path):
         (C, {"metric": "bleu"}, "task.options.metric=bleu: must be one of accuracy, macro_f1"),
         (C, {"labels": ["x"]}, "must be two class names or more, all different"),
         (C, {"labels": ["x", " x"]}, "must be two class names or more, all different"),
+        (C, {"labels": [["x"], "y"]}, "is no class name"),
+        (C, {"labels": [None, "y"]}, "None is no class name"),
         (C, {"labels": ["x", "y"], "metric": "pearson"}, "pearson is of numbers, which have no classes"),
         (C, {"label": "text"}, "must be the names of different columns"),
         (C, {"held_out": 1.0}, "task.options.held_out=1.0: must be between 0 and 1"),

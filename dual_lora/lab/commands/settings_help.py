@@ -76,7 +76,7 @@ def render_help() -> str:
     defaults = read_defaults()
     for key, about, group in iterate_settings():
         value = f" [{defaults[key]}]" if key in defaults else ""
-        lines.append(f"\n  {key}: {about}{value}" if group else f"  {key:<24}{about}{value}")
+        lines.append(f"\n  {key}: {about}{value}" if group else f"  {key:<30}{about}{value}")
     return "\n".join([*lines, "", SWEEPS])
 
 

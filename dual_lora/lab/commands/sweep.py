@@ -3,6 +3,7 @@
 import sys
 import traceback
 
+from dual_lora.lab.commands.cell_study import CellStudy
 from dual_lora.lab.commands.train import plan_runs
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.overrides import parse_overrides, split_words
@@ -37,16 +38,21 @@ def sweep_command(argv: list[str]) -> int:
     extra = [a for a in argv if a not in launcher and a not in own]
     parse_overrides(launcher)
     check_launcher(argv)
-    names = list_choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
-    asked_for = [Experiment.load(name, given.get("scale")) for name in names]
+    every = given["experiment"] == "all"  # which other words may not concern
+    names = list_choices("experiment") if every else given["experiment"].split(",")
+    cell_studies = {name: study for name in names if (study := CellStudy.find(name, given.get("scale")))}
+    for study in cell_studies.values() if not every else ():
+        study.check_words(extra, launcher)
+    asked_for = [Experiment.load(name, given.get("scale")) for name in names if name not in cell_studies]
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
-        cell.settings.hardware.check_installed()
-    codes = [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
+        cell.settings.check_installed()
+    codes = [study.run(run == "true", "force=true" in extra) for study in cell_studies.values()]
+    codes += [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
     return min((code for code in codes if code), default=EXIT_OK)
 
 
@@ -79,8 +85,8 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     from dual_lora.lab.report.write import mirror_report, write_report
 
     study = cells[0].settings.study
-    folder, done = paths.RUNS / study / "report", find_outcomes(cells, study)
-    lost = experiment.analyse and run and not analyse_outcomes(done)
+    folder, done = paths.RUNS / experiment.find_report_study(study) / "report", find_outcomes(cells, study)
+    lost = experiment.analyse and run and not analyse_outcomes(experiment, done)
     with translate_write_errors(folder):
         print(write_report(experiment, done, folder))
     for trouble in (troubles := find_unreadable(experiment, done)):
@@ -91,14 +97,14 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     return EXIT_USER if missing or troubles or lost else EXIT_OK
 
 
-def analyse_outcomes(done: list[Outcome]) -> bool:
+def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:
     """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
-    from dual_lora.lab.report.ranks import analyse_missing
+    from dual_lora.lab.report.analyses.kinds import analyse_missing
 
     whole = True
     for cell in done:
         try:
-            analyse_missing([cell])
+            analyse_missing(experiment, cell)
         except Exception as error:
             print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
             whole = False

@@ -5,13 +5,21 @@ from collections.abc import Collection
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
@@ -47,14 +55,49 @@ def unfreeze_schema(cls: type) -> type:
     )
 
 
-def freeze_values(cls: type, values: dict) -> object:
-    """Return the frozen dataclass `cls` from plain values of the right types."""
-    return cls(
-        **{
-            f.name: freeze_values(f.type, values[f.name]) if is_dataclass(f.type) else values[f.name]
-            for f in fields(cls)
-        }
-    )
+def freeze_values(cls: type, values: dict, prefix: str = "") -> object:
+    """Return the frozen dataclass `cls` from plain values. OmegaConf checks neither the type of what another setting
+    gives (`seed=${train.lr}`) nor what stands in a list.
+
+    Raises:
+        UserError: a value is missing, of another type or impossible.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        key = f"{prefix}{f.name}"
+        require(f.name in values, f"{key}: missing; give it a value")
+        value = values[f.name]
+        if is_dataclass(f.type):
+            require(isinstance(value, dict), f"{key}={str(value)[:80]}: a group of settings; set one of them")
+            found[f.name] = freeze_values(f.type, value, f"{key}.")
+        else:
+            require(has_type(value, f.type), f"{key}={str(value)[:80]}: must be {name_type(f.type)}")
+            found[f.name] = value
+    return cls(**found)
+
+
+def has_type(value: object, kind: Any) -> bool:
+    """Return whether a value is of a type that a setting is declared with. Whole numbers are numbers, too."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(has_type(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(has_type(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(has_type(item, parts[1]) for item in value.values())
+    if kind is Any:
+        return True
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def name_type(kind: Any) -> str:
+    """Return a setting's type in words."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if isinstance(kind, UnionType):
+        return " or ".join(map(name_type, get_args(kind)))
+    if get_origin(kind) is list:
+        return "a list of " + {str: "texts"}.get(get_args(kind)[0], "values")
+    return names.get(kind, "a mapping")
 
 
 SCHEMA = unfreeze_schema(Settings)
@@ -93,6 +136,8 @@ def describe_config_error(error: Exception) -> str:
     text, key = get_first_line(cause), getattr(cause, "full_key", None)
     if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
         return f"{cause.problem_mark.name}: line {cause.problem_mark.line + 1}: {cause.problem}; fix the file"
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: ??? is no value; give it one"
     if isinstance(cause, UnsupportedInterpolationType):
         return f"{key}: {text}; write the value itself"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "." not in str(key):

@@ -6,10 +6,12 @@ task is refused before training.
 
 import copy
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +37,11 @@ from dual_lora.lab.errors import (
     suggest_name,
     translate_read_errors,
 )
+from dual_lora.lab.inputs.adapter_files import find_other_fields, read_adapter_config
 from dual_lora.lab.model.load import build_target_pattern, is_sharded
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.tuner.warmup import list_factors
 
 TASK_TYPES = {
@@ -70,15 +74,28 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_type)}
     check_peft_type(settings, kind, known, form)
-    values.setdefault("task_type", TASK_TYPES[form])
+    check_decided_fields(values, form)
+    values["task_type"] = TASK_TYPES[form]
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
-        values.setdefault("target_modules", build_target_pattern(settings.model))
+        values.setdefault("target_modules", build_target_pattern(settings))
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:
         return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
+
+
+def check_decided_fields(values: dict[str, Any], form: str) -> None:
+    """Refuse fields of PEFT by which less would train than the task asks for.
+
+    Raises:
+        UserError: with the field.
+    """
+    given, own = values.get("task_type"), TASK_TYPES[form].value
+    require(given in (None, own), f"method.peft.task_type={given}: the task decides it, here {own}; drop it")
+    trains = not values.get("inference_mode")
+    require(trains, "method.peft.inference_mode=true: nothing of the adapter would train; drop it")
 
 
 def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
@@ -236,10 +253,10 @@ def check_forward(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
-    """Give the model the weights of the run that `init_from` names. Heads stay fresh.
+    """Give the model the weights of the run or the adapter that `init_from` names. Heads stay fresh.
 
     Raises:
-        UserError: the weights do not fit.
+        UserError: the weights do not fit, or are an adapter's that computes something else with them.
     """
     file = find_init_weights(settings)
     with translate_read_errors(f"init_from={settings.init_from}: cannot read {file.name}", "take another run"):
@@ -258,9 +275,25 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
     if not isinstance(model, PeftModel):
         model.load_state_dict(chosen, strict=not shared)
         return
+    check_init_adapter(model, file.parent, settings)
     set_peft_model_state_dict(model, chosen)
     for factors in list_factors(model):  # trained factors are at full scale, whatever the length of this run's ramp
         factors.set_update_scale(1.0, ramp=False)
+
+
+def check_init_adapter(model: PeftModel, folder: Path, settings: Settings) -> None:
+    """Refuse a saved adapter whose configuration gives its weights another meaning than this run's, such as another
+    alpha; print a warning if it was trained on a model of another name.
+
+    Raises:
+        UserError: with the first such field.
+    """
+    saved, where = read_adapter_config(folder), f"init_from={settings.init_from}"
+    for field, (theirs, ours) in find_other_fields(saved, model.active_peft_config.to_dict()).items():
+        raise UserError(f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
+    base, known = Path(saved.get("base_model_name_or_path") or "").name, model.get_base_model().name_or_path
+    if base and base != Path(known).name and is_first_process():
+        print(f"warning: {where}: trained on a model named {base}, this run's is {Path(known).name}", file=sys.stderr)
 
 
 @torch.no_grad()

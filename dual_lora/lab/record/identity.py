@@ -15,6 +15,7 @@ from dual_lora.lab.config.paths import resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
@@ -26,18 +27,23 @@ NOT_IDENTITY = {
     "train": {"save_steps", "save_minutes", "log_steps"},
     "eval": {"before"},
 }
+# Switches that count only when they are on, so that false, null and a record without them name the same run.
+SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing")}
 
 
 def find_init_weights(settings: Settings) -> Path:
-    """Return the weights file of the run that `init_from` names.
+    """Return the weights file of the adapter or the run that `init_from` names.
 
     Raises:
-        UserError: there is none, it is damaged, or another method or model trained it.
+        UserError: there is none, it is damaged, or another method, rank or model trained it.
     """
+    if adapter := find_adapter(settings):
+        return adapter / ADAPTER_WEIGHTS
     folder = resolve_path("init_from", settings.init_from)
     file = Record(folder).get_weights_file(settings)
     if not (folder / "result.json").is_file() or not file.is_file():
-        raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
+        remedy = "give the folder of one, runs/STUDY/ID" + (", or of an adapter" if settings.method.peft else "")
+        raise UserError(f"init_from={folder}: no finished run with {file.name}; {remedy}")
     result = Record(folder).read_result()
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
@@ -57,8 +63,8 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
     kept["init_from"] = Path(settings.init_from).name if settings.init_from else None
     for group, keys in NOT_IDENTITY.items():
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
-    kept["train"]["group_by_length"] = settings.train.group_by_length or None
-    kept["model"]["chat"] = settings.model.chat or None
+    for group, keys in SWITCHES.items():
+        kept[group] |= {key: kept[group][key] or None for key in keys}
     return drop_empty(kept)
 
 
@@ -79,7 +85,11 @@ def collect_identity_facts(settings: Settings) -> dict[str, Any]:
         "data": data,
         "task_version": task.version,
     }
-    return found | ({"init_weights": tasks.base.file_sha256(find_init_weights(settings))} if settings.init_from else {})
+    if settings.init_from:
+        found["init_weights"] = tasks.base.file_sha256(find_init_weights(settings))
+    if find_adapter(settings):
+        del found["init_from"]  # the same adapter may lie elsewhere
+    return found
 
 
 def drop_empty(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run prints when it is done."""
 
+import shlex
 from typing import Any
 
 from tabulate import tabulate
@@ -23,8 +24,15 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
         ],
         ["record", record.format_path()],
     ]
+    facts += [["upload", command] for command in find_upload_commands(record)]
     facts += [["warning", text] for text in result.get("warnings", ())]
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def find_upload_commands(record: Record) -> list[str]:
+    """Return the command that sends what W&B mirrored offline to its server; none if nothing was."""
+    offline = any(record.folder.glob("wandb/offline-run-*"))
+    return [f"wandb sync {shlex.quote(record.format_path())}/wandb/offline-run-*"] if offline else []
 
 
 def format_finished(result: dict[str, Any], record: Record, title: str) -> str:

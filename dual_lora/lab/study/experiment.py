@@ -11,7 +11,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
-    cells     a row's label: its overrides, or several lists of them
+    cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
+              or block gives the same setting
     rows      settings whose values head rows beside the label
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
@@ -19,17 +20,22 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     baselines labels of the rows the others are compared to
     planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
               p is corrected for their number. All other comparisons are exploratory
+    contrasts planned differences within a row, {plus: [...], minus: [...]}: the mean over the columns of `plus` minus
+              that over those of `minus`, for every row that has all of them. They belong to the planned family
     margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
     floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
     published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
-    analyse   true: what each run did to its weights is part of the report
+    analyse   what is measured of each finished run's weights and is part of the report: `ranks` of the updates,
+              `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
+    records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
 before; within one list a key stands once.
 """
 
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -48,6 +54,9 @@ from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
+ANALYSES = ("ranks", "truncation", "curvature")
+MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
+CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
 DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
@@ -106,12 +115,14 @@ class Experiment:
     mean: str | None = None
     baselines: list[str] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
+    contrasts: list[dict[str, list]] = field(default_factory=list)
     margin: dict[str, float] = field(default_factory=dict)
     floors: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
     limit: str = ""
-    analyse: bool = False
+    analyse: str = ""
+    records: str | None = None
 
     @classmethod
     def load(cls, name: str, scale: str | None = None) -> "Experiment":
@@ -120,16 +131,7 @@ class Experiment:
         Raises:
             UserError: there is no such experiment or scale, or its file is wrong.
         """
-        known = list_choices("experiment")
-        hint = suggest_name(name, known)
-        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
-        try:
-            content = OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
-        except YAMLError as error:
-            raise UserError(describe_config_error(error)) from error
-        except (OmegaConfBaseException, OSError, ValueError) as error:
-            raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
-        return cls.from_content(name, content, scale)
+        return cls.from_content(name, load_experiment_file(name), scale)
 
     @classmethod
     def from_content(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
@@ -139,10 +141,7 @@ class Experiment:
             UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
-        has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
-        require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
-        scale = scale or has[0]
-        require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+        scale, study = choose_scale(name, content, scale)
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
@@ -157,7 +156,6 @@ class Experiment:
             check_fields(Tune, values["tune"], f"{where}: tune")
             require("grid" in values["tune"], f"{where}: tune.grid: missing")
             values["tune"] = Tune(**values["tune"])
-        study = name if scale == has[0] else f"{name}_{scale}"
         return cls(name, scale, study, **values)
 
     def __post_init__(self) -> None:
@@ -173,6 +171,9 @@ class Experiment:
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for label in self.planned:
             require(label not in self.baselines, f"{where}: {label}: planned and a baseline; give it in one of them")
+        for contrast in self.contrasts:
+            check_contrast(contrast, self.columns, where)
+        require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
         for kind, points in self.margin.items():
             require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
@@ -195,16 +196,18 @@ class Experiment:
         Raises:
             UserError: one of them is wrong, or different runs would stand in one place of the table.
         """
-        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.study}"]
+        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.find_run_study()}"]
         jobs = [
             (label, dict(map(split_override, job)))
             for block in self.blocks
             for label, override_lists in self.cells.items()
             for overrides in list_alternatives(override_lists)
-            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
+            for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
+            for job in parse_overrides(drop_replaced_overrides(words))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
+        self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
         for more in (dict(map(split_override, words)) for words in parse_overrides(extra)):
             chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
@@ -222,6 +225,50 @@ class Experiment:
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
         return found
+
+    def compute_multiples(self, overrides: list[str]) -> list[str]:
+        """Return the overrides, every multiple computed from the last number before it of the same setting.
+
+        Raises:
+            UserError: no earlier override gives the setting a number.
+        """
+        found: list[str] = []
+        numbers: dict[str, float] = {}
+        for word in overrides:
+            key, value = split_override(word)
+            if multiple := MULTIPLE.fullmatch(value):
+                where = f"conf/experiment/{self.name}.yaml: {word}"
+                require(key in numbers, f"{where}: a multiple of what? run and block give it no number")
+                value = f"{float(multiple[1]) * numbers[key]:g}"
+            if NUMBER.fullmatch(value):
+                numbers[key] = float(value)
+            found.append(f"{key}={value}" if multiple else word)
+        return found
+
+    def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
+        """Refuse a contrast that no row could have. places: the label and the column of every run, as they are written.
+
+        Raises:
+            UserError: with the columns.
+        """
+        rows = {label: {word for other, word in places if other == label} for label, _ in places}
+        for contrast in self.contrasts:
+            columns = [str(value) for side in CONTRAST_SIDES for value in contrast[side]]
+            known = any(set(columns) <= words for words in rows.values())
+            where = f"conf/experiment/{self.name}.yaml: contrasts"
+            require(known, f"{where}: no row has all of the columns {', '.join(columns)}; give them as cells do")
+
+    def find_run_study(self) -> str:
+        """Return the folder below runs/ that the runs are in unless the command line names another.
+
+        Raises:
+            UserError: `records` names no experiment that has this scale.
+        """
+        return Experiment.load(self.records, self.scale).study if self.records else self.study
+
+    def find_report_study(self, study: str) -> str:
+        """Return the folder below runs/ that the report is in. study: that of the runs."""
+        return self.study if study == self.find_run_study() else study
 
     def list_heads(self) -> list[str]:
         """Return the settings that say where in the table a run stands, beside its label and its task."""
@@ -275,6 +322,36 @@ class Experiment:
         return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
 
 
+def load_experiment_file(name: str) -> Any:
+    """Return the content of conf/experiment/NAME.yaml.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    known = list_choices("experiment")
+    hint = suggest_name(name, known)
+    require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
+    try:
+        return OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
+    except YAMLError as error:
+        raise UserError(describe_config_error(error)) from error
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
+
+
+def choose_scale(name: str, content: Any, scale: str | None) -> tuple[str, str]:
+    """Return the scale, by default the first that the file has, and the folder below runs/ that belongs to it.
+
+    Raises:
+        UserError: the file has no scale, or not this one.
+    """
+    has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
+    require(bool(has), f"conf/experiment/{name}.yaml: gives no scale; one of {', '.join(SCALES)} is needed")
+    scale = scale or has[0]
+    require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+    return scale, name if scale == has[0] else f"{name}_{scale}"
+
+
 def list_alternatives(override_lists: list) -> list[list[str]]:
     """Return a cell's lists of overrides; it may give one alone."""
     return override_lists if isinstance(override_lists[0], list) else [override_lists]
@@ -284,6 +361,21 @@ def split_override(word: str) -> tuple[str, str]:
     """Return the key and the value of an override."""
     key, _, value = word.partition("=")
     return key, value
+
+
+def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], where: str) -> None:
+    """Refuse a contrast that lacks a side or has a column on both, or columns that no setting heads.
+
+    Raises:
+        UserError: with `where`, the contrast and the form that is needed.
+    """
+    sides = [contrast.get(side) for side in CONTRAST_SIDES]
+    whole = set(contrast) == set(CONTRAST_SIDES) and all(sides)
+    require(whole, f"{where}: contrasts: {contrast}: {{plus: [...], minus: [...]}} with values of columns is needed")
+    both = [value for value in sides[0] if value in sides[1]]
+    require(not both, f"{where}: contrasts: {both[:1]}: on both sides; give it on one")
+    headed = isinstance(columns, str) and columns not in ("published", "task.name")
+    require(headed, f"{where}: contrasts: need columns with the values of one setting, as method.magnitude_ratio has")
 
 
 def is_required(field: Field) -> bool:

@@ -1,9 +1,10 @@
 """One run, from its settings to its record: load, evaluate, train, evaluate again, write the result."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.inputs.splits import load_scored_splits, load_split
+from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
 from dual_lora.lab.model.adapt import (
     attach_method,
     check_named_modules,
@@ -26,19 +27,23 @@ from dual_lora.lab.model.adapt import (
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, load_model
 from dual_lora.lab.model.merge import merge_adapter
-from dual_lora.lab.record.mirror import Mirror, open_mirror
+from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_finished, format_summary
+from dual_lora.lab.record.tensorboard import Board, open_board
 from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
 from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
-from dual_lora.lab.system.sealed import seal_folder
+from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
+from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
 from dual_lora.lab.train.trainer import RunTrainer
+from tasks import Split, Task
 
 # Column with the fraction of entries of dL/dSign clipped at a logged step; a result holds the largest one.
 CLIPPED_COLUMN = "train/clipped_share"
@@ -90,7 +95,8 @@ def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
     attempt = record.select_attempt_record(settings)
     with isolate_determinism(settings):
         share_from_first(lambda: attempt.prepare_folder(settings))
-        mirror = open_run_mirror(settings, record)
+        board = open_board(settings, attempt) if is_first_process() else Board()
+        mirror = Mirrors(open_run_mirror(settings, record), board)
         try:
             with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
                 result = train_and_evaluate(settings, attempt, mirror)
@@ -141,7 +147,7 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
     )
 
 
-def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
+def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> dict[str, Any]:
     """Do everything between an empty record and its result, which is written last.
 
     Raises:
@@ -154,20 +160,22 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     with run_first_process_first():
         train = load_split(task, "train", settings)
         held_out = load_scored_splits(task, settings)
+        development = load_development_split(task, settings)
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
     check_named_modules(model, settings, task.form)
+    apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
     log = LogCallback(record, mirror)
 
-    def score_model(title: str) -> tuple[dict, list]:
+    def score_model(title: str, splits: dict[str, Split] = held_out) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
-            return evaluate_splits(model, tokenizer, task, held_out, settings, title)
+            return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
-    best = BestEpoch(score_model, task.metric, log) if settings.task.checkpoint == "best" else None
+    best = build_best_epoch(settings, task, log, partial(score_model, splits=development or held_out))
     trainer = RunTrainer(
         record,
         settings,
@@ -181,7 +189,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         callbacks=[log, best] if best else [log],
     )
     trainer.remove_callback(PrinterCallback)
-    progress = ProgressBar()
+    progress = ProgressBar(record.name)
     trainer.add_callback(progress)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
@@ -211,7 +219,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "merged": merged,
         "metrics_before": before,
         "best_epoch": trained["best_epoch"],
-        "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
+        "metrics_last_epoch": trained["metrics_last_epoch"] or (None if development else metrics),
         **count_parameters(model),
         "learning_rates": list_rates(model, settings),
         "kernels": list_kernels(model),
@@ -224,7 +232,20 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
+    if settings.init_from:
+        result["init_weights"] = hash_file(find_init_weights(settings))
+    if development:
+        result["development"] = next(iter(development.values())).describe()
     return share_from_first(lambda: record.write_result(result))
+
+
+def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: Callable) -> BestEpoch | None:
+    """Return the callback that keeps the best epoch, if the task's protocol or early stopping asks for one."""
+    patience = settings.train.early_stopping
+    if settings.task.checkpoint != "best" and patience is None:
+        return None
+    rows = "development" if settings.eval.development_rows else "eval"
+    return BestEpoch(measure, task.metric, log, task.metric in task.lower_is_better, patience, rows)
 
 
 def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
@@ -245,7 +266,7 @@ def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, 
             "tokens": trainer.state.num_input_tokens_seen,
             "peak_memory_bytes": peak.peak,
             "best_epoch": best.epoch if best else None,
-            "metrics_last_epoch": best.last if best else None,
+            "metrics_last_epoch": best.last if best and best.rows == "eval" else None,
         }
         facts = save_training(trainer, record, settings, facts)
     STOP.raise_if_asked()
