@@ -31,6 +31,8 @@ ADDED_SETTINGS += (
     "train.head_lr",
     "train.adam_epsilon",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.packing",
     "train.early_stopping",
     "eval.development_rows",
     "tensorboard",

@@ -8,7 +8,9 @@ torch nor transformers nor Hydra.
 
 import importlib.util
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -243,6 +245,10 @@ class Train:
     gradient_checkpointing: bool | None = setting(
         "true: keep only each layer's input for backward and recompute the rest; less memory, more time"
     )
+    compile: bool | None = setting(
+        "true: train with torch.compile; minutes to compile, then faster; needs a C++ compiler"
+    )
+    packing: bool | None = setting("true: the texts of a batch share rows, without attention between them or padding")
     early_stopping: int | None = setting(
         "stop after so many epochs without a better score on eval.development_rows, and keep the best epoch"
     )
@@ -356,6 +362,9 @@ class Settings:
             UserError: with what is to be installed.
         """
         self.hardware.check_installed()
+        compiler = os.environ.get("CXX") or "g++"
+        able = not self.train.compile or shutil.which(compiler) is not None
+        require(able, f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it")
         here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
         require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
 

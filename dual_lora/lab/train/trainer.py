@@ -25,6 +25,7 @@ from dual_lora.lab.system.sealed import parse_checkpoint_step, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.callbacks import SCALER_FILE, STATE_FILE, BestEpoch
 from dual_lora.lab.train.optimizer_state import load_optimizer, load_random_state, save_optimizer, save_random_state
+from dual_lora.lab.train.packing import unmask_packed_batch
 
 ROW_COLUMN = "row"  # the column with a training example's number
 MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
@@ -120,6 +121,8 @@ class RunTrainer(Trainer):
         Clipped entries are counted only in steps that are logged, because counting takes another pass over dL/dSign.
         """
         rows = inputs.pop(ROW_COLUMN)
+        if self.settings.train.packing:
+            unmask_packed_batch(inputs)
         CLIPPED.enabled = (self.state.global_step + 1) % self.args.logging_steps == 0
         try:
             loss = super().training_step(model, inputs, num_items_in_batch) / self.scale
