@@ -370,9 +370,20 @@ class Settings:
 
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
-        train = self.train
-        an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * self.hardware.devices))
-        return train.max_steps or math.ceil(an_epoch * train.epochs)
+        an_epoch = math.ceil(rows / self.examples_per_step)
+        return self.train.max_steps or math.ceil(an_epoch * self.train.epochs)
+
+    @property
+    def examples_per_step(self) -> int:
+        """The global batch: how many examples an optimizer step sees, on all devices."""
+        return self.train.batch_size * self.train.accumulation * self.hardware.devices
+
+    def describe_batch(self) -> str:
+        """Return the global batch and, where it is not one device's batch, what it consists of."""
+        size, accumulation, devices = self.train.batch_size, self.train.accumulation, self.hardware.devices
+        parts = [f"{size} a batch", f"{accumulation} accumulated"] + ([f"{devices} devices"] if devices > 1 else [])
+        split = f" ({' x '.join(parts)})" if self.examples_per_step != size else ""
+        return f"{self.examples_per_step} examples{split}"
 
     def __post_init__(self) -> None:
         check_values(self)

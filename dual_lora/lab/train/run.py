@@ -227,6 +227,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
         "steps": trained["steps"],
+        "batch": settings.describe_batch(),
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
         "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
