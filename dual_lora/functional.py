@@ -120,14 +120,25 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
 
 def is_autocast_on(device_type: str) -> bool:
     """Return whether autocast is on for a device type; the meta device has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch 2.7 cannot compile `torch.amp.is_autocast_available`
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def suspend_autocast(device_type: str):
     """A context in which autocast is off for a device type; the meta device has none."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()  # the meta device
+    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
+def check_factors(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
+    """Refuse factors whose products B A and D C have different shapes: torch would broadcast them.
+
+    Raises:
+        ValueError: with the shapes.
+    """
+    if (*A.shape[:-2], B.shape[-2], A.shape[-1]) != (*C.shape[:-2], D.shape[-2], C.shape[-1]):
+        named = {"A": A, "B": B, "C": C, "D": D}
+        shapes = ", ".join(f"{name}: {' x '.join(map(str, t.shape))}" for name, t in named.items())
+        raise ValueError(f"{shapes}: expected A: r1 x in, B: out x r1, C: r2 x in, D: out x r2")
 
 
 def delta_weight(
@@ -149,8 +160,9 @@ def delta_weight(
 
     Raises:
         KeyError: unknown magnitude or direction.
-        ValueError: unknown ste.
+        ValueError: unknown ste, or B A and D C have different shapes.
     """
+    check_factors(A, B, C, D)
     with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
@@ -166,11 +178,13 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
     A direction other than the sign contributes sqrt(r2) * sigma^2 more. Softplus counts as ReLU.
 
     Raises:
-        ValueError: fan_in, a rank or alpha is not above 0.
+        ValueError: fan_in, a rank or alpha is not above 0 and finite, or magnitude or direction is unknown.
     """
     for name, value in {"fan_in": fan_in, "r1": r1, "r2": r2, "alpha": alpha}.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: expected a number above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: expected a finite number above 0")
+    if magnitude not in MAGNITUDES or direction not in DIRECTIONS:
+        raise ValueError(f"magnitude={magnitude!r}, direction={direction!r}: expected one of each of the tables above")
     kept = 1.0 if magnitude in ("abs", "identity") else 0.5
     target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
     if direction == "sign":

@@ -279,3 +279,26 @@ def test_a_quoted_path_is_the_same_path(tmp_path):
         sweep_command(["experiment='no'"])
     with pytest.raises(UserError, match="^cost: not of the form KEY=VALUE; write experiment=cost"):
         sweep_command(["cost"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=1", "seed=2"], "seed: given twice; drop one, or write seed=VALUE,VALUE for a run of each"),
+        (["seed=1", "seed=1"], "seed: given twice"),
+        (["seed=1", "++seed=2"], "seed: given twice"),
+        (["seed=1,2", "seed=3"], "seed: given twice"),
+        (["method=lora", "method=dora"], "method: given twice"),
+        (["train.lr=1e-3", "train={lr:2e-3}"], "train.lr: given twice"),
+        (["+method.peft.bias=all", "+method.peft.bias=none"], "method.peft.bias: given twice"),
+        (["hydra/launcher=workstation", "hydra/launcher=slurm"], "hydra/launcher: given twice; drop one"),
+    ],
+)
+def test_one_key_twice_is_refused(words, message):
+    with pytest.raises(UserError) as caught:
+        parse_overrides(words)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_parts_of_one_group_are_not_one_key_twice():
+    assert parse_overrides(["train.lr=1e-3", "train={epochs:2}", "seed=1"])

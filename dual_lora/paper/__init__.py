@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent
-STATUSES = ("published", "digitized", "third_party_listing", "review_quote", "inferred", "own")
+STATUSES = ("published", "digitized", "third_party_listing", "review_quote", "rerun", "inferred", "own")
 MISSING = "–"
 PROTOCOL = ("measures", "checkpoint", "seeds")
 REQUIRED = ("id", "title", "source", "version", "status", "protocol", "keys", "columns", "rows")

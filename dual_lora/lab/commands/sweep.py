@@ -79,8 +79,8 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     from dual_lora.lab.report.write import mirror_report, write_report
 
     study = cells[0].settings.study
-    folder, done = paths.RUNS / study / "report", find_outcomes(cells, study)
-    lost = experiment.analyse and run and not analyse_outcomes(done)
+    folder, done = paths.RUNS / experiment.find_report_study(study) / "report", find_outcomes(cells, study)
+    lost = experiment.analyse and run and not analyse_outcomes(experiment, done)
     with translate_write_errors(folder):
         print(write_report(experiment, done, folder))
     for trouble in (troubles := find_unreadable(experiment, done)):
@@ -91,14 +91,14 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     return EXIT_USER if missing or troubles or lost else EXIT_OK
 
 
-def analyse_outcomes(done: list[Outcome]) -> bool:
+def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:
     """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
-    from dual_lora.lab.report.ranks import analyse_missing
+    from dual_lora.lab.report.analyses.kinds import analyse_missing
 
     whole = True
     for cell in done:
         try:
-            analyse_missing([cell])
+            analyse_missing(experiment, cell)
         except Exception as error:
             print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
             whole = False

@@ -1,7 +1,7 @@
 """From the overrides of a command line to typed settings, with one clear line for every mistake."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
-from dual_lora.lab.config.overrides import iterate_keys, parse_override
+from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
 from dual_lora.lab.config.paths import list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
@@ -121,13 +121,6 @@ def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     composed = OmegaConf.merge(load_base(conf)[0], files)
     OmegaConf.set_struct(composed, True)  # an unknown key is an error
     return composed
-
-
-def iterate_given_keys(key: str, value: object) -> Iterator[str]:
-    """Yield the full names that an override sets: train={lr:1} sets train and train.lr."""
-    yield key
-    for name, part in value.items() if isinstance(value, dict) else ():
-        yield from iterate_given_keys(f"{key}.{name}", part)
 
 
 def load_settings(words: list[str]) -> Settings:

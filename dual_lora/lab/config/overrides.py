@@ -227,13 +227,36 @@ def check_text(text: str, key: str) -> None:
     require("${" not in strange, f"{key}: ${{...}} may name only other settings, such as ${{method.lr}}")
 
 
+def iterate_given_keys(key: str, value: object) -> Iterator[str]:
+    """Yield the full names that an override sets: train={lr:1} sets train and train.lr."""
+    yield key
+    for name, part in value.items() if isinstance(value, dict) else ():
+        yield from iterate_given_keys(f"{key}.{name}", part)
+
+
+def check_repeats(words: list[str], where: str = "") -> None:
+    """Refuse words that set one key twice: which value is meant would be a guess. where: begins the message.
+
+    Raises:
+        UserError: with the key.
+    """
+    seen: set[str] = set()
+    for override in map(parse_override, words):
+        names = list(iterate_given_keys(override.key_or_group, override.value()))
+        for name in [name for name in names if name in seen]:
+            several = "" if LAUNCHER_KEY.match(name) else f", or write {name}=VALUE,VALUE for a run of each"
+            require(False, f"{where}{name}: given twice; drop one{several}")
+        seen.update(names)
+
+
 def parse_overrides(words: list[str]) -> list[list[str]]:
     """Return the overrides of every run that a command line (with sweeps) asks for, names checked. The values of the
     last sweep change first.
 
     Raises:
-        UserError: a word is wrong, or too many runs are asked for.
+        UserError: a word is wrong, a key is given twice, or too many runs are asked for.
     """
+    check_repeats(words)
     choices = []
     for word in words:
         override = parse_override(word)

@@ -6,6 +6,7 @@ import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.model.load import get_head_class
+from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_score
 from tasks import Task
@@ -57,6 +58,10 @@ from peft import PeftModel{register}
 model = PeftModel.from_pretrained(base_model, "DIR/adapter")
 ```
 """
+SPLIT = """
+The adapter itself is not here: it changes blocks of fused layers (`model.split=[{roles}]`), which the original model
+does not have as modules of their own.
+"""
 ADAPTER_CARD = """---
 {header}---
 
@@ -107,7 +112,8 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
     beside the weights."""
     facts = collect_facts(settings, record, task)
     header = format_header(settings, task, "transformers", ["peft"] if adapter else [])
-    return CARD.format(header=header, dtype=dtype, adapter=ADAPTER.format(**facts) if adapter else "", **facts)
+    about = SPLIT.format(roles=",".join(settings.model.split)) if settings.splits_layers else ""
+    return CARD.format(header=header, dtype=dtype, adapter=ADAPTER.format(**facts) if adapter else about, **facts)
 
 
 def format_adapter_card(settings: Settings, record: Record, task: Task) -> str:
@@ -158,5 +164,8 @@ def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, A
 
 def format_scores(result: dict, task: Task) -> str:
     """Return the scores as a Markdown table, in percent but where the task says otherwise."""
-    rows = [f"| {name} | {format_score(value, name in task.unscaled)} |" for name, value in result["metrics"].items()]
+    rows = [
+        f"| {escape_markdown_cell(name)} | {format_score(value, name in task.unscaled)} |"
+        for name, value in result["metrics"].items()
+    ]
     return "\n".join(["| score | % |", "|---|---:|", *rows])

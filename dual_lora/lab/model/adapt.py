@@ -4,6 +4,8 @@ No method is known here by name: a PEFT method needs only its YAML in conf/metho
 task is refused before training.
 """
 
+import copy
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +65,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     Raises:
         UserError: PEFT has no such type, refuses a field, or the type does not fit this harness or this task.
     """
-    values: dict[str, Any] = dict(settings.method.peft)
+    values: dict[str, Any] = copy.deepcopy(settings.method.peft)  # PEFT extends lists that it is given
     kind = values.pop("peft_type")
     resolve_ramp(settings, values, rows)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -74,7 +76,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     check_peft_type(settings, kind, known, form)
     values.setdefault("task_type", TASK_TYPES[form])
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
-        values.setdefault("target_modules", build_target_pattern(settings.model))
+        values.setdefault("target_modules", build_target_pattern(settings))
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:
@@ -154,6 +156,44 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     for factors in list_factors(adapted) if is_sharded(model) else ():
         factors.caches_update = False  # each device would hold an update as large as the whole weight
     return adapted
+
+
+def check_named_modules(model: torch.nn.Module, settings: Settings, form: str) -> None:
+    """Refuse names and patterns of modules in the settings that match nothing in the model with its method: they would
+    have no effect, which neither transformers nor PEFT reports.
+
+    Raises:
+        UserError: with the name, and those that there are.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [name for name, _ in base.named_modules() if name]
+    for head in settings.model.head if form != "generation" else ():
+        found = any(name.endswith(head) for name in modules)
+        require(found, f"model.head: {settings.model.name} has no module {head!r}; {suggest_modules(head, modules)}")
+    adapted = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    for key, value in (settings.method.peft or {}).items() if adapted else ():
+        known = modules if key in ("exclude_modules", "modules_to_save") else adapted
+        for pattern in list_patterns(key, value):
+            found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in known)
+            require(found, f"method.peft.{key}: {pattern!r} matches no module; {suggest_modules(pattern, known)}")
+
+
+def list_patterns(key: str, value: Any) -> list[str]:
+    """Return the names and regular expressions of modules that a field of PEFT's holds; [] for other fields."""
+    if key.endswith("_pattern") and isinstance(value, dict):
+        return list(value)
+    if key == "layers_to_transform" and value is not None:
+        return [rf"{layer}\..*" for layer in (value if isinstance(value, list) else [value])]
+    if key == "exclude_modules" and isinstance(value, str):
+        return [value]
+    return value if isinstance(value, list) and (key.endswith("_modules") or key == "modules_to_save") else []
+
+
+def suggest_modules(name: str, modules: list[str]) -> str:
+    """Return the remedy for a name that matches none of the modules."""
+    parts = sorted({module.rpartition(".")[2] for module in modules})
+    shown = [part for part in parts if part in modules] or parts  # the outer ones of a model, all of those adapted
+    return f"drop it, or name another, such as {', '.join(shown)}.{suggest_name(name, parts)}"
 
 
 @contextmanager

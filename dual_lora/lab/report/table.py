@@ -1,6 +1,7 @@
 """The table of an experiment, and the notes a reader needs with it."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, product
 from string import ascii_lowercase
 
@@ -10,7 +11,8 @@ import pandas as pd
 import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.record.record import ANALYSIS_FILE, ENVIRONMENT_FIELDS
+from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
+from dual_lora.lab.report.analyses.kinds import check_analysis
 from dual_lora.lab.report.comparison.floors import ModelTask
 from dual_lora.lab.report.comparison.matches import describe_weights, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
@@ -41,7 +43,7 @@ def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], objec
     if experiment.baselines:
         yield read_predictions
     if experiment.analyse:
-        yield lambda cell: cell.record.read_sealed(ANALYSIS_FILE, "rows", "labels")
+        yield partial(check_analysis, experiment)
 
 
 def letter_reasons(values: pd.DataFrame) -> dict[str, str]:

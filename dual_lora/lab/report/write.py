@@ -23,6 +23,7 @@ from dual_lora.lab.present.document import Block, Image, Text, render_html, rend
 from dual_lora.lab.record.mirror import open_mirror
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import find_upload_commands
+from dual_lora.lab.report.analyses.kinds import iterate_analysis_blocks
 from dual_lora.lab.report.comparison.blocks import (
     iterate_exploratory_blocks,
     iterate_floor_blocks,
@@ -37,7 +38,6 @@ from dual_lora.lab.report.figures.draw import draw_figures
 from dual_lora.lab.report.learning_rates import tabulate_learning_rates
 from dual_lora.lab.report.protocol import iterate_protocol_blocks
 from dual_lora.lab.report.published import iterate_published_blocks, tabulate_published
-from dual_lora.lab.report.ranks import iterate_rank_blocks
 from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Experiment
@@ -121,7 +121,8 @@ def iterate_blocks_of_report(
         yield Text(f"Limit: {experiment.limit}.")
     yield from iterate_verdict_blocks(comparisons)
     if experiment.analyse:
-        yield from iterate_until_error(iterate_rank_blocks(done, folder), "the analyses")
+        blocks = iterate_analysis_blocks(experiment, done, findings.floors, folder)
+        yield from iterate_until_error(blocks, "the analyses")
     yield Text("Runs", heading=True)
     yield build_main_table(experiment, done, values, reasons)
     yield Text(items=tuple(iterate_notes(experiment, done, values, reasons, findings.unlearned)))

@@ -19,14 +19,19 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     baselines labels of the rows the others are compared to
     planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
               p is corrected for their number. All other comparisons are exploratory
+    contrasts planned differences within a row, {plus: [...], minus: [...]}: the mean over the columns of `plus` minus
+              that over those of `minus`, for every row that has all of them. They belong to the planned family
     margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
     floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
     published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
-    analyse   true: what each run did to its weights is part of the report
+    analyse   what is measured of each finished run's weights and is part of the report: `ranks` of the updates,
+              `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
+    records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
-conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
+conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
+before; within one list a key stands once.
 """
 
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -40,13 +45,15 @@ from yaml import YAMLError
 from dual_lora import paper
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, load_settings
-from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
+ANALYSES = ("ranks", "truncation", "curvature")
+CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
 DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
@@ -105,12 +112,14 @@ class Experiment:
     mean: str | None = None
     baselines: list[str] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
+    contrasts: list[dict[str, list]] = field(default_factory=list)
     margin: dict[str, float] = field(default_factory=dict)
     floors: list[str] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
     limit: str = ""
-    analyse: bool = False
+    analyse: str = ""
+    records: str | None = None
 
     @classmethod
     def load(cls, name: str, scale: str | None = None) -> "Experiment":
@@ -135,7 +144,7 @@ class Experiment:
         """Return the experiment that the content of a file describes.
 
         Raises:
-            UserError: the file lacks the scale or a field, or a field has the wrong form.
+            UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
         has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
@@ -146,6 +155,8 @@ class Experiment:
         for part in (common, own):
             check_fields(cls, part, where)
         shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        for part in (shared, common, own):
+            check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
         lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
@@ -161,10 +172,18 @@ class Experiment:
         where = f"conf/experiment/{self.name}.yaml"
         for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
+        for label, override_lists in self.cells.items():
+            for overrides in list_alternatives(override_lists):
+                check_repeats(overrides, f"{where}: cells: {label}: ")
+        for block in self.blocks:
+            check_repeats(block, f"{where}: blocks: ")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for label in self.planned:
             require(label not in self.baselines, f"{where}: {label}: planned and a baseline; give it in one of them")
+        for contrast in self.contrasts:
+            check_contrast(contrast, self.columns, where)
+        require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
         for kind, points in self.margin.items():
             require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
@@ -187,20 +206,19 @@ class Experiment:
         Raises:
             UserError: one of them is wrong, or different runs would stand in one place of the table.
         """
-        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.study}"]
+        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.find_run_study()}"]
         jobs = [
             (label, dict(map(split_override, job)))
             for block in self.blocks
             for label, override_lists in self.cells.items()
-            for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
+            for overrides in list_alternatives(override_lists)
             for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
+        self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
-        for more in map(
-            dict, (map(split_override, words) for words in parse_overrides(drop_replaced_overrides(extra)))
-        ):
+        for more in (dict(map(split_override, words)) for words in parse_overrides(extra)):
             chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
             rest = {key: value for key, value in more.items() if key not in chosen}
             rows = ", ".join(sorted(has["method"]))
@@ -216,6 +234,31 @@ class Experiment:
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
         return found
+
+    def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
+        """Refuse a contrast that no row could have. places: the label and the column of every run, as they are written.
+
+        Raises:
+            UserError: with the columns.
+        """
+        rows = {label: {word for other, word in places if other == label} for label, _ in places}
+        for contrast in self.contrasts:
+            columns = [str(value) for side in CONTRAST_SIDES for value in contrast[side]]
+            known = any(set(columns) <= words for words in rows.values())
+            where = f"conf/experiment/{self.name}.yaml: contrasts"
+            require(known, f"{where}: no row has all of the columns {', '.join(columns)}; give them as cells do")
+
+    def find_run_study(self) -> str:
+        """Return the folder below runs/ that the runs are in unless the command line names another.
+
+        Raises:
+            UserError: `records` names no experiment that has this scale.
+        """
+        return Experiment.load(self.records, self.scale).study if self.records else self.study
+
+    def find_report_study(self, study: str) -> str:
+        """Return the folder below runs/ that the report is in. study: that of the runs."""
+        return self.study if study == self.find_run_study() else study
 
     def list_heads(self) -> list[str]:
         """Return the settings that say where in the table a run stands, beside its label and its task."""
@@ -269,10 +312,30 @@ class Experiment:
         return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
 
 
+def list_alternatives(override_lists: list) -> list[list[str]]:
+    """Return a cell's lists of overrides; it may give one alone."""
+    return override_lists if isinstance(override_lists[0], list) else [override_lists]
+
+
 def split_override(word: str) -> tuple[str, str]:
     """Return the key and the value of an override."""
     key, _, value = word.partition("=")
     return key, value
+
+
+def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], where: str) -> None:
+    """Refuse a contrast that lacks a side or has a column on both, or columns that no setting heads.
+
+    Raises:
+        UserError: with `where`, the contrast and the form that is needed.
+    """
+    sides = [contrast.get(side) for side in CONTRAST_SIDES]
+    whole = set(contrast) == set(CONTRAST_SIDES) and all(sides)
+    require(whole, f"{where}: contrasts: {contrast}: {{plus: [...], minus: [...]}} with values of columns is needed")
+    both = [value for value in sides[0] if value in sides[1]]
+    require(not both, f"{where}: contrasts: {both[:1]}: on both sides; give it on one")
+    headed = isinstance(columns, str) and columns not in ("published", "task.name")
+    require(headed, f"{where}: contrasts: need columns with the values of one setting, as method.magnitude_ratio has")
 
 
 def is_required(field: Field) -> bool:

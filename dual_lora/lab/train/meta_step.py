@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora.bench import kept_bytes
+from dual_lora.bench.measure import kept_bytes
 from dual_lora.lab.config.recorded import replace_settings
 from dual_lora.lab.config.schema import MAX_LAYERS, Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
@@ -20,7 +20,8 @@ from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.load import cast_trained_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
 from dual_lora.lab.model.nf4 import list_quantisable_layers
-from dual_lora.lab.model.source import get_head_options, load_config
+from dual_lora.lab.model.source import get_head_options, load_config, set_dropout
+from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from tasks import Task
 
@@ -47,6 +48,7 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
         config = load_config(settings, task) if path else AutoConfig.for_model(**values)
         config.update(options)
+        set_dropout(config, settings)
     check_layers(settings, config)
     if layers:
         config.num_hidden_layers = layers
@@ -56,6 +58,7 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
         config._attn_implementation = "planned"
     with torch.device("meta"):
         model = get_head_class(task).from_config(config, dtype=get_weight_dtype(settings))
+        split_layers(model, settings)
     cast_trained_to_float32(model, settings, task)
     return model
 

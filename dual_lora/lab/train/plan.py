@@ -21,7 +21,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.splits import load_split
-from dual_lora.lab.model.adapt import count_parameters
+from dual_lora.lab.model.adapt import check_named_modules, count_parameters
 from dual_lora.lab.model.load import explain_unshardable, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
 from dual_lora.lab.model.source import find_gguf_file
@@ -89,6 +89,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = load_task(settings)
     model = attach_to_meta_model(settings, task)
+    check_named_modules(model, settings, task.form)
     unshardable_reason = explain_unshardable(settings, task, type(unwrap_adapter(model)))
     sizes = measure_sizes(model, settings, task)
     counts = count_parameters(model)

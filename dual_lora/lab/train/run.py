@@ -18,6 +18,7 @@ from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
 from dual_lora.lab.model.adapt import (
     attach_method,
+    check_named_modules,
     count_parameters,
     find_unfinished_ramp,
     list_kernels,
@@ -165,6 +166,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
+    check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
