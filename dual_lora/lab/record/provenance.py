@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.outside.plugins import describe_plugins
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.system.distributed import count_processes
 from dual_lora.lab.system.environment import count_available_cores, describe_variables
@@ -106,6 +107,7 @@ def describe_environment() -> dict[str, Any]:
         "commit": run_git("rev-parse", "HEAD"),
         "uncommitted_changes": has_uncommitted_changes(),
         "code": hash_code(),
+        **({"plugins": plugins} if (plugins := describe_plugins()) else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [redact_secrets(word) for word in sys.argv],
     }
@@ -123,5 +125,5 @@ def get_processor_name() -> str:
 
 
 def is_committed(made_with: dict) -> bool:
-    """Return whether a run was done with committed code, as far as its environment says."""
-    return made_with.get("uncommitted_changes") is False
+    """Return whether a run was done with committed code alone, as far as its environment says."""
+    return made_with.get("uncommitted_changes") is False and not made_with.get("plugins")
