@@ -679,7 +679,7 @@ def shown(text: str, here: Path) -> str:
     """Return a message without what differs from machine to machine."""
     text = text.replace(str(here), "HERE").replace(os.path.relpath(here), "HERE")
     text = re.sub(r"(?m)^.*\d+/\d+ \[.*\n?", "", re.sub(r"(?m)^.*\r", "", text))  # progress
-    text = text.replace(platform.node(), "HOST")
+    text = re.sub(r"config.yaml: line \d+", "config.yaml: line N", text.replace(platform.node(), "HOST"))
     text = re.sub(r"(Known: |a model that does: |Known are ).*", r"\1...", text)  # choices come and go
     return re.sub(r"_s0_[0-9a-f]{10}", "_s0_ID", text.replace(str(ROOT), "ROOT")).strip()
 

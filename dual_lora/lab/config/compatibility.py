@@ -36,6 +36,8 @@ def check_compatibility(settings: Settings) -> None:
     able = writes or settings.hardware.sharding != "full"
     require(able, f"hardware.sharding=full: not for {task.name}, whose head trains; take hardware.sharding=replicas")
     require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
+    packs = settings.train.packing
+    require(writes or not packs, f"train.packing=true: {task.name} takes one text a row; only text generation packs")
     require(writes or not settings.model.chat, f"model.chat=true: {task.name} has no prompts; take model.chat=false")
     if settings.model.generates or not writes:
         return

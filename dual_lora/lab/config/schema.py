@@ -8,7 +8,9 @@ torch nor transformers nor Hydra.
 
 import importlib.util
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -286,6 +288,10 @@ class Train:
     gradient_checkpointing: bool | None = setting(
         "true: keep only each layer's input for backward and recompute the rest; less memory, more time"
     )
+    compile: bool | None = setting(
+        "true: train with torch.compile; minutes to compile, then faster; needs a C++ compiler"
+    )
+    packing: bool | None = setting("true: the texts of a batch share rows, without attention between them or padding")
     early_stopping: int | None = setting(
         "stop after so many epochs without a better score on eval.development_rows, and keep the best epoch"
     )
@@ -409,14 +415,28 @@ class Settings:
             UserError: with what is to be installed.
         """
         self.hardware.check_installed()
+        compiler = os.environ.get("CXX") or "g++"
+        able = not self.train.compile or shutil.which(compiler) is not None
+        require(able, f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it")
         here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
         require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
 
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
-        train = self.train
-        an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * self.hardware.devices))
-        return train.max_steps or math.ceil(an_epoch * train.epochs)
+        an_epoch = math.ceil(rows / self.examples_per_step)
+        return self.train.max_steps or math.ceil(an_epoch * self.train.epochs)
+
+    @property
+    def examples_per_step(self) -> int:
+        """The global batch: how many examples an optimizer step sees, on all devices."""
+        return self.train.batch_size * self.train.accumulation * self.hardware.devices
+
+    def describe_batch(self) -> str:
+        """Return the global batch and, where it is not one device's batch, what it consists of."""
+        size, accumulation, devices = self.train.batch_size, self.train.accumulation, self.hardware.devices
+        parts = [f"{size} a batch", f"{accumulation} accumulated"] + ([f"{devices} devices"] if devices > 1 else [])
+        split = f" ({' x '.join(parts)})" if self.examples_per_step != size else ""
+        return f"{self.examples_per_step} examples{split}"
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -4,6 +4,7 @@ transformers follows what lies in a model's folder: an adapter, an index that na
 settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json.
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -255,6 +256,7 @@ def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...]) -> Tempor
         UserError: config.json cannot be honoured.
     """
     folder = write_config(fit_class_fields(read_config_fields(path), str(path / "config.json")))
+    atexit.register(folder.cleanup)  # Python would do it with a warning
     for file, *_ in stamps[1:]:
         link = Path(folder.name) / file.name
         if file.name == SPECIAL_TOKENS:

@@ -28,7 +28,7 @@ NOT_IDENTITY = {
     "eval": {"before"},
 }
 # Switches that count only when they are on, so that false, null and a record without them name the same run.
-SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing")}
+SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing", "compile", "packing")}
 
 
 def find_init_weights(settings: Settings) -> Path:

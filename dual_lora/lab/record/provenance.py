@@ -15,7 +15,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.outside.plugins import describe_plugins
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.system.distributed import count_processes
-from dual_lora.lab.system.environment import describe_variables
+from dual_lora.lab.system.environment import count_available_cores, describe_variables
 from dual_lora.lab.system.sealed import hash_file
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
@@ -95,6 +95,7 @@ def describe_environment() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "processes": count_processes(),
         "threads": torch.get_num_threads(),
+        "cores": count_available_cores(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         "deterministic": {
             "algorithms": torch.are_deterministic_algorithms_enabled(),

@@ -39,7 +39,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import MissingConfigException
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 import tasks
 from dual_lora.lab.config import paths
@@ -246,8 +246,9 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
     Raises:
         UserError: the launcher does not take them.
     """
-    place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config = compose_launcher([*words, f"hydra.sweep.dir='{place}'"])
+    config = compose_launcher(words)
+    with read_write(config):
+        config.hydra.sweep.dir = str(folder).replace("${", r"\${")  # a path, whatever OmegaConf would read into it
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
     if isinstance(settings := getattr(launcher, "joblib", None), dict):
