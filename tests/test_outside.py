@@ -150,7 +150,7 @@ def test_from_anywhere_as_the_user_types_it(own, tmp_path, runs_folder):
 
 # Safety.
 
-IMPORTS = {"exec_module", "import_module", "spec_from_file_location", "module_from_spec", "run_path", "run_module"}
+IMPORTS = {"exec_module", "import_module", "spec_from_file_location", "module_from_spec", "run_path"}
 IMPORTER = "dual_lora/lab/config/outside/plugins.py"
 FROM_HERE = re.compile(r"f?['\"](dual_lora|tasks|\{__name__\})\.")
 
