@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
@@ -77,17 +77,16 @@ def freeze_values(cls: type, values: dict, prefix: str = "") -> object:
 
 
 def has_type(value: object, kind: Any) -> bool:
-    """Return whether a value is of a type that a setting is declared with. Whole numbers are numbers, too."""
-    parts = get_args(kind)
-    if isinstance(kind, UnionType):
+    """Return whether a value has the type of a field, as deep as its lists and mappings go. Whole numbers are numbers,
+    too; true and false are neither."""
+    parts, outer = get_args(kind), get_origin(kind) or kind
+    if outer in (Union, UnionType):
         return any(has_type(value, part) for part in parts)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(has_type(item, parts[0]) for item in value)
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(has_type(item, parts[1]) for item in value.values())
+    if outer in (list, dict) and parts and isinstance(value, outer):
+        return all(has_type(v, parts[-1]) for v in (value.values() if outer is dict else value))
     if kind is Any:
         return True
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, (int, float) if kind is float else outer) and (kind is bool or not isinstance(value, bool))
 
 
 def name_type(kind: Any) -> str:
