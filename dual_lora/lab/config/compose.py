@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
@@ -24,8 +24,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
+from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
 from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
 
@@ -77,16 +78,17 @@ def freeze_values(cls: type, values: dict, prefix: str = "") -> object:
 
 
 def has_type(value: object, kind: Any) -> bool:
-    """Return whether a value has the type of a field, as deep as its lists and mappings go. Whole numbers are numbers,
-    too; true and false are neither."""
-    parts, outer = get_args(kind), get_origin(kind) or kind
-    if outer in (Union, UnionType):
+    """Return whether a value is of a type that a setting is declared with. Whole numbers are numbers, too."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
         return any(has_type(value, part) for part in parts)
-    if outer in (list, dict) and parts and isinstance(value, outer):
-        return all(has_type(v, parts[-1]) for v in (value.values() if outer is dict else value))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(has_type(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(has_type(item, parts[1]) for item in value.values())
     if kind is Any:
         return True
-    return isinstance(value, (int, float) if kind is float else outer) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def name_type(kind: Any) -> str:
@@ -161,10 +163,39 @@ def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
 def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     """Return the values for one choice per group (in the order of GROUPS), as Hydra would compose them. Hydra itself
     takes half a second for each of a study's many combinations."""
-    files = {group: load_yaml(conf / group / f"{name}.yaml") for group, name in zip(GROUPS, choices, strict=True)}
+    files = {group: load_choice(group, name) for group, name in zip(GROUPS, choices, strict=True)}
     composed = OmegaConf.merge(load_base(conf)[0], files)
     OmegaConf.set_struct(composed, True)  # an unknown key is an error
     return composed
+
+
+def load_choice(group: str, name: str) -> DictConfig:
+    """Return the values of a choice: those of its file, or what is found of a model that has none.
+
+    Raises:
+        UserError: there is no such choice or model, or the file has another name than its values say.
+    """
+    path = find_choices(group).get(name)
+    if path is None and group == "model" and is_model_place(name):
+        return OmegaConf.create(describe_model(name))
+    require(path is not None, f"{group}={name}: no such {group}")
+    values = load_yaml(path)
+    given = values.get("name")
+    require(given == name, f"{path}: name: {given}; write name: {name}, as the file is called")
+    return values
+
+
+def choose_files(parsed: list[Override]) -> tuple[dict[str, str], list[Override]]:
+    """Return the choice of each group that overrides name, and the other overrides. The revision of a model on the hub
+    becomes part of its choice, because its settings depend on it."""
+    chosen = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
+    rest = [o for o in parsed if o.key_or_group not in GROUPS]
+    name = chosen.get("model", "")
+    hub = name not in list_choices("model") and find_hub_id(name)
+    revisions = [o for o in rest if o.key_or_group == "model.revision" and o.value()] if hub else []
+    if revisions:
+        chosen["model"] = f"{hub['id']}@{revisions[-1].value()}"
+    return chosen, [o for o in rest if o not in revisions]
 
 
 def load_settings(words: list[str]) -> Settings:
@@ -173,9 +204,7 @@ def load_settings(words: list[str]) -> Settings:
     Raises:
         UserError: a value is missing, of the wrong type, impossible, or would have no effect.
     """
-    parsed = [parse_override(word) for word in words]
-    chosen = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
-    rest = [o for o in parsed if o.key_or_group not in GROUPS]
+    chosen, rest = choose_files([parse_override(word) for word in words])
     try:
         choices = load_base(paths.CONF)[1] | chosen
         composed = compose_choices(paths.CONF, tuple(choices[group] for group in GROUPS))

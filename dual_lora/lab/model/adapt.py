@@ -28,6 +28,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import (
     UserError,
@@ -78,6 +79,8 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     values["task_type"] = TASK_TYPES[form]
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
         values.setdefault("target_modules", build_target_pattern(settings))
+        if values["target_modules"] == ALL_LINEAR and "exclude_modules" in known:
+            values.setdefault("exclude_modules", rf"(?:.*\.)?(?:{'|'.join(sorted(settings.model.heads))})(?:\..*)?")
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:
@@ -122,6 +125,11 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
         f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
         "pissa or olora",
+    )
+    require(
+        "n_tasks" not in known,
+        f"{where}: mixes adapters by the number of the task that each row belongs to, which rows here do not have; "
+        "take a method with one adapter",
     )
     headless = form != "generation" and "modules_to_save" not in known
     require(

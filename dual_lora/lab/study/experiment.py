@@ -11,7 +11,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
-    cells     a row's label: its overrides, or several lists of them
+    cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
+              or block gives the same setting
     rows      settings whose values head rows beside the label
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
@@ -34,6 +35,7 @@ conf/scale/NAME.yaml holds overrides of every experiment at that scale. An overr
 before; within one list a key stands once.
 """
 
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -42,16 +44,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
-from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
 from dual_lora.lab.config.overrides import check_repeats, parse_overrides
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "truncation", "curvature")
+MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
@@ -127,16 +129,7 @@ class Experiment:
         Raises:
             UserError: there is no such experiment or scale, or its file is wrong.
         """
-        known = list_choices("experiment")
-        hint = suggest_name(name, known)
-        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
-        try:
-            content = OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
-        except YAMLError as error:
-            raise UserError(describe_config_error(error)) from error
-        except (OmegaConfBaseException, OSError, ValueError) as error:
-            raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
-        return cls.from_content(name, content, scale)
+        return cls.from_content(name, load_experiment_file(name), scale)
 
     @classmethod
     def from_content(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
@@ -146,14 +139,11 @@ class Experiment:
             UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
-        has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
-        require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
-        scale = scale or has[0]
-        require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+        scale, study = choose_scale(name, content, scale)
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
-        shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        shared = OmegaConf.to_container(load_yaml(find_choices("scale")[scale]))
         for part in (shared, common, own):
             check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
@@ -164,7 +154,6 @@ class Experiment:
             check_fields(Tune, values["tune"], f"{where}: tune")
             require("grid" in values["tune"], f"{where}: tune.grid: missing")
             values["tune"] = Tune(**values["tune"])
-        study = name if scale == has[0] else f"{name}_{scale}"
         return cls(name, scale, study, **values)
 
     def __post_init__(self) -> None:
@@ -211,7 +200,8 @@ class Experiment:
             for block in self.blocks
             for label, override_lists in self.cells.items()
             for overrides in list_alternatives(override_lists)
-            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
+            for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
+            for job in parse_overrides(drop_replaced_overrides(words))
         ]
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
@@ -232,6 +222,25 @@ class Experiment:
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
+        return found
+
+    def compute_multiples(self, overrides: list[str]) -> list[str]:
+        """Return the overrides, every multiple computed from the last number before it of the same setting.
+
+        Raises:
+            UserError: no earlier override gives the setting a number.
+        """
+        found: list[str] = []
+        numbers: dict[str, float] = {}
+        for word in overrides:
+            key, value = split_override(word)
+            if multiple := MULTIPLE.fullmatch(value):
+                where = f"conf/experiment/{self.name}.yaml: {word}"
+                require(key in numbers, f"{where}: a multiple of what? run and block give it no number")
+                value = f"{float(multiple[1]) * numbers[key]:g}"
+            if NUMBER.fullmatch(value):
+                numbers[key] = float(value)
+            found.append(f"{key}={value}" if multiple else word)
         return found
 
     def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
@@ -309,6 +318,36 @@ class Experiment:
         steps = self.tune.max_steps or alone.train.max_steps
         trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
         return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
+
+
+def load_experiment_file(name: str) -> Any:
+    """Return the content of conf/experiment/NAME.yaml.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    known = list_choices("experiment")
+    hint = suggest_name(name, known)
+    require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
+    try:
+        return OmegaConf.to_container(load_yaml(find_choices("experiment")[name]))
+    except YAMLError as error:
+        raise UserError(describe_config_error(error)) from error
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
+
+
+def choose_scale(name: str, content: Any, scale: str | None) -> tuple[str, str]:
+    """Return the scale, by default the first that the file has, and the folder below runs/ that belongs to it.
+
+    Raises:
+        UserError: the file has no scale, or not this one.
+    """
+    has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
+    require(bool(has), f"conf/experiment/{name}.yaml: gives no scale; one of {', '.join(SCALES)} is needed")
+    scale = scale or has[0]
+    require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+    return scale, name if scale == has[0] else f"{name}_{scale}"
 
 
 def list_alternatives(override_lists: list) -> list[list[str]]:
