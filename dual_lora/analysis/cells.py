@@ -31,14 +31,15 @@ def read_rows(path: Path) -> list[dict]:
     """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
 
     Raises:
-        StudyError: another line is not JSON.
+        StudyError: another line holds no cell and its result.
     """
     rows = []
     for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise StudyError(f"{path}, line {number}: not JSON; remove the line, its cell runs again") from error
+            row = json.loads(line)
+            rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
+        except (ValueError, TypeError, LookupError) as error:
+            raise StudyError(f"{path}, line {number}: damaged; remove the line, its cell runs again") from error
     return rows
 
 

@@ -28,6 +28,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import (
     UserError,
@@ -74,15 +75,30 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_type)}
     check_peft_type(settings, kind, known, form)
-    values.setdefault("task_type", TASK_TYPES[form])
+    check_decided_fields(values, form)
+    values["task_type"] = TASK_TYPES[form]
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
         values.setdefault("target_modules", build_target_pattern(settings))
+        if values["target_modules"] == ALL_LINEAR and "exclude_modules" in known:
+            values.setdefault("exclude_modules", rf"(?:.*\.)?(?:{'|'.join(sorted(settings.model.heads))})(?:\..*)?")
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:
         return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
+
+
+def check_decided_fields(values: dict[str, Any], form: str) -> None:
+    """Refuse fields of PEFT by which less would train than the task asks for.
+
+    Raises:
+        UserError: with the field.
+    """
+    given, own = values.get("task_type"), TASK_TYPES[form].value
+    require(given in (None, own), f"method.peft.task_type={given}: the task decides it, here {own}; drop it")
+    trains = not values.get("inference_mode")
+    require(trains, "method.peft.inference_mode=true: nothing of the adapter would train; drop it")
 
 
 def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
@@ -109,6 +125,11 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
         f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
         "pissa or olora",
+    )
+    require(
+        "n_tasks" not in known,
+        f"{where}: mixes adapters by the number of the task that each row belongs to, which rows here do not have; "
+        "take a method with one adapter",
     )
     headless = form != "generation" and "modules_to_save" not in known
     require(

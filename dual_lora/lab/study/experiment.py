@@ -37,18 +37,16 @@ before; within one list a key stands once.
 
 import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
-from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import describe_config_error, load_settings
+from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
 from dual_lora.lab.config.overrides import check_repeats, parse_overrides
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
@@ -145,7 +143,7 @@ class Experiment:
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
-        shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        shared = OmegaConf.to_container(load_yaml(find_choices("scale")[scale]))
         for part in (shared, common, own):
             check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
@@ -332,7 +330,7 @@ def load_experiment_file(name: str) -> Any:
     hint = suggest_name(name, known)
     require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
     try:
-        return OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
+        return OmegaConf.to_container(load_yaml(find_choices("experiment")[name]))
     except YAMLError as error:
         raise UserError(describe_config_error(error)) from error
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -394,16 +392,6 @@ def check_fields(cls: type, values: object, where: str) -> None:
         require(key in known, f"{where}: {key}: no such field.{suggest_name(str(key), known)}")
         fine = has_type(value, dict if known[key] == Tune | None and value else known[key])
         require(fine, f"{where}: {key}: {str(value)[:80]!r} has the wrong form; {__name__} shows the right one")
-
-
-def has_type(value: object, kind: Any) -> bool:
-    """Return whether a value has the type of a field, as deep as its lists and mappings go."""
-    parts, outer = get_args(kind), get_origin(kind) or kind
-    if outer in (Union, UnionType):
-        return any(has_type(value, part) for part in parts)
-    if outer in (list, dict) and parts and isinstance(value, outer):
-        return all(has_type(v, parts[-1]) for v in (value.values() if outer is dict else value))
-    return kind is Any or isinstance(value, (int, float) if kind is float else outer)
 
 
 def drop_replaced_overrides(overrides: list[str]) -> list[str]:
