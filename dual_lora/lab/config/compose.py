@@ -119,7 +119,6 @@ def build_settings(config: DictConfig, given: Collection[str] = ()) -> Settings:
             require(agrees, f"method.{key}={method[key]}: method.r1 and method.r2 make it {implied:g}; drop one")
         method.rank, method.magnitude_ratio = total, method.r1 / total
     try:
-        config = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
@@ -159,10 +158,16 @@ def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
 
 
 @cache
+def load_choice(conf: Path, group: str, name: str) -> DictConfig:
+    """Return the values of one choice, read once: an experiment combines a few choices in hundreds of ways."""
+    return load_yaml(conf / group / f"{name}.yaml")
+
+
+@cache
 def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     """Return the values for one choice per group (in the order of GROUPS), as Hydra would compose them. Hydra itself
     takes half a second for each of a study's many combinations."""
-    files = {group: load_yaml(conf / group / f"{name}.yaml") for group, name in zip(GROUPS, choices, strict=True)}
+    files = {group: load_choice(conf, group, name) for group, name in zip(GROUPS, choices, strict=True)}
     composed = OmegaConf.merge(load_base(conf)[0], files)
     OmegaConf.set_struct(composed, True)  # an unknown key is an error
     return composed
