@@ -38,7 +38,7 @@ def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> 
     require(
         tokens <= limit,
         f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, the data needs "
-        f"{tokens} with task.max_new_tokens; lower task.max_length or take another model",
+        f"{tokens} with task.max_new_tokens; lower task.max_length or task.max_new_tokens, or take another model",
     )
 
 
