@@ -38,6 +38,7 @@ from dual_lora.lab.system.files import (
     read_json_object,
     remove_path,
     remove_temporary_files,
+    translate_access_errors,
     translate_write_errors,
     write_text,
 )
@@ -64,7 +65,7 @@ RERUN_FOLDER, TRAINED_FILE = ".again", "trained.json"
 LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json")
 LOCKED_FILES += (TRAINED_FILE,)
 # Files of a finished run that become invalid when it is run again.
-OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json")
+OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json", "tensorboard")
 ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
 OUTDATED_FILES += (
@@ -101,15 +102,27 @@ class Record:
         `.again`, until it is complete."""
         return Record(self.folder / RERUN_FOLDER) if settings.force else self
 
+    def is_rerun_whole(self) -> bool:
+        """Return whether the run in `.again` is finished and its files are as it left them, whether or not some were
+        moved here before an interruption."""
+        again = Record(self.folder / RERUN_FOLDER)
+        if not again.holds_result():
+            return False
+        for name, digest in again.read_result().get("sha256", {}).items():
+            path = next((f / name for f in (again.folder, self.folder) if (f / name).is_file()), None)
+            if path is None or hash_file(path) != digest:
+                return False
+        return True
+
     def install_rerun(self) -> None:
-        """Replace the old files by those of a complete run in `.again`, result.json last. If this is interrupted, the
-        next call does the rest.
+        """Replace the old files by those of a complete run in `.again`, result.json last; leave them if it is not
+        complete. If this is interrupted, the next call does the rest.
 
         Raises:
-            OSError: a file cannot be moved.
+            OSError: a file cannot be read or moved.
         """
         again = Record(self.folder / RERUN_FOLDER)
-        if not (again.folder / "result.json").is_file():
+        if not self.is_rerun_whole():
             return
         again.remove_leftovers()
         for name in OUTDATED_FILES:
@@ -122,13 +135,16 @@ class Record:
 
     def finish_cleanup(self) -> None:
         """Finish the cleanup of a run that was killed right after it wrote its result. A run that another process
-        holds, or on a read-only disk, is left as it is."""
-        whole = [path for path in (self.folder, self.folder / RERUN_FOLDER) if (path / "result.json").is_file()]
+        holds, or on a read-only disk, is left as it is; so are the checkpoints beside a result that is damaged or
+        another run's, because they may be all that is left of this one."""
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
-        if whole and any((self.folder / name).exists() for name in left) and os.access(self.folder, os.W_OK):
+        if not any((self.folder / name).exists() for name in left) or not os.access(self.folder, os.W_OK):
+            return
+        if self.holds_result() or Record(self.folder / RERUN_FOLDER).holds_result():
             with suppress(RunHeldElsewhere), hold_lock(self.folder), translate_write_errors(self.folder):
                 self.install_rerun()
-                self.remove_leftovers()
+                if self.holds_result():
+                    self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
         """Remove what a finished run no longer needs, and what killed writers left.
@@ -138,6 +154,8 @@ class Record:
         """
         for path in (self.folder / "checkpoints", self.folder / TRAINED_FILE):
             remove_path(path)
+        with suppress(OSError):  # one that holds an unfinished run stays
+            (self.folder / RERUN_FOLDER).rmdir()
         remove_temporary_files(self.folder, *LOCKED_FILES)
 
     def format_path(self) -> str:
@@ -151,8 +169,9 @@ class Record:
             UserError: it is damaged, was changed, or is another run's.
         """
         path = self.folder / "result.json"
-        if not path.is_file():
-            return None
+        with translate_access_errors(path):
+            if not path.is_file():
+                return None
         found = self.read_json(path.name, *sorted(RESULT_FIELDS))
         whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
         require(whole, f"{path}: changed since the run; {RERUN_REMEDY}")
@@ -161,10 +180,29 @@ class Record:
         require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
 
+    def holds_result(self) -> bool:
+        """Return whether there is a result, and it is this run's and as it was written."""
+        try:
+            return self.read_result() is not None
+        except UserError:
+            return False
+
     def predates_seals(self, result: dict[str, Any]) -> bool:
         """Return whether a result without a digest was written before digests existed: newer results also hold hashes
-        of files, and their environment a hash of the code."""
-        return "sha256" not in result and "code" not in self.read_environment()
+        of files, and their environment a hash of the code.
+
+        Raises:
+            UserError: the environment, which must say so, is missing or damaged.
+        """
+        return "sha256" not in result and "code" not in self.read_json("environment.json", *ENVIRONMENT_FIELDS)
+
+    def predates_sealed_files(self) -> bool:
+        """Return whether the record is of a version that sealed no other file than its result.
+
+        Raises:
+            UserError: the environment, which must say so, is missing or damaged.
+        """
+        return self.read_json("environment.json", *ENVIRONMENT_FIELDS).get("record_version", 1) < RECORD_VERSION
 
     def write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result, with the SHA-256 of what the run leaves and of the result itself, and return it.
@@ -189,7 +227,8 @@ class Record:
         kept = (self.read_result() or {}).get("sha256", {})
         for name in (name for name in kept if name.startswith(names or "")):
             path = self.folder / name
-            same = path.is_file() and hash_file(path) == kept[name]
+            with translate_access_errors(path):
+                same = path.is_file() and hash_file(path) == kept[name]
             require(same, f"{path}: changed since the run; {RERUN_REMEDY}")
         for folder in (folder for folder in SEALED_FOLDERS if kept and folder.startswith(names or "")):
             for path in list_files(self.folder / folder):
@@ -270,7 +309,9 @@ class Record:
             UserError: it is missing or damaged.
         """
         path = self.folder / name
-        require(path.is_file(), f"{path}: missing; is {self.folder} the folder of a finished run?")
+        with translate_access_errors(path):
+            found = path.is_file()
+        require(found, f"{path}: missing; is {self.folder} the folder of a finished run?")
         return read_json_object(path, "remove it and run the same command again", *keys)
 
     def read_sealed(self, name: str, *keys: str) -> dict[str, Any]:
@@ -282,8 +323,8 @@ class Record:
         found, path = self.read_json(name, *keys), self.folder / name
         if self.is_named_by_run:
             check_owner(found, self.name, path)
-        old = "digest" not in found and self.read_environment().get("record_version", 1) < RECORD_VERSION
-        require(old or is_digest_right(found), f"{path}: changed since it was written; remove it, and it is made again")
+        whole = is_digest_right(found) if "digest" in found else self.predates_sealed_files()
+        require(whole, f"{path}: changed since it was written; remove it, and it is made again")
         return found
 
     def write_sealed(self, name: str, content: dict[str, Any]) -> None:
@@ -301,7 +342,7 @@ class Record:
         checkpoint, or to the end of training, of an interrupted attempt.
 
         Raises:
-            UserError: it cannot be written, or holds another run's checkpoint.
+            UserError: it cannot be written, or what it holds so far is another run's.
         """
         with translate_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -315,10 +356,11 @@ class Record:
             rows = [row for row in self.read_log() if row["step"] == 0]
         resumes = bool(trained or checkpoint or rows)
         if resumes:
+            check_owner(self.read_environment(), self.name, self.folder / "environment.json")
             self.verify_model_files(settings)
         self.write_lines("metrics.jsonl", rows)
         self.write_file("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
-        now = describe_environment() | {"model_files": hash_model_files(settings)}
+        now = describe_environment() | {"identity": self.name, "model_files": hash_model_files(settings)}
         self.write_file("environment.json", merge_environments(self.read_environment(), now) if resumes else now)
 
     def remove_stale_files(self) -> None:
@@ -326,8 +368,13 @@ class Record:
 
         Raises:
             OSError: a file cannot be removed.
+            UserError: a folder stands where the run writes a file, or a file where it makes one.
         """
-        for name in ("failure.json", "predictions.jsonl"):
+        for name in LOCKED_FILES:
+            require(not (self.folder / name).is_dir(), f"{self.folder / name}: a folder, not a file; remove it")
+        checkpoints = self.folder / "checkpoints"
+        require(checkpoints.is_dir() or not checkpoints.exists(), f"{checkpoints}: not a folder; remove it")
+        for name in ("failure.json", "predictions.jsonl", "result.json"):
             (self.folder / name).unlink(missing_ok=True)
         remove_temporary_files(self.folder, *LOCKED_FILES)
         for name in ("checkpoints", *SEALED_FOLDERS):
@@ -377,7 +424,7 @@ class Record:
     def read_log(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl up to the first that a kill cut short."""
         path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        for line in path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else ():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

@@ -1,5 +1,6 @@
 """What is known of each cell of an experiment, from the records alone."""
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -59,11 +60,11 @@ def find_records(study: str) -> dict[str, list[Record]]:
 
 
 def iterate_records(study: str) -> Iterator[Record]:
-    """Yield every folder of a study that a run has begun or finished."""
-    folders = {
-        path.parent for name in ("config.yaml", "result.json") for path in (paths.RUNS / study).glob(f"*/{name}")
-    }
-    yield from map(Record, sorted(folders))
+    """Yield every folder of a study that a run has begun or finished, and those that may not be read."""
+    for folder in sorted(path for path in (paths.RUNS / study).glob("*") if path.is_dir()):
+        begun = any(os.path.lexists(folder / name) for name in ("config.yaml", "result.json"))
+        if begun or not os.access(folder, os.R_OK | os.X_OK):
+            yield Record(folder)
 
 
 def load_verified_settings(record: Record) -> Settings:

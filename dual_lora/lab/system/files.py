@@ -33,6 +33,20 @@ def translate_write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def translate_access_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to read `path` into one line.
+
+    Raises:
+        UserError: the path, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason, remedy = error.strerror or get_first_line(error), find_remedy(error.errno, "check the disk")
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
+
+
 def flush_to_disk(path: Path) -> None:
     """Return when a file, or a folder's list of names, is on the disk itself.
 

@@ -100,12 +100,14 @@ def find_newest_checkpoint(folder: Path, identity: str) -> Path | None:
     """Return a run's newest whole checkpoint below `folder`; incomplete and damaged ones are removed.
 
     Raises:
-        UserError: a checkpoint is another run's.
+        UserError: a checkpoint is another run's, or of another step than its name says.
     """
     found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
     for path in sorted(found, key=parse_checkpoint_step, reverse=True):
         if held := read_seal(path):
             check_owner(held, identity, path)
+            name = held.get("name", path.name)  # which seals of earlier versions lack
+            require(name == path.name, f"{path}: was written as {name}; remove it or give it that name")
             return path
         print(f"{path.name} is damaged or incomplete: removed")
         remove_path(path)

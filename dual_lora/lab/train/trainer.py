@@ -277,7 +277,7 @@ class RunTrainer(Trainer):
         state["best"] = self.best.save_state(folder) if self.best else {}
         (folder / STATE_FILE).write_text(json.dumps(state))
         shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
-        seal_folder(folder, identity=self.record.name)
+        seal_folder(folder, identity=self.record.name, name=folder.name)
 
     @staticmethod
     def average_over_processes(value: float) -> float:

@@ -1,0 +1,223 @@
+"""Records that were moved, mixed or cut short: nothing that is whole is lost, and nothing else is taken for it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_records import RUN, edit, finished, record  # noqa: F401 - fixtures
+from test_report import GLUE, finish
+from test_resume import Killed, at_step, kill
+
+from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.commands.sweep import run_experiment
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.errors import EXIT_USER, UserError
+from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import find_damaged_records
+from dual_lora.lab.system.sealed import find_newest_checkpoint, seal_folder
+from dual_lora.lab.train.run import train_run
+
+FORCED = [*RUN, "force=true"]
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rerun_until_result(record: Record) -> Record:
+    """Make a run in `.again` as complete as a kill before its installation leaves it; return its record."""
+    again = Record(record.folder / RERUN_FOLDER)
+    shutil.copytree(record.folder, again.folder, ignore=shutil.ignore_patterns(RERUN_FOLDER))
+    again.write_lines("metrics.jsonl", [{"step": 1, "train/loss": 0.25}])
+    result = json.loads((again.folder / "result.json").read_text())
+    again.write_result({key: value for key, value in result.items() if key != "digest"})
+    return again
+
+
+@pytest.mark.parametrize("damage", ["another run's", "", "{cut sho", "null", "edited"])
+def test_checkpoints_beside_a_result_that_is_not_the_runs_stay(damage, record):  # noqa: F811
+    path = record.folder / "result.json"
+    if damage == "another run's":
+        other = Run.prepare(load_settings([*RUN, "seed=1"])).record
+        shutil.copytree(record.folder, other.folder)
+        record, path = other, other.folder / "result.json"
+    elif damage == "edited":
+        edit(path, metrics={"accuracy": 0.99})
+    else:
+        path.write_text(damage)
+    seed = 1 if damage == "another run's" else 0
+    checkpoint = record.folder / "checkpoints/checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("all that is left")
+    (record.folder / TRAINED_FILE).write_text("{}")
+    with pytest.raises(UserError, match="result.json: "):
+        train_run(Run.prepare(load_settings([*RUN, f"seed={seed}"])))
+    assert (checkpoint / "weights").is_file() and (record.folder / TRAINED_FILE).is_file()
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3, 5])
+def test_a_complete_rerun_is_installed_wherever_it_was_interrupted(moved, record):  # noqa: F811
+    again = rerun_until_result(record)
+    expected = read_all(again.folder)
+    names = [path for path in sorted(again.folder.iterdir()) if path.name != "result.json"]
+    for path in names[:moved]:
+        if path.is_dir():
+            shutil.rmtree(record.folder / path.name)
+        path.replace(record.folder / path.name)
+    record.finish_cleanup()
+    assert read_all(record.folder) == expected and not again.folder.exists()
+    assert train_run(Run.prepare(load_settings(RUN)))["identity"] == record.name
+
+
+@pytest.mark.parametrize("name", ["result.json", "predictions.jsonl", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\0damaged", None])
+def test_a_rerun_that_is_damaged_costs_the_finished_run_nothing(name, content, record):  # noqa: F811
+    before = read_all(record.folder)
+    again = rerun_until_result(record)
+    if content is None and name != "result.json":
+        shutil.rmtree(record.folder / "adapter") if name.startswith("adapter") else (record.folder / name).unlink()
+        (again.folder / name).unlink()
+        with pytest.raises(UserError, match=f"{name.partition('/')[0]}.*: changed since the run"):
+            train_run(Run.prepare(load_settings(RUN)))
+        assert (again.folder / "result.json").is_file()
+        return
+    (again.folder / name).unlink() if content is None else (again.folder / name).write_bytes(content)
+    assert train_run(Run.prepare(load_settings(RUN)))["identity"] == record.name
+    assert {n: data for n, data in read_all(record.folder).items() if not n.startswith(RERUN_FOLDER)} == before
+
+
+def test_a_forced_run_removes_a_damaged_result_of_the_one_before_it(record, monkeypatch):  # noqa: F811
+    """Else a kill would leave files of two runs together under one result."""
+    again = rerun_until_result(record)
+    (again.folder / "result.json").write_text("")
+    before = (record.folder / "result.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("dual_lora.lab.train.run.load_model", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train_run(Run.prepare(load_settings(FORCED)))
+    assert not (again.folder / "result.json").exists() and (record.folder / "result.json").read_bytes() == before
+    result = train_run(Run.prepare(load_settings(FORCED)))
+    assert record.read_finished() == result and not again.folder.exists()
+
+
+def test_an_empty_folder_of_a_rerun_goes(record):  # noqa: F811
+    (record.folder / RERUN_FOLDER).mkdir()
+    record.finish_cleanup()
+    assert not (record.folder / RERUN_FOLDER).exists()
+    (record.folder / RERUN_FOLDER / "checkpoints").mkdir(parents=True)
+    record.finish_cleanup()
+    assert (record.folder / RERUN_FOLDER / "checkpoints").is_dir()
+
+
+def test_a_rerun_without_tensorboard_leaves_no_curves_of_the_old_run(record):  # noqa: F811
+    (record.folder / "tensorboard").mkdir()
+    rerun_until_result(record)
+    shutil.rmtree(record.folder / RERUN_FOLDER / "tensorboard")
+    record.finish_cleanup()
+    assert not (record.folder / "tensorboard").exists()
+
+
+def test_a_renamed_checkpoint_is_refused_and_not_removed(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "weights").write_text("1")
+    seal_folder(folder, identity="mine", name="checkpoint-2")
+    assert find_newest_checkpoint(tmp_path, "mine") == folder
+    renamed = folder.rename(tmp_path / "checkpoint-6")
+    with pytest.raises(UserError, match=f"{renamed}: was written as checkpoint-2; remove it or give it that name"):
+        find_newest_checkpoint(tmp_path, "mine")
+    assert renamed.is_dir()
+    seal_folder(renamed, identity="mine")  # as earlier versions did
+    assert find_newest_checkpoint(tmp_path, "mine") == renamed
+
+
+def test_checkpoints_say_which_they_are(runs_folder):
+    words = [*RUN, "train.max_steps=4", "train.save_steps=2"]
+    with at_step(3, kill), pytest.raises(Killed):
+        train_run(Run.prepare(load_settings(words)))
+    begun = Run.prepare(load_settings(words)).record
+    begun.find_checkpoint().rename(begun.folder / "checkpoints/checkpoint-3")
+    with pytest.raises(UserError, match="checkpoint-3: was written as checkpoint-2"):
+        train_run(Run.prepare(load_settings(words)))
+
+
+def test_what_a_killed_run_left_is_not_taken_for_another_runs(runs_folder):
+    """Its scores before training are those of another head."""
+    words = [word for word in RUN if not word.startswith("eval.before")]
+    with at_step(1, kill), pytest.raises(Killed):
+        train_run(Run.prepare(load_settings(words)))
+    begun = Run.prepare(load_settings(words)).record.folder
+    other = Run.prepare(load_settings([*words, "seed=1"])).record.folder
+    assert '"step": 0' in (begun / "metrics.jsonl").read_text()
+    begun.rename(other)
+    with pytest.raises(UserError, match=f"environment.json: belongs to run {begun.name}, not to {other.name}; remove"):
+        train_run(Run.prepare(load_settings([*words, "seed=1"])))
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{damaged"])
+def test_a_result_without_seals_passes_only_if_its_environment_says_how_old_it_is(damage, record):  # noqa: F811
+    edit(record.folder / "result.json", metrics={"accuracy": 0.99}, digest=None, sha256=None)
+    record.write_file("analysis.json", {"rows": []})
+    path = record.folder / "environment.json"
+    path.unlink() if damage is None else path.write_bytes(damage)
+    for use in (
+        lambda: train_run(Run.prepare(load_settings(RUN))),
+        lambda: evaluate_command([f"run={record.folder}"]),
+        lambda: record.read_sealed("analysis.json"),
+    ):
+        with pytest.raises(UserError, match="environment.json: (missing|damaged)"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "predictions.jsonl", "result.json", "trained.json", "failure.json", "config.yaml"]
+)
+def test_a_folder_in_place_of_a_file_is_named_before_anything_loads(name, runs_folder, monkeypatch):
+    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *_: pytest.fail("loaded"))
+    folder = Run.prepare(load_settings(RUN)).record.folder
+    (folder / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name}: a folder, not a file; remove it"):
+        train_run(Run.prepare(load_settings(RUN)))
+
+
+def test_a_file_in_place_of_the_checkpoints_is_named_before_anything_loads(runs_folder, monkeypatch):
+    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *_: pytest.fail("loaded"))
+    folder = Run.prepare(load_settings(RUN)).record.folder
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").write_text("mine")
+    with pytest.raises(UserError, match="checkpoints: not a folder; remove it"):
+        train_run(Run.prepare(load_settings(RUN)))
+    assert (folder / "checkpoints").read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_read_is_named_and_costs_the_report_nothing_else(runs_folder, capsys, monkeypatch):
+    """Of another user's run, or on a failing disk. Root may read anything, so the call is told that it may not."""
+    experiment = Experiment.from_content("made", GLUE)
+    cells = experiment.compose_cells([])
+    records = [finish(cell.settings, 80) for cell in cells]
+    for found in records:
+        result = json.loads((found.folder / "result.json").read_text())
+        found.write_result({key: value for key, value in result.items() if key != "digest"})
+    locked, hidden = records[0].folder / "config.yaml", records[-1].folder
+    hash_file, is_file, access = (Record.write_result.__globals__["hash_file"], Path.is_file, os.access)
+
+    def refuse(path: Path) -> None:
+        if path == locked or path.parent == hidden:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("dual_lora.lab.record.record.hash_file", lambda path: refuse(path) or hash_file(path))
+    monkeypatch.setattr(Path, "is_file", lambda path: (path.parent == hidden and refuse(path)) or is_file(path))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != hidden and access(path, mode))
+    monkeypatch.setattr(os.path, "lexists", lambda path: Path(path).parent != hidden and os.path.exists(path))
+    assert run_experiment(experiment, cells, None) == EXIT_USER
+    shown = capsys.readouterr()
+    for path in (locked, hidden / "result.json"):
+        line = f"{path}: cannot be read (Permission denied); check that you may read and write there"
+        assert f"not read: {path.parent.name}: {line}" in shown.err
+    assert "Traceback" not in shown.err and len(find_damaged_records("made")) == 2
+    assert (runs_folder / "made/report/table.md").is_file()
