@@ -29,10 +29,10 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def rerun_until_result(record: Record) -> Record:
+def rerun_until_result(finished: Record) -> Record:  # noqa: F811
     """Make a run in `.again` as complete as a kill before its installation leaves it; return its record."""
-    again = Record(record.folder / RERUN_FOLDER)
-    shutil.copytree(record.folder, again.folder, ignore=shutil.ignore_patterns(RERUN_FOLDER))
+    again = Record(finished.folder / RERUN_FOLDER)
+    shutil.copytree(finished.folder, again.folder, ignore=shutil.ignore_patterns(RERUN_FOLDER))
     again.write_lines("metrics.jsonl", [{"step": 1, "train/loss": 0.25}])
     result = json.loads((again.folder / "result.json").read_text())
     again.write_result({key: value for key, value in result.items() if key != "digest"})

@@ -37,10 +37,10 @@ FORBIDDEN = {
 
 # The rooms of the harness. A room imports from those on the lines above it, and from none beside it.
 LAYERS = (
-    {"errors", "present", "statistics"},
+    {"errors", "statistics"},
     {"config"},
     {"system"},
-    {"inputs"},
+    {"inputs", "present"},
     {"record"},
     {"model"},
     {"evaluate"},

@@ -6,9 +6,11 @@ dataclass of plain values; the same cell gives the same result, bit for bit, on 
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,14 +33,16 @@ def read_rows(path: Path) -> list[dict]:
     """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
 
     Raises:
-        StudyError: another line holds no cell and its result.
+        StudyError: another line holds no cell and its result, or was changed.
     """
     rows = []
     for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
-        except (ValueError, TypeError, LookupError) as error:
+            if row.get("digest", digest := hash_row(row)) != digest:  # earlier rows have none
+                raise ValueError("changed since it was written")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise StudyError(f"{path}, line {number}: damaged; remove the line, its cell runs again") from error
     return rows
 
@@ -46,6 +50,12 @@ def read_rows(path: Path) -> list[dict]:
 def _whole_lines(path: Path) -> bytes:
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
+
+
+def hash_row(row: Mapping) -> str:
+    """Return the SHA-256 of a row without its digest, as it is read from a file, whatever the order of its keys."""
+    rest = json.loads(json.dumps({name: value for name, value in row.items() if name != "digest"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -75,6 +85,7 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
             row = {"cell": asdict(cell), "result": run_cell(cell)}
             row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
             row |= {"seconds": round(time.perf_counter() - start, 3)}
+            row |= {"digest": hash_row(row)}
             append_row(path, row)
             yield row
 
@@ -185,14 +196,15 @@ def format_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def write_dot_report(
     folder: Path, text: str, values: Mapping[str, Mapping[str, Mapping]], labels: Sequence[str], unit: str, across: int
 ) -> list[Path]:
-    """Write table.md and figure.png and return their paths.
+    """Write table.md and figure.png, each whole or not at all, and return their paths.
 
     text: of table.md. values: of each panel, by the labels of its lines, as in `Panel`. across: panels side by side.
     """
-    table, figure = folder / "table.md", folder / "figure.png"
-    table.write_text(text)
-    draw_dots([Panel(title, lines) for title, lines in values.items()], labels, unit, figure, across)
-    return [table, figure]
+    table, figure = "table.md", "figure.png"
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as made:
+        (Path(made) / table).write_text(text)
+        draw_dots([Panel(title, lines) for title, lines in values.items()], labels, unit, Path(made) / figure, across)
+        return [(Path(made) / name).replace(folder / name) for name in (table, figure)]
 
 
 def create_parser(study: str, sizes: Iterable[str], about: str) -> ArgumentParser:

@@ -19,7 +19,8 @@ from dual_lora.lab.study.launch import check_launcher, select_launcher_words
 from dual_lora.lab.study.outcome import Outcome, find_outcomes
 from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.system.distributed import check_process_count, is_first_process
-from dual_lora.lab.system.files import translate_write_errors
+from dual_lora.lab.system.files import remove_temporary_files, translate_write_errors
+from dual_lora.lab.system.lock import hold_lock
 
 OWN_WORDS = ("experiment", "scale", "run")  # all other words are settings of every run
 
@@ -89,9 +90,11 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     from dual_lora.lab.report.write import mirror_report, write_report
 
     study = cells[0].settings.study
-    folder, done = paths.RUNS / experiment.find_report_study(study) / "report", find_outcomes(cells, study)
-    lost = experiment.analyse and run and not analyse_outcomes(experiment, done)
-    with translate_write_errors(folder):
+    folder = paths.RUNS / experiment.find_report_study(study) / "report"
+    lost = experiment.analyse and run and not analyse_outcomes(experiment, find_outcomes(cells, study))
+    with hold_lock(folder, wait=True), translate_write_errors(folder):  # else the older of two could be the last
+        remove_temporary_files(folder)
+        done = find_outcomes(cells, study)
         print(write_report(experiment, done, folder))
     for trouble in (troubles := find_unreadable(experiment, done)):
         print(f"not read: {trouble}", file=sys.stderr)

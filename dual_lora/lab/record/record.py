@@ -312,7 +312,8 @@ class Record:
         with translate_access_errors(path):
             found = path.is_file()
         require(found, f"{path}: missing; is {self.folder} the folder of a finished run?")
-        return read_json_object(path, "remove it and run the same command again", *keys)
+        begun = name == "environment.json"  # it cannot be made again once the run is finished
+        return read_json_object(path, RERUN_REMEDY if begun else "remove it and run the same command again", *keys)
 
     def read_sealed(self, name: str, *keys: str) -> dict[str, Any]:
         """Return a JSON file of the record that was written by `write_sealed`; in version 1 it may be unsealed.

@@ -104,7 +104,7 @@ def remove_stale_figures(folder: Path, figures: set[str]) -> None:
     for name, digest in known.items():
         path = folder / Path(name).name
         if path.stem not in figures and path.is_file() and hash_file(path) == digest:
-            path.unlink()
+            path.unlink(missing_ok=True)
     written = [path for path in sorted(folder.iterdir()) if path.suffix in (".png", ".pdf") and path.stem in figures]
     write_text(file, json.dumps({path.name: hash_file(path) for path in written}, indent=1) + "\n")
 

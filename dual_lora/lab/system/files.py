@@ -66,8 +66,12 @@ def name_temporary_file(path: Path) -> Path:
 
 
 def remove_temporary_files(folder: Path, *names: str) -> None:
-    """Remove what killed writers of the named files left in a folder; other files are left alone."""
-    pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})(\.\d+-[0-9a-f]{{8}})?\.partial")
+    """Remove what killed writers of the named files left in a folder, without names those of all files. Other files are
+    left alone. No writer may be at work meanwhile."""
+    if names:
+        pattern = re.compile(rf"\.({'|'.join(map(re.escape, names))})(\.\d+-[0-9a-f]{{8}})?\.partial")
+    else:
+        pattern = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.partial")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""One process per run: a lock in the run's folder, which the system releases when its process ends for any reason.
+"""One process per run, and per report: a lock in its folder, which the system releases when its process ends for any
+reason.
 
 The file also says who holds it, because some file systems do not share locks between machines. The holder touches the
 file every 20 seconds; a lock from another machine that was not touched for three minutes is considered stale. A process
@@ -9,8 +10,10 @@ import fcntl
 import json
 import os
 import platform
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -23,21 +26,22 @@ from dual_lora.lab.system.files import translate_write_errors
 LOCK_NAME = ".lock"
 # Seconds between two touches, and after the last one until another machine's process counts as dead.
 TOUCH_SECONDS, STALE_SECONDS = 20, 180
+WAIT_SECONDS = 0.5  # between two tries of a process that waits
 MAX_HOLDER_CHARACTERS = 4096  # no lock that this program wrote is longer
 
 
 @contextmanager
-def hold_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which is created if there is none.
+def hold_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, which is created if there is none. wait: until another process gives it up.
 
     Raises:
-        RunHeldElsewhere: another process holds it.
+        RunHeldElsewhere: another process holds it, unless this one waits.
         UserError: it cannot be written.
     """
     path = folder / LOCK_NAME
     with translate_write_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = acquire_lock(path)
+        stream = await_lock(path) if wait else acquire_lock(path)
     released = threading.Event()
     heart = threading.Thread(target=touch_until, args=(stream, released), daemon=True)
     heart.start()
@@ -115,6 +119,23 @@ def acquire_lock(path: Path) -> TextIO:
     stream.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}) + "\n")
     stream.flush()
     return stream
+
+
+def await_lock(path: Path) -> TextIO:
+    """Return the lock file as `acquire_lock` does, once no other process holds it; say whom it waits for.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    told = False
+    while True:
+        try:
+            return acquire_lock(path)
+        except RunHeldElsewhere as held:
+            if not told:
+                print(f"{path.parent}: waiting: {held}", file=sys.stderr)
+            told = True
+            time.sleep(WAIT_SECONDS)
 
 
 def check_stale(stream: TextIO, path: Path) -> None:

@@ -161,7 +161,7 @@ def read_predictions(cell: Outcome) -> list[Row]:
     try:
         with (cell.record.folder / "predictions.jsonl").open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: missing or damaged") from error
     require(bool(rows) and all(isinstance(r, dict) and {"split", "id"} <= r.keys() for r in rows), f"{name}: damaged")
     return rows

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import Key
 from dual_lora.lab.report.figures.layout import add_legend, create_panels, equalize_spans, get_style
@@ -43,14 +44,16 @@ def draw_curves(done: list[Outcome]) -> Figure | None:
 
 
 def iterate_losses(cell: Outcome) -> Iterator[dict[str, object]]:
-    """Yield the logged training losses of a run; none where its log cannot be read."""
+    """Yield the logged training losses of a run; none where its log is damaged or not as the run left it."""
     path = cell.record.folder / "metrics.jsonl"
     try:
+        cell.record.verify_files(path.name)
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-    except (OSError, ValueError):  # `find_unreadable` names it
+    except (OSError, ValueError, RecursionError, UserError):  # `find_unreadable` names it
         return
     where = {"place": get_model_task(cell), "label": cell.cell.label, "run": cell.record.name}
-    logged = [line for line in lines if isinstance(line, dict) and {LOSS, "step"} <= line.keys()]
+    rows = [line for line in lines if isinstance(line, dict)]
+    logged = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (LOSS, "step"))]
     yield from (where | {"step": line["step"], "loss": line[LOSS]} for line in logged)
 
 
