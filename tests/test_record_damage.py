@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_records import RUN, edit, finished, record  # noqa: F401 - fixtures
 from test_report import GLUE, finish
-from test_resume import Killed, at_step, kill
+from test_resume import Killed, at_step, kept, kill, reference  # noqa: F401 - a fixture
 
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import run_experiment
@@ -221,3 +221,49 @@ def test_a_file_that_cannot_be_read_is_named_and_costs_the_report_nothing_else(r
         assert f"not read: {path.parent.name}: {line}" in shown.err
     assert "Traceback" not in shown.err and len(find_damaged_records("made")) == 2
     assert (runs_folder / "made/report/table.md").is_file()
+
+
+@pytest.mark.parametrize("damage", [None, b"", "model_files"])
+def test_without_its_environment_nobody_knows_a_runs_model_files(damage, record, tmp_path):  # noqa: F811
+    path = record.folder / "environment.json"
+    if damage is None:
+        path.unlink()
+    elif damage == "model_files":
+        edit(path, model_files={})
+    else:
+        path.write_bytes(damage)
+    for words in ([], ["analyse=true"], [f"export={tmp_path / 'out'}"]):
+        with pytest.raises(UserError, match="environment.json: changed since the run"):
+            evaluate_command([f"run={record.folder}", *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_may_have_a_long_name_in_any_script(record, tmp_path):  # noqa: F811
+    folder = tmp_path / ("\N{SLICE OF PIZZA}" * 60)
+    assert len(folder.name.encode()) == 240  # a system's limit is 255
+    assert evaluate_command([f"run={record.folder}", f"export={folder}"]) == 0
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".partial"] == []
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_run_that_cannot_be_written_is_not_analysed(record, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("dual_lora.lab.config.paths.os.access", lambda *args: False)
+    monkeypatch.setattr("dual_lora.lab.weights.analyse.load_updates", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=f"{record.folder} is not a writable folder; copy the record"):
+        evaluate_command([f"run={record.folder}", "analyse=true"])
+
+
+PACKED = ["model=tiny-llama", "task=demo/restaurants", "wandb.mode=disabled", "eval.max_examples=2"]
+PACKED += ["task.max_new_tokens=4", "train.max_examples=40", "train.batch_size=8", "train.accumulation=2"]
+PACKED += ["train.max_steps=5", "train.log_steps=2", "train.save_steps=2", "train.packing=true", "tensorboard=true"]
+
+
+def test_a_packed_run_goes_on_to_the_same_bytes_and_its_curves_have_every_step_once(runs_folder, reference):  # noqa: F811
+    settings = load_settings(PACKED)
+    whole = reference(settings)
+    for step in (1, 3, 4):
+        with at_step(step, kill), pytest.raises(Killed):
+            train_run(Run.prepare(settings))
+    train_run(Run.prepare(settings))
+    folder = Run.prepare(settings).record.folder
+    assert kept(folder) == whole and len(list((folder / "tensorboard").iterdir())) == 1

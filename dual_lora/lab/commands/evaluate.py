@@ -76,9 +76,10 @@ def analyse_command(settings: Settings, record: Record, against: Path | None, va
     """Check that a run, and the one it is compared to, can be analysed; analyse it and return the exit code.
 
     Raises:
-        UserError: one is not finished, or their models differ.
+        UserError: one is not finished, their models differ, or the run's folder cannot be written.
     """
     record.require_result(f"run={record.format_path()}")
+    check_writable(record.folder, "copy the record to another folder")
     other = None
     if against:
         other = replace_settings(load_recorded_settings(against, "against"), values), Record(against.resolve())

@@ -126,8 +126,8 @@ def build_folder(folder: Path) -> Iterator[Path]:
     try:
         with raise_disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # A name that no other export chooses.
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:60]}.", suffix=".partial", dir=folder.parent))
+            # A name that no other export chooses, and not too long in any script.
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", suffix=".partial", dir=folder.parent))
             yield partial
             apply_umask(partial)
             install_folder(partial, folder)

@@ -83,7 +83,7 @@ def load_trained_model(
     Raises:
         UserError: the base model or what was trained cannot be loaded, or is changed since the run.
     """
-    record.verify_files("config.yaml")
+    record.verify_files("config.yaml", "environment.json")  # the latter says with which model files
     record.verify_model_files(settings)
     tuned = settings.method.peft is None
     load = load_dequantised_model if plain else load_model
