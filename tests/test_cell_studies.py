@@ -1,11 +1,9 @@
 """Studies of many small cells as experiments: run, reported, resumed, run again, refused."""
 
-import json
-
 import pytest
 
 from dual_lora.analysis import fit
-from dual_lora.analysis.cells import read_rows
+from dual_lora.analysis.cells import append_row, hash_row, read_rows
 from dual_lora.lab.commands.cell_study import CellStudy
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.errors import UserError
@@ -43,8 +41,7 @@ def test_force_runs_all_cells_again_and_keeps_those_of_another_size(runs_folder,
     before = results(rows)
     other = read_rows(rows)[0]
     other["cell"]["n"] = 77
-    with rows.open("a") as file:
-        file.write(json.dumps(other) + "\n")
+    append_row(rows, other | {"digest": hash_row(other)})
     assert sweep_command([*FIT, "force=true"]) == 0
     assert "60 of 60 cells to run" in capsys.readouterr().out
     assert results(rows) == [*before, (other["cell"], other["result"])]  # the same cell gives the same bits

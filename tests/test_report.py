@@ -685,7 +685,7 @@ def test_damaged_files_of_a_run_cost_the_report_nothing_else(study, tmp_path, ca
 
 
 def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_path, capsys, monkeypatch):
-    spec = GLUE | {"analyse": True, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    spec = GLUE | {"analyse": "ranks", "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
     experiment, done = study(spec, lambda label, s: 80)
     monkeypatch.setattr(report_write, "mirror_report", lambda *_: None)
     monkeypatch.setattr("dual_lora.lab.commands.sweep.run_cells", lambda *_: 0)
