@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow test-slurm test-torch smoke chaos calibration gpu lint audit clean
+.PHONY: help env demo test test-unit test-slow test-slurm test-torch smoke chaos calibration gpu lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,13 @@ demo: env  ## adapt a bundled model to a demo task, about a minute
 
 test: env  ## the test suite, about 20 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 25 --durations-min 5
+
+# Without the harness: what a change of the method, its kernels, the statistics or the settings can break.
+UNIT := tests/tuner tests/kernels tests/test_stats.py tests/test_seeds.py tests/test_measures.py tests/test_structure.py
+UNIT += tests/test_settings_help.py tests/test_overrides.py tests/test_paper.py tests/test_startup.py
+
+test-unit: env  ## tuner, kernels, statistics and settings, about a minute on 2 cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(UNIT)
 
 test-slow: env  ## the minutes-long tests
 	$(PY) -m pytest -m slow

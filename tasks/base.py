@@ -124,6 +124,13 @@ class Task:
         """Return what identifies the data before any of it is parsed: file hashes, or a hub id with its revision."""
         raise NotImplementedError
 
+    def check_files(self) -> None:
+        """Refuse files in `data_dir` whose form is the user's own, before anything is loaded.
+
+        Raises:
+            TaskError: with file, line and column.
+        """
+
     def choices(self, row: Row) -> list[str]:
         """Return the continuations of the prompt to rank by likelihood; empty if this task does not rank any."""
         return []

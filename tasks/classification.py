@@ -164,7 +164,7 @@ class Classification(OwnFiles):
         pairs = [row["answer"] for row in rows], [row["gold"] for row in rows]
         if self.form == "regression":
             return metrics.regression(*pairs)
-        return metrics.classification(*pairs, len(self.labels)) | {"macro_f1": metrics.macro_f1(*pairs)}
+        return metrics.classification(*pairs, self.count_classes(rows)) | {"macro_f1": metrics.macro_f1(*pairs)}
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
         from tasks import measures
@@ -172,7 +172,14 @@ class Classification(OwnFiles):
         if self.form == "regression":
             return measures.regression_scores()
         macro = measures.Score(measures.answer_and_gold, measures.macro_f1)
-        return measures.classification_scores(len(self.labels)) | {"macro_f1": macro}
+        return measures.classification_scores(self.count_classes([])) | {"macro_f1": macro}
+
+    def count_classes(self, rows: list[Row]) -> int:
+        """Return how many classes there are. A report is made without the files: then F1 has two, and other scores
+        have those that the rows name."""
+        if self.metric == "f1" or self.labels:
+            return 2 if self.metric == "f1" else len(self.labels)
+        return 1 + max((row[key] for row in rows for key in ("answer", "gold")), default=-1)
 
 
 def in_order(labels: Any) -> list[str]:

@@ -88,8 +88,8 @@ def test_shuffled_values_are_all_there():
         "lr=1e-3": "lr: no such setting. Did you mean train.lr?",
         "rank=4": "rank: no such setting. Did you mean method.rank?",
         "batch_size=4": "batch_size: no such setting. Did you mean train.batch_size?",
-        "model=bert-base-uncased": "model=bert-base-uncased: no such model. Known: ",
-        "model=robrta-base": "model=robrta-base: no such model. Did you mean roberta-base? Known: ",
+        "model=bert-base-uncased": "model=bert-base-uncased: no such model. Any other is model=ORG/NAME,",
+        "model=robrta-base": "model=robrta-base: no such model. Did you mean roberta-base? Any other is",
     }.items(),
 )
 def test_what_means_no_run_is_one_line(word, message):

@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import f1_score
 
 import tasks
+from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
@@ -452,9 +453,10 @@ def test_a_run_on_own_classes_is_evaluated_again_from_its_record(method, own_dat
     rows = [json.loads(line) for line in (record.folder / "predictions.jsonl").open()]
     task, seeds = load_task(settings), {0: rows}
     assert is_resampled(task, "accuracy", rows[0]) and compare_runs(seeds, seeds, task, "accuracy").p == 1
-    own_data.rename(own_data.with_name("gone"))
+    moved = own_data.rename(own_data.with_name("moved"))
     with pytest.raises(UserError, match="own: no such folder"):
         reevaluate_run(settings, record)
+    assert evaluate_command([f"run={record.folder}", f"data_dir={moved}"]) == 0
 
 
 def test_the_loss_of_a_response_is_the_models_own_mean_over_its_tokens(own_data, runs_folder):

@@ -6,6 +6,8 @@ import traceback
 from dual_lora.lab.commands.cell_study import CellStudy
 from dual_lora.lab.commands.train import plan_runs
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.outside.models import print_found_models
+from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
@@ -29,6 +31,7 @@ def sweep_command(argv: list[str]) -> int:
     Raises:
         UserError: the command line or an experiment's file is wrong.
     """
+    argv = take_outside_words(argv)
     own = [a for a in argv if a.partition("=")[0] in OWN_WORDS or "=" not in a]
     given = split_words(own, OWN_WORDS, "sweep.py", first="experiment")
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(list_choices('experiment'))}")
@@ -45,6 +48,7 @@ def sweep_command(argv: list[str]) -> int:
         study.check_words(extra, launcher)
     asked_for = [Experiment.load(name, given.get("scale")) for name in names if name not in cell_studies]
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
+    print_found_models()
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))

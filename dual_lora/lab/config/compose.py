@@ -24,8 +24,9 @@ from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
+from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
 from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
 
@@ -162,10 +163,39 @@ def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
 def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     """Return the values for one choice per group (in the order of GROUPS), as Hydra would compose them. Hydra itself
     takes half a second for each of a study's many combinations."""
-    files = {group: load_yaml(conf / group / f"{name}.yaml") for group, name in zip(GROUPS, choices, strict=True)}
+    files = {group: load_choice(group, name) for group, name in zip(GROUPS, choices, strict=True)}
     composed = OmegaConf.merge(load_base(conf)[0], files)
     OmegaConf.set_struct(composed, True)  # an unknown key is an error
     return composed
+
+
+def load_choice(group: str, name: str) -> DictConfig:
+    """Return the values of a choice: those of its file, or what is found of a model that has none.
+
+    Raises:
+        UserError: there is no such choice or model, or the file has another name than its values say.
+    """
+    path = find_choices(group).get(name)
+    if path is None and group == "model" and is_model_place(name):
+        return OmegaConf.create(describe_model(name))
+    require(path is not None, f"{group}={name}: no such {group}")
+    values = load_yaml(path)
+    given = values.get("name")
+    require(given == name, f"{path}: name: {given}; write name: {name}, as the file is called")
+    return values
+
+
+def choose_files(parsed: list[Override]) -> tuple[dict[str, str], list[Override]]:
+    """Return the choice of each group that overrides name, and the other overrides. The revision of a model on the hub
+    becomes part of its choice, because its settings depend on it."""
+    chosen = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
+    rest = [o for o in parsed if o.key_or_group not in GROUPS]
+    name = chosen.get("model", "")
+    hub = name not in list_choices("model") and find_hub_id(name)
+    revisions = [o for o in rest if o.key_or_group == "model.revision" and o.value()] if hub else []
+    if revisions:
+        chosen["model"] = f"{hub['id']}@{revisions[-1].value()}"
+    return chosen, [o for o in rest if o not in revisions]
 
 
 def load_settings(words: list[str]) -> Settings:
@@ -174,9 +204,7 @@ def load_settings(words: list[str]) -> Settings:
     Raises:
         UserError: a value is missing, of the wrong type, impossible, or would have no effect.
     """
-    parsed = [parse_override(word) for word in words]
-    chosen = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
-    rest = [o for o in parsed if o.key_or_group not in GROUPS]
+    chosen, rest = choose_files([parse_override(word) for word in words])
     try:
         choices = load_base(paths.CONF)[1] | chosen
         composed = compose_choices(paths.CONF, tuple(choices[group] for group in GROUPS))

@@ -14,10 +14,20 @@ BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
 CONF = ROOT / "conf"
 
 
+# Folders of settings files beside CONF, which a command line adds.
+own_folders: list[Path] = []
+
+
+def find_choices(group: str) -> dict[str, Path]:
+    """Return the files of a config group by the names of the choices, e.g. "glue/rte" of "task"."""
+    folders = [folder / group for folder in (CONF, *own_folders)]
+    found = {p.relative_to(f).with_suffix("").as_posix(): p for f in folders for p in f.rglob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
 def list_choices(group: str) -> list[str]:
-    """Return the choices of a config group, e.g. "glue/rte" of "task"."""
-    folder = CONF / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    """Return the choices of a config group."""
+    return list(find_choices(group))
 
 
 def resolve_path(key: str, value: str) -> Path:

@@ -34,6 +34,8 @@ ADDED_SETTINGS += (
     "model.dropout",
     "task.search",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.packing",
     "train.early_stopping",
     "eval.development_rows",
     "tensorboard",

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.paths import resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require, translate_read_errors
-from dual_lora.lab.inputs.hub import use_cache_if_unreachable
 from dual_lora.lab.system.files import read_json_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

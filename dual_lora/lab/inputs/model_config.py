@@ -35,7 +35,7 @@ CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
 # Fields of some architectures that the library's caches read of every model. Where a model's class does not have them,
 # its layers ignore them, and so must decoding.
 LAYER_FIELDS = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes")
-COUNTED = re.compile(r"(^|_)(layers?|blocks|experts|heads)$")  # a module each
+COUNTED = re.compile(r"^(?!max_)(.*_)?(layers?|blocks|experts|heads)$")  # a module each
 MAX_COUNT = 10_000
 
 

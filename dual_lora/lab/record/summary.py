@@ -14,12 +14,13 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
     table = format_score_table(result["task"], ordered, before=before, after=result["metrics"])
+    batch = f" of {result['batch']}" if "batch" in result else ""
     share = result["trainable_parameters"] / result["parameters"]
     facts = [
         ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
         [
             "time",
-            f"{result['train_seconds']:.1f} s for {result['steps']} steps, "
+            f"{result['train_seconds']:.1f} s for {result['steps']} steps{batch}, "
             f"{result['tokens_per_second']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ],
         ["record", record.format_path()],

@@ -44,10 +44,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
-from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
 from dual_lora.lab.config.overrides import check_repeats, parse_overrides
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
@@ -144,7 +143,7 @@ class Experiment:
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
-        shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        shared = OmegaConf.to_container(load_yaml(find_choices("scale")[scale]))
         for part in (shared, common, own):
             check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
@@ -331,7 +330,7 @@ def load_experiment_file(name: str) -> Any:
     hint = suggest_name(name, known)
     require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
     try:
-        return OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
+        return OmegaConf.to_container(load_yaml(find_choices("experiment")[name]))
     except YAMLError as error:
         raise UserError(describe_config_error(error)) from error
     except (OmegaConfBaseException, OSError, ValueError) as error:

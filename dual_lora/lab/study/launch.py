@@ -41,8 +41,10 @@ from hydra.errors import MissingConfigException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, read_write
 
+import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
+from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, import_plugin
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import (
@@ -187,6 +189,7 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
             (folder / str(number) / "varies.json").write_text(json.dumps(run.differences))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
+        command["plugins"] = describe_plugins()
         (folder / "command.json").write_text(json.dumps(command))
     return folder
 
@@ -282,6 +285,7 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     hide_foreign_warnings()
     try:
         isolate_environment()
+        import_launched_plugins(folder)
         place = folder / str(HydraConfig.get().job.num)
         settings, differences = load_recorded_settings(place), json.loads((place / "varies.json").read_text())
         with run_in_progress, listen_in_process(), stop_on_file(folder / "stop"):
@@ -294,6 +298,19 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
         return describe_error(stopped)
     except Exception as error:
         return describe_error(error)
+
+
+def import_launched_plugins(folder: Path) -> None:
+    """Import the code that the command of a launch named, as it was then.
+
+    Raises:
+        UserError: it is gone or changed.
+    """
+    named = json.loads((folder / "command.json").read_text())["plugins"]
+    for name, about in named.items():
+        if name not in tasks.plugins:  # a launcher may use the command's own process
+            import_plugin(about["path"])
+    check_plugins(named, "the command")
 
 
 def listen_in_process() -> AbstractContextManager:

@@ -118,6 +118,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": find_published_parameters(settings),
         "memory": memory,
+        "batch": settings.describe_batch(),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
@@ -279,7 +280,8 @@ def format_plan(found: dict[str, Any], record: Record) -> str:
         f"{found['adapter_parameters']:,} of them the adapter's",
         "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
         "memory": f"{parts['peak'] / GB:.2f} GB a device: {held}",
-        "step": f"{found['flops']['step'] / 1e12:.2f} TFLOP, {found['tokens_per_device_and_step']:,} tokens a device",
+        "step": f"{found['batch']}; {found['tokens_per_device_and_step']:,} tokens and "
+        f"{found['flops']['step'] / 1e12:.2f} TFLOP a device",
         "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours of training on {hardware['devices']} x "
         f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
         "written": f"{record.format_path()}/plan.json",

@@ -42,6 +42,7 @@ from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
+from dual_lora.lab.train.packing import PackingCollator, check_packing
 from dual_lora.lab.train.trainer import RunTrainer
 from tasks import Split, Task
 
@@ -169,7 +170,10 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
-    log = LogCallback(record, mirror)
+    log, collate = LogCallback(record, mirror), build_collator(task, tokenizer)
+    if settings.train.packing:
+        check_packing(model)
+        collate = PackingCollator(tokenizer.pad_token_id, settings.task.max_length)
 
     def score_model(title: str, splits: dict[str, Split] = held_out) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
@@ -184,7 +188,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         model=model,
         args=build_training_arguments(settings, record),
         train_dataset=examples,
-        data_collator=build_collator(task, tokenizer),
+        data_collator=collate,
         processing_class=tokenizer,
         callbacks=[log, best] if best else [log],
     )
@@ -225,6 +229,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
         "steps": trained["steps"],
+        "batch": settings.describe_batch(),
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
         "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
@@ -314,6 +319,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+        torch_compile=bool(train.compile),
         seed=settings.seed,
         full_determinism=settings.deterministic,
         logging_steps=train.log_steps,
