@@ -223,8 +223,10 @@ class DualLoraFactors(nn.Module):
         Raises:
             ValueError: in training, one is narrower than x's and no faster on x's device.
         """
-        asked = [name for name, dtype in self.gradient_types._asdict().items() if dtype and x.dtype.itemsize > 2]
-        reason = kernels.explain_slow_bfloat16(x.device.type) if asked else None
+        if x.dtype.itemsize <= 2 or not any(self.gradient_types):  # torch 2.7 cannot compile what follows
+            return self.gradient_types
+        asked = [name for name, dtype in self.gradient_types._asdict().items() if dtype]
+        reason = kernels.explain_slow_bfloat16(x.device.type)
         if reason and self.training:
             raise ValueError(f"{asked[0]}_gradient_dtype='bfloat16': {reason}; leave it None to train here")
         return kernels.GradientTypes() if reason else self.gradient_types
