@@ -30,6 +30,10 @@ ADDED_SETTINGS += (
     "method.ramp_share",
     "train.head_lr",
     "train.adam_epsilon",
+    "task.warmup_steps",
+    "task.head_dropout",
+    "task.validation_rows",
+    "task.validation_steps",
 )
 # Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}

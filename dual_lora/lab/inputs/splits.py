@@ -8,6 +8,8 @@ from tasks import Split, Task
 
 # Seed of the draw of the training rows that `eval.holdout` holds out.
 HOLDOUT_SEED = 2512
+# Seed of the draw of the rows whose loss may choose the checkpoint, that of LLM-Adapters' and DoRA's scripts.
+VALIDATION_SEED = 42
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:
@@ -17,7 +19,8 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     Raises:
         UserError: the data is missing, damaged, cannot be fetched, or has too few rows to hold some out.
     """
-    split, train = read_split(task, name, settings), name == "train"
+    train = name == "train"
+    split = read_training_split(task, settings)[0] if train else read_split(task, name, settings)
     if train and settings.eval.holdout:
         split = split_holdout(split, settings.eval)[0]
     limit = (settings.train if train else settings.eval).max_examples
@@ -37,9 +40,28 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
         with translate_task_errors():
             names = task.eval_splits  # of the user's own files, known by what is there
         return {name: load_split(task, name, settings) for name in names}
-    apart = split_holdout(read_split(task, "train", settings), settings.eval)[1]
+    apart = split_holdout(read_training_split(task, settings)[0], settings.eval)[1]
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
     return {task.eval_splits[0]: Split(apart.rows.select(range(limit)), apart.origin)}
+
+
+def read_training_split(task: Task, settings: Settings) -> tuple[Split, Split | None]:
+    """Return the training rows and those set apart for the loss (`task.validation_rows`), if any are: the same for
+    every run, and for the same file those that LLM-Adapters' and DoRA's scripts draw.
+
+    Raises:
+        UserError: as `read_split`, or there are not enough rows.
+    """
+    train, count = read_split(task, "train", settings), settings.task.rows_apart
+    if not count:
+        return train, None
+    known = len(train.rows)
+    require(
+        count < known,
+        f"task.validation_rows={count}: {train.origin} has {known} rows; set fewer apart with task.validation_rows",
+    )
+    parts = train.rows.train_test_split(test_size=count, shuffle=True, seed=VALIDATION_SEED)
+    return Split(parts["train"], train.origin), Split(parts["test"], f"{train.origin} (loss only)")
 
 
 def split_holdout(train: Split, settings: Evaluate) -> tuple[Split, Split]:

@@ -14,7 +14,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.inputs.splits import load_scored_splits, load_split
+from dual_lora.lab.inputs.splits import load_scored_splits, load_split, read_training_split
 from dual_lora.lab.model.adapt import (
     attach_method,
     count_parameters,
@@ -36,7 +36,7 @@ from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
 from dual_lora.lab.system.sealed import seal_folder
 from dual_lora.lab.system.signals import STOP
-from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
+from dual_lora.lab.train.callbacks import LOSS_COLUMN, BestEpoch, BestLoss, LogCallback, ProgressBar
 from dual_lora.lab.train.trainer import RunTrainer
 
 # Column with the fraction of entries of dL/dSign clipped at a logged step; a result holds the largest one.
@@ -153,6 +153,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     with run_first_process_first():
         train = load_split(task, "train", settings)
         held_out = load_scored_splits(task, settings)
+        apart = read_training_split(task, settings)[1] if settings.task.rows_apart else None
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
@@ -166,6 +167,9 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
             return evaluate_splits(model, tokenizer, task, held_out, settings, title)
 
     best = BestEpoch(score_model, task.metric, log) if settings.task.checkpoint == "best" else None
+    if apart:
+        validation, keeps = encode_rows(apart.rows, task, tokenizer, settings), settings.task.checkpoint == "best_loss"
+        best = BestLoss(score_model, lambda: trainer.measure_loss(validation), settings.task.steps_apart, keeps, log)
     trainer = RunTrainer(
         record,
         settings,
@@ -214,6 +218,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "learning_rates": list_rates(model, settings),
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
+        "validation_loss": find_validation_loss(record, settings),
         "steps": trained["steps"],
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
@@ -225,6 +230,13 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     return share_from_first(lambda: record.write_result(result))
 
 
+def find_validation_loss(record: Record, settings: Settings) -> float | None:
+    """Return the loss on the validation rows of the weights that are scored; None if it was not taken."""
+    losses = [row[LOSS_COLUMN] for row in record.read_log() if LOSS_COLUMN in row]
+    keeps = settings.task.checkpoint == "best_loss"
+    return (min(losses) if keeps else losses[-1]) if losses else None
+
+
 def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
     """Train, from the newest checkpoint if there is one, and return the facts about training for the result.
 
@@ -232,6 +244,8 @@ def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, 
     """
     with PeakMemory() as peak:
         done = trainer.fit_run(share_from_first(record.find_checkpoint))
+    if best:
+        best.score_last()
     with STOP.defer():  # a stop waits until the trained weights are saved
         if best:
             best.restore_best(trainer.model)
@@ -280,7 +294,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         max_steps=train.max_steps or -1,
         learning_rate=train.lr,
         lr_scheduler_type=train.schedule,
-        warmup_steps=task.warmup_ratio,
+        warmup_steps=task.warmup_ratio if task.warmup_steps is None else task.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         adam_epsilon=train.adam_epsilon or 1e-8,
