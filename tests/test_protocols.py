@@ -82,7 +82,8 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
         steps = getattr(task, "warmup_steps", None)
         return f"{steps} steps" if steps is not None else f"ratio {task.warmup_ratio:g}"
     if setting == "modules":
-        return " ".join(settings.model.adapt)
+        patterns = {settings.model.roles[role] for role in settings.model.adapt}
+        return " ".join(settings.model.adapt) + (" in one weight, adapted whole" if len(patterns) == 1 else "")
     if setting == "optimizer":
         return "AdamW"  # dual_lora/lab/train/run.py has no other
     if setting == "Adam's epsilon":
@@ -108,7 +109,7 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
 def describe_checkpoint(settings: Settings) -> str:
     task = settings.task
     if task.checkpoint == "best_loss":
-        return f"lowest loss on {task.validation_rows} training rows, every {task.validation_steps} steps"
+        return f"lowest loss on {task.rows_apart} training rows, every {task.steps_apart} steps"
     return {"best": "best epoch", "last": "last"}[task.checkpoint]
 
 
@@ -254,6 +255,7 @@ def test_the_page_is_what_the_tables_and_the_experiments_say_and_every_differenc
     text = HEAD + "\n".join(lines) + "\n"
     if os.environ.get("DUAL_LORA_GOLDEN") == "write":
         PAGE.write_text(text)
+        reasons = read_reasons()
     assert PAGE.read_text() == text, "DUAL_LORA_GOLDEN=write rewrites the page"
     unexplained = [key for key, _, differing in rows if differing and not reasons.get(key)]
     assert not unexplained and len(rows) > 60

@@ -5,8 +5,8 @@
     find(["avg"], model="llama3-8b", method="dora")  rows of any table, to set beside a result of ours
 
 A file gives what identifies a row (`keys`), its values (`columns`, each with its metric), and `rows` as lists in that
-order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note`, `start` and `average_note`
-(where the printed average is not that of the printed cells). Models and methods have this project's names where it has
+order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note`, `start` and
+`average_note` (where the printed average is not that of the printed cells). Models and methods have this project's names where it has
 one; a Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is no value. `average`
 says which columns an average is over, `ours` what the harness calls a column (TASK:METRIC), `started` which columns may
 start from another task's run: `protocol.start`, or a row's `start`, says from what. DEVIATIONS.md beside the files says
