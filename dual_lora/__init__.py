@@ -4,6 +4,7 @@ With DUAL_LORA_LAZY=1 in the environment neither torch nor peft is imported befo
 """
 
 import importlib
+import logging
 import os
 
 _HOMES = {
@@ -19,12 +20,27 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
+def _import_tuner() -> None:
+    """Import what registers the method with PEFT, without one warning: PEFT imports bitsandbytes, which misses an
+    optional package of faster 4-bit products on some CPUs, and would say so to everybody who has no use for them."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def drop_warning(record: logging.LogRecord) -> bool:
+        return "gemm_4bit_forward from kernels-community" not in str(record.msg)
+
+    logger.addFilter(drop_warning)
+    try:
+        importlib.import_module(f"{__name__}.tuner")
+    finally:
+        logger.removeFilter(drop_warning)
+
+
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module(f"{__name__}.tuner")  # registers
+    _import_tuner()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 if os.environ.get("DUAL_LORA_LAZY") != "1":
-    importlib.import_module(f"{__name__}.tuner")
+    _import_tuner()

@@ -143,6 +143,19 @@ def suspend_autocast(device_type: str):
     return contextlib.nullcontext()  # the meta device
 
 
+def check_factors(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
+    """Refuse factors whose products B A and D C have different shapes: torch would broadcast them.
+
+    Raises:
+        ValueError: with the shapes.
+    """
+    if (*A.shape[:-2], B.shape[-2], A.shape[-1]) != (*C.shape[:-2], D.shape[-2], C.shape[-1]):
+        shapes = ", ".join(
+            f"{name}: {' x '.join(map(str, t.shape))}" for name, t in zip("ABCD", (A, B, C, D), strict=True)
+        )
+        raise ValueError(f"{shapes}: expected A: r1 x in, B: out x r1, C: r2 x in, D: out x r2")
+
+
 def delta_weight(
     A: Tensor,
     B: Tensor,
@@ -164,8 +177,9 @@ def delta_weight(
 
     Raises:
         KeyError: unknown magnitude or direction.
-        ValueError: unknown ste.
+        ValueError: unknown ste, or B A and D C have different shapes.
     """
+    check_factors(A, B, C, D)
     with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
@@ -189,11 +203,13 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
     Softplus and leaky ReLU count as ReLU; its square has root mean square sqrt(1.5 r1^2 + 3 r1) * sigma^4.
 
     Raises:
-        ValueError: fan_in, a rank or alpha is not above 0.
+        ValueError: fan_in, a rank or alpha is not above 0 and finite, or magnitude or direction is unknown.
     """
     for name, value in {"fan_in": fan_in, "r1": r1, "r2": r2, "alpha": alpha}.items():
-        if not value > 0:
-            raise ValueError(f"{name}={value}: expected a number above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: expected a finite number above 0")
+    if magnitude not in MAGNITUDES or direction not in DIRECTIONS:
+        raise ValueError(f"magnitude={magnitude!r}, direction={direction!r}: expected one of each of the tables above")
     kept = 1.0 if magnitude in ("abs", "identity") else 0.5
     target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
     if direction == "sigmoid":

@@ -60,7 +60,13 @@ def classification(answers: Sequence[int], gold: Sequence[int], classes: int) ->
 
 
 def macro_f1(answers: Sequence[int], gold: Sequence[int]) -> float:
-    """Return the unweighted mean of the F1 of every class among the answers and the gold."""
+    """Return the unweighted mean of the F1 of every class among the answers and the gold.
+
+    Raises:
+        ValueError: an answer or label is not one class, such as a row of several.
+    """
+    if odd := [value for value in (*answers, *gold) if np.ndim(value)]:
+        raise ValueError(f"{odd[0]!r} is not one class")
     return float(f1_score(gold, answers, average="macro", zero_division=0.0))
 
 
@@ -68,8 +74,10 @@ def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, flo
     """Return Pearson and Spearman correlation and their mean; 0 where the answers are all the same.
 
     Raises:
-        ValueError: a value is NaN or infinite.
+        ValueError: there are no values, not as many answers as gold ones, or one is NaN or infinite.
     """
+    if len(answers) != len(gold) or not len(gold):
+        raise ValueError(f"{len(answers)} answers for {len(gold)} gold values; every one needs an answer")
     if odd := [value for value in (*answers, *gold) if not math.isfinite(value)]:
         raise ValueError(f"{odd[0]!r} is not a number that can be correlated")
     if len(set(answers)) < 2 or len(set(gold)) < 2:
@@ -87,6 +95,9 @@ def e2e(hypotheses: Texts, references: References) -> dict[str, float]:
     Two departures, both for the better: an output of fewer than four tokens cannot push BLEU above 1 or shorten NIST's
     denominator, and any line break inside a text is a blank. CIDEr's word weights come from the references given, so
     that a subset's CIDEr does not compare with the full set's.
+
+    Raises:
+        ValueError: as `check_texts`.
     """
     hypotheses, references = one_line(hypotheses, references)
     scores = {"BLEU": bleu(hypotheses, references), "NIST": nist(hypotheses, references)}
@@ -105,8 +116,13 @@ def webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()
     the same tokens). METEOR and TER split the few words that NLTK's tokeniser splits ("cannot"); TER is pyter's, the
     best over the references, its mean over the outputs. `groups` names each output's group; every group's scores then
     stand beside those of all, as "GROUP_BLEU".
+
+    Raises:
+        ValueError: as `check_texts`, or there are groups, but not one for each output.
     """
     hypotheses, references = one_line(hypotheses, references)
+    if len(groups) not in (0, len(hypotheses)):
+        raise ValueError(f"{len(groups)} groups for {len(hypotheses)} outputs; every one needs a group")
     outputs, accepted = [split_words(h) for h in hypotheses], [[split_words(r) for r in rs[:6]] for rs in references]
     parts = {"": range(len(outputs))} | {f"{g}_": [i for i, x in enumerate(groups) if x == g] for g in set(groups)}
     scores = {f"{p}BLEU": bleu([outputs[i] for i in part], [accepted[i] for i in part]) for p, part in parts.items()}
@@ -123,11 +139,26 @@ def one_line(hypotheses: Texts, references: References) -> tuple[list[str], list
     """Return the texts with every run of white space as one blank: a break would shift all later sentences.
 
     Raises:
-        ValueError: there are no texts, or one has no references.
+        ValueError: as `check_texts`.
     """
-    if len(hypotheses) != len(references) or not hypotheses or not all(references):
-        raise ValueError(f"{len(hypotheses)} outputs for {len(references)} lists of references; every one needs a list")
+    check_texts(hypotheses, references)
     return [" ".join(h.split()) for h in hypotheses], [[" ".join(r.split()) for r in rs] for rs in references]
+
+
+def check_texts(hypotheses: Texts, references: References) -> None:
+    """Refuse what is not one list of accepted texts for each output. A text in place of a list would be scored letter
+    by letter.
+
+    Raises:
+        ValueError: there are no outputs, one has no references, or something else stands where a text or a list should.
+    """
+    if isinstance(hypotheses, str) or any(not isinstance(h, str) for h in hypotheses):
+        raise ValueError("the outputs are not a list of texts")
+    if len(hypotheses) != len(references) or not hypotheses:
+        raise ValueError(f"{len(hypotheses)} outputs for {len(references)} lists of references; every one needs a list")
+    for accepted in references:
+        if isinstance(accepted, str) or not accepted or any(not isinstance(text, str) for text in accepted):
+            raise ValueError(f"{accepted!r:.80} is not a list of accepted texts; every output needs one")
 
 
 def report_missing(names: Sequence[str], scores: dict[str, float], lack: Unavailable) -> None:
@@ -139,7 +170,12 @@ def report_missing(names: Sequence[str], scores: dict[str, float], lack: Unavail
 
 
 def bleu(hypotheses: Texts, references: References) -> float:
-    """Return corpus BLEU: mteval-13a tokens, lower case, no smoothing, closest reference length (ties: the shorter)."""
+    """Return corpus BLEU: mteval-13a tokens, lower case, no smoothing, closest reference length (ties: the shorter).
+
+    Raises:
+        ValueError: as `check_texts`.
+    """
+    check_texts(hypotheses, references)
     width = max(map(len, references))
     streams = list(zip(*([*rs, *[None] * (width - len(rs))] for rs in references), strict=True))
     scorer = sacrebleu.BLEU(lowercase=True, tokenize="13a", smooth_method="none", force=True)
@@ -147,21 +183,36 @@ def bleu(hypotheses: Texts, references: References) -> float:
 
 
 def sentence_bleu(hypothesis: str, references: Texts) -> float:
-    """Return one output's BLEU, smoothed, over the n-gram orders it has; for comparing runs example by example."""
+    """Return one output's BLEU, smoothed, over the n-gram orders it has; for comparing runs example by example.
+
+    Raises:
+        ValueError: as `check_texts`.
+    """
+    check_texts([hypothesis], [references])
     scorer = sacrebleu.BLEU(lowercase=True, tokenize="13a", effective_order=True)
     return min(scorer.sentence_score(hypothesis, list(references)).score / 100, 1.0)
 
 
 def sentence_chrf(hypothesis: str, references: Texts) -> float:
     """Return one output's chrF (character n-grams of 1 to 6, beta 2; aclanthology.org/W15-3049), the best over the
-    references."""
+    references.
+
+    Raises:
+        ValueError: as `check_texts`.
+    """
+    check_texts([hypothesis], [references])
     return sacrebleu.CHRF().sentence_score(hypothesis, list(references)).score / 100
 
 
 def rouge_l(hypothesis: str, references: Texts) -> float:
     """Return one output's ROUGE-L (aclanthology.org/W04-1013), the best over the references: F1 of the longest common
     subsequence of lower-case words of letters and digits, unstemmed. On English text these are the words of the
-    rouge_score package, which drops all letters but a to z."""
+    rouge_score package, which drops all letters but a to z.
+
+    Raises:
+        ValueError: as `check_texts`.
+    """
+    check_texts([hypothesis], [references])
     words, *accepted = (re.findall(r"[^\W_]+", text.lower()) for text in (hypothesis, *references))
     return max(rouge_l_of_words(words, reference) for reference in accepted)
 
@@ -183,7 +234,11 @@ def nist(hypotheses: Texts, references: References) -> float:
 
     The weight of an n-gram g is log2(R(g without its last word) / R(g)), R counting all references, unclipped. Each
     order adds (weights of matched n-grams) / (n-grams put out); the sum is scaled down where the outputs are short.
+
+    Raises:
+        ValueError: as `check_texts`.
     """
+    check_texts(hypotheses, references)
     tokenize = Tokenizer13a()
     hyps, refs = (
         [tokenize(h.lower()).split() for h in hypotheses],
@@ -367,7 +422,12 @@ def spaced(match: re.Match) -> str:
 
 
 def ter(output: str, references: Texts) -> float:
-    """Return the fewest edits-with-shifts per reference word over the references (1 for an empty one)."""
+    """Return the fewest edits-with-shifts per reference word over the references (1 for an empty one).
+
+    Raises:
+        ValueError: as `check_texts`.
+    """
+    check_texts([output], [references])
     rates = (
         edits_with_shifts(output.split(), r.split()) / len(r.split()) if r else 1.0 for r in dict.fromkeys(references)
     )

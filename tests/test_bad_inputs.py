@@ -372,6 +372,8 @@ CASES = [
     Case("config", "empty value", "data_dir=", "data_dir=: empty; give a value, or null"),
     Case("config", "nothing to adapt", "model.adapt=[]", "model.adapt=[]: nothing for dual_lora to adapt"),
     Case("config", "no regular expression", "model.roles.q='('", "model.roles.q=(: not a regular expression"),
+    Case("config", "half of a fused weight", "model=tiny-gpt2 task=demo/choice model.split=[q,k]", "model.split=['q', 'k']: not the roles of one weight"),
+    Case("config", "a beam search without beams", "model=tiny-llama task=demo/choice task.search=gpt2_beam", "only beam search uses it"),
     Case("config", "two ways to say the rank", "method.rank=8 method.r1=4 method.r2=12", "make it 16; drop one"),
     Case("config", "a rank without an adapter", "method=full method.rank=4", "method full has no adapter"),
     Case("config", "text from a model without", "task=demo/restaurants", "tiny-roberta writes no text"),

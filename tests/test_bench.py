@@ -1,24 +1,30 @@
 """The benchmark: what it counts is exact and tested; what it times is only printed."""
 
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import ROOT
 
-from dual_lora import bench
+from dual_lora.bench import __main__ as command
+from dual_lora.bench import cases, measure, page, threads
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
 def rows(request):
-    case = bench.layer_case(256, 256, request.param, CPU)
-    return {row.method: row for row in bench.measure(case, rank=16, repeats=1, device=CPU)}
+    case = cases.layer_case(256, 256, request.param, CPU)
+    return {row.method: row for row in measure.measure_case(case, rank=16, repeats=1, device=CPU)}
 
 
 def test_operations_are_at_the_floor(rows):
-    for name in ("Dual LoRA", "Dual LoRA, dropout"):
+    names = [name for name in rows if name.startswith("Dual LoRA") and name != "Dual LoRA, naive"]
+    assert {"Dual LoRA", "Dual LoRA, dropout"} <= set(names)
+    for name in names:
         assert 0.99 < rows[name].flops_over_floor <= 1.02, name
 
 
@@ -32,6 +38,36 @@ def test_adapters_are_of_one_size(rows):
     assert max(sizes) < 1.1 * min(sizes)
 
 
+def test_gradients_in_bfloat16_take_part_where_they_are_fast(monkeypatch):
+    low = {"LoRA, dL/dx in bf16", "Dual LoRA, G in bf16", "Dual LoRA, G and dL/dx in bf16"}
+    for dtype, reason, expected in (
+        (torch.float32, None, True),
+        (torch.float32, "slow", False),
+        (torch.bfloat16, None, False),
+    ):
+        monkeypatch.setattr(cases, "explain_slow_bfloat16", lambda device, reason=reason: reason)
+        fast = cases.has_fast_bfloat16(dtype, CPU)
+        assert fast is expected and (low <= cases.list_contenders(16, True, fast).keys()) is expected
+
+
+def test_the_compared_lora_rounds_what_dual_lora_rounds():
+    """Same y and factors; dL/dx off by the rounding of a product's factors only."""
+    model = cases.Layer(64, torch.float32).requires_grad_(False)
+    x, g = torch.randn(2, 32, 64, requires_grad=True)
+    exact_y, rounded_y = model(x), cases.round_input_gradients(model)(x)
+    (exact,), (found,) = (torch.autograd.grad(y, x, g) for y in (exact_y, rounded_y))
+    assert torch.equal(exact_y, rounded_y) and 1e-4 < (found - exact).norm() / exact.norm() < 2**-7
+
+
+def test_ratios_to_the_lora_alike():
+    case = cases.layer_case(64, 32, torch.float32, CPU)
+    rows = {row.method: row for row in measure.measure_case(case, rank=8, repeats=3, device=CPU)}
+    assert rows["LoRA"].step_ratio == rows["LoRA"].peer_ratio == rows["LoRA, dropout"].peer_ratio == 1
+    assert rows["Dual LoRA"].peer_ratio == rows["Dual LoRA"].step_ratio
+    for row in rows.values():
+        assert row.quartiles[0] <= row.step_ratio <= row.quartiles[1]
+
+
 def test_peak_memory_is_the_most_held_at_once():
     held = []
 
@@ -41,7 +77,7 @@ def test_peak_memory_is_the_most_held_at_once():
         held.append(torch.ones(2**18))
         return held.clear
 
-    assert 4 * 2**20 <= bench.peak_bytes(step, CPU) < 4.2 * 2**20
+    assert 4 * 2**20 <= measure.peak_bytes(step, CPU) < 4.2 * 2**20
 
 
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-roberta", "tiny-deberta")]
@@ -50,8 +86,8 @@ LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-roberta", 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", *LONG])
 def test_model_level_floor(name):
     path = str(ROOT / "dual_lora/lab/model/bundled" / name)
-    case = bench.model_case(path, (2, 24), torch.float32, CPU)
-    rows = {row.method: row for row in bench.measure(case, rank=16, repeats=1, device=CPU)}
+    case = cases.model_case(path, (2, 24), torch.float32, CPU)
+    rows = {row.method: row for row in measure.measure_case(case, rank=16, repeats=1, device=CPU)}
     assert 0.97 < rows["Dual LoRA"].flops_over_floor <= 1.02
     assert rows["Dual LoRA"].kept_bytes <= 1.05 * rows["LoRA"].kept_bytes
 
@@ -59,12 +95,12 @@ def test_model_level_floor(name):
 @pytest.mark.slow
 def test_record_is_written_added_to_and_shown(tmp_path, capsys):
     for width in ("32", "48"):
-        bench.main(["--width", width, "--tokens", "8", "--repeats", "1", "--out", str(tmp_path)])
+        command.main(["--width", width, "--tokens", "8", "--repeats", "1", "--out", str(tmp_path)])
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text())
     assert len(record["cases"]) == 2 and record["hardware"]
     capsys.readouterr()
-    bench.main(["--show", str(path)])
+    command.main(["--show", str(path)])
     printed = capsys.readouterr().out
     assert printed.count("| Dual LoRA |") == 2 and "layer 48 x 48" in printed
 
@@ -75,5 +111,61 @@ def test_mistakes_are_named(capsys):
         (["--model", "a", "b", "c", "--batch", "1x8", "2x8"], "--batch"),
     ):
         with pytest.raises(SystemExit) as error:
-            bench.main(arguments)
+            command.main(arguments)
         assert culprit in capsys.readouterr().err + str(error.value)
+
+
+def build_record(date, ratio, **more):
+    row = measure.Row("LoRA", 1.0, 0.1, 10, None, 1, 1, 1, 0.1)
+    dual = measure.Row(
+        "Dual LoRA", ratio, 0.1, 15, 1.0, 1, 1, 1, 0.1, quartiles=(ratio - 0.1, ratio + 0.1), peer_ratio=ratio
+    )
+    case = {"rank": 16, "torch": "2", "peft": "0", "load_before": 1.5, "rows": [asdict(row), asdict(dual)]}
+    return {"hardware": "a machine", "date": date, "cases": {page.SHOWN_LAYER: case, "layer 8 x 8": case}, **more}
+
+
+def test_a_folder_is_a_history(tmp_path, capsys):
+    for date, ratio in (("2026-01-02", 1.6), ("2026-02-03", 1.25)):
+        (tmp_path / f"{date}-a-machine.json").write_text(json.dumps(build_record(date, ratio)))
+    command.main(["--trend", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"a machine: {page.SHOWN_LAYER}" and "| method | 2026-01-02 | 2026-02-03 |" in lines
+    assert lines.count("| Dual LoRA | 1.60 (1.50–1.70) | 1.25 (1.15–1.35) |") == 2
+
+
+def test_the_page_shows_the_newest_of_each_machine(tmp_path):
+    threads_found = {"step": "A layer", "cores": 2, "seconds": {"no neighbour": {"all": 0.01, "one": 0.015}}}
+    for date, more in (("2026-01-02", {}), ("2026-02-03", {"threads": threads_found})):
+        (tmp_path / f"{date}-a-machine.json").write_text(json.dumps(build_record(date, 1.5, **more)))
+    (tmp_path / "2026-01-01-b.json").write_text(json.dumps({**build_record("2026-01-01", 1.7), "hardware": "another"}))
+    tables = page.format_page_tables(tmp_path)
+    assert "## another, 2026-01-01, load average 1.5 to 1.5" in tables and "## a machine, 2026-02-03" in tables
+    assert "2026-01-02" not in tables and tables.count("| no neighbour | 10 (1.00) | 15 (1.50) |") == 1
+    assert page.update_page(f"a\n{page.START}\nold\n{page.END}\nb", "new") == f"a\n{page.START}\n\nnew\n\n{page.END}\nb"
+    with pytest.raises(ValueError, match="between which the tables go"):
+        page.update_page("no marks", "new")
+
+
+def test_cost_page_is_that_of_the_newest_files():
+    """`python -m dual_lora.bench --page` writes them."""
+    text = (ROOT / "docs/cost.md").read_text()
+    assert page.update_page(text, page.format_page_tables(ROOT / "benchmarks")) == text
+
+
+@pytest.mark.slow
+def test_threads_are_measured_with_a_neighbour_that_ends(tmp_path):
+    command.main(["--threads", "--width", "64", "--tokens", "32", "--repeats", "2", "--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())["threads"]
+    assert found["seconds"].keys() == set(threads.MACHINES)
+    assert all(
+        times.keys() == threads.CHOICES.keys() and min(times.values()) > 0 for times in found["seconds"].values()
+    )
+
+
+def test_a_process_that_ends_is_reported():
+    ended = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with threads.stopped_at_the_end(ended), pytest.raises(RuntimeError, match="ended with 0"):
+        threads.ask(ended)

@@ -83,7 +83,8 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
         return f"{steps} steps" if steps is not None else f"ratio {task.warmup_ratio:g}"
     if setting == "modules":
         patterns = {settings.model.roles[role] for role in settings.model.adapt}
-        return " ".join(settings.model.adapt) + (" in one weight, adapted whole" if len(patterns) == 1 else "")
+        fused = len(patterns) == 1 and not settings.model.split
+        return " ".join(settings.model.adapt) + (" in one weight, adapted whole" if fused else "")
     if setting == "optimizer":
         return "AdamW"  # dual_lora/lab/train/run.py has no other
     if setting == "Adam's epsilon":
@@ -99,7 +100,7 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
     if setting == "loss":
         return "prompt and response" if task.loss_on_prompt else "response"
     if setting == "beam search":
-        return str(task.options.get("search", "transformers"))
+        return task.search or "transformers"
     if setting == "evaluated":
         return f"{'merged' if settings.model.dtype == 'float32' else 'unmerged'}, batches of {settings.eval.batch_size}"
     value = read_setting(settings, KEYS[setting])

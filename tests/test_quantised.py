@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train  # noqa: F401 - sets the lazy import the command line uses
-from dual_lora.bench import kept_bytes
+from dual_lora.bench.measure import kept_bytes
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.train import check_command, train_command

@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs/questions.md").read_text()
 ROWS = [
     [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
     for line in PAGE.splitlines()
-    if re.match(r"\| *(?!-|:|question|\|)[^|]", line)
+    if line.startswith("| ") and not line.rstrip(" |").endswith("status")
 ]
 ASKED = [row for row in ROWS if len(row) == 5]
 STATUS = re.compile(r"(answered by|in part, by|runnable|open: )")

@@ -85,9 +85,9 @@ def test_the_better_run_is_the_start_of_the_others(use, runs_folder, capsys):
         started = resolve_start(cell, records)
         mine = Record(runs_folder / "small" / started.settings.init_from.rpartition("/")[2])
         scores = [
-            (r := Record(p.parent).read_result())["metrics"][r["metric"]]
-            for p in runs_folder.glob("small/*choice*/result.json")
-            if f"_{cell.settings.method.name}_" in p.parent.name
+            result["metrics"][result["metric"]]
+            for path in runs_folder.glob("small/*choice*/result.json")
+            if (result := Record(path.parent).read_result())["method"] == cell.settings.method.name
         ]
         best = mine.read_result()
         assert best["method"] == cell.settings.method.name and best["task"] == "demo/choice"

@@ -575,7 +575,7 @@ def test_the_demo_run_shows_before_after_parameters_time_and_the_record(runs_fol
     assert done.returncode == 0, done.stderr
     for word in ("before", "after", "parameters", "tokens/s", "record"):
         assert word in done.stdout
-    assert "tiny-llama  demo/restaurants  dual_lora  seed 0" in done.stdout
+    assert "tiny-llama  demo/restaurants  dual_lora max_steps=3  seed 0" in done.stdout
     assert list(runs_folder.glob("adhoc/*/wandb/offline-run-*"))
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import tasks
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.study import outcome
 from dual_lora.lab.study.experiment import Experiment
@@ -74,3 +75,13 @@ def test_a_rate_is_chosen_by_its_mean_over_seeds(cells, scores, rate, monkeypatc
     monkeypatch.setattr(outcome, "get_trial_score", lambda trial, study: known[serialize_identity_settings(trial)])
     chosen = outcome.choose_learning_rate(cell, SimpleNamespace())
     assert (chosen and chosen.settings.train.lr) == rate
+
+
+def test_of_scores_that_should_be_low_the_lowest_chooses(cells, monkeypatch):
+    cell = next(cell for cell in cells if cell.label == "LoRA")
+    scores = dict(zip(map(serialize_identity_settings, cell.tuning), [0.5, 0.6, 0.9, 0.8], strict=True))
+    monkeypatch.setattr(outcome, "get_trial_score", lambda trial, study: scores[serialize_identity_settings(trial)])
+    monkeypatch.setattr(type(tasks.load("demo/sentiment")), "lower_is_better", ("accuracy",))
+    assert outcome.choose_learning_rate(cell, SimpleNamespace()).settings.train.lr == 1e-3
+    scores[serialize_identity_settings(cell.tuning[0])] = float("-inf")  # it diverged
+    assert outcome.choose_learning_rate(cell, SimpleNamespace()).settings.train.lr == 2e-3

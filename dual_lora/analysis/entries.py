@@ -12,43 +12,95 @@ MAGNITUDE_EDGES = (0.0, *_DECADES)
 DIRECTION_EDGES = (*(-e for e in reversed(_DECADES)), 0.0, *_DECADES)
 
 
+def check_matrices(*matrices: Tensor) -> None:
+    """Refuse what is no matrix, or matrices of different shapes: torch would broadcast them.
+
+    Raises:
+        ValueError: with the shapes, or where values are NaN or infinite.
+    """
+    shapes = {tuple(matrix.shape) for matrix in matrices}
+    if len(shapes) > 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
+        raise ValueError(f"shapes {', '.join(map(str, sorted(shapes)))}: expected matrices of one shape, out x in")
+    if not all(matrix.isfinite().all() for matrix in matrices):
+        raise ValueError("a matrix contains NaN or Inf")
+
+
 def zeros(dW: Tensor) -> float:
-    """Share of entries that are exactly 0."""
+    """Share of entries that are exactly 0.
+
+    Raises:
+        ValueError: dW is not a finite matrix.
+    """
+    check_matrices(dW)
     return (dW == 0).double().mean().item()
 
 
 def dead_rows(dW: Tensor) -> int:
-    """How many rows (outputs) of dW: out x in have no entry other than 0."""
+    """How many rows (outputs) of dW: out x in have no entry other than 0.
+
+    Raises:
+        ValueError: dW is not a finite matrix.
+    """
+    check_matrices(dW)
     return int((~dW.bool().any(1)).sum())
 
 
 def relative_size(dW: Tensor, W0: Tensor) -> float | None:
-    """||dW||_F / ||W0||_F; None where W0 is 0."""
+    """||dW||_F / ||W0||_F; None where W0 is 0.
+
+    Raises:
+        ValueError: they are not finite matrices of one shape.
+    """
+    check_matrices(dW, W0)
     return _ratio(dW.double().norm(), W0.double().norm())
 
 
 def histogram(x: Tensor, edges: tuple[float, ...]) -> list[int]:
-    """Counts of the entries of x in len(edges) + 1 bins; bin i holds edges[i - 1] < x <= edges[i]."""
+    """Counts of the entries of x in len(edges) + 1 bins; bin i holds edges[i - 1] < x <= edges[i].
+
+    Raises:
+        ValueError: an entry is NaN, which belongs to no bin.
+    """
+    if x.isnan().any():
+        raise ValueError("an entry is NaN, which belongs to no bin")
     bounds = torch.tensor(edges, dtype=x.dtype, device=x.device)
     return torch.bincount(torch.bucketize(x.flatten(), bounds), minlength=len(edges) + 1).tolist()
 
 
 @torch.no_grad()
 def flipped(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float:
-    """Share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2."""
-    return (sign_ste(D.float() @ C.float()) != sign_ste(D0.float() @ C0.float())).double().mean().item()
+    """Share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2.
+
+    Raises:
+        ValueError: the products are not finite matrices of one shape.
+    """
+    now, before = D.float() @ C.float(), D0.float() @ C0.float()
+    check_matrices(now, before)
+    return (sign_ste(now) != sign_ste(before)).double().mean().item()
 
 
 def agreement(a: Tensor, b: Tensor) -> dict[str, float | None]:
     """Likeness of two updates of one shape. Keys: cosine, of the entries as one vector, None where either is 0;
-    sign_agreement, the share of equal signs among the entries that are 0 in neither (chance: 0.5), None without any."""
+    sign_agreement, the share of equal signs among the entries that are 0 in neither (chance: 0.5), None without any.
+
+    Raises:
+        ValueError: they are not finite matrices of one shape.
+    """
+    check_matrices(a, b)
     both = (a != 0) & (b != 0)
     equal = ((a > 0) == (b > 0)) & both
     return {"cosine": cosine_similarity(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> float | None:
-    """Cosine between two tensors of one shape as vectors, None where either is 0."""
+    """Cosine between two tensors of one shape as vectors, None where either is 0.
+
+    Raises:
+        ValueError: their shapes differ, or values are NaN or infinite.
+    """
+    check_matrices(a.reshape(1, -1), b.reshape(1, -1))
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: expected one shape")
     a, b = a.double(), b.double()
     return _ratio((a * b).sum(), a.norm() * b.norm())
 

@@ -12,6 +12,8 @@ Source of the effective rank: Roy and Vetterli, "The effective rank: a measure o
 import torch
 from torch import Tensor
 
+from .entries import check_matrices
+
 # Relative to the largest singular value; float32's default is 4.9e-4 at 4096 x 4096.
 TOLERANCES = (1e-3, 1e-2, 1e-1)
 
@@ -21,7 +23,11 @@ def spectrum(W: Tensor) -> dict[str, float]:
     """Ranks of W: m x n, float32 or float64 (others are taken in float32); a zero matrix has 0 of each.
 
     Keys: rank, rank_T for each T of TOLERANCES, stable_rank, effective_rank.
+
+    Raises:
+        ValueError: W is not a finite matrix; of a stack, each matrix has ranks of its own.
     """
+    check_matrices(W)
     W = W if W.dtype == torch.float64 else W.float()
     s = torch.linalg.svdvals(W)
     default = max(W.shape) * torch.finfo(W.dtype).eps

@@ -8,7 +8,7 @@ Source: arXiv 2512.03402, method section; its Figure 3 shows the numerical ranks
 import torch
 from torch import Tensor
 
-from ..functional import DIRECTIONS, MAGNITUDES, sign_ste
+from ..functional import DIRECTIONS, MAGNITUDES, check_factors, sign_ste
 from .entries import DIRECTION_EDGES, MAGNITUDE_EDGES, dead_rows, histogram, relative_size, zeros
 from .spectrum import spectrum
 
@@ -20,8 +20,13 @@ def dual(A: Tensor, B: Tensor, C: Tensor, D: Tensor, magnitude: str = "relu", di
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, taken in float32; magnitude and direction as in `delta_weight`.
     Keys: magnitude_* and direction_* as in `spectrum`, magnitude_histogram of magnitude(B A) over MAGNITUDE_EDGES,
     direction_histogram of D C, before its sign, over DIRECTION_EDGES.
+
+    Raises:
+        KeyError: unknown magnitude or direction.
+        ValueError: the products are not finite matrices of one shape.
     """
     A, B, C, D = (t.float() for t in (A, B, C, D))
+    check_factors(A, B, C, D)
     return _group("magnitude", MAGNITUDES[magnitude](B @ A), lambda size: size, MAGNITUDE_EDGES) | _group(
         "direction", D @ C, sign_ste if direction == "sign" else DIRECTIONS[direction], DIRECTION_EDGES
     )
@@ -34,7 +39,11 @@ def _group(name: str, entries: Tensor, then, edges: tuple[float, ...]) -> dict:
 
 @torch.no_grad()
 def overall(dW: Tensor, W0: Tensor | None) -> dict[str, float | None]:
-    """Keys: overall_* as in `spectrum`, zeros, dead_rows, relative_size (None without W0); dW, W0: out x in."""
+    """Keys: overall_* as in `spectrum`, zeros, dead_rows, relative_size (None without W0); dW, W0: out x in.
+
+    Raises:
+        ValueError: they are not finite matrices of one shape.
+    """
     ranks = {f"overall_{key}": value for key, value in spectrum(dW).items()}
     size = None if W0 is None else relative_size(dW, W0)
     return ranks | {"zeros": zeros(dW), "dead_rows": dead_rows(dW), "relative_size": size}

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
-from .recompute import TORCH, Ops, delta_weight, dual_linear
+from .recompute import TORCH, GradientTypes, Ops, delta_weight, dual_linear
 
-__all__ = ["Ops", "delta_weight", "dual_linear", "choose_ops"]
+__all__ = ["GradientTypes", "Ops", "choose_ops", "delta_weight", "dual_linear", "explain_slow_bfloat16"]
 
 
 def choose_ops(kernel: str, device: torch.device) -> Ops:
@@ -25,6 +25,22 @@ def choose_ops(kernel: str, device: torch.device) -> Ops:
     from .triton import TRITON
 
     return TRITON
+
+
+@functools.cache
+def explain_slow_bfloat16(device_type: str) -> str | None:
+    """Return why a device takes products of bfloat16 no faster than of float32, or None if it does. On the meta device
+    nothing is computed."""
+    if device_type == "meta":
+        return None
+    if device_type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return None if fast else "this GPU has no bfloat16 units (compute capability 8.0 or newer has)"
+    if device_type == "cpu":
+        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = units and torch.backends.mkldnn.is_available()
+        return None if fast else "this processor has neither avx512_bf16 nor AMX, or torch is built without oneDNN"
+    return f"not known to be faster on {device_type}"
 
 
 @functools.cache

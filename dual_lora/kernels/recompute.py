@@ -10,6 +10,9 @@ it holds in passing is bounded by BLOCK, and the elementwise work stays in a CPU
 In units of 2 N out in operations for N rows of x, one step takes 3 + 4 (r1 + r2) / N: forward, dL/dx, G, and the four
 thin products twice. Where the products are taken in 16 bits, rounding W0 + dW would lose dW, so forward adds x W0^T and
 x dW^T, 4 units; dL/dx takes the rounded sum, whose error is the rounding of W0 itself.
+
+Backward can take G, and dL/dx, in a narrower type than the activations' (`GradientTypes`): the factors of a product are
+rounded, its sums are float32, and forward, M, S and the masks stay as they are. This is not in the paper.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +30,17 @@ BLOCK = 2**24
 TILE = 2**18
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class GradientTypes(NamedTuple):
+    """The types in which backward takes its two full-size products; None, or a type no narrower than the activations',
+    takes them in the activations' own.
+
+    weight: of G = g^T x, out x in. input: of dL/dx = g (W0 + dW), N x in.
+    """
+
+    weight: torch.dtype | None = None
+    input: torch.dtype | None = None
 
 
 class Ops(NamedTuple):
@@ -47,6 +61,7 @@ def dual_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     ops: Ops | None = None,
+    gradient_types: GradientTypes | None = None,
 ) -> Tensor:
     """x (weight + dW)^T + bias, or x dW^T where there is no weight: ... x in -> ... x out, in x's dtype.
 
@@ -60,7 +75,7 @@ def dual_linear(
     _check(ste)
     if _is_transformed(x, A, B, C, D):
         return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
-    return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH)
+    return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH, gradient_types or GradientTypes())
 
 
 def delta_weight(
@@ -97,9 +112,9 @@ def rebuild(
     size, sign = scale.abs(), _sign(scale)
     W = A.new_empty(B.shape[0], A.shape[1], dtype=dtype or A.dtype) if out is None else out
     with suspend_autocast(A.device.type):
-        for rows in _tiles(W):
-            M = ((B[rows] * size) @ A).relu_()
-            S = _sign_(D[rows] @ C).mul_(sign)
+        for rows, (M, S) in _tiles(W, A.dtype, scratch=2):
+            torch.mm(B[rows] * size, A, out=M).relu_()
+            _sign_(torch.mm(D[rows], C, out=S)).mul_(sign)
             _add_product(weight, rows, M, S, out=W[rows])
     return W
 
@@ -122,12 +137,14 @@ def project(
     size, sign = scale.abs(), _sign(scale)
     dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
     with suspend_autocast(A.device.type):
-        for rows in _tiles(G):
+        for rows, (M, S, P, *own) in _tiles(G, A.dtype, scratch=3 if G.dtype == A.dtype else 4):
             scaled_B = B[rows] * size
-            M, S, g = scaled_B @ A, D[rows] @ C, G[rows].to(A.dtype)
+            torch.mm(scaled_B, A, out=M)
+            torch.mm(D[rows], C, out=S)
+            g = own[0].copy_(G[rows]) if own else G[rows]
             passes = S.abs() <= 1 if ste == "hardtanh" else None
-            S = _sign_(S).mul_(sign)
-            P = g * S  # dL/dM before ReLU's mask; the mask is M > 0, and `threshold_backward` applies it in place
+            _sign_(S).mul_(sign)
+            torch.mul(g, S, out=P)  # dL/dM before ReLU's mask: M > 0, applied in place
             torch.ops.aten.threshold_backward.grad_input(P, M, 0, grad_input=P)
             torch.mm(P, A.T, out=dB[rows])
             torch.addmm(dA, scaled_B.T, P, out=dA)
@@ -149,9 +166,9 @@ TORCH = Ops(rebuild, project)
 
 class _DualLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops):
+    def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops, gradient_types):
         ctx.save_for_backward(x, A, B, C, D, scale, weight)
-        ctx.ste, ctx.ops = ste, ops
+        ctx.ste, ctx.ops, ctx.types = ste, ops, [_narrower(x.dtype, dtype) for dtype in gradient_types]
         # In 16 bits the sum weight + dW would be rounded to the weight's own precision, and most of dW lost.
         apart = weight is not None and x.dtype != A.dtype
         flat = x.reshape(-1, x.shape[-1])
@@ -171,6 +188,9 @@ class _DualLinear(torch.autograd.Function):
         x, A, B, C, D, scale, weight = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs_dx, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
+        weight_type, input_type = ctx.types
+        x_G, g_G = (flat.to(weight_type), g.to(weight_type)) if trained else (None, None)
+        g_dx = (g_G if trained and input_type == weight_type else g.to(input_type)) if needs_dx else None
         dx = torch.empty_like(flat) if needs_dx else None
         dA, dB, dC, dD = grads = [torch.zeros_like(t) if trained else None for t in (A, B, C, D)]
         with suspend_autocast(x.device.type):
@@ -178,19 +198,18 @@ class _DualLinear(torch.autograd.Function):
                 factors = A, B[rows], C, D[rows], scale
                 base = None if weight is None else weight[rows]
                 if trained:
-                    # G = dL/ddW in the dtype of the activations; `project` turns it into weight + dW on its way, so
-                    # that dL/dx needs no second pass over a matrix of this size.
-                    W = g[:, rows].T @ flat
-                    part = ctx.ops.project(W, *factors, ctx.ste, base, rebuilt=W if needs_dx else None)
+                    # G = dL/ddW; `project` turns it into weight + dW on its way, so that dL/dx needs no second pass
+                    # over a matrix of this size.
+                    G = g_G[:, rows].T @ x_G
+                    W = G if input_type == weight_type else torch.empty_like(G, dtype=input_type)
+                    part = ctx.ops.project(G, *factors, ctx.ste, base, rebuilt=W if needs_dx else None)
                     for whole, piece in zip((dA, dB[rows], dC, dD[rows]), part, strict=True):
                         whole += piece
                 else:
-                    W = ctx.ops.rebuild(*factors, base, x.dtype)
-                if needs_dx and rows.start == 0:
-                    torch.mm(g[:, rows], W, out=dx)
-                elif needs_dx:
-                    torch.addmm(dx, g[:, rows], W, out=dx)
-        return (dx.view(x.shape) if needs_dx else None), *grads, None, None, None, None, None
+                    W = ctx.ops.rebuild(*factors, base, input_type)
+                if needs_dx:
+                    _add_rows(g_dx[:, rows], W, first=rows.start == 0, out=dx)
+        return (dx.view(x.shape) if needs_dx else None), *grads, None, None, None, None, None, None
 
 
 class _DeltaWeight(torch.autograd.Function):
@@ -232,10 +251,15 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
     return _slices(rows, max(1, BLOCK // width))
 
 
-def _tiles(matrix: Tensor) -> Iterator[slice]:
-    """Slices of about TILE entries on a CPU; all rows where the device or the compiler does the tiling."""
+def _tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of about TILE entries on a CPU, all rows where the device or the compiler does the tiling; each with so
+    many uninitialised matrices of its shape. All tiles share these, since fresh memory costs a CPU its page faults."""
     small = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
-    return _slices(matrix.shape[0], max(1, TILE // matrix.shape[1]) if small else matrix.shape[0])
+    rows, width = matrix.shape
+    size = min(rows, max(1, TILE // width)) if small else rows
+    room = [matrix.new_empty(size, width, dtype=dtype) for _ in range(scratch)]
+    for part in _slices(rows, size):
+        yield part, [piece[: part.stop - part.start] for piece in room]
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:
@@ -258,6 +282,21 @@ def _add_product(weight: Tensor | None, rows: slice, M: Tensor, S: Tensor, out: 
         torch.mul(M, S, out=out)
     else:
         torch.addcmul(weight[rows].to(M.dtype), M, S, out=out)
+
+
+def _narrower(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return own if asked is None or asked.itemsize >= own.itemsize else asked
+
+
+def _add_rows(g: Tensor, W: Tensor, first: bool, out: Tensor) -> None:
+    """Add g W to out, or write it there. Blocks are summed in out's type, whatever the product's."""
+    if g.dtype != out.dtype:
+        product = g @ W
+        out.copy_(product) if first else out.add_(product)
+    elif first:
+        torch.mm(g, W, out=out)
+    else:
+        torch.addmm(out, g, W, out=out)
 
 
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None, rows: slice, out: Tensor) -> None:

@@ -6,11 +6,11 @@
 
 A file gives what identifies a row (`keys`), its values (`columns`, each with its metric), and `rows` as lists in that
 order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note`, `start` and
-`average_note` (where the printed average is not that of the printed cells). Models and methods have this project's names where it has
-one; a Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is no value. `average`
-says which columns an average is over, `ours` what the harness calls a column (TASK:METRIC), `started` which columns may
-start from another task's run: `protocol.start`, or a row's `start`, says from what. DEVIATIONS.md beside the files says
-what the paper leaves open and what is done here.
+`average_note` (where the printed average is not that of the printed cells). Models and methods have this project's
+names where it has one; a Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is
+no value. `average` says which columns an average is over, `ours` what the harness calls a column (TASK:METRIC),
+`started` which columns may start from another task's run: `protocol.start`, or a row's `start`, says from what.
+DEVIATIONS.md beside the files says what the paper leaves open and what is done here.
 
 It needs PyYAML only: with DUAL_LORA_LAZY=1 importing it loads neither torch nor PEFT.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent
-STATUSES = ("published", "digitized", "third_party_listing", "review_quote", "inferred", "own")
+STATUSES = ("published", "digitized", "third_party_listing", "review_quote", "rerun", "inferred", "own")
 MISSING = "–"
 PROTOCOL = ("measures", "checkpoint", "seeds")
 REQUIRED = ("id", "title", "source", "version", "status", "protocol", "keys", "columns", "rows")

@@ -12,6 +12,8 @@ from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIG
 from .register import NAME, add_peft_type
 
 KERNELS = ("auto", "eager", "recompute", "triton")
+GRADIENT_DTYPES = (None, "bfloat16")
+GROUPS = {"magnitude": ("A", "B"), "direction": ("C", "D")}
 
 
 @dataclass
@@ -49,9 +51,17 @@ class DualLoraConfig(PeftConfig):
             LoHa; identity with sigmoid is a gated linear unit.
         direction_dtype: "float32", "bfloat16" or "float16": what D and C are rounded to before their product. 16 bits
             flip signs; they are here to measure what that costs.
+        freeze: "magnitude" keeps A and B as they were drawn, "direction" keeps C and D; None trains all four. For
+            ablations: what a trained group adds to a random one. Frozen magnitudes keep dW at its initial size.
         kernel: how dW is computed; all give the same result. "eager" is plain autograd, "recompute" rebuilds dW in
             backward instead of storing it, "triton" does so with Triton kernels (plain torch if Triton is missing),
             "auto" is the best one measured, now "recompute". Variants of magnitude and direction always use "eager".
+        weight_gradient_dtype: "bfloat16" takes G = dL/ddW, the product that the gradients of all four factors are
+            computed from, in bfloat16 with float32 sums, where a linear layer computes in float32. None takes it in
+            the layer's own dtype. Faster, not in the paper, and training on a processor or GPU without bfloat16 units
+            is refused. Forward and evaluation do not change. Needs the kernels, not "eager".
+        input_gradient_dtype: the same for dL/dx, which the layers before this one learn from. With dropout or
+            `fused_slices`, only the adapter's own share of it.
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
             the architecture.
         exclude_modules: names, suffixes or a regex of modules to leave out.
@@ -82,7 +92,10 @@ class DualLoraConfig(PeftConfig):
     direction: str = field(default="sign", metadata={"help": "One of " + ", ".join(DIRECTIONS)})
     direction_dtype: str = field(default="float32", metadata={"help": "What D C is computed in."})
     scale_warmup_shape: str = field(default="linear", metadata={"help": "One of " + ", ".join(RAMPS)})
+    freeze: str | None = field(default=None, metadata={"help": "Group that does not train: magnitude or direction."})
     kernel: str = field(default="auto", metadata={"help": "auto, eager, recompute or triton."})
+    weight_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/ddW; None: float32."})
+    input_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/dx; None: float32."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
     fused_slices: dict[str, list] = field(default_factory=dict, metadata={"help": "Blocks of fused layers to adapt."})
@@ -147,8 +160,10 @@ class DualLoraConfig(PeftConfig):
             ("direction_dtype", DIRECTION_DTYPES),
             ("scale_warmup_shape", RAMPS),
             ("kernel", KERNELS),
+            ("freeze", (None, *GROUPS)),
         ):
-            _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(kinds)}")
+            _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(map(str, kinds))}")
+        self._check_gradient_dtypes()
         steps = self.scale_warmup_steps
         whole = isinstance(steps, int) and not isinstance(steps, bool)
         _require(whole and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
@@ -160,6 +175,14 @@ class DualLoraConfig(PeftConfig):
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
             _require(_is_positive(alpha), name, alpha, "a finite number above 0")
+
+    def _check_gradient_dtypes(self) -> None:
+        plain = self.kernel == "eager" or self.magnitude != "relu" or self.direction != "sign"
+        for name in ("weight_gradient_dtype", "input_gradient_dtype"):
+            value = getattr(self, name)
+            _require(value in GRADIENT_DTYPES, name, value, "None or 'bfloat16'")
+            without = "None with kernel='eager' or another magnitude or direction, which plain autograd computes"
+            _require(value is None or not plain, name, value, without)
 
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
-from .config import DualLoraConfig
+from .config import GROUPS, DualLoraConfig
 
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_dtype": "float32"}  # with any ste
 MAX_DRAWS = 100  # attempts at initial factors that can train
@@ -53,9 +53,13 @@ class DualLoraFactors(nn.Module):
         self.B = nn.Parameter(torch.empty(*lead, fan_out, r1, dtype=dtype))
         self.C = nn.Parameter(torch.empty(*lead, r2, fan_in, dtype=dtype))
         self.D = nn.Parameter(torch.empty(*lead, fan_out, r2, dtype=dtype))
+        self.frozen = GROUPS.get(config.freeze, ())
+        self.freeze_group()
         self.scaling = alpha / math.sqrt(r1 * r2)
         self.variants = {name: getattr(config, name) for name in ("magnitude", "direction", "ste", "direction_dtype")}
         self.kernel = config.kernel
+        names = config.weight_gradient_dtype, config.input_gradient_dtype
+        self.gradient_types = kernels.GradientTypes(*(name and getattr(torch, name) for name in names))
         self.dropout = config.lora_dropout
         self.warmup_steps = config.scale_warmup_steps
         self.warmup_shape = config.scale_warmup_shape
@@ -85,7 +89,12 @@ class DualLoraFactors(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The tensor that PEFT's FSDP wrapping policy inspects to see whether a leaf module trains."""
-        return self.A
+        return self.C if "A" in self.frozen else self.A
+
+    def freeze_group(self) -> None:
+        """Stop the gradients of the group that does not train; PEFT starts those of all factors of an adapter."""
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(False)
 
     @torch.no_grad()
     def reset_parameters(self, std: float, direction_std: float | None = None) -> None:
@@ -186,6 +195,9 @@ class DualLoraFactors(nn.Module):
         x: ... x fan_in; result: ... x (blocks * fan_out). weight (fan_out x fan_in) and bias (fan_out) are constants.
         They may only be given without blocks, if `recomputes`, and if not `applies_dropout`: dropout must not act on
         the base.
+
+        Raises:
+            ValueError: training asks for bfloat16 products on a device that is no faster with them.
         """
         device = x.device.type
         if is_autocast_on(device) and x.dtype != torch.float64:
@@ -196,10 +208,23 @@ class DualLoraFactors(nn.Module):
         if not self.recomputes or x.is_nested:  # nested: what nn.TransformerEncoder makes of a padding mask
             return F.linear(x, self.delta_weight().flatten(0, -2).to(x.dtype))
         factors, options = self._upcast(self.A, self.B, self.C, self.D), self._kernel_options
+        options["gradient_types"] = self._check_gradient_types(x)
         if self.A.ndim == 2:
             return kernels.dual_linear(x, *factors, **options, weight=weight, bias=bias)
         terms = [kernels.dual_linear(x, *block, **options) for block in zip(*factors, strict=True)]
         return torch.cat(terms, -1)
+
+    def _check_gradient_types(self, x: Tensor) -> kernels.GradientTypes:
+        """Return the types of the gradients' products. Out of training, a device without fast ones takes none.
+
+        Raises:
+            ValueError: in training, one is narrower than x's and no faster on x's device.
+        """
+        asked = [name for name, dtype in self.gradient_types._asdict().items() if dtype and x.dtype.itemsize > 2]
+        reason = kernels.explain_slow_bfloat16(x.device.type) if asked else None
+        if reason and self.training:
+            raise ValueError(f"{asked[0]}_gradient_dtype='bfloat16': {reason}; leave it None to train here")
+        return kernels.GradientTypes() if reason else self.gradient_types
 
     def _infer(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if weight is not None and x.dtype != self._product_dtype:
@@ -260,7 +285,8 @@ class DualLoraFactors(nn.Module):
         f = "?" if self.update_scale.is_meta else f"{self.update_scale.item():.3g}"
         ranks = f"r1={self.A.shape[-2]}, r2={self.C.shape[-2]}"
         dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"{ranks}, {shapes}, scale={self.scaling:.4g}, f={f}, kernel={self.kernel}{dropout}"
+        types = "".join(f", {name}_gradient={dtype}" for name, dtype in self.gradient_types._asdict().items() if dtype)
+        return f"{ranks}, {shapes}, scale={self.scaling:.4g}, f={f}, kernel={self.kernel}{dropout}{types}"
 
 
 def _is_untrackable(tensor: Tensor) -> bool:

@@ -124,11 +124,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return dW
 
     def set_adapter(self, adapter_names: str | list[str], *args, **kwargs) -> None:
-        """As in PEFT; also frees what evaluation cached for the other adapters."""
+        """As in PEFT; a frozen group stays frozen. Also frees what evaluation cached for the other adapters."""
         super().set_adapter(adapter_names, *args, **kwargs)
         for name, factors in self.dual_lora_factors.items():
+            factors.freeze_group()
             if name not in self.active_adapters:
                 factors.clear_cache()
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """As in PEFT; a frozen group stays frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for factors in self.dual_lora_factors.values():
+            factors.freeze_group()
 
     def check_merge_allowed(self) -> None:
         """Raise if merging would have no effect on the layer's output.

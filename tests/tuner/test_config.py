@@ -95,6 +95,7 @@ EVERY_FIELD = {
     "magnitude": "abs",
     "direction": "tanh",
     "direction_dtype": "bfloat16",
+    "freeze": "direction",
     "kernel": "eager",
     "target_modules": {"q_proj", "v_proj"},
     "exclude_modules": {"lm_head"},
@@ -107,12 +108,17 @@ EVERY_FIELD = {
 }
 
 
-def test_every_field_survives_saving(tmp_path):
+# Fields that do not go with those above.
+OTHER_FIELDS = {"weight_gradient_dtype": "bfloat16", "input_gradient_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("values", [EVERY_FIELD, OTHER_FIELDS], ids=["most", "others"])
+def test_every_field_survives_saving(tmp_path, values):
     own = {f.name for f in dataclasses.fields(DualLoraConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
-    assert own == set(EVERY_FIELD)
-    config = DualLoraConfig(**EVERY_FIELD)
+    assert own == EVERY_FIELD.keys() | OTHER_FIELDS.keys()
+    config = DualLoraConfig(**values)
     default = DualLoraConfig()
-    assert all(getattr(config, name) == value != getattr(default, name) for name, value in EVERY_FIELD.items())
+    assert all(getattr(config, name) == value != getattr(default, name) for name, value in values.items())
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is DualLoraConfig and loaded.to_dict() == config.to_dict()

@@ -3,13 +3,12 @@
 import sys
 import traceback
 
-from dual_lora.lab.commands.train import plan_runs
+from dual_lora.lab.commands.plan_table import plan_experiments
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, get_first_line, require
-from dual_lora.lab.record.run import prepare_runs
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.launch import check_launcher, select_launcher_words
@@ -42,7 +41,7 @@ def sweep_command(argv: list[str]) -> int:
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
-        return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
+        return plan_experiments(composed)
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
         cell.settings.hardware.check_installed()
@@ -79,8 +78,8 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     from dual_lora.lab.report.write import mirror_report, write_report
 
     study = cells[0].settings.study
-    folder, done = paths.RUNS / study / "report", find_outcomes(cells, study)
-    lost = experiment.analyse and run and not analyse_outcomes(done)
+    folder, done = paths.RUNS / experiment.find_report_study(study) / "report", find_outcomes(cells, study)
+    lost = experiment.analyse and run and not analyse_outcomes(experiment, done)
     with translate_write_errors(folder):
         print(write_report(experiment, done, folder))
     for trouble in (troubles := find_unreadable(experiment, done)):
@@ -91,14 +90,14 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     return EXIT_USER if missing or troubles or lost else EXIT_OK
 
 
-def analyse_outcomes(done: list[Outcome]) -> bool:
+def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:
     """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
-    from dual_lora.lab.report.ranks import analyse_missing
+    from dual_lora.lab.report.analyses.kinds import analyse_missing
 
     whole = True
     for cell in done:
         try:
-            analyse_missing([cell])
+            analyse_missing(experiment, cell)
         except Exception as error:
             print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
             whole = False

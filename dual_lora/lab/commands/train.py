@@ -2,13 +2,16 @@
 
 import sys
 import traceback
+from dataclasses import replace
 from typing import Any
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
-from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.overrides import parse_override, parse_overrides
+from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, describe_machine_error, get_first_line, require
+from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
 from dual_lora.lab.study.launch import check_launcher, launch_runs, select_launcher_words, uses_launcher
@@ -23,6 +26,7 @@ HYDRA_FLAGS = {"--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--re
 HYDRA_WORDS = {"job", "hydra", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 HELP = {"--help", "-h"}
 MULTIRUN = {"-m", "--multirun"}
+NAMED_GROUPS = ("method.", "train.")
 
 
 def check_command(argv: list[str]) -> list[Run]:
@@ -44,10 +48,20 @@ def check_command(argv: list[str]) -> list[Run]:
             check_process_count(settings)
             settings.hardware.check_installed()
     runs = prepare_runs(found)  # hashes data and weights, which must be there
+    if len(jobs) == 1:
+        runs = [replace(runs[0], differences=select_named_settings(found[0], jobs[0]))]
     for run in runs:
         if not run.settings.force:
             run.record.read_finished()  # a damaged one is refused before the first run
     return runs
+
+
+def select_named_settings(settings: Settings, words: list[str]) -> dict[str, Any]:
+    """Return the settings of method and training that the command line of a single run gives, by full name: its
+    headline names them, as those of several runs name what varies."""
+    keys = [key for key in (parse_override(word).key_or_group for word in words) if key.startswith(NAMED_GROUPS)]
+    left_out = {f"train.{key}" for key in NOT_IDENTITY["train"]}
+    return {key: get_setting(settings, key) for key in keys if key not in left_out}
 
 
 def asks_hydra(argv: list[str]) -> bool:

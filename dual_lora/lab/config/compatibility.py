@@ -16,7 +16,8 @@ from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
 # Settings that only a generation task has: decoding, and which tokens the loss covers.
-GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram", "stop", "loss_on_prompt"}
+GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "search", "length_penalty", "no_repeat_ngram", "stop"}
+GENERATION_SETTINGS |= {"loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
 # A sentence cut shorter than this is special tokens and at most one token of text.
@@ -93,7 +94,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
     writes = form == "generation"
     if group == "task" and name in GENERATION_SETTINGS and not writes:
         return f"{task.name} writes no text; drop it"
-    if key == "task.length_penalty" and task.num_beams == 1:
+    if key in ("task.length_penalty", "task.search") and task.num_beams == 1:
         return "only beam search uses it; set task.num_beams above 1, or drop it"
     if key == "task.max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
         return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
@@ -109,8 +110,10 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
     if key in ("model.head", "train.head_lr", "task.head_dropout") and writes:
         return f"{task.name} trains no head; drop it"
-    if group == "model" and name.startswith(("adapt", "roles")) and method.peft is None:
+    if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
+    if key == "eval.development_rows" and task.checkpoint == "last" and not train.early_stopping:
+        return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
     if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
         return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
     return None

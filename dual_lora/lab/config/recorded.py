@@ -34,6 +34,12 @@ ADDED_SETTINGS += (
     "task.head_dropout",
     "task.validation_rows",
     "task.validation_steps",
+    "model.split",
+    "model.dropout",
+    "task.search",
+    "train.gradient_checkpointing",
+    "train.early_stopping",
+    "eval.development_rows",
 )
 # Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
@@ -70,7 +76,7 @@ def load_recorded_settings(run: Path, key: str = "run") -> Settings:
         ) from error
 
 
-def replace_settings(settings: Settings, values: dict[str, str | int]) -> Settings:
+def replace_settings(settings: Settings, values: dict[str, str | int | None]) -> Settings:
     """Return the settings with other values, by their full names."""
     for key, value in values.items():
         group, _, name = key.rpartition(".")

@@ -124,6 +124,10 @@ class Model:
     chat: bool = setting("true: prompts are put into the tokenizer's chat template")
     roles: dict[str, str] = setting("for q, k, v, o, gate, up, down: regular expression for the end of a module's name")
     adapt: list[str] = setting("the roles that an adapter changes")
+    split: list[str] = setting(
+        "roles that share one weight, in the order of its blocks (GPT-2: [q,k,v]), to be loaded as a layer each"
+    )
+    dropout: float | None = setting("dropout inside the base model while it trains; null: as its config.json says")
     head: list[str] = setting(
         "modules that are not in the base model (the task's head), trained in full beside the adapter"
     )
@@ -133,6 +137,25 @@ class Model:
     def heads(self) -> set[str]:
         """The names of modules that are a task's own head."""
         return {"classifier", "score", *self.head}
+
+    @property
+    def split_roles(self) -> dict[str, str]:
+        """The regular expressions of `roles` where `split` has made a layer of each of its roles."""
+        return {role: rf"{name}\.{role}" if role in self.split else name for role, name in self.roles.items()}
+
+    def check_split(self) -> None:
+        """Refuse to split what is not one weight.
+
+        Raises:
+            UserError: with `model.split` and the roles that share a weight.
+        """
+        shared = {name: [r for r, other in self.roles.items() if other == name] for name in self.roles.values()}
+        fused = [f"[{','.join(roles)}]" for roles in shared.values() if len(roles) > 1]
+        require(
+            not self.split or sorted(self.split) in map(sorted, shared.values()) and len(self.split) > 1,
+            f"model.split={self.split}: not the roles of one weight; {self.name} has "
+            f"{', '.join(fused) or 'no weight of several roles'}",
+        )
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -147,6 +170,8 @@ class Model:
                 role in self.roles,
                 f"model.adapt: {self.name} has no role {role!r}; its roles are {', '.join(self.roles)}",
             )
+        self.check_split()
+        check_range("model", self, 0, 1, "dropout")
         layers = self.architecture.get("num_hidden_layers", 1)
         fine = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
         require(fine, f"model.architecture.num_hidden_layers={layers}: must be a whole number from 1 to {MAX_LAYERS:,}")
@@ -175,6 +200,7 @@ class Task:
     label_smoothing: float = setting("fraction of the target's probability that is spread over all classes or tokens")
     max_new_tokens: int = setting("maximum length of generated text, in tokens")
     num_beams: int = setting("beams of beam search; 1: greedy decoding")
+    search: str | None = setting("null: transformers' beam search; gpt2_beam: that of LoRA's experiments on GPT-2")
     length_penalty: float = setting("exponent p: beams are ranked by log-probability / length ** p")
     no_repeat_ngram: int = setting("n: no n-gram of the output is generated twice; 0: no limit")
     stop: list[str] = setting("strings that end the output; only those that are a single token count")
@@ -185,6 +211,8 @@ class Task:
         for part in self.name.split("/"):
             check_file_name("task.name", part, "it names the run's folder")
         check_choice("task.checkpoint", self.checkpoint, ("last", "best", "best_loss"))
+        if self.search is not None:
+            check_choice("task.search", self.search, ("gpt2_beam",))
         check_positive("task", self, "epochs", "batch_size", "max_length", "num_beams", "train_rows")
         check_positive("task", self, "validation_rows", "validation_steps")
         both = self.checkpoint == "best" and self.validation_rows
@@ -264,12 +292,18 @@ class Train:
     )
     head_lr: float | None = setting("learning rate of the task's head, the same under every method; null: train.lr")
     adam_epsilon: float | None = setting("AdamW's epsilon; null: 1e-8")
+    gradient_checkpointing: bool | None = setting(
+        "true: keep only each layer's input for backward and recompute the rest; less memory, more time"
+    )
+    early_stopping: int | None = setting(
+        "stop after so many epochs without a better score on eval.development_rows, and keep the best epoch"
+    )
 
     def __post_init__(self) -> None:
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         check_positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         check_positive("train", self, "save_steps", "save_minutes", "log_steps", "max_examples", "loss_scale")
-        check_positive("train", self, "head_lr", "adam_epsilon")
+        check_positive("train", self, "head_lr", "adam_epsilon", "early_stopping")
         check_range("train", self, 0, math.inf, "weight_decay", "max_grad_norm")
         check_range("train", self, 0, MAX_MULTIPLIER, "lr", "epochs", "head_lr")
 
@@ -283,16 +317,19 @@ class Evaluate:
     max_examples: int | None = setting("score this many rows of each split only, for a quick test")
     holdout: int | None = setting("score this many held-out training rows instead of the task's own splits")
     holdout_skip: int | None = setting("so many more rows set apart, for the scores of other runs")
+    development_rows: int | None = setting(
+        "so many training rows set apart to compare epochs on, instead of on the rows whose scores are reported"
+    )
 
     def __post_init__(self) -> None:
-        check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip")
+        check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip", "development_rows")
         apart = self.holdout is not None or self.holdout_skip is None
         require(apart, f"eval.holdout_skip={self.holdout_skip}: needs eval.holdout, the rows after those skipped")
 
     @property
     def rows_apart(self) -> int:
         """How many training rows are left out of training."""
-        return (self.holdout or 0) + (self.holdout_skip or 0)
+        return (self.holdout or 0) + (self.holdout_skip or 0) + (self.development_rows or 0)
 
 
 @dataclass(frozen=True)
@@ -361,6 +398,16 @@ class Settings:
     force: bool = setting("true: run a finished run again, and replace it once the new one is complete")
     plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
 
+    @property
+    def splits_layers(self) -> bool:
+        """Whether fused layers are split: for an adapter. Full tuning trains their whole weight either way."""
+        return bool(self.model.split) and self.method.peft is not None
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """For each role of the model: regular expression for the end of a module's name, as the model is loaded."""
+        return self.model.split_roles if self.splits_layers else self.model.roles
+
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
         train = self.train
@@ -372,11 +419,20 @@ class Settings:
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
         base, frozen = self.hardware.base, self.method.peft is not None
+        patience, development = self.train.early_stopping, self.eval.development_rows
+        judged = patience is None or development is not None
+        require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
+        apart = self.task.rows_apart
+        require(
+            not (patience and apart), f"train.early_stopping={patience}: not with a loss on rows set apart; drop one"
+        )
         kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
         require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
         whole = self.hardware.sharding != "full" and base is None
         packed = (self.model.path or "").lower().endswith(".gguf")
         require(whole or not packed, f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single")
+        packs = f"hardware.base={base}" if base else "hardware.sharding=full"
+        require(whole or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         check_file_name("study", self.study, "it names a folder below runs/")

@@ -1,4 +1,16 @@
-"""Beam search in which a prompt leaves the batch as soon as its own search is done."""
+"""Beam search in which a prompt leaves the batch as soon as its own search is done.
+
+There are two searches. Both rank texts by log-probability / length ** `task.length_penalty`, the end token included.
+
+transformers  each step considers twice as many continuations as beams, or more, so that as many beams go on whatever
+              ends. Repeated n-grams are banned after the softmax: the rest keeps its probability. A prompt is done when
+              as many texts have ended as there are beams, and no beam is better than the worst of them.
+gpt2_beam     that of LoRA's experiments (microsoft/LoRA@c4593f06, examples/NLG/src/gpt2_beam.py): each step considers
+              as many continuations as beams. One that ends takes a beam's place, and the next step starts with one
+              fewer. Bans come before the softmax, so that what is allowed shares the whole probability. It always
+              goes on to the maximum length and returns the best text, ended or not. Here a prompt is done as soon as
+              no beam can become better than the best text, which changes no output.
+"""
 
 import torch
 from torch import Tensor
@@ -16,28 +28,30 @@ def search_beams(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    gpt2_beam: bool = False,
     **inputs: Tensor | Cache,
 ) -> Tensor:
     """Return the best sequence of each prompt, prompts x tokens, padded after its end.
 
-    Passed to `generate` as `custom_generate`. The sequences equal those of generate's own beam search, which keeps
-    computing all prompts of a batch until the last one is done. (They may differ if early_stopping is used with more
-    beams than there are tokens to choose from.)
+    Passed to `generate` as `custom_generate`. Without `gpt2_beam` the sequences equal those of generate's own beam
+    search, which keeps computing all prompts of a batch until the last one is done. (They may differ if early_stopping
+    is used with more beams than there are tokens to choose from.)
 
     input_ids: (prompts * beams) x tokens. inputs["past_key_values"] holds all of them but the last, one row per prompt.
     """
     config, beams = generation_config, generation_config.num_beams
     start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id
-    candidates = (
-        max(2, 1 + len(config._eos_token_tensor)) * beams
-    )  # enough that `beams` of them continue even if all others end
+    # Enough that `beams` of them continue even if all others end, but for gpt2_beam.
+    candidates = beams if gpt2_beam else max(2, 1 + len(config._eos_token_tensor)) * beams
+    kept = 1 if gpt2_beam else beams  # ended texts of a prompt
+    patient = gpt2_beam or config.early_stopping == "never"
     cache, attention_mask = inputs["past_key_values"], inputs["attention_mask"]
     if attention_mask is None:  # `generate` drops one without zeros
         attention_mask = torch.ones_like(input_ids)
     tokens = input_ids.unflatten(0, (-1, beams))
     scores = torch.full(tokens.shape[:2], IMPOSSIBLE, device=tokens.device)
     scores[:, 0] = 0  # at first all beams of a prompt are one
-    found, best = tokens, torch.full_like(scores, -torch.inf)
+    found, best = tokens[:, :kept], torch.full_like(scores[:, :kept], -torch.inf)
     prompt_indices = torch.arange(len(tokens), device=tokens.device)
     results = torch.full((len(tokens), end), fill, device=tokens.device)
     while len(prompt_indices):
@@ -54,7 +68,13 @@ def search_beams(
         if first:
             expand_cache(cache, beams, end - start)
             logits = logits.repeat_interleave(beams, 0)
-        gains = logits_processor(rows, logits.float().log_softmax(-1)).unflatten(0, (-1, beams))
+        logits = logits.float()
+        gains = (
+            logits_processor(rows, logits).log_softmax(-1)
+            if gpt2_beam
+            else logits_processor(rows, logits.log_softmax(-1))
+        )
+        gains = gains.unflatten(0, (-1, beams))
         sums, chosen = (scores[..., None] + gains).flatten(1).topk(candidates)
         parents, words = chosen // gains.shape[-1], chosen % gains.shape[-1]
         grown = torch.cat([tokens.take_along_dim(parents[..., None], 1), words[..., None]], -1)
@@ -62,13 +82,13 @@ def search_beams(
         length = grown.shape[-1] - start
 
         ending = (sums / length**config.length_penalty).masked_fill(~ended, -torch.inf)[:, :beams]
-        best, order = torch.cat([best, ending], 1).topk(beams)
+        best, order = torch.cat([best, ending], 1).topk(kept)
         found = torch.cat([pad(found, (0, 1), value=fill), grown[:, :beams]], 1).take_along_dim(order[..., None], 1)
         scores, order = (sums + ended * IMPOSSIBLE).topk(beams)
         tokens, parents = grown.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
 
         has_all_beams = best.isfinite().all(1)
-        best_length = end - start if config.early_stopping == "never" and config.length_penalty > 0 else length
+        best_length = end - start if patient and config.length_penalty > 0 else length
         hopeless = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]
         done = ended.all(1) | (has_all_beams & (hopeless | (config.early_stopping is True)))
         results[prompt_indices[done], : grown.shape[-1]] = found[done, 0]

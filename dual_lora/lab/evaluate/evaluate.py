@@ -4,7 +4,11 @@ The outputs do not depend on the batch size: padding is masked, and rows are put
 """
 
 import math
-from collections.abc import Callable
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -15,10 +19,16 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import is_out_of_memory, require
 from dual_lora.lab.evaluate.predict import classify_rows, generate_texts, score_choices
 from dual_lora.lab.model.load import autocast_products, is_sharded
+from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
 from dual_lora.lab.system.memory import keep_freed_memory
 from tasks import Split, Task
 from tasks.base import Output, Row
+
+LINE_SECONDS = 60.0  # between two lines of progress in a log file
+
+
+MIN_FOR_CONSTANT = 100  # rows whose equal outputs are no accident
 
 
 def evaluate_splits(
@@ -55,10 +65,14 @@ def evaluate_splits(
 
 
 def find_warnings(task: Task, predictions: list[Row]) -> list[str]:
-    """Return a warning for each split in which most texts are empty or hold no answer."""
+    """Return a warning for each split in which all outputs are the same, or most texts are empty or hold no answer."""
     found = []
-    for name in dict.fromkeys(row["split"] for row in predictions) if task.form == "generation" else ():
+    for name in dict.fromkeys(row["split"] for row in predictions):
         rows = [row for row in predictions if row["split"] == name]
+        if task.form != "generation":
+            same = len(rows) >= MIN_FOR_CONSTANT and len({row["output"] for row in rows}) == 1
+            found += [f"{name}: all {len(rows)} outputs are {rows[0]['output']}"] if same else []
+            continue
         empty = sum(not row["output"].strip() for row in rows)
         unanswered = sum(not row.get("answer", row["output"]) for row in rows)
         if empty > len(rows) / 2:
@@ -94,10 +108,9 @@ def compute_outputs(
     alone = not is_sharded(model)  # else the processes need each other's weights and do every batch together
     mine = batches[get_process_index() :: count_processes()] if alone else batches
     found: list[tuple[int, Output]] = []
-    bar = tqdm(mine, desc=title, unit="batch", leave=False, disable=not is_first_process())
     no_gradients = torch.inference_mode() if alone else torch.no_grad()  # training reuses the gathered weights
-    with bar, no_gradients, autocast_products(model, settings, task):
-        for batch in bar:
+    with no_gradients, autocast_products(model, settings, task), closing(show_progress(mine, title)) as shown:
+        for batch in shown:
             found += zip(batch, split_until_fits(predict_batch, [rows[i] for i in batch], halve=alone), strict=True)
     for module in () if alone else model.modules():
         if isinstance(module, FSDPModule):
@@ -105,6 +118,22 @@ def compute_outputs(
     model.train(training)
     output = dict(gather_items(found) if alone else found)
     return [output[i] for i in range(len(rows))]
+
+
+def show_progress(batches: list[list[int]], title: str) -> Iterator[list[int]]:
+    """Yield batches under a progress bar. If stderr is not a terminal but, say, a log file, a line a minute is printed
+    instead: a bar would become one endless line."""
+    prints = not sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ  # set where several runs share the screen
+    silent = not is_first_process() or not sys.stderr.isatty()
+    began = printed = time.monotonic()
+    with tqdm(batches, desc=title, unit="batch", leave=False, disable=silent) as bar:
+        for number, batch in enumerate(bar):
+            now = time.monotonic()
+            if number and prints and is_first_process() and now - printed >= LINE_SECONDS:
+                left = format_seconds((now - began) / number * (len(batches) - number))
+                print(f"{title}: batch {number}/{len(batches)}, {left} left", file=sys.stderr, flush=True)
+                printed = now
+            yield batch
 
 
 def split_until_fits(predict: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:

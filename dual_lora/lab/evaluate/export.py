@@ -19,6 +19,7 @@ from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
+from dual_lora.lab.model.split import fuse_layers
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
@@ -34,6 +35,8 @@ RECORD_FILES = ("config.yaml", "environment.json")
 def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -> str:
     """Write the merged model, its tokenizer, a model card and, below adapter/, the adapter. Return a message with the
     relative error (norm over norm) of the reloaded checkpoint's logits, compared with the unmerged run's.
+
+    An adapter of split layers is left out: the model it fits exists only here.
 
     The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantised first, because the adapter was
     trained and evaluated on those values. The folder appears complete or not at all.
@@ -54,7 +57,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
     with build_folder(folder) as partial:
         merged.to(getattr(torch, dtype)).save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
-        if (record.folder / "adapter").is_dir():
+        if (record.folder / "adapter").is_dir() and not settings.splits_layers:
             shutil.copytree(record.folder / "adapter", partial / "adapter")
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **NO_CODE}
         loaded = get_head_class(task).from_pretrained(partial, **options)
@@ -68,7 +71,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
 
 
 def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Record, folder: Path) -> PreTrainedModel:
-    """Return a trained model as plain transformers knows it.
+    """Return a trained model as plain transformers knows it, split layers fused.
 
     Raises:
         UserError: PEFT cannot merge the method.
@@ -81,7 +84,7 @@ def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Reco
         f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share the "
         f"adapter alone, {record.format_path()}/adapter, which PEFT loads onto the base model",
     )
-    return merge_and_unload(model)
+    return fuse_layers(merge_and_unload(model))
 
 
 def check_export_folder(folder: Path) -> None:

@@ -55,6 +55,10 @@ from peft import PeftModel{register}
 model = PeftModel.from_pretrained(base_model, "DIR/adapter")
 ```
 """
+SPLIT = """
+The adapter itself is not here: it changes blocks of fused layers (`model.split=[{roles}]`), which the original model
+does not have as modules of their own.
+"""
 # PEFT finds types of its own; those of this package are known once it is imported.
 REGISTER = """
 import dual_lora  # pip install dual-lora: registers the adapter's type with PEFT"""
@@ -68,6 +72,9 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
     header |= {"tags": [method.name, *(["peft"] if adapter else [])]}
     header |= {"base_model": settings.model.hub} if settings.model.hub else {}
     own = bool(result.get("kernels"))
+    about_adapter = SPLIT.format(roles=",".join(settings.model.split)) if settings.splits_layers else ""
+    if adapter:
+        about_adapter = ADAPTER.format(register=REGISTER if own else "")
     return CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
         model=settings.model.name,
@@ -85,7 +92,7 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
         run=record.name,
         scores=format_scores(result, task),
         head=get_head_class(task).__name__,
-        adapter=ADAPTER.format(register=REGISTER if own else "") if adapter else "",
+        adapter=about_adapter,
     )
 
 

@@ -63,7 +63,7 @@ def generate_texts(
     base = unwrap_adapter(model)
     inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
     if protocol.num_beams > 1:
-        inputs["custom_generate"] = search_beams
+        inputs |= {"custom_generate": search_beams, "gpt2_beam": protocol.search == "gpt2_beam"}
     else:
         expand_cache(inputs["past_key_values"], 1, protocol.max_new_tokens + 1)
     start = inputs["input_ids"].shape[1]

@@ -1,5 +1,7 @@
 """A finished run evaluated again, from its record alone."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from transformers import set_seed
@@ -23,7 +25,7 @@ from dual_lora.lab.record.summary import format_comparison
 from dual_lora.lab.system.distributed import join_processes, share_from_first
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.memory import suggest_fewer_rows
-from tasks import Task
+from tasks import Split, Task
 
 
 def reevaluate_run(settings: Settings, record: Record) -> int:
@@ -37,6 +39,25 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     silence_libraries()
     join_processes()
     task = load_task(settings)
+    splits = load_recorded_splits(settings, record, stored, task)
+    model, tokenizer = load_trained_model(settings, record, task)
+    move_to_device(model)
+    if stored.get("merged"):
+        merge_adapter(model)
+    with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
+        metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
+    print(format_comparison(stored, metrics, record))
+    kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
+    share_from_first(lambda: record.try_write_file("evaluation.json", kept))
+    return 0 if metrics == stored["metrics"] else 1
+
+
+def load_recorded_splits(settings: Settings, record: Record, stored: dict[str, Any], task: Task) -> dict[str, Split]:
+    """Return the splits that a finished run was scored on. stored: its result.
+
+    Raises:
+        UserError: they are not the rows that the run was scored on, or the task has changed since.
+    """
     require(
         stored.get("task_version") in (task.version, None),
         f"run={record.format_path()}: done with version {stored.get('task_version')} of {task.name}, which is now "
@@ -48,16 +69,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
         require(
             same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
         )
-    model, tokenizer = load_trained_model(settings, record, task)
-    move_to_device(model)
-    if stored.get("merged"):
-        merge_adapter(model)
-    with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
-        metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
-    print(format_comparison(stored, metrics, record))
-    kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
-    share_from_first(lambda: record.try_write_file("evaluation.json", kept))
-    return 0 if metrics == stored["metrics"] else 1
+    return splits
 
 
 def load_trained_model(

@@ -30,8 +30,11 @@ REFUSED_FIELDS = {
     "transformers_weights": "it names another file of weights; name that file model.safetensors and drop the field",
     "pruned_heads": "its attention heads are pruned; take a model without",
 }
-# Fields that must match the defaults of the model's class: they would turn an encoder into a decoder.
-CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+# Fields that must match the defaults of the model's class, or these: they would turn an encoder into a decoder, or back.
+CLASS_FIELDS = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
+# Fields of some architectures that the library's caches read of every model. Where a model's class does not have them,
+# its layers ignore them, and so must decoding.
+LAYER_FIELDS = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes")
 COUNTED = re.compile(r"(^|_)(layers?|blocks|experts|heads)$")  # a module each
 MAX_COUNT = 10_000
 
@@ -58,8 +61,9 @@ def clean_part(name: str, value: Any, where: str, tensors: int | None) -> Any:
     return clean_config(value, f"{where}: {name}", tensors) if part else value
 
 
-def check_class_fields(values: dict[str, Any], where: str) -> None:
-    """Refuse flags that turn the weights into another kind of model. This imports transformers, so it comes last.
+def fit_class_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a config.json without the `LAYER_FIELDS` that the model's class does not have. Flags that
+    turn the weights into another kind of model are refused. This imports transformers, so it comes last.
 
     Raises:
         UserError: a flag is not as the class of the model has it.
@@ -68,13 +72,15 @@ def check_class_fields(values: dict[str, Any], where: str) -> None:
 
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return
-    for name in CLASS_FIELDS:
-        given, usual = values.get(name), getattr(CONFIG_MAPPING[kind], name, False)
+        return values
+    for name, default in CLASS_FIELDS.items():
+        given, usual = values.get(name), getattr(CONFIG_MAPPING[kind], name, default)
         require(
             given is None or bool(given) == bool(usual),
             f"{where}: {name}={given} makes another kind of model of a {kind}; drop the field",
         )
+    strange = {name for name in LAYER_FIELDS if not hasattr(CONFIG_MAPPING[kind], name)}
+    return {name: value for name, value in values.items() if name not in strange}
 
 
 def check_count(name: str, value: Any, where: str, tensors: int | None) -> None:

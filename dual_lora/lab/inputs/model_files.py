@@ -17,7 +17,7 @@ from dual_lora.lab.config.paths import BUNDLED, resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
 from dual_lora.lab.inputs.gguf import is_gguf_file, link_alone, read_gguf_header
-from dual_lora.lab.inputs.model_config import check_class_fields, clean_config
+from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
 from dual_lora.lab.system.files import read_json_object
 from dual_lora.lab.system.sealed import hash_file
 
@@ -254,9 +254,7 @@ def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...]) -> Tempor
     Raises:
         UserError: config.json cannot be honoured.
     """
-    values = read_config_fields(path)
-    check_class_fields(values, str(path / "config.json"))
-    folder = write_config(values)
+    folder = write_config(fit_class_fields(read_config_fields(path), str(path / "config.json")))
     for file, *_ in stamps[1:]:
         link = Path(folder.name) / file.name
         if file.name == SPECIAL_TOKENS:

@@ -1,5 +1,7 @@
 """Rows of a task: its own splits, and training rows held out for evaluation."""
 
+import itertools
+
 from dual_lora.lab.config.schema import Evaluate, Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
@@ -21,8 +23,8 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     """
     train = name == "train"
     split = read_training_split(task, settings)[0] if train else read_split(task, name, settings)
-    if train and settings.eval.holdout:
-        split = split_holdout(split, settings.eval)[0]
+    if train and settings.eval.rows_apart:
+        split = split_training_rows(split, settings.eval)[0]
     limit = (settings.train if train else settings.eval).max_examples
     if limit is None or limit >= len(split.rows):
         return split
@@ -40,9 +42,29 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
         with translate_task_errors():
             names = task.eval_splits  # of the user's own files, known by what is there
         return {name: load_split(task, name, settings) for name in names}
-    apart = split_holdout(read_training_split(task, settings)[0], settings.eval)[1]
+    train = read_training_split(task, settings)[0]
+    return name_rows_apart(task, split_training_rows(train, settings.eval)[1], settings)
+
+
+def load_development_split(task: Task, settings: Settings) -> dict[str, Split] | None:
+    """Return the training rows that epochs are compared on, under the name of the task's first split; None if there
+    are none.
+
+    Raises:
+        UserError: as `load_split`.
+    """
+    if not settings.eval.development_rows:
+        return None
+    train = read_training_split(task, settings)[0]
+    return name_rows_apart(task, split_training_rows(train, settings.eval)[2], settings)
+
+
+def name_rows_apart(task: Task, apart: Split, settings: Settings) -> dict[str, Split]:
+    """Return rows that were set apart, no more than are to be scored, as if they were the task's first split."""
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
-    return {task.eval_splits[0]: Split(apart.rows.select(range(limit)), apart.origin)}
+    with translate_task_errors():
+        name = task.eval_splits[0]
+    return {name: Split(apart.rows.select(range(limit)), apart.origin)}
 
 
 def read_training_split(task: Task, settings: Settings) -> tuple[Split, Split | None]:
@@ -64,22 +86,24 @@ def read_training_split(task: Task, settings: Settings) -> tuple[Split, Split | 
     return Split(parts["train"], train.origin), Split(parts["test"], f"{train.origin} (loss only)")
 
 
-def split_holdout(train: Split, settings: Evaluate) -> tuple[Split, Split]:
-    """Return the rows to train on and those set apart for evaluation, in an order that is the same for every run.
+def split_training_rows(train: Split, settings: Evaluate) -> tuple[Split, Split, Split]:
+    """Return the rows to train on, those set apart for evaluation and those to compare epochs on, in an order that is
+    the same for every run.
 
-    The first `holdout_skip` rows are in neither: another run is evaluated on them.
+    The first `holdout_skip` rows are in none: another run is evaluated on them.
 
     Raises:
         UserError: there are not enough rows.
     """
     rows, end = train.rows, settings.rows_apart
-    asked = f"eval.holdout={settings.holdout}" + (
-        f" eval.holdout_skip={settings.holdout_skip}" if settings.holdout_skip else ""
-    )
+    given = {name: getattr(settings, name) for name in ("holdout", "holdout_skip", "development_rows")}
+    asked = " ".join(f"eval.{name}={count}" for name, count in given.items() if count)
     require(end < len(rows), f"{asked}: {train.origin} has {len(rows)} rows; set fewer apart")
-    mixed = rows.shuffle(seed=HOLDOUT_SEED)
-    rest, apart = mixed.select(range(end, len(rows))), mixed.select(range(settings.holdout_skip or 0, end))
-    return Split(rest, train.origin), Split(apart, f"{train.origin} (set apart)")
+    mixed, skipped = rows.shuffle(seed=HOLDOUT_SEED), settings.holdout_skip or 0
+    cuts = (skipped, skipped + (settings.holdout or 0), end)
+    rest = mixed.select(range(end, len(rows)))
+    apart = [Split(mixed.select(range(*cut)), f"{train.origin} (set apart)") for cut in itertools.pairwise(cuts)]
+    return Split(rest, train.origin), *apart
 
 
 def read_split(task: Task, name: str, settings: Settings) -> Split:

@@ -4,6 +4,7 @@ No method is known here by name: a PEFT method needs only its YAML in conf/metho
 task is refused before training.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,6 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -70,7 +72,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     check_peft_type(settings, kind, known, form)
     values.setdefault("task_type", TASK_TYPES[form])
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
-        values.setdefault("target_modules", build_target_pattern(settings.model))
+        values.setdefault("target_modules", build_target_pattern(settings))
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:
@@ -268,6 +270,16 @@ def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
 def list_kernels(model: torch.nn.Module) -> list[str]:
     """Return the kernels that compute the Dual LoRA adapters; empty for other methods."""
     return sorted({factors.kernel_used for factors in list_factors(model)})
+
+
+def describe_adapter(model: torch.nn.Module) -> str:
+    """Return the classes of the adapted modules as they are in the model, each with how many there are."""
+    found = Counter(
+        f"{type(m).__module__.removeprefix('peft.tuners.')}.{type(m).__name__}"
+        for m in model.modules()
+        if isinstance(m, BaseTunerLayer)
+    )
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "no adapter"
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,11 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
-from dual_lora.lab.config.schema import Model, Settings
+from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
 from dual_lora.lab.inputs.model_files import (
+    RESAVE_REMEDY,
     check_model_folder,
     find_model,
     link_model,
@@ -40,9 +42,17 @@ from dual_lora.lab.model.source import (
     name_model,
     translate_model_errors,
 )
+from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes
 from tasks import Task
+
+CONFIG_REMEDY = "use the config.json that belongs to the weights"
+# Names of tensors beside a weight that quantised weights and adapters consist of.
+PACKED = re.compile(
+    r"\.(lora_\w+|base_layer|original_module|modules_to_save|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|"
+    r"weight_(scale\w*|packed|zero_point|shape)|weight\.(absmax|quant_map|quant_state|nested_\w+))(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     check_loaded_weights(model, found, tokenizer, settings)
     if task.form != "generation":
         draw_head(model, found["missing_keys"], draws, settings)
+    split_layers(model, settings)
     cast_trained_to_float32(model, settings, task)
     model.name_or_path = model.config.name_or_path = name_model(settings)
     set_token_ids(model, tokenizer)
@@ -171,10 +182,50 @@ def check_loaded_weights(
         f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
         "are another model's",
     )
+    check_left_out_weights(model, found["unexpected_keys"], settings)
     if file := find_gguf_file(settings):
         check_all_weights_read(model, file)
     known, asked = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
     require(asked < known, f"{where}: its tokenizer goes to {asked}, the model knows {known} tokens")
+
+
+def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings: Settings) -> None:
+    """Refuse weights of which a part that belongs to the model would not be loaded: further layers, what quantised
+    weights or adapters consist of, or one parameter under two names. Parts that the model has no place for, such as
+    another head, are left out.
+
+    Raises:
+        UserError: with the first such tensor.
+    """
+    where = f"model={settings.model.name}: its weights"
+    heads = settings.model.heads
+    known = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    layers = sorted(n for n in left_out if re.sub(r"\d+", "N", n) in known and not heads & set(n.split(".")))
+    require(not layers, f"{where} hold layers that its config.json leaves out, first {layers[:1]}; {CONFIG_REMEDY}")
+    parts = sorted(name for name in left_out if PACKED.search(name))
+    require(
+        not parts,
+        f"{where} hold {parts[:1]}, a part of quantised weights or of an adapter, which would be left out; take the "
+        "plain model, with the adapter merged",
+    )
+    path = find_model(settings)
+    if path is not None and path.is_dir():
+        names = [name for file in list_weight_files(path) for name in list_tensors(file)]
+        twice = find_second_name(names, model.base_model_prefix)
+        require(twice is None, f"{where} hold one parameter under two names, first {twice!r}; {RESAVE_REMEDY}")
+
+
+def find_second_name(names: list[str], prefix: str) -> str | None:
+    """Return a name of a tensor that transformers would load into the same parameter as another one: it adds or drops
+    the prefix of the base model, and renames the gamma and beta of old layer norms. None if there is none."""
+    seen: set[str] = set()
+    for name in names:
+        plain = name.removeprefix(f"{prefix}.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
+        if plain in seen:
+            return name
+        seen.add(plain)
+    return None
 
 
 def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -281,9 +332,9 @@ def get_head_class(task: Task) -> type:
     return AutoModelForCausalLM if task.form == "generation" else AutoModelForSequenceClassification
 
 
-def build_target_pattern(model: Model) -> str:
+def build_target_pattern(settings: Settings) -> str:
     """Return the regular expression of the module names that `model.adapt` chooses, for PEFT's `target_modules`."""
-    ends = sorted({model.roles[role] for role in model.adapt})
+    ends = sorted({settings.roles[role] for role in settings.model.adapt})
     return rf"(?:.*\.)?(?:{'|'.join(ends)})"
 
 

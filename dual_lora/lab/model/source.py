@@ -14,11 +14,12 @@ from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.gguf import is_gguf_file
 from dual_lora.lab.inputs.hub import use_cache_if_unreachable
-from dual_lora.lab.inputs.model_config import check_class_fields, clean_config
+from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
 from dual_lora.lab.inputs.model_files import find_model, link_model, read_config_fields, write_config
 from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
+HEAD_WORDS = {"classifier", "classif", "cls", "summary", "pooler", "qa"}  # in the names of a head's dropout
 
 
 def locate_model(settings: Settings) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
     with translate_model_errors(settings):
         config = copy.deepcopy(read_config(**locate_model(settings)))
         config.update(get_head_options(task))
+        set_dropout(config, settings)
     if settings.task.head_dropout is not None:
         config.update({find_head_dropout_field(config, settings): settings.task.head_dropout})
     return config
@@ -96,6 +98,27 @@ def find_head_dropout_field(config: PreTrainedConfig, settings: Settings) -> str
     where = f"task.head_dropout={settings.task.head_dropout}"
     require(named or found, f"{where}: a {config.model_type} has no dropout before its head; drop it")
     return named or found[0]
+
+
+def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
+    """Set every dropout within the base model to `model.dropout`, if that is given. The head keeps its own.
+
+    Raises:
+        UserError: the model has none.
+    """
+    chosen = settings.model.dropout
+    if chosen is None:
+        return
+    names = [name for name, value in config.to_dict().items() if is_dropout(name) and isinstance(value, int | float)]
+    require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
+    config.update(dict.fromkeys(names, chosen))
+
+
+def is_dropout(name: str) -> bool:
+    """Return whether a field of a configuration is a dropout within the base model: hidden_dropout_prob, resid_pdrop,
+    but not classifier_dropout or encoder_layerdrop."""
+    words = set(name.split("_"))
+    return bool(words & {"dropout", "pdrop"}) and not words & HEAD_WORDS
 
 
 @cache
@@ -121,8 +144,7 @@ def read_hub_config(hub: str, revision: str | None) -> dict:
     adapter = find_adapter_config_file(hub, revision=revision)
     require(adapter is None, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
     values, _ = PreTrainedConfig.get_config_dict(hub, revision=revision)
-    check_class_fields(values, f"{hub}/config.json")
-    return clean_config(values, f"{hub}/config.json")
+    return clean_config(fit_class_fields(values, f"{hub}/config.json"), f"{hub}/config.json")
 
 
 def get_head_options(task: Task) -> dict:

@@ -26,6 +26,8 @@ NOT_IDENTITY = {
     "train": {"save_steps", "save_minutes", "log_steps"},
     "eval": {"before"},
 }
+# Switches that count only when they are on, so that false, null and a record without them name the same run.
+SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing")}
 
 
 def find_init_weights(settings: Settings) -> Path:
@@ -57,8 +59,8 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
     kept["init_from"] = Path(settings.init_from).name if settings.init_from else None
     for group, keys in NOT_IDENTITY.items():
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
-    kept["train"]["group_by_length"] = settings.train.group_by_length or None
-    kept["model"]["chat"] = settings.model.chat or None
+    for group, keys in SWITCHES.items():
+        kept[group] |= {key: kept[group][key] or None for key in keys}
     return drop_empty(kept)
 
 

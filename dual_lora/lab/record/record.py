@@ -65,10 +65,12 @@ LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions
 LOCKED_FILES += (TRAINED_FILE,)
 # Files of a finished run that become invalid when it is run again.
 OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json")
-ANALYSIS_FILE = "analysis.json"
+ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
 OUTDATED_FILES += (
     ANALYSIS_FILE,
+    TRUNCATION_FILE,
+    CURVATURE_FILE,
     "analysis.csv",
     *(f"{name}.{kind}" for name in ANALYSIS_FIGURES for kind in ("png", "pdf")),
 )

@@ -54,12 +54,21 @@ class Run:
     def list_values(self, *left_out: str) -> list[str]:
         """Return the settings that vary, without model, task and method, in short form: magnitude_ratio=0.25."""
         shown = {key: value for key, value in self.differences.items() if not key.endswith(".name")}
-        return [f"{key.rpartition('.')[2]}={value}" for key, value in shown.items() if key not in left_out]
+        return [
+            f"{key.rpartition('.')[2]}={format_typed_value(value)}"
+            for key, value in shown.items()
+            if key not in left_out
+        ]
 
     @property
     def is_pending(self) -> bool:
         """Whether the run is still to be done: it has no result, or force=true asks for it again."""
         return self.settings.force or self.record.read_result() is None
+
+
+def format_typed_value(value: Any) -> str:
+    """Return a setting's value as a command line has it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def prepare_runs(all_settings: list[Settings]) -> list[Run]:

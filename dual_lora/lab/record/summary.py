@@ -1,5 +1,6 @@
 """What a run prints when it is done."""
 
+import shlex
 from typing import Any
 
 from tabulate import tabulate
@@ -23,6 +24,8 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
         ],
         ["record", record.format_path()],
     ]
+    if any(record.folder.glob("wandb/offline-run-*")):
+        facts.append(["upload", f"wandb sync {shlex.quote(record.format_path())}/wandb/offline-run-*"])
     facts += [["warning", text] for text in result.get("warnings", ())]
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
 

@@ -1,6 +1,7 @@
 """The table of an experiment, and the notes a reader needs with it."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, product
 from string import ascii_lowercase
 
@@ -10,7 +11,9 @@ import pandas as pd
 import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.record.record import ANALYSIS_FILE, ENVIRONMENT_FIELDS
+from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
+from dual_lora.lab.report.analyses.kinds import check_analysis
+from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.floors import ModelTask
 from dual_lora.lab.report.comparison.matches import describe_weights, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
@@ -42,7 +45,7 @@ def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], objec
     if experiment.baselines:
         yield read_predictions
     if experiment.analyse:
-        yield lambda cell: cell.record.read_sealed(ANALYSIS_FILE, "rows", "labels")
+        yield partial(check_analysis, experiment)
 
 
 def letter_reasons(values: pd.DataFrame) -> dict[str, str]:
@@ -61,7 +64,7 @@ def build_main_table(
 ) -> Table:
     """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
     and rank below ours."""
-    found, lines, best, aside = list_columns(experiment, done), [], [], []
+    found, lines, best, aside, commands = list_columns(experiment, done), [], [], [], []
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
     runs = {place: [done[i] for i in sorted(set(part["cell"]) - {-1})] for place, part in parts.items()}
@@ -77,14 +80,45 @@ def build_main_table(
         }
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
+        commands.append({format_head(c): find_command(part[part["column"] == c.head], done, experiment) for c in found})
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
             cells = {format_head(c): cells[c.head] for c in found if c.head in cells}
             lines.append({**heads, "method": f"{label} [{table}]", **cells})
             best.append({})
+            commands.append({})
     cells = pd.DataFrame(lines).fillna("")
     bold = pd.DataFrame(best).reindex(columns=cells.columns).fillna(False).astype(bool)
-    return Table(cells, describe_table(experiment, done), bold, frozenset(aside))
+    copied = pd.DataFrame(commands).reindex(columns=cells.columns).fillna("")
+    return Table(cells, describe_table(experiment, done), bold, frozenset(aside), copied)
+
+
+def find_command(part: pd.DataFrame, done: list[Outcome], experiment: Experiment) -> str:
+    """Return the command that makes the runs of a cell; that of the whole table for a mean over several."""
+    runs = [done[i].settings for i in sorted(set(part["cell"]) - {-1})]
+    if runs:
+        return build_command(runs)
+    return "" if part.empty else f"python sweep.py experiment={experiment.name} scale={experiment.scale}"
+
+
+def tabulate_adapters(done: list[Outcome]) -> Table:
+    """Return what each row ran with: the classes of its adapted modules, what trained, and the rate of every group."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for cell in (cell for cell in done if cell.result):
+        kind = (cell.settings.method.peft or {}).get("peft_type", "every weight")
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in cell.result["learning_rates"].items())
+        line = {
+            "model": cell.settings.model.name,
+            "method": cell.cell.label,
+            "adapter": f"{kind}: {cell.result['adapter']}" if "adapter" in cell.result else kind,
+            "trained": f"{cell.result['trainable_parameters']:,}",
+            "of them the adapter's": f"{cell.result['adapter_parameters']:,}",
+            "learning rates": rates,
+        }
+        lines[tuple(line.values())] = line
+    return Table(
+        pd.DataFrame(lines.values()), "As it ran: adapter, trained weights, and the rate of every group of them."
+    )
 
 
 def describe_table(experiment: Experiment, done: list[Outcome]) -> str:

@@ -21,6 +21,8 @@ from dual_lora import paper
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import Block, Image, Text, render_html, render_latex, render_markdown
 from dual_lora.lab.record.mirror import open_mirror
+from dual_lora.lab.report.analyses.kinds import iterate_analysis_blocks
+from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.blocks import (
     iterate_exploratory_blocks,
     iterate_floor_blocks,
@@ -35,8 +37,7 @@ from dual_lora.lab.report.figures.draw import draw_figures
 from dual_lora.lab.report.learning_rates import tabulate_learning_rates
 from dual_lora.lab.report.protocol import iterate_protocol_blocks
 from dual_lora.lab.report.published import iterate_published_blocks, tabulate_published
-from dual_lora.lab.report.ranks import iterate_rank_blocks
-from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons
+from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons, tabulate_adapters
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
@@ -79,7 +80,9 @@ def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> s
     write_text(folder / "table.md", text)
     write_text(folder / "table.tex", render_latex(blocks, experiment.study))
     write_text(folder / "report.html", render_html(blocks, title))
-    write_text(folder / "table.csv", findings.values.drop(columns="cell").to_csv(index=False))
+    commands = [build_command([done[i].settings]) if i >= 0 else "" for i in findings.values["cell"]]
+    values = findings.values.drop(columns="cell").assign(command=commands)
+    write_text(folder / "table.csv", values.to_csv(index=False))
     write_text(folder / DIFFERENCES_FILE, tabulate_comparisons(findings.comparisons.all).to_csv(index=False))
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
@@ -119,7 +122,8 @@ def iterate_blocks_of_report(
         yield Text(f"Limit: {experiment.limit}.")
     yield from iterate_verdict_blocks(comparisons)
     if experiment.analyse:
-        yield from iterate_until_error(iterate_rank_blocks(done, folder), "the analyses")
+        blocks = iterate_analysis_blocks(experiment, done, findings.floors, folder)
+        yield from iterate_until_error(blocks, "the analyses")
     yield Text("Runs", heading=True)
     yield build_main_table(experiment, done, values, reasons)
     yield Text(items=tuple(iterate_notes(experiment, done, values, reasons, findings.unlearned)))
@@ -129,6 +133,8 @@ def iterate_blocks_of_report(
     yield from iterate_power_blocks(comparisons)
     if experiment.tune:
         yield tabulate_learning_rates(experiment, done)
+    if any(cell.result for cell in done):
+        yield tabulate_adapters(done)
     yield from iterate_protocol_blocks(experiment, done)
     yield from iterate_published_blocks(experiment, done)
 

@@ -19,6 +19,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     baselines labels of the rows the others are compared to
     planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
               p is corrected for their number. All other comparisons are exploratory
+    contrasts planned differences within a row, {plus: [...], minus: [...]}: the mean over the columns of `plus` minus
+              that over those of `minus`, for every row that has all of them. They belong to the planned family
     margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
     floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
     starts    tasks whose runs start from the row's own best run of another task, by its main score over all seeds:
@@ -27,7 +29,9 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
-    analyse   true: what each run did to its weights is part of the report
+    analyse   what is measured of each finished run's weights and is part of the report: `ranks` of the updates,
+              `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
+    records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
 """
@@ -50,6 +54,8 @@ from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
+ANALYSES = ("ranks", "truncation", "curvature")
+CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
 DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
@@ -109,6 +115,7 @@ class Experiment:
     mean: str | None = None
     baselines: list[str] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
+    contrasts: list[dict[str, list]] = field(default_factory=list)
     margin: dict[str, float] = field(default_factory=dict)
     floors: list[str] = field(default_factory=list)
     starts: dict[str, str] = field(default_factory=dict)
@@ -116,7 +123,8 @@ class Experiment:
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
     limit: str = ""
-    analyse: bool = False
+    analyse: str = ""
+    records: str | None = None
 
     @classmethod
     def load(cls, name: str, scale: str | None = None) -> "Experiment":
@@ -171,6 +179,9 @@ class Experiment:
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for label in self.planned:
             require(label not in self.baselines, f"{where}: {label}: planned and a baseline; give it in one of them")
+        for contrast in self.contrasts:
+            check_contrast(contrast, self.columns, where)
+        require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
         for kind, points in self.margin.items():
             require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
@@ -196,6 +207,7 @@ class Experiment:
         jobs = self.list_jobs(extra)
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
+        self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
         for more in map(
             dict, (map(split_override, words) for words in parse_overrides(drop_replaced_overrides(extra)))
@@ -218,7 +230,7 @@ class Experiment:
 
     def list_jobs(self, extra: list[str]) -> list[tuple[str, dict[str, str]]]:
         """Return the label and the overrides of every cell, without seeds and without `extra`."""
-        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.study}"]
+        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.find_run_study()}"]
         return [
             (label, dict(map(split_override, job)))
             for block in self.blocks
@@ -264,6 +276,31 @@ class Experiment:
             bool(found) and task != cell.settings.task.name, f"{where}: {cell.label} has no other runs of that task"
         )
         return found
+
+    def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
+        """Refuse a contrast that no row could have. places: the label and the column of every run, as they are written.
+
+        Raises:
+            UserError: with the columns.
+        """
+        rows = {label: {word for other, word in places if other == label} for label, _ in places}
+        for contrast in self.contrasts:
+            columns = [str(value) for side in CONTRAST_SIDES for value in contrast[side]]
+            known = any(set(columns) <= words for words in rows.values())
+            where = f"conf/experiment/{self.name}.yaml: contrasts"
+            require(known, f"{where}: no row has all of the columns {', '.join(columns)}; give them as cells do")
+
+    def find_run_study(self) -> str:
+        """Return the folder below runs/ that the runs are in unless the command line names another.
+
+        Raises:
+            UserError: `records` names no experiment that has this scale.
+        """
+        return Experiment.load(self.records, self.scale).study if self.records else self.study
+
+    def find_report_study(self, study: str) -> str:
+        """Return the folder below runs/ that the report is in. study: that of the runs."""
+        return self.study if study == self.find_run_study() else study
 
     def list_heads(self) -> list[str]:
         """Return the settings that say where in the table a run stands, beside its label and its task."""
@@ -321,6 +358,21 @@ def split_override(word: str) -> tuple[str, str]:
     """Return the key and the value of an override."""
     key, _, value = word.partition("=")
     return key, value
+
+
+def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], where: str) -> None:
+    """Refuse a contrast that lacks a side or has a column on both, or columns that no setting heads.
+
+    Raises:
+        UserError: with `where`, the contrast and the form that is needed.
+    """
+    sides = [contrast.get(side) for side in CONTRAST_SIDES]
+    whole = set(contrast) == set(CONTRAST_SIDES) and all(sides)
+    require(whole, f"{where}: contrasts: {contrast}: {{plus: [...], minus: [...]}} with values of columns is needed")
+    both = [value for value in sides[0] if value in sides[1]]
+    require(not both, f"{where}: contrasts: {both[:1]}: on both sides; give it on one")
+    headed = isinstance(columns, str) and columns not in ("published", "task.name")
+    require(headed, f"{where}: contrasts: need columns with the values of one setting, as method.magnitude_ratio has")
 
 
 def is_required(field: Field) -> bool:

@@ -4,6 +4,7 @@ Every launch has a folder of its own, removed when all its runs finished:
 
     runs/.multirun/WHEN_XXXX/
         N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
+        N/varies.json   those that distinguish it from the others, which its process prints
         .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
         command.json    which process the command is: its runs on this machine stop when it is gone
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
@@ -173,6 +174,7 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+            (folder / str(number) / "varies.json").write_text(json.dumps(run.differences))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
         (folder / "command.json").write_text(json.dumps(command))
     return folder
@@ -249,9 +251,10 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     hide_foreign_warnings()
     try:
         isolate_environment()
-        settings = load_recorded_settings(folder / str(HydraConfig.get().job.num))
+        place = folder / str(HydraConfig.get().job.num)
+        settings, differences = load_recorded_settings(place), json.loads((place / "varies.json").read_text())
         with listen_in_process(), stop_on_file(folder / "stop"):
-            return execute_run(Run.prepare(settings))
+            return execute_run(Run.prepare(settings, differences))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:
             with suppress(Exception):

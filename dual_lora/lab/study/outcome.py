@@ -122,10 +122,12 @@ def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | N
     if all diverged. The trials stay in `tuning`."""
     if not cell.tuning:
         return cell
-    scores = [(-score, rate) for rate, score in average_trials(cell, study)]
-    if any(isnan(lost) for lost, _ in scores) or min(scores)[0] == inf:
+    task = tasks.load(cell.settings.task.name, cell.settings.task.options)
+    sign = 1 if task.metric in task.lower_is_better else -1
+    lost = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, study)]
+    if any(isnan(score) for score, _ in lost) or min(lost)[0] == inf:
         return None
-    return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(scores)[1])))
+    return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(lost)[1])))
 
 
 def average_trials(cell: Cell, study: dict[str, list[Record]]) -> list[tuple[float, float]]:

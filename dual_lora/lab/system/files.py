@@ -160,6 +160,20 @@ def raise_disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number)) from error
 
 
+def build_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; json alone would keep the last of two equal names and drop the first.
+
+    Raises:
+        ValueError: a name occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} occurs twice in one object")
+    return found
+
+
 def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
     """Return the object that a JSON file holds, with at least these keys.
 
@@ -167,7 +181,7 @@ def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
         UserError: it holds something else; `remedy` says what to do.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=build_unique)
     except OSError as error:
         remedy = find_remedy(error.errno, remedy)
         raise UserError(f"{path}: cannot be read ({error.strerror or get_first_line(error)}); {remedy}") from error

@@ -22,13 +22,20 @@ from dual_lora.lab.system.signals import STOP
 
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar with the latest loss and the speed, instead of a line for every log step. If stderr is
-    not a terminal but, say, a log file, a few lines are printed instead: a bar would become one endless line."""
+    not a terminal but, say, a log file, a few lines are printed instead: a bar would become one endless line.
+
+    name: the run's, put before each line where several runs share the file.
+    """
 
     LINES = 20  # the most that a run prints
 
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def on_train_begin(self, args, state, control, **kwargs):
         hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
-        self.prints = not sys.stderr.isatty() and not hushed
+        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if hushed else ""
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or hushed)
         self.current_step = self.first_step = self.printed = state.global_step
@@ -44,7 +51,11 @@ class ProgressBar(ProgressCallback):
         if self.prints and due:
             step, end = state.global_step, state.max_steps
             left = format_seconds(seconds / (step - self.first_step) * (end - step))
-            print(f"step {step}/{end}, loss {loss}, {speed} tokens/s, {left} left", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}step {step}/{end}, loss {loss}, {speed} tokens/s, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
             self.printed = step
 
     def close(self) -> None:
@@ -69,8 +80,9 @@ class LogCallback(TrainerCallback):
         self.record.append_log(row)
         self.mirror.log(row)
 
-    def write_scores(self, step: int, scores: dict[str, float]) -> None:
-        self.write_row(step, {f"eval/{name}": value for name, value in scores.items()})
+    def write_scores(self, step: int, scores: dict[str, float], rows: str = "eval") -> None:
+        """Write scores of the reported rows ("eval") or of those that epochs are compared on ("development")."""
+        self.write_row(step, {f"{rows}/{name}": value for name, value in scores.items()})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -94,12 +106,26 @@ def get_trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class BestEpoch(TrainerCallback):
-    """Scores every epoch and keeps the trained weights of the best one, for tasks with `checkpoint: best`."""
+    """Scores every epoch and keeps the trained weights of the best one.
 
-    def __init__(self, measure: Callable[[str], tuple[dict, list]], metric: str, log: Any) -> None:
+    measure: returns scores and predictions. metric: the score that decides; with `lower` the lowest is the best.
+    patience: training stops after so many epochs without a better one; None: never. rows: see `write_scores`.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[str], tuple[dict, list]],
+        metric: str,
+        log: Any,
+        lower: bool = False,
+        patience: int | None = None,
+        rows: str = "eval",
+    ) -> None:
         self.measure, self.metric, self.log = measure, metric, log
-        self.best, self.epoch, self.weights, self.last = -float("inf"), None, {}, None
+        self.lower, self.patience, self.rows = lower, patience, rows
+        self.best, self.epoch, self.weights, self.last = None, None, {}, None
         self.scored = 0  # the step of the newest scores
+        self.stale = 0  # epochs since the best one
         self.seconds = 0.0  # spent on scoring by this process
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -107,10 +133,15 @@ class BestEpoch(TrainerCallback):
         self.on_epoch_end(args, state, control, **kwargs)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        """Score the epoch, unless it was scored or a stop was requested, and keep the weights if they are the best."""
+        """Score the epoch, unless it was scored or a stop was requested, and end training if it is to stop early."""
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
-        if not ended or self.scored == state.global_step or any_process(bool(STOP.asked)):
-            return
+        if ended and self.scored != state.global_step and not any_process(bool(STOP.asked)):
+            self.score_epoch(state, control, model)
+        if self.patience is not None and self.stale >= self.patience:
+            control.should_training_stop = True
+
+    def score_epoch(self, state: Any, control: Any, model: torch.nn.Module) -> None:
+        """Score an epoch and keep the weights if they are the best."""
         began = time.perf_counter()
         try:
             with STOP.defer(has_several_processes()):  # a process that stopped alone would leave the others waiting
@@ -121,13 +152,14 @@ class BestEpoch(TrainerCallback):
         finally:
             self.seconds += time.perf_counter() - began
         self.last, self.scored = scores, state.global_step
-        self.log.write_scores(state.global_step, scores)
+        self.log.write_scores(state.global_step, scores, self.rows)
         self.keep_if_best(scores[self.metric], state, model)
 
     def keep_if_best(self, score: float, state: Any, model: torch.nn.Module) -> None:
-        """Keep the weights if their score is the highest so far."""
-        if score > self.best:
-            self.best, self.epoch = score, round(state.epoch, 4)
+        """Keep the weights if their score is the best so far."""
+        self.stale += 1
+        if self.best is None or (score < self.best if self.lower else score > self.best):
+            self.best, self.epoch, self.stale = score, round(state.epoch, 4), 0
             self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
 
     def score_last(self) -> None:
@@ -138,12 +170,13 @@ class BestEpoch(TrainerCallback):
         if not self.weights:
             return {}
         save_file({name: value.contiguous() for name, value in self.weights.items()}, folder / BEST_FILE)
-        return {"best": self.best, "epoch": self.epoch, "last": self.last, "scored": self.scored}
+        return {"best": self.best, "epoch": self.epoch, "last": self.last, "scored": self.scored, "stale": self.stale}
 
     def load_state(self, folder: Path, kept: dict[str, Any]) -> None:
         """Restore from a checkpoint what `save_state` wrote there; `kept` is the dictionary that it returned."""
         if kept:
             self.best, self.epoch, self.last, self.scored = (kept[k] for k in ("best", "epoch", "last", "scored"))
+            self.stale = kept.get("stale", 0)  # which checkpoints of earlier versions lack
             self.weights = load_file(folder / BEST_FILE)
 
     def restore_best(self, model: torch.nn.Module) -> None:
@@ -153,13 +186,13 @@ class BestEpoch(TrainerCallback):
 
 class BestLoss(BestEpoch):
     """Logs the loss on the validation rows every so many steps and after the last. Where `keeps` is set, keeps the
-    weights of the lowest one (`checkpoint: best_loss`), whose negative is `best`.
+    weights of the lowest one (`checkpoint: best_loss`).
 
     measure: scores the model, as in `BestEpoch`. measure_loss: returns the mean loss on the validation rows.
     """
 
     def __init__(self, measure: Callable, measure_loss: Callable[[], float], every: int, keeps: bool, log: Any) -> None:
-        super().__init__(measure, "", log)
+        super().__init__(measure, "", log, lower=True)
         self.measure_loss, self.every, self.keeps = measure_loss, every, keeps
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -175,12 +208,15 @@ class BestLoss(BestEpoch):
         self.scored = state.global_step
         self.log.write_row(state.global_step, {LOSS_COLUMN: loss})
         if self.keeps:
-            self.keep_if_best(-loss, state, model)
+            self.keep_if_best(loss, state, model)
 
     def score_last(self) -> None:
         """Score the weights of the last step, where those of another may replace them."""
-        if self.keeps:
-            self.last = self.measure("last step")[0]
+        if not self.keeps:
+            return
+        began = time.perf_counter()
+        self.last = self.measure("last step")[0]
+        self.seconds += time.perf_counter() - began
 
     def restore_best(self, model: torch.nn.Module) -> None:
         """Give the model the weights of the lowest loss, where they are kept."""

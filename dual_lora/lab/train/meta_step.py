@@ -1,6 +1,7 @@
 """One training step on torch's meta device, where tensors have shapes but no values."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 
 import torch
@@ -11,7 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora.bench import kept_bytes
+from dual_lora.bench.measure import kept_bytes
+from dual_lora.lab.config.recorded import replace_settings
 from dual_lora.lab.config.schema import MAX_LAYERS, Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
@@ -19,7 +21,9 @@ from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.load import cast_trained_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
 from dual_lora.lab.model.nf4 import list_quantisable_layers
-from dual_lora.lab.model.source import get_head_options, load_config
+from dual_lora.lab.model.source import get_head_options, load_config, set_dropout
+from dual_lora.lab.model.split import split_layers
+from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from tasks import Task
 
 # What PEFT's configurations call the choice of initial weights; False keeps torch's default initialisation.
@@ -45,6 +49,7 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
         config = load_config(settings, task) if path else AutoConfig.for_model(**values)
         config.update(options)
+        set_dropout(config, settings)
     check_layers(settings, config)
     if layers:
         config.num_hidden_layers = layers
@@ -54,6 +59,7 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
         config._attn_implementation = "planned"
     with torch.device("meta"):
         model = get_head_class(task).from_config(config, dtype=get_weight_dtype(settings))
+        split_layers(model, settings)
     cast_trained_to_float32(model, settings, task)
     return model
 
@@ -77,6 +83,8 @@ def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = No
     Raises:
         UserError: the method refuses its settings, or the model's architecture is not known.
     """
+    with suppress(UserError), torch.device("meta"):  # else the method draws its weights before they are moved there
+        return attach_method(build_meta_model(settings, task, layers), settings, task.form)
     try:
         return attach_method(build_meta_model(settings, task, layers), settings, task.form)
     except UserError:
@@ -127,15 +135,23 @@ AttentionMaskInterface.register("planned", lambda *args, **kwargs: None)
 def trace_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
     """Return the cost of a step on one batch: tokens, operations forward and backward, bytes kept for backward.
 
-    Each is measured with one and with two layers and extrapolated linearly, since all layers are alike.
+    Each is measured with one and with two layers and extrapolated linearly, since all layers are alike. With gradient
+    checkpointing the bytes include what the layer that backward is running again keeps beyond its input.
     """
     one, two = (take_meta_step(settings, task, count, sharded) for count in (1, 2))
-    return {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one}
+    found = {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in one}
+    if settings.train.gradient_checkpointing:
+        plain = replace_settings(settings, {"train.gradient_checkpointing": None})
+        inputs = two["kept"] - one["kept"]
+        one, two = (take_meta_step(plain, task, count, sharded) for count in (1, 2))
+        found["kept"] += two["kept"] - one["kept"] - inputs
+    return found
 
 
 def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -> dict[str, int]:
     """Take one step on the meta device with so many layers."""
     model = attach_to_meta_model(settings, task, layers).train()
+    apply_gradient_checkpointing(model, settings)
     if sharded or settings.method.peft is not None:
         model.to(getattr(torch, settings.model.dtype))  # the dtype it computes in, except for a head
     else:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import paper
+from dual_lora.lab.config.recorded import replace_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
@@ -98,10 +99,14 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         trace_step(settings, task, count_layers(model), sharded=True)["kept"] if differs_sharded else step["kept"]
     )
     train, hardware = settings.train, settings.hardware
+    device = ACCELERATORS[hardware.accelerator]
+    memory = estimate_memory(sizes, step["kept"], hardware.devices, hardware.sharding, hardware.base)
+    if memory["peak"] > device.memory * GB and unwrap_adapter(model).supports_gradient_checkpointing:
+        checkpointed = replace_settings(settings, {"train.gradient_checkpointing": True})
+        sizes["kept_checkpointed"] = trace_step(checkpointed, task, count_layers(model), sharded)["kept"]
     rows, counted = count_training_rows(settings, task)
     steps = settings.count_steps(rows)
     flops = {part: step[part] * train.accumulation for part in ("forward", "backward")}
-    device = ACCELERATORS[hardware.accelerator]
     speed = device.float32 if settings.model.dtype == "float32" else device.bfloat16
     return {
         "model": settings.model.name,
@@ -111,7 +116,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         **counts,
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": find_published_parameters(settings),
-        "memory": estimate_memory(sizes, step["kept"], hardware.devices, hardware.sharding, hardware.base),
+        "memory": memory,
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
@@ -218,8 +223,9 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     able = hardware.sharding != "full" or unshardable_reason is None
     require(able, f"plan: hardware.sharding=full: {unshardable_reason}; take hardware=ddp")
 
-    def fits(batch: int, devices: int, sharding: str, base: str | None) -> bool:
+    def fits(batch: int, devices: int, sharding: str, base: str | None, checkpointed: bool) -> bool:
         kept = parts["size"]["kept_sharded"] if sharding == "full" else parts["activations"]
+        kept = parts["size"]["kept_checkpointed"] if checkpointed else kept
         kept *= batch / train.batch_size
         return estimate_memory(parts["size"], kept, devices, sharding, base)["peak"] <= room
 
@@ -230,19 +236,22 @@ def check_fit(settings: Settings, found: dict[str, Any]) -> None:
         more = [hardware.devices, *more]
     free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
     small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
-    smaller_batches = [(b, *here, hardware.base) for b in batches]
-    quantised = [(b, *here, "nf4") for b in batches if small]  # the method has a frozen base that can be quantised
-    sharded = [(train.batch_size, devices, "full", None) for devices in more if free]
-    sharded += [(b, devices, "full", None) for devices in more for b in batches if free]
-    chosen = [
-        next((option for option in group if fits(*option)), None) for group in (smaller_batches, quantised, sharded)
-    ]
+    smaller_batches = [(b, *here, hardware.base, False) for b in batches]
+    can_checkpoint = "kept_checkpointed" in parts["size"] and not train.gradient_checkpointing
+    checkpointed = [(b, *here, hardware.base, True) for b in batches if can_checkpoint]
+    quantised = [(b, *here, "nf4", False) for b in batches if small]  # the method has a frozen base to be quantised
+    sharded = [(train.batch_size, devices, "full", None, False) for devices in more if free]
+    sharded += [(b, devices, "full", None, False) for devices in more for b in batches if free]
+    groups = (smaller_batches, checkpointed, quantised, sharded)
+    chosen = [next((option for option in group if fits(*option)), None) for group in groups]
     remedies = []
-    for batch, devices, sharding, base in filter(None, chosen):
+    for batch, devices, sharding, base, checkpoints in filter(None, chosen):
         remedy = []
         if batch != train.batch_size:
             accumulation = train.accumulation * train.batch_size // batch
             remedy += [f"train.batch_size={batch} train.accumulation={accumulation}"]
+        if checkpoints:
+            remedy += ["train.gradient_checkpointing=true"]
         if base != hardware.base:
             remedy += [f"hardware.base={base}"]
         if (devices, sharding) != here:

@@ -1,9 +1,10 @@
 """One run, from its settings to its record: load, evaluate, train, evaluate again, write the result."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,16 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.inputs.splits import load_scored_splits, load_split, read_training_split
+from dual_lora.lab.inputs.splits import (
+    load_development_split,
+    load_scored_splits,
+    load_split,
+    read_training_split,
+)
 from dual_lora.lab.model.adapt import (
     attach_method,
     count_parameters,
+    describe_adapter,
     find_unfinished_ramp,
     list_kernels,
     list_rates,
@@ -36,8 +43,10 @@ from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
 from dual_lora.lab.system.sealed import seal_folder
 from dual_lora.lab.system.signals import STOP
+from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import LOSS_COLUMN, BestEpoch, BestLoss, LogCallback, ProgressBar
 from dual_lora.lab.train.trainer import RunTrainer
+from tasks import Split, Task
 
 # Column with the fraction of entries of dL/dSign clipped at a logged step; a result holds the largest one.
 CLIPPED_COLUMN = "train/clipped_share"
@@ -153,20 +162,22 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     with run_first_process_first():
         train = load_split(task, "train", settings)
         held_out = load_scored_splits(task, settings)
+        development = load_development_split(task, settings)
         apart = read_training_split(task, settings)[1] if settings.task.rows_apart else None
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
+    apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
     log = LogCallback(record, mirror)
 
-    def score_model(title: str) -> tuple[dict, list]:
+    def score_model(title: str, splits: dict[str, Split] = held_out) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
-            return evaluate_splits(model, tokenizer, task, held_out, settings, title)
+            return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
-    best = BestEpoch(score_model, task.metric, log) if settings.task.checkpoint == "best" else None
+    best = build_best_epoch(settings, task, log, partial(score_model, splits=development or held_out))
     if apart:
         validation, keeps = encode_rows(apart.rows, task, tokenizer, settings), settings.task.checkpoint == "best_loss"
         best = BestLoss(score_model, lambda: trainer.measure_loss(validation), settings.task.steps_apart, keeps, log)
@@ -183,7 +194,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         callbacks=[log, best] if best else [log],
     )
     trainer.remove_callback(PrinterCallback)
-    progress = ProgressBar()
+    progress = ProgressBar(record.name)
     trainer.add_callback(progress)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
@@ -213,12 +224,12 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "merged": merged,
         "metrics_before": before,
         "best_epoch": trained["best_epoch"],
-        "metrics_last_epoch": trained["metrics_last_epoch"] or metrics,
+        "metrics_last_epoch": trained["metrics_last_epoch"] or (None if development else metrics),
         **count_parameters(model),
+        "adapter": describe_adapter(model),
         "learning_rates": list_rates(model, settings),
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
-        "validation_loss": find_validation_loss(record, settings),
         "steps": trained["steps"],
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
@@ -227,14 +238,27 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
+    if apart:
+        result["validation_loss"] = find_validation_loss(record, settings)
+    if development:
+        result["development"] = next(iter(development.values())).describe()
     return share_from_first(lambda: record.write_result(result))
 
 
 def find_validation_loss(record: Record, settings: Settings) -> float | None:
-    """Return the loss on the validation rows of the weights that are scored; None if it was not taken."""
+    """Return the loss on the validation rows of the weights that are scored; None if nothing was trained."""
     losses = [row[LOSS_COLUMN] for row in record.read_log() if LOSS_COLUMN in row]
     keeps = settings.task.checkpoint == "best_loss"
     return (min(losses) if keeps else losses[-1]) if losses else None
+
+
+def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: Callable) -> BestEpoch | None:
+    """Return the callback that keeps the best epoch, if the task's protocol or early stopping asks for one."""
+    patience = settings.train.early_stopping
+    if settings.task.checkpoint != "best" and patience is None:
+        return None
+    rows = "development" if settings.eval.development_rows else "eval"
+    return BestEpoch(measure, task.metric, log, task.metric in task.lower_is_better, patience, rows)
 
 
 def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
@@ -257,7 +281,7 @@ def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, 
             "tokens": trainer.state.num_input_tokens_seen,
             "peak_memory_bytes": peak.peak,
             "best_epoch": best.epoch if best else None,
-            "metrics_last_epoch": best.last if best else None,
+            "metrics_last_epoch": best.last if best and best.rows == "eval" else None,
         }
         facts = save_training(trainer, record, settings, facts)
     STOP.raise_if_asked()

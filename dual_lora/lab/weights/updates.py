@@ -30,6 +30,7 @@ from dual_lora.lab.model.merge import explain_unmergeable
 from dual_lora.lab.record.record import Record
 from dual_lora.tuner.factors import DualLoraFactors
 from dual_lora.tuner.layer import DualLoraLayer
+from tasks import Task
 
 ADAPTER = "default"
 NULL_SEED = 0
@@ -247,12 +248,32 @@ def load_updates(settings: Settings, record: Record) -> list[Update]:
     Raises:
         UserError: the run cannot be loaded, holds NaN or Inf, or its method changes more than a weight can show.
     """
+    trained, base, _ = load_trained_and_base(settings, record)
+    return list_updates(trained, base, settings)
+
+
+def load_trained_and_base(settings: Settings, record: Record) -> tuple[nn.Module, nn.Module, object]:
+    """Return the model as a finished run left it, the model as it is loaded, and the tokenizer. A base in 4 bits is
+    dequantised.
+
+    Raises:
+        UserError: the run cannot be loaded, or holds NaN or Inf.
+    """
     task = load_task(settings)
-    trained, _ = load_trained_model(settings, record, task, plain=True)
+    trained, tokenizer = load_trained_model(settings, record, task, plain=True)
     for name, parameter in trained.named_parameters():
         require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} contains NaN or Inf")
     check_update_scales(trained, record)
     base, _ = (load_dequantised_model if settings.hardware.base else load_model)(settings, task)
+    return trained, base, tokenizer
+
+
+def list_updates(trained: nn.Module, base: nn.Module, settings: Settings) -> list[Update]:
+    """Return an update for every weight that training changed; for a fully trained model, those with a role.
+
+    Raises:
+        UserError: the method changes more than a weight can show.
+    """
     if isinstance(trained, PeftModel):
         return list(list_adapter_updates(trained, base, settings))
     after = dict(trained.named_modules())
@@ -312,7 +333,7 @@ def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config:
 
 def find_role(module: str, settings: Settings) -> str:
     """Return a module's role, such as "q", or several if they share one weight, such as "q/k/v"; "" if it has none."""
-    roles = settings.model.roles.items()
+    roles = settings.roles.items()
     return "/".join(role for role, pattern in roles if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module))
 
 
@@ -358,16 +379,24 @@ def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[
     return initial_factors, {"rebuilt": True, "why": None, **found}
 
 
+def draw_initial_model(settings: Settings, task: Task, rows: int | None = None) -> tuple[nn.Module, object]:
+    """Return the model as training draws it from the run's seed, and its tokenizer. rows: see `attach_method`.
+
+    Raises:
+        UserError: the model cannot be loaded, or the method does not fit it.
+    """
+    set_seed(settings.seed)
+    base, tokenizer = load_model(settings, task)
+    set_seed(settings.seed)
+    return attach_method(base, settings, task.form, rows), tokenizer
+
+
 def draw_initial_factors(settings: Settings) -> dict[str, DualLoraFactors]:
     """Return the factors as training draws them from the run's seed, by module.
 
     Raises:
         UserError: the model cannot be loaded, or the method does not fit it.
     """
-    task = load_task(settings)
-    set_seed(settings.seed)
-    base, _ = load_model(settings, task)
-    set_seed(settings.seed)
-    model = attach_method(base, settings, task.form)
+    model, _ = draw_initial_model(settings, load_task(settings))
     layers = model.get_base_model().named_modules()
     return {name: m.dual_lora_factors[ADAPTER] for name, m in layers if isinstance(m, DualLoraLayer)}

@@ -64,7 +64,7 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
         "predictions, paired by example (exact McNemar or permutation), whose interval over examples and seeds must "
         "exclude zero, too; one of the seeds (paired t)"
     )
-    margins = {c.margin: c.difference.test == OVER_SEEDS for c in found if c.margin}
+    margins = {c.margin: c.unit == 1 for c in found if c.margin}
     known = " or ".join(f"{m:g} ({'mean over tasks' if mean else 'one task'})" for m, mean in margins.items())
     yield (
         f"equivalent: two one-sided t-tests over seeds reject a difference of {known} points, corrected likewise"
@@ -80,6 +80,11 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
         "a mean over tasks, or over several sets that one training is scored on, is one observation a seed; means over "
         "tasks are tested over seeds alone"
     )
+    if any(c.contrast for c in found):
+        yield (
+            "a contrast sets the mean over some columns of a row against that over others; it is tested over seeds "
+            "alone"
+        )
     yield "the interval is the t-interval over seeds; it speaks of these test examples"
 
 

@@ -1,7 +1,8 @@
 """What came out of comparing rows with baselines: the planned family, and all else, which is exploratory.
 
-The planned family are the main scores of the rows an experiment plans, and their means over tasks. Its p-values are
-corrected together. Further scores of a published table's columns, single sets and other metrics are exploratory.
+The planned family are the main scores of the rows an experiment plans, its contrasts, and their means over tasks. Its
+p-values are corrected together. Further scores of a published table's columns, single sets and other metrics are
+exploratory.
 """
 
 import functools
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.report.comparison.contrasts import Contrast, iterate_contrasts
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import (
     Key,
@@ -43,6 +45,7 @@ class Comparison:
         difference: in the score's unit, which `unit` turns into points.
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
+        contrast: whether it sets several runs of one row against each other.
         spread: standard deviation of the seeds' differences in points, pooled over the comparisons of its `pool`,
             since that of a few seeds is hardly known.
     """
@@ -60,6 +63,7 @@ class Comparison:
     p: float | None = None
     p_equivalent: float | None = None
     spread: float | None = None
+    contrast: bool = False
 
     @functools.cached_property
     def seed_test(self) -> SeedTest | None:
@@ -69,8 +73,9 @@ class Comparison:
 
     @property
     def pool(self) -> Key:
-        """What comparisons with a common spread share: the model, where it heads rows, the task and the score."""
-        return self.place.get(MODEL_SETTING), self.task, self.score
+        """What comparisons with a common spread share: the model, where it heads rows, the task and the score. A
+        contrast averages over runs, which lowers its spread."""
+        return self.place.get(MODEL_SETTING), self.task, self.score + (", contrast" if self.contrast else "")
 
     @property
     def detectable(self) -> float | None:
@@ -99,16 +104,20 @@ def compare_cells(
     experiment: Experiment, done: list[Outcome], predictions: Predictions, unlearned: set[ModelTask]
 ) -> Comparisons:
     """Return every comparison. unlearned: models and tasks that are left out of means."""
-    matches = list(iterate_matches(experiment, done))
+    matches = [*iterate_matches(experiment, done), *iterate_contrasts(experiment, done)]
     means = list_mean_groups(matches, unlearned)
-    size = sum(match.label in experiment.planned for match in matches)
-    size += sum(key[0] in experiment.planned for key in means)
+    size = sum(is_planned(experiment, match) for match in [*matches, *(group[0] for group in means.values())])
     tested = {match: list(test_match(experiment, done, match, predictions, size)) for match in matches}
     found = [comparison for some in tested.values() for comparison in some[:1]]
-    found += [average_over_tasks(experiment, key, {m: tested[m][0] for m in group}) for key, group in means.items()]
+    found += [average_over_tasks(experiment, {m: tested[m][0] for m in group}) for group in means.values()]
     found = pool_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
     main, further = found[: len(tested) + len(means)], found[len(tested) + len(means) :]
     return Comparisons(correct_family([c for c in main if c.planned]), [c for c in main if not c.planned], further)
+
+
+def is_planned(experiment: Experiment, match: Match | Contrast) -> bool:
+    """Whether the main score of a match belongs to the planned family."""
+    return isinstance(match, Contrast) or match.label in experiment.planned
 
 
 def pool_spreads(found: list[Comparison]) -> list[Comparison]:
@@ -122,10 +131,13 @@ def pool_spreads(found: list[Comparison]) -> list[Comparison]:
 
 
 def test_match(
-    experiment: Experiment, done: list[Outcome], match: Match, predictions: Predictions, family: int
+    experiment: Experiment, done: list[Outcome], match: Match | Contrast, predictions: Predictions, family: int
 ) -> Iterator[Comparison]:
     """Yield a match by its task's main score, and by further ones. family: how many comparisons are planned."""
-    planned, task = match.label in experiment.planned, match.task
+    if isinstance(match, Contrast):
+        yield test_contrast(experiment, match)
+        return
+    planned, task = is_planned(experiment, match), match.task
     metrics = [task.metric, *list_further_scores(experiment, done, match)]
     runs, error = None, None
     try:
@@ -152,6 +164,34 @@ def test_match(
                 planned=planned and main,
             )
         )
+
+
+def test_contrast(experiment: Experiment, contrast: Contrast) -> Comparison:
+    """Return a contrast by its task's main score: one observation a seed, tested over seeds alone."""
+    task = contrast.task
+    unit = get_unit(task.name, task.metric)
+    examples = sum(split["rows"] for name, split in contrast.first.result["data"].items() if name != "train")
+    return add_tests(
+        Comparison(
+            label=contrast.label,
+            baseline=contrast.baseline,
+            task=task.name,
+            score=task.metric,
+            place=contrast.place,
+            difference=describe_over_seeds(contrast.subtract_recorded(task.metric), examples),
+            unit=unit,
+            margin=experiment.margin.get("task") if unit == 100 else None,
+            lower_is_better=task.metric in task.lower_is_better,
+            planned=True,
+            contrast=True,
+        )
+    )
+
+
+def describe_over_seeds(by_seed: tuple[float, ...], examples: int) -> Difference:
+    """Return a difference that is tested over seeds alone. by_seed: at least one."""
+    test = compute_seed_test(by_seed)
+    return Difference(test.mean, test.low, test.high, test.p, OVER_SEEDS, examples, len(by_seed), by_seed)
 
 
 def add_tests(comparison: Comparison) -> Comparison:
@@ -187,19 +227,19 @@ def describe_unknown(reason: object) -> Difference:
     return Difference(float("nan"), None, None, None, str(reason), 0, 0)
 
 
-def list_mean_groups(matches: list[Match], unlearned: set[ModelTask]) -> dict[Key, list[Match]]:
+def list_mean_groups(matches: list[Match | Contrast], unlearned: set[ModelTask]) -> dict[Key, list[Match | Contrast]]:
     """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks."""
-    groups: dict[Key, list[Match]] = {}
+    groups: dict[Key, list[Match | Contrast]] = {}
     for match in matches:
-        if get_model_task(match.ours[0]) not in unlearned:
+        if get_model_task(match.first) not in unlearned:
             key = (match.label, match.baseline, tuple(match.place.items()))
             groups.setdefault(key, []).append(match)
     return {key: some for key, some in groups.items() if len(some) > 1}
 
 
-def average_over_tasks(experiment: Experiment, key: Key, parts: dict[Match, Comparison]) -> Comparison:
+def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Comparison]) -> Comparison:
     """Return the comparison of the means over tasks, in points: a seed's mean over its tasks is one observation."""
-    label, baseline, place = key
+    one = next(iter(parts))
     by_seed = [
         {seed: value * part.unit for seed, value in zip(match.seeds, part.difference.by_seed, strict=False)}
         for match, part in parts.items()
@@ -208,15 +248,23 @@ def average_over_tasks(experiment: Experiment, key: Key, parts: dict[Match, Comp
     values = tuple(average(tuple(some[seed] for some in by_seed)) for seed in seeds)
     difference = describe_unknown("no seed has a difference on every task")
     if values:
-        test = compute_seed_test(values)
-        count = sum(part.difference.examples for part in parts.values())
-        difference = Difference(test.mean, test.low, test.high, test.p, OVER_SEEDS, count, len(values), values)
+        difference = describe_over_seeds(values, sum(part.difference.examples for part in parts.values()))
     margin = experiment.margin.get("mean")
     name, scores = f"mean of {len(parts)} tasks", {part.score for part in parts.values()}
     score = scores.pop() if len(scores) == 1 else "main scores"
-    planned = label in experiment.planned
     return add_tests(
-        Comparison(label, baseline, name, score, dict(place), difference, unit=1, margin=margin, planned=planned)
+        Comparison(
+            label=one.label,
+            baseline=one.baseline,
+            task=name,
+            score=score,
+            place=one.place,
+            difference=difference,
+            unit=1,
+            margin=margin,
+            planned=is_planned(experiment, one),
+            contrast=isinstance(one, Contrast),
+        )
     )
 
 

@@ -29,8 +29,13 @@ class Match:
     theirs: list[Outcome]
 
     @property
+    def first(self) -> Outcome:
+        """One of the runs; all are of one model and task."""
+        return self.ours[0]
+
+    @property
     def task(self) -> Task:
-        return load_task_of(self.ours[0])
+        return load_task_of(self.first)
 
     @property
     def seeds(self) -> list[int]:

@@ -1,13 +1,13 @@
 """What runs did to their weights, as part of a report: Figure 3 of arXiv 2512.03402 beside its null."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.record.record import ANALYSIS_FILE
+from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.outcome import Outcome
 from dual_lora.lab.weights.histogram_figure import draw_histograms
 from dual_lora.lab.weights.medians import (
@@ -22,26 +22,9 @@ from dual_lora.lab.weights.rank_figure import PLACE_COLUMNS, RANK_TITLES, Analys
 RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
 
-def analyse_missing(done: list[Outcome]) -> None:
-    """Analyse every finished run that has no analysis yet.
-
-    Raises:
-        UserError: a run cannot be loaded or taken apart.
-    """
-    from dual_lora.lab.weights.analyse import analyse_run  # imports torch, which a report does not need
-
-    for cell in done:
-        if cell.result and not (cell.record.folder / ANALYSIS_FILE).is_file():
-            print(f"analysing {cell.record.name}", flush=True)
-            alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
-            analyse_run(replace(cell.settings, hardware=alone), cell.record)
-
-
-def iterate_rank_blocks(done: list[Outcome], folder: Path) -> Iterator[Block]:
-    """Yield the ranks of dW in short, the figures, and all medians, as far as runs are analysed."""
+def iterate_rank_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
+    """Yield the ranks of dW of analysed runs in short, the figures, and all medians. floors: not used."""
     found = read_analyses(done)
-    if not found:
-        return
     runs = [load_analysed_run(name, content) for name, content in found.items()]
     yield Text("Ranks of the update", heading=True)
     yield Table(
@@ -61,12 +44,11 @@ def iterate_rank_blocks(done: list[Outcome], folder: Path) -> Iterator[Block]:
 
 
 def read_analyses(done: list[Outcome]) -> dict[str, dict]:
-    """Return the analyses of finished runs by label, and seed where there are several."""
+    """Return the analyses of runs by label, and seed where there are several."""
     several, found = len({cell.settings.seed for cell in done}) > 1, {}
     for cell in done:
-        if cell.result and (cell.record.folder / ANALYSIS_FILE).is_file():
-            name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
-            found[name] = cell.record.read_sealed(ANALYSIS_FILE)
+        name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
+        found[name] = cell.record.read_sealed(ANALYSIS_FILE)
     return found
 
 

@@ -1,0 +1,140 @@
+"""What an adapter costs: LoRA, DoRA, LoHa and Dual LoRA side by side in one run.
+
+python -m dual_lora.bench                                   single layers
+python -m dual_lora.bench --model DIR --batch 32x32         a whole model, on random tokens
+python -m dual_lora.bench --threads                         one step by threads, with and without a busy neighbour
+python -m dual_lora.bench --show benchmarks/FILE.json       the tables of a finished run
+python -m dual_lora.bench --trend benchmarks                every machine's ratios by date
+python -m dual_lora.bench --page                            rewrite the tables of docs/cost.md from benchmarks/
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import peft
+import torch
+
+from .cases import Case, layer_case, model_case
+from .measure import measure_case
+from .page import format_page_tables, format_record, format_table, format_threads, format_trend, update_page
+from .threads import measure_threads
+
+
+def describe_hardware(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def batch_shape(text: str) -> tuple[int, int]:
+    """Return the rows and tokens of a batch from ROWSxTOKENS.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not of that form.
+    """
+    try:
+        rows, tokens = (int(n) for n in text.split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ROWSxTOKENS, such as 32x32") from error
+    return rows, tokens
+
+
+def parser() -> argparse.ArgumentParser:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m dual_lora.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--width", type=int, nargs="*", default=[1024, 2048], help="in = out of a layer")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096], help="rows of a layer's input")
+    parser.add_argument("--model", nargs="*", default=[], help="folders of models; no layers are measured then")
+    parser.add_argument("--batch", type=batch_shape, nargs="*", default=[(8, 64)], help="ROWSxTOKENS, one a model")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA's rank, Dual LoRA's r1 + r2")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base weights")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--repeats", type=int, default=15, help="turns that count")
+    parser.add_argument("--threads", action="store_true", help="measure threads on the first width and tokens only")
+    parser.add_argument("--out", type=Path, help="write a JSON file to this folder, or add to the one it has of today")
+    parser.add_argument("--show", type=Path, help="print the tables of a JSON file and measure nothing")
+    parser.add_argument("--trend", type=Path, help="print the ratios of a folder's files by date and measure nothing")
+    parser.add_argument("--page", action="store_true", help="rewrite the tables of docs/cost.md and measure nothing")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the arguments ask for, print the tables, and write a JSON file if `--out` is given.
+
+    Raises:
+        SystemExit: an argument is wrong.
+    """
+    given = parser().parse_args(arguments)
+    if given.show:
+        print(format_record(json.loads(given.show.read_text())))
+    elif given.trend:
+        print(format_trend(given.trend))
+    elif given.page:
+        page = Path("docs/cost.md")
+        page.write_text(update_page(page.read_text(encoding="utf-8"), format_page_tables(Path("benchmarks"))))
+    else:
+        run(given)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure, print and write.
+
+    Raises:
+        SystemExit: an argument is wrong.
+    """
+    device = torch.device(given.device)
+    record = {"hardware": describe_hardware(device), "date": date.today().isoformat(), "cases": {}}
+    print(f"{record['hardware']}\n", flush=True)
+    if given.threads:
+        record["threads"] = measure_threads(given.width[0], given.tokens[0], given.repeats)
+        print(format_threads(record["threads"]))
+    for case in [] if given.threads else list_cases(given, device):
+        conditions = {"rank": given.rank, "repeats": given.repeats, "load_before": os.getloadavg()[0]}
+        conditions |= {"torch": torch.__version__, "peft": peft.__version__}
+        rows = measure_case(case, given.rank, given.repeats, device)
+        record["cases"][case.name] = {**conditions, "rows": [asdict(row) for row in rows]}
+        print(f"{case.name}\n\n{format_table(rows)}\n", flush=True)
+        if given.out:
+            write(record, given.out)
+    if given.out:
+        write(record, given.out)
+
+
+def list_cases(given: argparse.Namespace, device: torch.device) -> list[Case]:
+    """Return the layers, or the models, that the arguments name.
+
+    Raises:
+        SystemExit: a model or the shape of a batch is missing.
+    """
+    dtype = getattr(torch, given.dtype)
+    if not given.model:
+        return [layer_case(width, tokens, dtype, device) for width in given.width for tokens in given.tokens]
+    if len(given.batch) not in (1, len(given.model)):
+        raise SystemExit(f"--batch: give one shape, or one for each of the {len(given.model)} models")
+    if odd := [folder for folder in given.model if not (Path(folder) / "config.json").is_file()]:
+        raise SystemExit(f"--model {odd[0]}: no config.json there; give the folder of a saved Hugging Face model")
+    shapes = given.batch * len(given.model) if len(given.batch) == 1 else given.batch
+    return [model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
+
+
+def write(record: dict, folder: Path) -> None:
+    """Write the record, keeping what else a file of the same day and hardware already has."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in record["hardware"].lower()).split())
+    path = folder / f"{record['date']}-{slug}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = {**earlier, **record, "cases": {**earlier["cases"], **record["cases"]}}
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Measures each contender on a case.
+
+A step is forward and backward, without an optimizer. The methods take turns, so that a slow moment of the machine meets
+all of them; times are medians of the ratio to LoRA's step of the same turn. Operations are counted by torch's
+FlopCounterMode. "Kept" is what autograd holds for backward between the two, each storage once, parameters left out;
+"peak" is the most a step has allocated at once, its output and gradients included.
+
+`floor` is what this way of computing Dual LoRA must take, not a bound on every way, in units of 2 N out in operations:
+3 + 4 (r1 + r2) / N with the fused weight, 4 and 5 for 3 in 16 bits and with dropout (see
+`dual_lora.kernels.recompute`); for a model, LoRA's count with its thin products exchanged for those.
+"""
+
+import gc
+import os
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import DualLoraConfig, set_update_scale
+from .cases import LORA, Case, Contender, has_fast_bfloat16, list_contenders, round_input_gradients
+
+
+@dataclass
+class Row:
+    """One method's cost: times in seconds, sizes in bytes, flops in operations.
+
+    step_ratio: to LoRA's step; quartiles: of the same ratio over the turns. peer_ratio: to the step of the LoRA that
+    has the same dropout and the same type of dL/dx.
+    """
+
+    method: str
+    step_ratio: float
+    step_seconds: float
+    flops: int
+    flops_over_floor: float | None
+    kept_bytes: int
+    peak_bytes: int
+    adapter_bytes: int
+    merge_seconds: float
+    quartiles: tuple[float, float] | None = None  # None in files from before these were kept
+    peer_ratio: float | None = None
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def forget(case: Case, model: nn.Module) -> None:
+    """Drop the gradients of an earlier step."""
+    model.zero_grad(set_to_none=True)
+    for x in case.inputs:
+        x.grad = None
+
+
+def timed(step: Callable, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    step()()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+class Held:
+    """A tensor as autograd holds it: it dies with the graph that holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(model: nn.Module, step: Callable) -> int:
+    """Return what autograd holds between `step` and the backward it returns; on the meta device, too."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> Held:
+        kept = Held(tensor.detach())
+        held.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        backward = step()
+        while gc.collect():  # a dropped graph may wait for it, and hold another
+            pass
+        storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in held}
+    found = sum(size for storage, size in storages.items() if storage not in parameters)
+    backward()
+    return found
+
+
+def peak_bytes(step: Callable, device: torch.device) -> int:
+    """Return the most a step holds beyond what is there before it; no gradients may be there."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def count(step: Callable) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()()
+    return counter.get_total_flops()
+
+
+def merge_seconds(model: nn.Module, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    model.merge_adapter()
+    synchronise(device)
+    taken = time.perf_counter() - start
+    model.unmerge_adapter()
+    return taken
+
+
+def floor_of(model: nn.Module, step: Callable, counted: int, rank: int, rest: int) -> int:
+    """The floor of a Dual LoRA step where LoRA, this model, counts so many operations; rest: units beyond LoRA's 2."""
+    thin = own = 0
+
+    def add(layer: nn.Module, inputs: tuple) -> None:
+        nonlocal thin, own
+        x, n_in, n_out = inputs[0], layer.in_features, layer.out_features
+        n = x.numel() // n_in
+        thin += 2 * n * rank * (3 * (n_in + n_out) - (0 if x.requires_grad else n_in))
+        # Where x needs no gradient, neither does dropout's copy of it.
+        units = rest if x.requires_grad else min(rest, 2)
+        own += 2 * n * n_in * n_out * units + 8 * rank * n_in * n_out
+
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return counted - thin + own
+
+
+def measure_case(case: Case, rank: int, repeats: int, device: torch.device) -> list[Row]:
+    """Return a row for every method that can adapt the case; the others are left out with a line that says why."""
+    contenders = list_contenders(rank, case.dropout, has_fast_bfloat16(case.dtype, device))
+    adapted = {name: adapt(case, name, contender, device) for name, contender in contenders.items()}
+    models = {name: model for name, model in adapted.items() if model is not None}
+    steps = {name: case.step(model) for name, model in models.items()}
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(repeats + 2):
+        for name, model in models.items():
+            forget(case, model)
+            seconds = timed(steps[name], device)
+            if turn >= 2:  # the first turns warm caches and allocators
+                taken[name].append(seconds)
+    lora_flops = count(steps[LORA])
+    rows = []
+    for name, model in models.items():
+        forget(case, model)
+        peak = peak_bytes(steps[name], device)
+        flops = count(steps[name])
+        floor = None
+        if contenders[name].recomputes:
+            units = 3 if "dropout" in name else 1 if case.dtype == torch.float32 else 2
+            floor = floor_of(models[LORA], steps[LORA], lora_flops, rank, units)
+        ratios = compare_turns(taken[name], taken[LORA])
+        rows.append(
+            Row(
+                method=name,
+                step_ratio=statistics.median(ratios),
+                step_seconds=statistics.median(taken[name]),
+                flops=flops,
+                flops_over_floor=flops / floor if floor else None,
+                kept_bytes=kept_bytes(model, steps[name]),
+                peak_bytes=peak,
+                adapter_bytes=sum(t.nbytes for t in get_peft_model_state_dict(model).values()),
+                merge_seconds=merge_seconds(model, device),
+                quartiles=find_quartiles(ratios),
+                peer_ratio=statistics.median(compare_turns(taken[name], taken[contenders[name].peer])),
+            )
+        )
+    return rows
+
+
+def adapt(case: Case, name: str, contender: Contender, device: torch.device) -> nn.Module | None:
+    """Return the case's base with the contender's method on it, tried once; None, after a line that says why, if it
+    does not go."""
+    contender.config.target_modules = case.targets
+    torch.manual_seed(0)
+    try:
+        base = round_input_gradients(case.base()) if contender.rounds_base else case.base()
+        model = get_peft_model(base, contender.config).train()
+        if isinstance(contender.config, DualLoraConfig):
+            set_update_scale(model, 1.0)
+        timed(case.step(model), device)
+    except (ValueError, TypeError) as error:
+        print(f"{name} left out: {str(error).splitlines()[0]}")
+        return None
+    return model
+
+
+def compare_turns(taken: list[float], other: list[float]) -> list[float]:
+    """Return the ratio of each turn's times."""
+    return [a / b for a, b in zip(taken, other, strict=True)]
+
+
+def find_quartiles(values: list[float]) -> tuple[float, float]:
+    """Return the first and the third quartile; of a single value, itself twice."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return low, high

@@ -1,0 +1,143 @@
+"""Finished benchmarks as text: the tables of one file, the trend over all of them, and the tables of docs/cost.md."""
+
+import json
+from pathlib import Path
+
+from .measure import Row
+
+COLUMNS = ("step / LoRA", "operations / LoRA", "over floor", "kept, MiB", "peak, MiB", "adapter, MiB", "merge, ms")
+START, END = "<!-- tables: python -m dual_lora.bench --page -->", "<!-- end of tables -->"
+# The layer whose sizes and counts the page shows; of the others only times, whose ratios alone depend on the size.
+SHOWN_LAYER = "layer 2048 x 2048, 1024 tokens, float32"
+
+
+def format_table(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table; sizes in MiB, beside the ratio its quartiles."""
+    lora = next(row for row in rows if row.method == "LoRA")
+    lines = list(_head("method", COLUMNS))
+    for row in rows:
+        ratios = format_ratio(row), f"{row.flops / lora.flops:.2f}"
+        over = "–" if row.flops_over_floor is None else f"{row.flops_over_floor:.3f}"
+        sizes = (f"{n / 2**20:.2f}" for n in (row.kept_bytes, row.peak_bytes, row.adapter_bytes))
+        lines.append(_line(row.method, *ratios, over, *sizes, f"{row.merge_seconds * 1e3:.1f}"))
+    return "\n".join(lines)
+
+
+def format_ratio(row: Row) -> str:
+    """Return a row's step in steps of LoRA, with quartiles where they were kept."""
+    if row.quartiles is None or row.method == "LoRA":
+        return f"{row.step_ratio:.2f}"
+    return f"{row.step_ratio:.2f} ({row.quartiles[0]:.2f}–{row.quartiles[1]:.2f})"
+
+
+def format_record(record: dict) -> str:
+    """Return every table of a finished benchmark."""
+    parts = [describe_machine(record)]
+    for name, case in record["cases"].items():
+        parts.append(f"{name}; rank {case['rank']}, torch {case['torch']}, PEFT {case['peft']}")
+        parts.append(format_table(read_rows(case)))
+    if "threads" in record:
+        parts.append(format_threads(record["threads"]))
+    return "\n\n".join(parts)
+
+
+def format_threads(found: dict) -> str:
+    """Return milliseconds a step by threads and neighbour, and each over the best of its line."""
+    choices = list(dict.fromkeys(choice for times in found["seconds"].values() for choice in times))
+    lines = [f"{found['step']}, {found['cores']} cores, milliseconds a step by threads (over the best):"]
+    lines += ["", *_head("machine", choices)]
+    for machine, times in found["seconds"].items():
+        best = min(times.values())
+        lines.append(_line(machine, *(f"{times[c] * 1e3:.0f} ({times[c] / best:.2f})" for c in choices)))
+    return "\n".join(lines)
+
+
+def describe_machine(record: dict) -> str:
+    """Return hardware and date, and how busy the machine was where that was kept."""
+    loads = [case["load_before"] for case in record["cases"].values() if "load_before" in case]
+    busy = f", load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    return f"{record['hardware']}, {record['date']}{busy}"
+
+
+def read_rows(case: dict) -> list[Row]:
+    """Return the rows of a case of a file."""
+    return [Row(**row) for row in case["rows"]]
+
+
+def index_rows(case: dict) -> dict[str, Row]:
+    """Return the rows of a case of a file by method."""
+    return {row.method: row for row in read_rows(case)}
+
+
+def read_history(folder: Path) -> dict[str, list[dict]]:
+    """Return the records in a folder by hardware, each list from the oldest to the newest."""
+    records: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        records.setdefault(record["hardware"], []).append(record)
+    return records
+
+
+def format_trend(folder: Path) -> str:
+    """Return, for each machine and case, every method's step in steps of LoRA, a column a date."""
+    parts = []
+    for hardware, records in read_history(folder).items():
+        for case in dict.fromkeys(name for record in records for name in record["cases"]):
+            dated = {record["date"]: index_rows(record["cases"][case]) for record in records if case in record["cases"]}
+            parts.append(f"{hardware}: {case}\n\n{_join_columns(dated)}")
+    return "\n\n".join(parts)
+
+
+def format_page_tables(folder: Path) -> str:
+    """Return the tables of docs/cost.md: of the newest file of every machine, the times of all cases, the full table
+    of SHOWN_LAYER and of every model, and the choice of threads."""
+    parts = []
+    for records in read_history(folder).values():
+        newest = records[-1]
+        times = {name: index_rows(case) for name, case in newest["cases"].items()}
+        parts += [f"## {describe_machine(newest)}", "Step / LoRA, median (quartiles):", _join_columns(times)]
+        if any(row.peer_ratio is not None for rows in times.values() for row in rows.values()):
+            parts += [
+                "The same, over LoRA with the same dropout and the same type of dL/dx:",
+                _join_columns(times, _peer),
+            ]
+        for name, case in newest["cases"].items():
+            if name == SHOWN_LAYER or not name.startswith("layer "):
+                parts += [f"{name[0].upper()}{name[1:]}:", format_table(read_rows(case))]
+        if "threads" in newest:
+            parts.append(format_threads(newest["threads"]))
+    return "\n\n".join(parts)
+
+
+def update_page(page: str, tables: str) -> str:
+    """Return the text of a page with these tables between its two marks.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"the page needs the lines {START} and {END}, between which the tables go")
+    return f"{before}{START}\n\n{tables}\n\n{END}{after}"
+
+
+def _peer(row: Row) -> str:
+    return "–" if row.peer_ratio is None else f"{row.peer_ratio:.2f}"
+
+
+def _join_columns(columns: dict[str, dict[str, Row]], cell=format_ratio) -> str:
+    """A table with a line a method, a column a case or date."""
+    methods = dict.fromkeys(method for rows in columns.values() for method in rows)
+    lines = list(_head("method", columns))
+    for method in methods:
+        lines.append(_line(method, *(cell(rows[method]) if method in rows else "–" for rows in columns.values())))
+    return "\n".join(lines)
+
+
+def _head(first: str, columns) -> tuple[str, str]:
+    return _line(first, *columns), "|---" + "|---:" * len(columns) + "|"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

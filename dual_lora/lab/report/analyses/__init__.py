@@ -1,0 +1,1 @@
+"""What was measured of each run's weights, as parts of a report."""

@@ -1,0 +1,216 @@
+"""What is left of the scores when every weight update is cut to rank k."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import tasks
+from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
+from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.record.record import TRUNCATION_FILE
+from dual_lora.lab.report.comparison.floors import Floor, get_model_task
+from dual_lora.lab.report.figures.layout import (
+    GREY,
+    STYLE,
+    add_legend,
+    compute_half_interval,
+    create_panels,
+    get_style,
+)
+from dual_lora.lab.report.values import get_unit
+from dual_lora.lab.study.outcome import Outcome
+
+FULL = "full"  # the column of the whole update
+SAME = 0.1  # points by which a score may differ from the recorded one
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's scores in points by rank, NaN where the outputs had none; `kept`: the share of ||dW||^2, by rank.
+
+    recorded: the run's own score.
+    """
+
+    place: tuple[str, str]
+    label: str
+    scores: dict[int, float]
+    kept: dict[int, float]
+    recorded: float
+
+    @property
+    def whole(self) -> float:
+        """The score with the whole update."""
+        return self.scores[max(self.scores)]
+
+    def get_score(self, rank: int) -> float:
+        """Return the score at a rank; beyond the update's own, nothing is cut."""
+        return self.scores[min(rank, max(self.scores))]
+
+
+def iterate_truncation_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
+    """Yield the curve of every row and task as a figure and as tables."""
+    curves = [read_curve(cell) for cell in done]
+    yield Text("Updates cut to a lower rank", heading=True)
+    yield Text(
+        "Every changed weight W0 + dW becomes W0 + dW_k, the closest of rank k by SVD; nothing is trained again. The "
+        "head, and under full tuning embeddings, norms and biases, stay as trained."
+    )
+    with rc_context(STYLE):
+        figure = draw_curves_by_rank(curves, floors)
+        yield Image(
+            save_figure(figure, folder, "truncation")[0],
+            "Score by the rank that is kept. Small dots: seeds; large ones: their mean; bars: 95 % t-interval (three "
+            "seeds or more); the last dot of a row is its whole update; dotted: the floor",
+        )
+    yield Table(
+        tabulate_losses(curves),
+        "Score minus that of the whole update, in points: mean over seeds ± half the 95 % t-interval. "
+        "full: the score itself, and in brackets the largest rank of an update.",
+    )
+    yield Table(
+        tabulate_shares(curves, floors),
+        "Share of the gain over the highest floor that is left, from means over seeds; a dash where the row does not "
+        "beat the floor by three standard errors.",
+    )
+    yield Table(tabulate_kept(curves), "Share of ||dW||² that is left, a mean over weights and seeds.")
+    same = sum(abs(curve.whole - curve.recorded) <= SAME for curve in curves)
+    yield Text(items=(f"uncut, {same} of {len(curves)} runs have their recorded score up to {SAME} points",))
+
+
+def read_curve(cell: Outcome) -> Curve:
+    """Return the curve of an analysed run.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    content = cell.record.read_sealed(TRUNCATION_FILE, "ranks", "scores", "kept", "metric", "recorded")
+    unit, ranks = get_unit(cell.settings.task.name, content["metric"]), content["ranks"]
+    points = [np.nan if score is None else score * unit for score in content["scores"]]
+    return Curve(
+        get_model_task(cell),
+        cell.cell.label,
+        dict(zip(ranks, points, strict=True)),
+        dict(zip(ranks, content["kept"], strict=True)),
+        content["recorded"] * unit,
+    )
+
+
+def group_curves(curves: list[Curve]) -> dict[tuple[tuple[str, str], str], list[Curve]]:
+    """Return the curves by place and label, a curve a seed."""
+    groups: dict[tuple[tuple[str, str], str], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((curve.place, curve.label), []).append(curve)
+    return groups
+
+
+def list_ranks(curves: list[Curve]) -> list[int]:
+    """Return the ranks below every update's own that some curve was cut to, and 0."""
+    return sorted({rank for curve in curves for rank in curve.scores if rank < max(curve.scores)})
+
+
+def name_place(place: tuple[str, str], label: str, curves: list[Curve]) -> dict[str, str]:
+    """Return the first cells of a row; the model only where there are several."""
+    several = len({curve.place[0] for curve in curves}) > 1
+    return ({"model": place[0]} if several else {}) | {"task": place[1], "method": label}
+
+
+def tabulate_losses(curves: list[Curve]) -> pd.DataFrame:
+    """Return what every cut costs, a row for each method and task."""
+    lines = []
+    for (place, label), some in group_curves(curves).items():
+        line = name_place(place, label, curves)
+        for rank in list_ranks(curves):
+            line[str(rank)] = format_mean([curve.get_score(rank) - curve.whole for curve in some], "+.1f")
+        ranks = sorted({max(curve.scores) for curve in some})
+        line[FULL] = f"{format_mean([curve.whole for curve in some], '.1f')} ({ranks[-1]})"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def format_mean(values: list[float], style: str) -> str:
+    """Return a mean with half its interval; a dash where a value is not known."""
+    if np.isnan(values).any():
+        return MISSING
+    half = compute_half_interval(values)
+    return format(float(np.mean(values)), style) + (f" ± {half:.1f}" if half else "")
+
+
+def tabulate_shares(curves: list[Curve], floors: list[Floor]) -> pd.DataFrame:
+    """Return the share of the gain over the floor that every cut leaves."""
+    lines = []
+    for (place, label), some in group_curves(curves).items():
+        floor, line = find_beaten_floor(place, label, floors), name_place(place, label, curves)
+        for rank in list_ranks(curves):
+            line[str(rank)] = MISSING
+            left = np.mean([curve.get_score(rank) for curve in some])
+            if floor is not None and not np.isnan(left):
+                line[str(rank)] = f"{(left - floor.score) / (np.mean([c.whole for c in some]) - floor.score):.0%}"
+        line["floor"] = MISSING if floor is None else f"{floor.score:.1f} ({floor.name})"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def find_beaten_floor(place: tuple[str, str], label: str, floors: list[Floor]) -> Floor | None:
+    """Return the highest floor of a task if a row beats every floor of it; else None."""
+    here = [floor for floor in floors if floor.place == place]
+    if not here or any(label not in floor.beaten_by for floor in here):
+        return None
+    return max(here, key=lambda floor: floor.score)
+
+
+def tabulate_kept(curves: list[Curve]) -> pd.DataFrame:
+    """Return the share of the squared norm that every cut keeps."""
+    lines = []
+    for (place, label), some in group_curves(curves).items():
+        kept = {
+            str(rank): f"{np.mean([curve.kept.get(rank, 1.0) for curve in some]):.2f}" for rank in list_ranks(curves)
+        }
+        lines.append(name_place(place, label, curves) | kept)
+    return pd.DataFrame(lines)
+
+
+def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
+    """Return a panel for each model and task, a line for each row."""
+    groups, labels = group_curves(curves), list(dict.fromkeys(curve.label for curve in curves))
+    places = list(dict.fromkeys(curve.place for curve in curves))
+    ticks = sorted({rank for curve in curves for rank in curve.scores})
+    figure, panels = create_panels(len(places), 2.3)
+    for axes, place in zip(panels, places, strict=True):
+        for (where, label), some in groups.items():
+            if where == place:
+                draw_curve(axes, some, label, labels.index(label), ticks)
+        for floor in floors:
+            if floor.place == place:
+                axes.axhline(floor.score, color=GREY, linestyle=":", linewidth=1)
+        task = tasks.load(place[1])
+        axes.set(title=", ".join(dict.fromkeys(place[1:])), xlabel="rank kept", ylabel=f"{task.metric}, points")
+        axes.set_xticks(range(len(ticks)), list(map(str, ticks)))
+        axes.grid(alpha=0.3)
+    add_legend(figure, panels)
+    return figure
+
+
+def draw_curve(axes: Axes, some: list[Curve], label: str, number: int, ticks: list[int]) -> None:
+    """Draw one row's seeds and their mean, up to its whole update."""
+    style, known = get_style(number), sorted({rank for curve in some for rank in curve.scores})
+    xs = np.array([ticks.index(rank) for rank in known]) + 0.08 * (number - 1)
+    seeds = np.array([[curve.get_score(rank) for rank in known] for curve in some])
+    bars = [compute_half_interval(column[~np.isnan(column)]) for column in seeds.T]
+    axes.errorbar(
+        xs,
+        seeds.mean(axis=0),
+        yerr=bars if any(bars) else None,
+        label=label,
+        markersize=4,
+        capsize=2,
+        linewidth=1,
+        **style,
+    )
+    for scores in seeds:
+        axes.plot(xs, scores, ".", color=style["color"], markersize=3, alpha=0.5)
