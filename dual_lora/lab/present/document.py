@@ -12,7 +12,8 @@ MISSING = "–"
 STYLE = """body {font: 15px/1.5 sans-serif; max-width: 96em; margin: 2em auto; padding: 0 1em}
 table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right; white-space: nowrap}
 tr {border-top: 1px solid #ddd} .words {text-align: left} .wide {overflow-x: auto} img {max-width: 100%}
-td[data-command] {cursor: copy} tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em} p.figure {max-width: none}"""
+td[data-command] {cursor: copy}
+tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em} p.figure {max-width: none}"""
 # Copies the command of a cell that is clicked.
 COPY = """<script>document.addEventListener("click", event => {
 const cell = event.target.closest("[data-command]"); if (cell) navigator.clipboard.writeText(cell.dataset.command) })

@@ -106,18 +106,20 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for cell in (cell for cell in done if cell.result):
         kind = (cell.settings.method.peft or {}).get("peft_type", "every weight")
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in cell.result["learning_rates"].items())
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in cell.result.get("learning_rates", {}).items())
+        own = cell.result.get("adapter_parameters")
         line = {
             "model": cell.settings.model.name,
             "method": cell.cell.label,
             "adapter": f"{kind}: {cell.result['adapter']}" if "adapter" in cell.result else kind,
             "trained": f"{cell.result['trainable_parameters']:,}",
-            "of them the adapter's": f"{cell.result['adapter_parameters']:,}",
-            "learning rates": rates,
+            "of them the adapter's": MISSING if own is None else f"{own:,}",
+            "learning rates": rates or MISSING,  # older records lack both
         }
         lines[tuple(line.values())] = line
     return Table(
-        pd.DataFrame(lines.values()), "As it ran: adapter, trained weights, and the rate of every group of them."
+        pd.DataFrame(lines.values()),
+        "The adapter of every row, its trained weights, and the rate of every group of them.",
     )
 
 

@@ -3,9 +3,9 @@
 runs/STUDY/report/
     table.md         verdicts, the table, further differences, published figures
     table.tex        its tables for LaTeX, with booktabs
-    table.csv        every value of every run
+    table.csv        every value of every run, with the command that makes it
     differences.csv  every comparison with a baseline
-    report.html      all of it as one page that needs nothing else
+    report.html      all of it as one page that needs nothing else; a click on a cell copies its command
     *.png, *.pdf     figures
     .figures.json    which figures the report wrote, with their SHA-256; other files are left alone
 """
@@ -133,10 +133,11 @@ def iterate_blocks_of_report(
     yield from iterate_power_blocks(comparisons)
     if experiment.tune:
         yield tabulate_learning_rates(experiment, done)
-    if any(cell.result for cell in done):
-        yield tabulate_adapters(done)
     yield from iterate_protocol_blocks(experiment, done)
     yield from iterate_published_blocks(experiment, done)
+    if any(cell.result for cell in done):
+        yield Text("As it ran", heading=True)
+        yield tabulate_adapters(done)
 
 
 def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:
