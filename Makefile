@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-slow test-slurm smoke chaos calibration lint audit clean
+.PHONY: help env demo test test-unit test-slow test-slurm test-torch smoke chaos calibration gpu lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,11 +25,21 @@ demo: env  ## adapt a bundled model to a demo task, about a minute
 test: env  ## the test suite, about 20 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 25 --durations-min 5
 
+# Without the harness: what a change of the method, its kernels, the statistics or the settings can break.
+UNIT := tests/tuner tests/kernels tests/test_stats.py tests/test_seeds.py tests/test_measures.py tests/test_structure.py
+UNIT += tests/test_settings_help.py tests/test_overrides.py tests/test_paper.py tests/test_startup.py
+
+test-unit: env  ## tuner, kernels, statistics and settings, about a minute on 2 cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(UNIT)
+
 test-slow: env  ## the minutes-long tests
 	$(PY) -m pytest -m slow
 
 test-slurm: env  ## runs on a real Slurm of one node (Debian's packages, as root), minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/test_slurm.py
+
+test-torch: env  ## the method alone beside the oldest and the newest torch and PEFT, minutes and several GB (network)
+	OMP_NUM_THREADS=1 $(PY) -m tools.try_releases
 
 smoke: env  ## every experiment with bundled models, report included, minutes
 	$(PY) sweep.py experiment=all scale=smoke force=true wandb.mode=disabled
@@ -39,6 +49,9 @@ chaos: env  ## kill, starve and damage a small study in many ways, about 20 minu
 
 calibration: env  ## simulate equal methods: are verdicts and intervals right as often as promised; minutes
 	OMP_NUM_THREADS=1 $(PY) -m tools.calibrate
+
+gpu: env  ## what only a GPU can show, written to benchmarks/; at most ten minutes, resumable
+	$(PY) -m tools.gpu_check
 
 lint: env  ## style checks
 	$(VENV)/bin/ruff check .

@@ -133,14 +133,13 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
 
 def is_autocast_on(device_type: str) -> bool:
     """Return whether autocast is on for a device type; the meta device has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch 2.7 cannot compile `torch.amp.is_autocast_available`
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def suspend_autocast(device_type: str):
     """A context in which autocast is off for a device type; the meta device has none."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()  # the meta device
+    return contextlib.nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def check_factors(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
@@ -150,9 +149,8 @@ def check_factors(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> None:
         ValueError: with the shapes.
     """
     if (*A.shape[:-2], B.shape[-2], A.shape[-1]) != (*C.shape[:-2], D.shape[-2], C.shape[-1]):
-        shapes = ", ".join(
-            f"{name}: {' x '.join(map(str, t.shape))}" for name, t in zip("ABCD", (A, B, C, D), strict=True)
-        )
+        named = {"A": A, "B": B, "C": C, "D": D}
+        shapes = ", ".join(f"{name}: {' x '.join(map(str, t.shape))}" for name, t in named.items())
         raise ValueError(f"{shapes}: expected A: r1 x in, B: out x r1, C: r2 x in, D: out x r2")
 
 

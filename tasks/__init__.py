@@ -5,13 +5,38 @@ of its file in tasks/ and of its settings in conf/task/.
 """
 
 import importlib
+from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tasks.base import Split, Task, TaskError
 
-__all__ = ["Split", "Task", "TaskError", "load"]
+__all__ = ["Plugin", "Split", "Task", "TaskError", "load", "plugins"]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Code from outside that a command line named: the imported module, its file or folder, and the hash of these."""
+
+    module: ModuleType
+    path: Path
+    sha256: str
+
+
+# The code from outside, by its name: `load` finds a task of that name in it.
+plugins: dict[str, Plugin] = {}
+REQUIRED = ("name", "version", "form", "metric")  # attributes without a default
+
+
+def find_module(file: str) -> ModuleType | None:
+    """Return the module of tasks/ or the plugin that is called `file`."""
+    if file in plugins:
+        return plugins[file].module
+    here = file.isidentifier() and find_spec(f"tasks.{file}")
+    return importlib.import_module(f"tasks.{file}") if here else None
 
 
 def load(name: str, options: dict[str, Any] | None = None, data_dir: str | None = None) -> Task:
@@ -24,9 +49,13 @@ def load(name: str, options: dict[str, Any] | None = None, data_dir: str | None 
         TaskError: the task has no such option, or not that value.
     """
     file, _, subset = name.partition("/")
-    if not file.isidentifier() or not find_spec(f"tasks.{file}"):
-        raise TaskError(f"task.name={name}: no such task; take task=NAME, one of those in conf/task/")
-    build = getattr(importlib.import_module(f"tasks.{file}"), "task", None)
+    module = find_module(file)
+    if module is None:
+        remedy = "take task=NAME, one of those in conf/task/, or give the file of your own task as plugins=FILE.py"
+        raise TaskError(f"task.name={name}: no such task; {remedy}")
+    build = getattr(module, "task", None)
+    if build is None and file in plugins:
+        raise TaskError(f"{plugins[file].path}: defines no function task(subset, **options); add it")
     if build is None:
         raise TaskError(
             f"task.name={name}: not a task but a module that tasks share; take task=NAME, one of those in conf/task/"
@@ -37,6 +66,28 @@ def load(name: str, options: dict[str, Any] | None = None, data_dir: str | None 
             raise TaskError(f"task.options.{key}: {name} has no such option; it has {', '.join(known) or 'none'}")
         if type(value) is not type(known[key]):
             raise TaskError(f"task.options.{key}={value}: must be like {known[key]!r}, its default")
-    found = build(subset, **(options or {}))
+    if file in plugins:
+        found = build_own_task(plugins[file], subset, options or {})
+    else:
+        found = build(subset, **(options or {}))
     found.data_dir = data_dir
+    return found
+
+
+def build_own_task(plugin: Plugin, subset: str, options: dict[str, Any]) -> Task:
+    """Return the task that a plugin's function `task` returns.
+
+    Raises:
+        TaskError: it fails, or returns something else than a whole task.
+    """
+    try:
+        found = plugin.module.task(subset, **options)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{plugin.path}: its function task(subset, **options) fails ({error!r}); fix it") from error
+    if not isinstance(found, Task):
+        raise TaskError(f"{plugin.path}: task() returns {str(found)[:80]!r}; return a subclass of tasks.base.Task")
+    if lacking := [name for name in REQUIRED if not hasattr(found, name)]:
+        raise TaskError(f"{plugin.path}: its task has no {', '.join(lacking)}; set it")
     return found

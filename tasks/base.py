@@ -23,29 +23,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-from datasets import Dataset, DownloadManager, Features, List, Value
+if TYPE_CHECKING:  # datasets and what scores take a second or more to import, so that is done where they are used
+    from datasets import Dataset, Features
 
-if TYPE_CHECKING:
     from tasks.measures import Score
 
 Row = dict[str, Any]
 Output = int | float | str
 
-CLASSIFICATION = Features(
-    {"id": Value("string"), "text": Value("string"), "text_pair": Value("string"), "label": Value("int64")}
-)
-REGRESSION = Features({**CLASSIFICATION, "label": Value("float64")})
-GENERATION = Features(
-    {
-        "id": Value("string"),
-        "prompt": Value("string"),
-        "target": Value("string"),
-        "references": List(Value("string")),
-    }
-)
-
+# The columns of each form's rows and their types; a list of texts is ["string"].
+SENTENCE = {"id": "string", "text": "string", "text_pair": "string"}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "classification": {**SENTENCE, "label": "int64"},
+    "regression": {**SENTENCE, "label": "float64"},
+    "generation": {"id": "string", "prompt": "string", "target": "string", "references": ["string"]},
+}
 
 FETCH = "fetch the file again"
 # What code raises when it reads data of an unexpected shape.
@@ -76,7 +70,7 @@ def translate_shape_errors(what: str, source: object) -> Iterator[None]:
 class Split:
     """Rows of one split and where they came from (`origin` names a file or a hub revision, for the run's record)."""
 
-    rows: Dataset
+    rows: "Dataset"
     origin: str
 
     def describe(self) -> dict[str, Any]:
@@ -113,11 +107,10 @@ class Task:
     unscaled: tuple[str, ...] = ()
     lower_is_better: tuple[str, ...] = ()
 
-    features: ClassVar[dict[str, Features]] = {
-        "classification": CLASSIFICATION,
-        "regression": REGRESSION,
-        "generation": GENERATION,
-    }
+    @property
+    def row_types(self) -> dict[str, Any]:
+        """The columns of a row and their types."""
+        return COLUMNS[self.form]
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
         """Return the rows of split `name`, from the hub or from the official files below `data_dir`.
@@ -130,6 +123,13 @@ class Task:
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         """Return what identifies the data before any of it is parsed: file hashes, or a hub id with its revision."""
         raise NotImplementedError
+
+    def check_files(self) -> None:
+        """Refuse files in `data_dir` whose form is the user's own, before anything is loaded.
+
+        Raises:
+            TaskError: with file, line and column.
+        """
 
     def choices(self, row: Row) -> list[str]:
         """Return the continuations of the prompt to rank by likelihood; empty if this task does not rank any."""
@@ -156,22 +156,43 @@ class Task:
         judged row; only its column names are used. A score that is missing here gets no interval and no test."""
         return {}
 
-    def dataset(self, rows: Iterable[Row], source: object) -> Dataset:
+    def dataset(self, rows: Iterable[Row], source: object) -> "Dataset":
         """Return `rows` as a Dataset with exactly the columns and types of this task's form.
 
         Raises:
             TaskError: there are none, or one holds something else; `source` says where they are from.
         """
+        from datasets import Dataset
+
         with translate_shape_errors(f"a row of {self.name}", source):
-            rows, features = list(rows), self.features[self.form]
-            columns = [name for name, kind in features.items() if kind == Value("string")]
+            rows = list(rows)
+            columns = [name for name, kind in self.row_types.items() if kind == "string"]
             for number, row in enumerate(rows, start=1):
                 texts = [row[name] for name in columns] + row.get("references", [])
                 if odd := [text for text in texts if not isinstance(text, str)]:
                     raise TypeError(f"row {number} has {odd[0]!r}")  # Dataset would take a null
             if not rows:
                 raise TaskError(f"{source}: no rows; {FETCH}")
-            return Dataset.from_list(rows, features=features)
+            return Dataset.from_list(rows, features=build_features(self.row_types))
+
+
+def build_features(columns: dict[str, Any]) -> "Features":
+    """Return columns as datasets declares them. A type is a name, a list of one type, or a dictionary of columns."""
+    from datasets import Features, List, Value
+
+    def build(kind: Any) -> Any:
+        if isinstance(kind, dict):
+            return {name: build(part) for name, part in kind.items()}
+        return List(build(kind[0])) if isinstance(kind, list) else Value(kind)
+
+    return Features(build(columns))
+
+
+def load_dataset(*words: str | None, **options: str) -> "Dataset":
+    """Return a data set of the hub as `datasets.load_dataset` does."""
+    import datasets
+
+    return datasets.load_dataset(*words, **options)
 
 
 def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:
@@ -191,9 +212,21 @@ def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ..
                     several = " and ".join(path.name for path in found)
                     raise TaskError(f"data_dir={data_dir}: {several} could each be {names[0]}; keep one of them")
                 if found:
+                    check_packed_copy(found[0])
                     return found[0]
     looked = " or ".join(f"{folder}/{names[0]}" for folder in folders)
     raise TaskError(f"data_dir={data_dir}: no {looked} (plain or .gz) below it")
+
+
+def check_packed_copy(path: Path) -> None:
+    """Refuse a file beside a .gz of the same name that holds other data.
+
+    Raises:
+        TaskError: with both.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    if packed.is_file() and file_sha256(packed) != file_sha256(path):
+        raise TaskError(f"{path} and {packed.name}: hold different data; keep one of them")
 
 
 @contextmanager
@@ -203,6 +236,8 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         TaskError: it cannot be opened or unpacked.
     """
+    if path.is_fifo():  # reading it would wait for somebody to write
+        raise TaskError(f"{path}: a pipe, not a file; {FETCH}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             yield stream
@@ -272,6 +307,7 @@ def iterate_records(
             record.append(line)
             yield line
 
+    csv.field_size_limit(2**31 - 1)  # the default of 128 Ki characters refuses long documents
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader, start = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True), 1
     try:
@@ -314,6 +350,8 @@ def fetch(repository: str, commit: str, path: str) -> Path:
     Raises:
         TaskError: it cannot be reached.
     """
+    from datasets import DownloadManager
+
     url = f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"
     try:
         return Path(DownloadManager().download(url))

@@ -15,12 +15,12 @@ import re
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
 from tasks.base import Row, TaskError
 from tasks.own_files import OwnFiles, Place, Placed, text_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.measures import Score
 
 VERSION = 1
@@ -51,6 +51,8 @@ def task(
         raise TaskError(f"classification/{subset}: no such task, only classification")
     if metric not in METRICS:
         raise TaskError(f"task.options.metric={metric}: must be one of {', '.join(METRICS)}")
+    if odd := [name for name in labels if not isinstance(name, (str, int, float))]:
+        raise TaskError(f"task.options.labels: {odd[0]!r} is no class name; write a list of names")
     names = [str(name).lower() if isinstance(name, bool) else str(name).strip() for name in labels]
     if len(set(names)) < len(names) or len(names) == 1 or "" in names:
         raise TaskError(f"task.options.labels={names}: must be two class names or more, all different")
@@ -146,7 +148,7 @@ class Classification(OwnFiles):
         if len(train) < 2:
             raise TaskError(f"{place.path}: {column} has one class only, {next(iter(train))!r}; add rows of another")
 
-    def dataset(self, rows: Any, source: object) -> Dataset:
+    def dataset(self, rows: Any, source: object) -> "Dataset":
         """Return rows with their classes as indices."""
         rows = list(rows)
         if self.form == "classification":
@@ -162,7 +164,7 @@ class Classification(OwnFiles):
         pairs = [row["answer"] for row in rows], [row["gold"] for row in rows]
         if self.form == "regression":
             return metrics.regression(*pairs)
-        return metrics.classification(*pairs, len(self.labels)) | {"macro_f1": metrics.macro_f1(*pairs)}
+        return metrics.classification(*pairs, self.count_classes(rows)) | {"macro_f1": metrics.macro_f1(*pairs)}
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
         from tasks import measures
@@ -170,7 +172,14 @@ class Classification(OwnFiles):
         if self.form == "regression":
             return measures.regression_scores()
         macro = measures.Score(measures.answer_and_gold, measures.macro_f1)
-        return measures.classification_scores(len(self.labels)) | {"macro_f1": macro}
+        return measures.classification_scores(self.count_classes([])) | {"macro_f1": macro}
+
+    def count_classes(self, rows: list[Row]) -> int:
+        """Return how many classes there are. A report is made without the files: then F1 has two, and other scores
+        have those that the rows name."""
+        if self.metric == "f1" or self.labels:
+            return 2 if self.metric == "f1" else len(self.labels)
+        return 1 + max((row[key] for row in rows for key in ("answer", "gold")), default=-1)
 
 
 def in_order(labels: Any) -> list[str]:

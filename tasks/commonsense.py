@@ -32,12 +32,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, load_dataset
-
 from tasks import base
-from tasks.base import Output, Row, Split, Task, TaskError
+from tasks.base import Output, Row, Split, Task, TaskError, load_dataset
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.measures import Score
 
 VERSION = 2
@@ -298,7 +298,7 @@ class Commonsense(Task):
         swag = any(item["answer"].startswith("ending") for item in items)
         return f" ({len(items)} rows, not the official file{'' if swag else '; without HellaSwag'})"
 
-    def rows(self, split: str, items: Iterable[Item], source: Any) -> Dataset:
+    def rows(self, split: str, items: Iterable[Item], source: Any) -> "Dataset":
         """Return the items as rows.
 
         Raises:
@@ -308,7 +308,7 @@ class Commonsense(Task):
         prompt = TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT
         return self.write_rows(split, items, range(len(items)), prompt, source)
 
-    def write_rows(self, split: str, items: list[Item], numbers: Iterable[int], prompt: str, source: Any) -> Dataset:
+    def write_rows(self, split: str, items: list[Item], numbers: Iterable[int], prompt: str, source: Any) -> "Dataset":
         """Return the items of these numbers as rows.
 
         Raises:

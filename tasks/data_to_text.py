@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from datasets import Dataset
-
 from tasks import base
 from tasks.base import Output, Row, Split, Task, TaskError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.measures import Score
 
 REPOSITORY, COMMIT = "microsoft/LoRA", "c4593f060e6a368d7bb5af5273b8e42810cdef90"
@@ -84,7 +84,7 @@ class DataToText(Task):
             return f"{REPOSITORY}@{COMMIT[:8]}/{self.folder}/{self.files[name][0]}"
         return f"{path.parent.name}/{path.name}"
 
-    def rows(self, split: str, pairs: Iterable[Pair], source: object) -> Dataset:
+    def rows(self, split: str, pairs: Iterable[Pair], source: object) -> "Dataset":
         """Return the rows of a split as a Dataset.
 
         Raises:

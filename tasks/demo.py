@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-import sacrebleu
-from sklearn.metrics import accuracy_score
-
 from tasks.base import Output, Row, Split, Task, TaskError
 
 if TYPE_CHECKING:
@@ -271,6 +268,8 @@ class Sentiment(Demo):
         return {"text": review(rng, self.labels[label]), "text_pair": "", "label": label}
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score
+
         rows = results["validation"]
         return {"accuracy": float(accuracy_score([row["gold"] for row in rows], [row["answer"] for row in rows]))}
 
@@ -298,6 +297,8 @@ class Restaurants(Demo):
         return {"answer": answer, "gold": row["target"], "references": row["references"], "slots": said}
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
+        import sacrebleu
+
         rows = results["validation"]
         streams = list(zip(*(row["references"] for row in rows), strict=True))
         bleu = sacrebleu.corpus_bleu([row["answer"] for row in rows], streams).score / 100

@@ -18,10 +18,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import load_dataset
-
 from tasks import base
-from tasks.base import Row, Split, TaskError
+from tasks.base import Row, Split, TaskError, load_dataset
 from tasks.data_to_text import SEPARATOR, DataToText, Pair
 
 VERSION = 2  # 1: no output repeated an n-gram of its prompt

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, load_dataset
-
 from tasks import base
-from tasks.base import Row, Split, Task, TaskError
+from tasks.base import Row, Split, Task, TaskError, load_dataset
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tasks.measures import Score
 
 VERSION = 1
@@ -159,13 +159,13 @@ class Glue(Task):
         path = self.path(name, data_dir)
         return Split(self.from_file(path, name), f"{path.parent.name}/{path.name}")
 
-    def from_hub(self, rows: Dataset, split: str) -> Dataset:
+    def from_hub(self, rows: "Dataset", split: str) -> "Dataset":
         """Return the hub's rows in this project's columns."""
         texts = [[row[c] for c in self.spec.hub_text] for row in rows]
         found = (self.row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True)))
         return self.dataset(found, HUB)
 
-    def from_file(self, path: Path, split: str) -> Dataset:
+    def from_file(self, path: Path, split: str) -> "Dataset":
         """Return the rows of an official file in this project's columns."""
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
         belongs = self.chooser(path, split)

@@ -17,8 +17,6 @@ and `loss`, the mean negative log-likelihood of a response's tokens, in nats, wi
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from datasets import Features, List, Value
-
 from tasks import base
 from tasks.base import Output, Row, TaskError
 from tasks.own_files import OwnFiles, Place, Placed, text_of
@@ -70,8 +68,9 @@ class Instruction(OwnFiles):
     """Prompts with one accepted response each."""
 
     name, version, form, unscaled, lower_is_better = "instruction", VERSION, "generation", ("loss",), ("loss",)
-    message = {"role": Value("string"), "content": Value("string")}
-    features: ClassVar[dict[str, Features]] = {"generation": Features({**base.GENERATION, "messages": List(message)})}
+    row_types: ClassVar[dict[str, Any]] = base.COLUMNS["generation"] | {
+        "messages": [{"role": "string", "content": "string"}]
+    }
 
     def __init__(self, columns: tuple[str, str], separator: str, metric: str, loss: bool, files: dict) -> None:
         super().__init__(**files)

@@ -16,9 +16,6 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-from datasets import ClassLabel, Dataset
-
 from tasks import base
 from tasks.base import Row, Split, Task, TaskError
 
@@ -220,6 +217,9 @@ def read_parquet(path: Path) -> Iterator[Placed]:
     Raises:
         TaskError: it cannot be read as Parquet, or a column occurs twice.
     """
+    import pyarrow.parquet
+    from datasets import ClassLabel, Dataset
+
     try:
         table = Dataset(pyarrow.parquet.read_table(path))
     except (OSError, ValueError, TypeError) as error:
@@ -271,7 +271,14 @@ class OwnFiles(Task):
     with `split_seed`. Rows of equal text stay together, so that none is on both sides.
     """
 
-    def __init__(self, scored: str, held_out: float, split_seed: int, quotes: bool, overlap: bool) -> None:
+    def __init__(
+        self,
+        scored: str = "test",
+        held_out: float = 0.1,
+        split_seed: int = 0,
+        quotes: bool = True,
+        overlap: bool = False,
+    ) -> None:
         if scored not in ("test", "validation"):
             raise TaskError(f"task.options.scored={scored}: must be test or validation")
         if not 0 < held_out < 1:
@@ -314,6 +321,9 @@ class OwnFiles(Task):
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         files = self.used(data_dir)
         return {split: " ".join(map(base.file_sha256, paths)) for split, paths in files.items()}
+
+    def check_files(self) -> None:
+        self.rows()
 
     def used(self, data_dir: str | None) -> Files:
         """Return training's files and those that are scored, if any are; the folder is the task's from now on."""

@@ -193,7 +193,7 @@ def test_a_damaged_line_and_a_second_process_are_told_in_one_line(tmp_path):
         run_squares(path, 3)
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0][:20]}\n{lines[1]}\n")
-    with pytest.raises(StudyError, match=r"rows.jsonl, line 1: not JSON; remove the line"):
+    with pytest.raises(StudyError, match=r"rows.jsonl, line 1: damaged; remove the line"):
         run_squares(path, 1)
 
 

@@ -39,16 +39,17 @@ from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.outside import hub as inputs_hub
+from dual_lora.lab.config.outside.hub import is_hub_unreachable
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.inputs import hub as inputs_hub
-from dual_lora.lab.inputs.hub import is_hub_unreachable
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_USER
+from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.train.run import train_run
 from tasks.commonsense import SPECS
 
@@ -76,7 +77,7 @@ class Case:
 
     def words(self, here: Path) -> list[str]:
         given = [word.replace("{here}", str(here)).replace("{_}", " ") for word in self.argv.split()]
-        return [*TINY, *given] if self.script == "train.py" else given
+        return drop_replaced_overrides([*TINY, *given]) if self.script == "train.py" else given
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
@@ -347,7 +348,13 @@ CASES = [
     Case("config", "no name at all", "=3", "not of the form KEY=VALUE"),
     Case("config", "a line break", "study=a\\nb{_}c".replace("\\n", "{nl}"), "contains characters that are not text; remove them"),
     Case("config", "a removed group", "~method", "~method: settings cannot be removed"),
-    Case("config", "an unknown option", "--config-dir=/tmp", "--config-dir=/tmp: no such option"),
+    Case("config", "an unknown option", "--config-name=x", "--config-name=x: no such option"),
+    Case("config", "a folder of settings that is none", "--config-dir=/nowhere", "--config-dir /nowhere: no such folder"),
+    Case("config", "code that is none", "plugins=/nowhere.py", "plugins=/nowhere.py: no such file"),
+    Case("config", "a setting without its group", "lr=1e-3", "lr: no such setting. Did you mean train.lr?"),
+    Case("config", "an option without its group", "held_out=0.2", "held_out: no such setting. Did you mean task.options.held_out?"),
+    Case("config", "a model that is nowhere", "model=/nowhere", "model=/nowhere: no such folder; give a saved Hugging Face model"),
+    Case("config", "a model of the hub without its owner", "model=bert-base-uncased", "Any other is model=ORG/NAME, of the hub, or model=DIR."),
     Case("config", "a new PEFT field without +", "method.peft.zzz=1", "write +method.peft.zzz=VALUE to add it"),
     Case("config", "another task's option", "+task.options.style=5", "demo/sentiment has no such option"),
     Case("config", "option of another type", "task=e2e task.options.separator=5 model=tiny-llama", "must be like ' ||'"),
@@ -513,9 +520,9 @@ CASES = [
     Case("record", "compared with no run", "run={here}/run analyse=true against={here}", "against=", finished, EVAL),
     # environment
     Case("environment", "a file in place of the runs", "", "is not a writable folder", lambda h: (h / "runs").write_text("")),
-    Case("environment", "a model's folder that is none", "model.path=/nowhere", "model.path=/nowhere: no config.json there"),
-    Case("environment", "a model without weights", PLACED, "no *.safetensors there", without("model/model.safetensors", model)),
-    Case("environment", "a model of *.bin only", PLACED, "no *.safetensors there", as_pickle("model/model.safetensors", model)),
+    Case("environment", "a model's folder that is none", "model.path=/nowhere", "model.path=/nowhere: no config.json, no weights (*.safetensors)"),
+    Case("environment", "a model without weights", PLACED, "no weights (*.safetensors) there; give the folder", without("model/model.safetensors", model)),
+    Case("environment", "a model of *.bin only", PLACED, "and pytorch_model.bin is a pickle, which is never read", as_pickle("model/model.safetensors", model)),
     Case("environment", "config.json is junk", PLACED, "config.json: damaged", changed("model/config.json", lambda c: b"\x00\xff{", model)),
     Case("environment", "config.json is a list", PLACED, "config.json: damaged (not a JSON object)", changed("model/config.json", lambda c: b"[]", model)),
     Case("environment", "config.json names no model", PLACED, "names no model_type", changed("model/config.json", lambda c: b"{}", model)),
@@ -672,7 +679,7 @@ def shown(text: str, here: Path) -> str:
     """Return a message without what differs from machine to machine."""
     text = text.replace(str(here), "HERE").replace(os.path.relpath(here), "HERE")
     text = re.sub(r"(?m)^.*\d+/\d+ \[.*\n?", "", re.sub(r"(?m)^.*\r", "", text))  # progress
-    text = text.replace(platform.node(), "HOST")
+    text = re.sub(r"config.yaml: line \d+", "config.yaml: line N", text.replace(platform.node(), "HOST"))
     text = re.sub(r"(Known: |a model that does: |Known are ).*", r"\1...", text)  # choices come and go
     return re.sub(r"_s0_[0-9a-f]{10}", "_s0_ID", text.replace(str(ROOT), "ROOT")).strip()
 

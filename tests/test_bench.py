@@ -121,7 +121,7 @@ def build_record(date, ratio, **more):
         "Dual LoRA", ratio, 0.1, 15, 1.0, 1, 1, 1, 0.1, quartiles=(ratio - 0.1, ratio + 0.1), peer_ratio=ratio
     )
     case = {"rank": 16, "torch": "2", "peft": "0", "load_before": 1.5, "rows": [asdict(row), asdict(dual)]}
-    return {"hardware": "a machine", "date": date, "cases": {page.SHOWN_LAYER: case, "layer 8 x 8": case}, **more}
+    return {"hardware": "a machine", "date": date, "cases": {page.SHOWN_CASES[0]: case, "layer 8 x 8": case}, **more}
 
 
 def test_a_folder_is_a_history(tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_a_folder_is_a_history(tmp_path, capsys):
         (tmp_path / f"{date}-a-machine.json").write_text(json.dumps(build_record(date, ratio)))
     command.main(["--trend", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"a machine: {page.SHOWN_LAYER}" and "| method | 2026-01-02 | 2026-02-03 |" in lines
+    assert lines[0] == f"a machine: {page.SHOWN_CASES[0]}" and "| method | 2026-01-02 | 2026-02-03 |" in lines
     assert lines.count("| Dual LoRA | 1.60 (1.50–1.70) | 1.25 (1.15–1.35) |") == 2
 
 

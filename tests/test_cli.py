@@ -35,7 +35,7 @@ MISTAKES = {
     "wandb.mode=onlin": "wandb.mode=onlin: not one of online, offline, disabled. Did you mean online?",
     "model.dtype=float8": "model.dtype=float8: not one of float32",
     "model.adapt=[q,z]": "model.adapt: tiny-roberta has no role 'z'",
-    "model.path=/nowhere": "model.path=/nowhere: no config.json there",
+    "model.path=/nowhere": "model.path=/nowhere: no config.json, no weights",
     "method.r1=4": "method.r1 and method.r2: give both or neither",
     "method.peft.zzz=1": "method.peft.zzz: not among the method's; write +method.peft.zzz=VALUE to add it",
     "~method": "~method: settings cannot be removed",

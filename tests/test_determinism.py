@@ -17,6 +17,7 @@ from dual_lora.lab.record import provenance as record_provenance
 from dual_lora.lab.record.provenance import describe_environment, has_uncommitted_changes, hash_code, run_git
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.environment import count_available_cores
 from dual_lora.lab.train.run import train_run
 
 FEW = ["deterministic=true", "train.max_steps=4", "train.batch_size=8", "eval.max_examples=4", "eval.before=false"]
@@ -69,6 +70,7 @@ def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
     found = json.loads((folder / "environment.json").read_text())
     assert {"torch", "transformers", "tokenizers", "peft", "safetensors", "numpy"} <= found["packages"].keys()
     assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found["cores"] == count_available_cores()
     assert found["threads"] == torch.get_num_threads() and found["variables"]["OMP_NUM_THREADS"] == "1"
     assert found["tf32"].keys() == {"matmul", "cudnn"} and found["float32_matmul_precision"] == "highest"
     assert found["instructions"] and found["processor"]

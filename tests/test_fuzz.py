@@ -29,6 +29,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK
 from dual_lora.lab.train.plan import plan_run
 from dual_lora.lab.train.run import train_run
+from tasks.base import build_features
 
 TIMES = int(os.environ.get("DUAL_LORA_FUZZ", 1))
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -261,7 +262,7 @@ def test_any_data_file_is_read_or_refused_in_one_line(kind, tmp_path):
             in_one_line(error)
             assert name.rpartition("/")[2] in str(error) or "below it" in str(error)
             return
-        assert rows.features == task.features[task.form] and len(rows) > 0
+        assert rows.features == build_features(task.row_types) and len(rows) > 0
         assert len(encode_rows(rows, task, tokenizer, chosen)) == len(rows)
         output = {"classification": 0, "regression": 1.0, "generation": "a text"}[task.form]
         assert all(task.judge(row, output) for row in rows)

@@ -46,11 +46,11 @@ def turned(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write(path, architecture="llama", cut="gpt-2", template=None, more=None, extra=()):
-    """Write the bundled model as llama.cpp's converter does."""
+def write(path, architecture="llama", cut="gpt-2", template=None, more=None, extra=(), split=0):
+    """Write the bundled model as llama.cpp's converter does. split: at most so many weights a file; 0: one file."""
     config, words = (json.loads((SAVED / f"{n}.json").read_text()) for n in ("config", "tokenizer"))
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    out = gguf.GGUFWriter(path, architecture)
+    out = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     out.add_context_length(config["max_position_embeddings"])
     out.add_block_count(config["num_hidden_layers"])
     out.add_embedding_length(config["hidden_size"])
@@ -192,6 +192,16 @@ def test_what_transformers_would_read_otherwise_is_refused(tmp_path):
     biased = settings(write(tmp_path / "bias.gguf", extra=["blk.0.attn_q.bias"]))
     with pytest.raises(UserError, match="holds 31 weights, LlamaForCausalLM takes 30"):
         loaded(biased)
+
+
+def test_every_part_of_a_model_is_refused_by_its_own_header(tmp_path):
+    """Only the first part names an architecture."""
+    write(tmp_path / "x.gguf", split=10)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"x-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts:
+        with pytest.raises(UserError, match="one of 3 parts; join them first"):
+            Run.prepare(settings(part))
 
 
 def test_a_header_that_is_cut_or_changed_anywhere_ends_in_one_line(file, tmp_path):

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from hydra.errors import MissingConfigException
@@ -225,6 +226,27 @@ def test_a_killed_command_leaves_no_run_behind(runs_folder, start):
         time.sleep(0.2)
     assert not list(runs_folder.glob("adhoc/*/.lock")), workers
     assert len(list(runs_folder.glob("adhoc/*/checkpoints/*/"))) == 2
+
+
+@pytest.mark.slow
+def test_a_command_killed_before_any_run_leaves_no_worker_behind(runs_folder, start):
+    """SIGKILL of the command alone as soon as its workers are there: idle ones end within seconds, not minutes."""
+    command = start("hydra/launcher=workstation", "method=lora,dual_lora", *LONG)
+    workers = wait_for_workers(command.pid, 2)
+    command.kill()
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    assert not alive and not list(runs_folder.glob("adhoc/*/metrics.jsonl"))
+
+
+def wait_for_workers(pid: int, number: int) -> list[psutil.Process]:
+    """Wait until a command has so many processes of joblib's and return them."""
+    command, end = psutil.Process(pid), time.monotonic() + 600
+    while time.monotonic() < end:
+        found = [p for p in command.children(recursive=True) if "loky" in " ".join(p.cmdline())]
+        if len(found := [p for p in found if "resource_tracker" not in " ".join(p.cmdline())]) >= number:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{number} workers never started")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from conftest import ROOT
 from test_sweep import SMALL, SPEC
 
 from dual_lora.lab.commands.train import plan_runs, train_command
+from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.recorded import find_differences
@@ -17,7 +18,7 @@ from dual_lora.lab.record import run as record_run
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
-from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.experiment import Experiment, drop_replaced_overrides
 from dual_lora.lab.study.listing import format_results
 from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.train import plan as train_plan
@@ -27,7 +28,8 @@ TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
 
 def label(*words: str) -> list[str]:
     """Return the labels of a command's runs."""
-    return [run.label for run in prepare_runs([load_settings(job) for job in parse_overrides([*TINY, *words])])]
+    jobs = parse_overrides(drop_replaced_overrides([*TINY, *words]))
+    return [run.label for run in prepare_runs([load_settings(job) for job in jobs])]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,8 @@ def test_a_run_without_a_result_is_a_row_of_dashes(runs_folder):
 
 
 def test_a_launcher_that_does_one_run_at_a_time_does_them_all(runs_folder, monkeypatch, capfd):
-    """joblib then works in a thread of this process."""
+    """joblib then works in a thread of this process. The runs' folder may have any name."""
+    monkeypatch.setattr(paths, "RUNS", runs_folder / "of ${y}, it's")
     for name in ("PYTHONPATH", "TQDM_DISABLE"):  # it sets them: no other test shall see that
         monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else str(ROOT))
     words = ["hydra/launcher=workstation", "hydra.launcher.n_jobs=1", "seed=1,2"]

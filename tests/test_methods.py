@@ -17,7 +17,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.adapt import attach_method, build_adapter_config
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.merge import explain_unmergeable
 from dual_lora.lab.record.record import Record
@@ -131,6 +131,14 @@ def record_folders(tmp_path):
 )
 def test_a_method_of_peft_needs_its_yaml_and_nothing_else(model, kind, outcome, add_method, tmp_path):
     assert walk(model, kind, add_method, tmp_path) == outcome
+
+
+@pytest.mark.parametrize("form", ["classification", "generation"])
+def test_a_method_that_needs_a_task_for_each_row_says_so(form, add_method):
+    settings = load_settings([add_method("planted", peft_type="POLY")])
+    with pytest.raises(UserError, match=r"method=planted \(POLY\): mixes adapters by the number of the task") as caught:
+        build_adapter_config(settings, form)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

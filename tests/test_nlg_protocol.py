@@ -252,7 +252,7 @@ def test_the_experiments_have_loras_settings(name, task):
     keys |= {"no_repeat_ngram": "task.no_repeat_ngram"}
     own = {"lr": "train.lr", "rank": "method.rank", "alpha": "method.alpha", "dropout": "method.dropout"}
     cells = Experiment.load(name, "full").compose_cells(["seed=0"])
-    assert len(cells) == 12
+    assert len(cells) >= 12
     for cell in cells:
         settings, theirs = cell.settings, cell.label == "LoRA, published rate"
         for key, setting in (keys | (own if theirs else {})).items():

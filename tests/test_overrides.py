@@ -17,6 +17,7 @@ from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
 from dual_lora.lab.config.recorded import ADDED_SETTINGS, load_old_defaults, load_recorded_settings
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.study.experiment import drop_replaced_overrides
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 WRITER = ["model=tiny-llama", "task=demo/restaurants"]
@@ -87,13 +88,13 @@ def test_shuffled_values_are_all_there():
         "lr=1e-3": "lr: no such setting. Did you mean train.lr?",
         "rank=4": "rank: no such setting. Did you mean method.rank?",
         "batch_size=4": "batch_size: no such setting. Did you mean train.batch_size?",
-        "model=bert-base-uncased": "model=bert-base-uncased: no such model. Known: ",
-        "model=robrta-base": "model=robrta-base: no such model. Did you mean roberta-base? Known: ",
+        "model=bert-base-uncased": "model=bert-base-uncased: no such model. Any other is model=ORG/NAME,",
+        "model=robrta-base": "model=robrta-base: no such model. Did you mean roberta-base? Any other is",
     }.items(),
 )
 def test_what_means_no_run_is_one_line(word, message):
     for refuse in (
-        lambda: check_command(["-m", *ENCODER, word]),
+        lambda: check_command(["-m", *drop_replaced_overrides([*ENCODER, word])]),
         lambda: sweep_command(["experiment=cost", "scale=smoke", "run=false", word]),
     ):
         with pytest.raises(UserError) as caught:
@@ -279,3 +280,26 @@ def test_a_quoted_path_is_the_same_path(tmp_path):
         sweep_command(["experiment='no'"])
     with pytest.raises(UserError, match="^cost: not of the form KEY=VALUE; write experiment=cost"):
         sweep_command(["cost"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=1", "seed=2"], "seed: given twice; drop one, or write seed=VALUE,VALUE for a run of each"),
+        (["seed=1", "seed=1"], "seed: given twice"),
+        (["seed=1", "++seed=2"], "seed: given twice"),
+        (["seed=1,2", "seed=3"], "seed: given twice"),
+        (["method=lora", "method=dora"], "method: given twice"),
+        (["train.lr=1e-3", "train={lr:2e-3}"], "train.lr: given twice"),
+        (["+method.peft.bias=all", "+method.peft.bias=none"], "method.peft.bias: given twice"),
+        (["hydra/launcher=workstation", "hydra/launcher=slurm"], "hydra/launcher: given twice; drop one"),
+    ],
+)
+def test_one_key_twice_is_refused(words, message):
+    with pytest.raises(UserError) as caught:
+        parse_overrides(words)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_parts_of_one_group_are_not_one_key_twice():
+    assert parse_overrides(["train.lr=1e-3", "train={epochs:2}", "seed=1"])

@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import f1_score
 
 import tasks
+from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
@@ -413,6 +414,8 @@ def test_an_overlap_may_be_allowed_on_purpose(tmp_path):
         (C, {"metric": "bleu"}, "task.options.metric=bleu: must be one of accuracy, macro_f1"),
         (C, {"labels": ["x"]}, "must be two class names or more, all different"),
         (C, {"labels": ["x", " x"]}, "must be two class names or more, all different"),
+        (C, {"labels": [["x"], "y"]}, "is no class name"),
+        (C, {"labels": [None, "y"]}, "None is no class name"),
         (C, {"labels": ["x", "y"], "metric": "pearson"}, "pearson is of numbers, which have no classes"),
         (C, {"label": "text"}, "must be the names of different columns"),
         (C, {"held_out": 1.0}, "task.options.held_out=1.0: must be between 0 and 1"),
@@ -450,9 +453,10 @@ def test_a_run_on_own_classes_is_evaluated_again_from_its_record(method, own_dat
     rows = [json.loads(line) for line in (record.folder / "predictions.jsonl").open()]
     task, seeds = load_task(settings), {0: rows}
     assert is_resampled(task, "accuracy", rows[0]) and compare_runs(seeds, seeds, task, "accuracy").p == 1
-    own_data.rename(own_data.with_name("gone"))
+    moved = own_data.rename(own_data.with_name("moved"))
     with pytest.raises(UserError, match="own: no such folder"):
         reevaluate_run(settings, record)
+    assert evaluate_command([f"run={record.folder}", f"data_dir={moved}"]) == 0
 
 
 def test_the_loss_of_a_response_is_the_models_own_mean_over_its_tokens(own_data, runs_folder):

@@ -96,11 +96,16 @@ def a_run(tmp_path_factory):
 def test_commands_run(command, runs_folder, small_bert, a_run, tmp_path):
     write_official(tmp_path, "sst2")
     write_own_data(tmp_path, command)
+    write_outside(tmp_path)
     shutil.copytree(a_run, runs_folder / "adhoc" / a_run.name)
     places = {
         "run=runs/adhoc/ID": f"run={runs_folder / 'adhoc' / a_run.name}",
+        "init_from=runs/adhoc/ID": f"init_from={runs_folder / 'adhoc' / a_run.name}",
         "export=DIR": f"export={tmp_path / 'exported'}",
         "model.path=DIR": f"model.path={small_bert}",
+        "model=DIR": f"model={small_bert}",
+        "plugins=stars.py": f"plugins={tmp_path / 'stars.py'}",
+        "settings": str(tmp_path / "settings"),
         "data_dir=DIR": f"data_dir={tmp_path}",
     }
     arguments = [places.get(word, word) for word in words(command)[1:]]
@@ -108,9 +113,18 @@ def test_commands_run(command, runs_folder, small_bert, a_run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def write_outside(folder: Path) -> None:
+    """Write the code and the settings files that docs/extending.md shows for an own task."""
+    page = PAGES["docs/extending.md"].partition("## Outside the repository")[2]
+    (folder / "stars.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    for name, content in re.findall(r"`settings/(\S+)`:\n\n```yaml\n(.*?)```", page, re.DOTALL):
+        (folder / "settings" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "settings" / name).write_text(content)
+
+
 def write_own_data(folder: Path, command: str) -> None:
     """Write small tables of the form that a command's task reads, if it reads tables of one's own."""
-    if "task=classification" in command:
+    if "task=classification" in command or "plugins=" in command:
         columns = [
             next((w.partition("=")[2] for w in words(command) if w.startswith(key)), default)
             for key, default in (("task.options.text=", "text"), ("task.options.label=", "label"))

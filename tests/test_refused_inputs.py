@@ -1,12 +1,15 @@
 """What has no right number is refused by name, not scored: texts in place of lists, other shapes, NaN, no rows."""
 
+import gzip
 import math
+import os
 
 import pytest
 import torch
 
 from dual_lora import analysis, delta_weight, init_std
-from tasks import metrics
+from tasks import glue, metrics
+from tasks.base import TaskError
 
 OUTPUTS = ["the cat sat on the mat", "a dog ran fast away"]
 ACCEPTED = [["the cat sat on a mat"], ["a dog ran away fast"]]
@@ -96,3 +99,45 @@ def test_signs_of_other_shapes_are_not_compared():
 def test_the_rule_for_sigma_knows_its_values(fields):
     with pytest.raises(ValueError, match="expected"):
         init_std(**{"fan_in": 8, "r1": 2, "r2": 2, "alpha": 16.0, **fields})
+
+
+# Files.
+
+TABLE = "sentence\tlabel\nfine\t1\n"
+
+
+@pytest.fixture
+def sst2(tmp_path):
+    """A folder with SST-2's two files."""
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / name).write_text(TABLE)
+    return folder
+
+
+def read(folder):
+    return glue.task("sst2").split("train", str(folder.parent)).rows.to_list()
+
+
+def test_of_a_file_and_its_gz_with_other_data_none_is_chosen(sst2):
+    with gzip.open(sst2 / "train.tsv.gz", "wt") as stream:
+        stream.write(TABLE)
+    assert len(read(sst2)) == 1
+    with gzip.open(sst2 / "train.tsv.gz", "at") as stream:
+        stream.write("bad\t0\n")
+    with pytest.raises(TaskError, match="hold different data; keep one"):
+        read(sst2)
+
+
+def test_a_long_document_is_one_field(sst2):
+    (sst2 / "train.tsv").write_text(f"sentence\tlabel\n{'word ' * 40_000}\t0\n")
+    (row,) = read(sst2)
+    assert len(row["text"]) == 200_000
+
+
+def test_nobody_waits_for_a_pipe(sst2):
+    (sst2 / "train.tsv").unlink()
+    os.mkfifo(sst2 / "train.tsv")
+    with pytest.raises(TaskError, match="a pipe, not a file"):
+        read(sst2)

@@ -35,7 +35,7 @@ from dual_lora.lab.report.figures.results import (
 from dual_lora.lab.report.table import build_main_table, letter_reasons
 from dual_lora.lab.report.values import MARKS, build_frame, list_columns
 from dual_lora.lab.report.write import DIFFERENCES_FILE, mirror_report, write_report
-from dual_lora.lab.study.experiment import SCALES, Cell, Experiment
+from dual_lora.lab.study.experiment import SCALES, Cell, Experiment, load_experiment_file
 from dual_lora.lab.study.outcome import find_outcomes
 
 GLUE = {
@@ -469,7 +469,8 @@ def test_learning_rates_have_a_logarithmic_axis():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "256"]
 
 
-ALL = [Experiment.load(name, s) for name in list_choices("experiment") for s in ("full", "small") if s in scales(name)]
+TABLES = [name for name in list_choices("experiment") if "kind" not in load_experiment_file(name)]
+ALL = [Experiment.load(name, s) for name in TABLES for s in ("full", "small") if s in scales(name)]
 
 
 @pytest.mark.parametrize("study", [e.study for e in ALL if (ROOT / "runs" / e.study / "report/table.md").is_file()])

@@ -33,6 +33,7 @@ from dual_lora.lab.record import mirror
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.system.sealed import hash_content
 from dual_lora.lab.train import callbacks as train_callbacks
 from dual_lora.lab.train import trainer as train_trainer
@@ -566,7 +567,7 @@ def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs
     assert done.stderr.count("failed: ") == 2 and "r=1" in done.stderr
     finished = sorted(p.parent.name for p in runs_folder.glob("adhoc/*/result.json"))
     assert len(finished) == 2 and all("_lora_" in name for name in finished)
-    again = forked.run(*sweep, "method.rank=1", "method=lora")
+    again = forked.run(*drop_replaced_overrides([*sweep, "method.rank=1", "method=lora"]))
     assert again.returncode == 0 and again.stdout.count("finished: ") == 2
 
 

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import time
-from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
+from .dots import Panel, draw_dots
 
 LEVEL = 0.95
 EDGE = 0.005  # a better rate at the grid's edge matters where it gains more than this
@@ -29,14 +31,15 @@ def read_rows(path: Path) -> list[dict]:
     """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
 
     Raises:
-        StudyError: another line is not JSON.
+        StudyError: another line holds no cell and its result.
     """
     rows = []
     for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise StudyError(f"{path}, line {number}: not JSON; remove the line, its cell runs again") from error
+            row = json.loads(line)
+            rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
+        except (ValueError, TypeError, LookupError) as error:
+            raise StudyError(f"{path}, line {number}: damaged; remove the line, its cell runs again") from error
     return rows
 
 
@@ -103,6 +106,18 @@ def select_rows(rows: Iterable[dict], cells: Sequence) -> list[dict]:
     return [by_key[key] for cell in cells if (key := cell_key(asdict(cell))) in by_key]
 
 
+def copy_other_rows(source: Path, target: Path) -> None:
+    """Append the rows of cells that a file lacks, such as those of another size of the study.
+
+    Raises:
+        StudyError: a line is not JSON.
+    """
+    known = {cell_key(row["cell"]) for row in read_rows(target)}
+    for row in read_rows(source):
+        if cell_key(row["cell"]) not in known:
+            append_row(target, row)
+
+
 def group_rows(rows: Iterable[dict], *fields: str) -> dict[tuple, list[dict]]:
     """Return the rows by their cells' values of these fields, in order of first appearance."""
     groups: dict[tuple, list[dict]] = {}
@@ -167,8 +182,22 @@ def format_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
 
-def add_options(parser: ArgumentParser, sizes: Iterable[str]) -> ArgumentParser:
-    """Add the options that every study has: --out, --size and --report."""
+def write_dot_report(
+    folder: Path, text: str, values: Mapping[str, Mapping[str, Mapping]], labels: Sequence[str], unit: str, across: int
+) -> list[Path]:
+    """Write table.md and figure.png and return their paths.
+
+    text: of table.md. values: of each panel, by the labels of its lines, as in `Panel`. across: panels side by side.
+    """
+    table, figure = folder / "table.md", folder / "figure.png"
+    table.write_text(text)
+    draw_dots([Panel(title, lines) for title, lines in values.items()], labels, unit, figure, across)
+    return [table, figure]
+
+
+def create_parser(study: str, sizes: Iterable[str], about: str) -> ArgumentParser:
+    """Return a parser of the options that every study has: --out, --size and --report."""
+    parser = ArgumentParser(prog=f"python -m dual_lora.analysis.{study}", description=about)
     parser.add_argument("--out", type=Path, required=True, help="file of rows, one JSON line a cell")
     parser.add_argument("--size", choices=list(sizes), default="full")
     parser.add_argument("--report", type=Path, help="folder of the report (default: report/ beside the rows)")
@@ -197,14 +226,26 @@ def run_study(
         print(written)
 
 
-@contextlib.contextmanager
-def exit_on_mistakes() -> Iterator[None]:
-    """Turn a StudyError into its one line on standard error and exit status 1.
+def rewrite_report(cells: Sequence, write_report: Callable, path: Path, report: Path) -> list[Path]:
+    """Write the report of a study from its rows alone and return its files.
 
     Raises:
-        SystemExit: in place of the StudyError.
+        StudyError: cells have not run.
+    """
+    rows = select_rows(read_rows(path), cells)
+    if len(rows) < len(cells):
+        raise StudyError(f"{path}: {len(cells) - len(rows)} of {len(cells)} cells have not run; run them first")
+    report.mkdir(parents=True, exist_ok=True)
+    return write_report(rows, report)
+
+
+def run_command(chosen: Namespace, plan: Callable[[], Sequence], run_cell: Callable, write_report: Callable) -> None:
+    """Run a study as its command line says. chosen: of `create_parser`.
+
+    Raises:
+        SystemExit: with one line and exit status 1, in place of a StudyError.
     """
     try:
-        yield
+        run_study(plan(), run_cell, write_report, chosen.out, chosen.report)
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error

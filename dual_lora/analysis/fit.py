@@ -21,7 +21,6 @@ gradient never acts. Converged: whenever the least loss so far has not fallen by
 multiplied by 0.1; the third time ends the stage, as does a loss below 1e-6. The least loss of the last stage counts.
 """
 
-import argparse
 import functools
 import hashlib
 import math
@@ -35,17 +34,16 @@ from torch import Generator, Tensor
 from ..functional import delta_weight, init_std
 from .cells import (
     StudyError,
-    add_options,
     average,
     choose_rate,
+    create_parser,
     describe_rows,
-    exit_on_mistakes,
     format_average,
     format_table,
     group_rows,
-    run_study,
+    run_command,
+    write_dot_report,
 )
-from .dots import Panel, draw_dots
 from .targets import draw_update, normalize_update
 
 EXPLAINED = 1e-6
@@ -353,25 +351,21 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
         StudyError: cells are missing.
     """
     lines = summarize_rows(rows)
-    table, figure = folder / "table.md", folder / "figure.png"
-    table.write_text("# Fitting a known update\n\n" + describe_rows(rows, "fit") + format_report(lines))
+    text = "# Fitting a known update\n\n" + describe_rows(rows, "fit") + format_report(lines)
+    values: dict[str, dict[str, dict]] = {}
+    for line in lines:
+        values.setdefault(TARGETS.get(line["target"], line["target"]), {})[METHODS[line["method"]].label] = line
     labels = [method.label for method in METHODS.values()]
-    panels = []
-    for target in dict.fromkeys(line["target"] for line in lines):
-        values = {METHODS[line["method"]].label: line for line in lines if line["target"] == target}
-        panels.append(Panel(TARGETS.get(target, target), values))
-    draw_dots(panels, labels, "share of dW left unexplained", figure, across=3)
-    return [table, figure]
+    return write_dot_report(folder, text, values, labels, "share of dW left unexplained", across=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing cells of the study, then write its report."""
-    parser = argparse.ArgumentParser(prog="python -m dual_lora.analysis.fit", description=main.__doc__)
+    parser = create_parser("fit", SIZES, main.__doc__)
     parser.add_argument("--updates", type=Path, help="safetensors file of matrices to fit; give it an --out of its own")
-    chosen = add_options(parser, SIZES).parse_args(arguments)
+    chosen = parser.parse_args(arguments)
     run = functools.partial(run_cell, updates=chosen.updates)
-    with exit_on_mistakes():
-        run_study(plan_cells(chosen.size, chosen.updates), run, write_report, chosen.out, chosen.report)
+    run_command(chosen, lambda: plan_cells(chosen.size, chosen.updates), run, write_report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ student's rate is the one with the least mean validation loss over seeds, of as 
 rows that neither training nor that choice saw.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,17 +27,16 @@ from torch import Generator, Tensor, nn
 
 from ..tuner import DualLoraConfig
 from .cells import (
-    add_options,
     average,
     choose_rate,
+    create_parser,
     describe_rows,
-    exit_on_mistakes,
     format_average,
     format_table,
     group_rows,
-    run_study,
+    run_command,
+    write_dot_report,
 )
-from .dots import Panel, draw_dots
 from .targets import draw_update
 
 LINEAR = ["q", "k", "v", "o", "up", "down"]
@@ -317,24 +315,19 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
         StudyError: cells are missing.
     """
     lines = summarize_rows(rows)
-    table, figure = folder / "table.md", folder / "figure.png"
     title = f"# Recovering a planted update, {rows[0]['cell']['steps']} steps of training\n\n"
-    table.write_text(title + describe_rows(rows, "teacher") + format_report(lines))
-    panels = []
-    for update in dict.fromkeys(line["update"] for line in lines):
-        values = {STUDENTS[line["student"]]: line["function"] for line in lines if line["update"] == update}
-        panels.append(Panel(UPDATES.get(update, update), values))
+    text = title + describe_rows(rows, "teacher") + format_report(lines)
+    values: dict[str, dict[str, dict]] = {}
+    for line in lines:
+        values.setdefault(UPDATES.get(line["update"], line["update"]), {})[STUDENTS[line["student"]]] = line["function"]
     labels = [STUDENTS[student] for student in dict.fromkeys(line["student"] for line in lines)]
-    draw_dots(panels, labels, "share of the teacher's function left unexplained", figure, across=2)
-    return [table, figure]
+    return write_dot_report(folder, text, values, labels, "share of the teacher's function left unexplained", across=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing cells of the study, then write its report."""
-    parser = argparse.ArgumentParser(prog="python -m dual_lora.analysis.teacher", description=main.__doc__)
-    chosen = add_options(parser, SIZES).parse_args(arguments)
-    with exit_on_mistakes():
-        run_study(plan_cells(chosen.size), run_cell, write_report, chosen.out, chosen.report)
+    chosen = create_parser("teacher", SIZES, main.__doc__).parse_args(arguments)
+    run_command(chosen, lambda: plan_cells(chosen.size), run_cell, write_report)
 
 
 if __name__ == "__main__":

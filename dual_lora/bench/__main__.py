@@ -126,10 +126,15 @@ def list_cases(given: argparse.Namespace, device: torch.device) -> list[Case]:
     return [model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
 
 
+def find_file(record: dict, folder: Path) -> Path:
+    """Return the file of a record's day and hardware."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in record["hardware"].lower()).split())
+    return folder / f"{record['date']}-{slug}.json"
+
+
 def write(record: dict, folder: Path) -> None:
     """Write the record, keeping what else a file of the same day and hardware already has."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in record["hardware"].lower()).split())
-    path = folder / f"{record['date']}-{slug}.json"
+    path = find_file(record, folder)
     earlier = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     folder.mkdir(parents=True, exist_ok=True)
     merged = {**earlier, **record, "cases": {**earlier["cases"], **record["cases"]}}

@@ -7,8 +7,8 @@ from .measure import Row
 
 COLUMNS = ("step / LoRA", "operations / LoRA", "over floor", "kept, MiB", "peak, MiB", "adapter, MiB", "merge, ms")
 START, END = "<!-- tables: python -m dual_lora.bench --page -->", "<!-- end of tables -->"
-# The layer whose sizes and counts the page shows; of the others only times, whose ratios alone depend on the size.
-SHOWN_LAYER = "layer 2048 x 2048, 1024 tokens, float32"
+# The cases whose sizes and counts the page shows; of the others only times, since the rest scales with the sizes.
+SHOWN_CASES = ("layer 2048 x 2048, 1024 tokens, float32", "smollm2, batch 8 x 72, float32")
 
 
 def format_table(rows: list[Row]) -> str:
@@ -89,24 +89,35 @@ def format_trend(folder: Path) -> str:
 
 
 def format_page_tables(folder: Path) -> str:
-    """Return the tables of docs/cost.md: of the newest file of every machine, the times of all cases, the full table
-    of SHOWN_LAYER and of every model, and the choice of threads."""
+    """Return the tables of docs/cost.md: of the newest file of every machine, the times of all cases, the full tables
+    of SHOWN_CASES, and the choice of threads."""
     parts = []
     for records in read_history(folder).values():
         newest = records[-1]
-        times = {name: index_rows(case) for name, case in newest["cases"].items()}
+        times = {shorten(name): index_rows(case) for name, case in newest["cases"].items()}
         parts += [f"## {describe_machine(newest)}", "Step / LoRA, median (quartiles):", _join_columns(times)]
-        if any(row.peer_ratio is not None for rows in times.values() for row in rows.values()):
+        own = {name: select_peers(rows) for name, rows in times.items()}
+        if any(own.values()):
             parts += [
-                "The same, over LoRA with the same dropout and the same type of dL/dx:",
-                _join_columns(times, _peer),
+                "Dual LoRA over LoRA with the same dropout and type of dL/dx:",
+                _join_columns(own, _peer),
             ]
         for name, case in newest["cases"].items():
-            if name == SHOWN_LAYER or not name.startswith("layer "):
+            if name in SHOWN_CASES:
                 parts += [f"{name[0].upper()}{name[1:]}:", format_table(read_rows(case))]
         if "threads" in newest:
             parts.append(format_threads(newest["threads"]))
     return "\n\n".join(parts)
+
+
+def shorten(case: str) -> str:
+    """Return the name of a case as the head of a column."""
+    return case.removeprefix("layer ").removesuffix(", float32")
+
+
+def select_peers(rows: dict[str, Row]) -> dict[str, Row]:
+    """Return the rows of Dual LoRA, where the ratio to the LoRA alike was kept."""
+    return {name: row for name, row in rows.items() if name.startswith("Dual") and row.peer_ratio is not None}
 
 
 def update_page(page: str, tables: str) -> str:
@@ -123,7 +134,7 @@ def update_page(page: str, tables: str) -> str:
 
 
 def _peer(row: Row) -> str:
-    return "–" if row.peer_ratio is None else f"{row.peer_ratio:.2f}"
+    return f"{row.peer_ratio:.2f}"
 
 
 def _join_columns(columns: dict[str, dict[str, Row]], cell=format_ratio) -> str:

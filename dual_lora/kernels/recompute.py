@@ -62,12 +62,14 @@ def dual_linear(
     bias: Tensor | None = None,
     ops: Ops | None = None,
     gradient_types: GradientTypes | None = None,
+    dW: Tensor | None = None,
 ) -> Tensor:
     """x (weight + dW)^T + bias, or x dW^T where there is no weight: ... x in -> ... x out, in x's dtype.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
-    weight, out x in, and bias, out. ops: None for plain torch. Differentiable once, in reverse mode; inside a transform
-    of torch.func, which knows no such function, it is computed by plain autograd.
+    weight, out x in, and bias, out. ops: None for plain torch. dW: what `rebuild` gave for these factors and this
+    scale, if it is at hand; it is read instead of rebuilt, to the same bits. Differentiable once, in reverse mode;
+    inside a transform of torch.func, which knows no such function, it is computed by plain autograd.
 
     Raises:
         ValueError: unknown ste.
@@ -75,7 +77,9 @@ def dual_linear(
     _check(ste)
     if _is_transformed(x, A, B, C, D):
         return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
-    return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH, gradient_types or GradientTypes())
+    types = gradient_types or GradientTypes()
+    dW = None if ste == "hardtanh" else dW  # whose mask needs D C itself
+    return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH, types, dW)
 
 
 def delta_weight(
@@ -103,18 +107,24 @@ def rebuild(
     weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    dW: Tensor | None = None,
 ) -> Tensor:
     """weight + dW, or dW without a weight; out x in, rounded once to dtype (None: the factors') or into `out`.
 
-    Shapes as in `dual_linear`; weight and out: out x in.
+    Where ReLU(B A) is 0, dW is 0 with Sign(D C), or -0: it holds all that backward needs of B A and D C.
+
+    Shapes as in `dual_linear`; weight and out: out x in. dW: an earlier result without a weight, to be read instead.
     """
     # |scale| goes into B, where it costs out x r1 products, and its sign into Sign(S): ReLU must see B A itself.
     size, sign = scale.abs(), _sign(scale)
     W = A.new_empty(B.shape[0], A.shape[1], dtype=dtype or A.dtype) if out is None else out
     with suspend_autocast(A.device.type):
         for rows, (M, S) in _tiles(W, A.dtype, scratch=2):
-            torch.mm(B[rows] * size, A, out=M).relu_()
-            _sign_(torch.mm(D[rows], C, out=S)).mul_(sign)
+            if dW is None:
+                torch.mm(B[rows] * size, A, out=M).relu_()
+                _sign_(torch.mm(D[rows], C, out=S)).mul_(sign)
+            else:
+                _split(dW[rows], M, S)
             _add_product(weight, rows, M, S, out=W[rows])
     return W
 
@@ -129,21 +139,27 @@ def project(
     ste: str,
     weight: Tensor | None = None,
     rebuilt: Tensor | None = None,
+    dW: Tensor | None = None,
 ) -> Factors:
     """dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype; each shaped like its factor.
 
-    rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself.
+    rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself. dW: as in `rebuild`, but
+    not with ste="hardtanh".
     """
     size, sign = scale.abs(), _sign(scale)
     dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
     with suspend_autocast(A.device.type):
         for rows, (M, S, P, *own) in _tiles(G, A.dtype, scratch=3 if G.dtype == A.dtype else 4):
             scaled_B = B[rows] * size
-            torch.mm(scaled_B, A, out=M)
-            torch.mm(D[rows], C, out=S)
+            if dW is None:
+                torch.mm(scaled_B, A, out=M)
+                torch.mm(D[rows], C, out=S)
+            else:
+                _split(dW[rows], M, S)
             g = own[0].copy_(G[rows]) if own else G[rows]
             passes = S.abs() <= 1 if ste == "hardtanh" else None
-            _sign_(S).mul_(sign)
+            if dW is None:
+                _sign_(S).mul_(sign)
             torch.mul(g, S, out=P)  # dL/dM before ReLU's mask: M > 0, applied in place
             torch.ops.aten.threshold_backward.grad_input(P, M, 0, grad_input=P)
             torch.mm(P, A.T, out=dB[rows])
@@ -166,8 +182,8 @@ TORCH = Ops(rebuild, project)
 
 class _DualLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops, gradient_types):
-        ctx.save_for_backward(x, A, B, C, D, scale, weight)
+    def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops, gradient_types, dW):
+        ctx.save_for_backward(x, A, B, C, D, scale, weight, dW)
         ctx.ste, ctx.ops, ctx.types = ste, ops, [_narrower(x.dtype, dtype) for dtype in gradient_types]
         # In 16 bits the sum weight + dW would be rounded to the weight's own precision, and most of dW lost.
         apart = weight is not None and x.dtype != A.dtype
@@ -176,7 +192,8 @@ class _DualLinear(torch.autograd.Function):
         with suspend_autocast(x.device.type):
             for rows in _blocks(B.shape[0], A.shape[1]):
                 base = None if weight is None else weight[rows]
-                W = ops.rebuild(A, B[rows], C, D[rows], scale, None if apart else base, x.dtype)
+                known = None if dW is None else dW[rows]
+                W = ops.rebuild(A, B[rows], C, D[rows], scale, None if apart else base, x.dtype, dW=known)
                 _linear(flat, W, bias, rows, out=y[:, rows])
                 if apart:
                     torch.addmm(y[:, rows], flat, base.to(x.dtype).T, out=y[:, rows])
@@ -185,7 +202,7 @@ class _DualLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, A, B, C, D, scale, weight = ctx.saved_tensors
+        x, A, B, C, D, scale, weight, dW = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs_dx, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
         weight_type, input_type = ctx.types
@@ -196,20 +213,20 @@ class _DualLinear(torch.autograd.Function):
         with suspend_autocast(x.device.type):
             for rows in _blocks(B.shape[0], A.shape[1]):
                 factors = A, B[rows], C, D[rows], scale
-                base = None if weight is None else weight[rows]
+                base, known = (None if whole is None else whole[rows] for whole in (weight, dW))
                 if trained:
                     # G = dL/ddW; `project` turns it into weight + dW on its way, so that dL/dx needs no second pass
                     # over a matrix of this size.
                     G = g_G[:, rows].T @ x_G
                     W = G if input_type == weight_type else torch.empty_like(G, dtype=input_type)
-                    part = ctx.ops.project(G, *factors, ctx.ste, base, rebuilt=W if needs_dx else None)
+                    part = ctx.ops.project(G, *factors, ctx.ste, base, rebuilt=W if needs_dx else None, dW=known)
                     for whole, piece in zip((dA, dB[rows], dC, dD[rows]), part, strict=True):
                         whole += piece
                 else:
-                    W = ctx.ops.rebuild(*factors, base, input_type)
+                    W = ctx.ops.rebuild(*factors, base, input_type, dW=known)
                 if needs_dx:
                     _add_rows(g_dx[:, rows], W, first=rows.start == 0, out=dx)
-        return (dx.view(x.shape) if needs_dx else None), *grads, None, None, None, None, None, None
+        return (dx.view(x.shape) if needs_dx else None), *grads, None, None, None, None, None, None, None
 
 
 class _DeltaWeight(torch.autograd.Function):
@@ -275,6 +292,12 @@ def _sign(scale: Tensor) -> Tensor:
 def _sign_(S: Tensor) -> Tensor:
     """Sign in place, with Sign(0) = -1; on a CPU these three passes take a tenth of `torch.where` with scalars."""
     return S.sign_().sub_(0.5).sign_()
+
+
+def _split(dW: Tensor, M: Tensor, S: Tensor) -> None:
+    """Write |scale| ReLU(B A) into M and Sign(scale) Sign(D C) into S: the size and the sign of dW."""
+    torch.abs(dW, out=M)
+    torch.copysign(torch.ones((), dtype=S.dtype, device=S.device), dW, out=S)
 
 
 def _add_product(weight: Tensor | None, rows: slice, M: Tensor, S: Tensor, out: Tensor) -> None:

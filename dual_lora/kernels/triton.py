@@ -106,10 +106,11 @@ def rebuild(
     weight: Tensor | None = None,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    dW: Tensor | None = None,
 ) -> Tensor:
-    """As `recompute.rebuild`; float64 factors and ranks above 128 are left to it."""
-    if not _fits(A, C):
-        return recompute.rebuild(A, B, C, D, scale, weight, dtype, out)
+    """As `recompute.rebuild`; float64 factors, ranks above 128 and a known dW are left to it."""
+    if dW is not None or not _fits(A, C):
+        return recompute.rebuild(A, B, C, D, scale, weight, dtype, out, dW)
     n_out, n_in = B.shape[0], A.shape[1]
     W = A.new_empty(n_out, n_in, dtype=dtype or A.dtype) if out is None else out
     kept = A if weight is None else weight
@@ -132,10 +133,11 @@ def project(
     ste: str,
     weight: Tensor | None = None,
     rebuilt: Tensor | None = None,
+    dW: Tensor | None = None,
 ) -> Factors:
-    """As `recompute.project`; float64 factors and ranks above 128 are left to it."""
-    if not _fits(A, C):
-        return recompute.project(G, A, B, C, D, scale, ste, weight, rebuilt)
+    """As `recompute.project`; float64 factors, ranks above 128 and a known dW are left to it."""
+    if dW is not None or not _fits(A, C):
+        return recompute.project(G, A, B, C, D, scale, ste, weight, rebuilt, dW)
     dB, dD = _out_side(G, A, B, C, D, scale, ste)
     dAt, dCt = _out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)
     if rebuilt is not None:

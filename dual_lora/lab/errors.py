@@ -3,8 +3,10 @@
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 # Done; a run failed; something the user can fix; stopped on request, the same command resumes; another process does it.
@@ -97,6 +99,19 @@ def find_remedy(number: int | None, default: str) -> str:
     return next((remedy for numbers, remedy in REMEDIES.items() if number in numbers), default)
 
 
+def find_unreadable_variables(error: BaseException) -> str | None:
+    """Return the environment's variables, as NAME=VALUE, that a library refused while it was imported: those whose
+    value its message quotes. None if it was not, or none is quoted."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    importing = any(frame.f_globals.get("__name__") != "__main__" for frame in frames)
+    if not importing or not isinstance(error, ValueError):
+        return None
+    text, values = str(error), {name: value for name, value in sorted(os.environ.items()) if len(value) > 1}
+    quoted = [n for n, value in values.items() if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)]
+    found = [f"{name}={values[name][:80]}" for name in quoted]
+    return ", ".join(found[:3]) or None
+
+
 def describe_machine_error(error: BaseException) -> str | None:
     """Return an error of the machine as one line with its remedy; None for any other error."""
     if is_out_of_memory(error):
@@ -106,6 +121,8 @@ def describe_machine_error(error: BaseException) -> str | None:
     words = next((words for words in LIMIT_WORDS if words in str(error)), None)
     if words and not isinstance(error, UserError):
         return f"{getattr(error, 'strerror', None) or get_first_line(error)}; {find_remedy(LIMIT_WORDS[words], '')}"
+    if variables := find_unreadable_variables(error):
+        return f"{variables}: a library cannot be imported with it ({get_first_line(error)[:200]}); unset it"
     if not isinstance(error, OSError):
         return None
     remedy = find_remedy(error.errno, "check the disk or the network")

@@ -3,13 +3,18 @@
 An adapter acts where its layer is called. Some parents read `layer.weight` and compute with it themselves: Mamba's
 convolution, the TDNN layers of speech models, nn.MultiheadAttention's out_proj. Others, such as T5's `shared`, only
 hold a weight that another embedding looks up. In such layers the factors get no gradient and keep their initial values,
-so merging them would add a random dW that no forward has used. How a parent uses a child is read from its source code.
+so merging them would add a random dW that no forward has used.
+
+How a parent uses a child is read from its source code when the adapter is attached. What this does not show, such as a
+weight read by a helper function or by the parent's parent, is seen in the first forward (`watch_uses`).
 """
 
 import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
@@ -34,6 +39,21 @@ class Use(NamedTuple):
 
     reads: bool
     calls: bool
+
+
+@contextmanager
+def watch_uses(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let adapted layers note in `uses` whether they are called and whether their weight is read."""
+    layers = list(layers)
+    for layer in layers:
+        layer.uses = set()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if layer.uses == {"reads"}:
+                layer.bypassed = True
+            layer.uses = None
 
 
 def find_use(parent: nn.Module, child: str) -> Use:

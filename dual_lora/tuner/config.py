@@ -62,6 +62,9 @@ class DualLoraConfig(PeftConfig):
             is refused. Forward and evaluation do not change. Needs the kernels, not "eager".
         input_gradient_dtype: the same for dL/dx, which the layers before this one learn from. With dropout or
             `fused_slices`, only the adapter's own share of it.
+        keep_update: whether linear layers keep dW between the forwards of one optimizer step (gradient accumulation,
+            activation checkpointing) instead of rebuilding it. The same to the bit and faster with few tokens a
+            forward, but it takes the memory of one more float32 weight a layer.
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
             the architecture.
         exclude_modules: names, suffixes or a regex of modules to leave out.
@@ -96,6 +99,7 @@ class DualLoraConfig(PeftConfig):
     kernel: str = field(default="auto", metadata={"help": "auto, eager, recompute or triton."})
     weight_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/ddW; None: float32."})
     input_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/dx; None: float32."})
+    keep_update: bool = field(default=False, metadata={"help": "Keep dW between the forwards of an optimizer step."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
     fused_slices: dict[str, list] = field(default_factory=dict, metadata={"help": "Blocks of fused layers to adapt."})
@@ -163,7 +167,7 @@ class DualLoraConfig(PeftConfig):
             ("freeze", (None, *GROUPS)),
         ):
             _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(map(str, kinds))}")
-        self._check_gradient_dtypes()
+        self._check_kernel_options()
         steps = self.scale_warmup_steps
         whole = isinstance(steps, int) and not isinstance(steps, bool)
         _require(whole and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
@@ -176,13 +180,15 @@ class DualLoraConfig(PeftConfig):
         for name, alpha in alphas.items():
             _require(_is_positive(alpha), name, alpha, "a finite number above 0")
 
-    def _check_gradient_dtypes(self) -> None:
+    def _check_kernel_options(self) -> None:
         plain = self.kernel == "eager" or self.magnitude != "relu" or self.direction != "sign"
         for name in ("weight_gradient_dtype", "input_gradient_dtype"):
             value = getattr(self, name)
             _require(value in GRADIENT_DTYPES, name, value, "None or 'bfloat16'")
             without = "None with kernel='eager' or another magnitude or direction, which plain autograd computes"
             _require(value is None or not plain, name, value, without)
+        without = "False with kernel='eager' or another magnitude or direction, which plain autograd computes"
+        _require(not (self.keep_update and plain), "keep_update", self.keep_update, without)
 
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:

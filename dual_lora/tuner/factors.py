@@ -60,6 +60,7 @@ class DualLoraFactors(nn.Module):
         self.kernel = config.kernel
         names = config.weight_gradient_dtype, config.input_gradient_dtype
         self.gradient_types = kernels.GradientTypes(*(name and getattr(torch, name) for name in names))
+        self.keeps_update = config.keep_update
         self.dropout = config.lora_dropout
         self.warmup_steps = config.scale_warmup_steps
         self.warmup_shape = config.scale_warmup_shape
@@ -210,9 +211,15 @@ class DualLoraFactors(nn.Module):
         factors, options = self._upcast(self.A, self.B, self.C, self.D), self._kernel_options
         options["gradient_types"] = self._check_gradient_types(x)
         if self.A.ndim == 2:
+            options["dW"] = self._keep_update() if self.keeps_update else None
             return kernels.dual_linear(x, *factors, **options, weight=weight, bias=bias)
         terms = [kernels.dual_linear(x, *block, **options) for block in zip(*factors, strict=True)]
         return torch.cat(terms, -1)
+
+    def _keep_update(self) -> Tensor | None:
+        """Return dW, kept from an earlier forward if no factor has changed since; None where it may not be kept."""
+        with torch.no_grad():
+            return self._cached_matrix(None, self._product_dtype) if self.caches_update else None
 
     def _check_gradient_types(self, x: Tensor) -> kernels.GradientTypes:
         """Return the types of the gradients' products. Out of training, a device without fast ones takes none.

@@ -42,6 +42,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend
         self.tied = tied
         self.bypassed = bypassed
+        self.uses: set[str] | None = None  # "reads" and "calls", noted during a forward that `watch_uses` watches
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.dual_lora_factors = nn.ModuleDict()
         self.merged_adapters = []
@@ -261,12 +262,19 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict) -> None:
         """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
-        super().__setstate__(state)
+        super().__setstate__({"uses": None, **state})
         self._unmerged = [(kept, self._weight_version()) for kept, _ in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:
         """Whether the base layer's own forward writes to its weight."""
         return False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, as in PEFT: whoever computes with it computes without the adapters."""
+        if self.uses is not None:
+            self.uses.add("reads")
+        return super().weight
 
     def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
         """Return the base layer's output for x plus the adapters' terms.
@@ -276,8 +284,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: adapter_names has another length than x, or adapters are merged.
         """
-        if self.bypassed:
-            self.bypassed = False
+        self._note_call()
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
@@ -293,6 +300,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if self._is_quantised():
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._add_terms(result, x, names)
+
+    def _note_call(self) -> None:
+        if self.bypassed:
+            self.bypassed = False
+        if self.uses is not None:
+            self.uses.add("calls")
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -358,9 +371,10 @@ class Linear(DualLoraLayer):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As `DualLoraLayer.forward`, ... x in -> ... x out; uses one product for base and adapter if possible."""
-        factors = None if args or kwargs or self.bypassed else self._find_fusable_factors(x)
+        factors = None if args or kwargs else self._find_fusable_factors(x)
         if factors is None or factors.applies_dropout:
             return super().forward(x, *args, **kwargs)
+        self._note_call()
         base = self.base_layer
         return factors(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias)
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from .bypass import find_use
+from .bypass import find_use, watch_uses
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, find_layer_class
 from .register import NAME
@@ -50,6 +51,8 @@ class DualLoraModel(BaseTuner):
         self._tied = _find_shared_weights(model.modules())
         self._tied_embeddings = _find_shared_weights(m for m in model.modules() if isinstance(m, nn.Embedding))
         self._partly_called: list[str] = []
+        self._reused = _find_reused_modules(model)
+        self._unwatched = {True, False}  # modes (training or not) in which no forward has been watched yet
 
     def _check_target_module_compatiblity(self, peft_config: DualLoraConfig, model: nn.Module, target_name: str):
         """Refuse what PEFT refuses for LoRA; its list depends on the method's type. (The misspelt name is PEFT's.)"""
@@ -123,7 +126,8 @@ class DualLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """While a forward or generate with `adapter_names` runs, pass every layer the adapter name of each row.
+        """While a forward or generate with `adapter_names` runs, pass every layer the adapter name of each row. PEFT
+        enters this for every forward, so the first ones are watched here.
 
         Raises:
             ValueError: the model is in training mode, no adapter has such a name, or `alora_offsets` is given.
@@ -134,7 +138,8 @@ class DualLoraModel(BaseTuner):
         names = kwargs.get("adapter_names")
         handles = [] if names is None else self._hand_out_names(names, kwargs.get("num_beams"))
         try:
-            yield
+            with self._watch_first_forward():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -164,34 +169,66 @@ class DualLoraModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
+    @contextmanager
+    def _watch_first_forward(self):
+        """Watch the first forward in training and the first in evaluation for layers that are bypassed."""
+        if self.training not in self._unwatched or torch.compiler.is_compiling():
+            yield
+            return
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, DualLoraLayer)}
+        before = {name for name, layer in layers.items() if layer.bypassed}
+        with watch_uses(layers.values()):
+            yield
+        self._unwatched.discard(self.training)
+        self._silence([name for name, layer in layers.items() if layer.bypassed and name not in before], layers)
+
+    def _silence(self, names: list[str], layers: dict[str, DualLoraLayer]) -> None:
+        """Warn of layers found to be bypassed. What trains there gets f = 0 for good, also when it is saved: elsewhere
+        nobody would know that its factors were never used."""
+        if not names:
+            return
+        for factors in (f for name in names for f in layers[name].dual_lora_factors.values()) if self.training else ():
+            factors.set_update_scale(0.0, ramp=False)
+        self._warn_of_bypass(names, stacklevel=8)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As in PEFT.
+        """As in PEFT; warns of a pattern of ranks or alphas that matches nothing.
 
         Raises:
             ValueError: fused_slices names a layer that is not adapted.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for pattern in self.peft_config[adapter_name].fused_slices:
-            if all(get_pattern_key([pattern], name) == name != pattern for name in self.targeted_module_names):
-                raise ValueError(f"fused_slices: no adapted module is called {pattern!r}")
+        for field in ("fused_slices", "rank_pattern", "alpha_pattern"):
+            for pattern in filter(self._matches_nothing, getattr(self.peft_config[adapter_name], field)):
+                message = f"{field}: no adapted module is called {pattern!r}"
+                if field == "fused_slices":
+                    raise ValueError(message)
+                warnings.warn(f"Dual LoRA: {message}", stacklevel=4)
         self._warn_of_bypassed_layers(model, adapter_name)
+
+    def _matches_nothing(self, pattern: str) -> bool:
+        return all(get_pattern_key([pattern], name) == name != pattern for name in self.targeted_module_names)
 
     def _warn_of_bypassed_layers(self, model: nn.Module, adapter_name: str) -> None:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and m.bypassed}
         bypassed = [name for name, layer in layers.items() if adapter_name in layer.dual_lora_factors]
         if bypassed:
-            warnings.warn(
-                f"Dual LoRA: {_list_names(bypassed)} never called by the parent module, which uses the weight itself "
-                "or through another layer. An adapter has no effect there and will not be merged; leave it out with "
-                "exclude_modules.",
-                stacklevel=4,
-            )
+            self._warn_of_bypass(bypassed, stacklevel=5)
         if self._partly_called:
             warnings.warn(
                 f"Dual LoRA: {_list_names(self._partly_called)} called by the parent module in some places; in others "
                 "it computes with the weight itself, where the adapter has no effect until it is merged.",
                 stacklevel=4,
             )
+
+    @staticmethod
+    def _warn_of_bypass(names: list[str], stacklevel: int) -> None:
+        warnings.warn(
+            f"Dual LoRA: {_list_names(names)} never called by the parent module, which uses the weight itself "
+            "or through another layer. An adapter has no effect there and will not be merged; leave it out with "
+            "exclude_modules.",
+            stacklevel=stacklevel,
+        )
 
     def _create_and_replace(
         self,
@@ -223,11 +260,18 @@ class DualLoraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As in PEFT, which on unloading looks for a weight even in a trained head of several layers."""
+        """As in PEFT, which on unloading looks for a weight even in a trained head of several layers. A module that
+        has several names, or belongs to several parents, is replaced in all these places."""
+        places = [(parent, child_name)]
+        if getattr(child, "reused", False) or id(child) in self._reused:
+            places = [(m, name) for m in self.model.modules() for name, held in m._modules.items() if held is child]
+            new_module.reused = True  # a plain attribute, which copies keep
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        for other, name in places:
+            setattr(other, name, new_module)
 
     def _create_layer(self, target: nn.Module, parent: nn.Module, name: str) -> DualLoraLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -252,6 +296,12 @@ class DualLoraModel(BaseTuner):
             layer.register_forward_hook(_do_nothing)
         elif find_use(parent, name) == (True, True):
             self._partly_called.append(key)
+
+
+def _find_reused_modules(model: nn.Module) -> set[int]:
+    """Return the ids of modules that stand in several places: under two names, or below two parents."""
+    held = Counter(id(child) for module in model.modules() for child in module._modules.values() if child is not None)
+    return {number for number, count in held.items() if count > 1}
 
 
 def _find_shared_weights(modules: Iterable[nn.Module]) -> set[int]:

@@ -1,6 +1,7 @@
 """What the base layer or its parent does with the weight: the adapter follows it, or says that it cannot."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -137,6 +138,8 @@ def output(model, inputs):
 def test_factors_that_no_forward_uses_are_told_of_and_never_merged(name, forward_first):
     make, inputs, targets, dead = BYPASSED[name]
     base, inputs = make().eval(), inputs()
+    if name == "jamba" and "self.conv1d(" in inspect.getsource(type(base.model.layers[0].mamba)):
+        pytest.skip("Jamba of this release of transformers calls its convolution")
     with pytest.warns(UserWarning, match=rf"Dual LoRA: .*{dead}.* never called by the parent"):
         model = get_peft_model(base, config(target_modules=targets, init_weights=False)).eval()
     y = output(model, inputs) if forward_first else None

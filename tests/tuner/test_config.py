@@ -109,7 +109,7 @@ EVERY_FIELD = {
 
 
 # Fields that do not go with those above.
-OTHER_FIELDS = {"weight_gradient_dtype": "bfloat16", "input_gradient_dtype": "bfloat16"}
+OTHER_FIELDS = {"weight_gradient_dtype": "bfloat16", "input_gradient_dtype": "bfloat16", "keep_update": True}
 
 
 @pytest.mark.parametrize("values", [EVERY_FIELD, OTHER_FIELDS], ids=["most", "others"])

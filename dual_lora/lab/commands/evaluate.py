@@ -4,11 +4,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from dual_lora.lab.config.outside.plugins import check_plugins
+from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import split_words
 from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.config.tasks import check_data_dir, load_task
+from dual_lora.lab.config.tasks import check_data_dir
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
@@ -44,20 +46,24 @@ def evaluate_command(argv: list[str]) -> int:
     Raises:
         UserError: the command line or the run's record is wrong.
     """
-    run, values = parse_run_words(argv, **{"export": str, "model.dtype": str, "analyse": str, "against": str})
-    folder, dtype = values.pop("export", None), values.pop("model.dtype", None)
+    argv = take_outside_words(argv, takes_folder=False)
+    more = dict.fromkeys(("export", "model.dtype", "push_to_hub", "analyse", "against"), str)
+    run, values = parse_run_words(argv, **more)
+    folder, dtype, push = (values.pop(key, None) for key in ("export", "model.dtype", "push_to_hub"))
     analyse, against = values.pop("analyse", "false"), values.pop("against", None)
     require(folder or not dtype, "model.dtype: only with export=DIR; a run is evaluated in its own dtype")
+    require(folder or not push, "push_to_hub: only with export=DIR, the folder that is pushed")
     require(analyse in ("true", "false"), f"analyse={analyse}: must be true or false")
     require(analyse == "true" or not against, "against: only with analyse=true")
     require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
+    check_plugins(Record(run).read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:
-        check_data_dir(load_task(settings), settings.data_dir)
+        check_data_dir(settings)
     settings.hardware.check_installed()
     record = Record(run.resolve())
     if folder:
-        return export_command(settings, record, Path(folder), dtype or settings.model.dtype)
+        return export_command(settings, record, Path(folder), dtype or settings.model.dtype, push)
     if analyse == "true":
         return analyse_command(settings, record, Path(against) if against else None, values)
     with import_heavy_libraries():
@@ -89,19 +95,26 @@ def analyse_command(settings: Settings, record: Record, against: Path | None, va
     return EXIT_OK
 
 
-def export_command(settings: Settings, record: Record, folder: Path, dtype: str) -> int:
-    """Check where a run is to be exported to; export it and return the exit code.
+def export_command(settings: Settings, record: Record, folder: Path, dtype: str, push: str | None) -> int:
+    """Check where a run is to be exported to; export it, push it to the hub's repository `push`, if any, and return the
+    exit code.
 
     Raises:
-        UserError: the run is not finished, or the folder cannot be written or is not empty.
+        UserError: the run is not finished, the folder cannot be written or is not empty, or it cannot be pushed.
     """
     replace(settings.model, dtype=dtype)  # checks its name
     record.require_result(f"run={record.format_path()}")
     require(not folder.exists() or folder.is_dir(), f"export={folder}: a file; give a new folder")
     require(not folder.exists() or not any(folder.iterdir()), f"export={folder}: not empty; give a new folder")
     check_writable(folder, "give another folder as export=DIR")
+    if push:
+        from dual_lora.lab.evaluate.push import check_push, push_export
+
+        check_push(push)
     with import_heavy_libraries():
         from dual_lora.lab.evaluate.export import export_model
 
-    print(export_model(settings, record, folder, dtype))
+    print(export_model(settings, record, folder, dtype), flush=True)
+    if push:
+        print(push_export(folder, push))
     return EXIT_OK

@@ -26,6 +26,7 @@ from dual_lora.lab.errors import (
     UserError,
     describe_machine_error,
     get_first_line,
+    require,
 )
 from dual_lora.lab.system.distributed import is_first_process, wait_for_first_process_error
 from dual_lora.lab.system.environment import isolate_environment
@@ -53,6 +54,7 @@ def check_surroundings() -> None:
         os.getcwd()
     except OSError as error:
         raise UserError("the current folder no longer exists; change to another one (cd) and try again") from error
+    require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (or -OO): transformers needs its docstrings; unset it")
     isolate_environment()
     resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
 

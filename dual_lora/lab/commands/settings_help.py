@@ -17,6 +17,8 @@ EXAMPLES = {
     "python train.py model=llama3-8b task=glue/rte method=dual_lora": "a model of the hub, adapted with Dual LoRA",
     "python train.py model=roberta-base task=glue/sst2 method=lora train.lr=5e-4 seed=1": "any setting by its name",
     "python train.py model=minilm-l6 model.path=DIR task=glue/sst2 data_dir=DIR train.max_steps=200": "your own files",
+    "python train.py model=DIR task=classification data_dir=DIR": "your own model and tables; or model=ORG/NAME",
+    "python train.py plugins=FILE.py --config-dir DIR task=NAME data_dir=DIR": "your own task and its settings files",
     "python train.py -m method=lora,lora_plus,dora,dual_lora seed=0,1,2": "every combination, a table at the end",
     "python train.py -m method=dual_lora method.rank=16 method.magnitude_ratio=0.25,0.5,0.75": "three ratios",
     "python train.py -m hydra/launcher=workstation seed=0,1,2": "several runs at once; on a cluster: slurm",
@@ -76,7 +78,7 @@ def render_help() -> str:
     defaults = read_defaults()
     for key, about, group in iterate_settings():
         value = f" [{defaults[key]}]" if key in defaults else ""
-        lines.append(f"\n  {key}: {about}{value}" if group else f"  {key:<24}{about}{value}")
+        lines.append(f"\n  {key}: {about}{value}" if group else f"  {key:<30}{about}{value}")
     return "\n".join([*lines, "", SWEEPS])
 
 

@@ -3,8 +3,10 @@
 import sys
 import traceback
 
-from dual_lora.lab.commands.plan_table import plan_experiments
+from dual_lora.lab.commands.cell_study import CellStudy
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.outside.models import print_found_models
+from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
@@ -27,6 +29,7 @@ def sweep_command(argv: list[str]) -> int:
     Raises:
         UserError: the command line or an experiment's file is wrong.
     """
+    argv = take_outside_words(argv)
     own = [a for a in argv if a.partition("=")[0] in OWN_WORDS or "=" not in a]
     given = split_words(own, OWN_WORDS, "sweep.py", first="experiment")
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(list_choices('experiment'))}")
@@ -36,16 +39,24 @@ def sweep_command(argv: list[str]) -> int:
     extra = [a for a in argv if a not in launcher and a not in own]
     parse_overrides(launcher)
     check_launcher(argv)
-    names = list_choices("experiment") if given["experiment"] == "all" else given["experiment"].split(",")
-    asked_for = [Experiment.load(name, given.get("scale")) for name in names]
+    every = given["experiment"] == "all"  # which other words may not concern
+    names = list_choices("experiment") if every else given["experiment"].split(",")
+    cell_studies = {name: study for name in names if (study := CellStudy.find(name, given.get("scale")))}
+    for study in cell_studies.values() if not every else ():
+        study.check_words(extra, launcher)
+    asked_for = [Experiment.load(name, given.get("scale")) for name in names if name not in cell_studies]
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
+    print_found_models()
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
+        from dual_lora.lab.report.plans import plan_experiments
+
         return plan_experiments(composed)
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
-        cell.settings.hardware.check_installed()
-    codes = [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
+        cell.settings.check_installed()
+    codes = [study.run(run == "true", "force=true" in extra) for study in cell_studies.values()]
+    codes += [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
     return min((code for code in codes if code), default=EXIT_OK)
 
 

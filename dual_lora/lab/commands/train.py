@@ -2,11 +2,16 @@
 
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+import yaml
+
+import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.outside.models import found_models, print_found_models
+from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_override, parse_overrides
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
@@ -46,7 +51,7 @@ def check_command(argv: list[str]) -> list[Run]:
     for settings in found:
         if not settings.plan:
             check_process_count(settings)
-            settings.hardware.check_installed()
+            settings.check_installed()
     runs = prepare_runs(found)  # hashes data and weights, which must be there
     if len(jobs) == 1:
         runs = [replace(runs[0], differences=select_named_settings(found[0], jobs[0]))]
@@ -82,8 +87,20 @@ def asks_hydra(argv: list[str]) -> bool:
     return True
 
 
-def show_hydra() -> None:
-    """Let Hydra show what the command line asks it for: the composed config, or its own settings."""
+def show_hydra(argv: list[str]) -> None:
+    """Let Hydra show what the command line asks it for: the composed config, or its own settings. Of what lies outside
+    Hydra knows nothing, so the settings of such a run are shown as its record would hold them.
+
+    Raises:
+        UserError: it asks for something else about what lies outside.
+    """
+    settings = load_settings([a for a in argv if "=" in a and not a.startswith("-") and not select_launcher_words([a])])
+    if paths.own_folders or tasks.plugins or found_models:
+        shown = " ".join(a for a in argv if a.startswith("-") or a in HYDRA_WORDS).replace("=", " ")
+        known = set(shown.split()) <= {"--cfg", "-c", "job", "--resolve"}
+        require(known, f"{shown}: Hydra does not know what lies outside of conf/; take --cfg job")
+        print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
+        return
     import hydra
 
     hydra.main(version_base="1.3", config_path=str(paths.CONF), config_name="config")(lambda config: None)()
@@ -95,10 +112,12 @@ def train_command(argv: list[str]) -> int:
     Raises:
         UserError: the command line is wrong, or a plan does not fit.
     """
+    argv = take_outside_words(argv)
     if asks_hydra(argv):
-        show_hydra()
+        show_hydra(argv)
         return EXIT_OK
     runs, launcher = check_command(argv), select_launcher_words(argv)
+    print_found_models()
     if runs[0].settings.plan:
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(runs)

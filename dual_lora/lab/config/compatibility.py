@@ -9,8 +9,7 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
-from dual_lora.lab.config import paths
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.paths import find_choices, load_yaml
 from dual_lora.lab.config.schema import METHOD_SETTINGS, Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
@@ -37,10 +36,12 @@ def check_compatibility(settings: Settings) -> None:
     able = writes or settings.hardware.sharding != "full"
     require(able, f"hardware.sharding=full: not for {task.name}, whose head trains; take hardware.sharding=replicas")
     require(not writes or task.max_new_tokens, f"task.max_new_tokens=0: {task.name} needs at least one token to write")
+    packs = settings.train.packing
+    require(writes or not packs, f"train.packing=true: {task.name} takes one text a row; only text generation packs")
     require(writes or not settings.model.chat, f"model.chat=true: {task.name} has no prompts; take model.chat=false")
     if settings.model.generates or not writes:
         return
-    able = [name for name in list_choices("model") if load_yaml(paths.CONF / "model" / f"{name}.yaml").get("generates")]
+    able = [name for name, path in find_choices("model").items() if load_yaml(path).get("generates")]
     raise UserError(
         f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}"
     )

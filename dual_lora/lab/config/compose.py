@@ -1,23 +1,32 @@
 """From the overrides of a command line to typed settings, with one clear line for every mistake."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, UnsupportedInterpolationType
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_compatibility, check_unused
-from dual_lora.lab.config.overrides import iterate_keys, parse_override
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
+from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
 
@@ -47,14 +56,49 @@ def unfreeze_schema(cls: type) -> type:
     )
 
 
-def freeze_values(cls: type, values: dict) -> object:
-    """Return the frozen dataclass `cls` from plain values of the right types."""
-    return cls(
-        **{
-            f.name: freeze_values(f.type, values[f.name]) if is_dataclass(f.type) else values[f.name]
-            for f in fields(cls)
-        }
-    )
+def freeze_values(cls: type, values: dict, prefix: str = "") -> object:
+    """Return the frozen dataclass `cls` from plain values. OmegaConf checks neither the type of what another setting
+    gives (`seed=${train.lr}`) nor what stands in a list.
+
+    Raises:
+        UserError: a value is missing, of another type or impossible.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        key = f"{prefix}{f.name}"
+        require(f.name in values, f"{key}: missing; give it a value")
+        value = values[f.name]
+        if is_dataclass(f.type):
+            require(isinstance(value, dict), f"{key}={str(value)[:80]}: a group of settings; set one of them")
+            found[f.name] = freeze_values(f.type, value, f"{key}.")
+        else:
+            require(has_type(value, f.type), f"{key}={str(value)[:80]}: must be {name_type(f.type)}")
+            found[f.name] = value
+    return cls(**found)
+
+
+def has_type(value: object, kind: Any) -> bool:
+    """Return whether a value is of a type that a setting is declared with. Whole numbers are numbers, too."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(has_type(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(has_type(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(has_type(item, parts[1]) for item in value.values())
+    if kind is Any:
+        return True
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def name_type(kind: Any) -> str:
+    """Return a setting's type in words."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if isinstance(kind, UnionType):
+        return " or ".join(map(name_type, get_args(kind)))
+    if get_origin(kind) is list:
+        return "a list of " + {str: "texts"}.get(get_args(kind)[0], "values")
+    return names.get(kind, "a mapping")
 
 
 SCHEMA = unfreeze_schema(Settings)
@@ -76,7 +120,6 @@ def build_settings(config: DictConfig, given: Collection[str] = ()) -> Settings:
             require(agrees, f"method.{key}={method[key]}: method.r1 and method.r2 make it {implied:g}; drop one")
         method.rank, method.magnitude_ratio = total, method.r1 / total
     try:
-        config = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
@@ -93,6 +136,8 @@ def describe_config_error(error: Exception) -> str:
     text, key = get_first_line(cause), getattr(cause, "full_key", None)
     if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
         return f"{cause.problem_mark.name}: line {cause.problem_mark.line + 1}: {cause.problem}; fix the file"
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: ??? is no value; give it one"
     if isinstance(cause, UnsupportedInterpolationType):
         return f"{key}: {text}; write the value itself"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "." not in str(key):
@@ -114,20 +159,48 @@ def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
 
 
 @cache
+def load_choice_file(path: Path) -> DictConfig:
+    """Return the values of a choice's file, read once: an experiment combines a few choices in hundreds of ways."""
+    return load_yaml(path)
+
+
+@cache
 def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     """Return the values for one choice per group (in the order of GROUPS), as Hydra would compose them. Hydra itself
     takes half a second for each of a study's many combinations."""
-    files = {group: load_yaml(conf / group / f"{name}.yaml") for group, name in zip(GROUPS, choices, strict=True)}
+    files = {group: load_choice(group, name) for group, name in zip(GROUPS, choices, strict=True)}
     composed = OmegaConf.merge(load_base(conf)[0], files)
     OmegaConf.set_struct(composed, True)  # an unknown key is an error
     return composed
 
 
-def iterate_given_keys(key: str, value: object) -> Iterator[str]:
-    """Yield the full names that an override sets: train={lr:1} sets train and train.lr."""
-    yield key
-    for name, part in value.items() if isinstance(value, dict) else ():
-        yield from iterate_given_keys(f"{key}.{name}", part)
+def load_choice(group: str, name: str) -> DictConfig:
+    """Return the values of a choice: those of its file, or what is found of a model that has none.
+
+    Raises:
+        UserError: there is no such choice or model, or the file has another name than its values say.
+    """
+    path = find_choices(group).get(name)
+    if path is None and group == "model" and is_model_place(name):
+        return OmegaConf.create(describe_model(name))
+    require(path is not None, f"{group}={name}: no such {group}")
+    values = load_choice_file(path)
+    given = values.get("name")
+    require(given == name, f"{path}: name: {given}; write name: {name}, as the file is called")
+    return values
+
+
+def choose_files(parsed: list[Override]) -> tuple[dict[str, str], list[Override]]:
+    """Return the choice of each group that overrides name, and the other overrides. The revision of a model on the hub
+    becomes part of its choice, because its settings depend on it."""
+    chosen = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
+    rest = [o for o in parsed if o.key_or_group not in GROUPS]
+    name = chosen.get("model", "")
+    hub = name not in list_choices("model") and find_hub_id(name)
+    revisions = [o for o in rest if o.key_or_group == "model.revision" and o.value()] if hub else []
+    if revisions:
+        chosen["model"] = f"{hub['id']}@{revisions[-1].value()}"
+    return chosen, [o for o in rest if o not in revisions]
 
 
 def load_settings(words: list[str]) -> Settings:
@@ -136,9 +209,7 @@ def load_settings(words: list[str]) -> Settings:
     Raises:
         UserError: a value is missing, of the wrong type, impossible, or would have no effect.
     """
-    parsed = [parse_override(word) for word in words]
-    chosen = {o.key_or_group: str(o.value()) for o in parsed if o.key_or_group in GROUPS}
-    rest = [o for o in parsed if o.key_or_group not in GROUPS]
+    chosen, rest = choose_files([parse_override(word) for word in words])
     try:
         choices = load_base(paths.CONF)[1] | chosen
         composed = compose_choices(paths.CONF, tuple(choices[group] for group in GROUPS))

@@ -20,7 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser, create_
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Sweep, Transformer
 from hydra.errors import HydraException
 
-from dual_lora.lab.config.paths import list_choices
+from dual_lora.lab.config.outside.models import is_model_place
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require, suggest_name
@@ -29,6 +30,22 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 MAX_RUNS = 10_000
 # Several groups have a setting such as `lr`. If the group is left out, the first of these is most likely meant.
 LIKELY_GROUPS = ("train", "method", "task", "model", "eval", "hardware", "wandb")
+# What transformers' TrainingArguments and PEFT's configurations call a setting of another name here.
+HUGGING_FACE_NAMES = {
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "lr_scheduler_type": "train.schedule",
+    "output_dir": "study",
+    "model_name_or_path": "model",
+    "max_seq_length": "task.max_length",
+    "target_modules": "model.adapt",
+    "r": "method.rank",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+}
 # The only Hydra settings a command line may change: how runs are started. The harness decides where they write.
 LAUNCHER_KEY = re.compile(r"hydra[/.]launcher(\.|$)")
 
@@ -202,14 +219,30 @@ def check_group_choice(group: str, name: str) -> None:
     known = list_choices(group)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is not a typo of roberta-base
     hint = f" Did you mean {near[0]}?" if near else ""
-    require(name in known, f"{group}={name}: no such {group}.{hint} Known: {', '.join(known)}")
+    outside = group == "model" and is_model_place(name)
+    others = " Any other is model=ORG/NAME, of the hub, or model=DIR." if group == "model" else ""
+    require(name in known or outside, f"{group}={name}: no such {group}.{hint}{others} Known: {', '.join(known)}")
 
 
 def suggest_setting(key: str) -> str:
     """Return " Did you mean X?" for the setting a mistyped key most likely means: one that lacks its group, such as
-    `lr`, or one that is spelt alike."""
-    parts = [f"{group}.{key}" for group in LIKELY_GROUPS if f"{group}.{key}" in KNOWN_KEYS]
+    `lr`, or has another's, one that Hugging Face calls so, or one that is spelt alike."""
+    name = key.rpartition(".")[2]
+    parts = [f"{group}.{name}" for group in LIKELY_GROUPS if f"{group}.{name}" in KNOWN_KEYS]
+    parts += [HUGGING_FACE_NAMES[name]] if name in HUGGING_FACE_NAMES else []
+    parts += [] if parts else [known for known in list_option_keys() if known.endswith(f".{name}")]
     return f" Did you mean {parts[0]}?" if parts else suggest_name(key, KNOWN_KEYS)
+
+
+def list_option_keys() -> list[str]:
+    """Return the full names of all tasks' options and all methods' PEFT fields."""
+    places = (("task", "options"), ("method", "peft"))
+    files = [
+        (f"{group}.{part}", load_yaml(path).get(part))
+        for group, part in places
+        for path in find_choices(group).values()
+    ]
+    return list(dict.fromkeys(f"{parent}.{name}" for parent, own in files for name in own or ()))
 
 
 def check_text(text: str, key: str) -> None:
@@ -227,13 +260,36 @@ def check_text(text: str, key: str) -> None:
     require("${" not in strange, f"{key}: ${{...}} may name only other settings, such as ${{method.lr}}")
 
 
+def iterate_given_keys(key: str, value: object) -> Iterator[str]:
+    """Yield the full names that an override sets: train={lr:1} sets train and train.lr."""
+    yield key
+    for name, part in value.items() if isinstance(value, dict) else ():
+        yield from iterate_given_keys(f"{key}.{name}", part)
+
+
+def check_repeats(words: list[str], where: str = "") -> None:
+    """Refuse words that set one key twice: which value is meant would be a guess. where: begins the message.
+
+    Raises:
+        UserError: with the key.
+    """
+    seen: set[str] = set()
+    for override in map(parse_override, words):
+        names = list(iterate_given_keys(override.key_or_group, override.value()))
+        for name in [name for name in names if name in seen]:
+            several = "" if LAUNCHER_KEY.match(name) else f", or write {name}=VALUE,VALUE for a run of each"
+            require(False, f"{where}{name}: given twice; drop one{several}")
+        seen.update(names)
+
+
 def parse_overrides(words: list[str]) -> list[list[str]]:
     """Return the overrides of every run that a command line (with sweeps) asks for, names checked. The values of the
     last sweep change first.
 
     Raises:
-        UserError: a word is wrong, or too many runs are asked for.
+        UserError: a word is wrong, a key is given twice, or too many runs are asked for.
     """
+    check_repeats(words)
     choices = []
     for word in words:
         override = parse_override(word)

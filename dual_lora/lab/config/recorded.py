@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from yaml import YAMLError
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import SCHEMA, build_settings, describe_config_error
 from dual_lora.lab.config.overrides import check_text
-from dual_lora.lab.config.paths import load_yaml
+from dual_lora.lab.config.paths import load_yaml, parse_yaml
 from dual_lora.lab.config.schema import Settings, get_setting, iterate_leaves
 from dual_lora.lab.errors import UserError, require
 
@@ -38,12 +38,16 @@ ADDED_SETTINGS += (
     "model.dropout",
     "task.search",
     "train.gradient_checkpointing",
+    "train.compile",
+    "train.packing",
     "train.early_stopping",
     "eval.development_rows",
+    "tensorboard",
 )
 # Those runs had no timed checkpoints, which conf/ now turns on.
 OLD_VALUES = {"train": {"save_minutes": None}}
 
+MIRRORS = ("wandb.", "tensorboard")  # where the log is copied to
 NAMES = ("model.name", "task.name", "method.name")
 DERIVED = {"method.lr", "task.epochs", "task.batch_size"}  # train.* has the values that a run takes
 
@@ -67,13 +71,19 @@ def load_recorded_settings(run: Path, key: str = "run") -> Settings:
     path = run / "config.yaml"
     require(path.is_file(), f"{key}={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
-        stored = load_yaml(path)
-        check_text(str(OmegaConf.to_container(stored)), "its values")
-        return build_settings(OmegaConf.merge(load_old_defaults(paths.CONF), stored))
+        return parse_recorded_settings(path, path.read_text(encoding="utf-8"), paths.CONF)
     except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not settings that this version can read ({describe_config_error(error)}); restore the file"
         ) from error
+
+
+@lru_cache(maxsize=4096)  # a report asks for a record's settings several times
+def parse_recorded_settings(path: Path, text: str, conf: Path) -> Settings:
+    """Return the settings that the text of a record's config.yaml holds."""
+    stored = parse_yaml(path, text)
+    check_text(str(OmegaConf.to_container(stored)), "its values")
+    return build_settings(OmegaConf.merge(load_old_defaults(conf), stored))
 
 
 def replace_settings(settings: Settings, values: dict[str, str | int | None]) -> Settings:
@@ -124,7 +134,7 @@ def find_distinct_values(all_settings: list[Settings]) -> list[dict[str, Any]]:
     """Return the values that distinguish runs of one model, task and method. A setting is used if it separates runs
     that the earlier ones do not."""
     leaves = [
-        {key: value for key, value in iterate_leaves(settings) if not key.startswith("wandb.")}
+        {key: value for key, value in iterate_leaves(settings) if not key.startswith(MIRRORS)}
         for settings in all_settings
     ]
     keys = sorted(dict.fromkeys(key for values in leaves for key in values), key=is_derived)

@@ -8,7 +8,9 @@ torch nor transformers nor Hydra.
 
 import importlib.util
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 
 # Limit of whole numbers (a seed has 32 bits), and of factors that multiply weights, which would overflow float32.
 MAX_INTEGER, MAX_MULTIPLIER = 2**32, 1e6
+# Characters of a name in folders' names, and of one on the hub.
+MAX_NAME, MAX_HUB_NAME = 60, 96
 # No known model has more; a plan builds every layer.
 MAX_LAYERS = 1000
 # The groups whose settings come from a file in conf/ that a command line chooses by name.
@@ -68,15 +72,26 @@ def check_range(group: str, values: object, least: float, below: float, *names: 
         require(value is None or least <= value < below, f"{group}.{name}={value}: {bounds}")
 
 
+def is_file_name(value: str, longest: int) -> bool:
+    """Return whether a value names a file or folder on any system, and none that lies elsewhere."""
+    clean = value and all(c.isascii() and c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
+    return bool(clean) and len(value) <= longest
+
+
 def check_file_name(key: str, value: str, what: str) -> None:
     """Refuse what names no file or folder, or one that lies elsewhere.
 
     Raises:
         UserError: with the setting and its value.
     """
-    clean = value and all(c.isascii() and c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
-    short = len(value.encode(errors="replace")) <= 60
-    require(bool(clean) and short, f"{key}={value[:80]}: only letters, digits, '-', '_' and '.', at most 60; {what}")
+    allowed = f"only letters, digits, '-', '_' and '.', at most {MAX_NAME}"
+    require(is_file_name(value, MAX_NAME), f"{key}={value[:80]}: {allowed}; {what}")
+
+
+def is_hub_id(value: str) -> bool:
+    """Return whether a value has the form of a hub id, ORG/NAME."""
+    parts = value.split("/")
+    return len(parts) == 2 and all(is_file_name(part, MAX_HUB_NAME) for part in parts)
 
 
 def iterate_leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -114,7 +129,7 @@ def check_values(values: object) -> None:
 class Model:
     """A base model and the names of its parts."""
 
-    name: str = setting("name of the model, also in the names of its runs' folders")
+    name: str = setting("name of the model, also in the names of its runs' folders; ORG/NAME is a hub id")
     hub: str | None = setting("its id on the Hugging Face hub, used unless model.path is given")
     revision: str | None = setting("commit on the hub that pins the weights")
     path: str | None = setting("folder of a saved Hugging Face model, or a GGUF file, instead of the hub")
@@ -159,7 +174,8 @@ class Model:
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        check_file_name("model.name", self.name, "it names the run's folder")
+        if not is_hub_id(self.name):
+            check_file_name("model.name", self.name, "it names the run's folder")
         for role, pattern in self.roles.items():
             try:
                 re.compile(pattern)
@@ -261,7 +277,8 @@ class Method:
             used = self.peft is not None and value is not None
             require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
         if self.peft is not None:
-            require("peft_type" in self.peft, f"method.peft: {self.name} names no peft_type")
+            named = isinstance(self.peft.get("peft_type"), str)
+            require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
             for key in ("magnitude_ratio", "r1", "r2"):
                 require(
                     getattr(self, key) is None or key in self.peft, f"method.{key}: method {self.name} has no {key}"
@@ -295,6 +312,10 @@ class Train:
     gradient_checkpointing: bool | None = setting(
         "true: keep only each layer's input for backward and recompute the rest; less memory, more time"
     )
+    compile: bool | None = setting(
+        "true: train with torch.compile; minutes to compile, then faster; needs a C++ compiler"
+    )
+    packing: bool | None = setting("true: the texts of a batch share rows, without attention between them or padding")
     early_stopping: int | None = setting(
         "stop after so many epochs without a better score on eval.development_rows, and keep the best epoch"
     )
@@ -393,7 +414,10 @@ class Settings:
     seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
     study: str = setting("folder below runs/ for the run's record")
     data_dir: str | None = setting("folder of the task's official files, instead of the hub")
-    init_from: str | None = setting("folder of a finished run of the same method, to start from its adapter")
+    init_from: str | None = setting(
+        "finished run, saved adapter (a folder or its name on the hub) of the same method to start from"
+    )
+    tensorboard: bool = setting("true: also write the log as TensorBoard files, to the run's folder tensorboard/")
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
     force: bool = setting("true: run a finished run again, and replace it once the new one is complete")
     plan: bool = setting("true: print parameters, memory, steps and time instead of running; loads no weights")
@@ -408,11 +432,35 @@ class Settings:
         """For each role of the model: regular expression for the end of a module's name, as the model is loaded."""
         return self.model.split_roles if self.splits_layers else self.model.roles
 
+    def check_installed(self) -> None:
+        """Refuse what needs an optional package that is not installed. Plans do not need it.
+
+        Raises:
+            UserError: with what is to be installed.
+        """
+        self.hardware.check_installed()
+        compiler = os.environ.get("CXX") or "g++"
+        able = not self.train.compile or shutil.which(compiler) is not None
+        require(able, f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it")
+        here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
+        require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
+
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
-        train = self.train
-        an_epoch = math.ceil(rows / (train.batch_size * train.accumulation * self.hardware.devices))
-        return train.max_steps or math.ceil(an_epoch * train.epochs)
+        an_epoch = math.ceil(rows / self.examples_per_step)
+        return self.train.max_steps or math.ceil(an_epoch * self.train.epochs)
+
+    @property
+    def examples_per_step(self) -> int:
+        """The global batch: how many examples an optimizer step sees, on all devices."""
+        return self.train.batch_size * self.train.accumulation * self.hardware.devices
+
+    def describe_batch(self) -> str:
+        """Return the global batch and, where it is not one device's batch, what it consists of."""
+        size, accumulation, devices = self.train.batch_size, self.train.accumulation, self.hardware.devices
+        parts = [f"{size} a batch", f"{accumulation} accumulated"] + ([f"{devices} devices"] if devices > 1 else [])
+        split = f" ({' x '.join(parts)})" if self.examples_per_step != size else ""
+        return f"{self.examples_per_step} examples{split}"
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -1,5 +1,6 @@
 """A finished run as a checkpoint that plain transformers loads, without this package."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, describe_machine_error, require
-from dual_lora.lab.evaluate.model_card import CARD_NAME, format_model_card
+from dual_lora.lab.evaluate.model_card import CARD_NAME, format_adapter_card, format_model_card
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
@@ -24,6 +26,7 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.sealed import list_files
+from tasks import Task
 
 MAX_SHARD_SIZE = "5GB"
 # Batch size and length of random token ids on which logits are compared.
@@ -58,7 +61,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
         merged.to(getattr(torch, dtype)).save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         if (record.folder / "adapter").is_dir() and not settings.splits_layers:
-            shutil.copytree(record.folder / "adapter", partial / "adapter")
+            copy_adapter(record.folder / "adapter", partial / "adapter", settings, record, task)
         options = {"dtype": getattr(torch, dtype), "use_safetensors": True, **NO_CODE}
         loaded = get_head_class(task).from_pretrained(partial, **options)
         check_weights(folder, loaded, dtype)
@@ -68,6 +71,15 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     base = ", its 4-bit base dequantised" if settings.hardware.base else ""
     return f"exported: {folder} ({dtype}{base}); its logits differ from the unmerged run's by {error:.1e} of their norm"
+
+
+def copy_adapter(source: Path, folder: Path, settings: Settings, record: Record, task: Task) -> None:
+    """Copy a run's adapter, with a card of its own, and with the base model's name instead of its place here."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config["base_model_name_or_path"] = settings.model.hub or settings.model.name
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    (folder / CARD_NAME).write_text(format_adapter_card(settings, record, task), encoding="utf-8")
 
 
 def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Record, folder: Path) -> PreTrainedModel:

@@ -1,9 +1,12 @@
 """The model card of an exported run: what it was made from, how it scored, and how to load it."""
 
+from typing import Any
+
 import yaml
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.model.load import get_head_class
+from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_score
 from tasks import Task
@@ -59,44 +62,110 @@ SPLIT = """
 The adapter itself is not here: it changes blocks of fused layers (`model.split=[{roles}]`), which the original model
 does not have as modules of their own.
 """
+ADAPTER_CARD = """---
+{header}---
+
+# Adapter: {model} trained on {task} with {method}
+
+| | |
+|---|---|
+| base model | {base} |
+| method | {method}{rank}; {trained:,} of {parameters:,} parameters trained |
+| settings | {settings} |
+| data | {data} |
+| steps, learning rate, seed | {steps}, {lr:g}, {seed} |
+| made with | PEFT {peft} |
+| run | {run} |
+{about}
+## Scores
+
+{scores}
+
+On the rows and by the protocol of the run.
+
+## Loading
+
+The adapter belongs onto the original base model; BASE is its folder or its name on the hub.
+
+```python
+from peft import PeftModel{register}
+from transformers import {head}
+
+base = {head}.from_pretrained("BASE"{labels})
+model = PeftModel.from_pretrained(base, "DIR")
+```
+"""
+
+# What this package's own method computes.
+ABOUT = """
+Dual LoRA ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402)) adds
+dW = f * alpha / sqrt(r1 r2) * ReLU(B A) ⊙ Sign(D C) to a weight, with A, B of rank r1, C, D of rank r2, and a factor f
+that training ramps from 0 to 1.
+"""
 # PEFT finds types of its own; those of this package are known once it is imported.
 REGISTER = """
 import dual_lora  # pip install dual-lora: registers the adapter's type with PEFT"""
 
 
 def format_model_card(settings: Settings, record: Record, task: Task, dtype: str, adapter: bool) -> str:
-    """Return the card as Markdown with the hub's YAML header. adapter: whether the adapter is beside the weights."""
-    result = record.read_result()
-    base, method = settings.model.hub or settings.model.name, settings.method
-    header = {"library_name": "transformers", "pipeline_tag": PIPELINES[task.form]}
-    header |= {"tags": [method.name, *(["peft"] if adapter else [])]}
-    header |= {"base_model": settings.model.hub} if settings.model.hub else {}
-    own = bool(result.get("kernels"))
-    about_adapter = SPLIT.format(roles=",".join(settings.model.split)) if settings.splits_layers else ""
-    if adapter:
-        about_adapter = ADAPTER.format(register=REGISTER if own else "")
-    return CARD.format(
-        header=yaml.safe_dump(header, sort_keys=False),
-        model=settings.model.name,
-        task=task.name,
-        method=method.name,
-        base=base + (f" ({settings.model.revision})" if settings.model.revision else ""),
-        rank=f", rank {method.rank}" if method.rank else "",
-        trained=result["trainable_parameters"],
-        parameters=result["parameters"],
-        data="; ".join(f"{name}: {facts['rows']} rows" for name, facts in result["data"].items()),
-        steps=result["steps"],
-        lr=settings.train.lr,
-        seed=settings.seed,
-        dtype=dtype,
-        run=record.name,
-        scores=format_scores(result, task),
-        head=get_head_class(task).__name__,
-        adapter=about_adapter,
+    """Return the card of the merged model as Markdown with the hub's YAML header. adapter: whether the adapter is
+    beside the weights."""
+    facts = collect_facts(settings, record, task)
+    header = format_header(settings, task, "transformers", ["peft"] if adapter else [])
+    about = SPLIT.format(roles=",".join(settings.model.split)) if settings.splits_layers else ""
+    return CARD.format(header=header, dtype=dtype, adapter=ADAPTER.format(**facts) if adapter else about, **facts)
+
+
+def format_adapter_card(settings: Settings, record: Record, task: Task) -> str:
+    """Return the card of the adapter alone, in place of PEFT's, which leaves all of it open."""
+    facts, classes = collect_facts(settings, record, task), {"classification": len(task.labels), "regression": 1}
+    values = {key: value for key, value in settings.method.peft.items() if value not in (None, {}, [])}
+    return ADAPTER_CARD.format(
+        header=format_header(settings, task, "peft", ["peft", *(["dual-lora"] if facts["register"] else [])]),
+        settings=", ".join(f"{key}={value}" for key, value in values.items()),
+        peft=record.read_environment().get("packages", {}).get("peft", "?"),
+        about=ABOUT if facts["register"] else "",
+        labels=f", num_labels={classes[task.form]}" if task.form in classes else "",
+        **facts,
     )
+
+
+def format_header(settings: Settings, task: Task, library: str, tags: list[str]) -> str:
+    """Return the YAML header that the hub reads from a card. A base model that is not on the hub is left out: the hub
+    refuses the card otherwise."""
+    header = {"library_name": library, "pipeline_tag": PIPELINES[task.form]}
+    header |= {"tags": list(dict.fromkeys([settings.method.name, *tags]))}
+    header |= {"base_model": settings.model.hub} if settings.model.hub else {}
+    return yaml.safe_dump(header, sort_keys=False)
+
+
+def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, Any]:
+    """Return what both cards say of a run."""
+    result, method = record.read_result(), settings.method
+    base = settings.model.hub or settings.model.name
+    return {
+        "model": settings.model.name,
+        "task": task.name,
+        "method": method.name,
+        "base": base + (f" ({settings.model.revision})" if settings.model.revision else ""),
+        "rank": f", rank {method.rank}" if method.rank else "",
+        "trained": result["trainable_parameters"],
+        "parameters": result["parameters"],
+        "data": "; ".join(f"{name}: {facts['rows']} rows" for name, facts in result["data"].items()),
+        "steps": result["steps"],
+        "lr": settings.train.lr,
+        "seed": settings.seed,
+        "run": record.name,
+        "scores": format_scores(result, task),
+        "head": get_head_class(task).__name__,
+        "register": REGISTER if result.get("kernels") else "",
+    }
 
 
 def format_scores(result: dict, task: Task) -> str:
     """Return the scores as a Markdown table, in percent but where the task says otherwise."""
-    rows = [f"| {name} | {format_score(value, name in task.unscaled)} |" for name, value in result["metrics"].items()]
+    rows = [
+        f"| {escape_markdown_cell(name)} | {format_score(value, name in task.unscaled)} |"
+        for name, value in result["metrics"].items()
+    ]
     return "\n".join(["| score | % |", "|---|---:|", *rows])

@@ -4,6 +4,7 @@ transformers turns such a file into a model and a tokenizer. What it would misre
 heavy is loaded, or corrected in `load_gguf_tokenizer`.
 """
 
+import atexit
 import json
 import mmap
 import struct
@@ -214,6 +215,7 @@ def link_alone(path: Path) -> TemporaryDirectory:
     """Return a folder, kept while Python runs, that holds a link to the file and nothing else. transformers would also
     read an adapter or decoding settings beside it."""
     folder = TemporaryDirectory(prefix="gguf-")
+    atexit.register(folder.cleanup)  # Python would do it with a warning
     (Path(folder.name) / path.name).symlink_to(path.resolve())
     return folder
 

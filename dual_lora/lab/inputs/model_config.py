@@ -30,12 +30,12 @@ REFUSED_FIELDS = {
     "transformers_weights": "it names another file of weights; name that file model.safetensors and drop the field",
     "pruned_heads": "its attention heads are pruned; take a model without",
 }
-# Fields that must match the defaults of the model's class, or these: they would turn an encoder into a decoder, or back.
-CLASS_FIELDS = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
+# Fields that must match the defaults of the model's class: they would turn an encoder into a decoder, or back.
+CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
 # Fields of some architectures that the library's caches read of every model. Where a model's class does not have them,
 # its layers ignore them, and so must decoding.
 LAYER_FIELDS = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes")
-COUNTED = re.compile(r"(^|_)(layers?|blocks|experts|heads)$")  # a module each
+COUNTED = re.compile(r"^(?!max_)(.*_)?(layers?|blocks|experts|heads)$")  # a module each
 MAX_COUNT = 10_000
 
 
@@ -69,16 +69,20 @@ def fit_class_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
         UserError: a flag is not as the class of the model has it.
     """
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return values
-    for name, default in CLASS_FIELDS.items():
-        given, usual = values.get(name), getattr(CONFIG_MAPPING[kind], name, default)
+    for name in CLASS_FIELDS:
+        given, usual = values.get(name), getattr(CONFIG_MAPPING[kind], name, False)
         require(
             given is None or bool(given) == bool(usual),
             f"{where}: {name}={given} makes another kind of model of a {kind}; drop the field",
         )
+    # The library's masks make any decoder an encoder that says so; encoders mask nothing, whatever they say.
+    causal = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or values.get("is_causal") is not False
+    require(causal, f"{where}: is_causal=false makes an encoder of a {kind}; drop the field")
     strange = {name for name in LAYER_FIELDS if not hasattr(CONFIG_MAPPING[kind], name)}
     return {name: value for name, value in values.items() if name not in strange}
 

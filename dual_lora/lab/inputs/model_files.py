@@ -4,6 +4,7 @@ transformers follows what lies in a model's folder: an adapter, an index that na
 settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json.
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dual_lora.lab.config.outside.models import explain_no_model, list_lacking_files
 from dual_lora.lab.config.paths import BUNDLED, resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line, require
@@ -61,10 +63,9 @@ def check_model_folder(path: Path) -> None:
     Raises:
         UserError: a file is missing or damaged, or an adapter lies beside the weights.
     """
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.path={path}: no config.json there; give the folder of a saved Hugging Face model")
-    if not list(path.glob("*.safetensors")):
-        raise UserError(f"model.path={path}: no *.safetensors there; other weight formats are not loaded")
+    lacking = list_lacking_files(path)
+    if any("tokenizer" not in what for what in lacking):  # a tuned model's folder has none, nor does a plan need it
+        raise UserError(f"model.path={path}: {explain_no_model(path, lacking, 'model.path')}")
     adapter = path / "adapter_config.json"
     require(
         not adapter.exists(),
@@ -255,6 +256,7 @@ def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...]) -> Tempor
         UserError: config.json cannot be honoured.
     """
     folder = write_config(fit_class_fields(read_config_fields(path), str(path / "config.json")))
+    atexit.register(folder.cleanup)  # Python would do it with a warning
     for file, *_ in stamps[1:]:
         link = Path(folder.name) / file.name
         if file.name == SPECIAL_TOKENS:

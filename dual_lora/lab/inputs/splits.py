@@ -2,10 +2,10 @@
 
 import itertools
 
+from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Evaluate, Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
-from dual_lora.lab.inputs.hub import use_cache_if_unreachable
 from tasks import Split, Task
 
 # Seed of the draw of the training rows that `eval.holdout` holds out.

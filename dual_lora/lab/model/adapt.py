@@ -4,11 +4,15 @@ No method is known here by name: a PEFT method needs only its YAML in conf/metho
 task is refused before training.
 """
 
+import copy
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import (
     UserError,
@@ -35,9 +40,11 @@ from dual_lora.lab.errors import (
     suggest_name,
     translate_read_errors,
 )
+from dual_lora.lab.inputs.adapter_files import find_other_fields, read_adapter_config
 from dual_lora.lab.model.load import build_target_pattern, is_sharded
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.tuner.warmup import list_factors
 
 TASK_TYPES = {
@@ -61,7 +68,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     Raises:
         UserError: PEFT has no such type, refuses a field, or the type does not fit this harness or this task.
     """
-    values: dict[str, Any] = dict(settings.method.peft)
+    values: dict[str, Any] = copy.deepcopy(settings.method.peft)  # PEFT extends lists that it is given
     kind = values.pop("peft_type")
     resolve_ramp(settings, values, rows)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -70,15 +77,30 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_type)}
     check_peft_type(settings, kind, known, form)
-    values.setdefault("task_type", TASK_TYPES[form])
+    check_decided_fields(values, form)
+    values["task_type"] = TASK_TYPES[form]
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
         values.setdefault("target_modules", build_target_pattern(settings))
+        if values["target_modules"] == ALL_LINEAR and "exclude_modules" in known:
+            values.setdefault("exclude_modules", rf"(?:.*\.)?(?:{'|'.join(sorted(settings.model.heads))})(?:\..*)?")
     if settings.model.head and form != "generation" and "modules_to_save" in known:
         values.setdefault("modules_to_save", list(settings.model.head))
     try:
         return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
+
+
+def check_decided_fields(values: dict[str, Any], form: str) -> None:
+    """Refuse fields of PEFT by which less would train than the task asks for.
+
+    Raises:
+        UserError: with the field.
+    """
+    given, own = values.get("task_type"), TASK_TYPES[form].value
+    require(given in (None, own), f"method.peft.task_type={given}: the task decides it, here {own}; drop it")
+    trains = not values.get("inference_mode")
+    require(trains, "method.peft.inference_mode=true: nothing of the adapter would train; drop it")
 
 
 def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
@@ -105,6 +127,11 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
         f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
         "pissa or olora",
+    )
+    require(
+        "n_tasks" not in known,
+        f"{where}: mixes adapters by the number of the task that each row belongs to, which rows here do not have; "
+        "take a method with one adapter",
     )
     headless = form != "generation" and "modules_to_save" not in known
     require(
@@ -154,6 +181,44 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     return adapted
 
 
+def check_named_modules(model: torch.nn.Module, settings: Settings, form: str) -> None:
+    """Refuse names and patterns of modules in the settings that match nothing in the model with its method: they would
+    have no effect, which neither transformers nor PEFT reports.
+
+    Raises:
+        UserError: with the name, and those that there are.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [name for name, _ in base.named_modules() if name]
+    for head in settings.model.head if form != "generation" else ():
+        found = any(name.endswith(head) for name in modules)
+        require(found, f"model.head: {settings.model.name} has no module {head!r}; {suggest_modules(head, modules)}")
+    adapted = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    for key, value in (settings.method.peft or {}).items() if adapted else ():
+        known = modules if key in ("exclude_modules", "modules_to_save") else adapted
+        for pattern in list_patterns(key, value):
+            found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in known)
+            require(found, f"method.peft.{key}: {pattern!r} matches no module; {suggest_modules(pattern, known)}")
+
+
+def list_patterns(key: str, value: Any) -> list[str]:
+    """Return the names and regular expressions of modules that a field of PEFT's holds; [] for other fields."""
+    if key.endswith("_pattern") and isinstance(value, dict):
+        return list(value)
+    if key == "layers_to_transform" and value is not None:
+        return [rf"{layer}\..*" for layer in (value if isinstance(value, list) else [value])]
+    if key == "exclude_modules" and isinstance(value, str):
+        return [value]
+    return value if isinstance(value, list) and (key.endswith("_modules") or key == "modules_to_save") else []
+
+
+def suggest_modules(name: str, modules: list[str]) -> str:
+    """Return the remedy for a name that matches none of the modules."""
+    parts = sorted({module.rpartition(".")[2] for module in modules})
+    shown = [part for part in parts if part in modules] or parts  # the outer ones of a model, all of those adapted
+    return f"drop it, or name another, such as {', '.join(shown)}.{suggest_name(name, parts)}"
+
+
 @contextmanager
 def translate_method_errors(settings: Settings) -> Iterator[None]:
     """Turn whatever PEFT raises over a model or a configuration into one line.
@@ -193,10 +258,10 @@ def check_forward(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
-    """Give the model the weights of the run that `init_from` names. Heads stay fresh.
+    """Give the model the weights of the run or the adapter that `init_from` names. Heads stay fresh.
 
     Raises:
-        UserError: the weights do not fit.
+        UserError: the weights do not fit, or are an adapter's that computes something else with them.
     """
     file = find_init_weights(settings)
     with translate_read_errors(f"init_from={settings.init_from}: cannot read {file.name}", "take another run"):
@@ -215,9 +280,25 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
     if not isinstance(model, PeftModel):
         model.load_state_dict(chosen, strict=not shared)
         return
+    check_init_adapter(model, file.parent, settings)
     set_peft_model_state_dict(model, chosen)
     for factors in list_factors(model):  # trained factors are at full scale, whatever the length of this run's ramp
         factors.set_update_scale(1.0, ramp=False)
+
+
+def check_init_adapter(model: PeftModel, folder: Path, settings: Settings) -> None:
+    """Refuse a saved adapter whose configuration gives its weights another meaning than this run's, such as another
+    alpha; print a warning if it was trained on a model of another name.
+
+    Raises:
+        UserError: with the first such field.
+    """
+    saved, where = read_adapter_config(folder), f"init_from={settings.init_from}"
+    for field, (theirs, ours) in find_other_fields(saved, model.active_peft_config.to_dict()).items():
+        raise UserError(f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
+    base, known = Path(saved.get("base_model_name_or_path") or "").name, model.get_base_model().name_or_path
+    if base and base != Path(known).name and is_first_process():
+        print(f"warning: {where}: trained on a model named {base}, this run's is {Path(known).name}", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
@@ -10,11 +10,16 @@ from dual_lora.lab.errors import require
 from tasks import Task
 from tasks.base import Row
 
+if TYPE_CHECKING:  # a plan needs no rows
+    from datasets import Dataset
+
 IGNORED_LABEL = -100  # label of a token without loss
 
 
-def encode_rows(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+def encode_rows(rows: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> "Dataset":
     """Return the rows as model inputs with labels, truncated to `task.max_length` tokens."""
+    from datasets import Dataset
+
     columns = (
         build_generation_encoder(tokenizer, settings)
         if task.form == "generation"
@@ -33,7 +38,7 @@ def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> 
     require(
         tokens <= limit,
         f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, the data needs "
-        f"{tokens} with task.max_new_tokens; lower task.max_length or take another model",
+        f"{tokens} with task.max_new_tokens; lower task.max_length or task.max_new_tokens, or take another model",
     )
 
 

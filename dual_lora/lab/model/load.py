@@ -21,6 +21,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
+from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
@@ -177,10 +178,12 @@ def check_loaded_weights(
         not other,
         f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
+    outer = sorted({name.split(".")[0] for name in lacking})
+    own = f", or the task's head: then take model.head=[{','.join(outer)}]"
     require(
         not lacking,
         f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
-        "are another model's",
+        f"are another model's{'' if model.base_model_prefix in outer else own}",
     )
     check_left_out_weights(model, found["unexpected_keys"], settings)
     if file := find_gguf_file(settings):
@@ -333,8 +336,12 @@ def get_head_class(task: Task) -> type:
 
 
 def build_target_pattern(settings: Settings) -> str:
-    """Return the regular expression of the module names that `model.adapt` chooses, for PEFT's `target_modules`."""
-    ends = sorted({settings.roles[role] for role in settings.model.adapt})
+    """Return the regular expression of the module names that `model.adapt` chooses, for PEFT's `target_modules`, or
+    PEFT's word for all linear layers but the head."""
+    chosen = {settings.roles[role] for role in settings.model.adapt}
+    if ALL_LINEAR in chosen:
+        return ALL_LINEAR
+    ends = sorted(chosen)
     return rf"(?:.*\.)?(?:{'|'.join(ends)})"
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.inputs.gguf import is_gguf_file
-from dual_lora.lab.inputs.hub import use_cache_if_unreachable
 from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
 from dual_lora.lab.inputs.model_files import find_model, link_model, read_config_fields, write_config
 from tasks import Task

@@ -55,7 +55,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def set_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
-    """Undo what a tokenizer saved of how it was used: sides, what it returns, and truncation or padding inside
+    """Undo what a tokenizer saved of how it was used: sides, what it returns, and truncation, padding or dropout inside
     tokenizer.json. types: how many kinds of segment the model knows, if it knows any."""
     for name, value in USE.items():
         setattr(tokenizer, name, value)
@@ -64,6 +64,8 @@ def set_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None  # of BPE: merges left out at random, which the seed does not decide
     marked = "token_type_ids" in tokenizer.model_input_names and (types or 0) > 1
     marked = marked or "token_type_ids" in type(tokenizer).model_input_names
     tokenizer.model_input_names = ["input_ids", *["token_type_ids"][: int(marked)], "attention_mask"]

@@ -20,6 +20,8 @@ const cell = event.target.closest("[data-command]"); if (cell) navigator.clipboa
 </script>"""
 # A cell of a column of numbers: one, perhaps with a spread or a unit, or a dash, or nothing.
 NUMBER = re.compile(r"([-+<≥]|about )?\d.*|–.*|")
+# The beginning of a tag, a comment or an entity; "< 0.001" is none.
+HTML_IN_MARKDOWN = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 # Makes a table as wide as the text if it is wider.
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 TEX = {"±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$"}
@@ -81,13 +83,24 @@ def render_markdown(blocks: list[Block]) -> str:
 
 def render_markdown_block(block: Block) -> str:
     if isinstance(block, Image):
-        return f"![{block.caption}]({block.path.name})"
+        return f"![{escape_markdown(block.caption)}]({block.path.name})"
     if isinstance(block, Table):
-        cells = block.mark_bold("**", "**").map(lambda cell: str(cell).replace("|", r"\|"))
-        return f"{block.caption}\n\n{cells.to_markdown(index=False, disable_numparse=True)}"
+        cells = block.mark_bold("**", "**").map(escape_markdown_cell).rename(columns=escape_markdown_cell)
+        return f"{escape_markdown(block.caption)}\n\n{cells.to_markdown(index=False, disable_numparse=True)}"
     if block.items:
-        return "\n".join(f"- {item}" for item in block.items)
-    return f"## {block.text}" if block.heading else block.text
+        return "\n".join(f"- {escape_markdown(item)}" for item in block.items)
+    return escape_markdown(f"## {block.text}" if block.heading else block.text)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text in which nothing is an HTML tag or entity. Names from data and messages may contain some, and
+    Markdown passes them on."""
+    return HTML_IN_MARKDOWN.sub(lambda found: escape(found[0]), text)
+
+
+def escape_markdown_cell(cell: object) -> str:
+    """Return a cell that stays one cell of a Markdown table."""
+    return escape_markdown(str(cell).replace("|", r"\|").replace("\n", " "))
 
 
 def render_latex(blocks: list[Block], name: str) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 import tasks
 from dual_lora.lab.config.paths import resolve_path
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import MAX_NAME, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
@@ -27,19 +28,22 @@ NOT_IDENTITY = {
     "eval": {"before"},
 }
 # Switches that count only when they are on, so that false, null and a record without them name the same run.
-SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing")}
+SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing", "compile", "packing")}
 
 
 def find_init_weights(settings: Settings) -> Path:
-    """Return the weights file of the run that `init_from` names.
+    """Return the weights file of the adapter or the run that `init_from` names.
 
     Raises:
-        UserError: there is none, it is damaged, or another method or model trained it.
+        UserError: there is none, it is damaged, or another method, rank or model trained it.
     """
+    if adapter := find_adapter(settings):
+        return adapter / ADAPTER_WEIGHTS
     folder = resolve_path("init_from", settings.init_from)
     file = Record(folder).get_weights_file(settings)
     if not (folder / "result.json").is_file() or not file.is_file():
-        raise UserError(f"init_from={folder}: no finished run with {file.name}; give the folder of one, runs/STUDY/ID")
+        remedy = "give the folder of one, runs/STUDY/ID" + (", or of an adapter" if settings.method.peft else "")
+        raise UserError(f"init_from={folder}: no finished run with {file.name}; {remedy}")
     result = Record(folder).read_result()
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
@@ -65,7 +69,8 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
 
 
 def collect_identity_facts(settings: Settings) -> dict[str, Any]:
-    """Return everything that can change a digit of the result: settings, task version, data and weights.
+    """Return everything that can change a digit of the result: settings, task version, data, weights, and the code that
+    the command line named.
 
     Raises:
         UserError: data or weights cannot be found or read.
@@ -81,7 +86,13 @@ def collect_identity_facts(settings: Settings) -> dict[str, Any]:
         "data": data,
         "task_version": task.version,
     }
-    return found | ({"init_weights": tasks.base.file_sha256(find_init_weights(settings))} if settings.init_from else {})
+    if tasks.plugins:
+        found["plugins"] = {name: plugin.sha256 for name, plugin in tasks.plugins.items()}
+    if settings.init_from:
+        found["init_weights"] = tasks.base.file_sha256(find_init_weights(settings))
+    if find_adapter(settings):
+        del found["init_from"]  # the same adapter may lie elsewhere
+    return found
 
 
 def drop_empty(values: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +109,9 @@ def compute_identity(settings: Settings) -> str:
         UserError: data or weights cannot be found or read.
     """
     text = json.dumps(collect_identity_facts(settings), sort_keys=True)
-    names = (settings.model.name, settings.task.name.replace("/", "-"), settings.method.name, f"s{settings.seed}")
-    return "_".join(names) + "_" + hashlib.sha256(text.encode()).hexdigest()[:10]
+    named = (settings.model.name, settings.task.name, settings.method.name, f"s{settings.seed}")
+    names = [name.replace("/", "-")[:MAX_NAME] for name in named]
+    return "_".join([*names, hashlib.sha256(text.encode()).hexdigest()[:10]])
 
 
 def serialize_identity_settings(settings: Settings) -> str:

@@ -69,6 +69,28 @@ class Mirror:
             self._failed = True
 
 
+class Mirrors:
+    """Several copies of one run's log, each with the methods of `Mirror`."""
+
+    def __init__(self, *mirrors: Any) -> None:
+        self._mirrors = mirrors
+
+    def log(self, row: dict) -> None:
+        """Send one row of metrics to all."""
+        for mirror in self._mirrors:
+            mirror.log(row)
+
+    def set_summary(self, values: dict) -> None:
+        """Set the run's final values in all."""
+        for mirror in self._mirrors:
+            mirror.set_summary(values)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close all."""
+        for mirror in self._mirrors:
+            mirror.finish(exit_code)
+
+
 def open_mirror(
     mode: str,
     *,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.outside.plugins import describe_plugins
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.system.distributed import count_processes
-from dual_lora.lab.system.environment import describe_variables
+from dual_lora.lab.system.environment import count_available_cores, describe_variables
 from dual_lora.lab.system.sealed import hash_file
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
@@ -94,6 +95,7 @@ def describe_environment() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "processes": count_processes(),
         "threads": torch.get_num_threads(),
+        "cores": count_available_cores(),
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         "deterministic": {
             "algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -105,6 +107,7 @@ def describe_environment() -> dict[str, Any]:
         "commit": run_git("rev-parse", "HEAD"),
         "uncommitted_changes": has_uncommitted_changes(),
         "code": hash_code(),
+        **({"plugins": plugins} if (plugins := describe_plugins()) else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [redact_secrets(word) for word in sys.argv],
     }
@@ -122,5 +125,5 @@ def get_processor_name() -> str:
 
 
 def is_committed(made_with: dict) -> bool:
-    """Return whether a run was done with committed code, as far as its environment says."""
-    return made_with.get("uncommitted_changes") is False
+    """Return whether a run was done with committed code alone, as far as its environment says."""
+    return made_with.get("uncommitted_changes") is False and not made_with.get("plugins")

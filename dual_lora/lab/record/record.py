@@ -196,6 +196,15 @@ class Record:
                 known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
                 require(known, f"{path}: added after the run; remove it")
 
+    def verify_kept_files(self) -> None:
+        """Compare all files of a finished run, except weights that are not there: a record may be kept without them.
+
+        Raises:
+            UserError: one is missing, was changed, or was added to the weights.
+        """
+        lost = [name for name in SEALED_FOLDERS if not (self.folder / name).exists()]
+        self.verify_files(*(name for name in SEALED_FILES if name not in lost))
+
     def require_result(self, label: str) -> dict[str, Any]:
         """Return the result of a run that must be finished. label: the run as the command line names it.
 

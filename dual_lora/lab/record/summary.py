@@ -14,20 +14,26 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
     table = format_score_table(result["task"], ordered, before=before, after=result["metrics"])
+    batch = f" of {result['batch']}" if "batch" in result else ""
     share = result["trainable_parameters"] / result["parameters"]
     facts = [
         ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
         [
             "time",
-            f"{result['train_seconds']:.1f} s for {result['steps']} steps, "
+            f"{result['train_seconds']:.1f} s for {result['steps']} steps{batch}, "
             f"{result['tokens_per_second']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ],
         ["record", record.format_path()],
     ]
-    if any(record.folder.glob("wandb/offline-run-*")):
-        facts.append(["upload", f"wandb sync {shlex.quote(record.format_path())}/wandb/offline-run-*"])
+    facts += [["upload", command] for command in find_upload_commands(record)]
     facts += [["warning", text] for text in result.get("warnings", ())]
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def find_upload_commands(record: Record) -> list[str]:
+    """Return the command that sends what W&B mirrored offline to its server; none if nothing was."""
+    offline = any(record.folder.glob("wandb/offline-run-*"))
+    return [f"wandb sync {shlex.quote(record.format_path())}/wandb/offline-run-*"] if offline else []
 
 
 def format_finished(result: dict[str, Any], record: Record, title: str) -> str:

@@ -42,6 +42,7 @@ def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
 def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], object]]:
     """Yield functions that read the files of a run which the report needs."""
     yield lambda cell: cell.record.read_json("environment.json", *ENVIRONMENT_FIELDS)
+    yield lambda cell: cell.record.verify_files("metrics.jsonl", "predictions.jsonl")
     if experiment.baselines:
         yield read_predictions
     if experiment.analyse:

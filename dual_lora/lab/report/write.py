@@ -21,6 +21,8 @@ from dual_lora import paper
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import Block, Image, Text, render_html, render_latex, render_markdown
 from dual_lora.lab.record.mirror import open_mirror
+from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.summary import find_upload_commands
 from dual_lora.lab.report.analyses.kinds import iterate_analysis_blocks
 from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.blocks import (
@@ -173,3 +175,5 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
     tables |= {name: pd.read_csv(folder / file) for name, file in files.items() if (folder / file).stat().st_size > 1}
     mirror.send_report(tables, {path.stem: path for path in sorted(folder.glob("*.png"))})
     mirror.finish()
+    for command in find_upload_commands(Record(folder.parent)):
+        print(f"upload the report: {command}")

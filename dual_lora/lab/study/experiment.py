@@ -11,7 +11,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
-    cells     a row's label: its overrides, or several lists of them
+    cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
+              or block gives the same setting
     rows      settings whose values head rows beside the label
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
@@ -33,28 +34,29 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
-conf/scale/NAME.yaml holds overrides of every experiment at that scale. Later overrides of a key replace earlier ones.
+conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
+before; within one list a key stands once.
 """
 
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
-from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import describe_config_error, load_settings
-from dual_lora.lab.config.overrides import parse_overrides
-from dual_lora.lab.config.paths import list_choices, load_yaml
+from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
+from dual_lora.lab.config.overrides import check_repeats, parse_overrides
+from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "truncation", "curvature")
+MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
@@ -133,33 +135,23 @@ class Experiment:
         Raises:
             UserError: there is no such experiment or scale, or its file is wrong.
         """
-        known = list_choices("experiment")
-        hint = suggest_name(name, known)
-        require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
-        try:
-            content = OmegaConf.to_container(load_yaml(paths.CONF / "experiment" / f"{name}.yaml"))
-        except YAMLError as error:
-            raise UserError(describe_config_error(error)) from error
-        except (OmegaConfBaseException, OSError, ValueError) as error:
-            raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
-        return cls.from_content(name, content, scale)
+        return cls.from_content(name, load_experiment_file(name), scale)
 
     @classmethod
     def from_content(cls, name: str, content: dict[str, Any], scale: str | None = None) -> "Experiment":
         """Return the experiment that the content of a file describes.
 
         Raises:
-            UserError: the file lacks the scale or a field, or a field has the wrong form.
+            UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
-        has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
-        require(bool(has), f"{where}: gives no scale; one of {', '.join(SCALES)} is needed")
-        scale = scale or has[0]
-        require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+        scale, study = choose_scale(name, content, scale)
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
         for part in (common, own):
             check_fields(cls, part, where)
-        shared = OmegaConf.to_container(load_yaml(paths.CONF / "scale" / f"{scale}.yaml"))
+        shared = OmegaConf.to_container(load_yaml(find_choices("scale")[scale]))
+        for part in (shared, common, own):
+            check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
         lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
@@ -168,13 +160,17 @@ class Experiment:
             check_fields(Tune, values["tune"], f"{where}: tune")
             require("grid" in values["tune"], f"{where}: tune.grid: missing")
             values["tune"] = Tune(**values["tune"])
-        study = name if scale == has[0] else f"{name}_{scale}"
         return cls(name, scale, study, **values)
 
     def __post_init__(self) -> None:
         where = f"conf/experiment/{self.name}.yaml"
         for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
+        for label, override_lists in self.cells.items():
+            for overrides in list_alternatives(override_lists):
+                check_repeats(overrides, f"{where}: cells: {label}: ")
+        for block in self.blocks:
+            check_repeats(block, f"{where}: blocks: ")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
         for label in self.planned:
@@ -209,9 +205,7 @@ class Experiment:
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
-        for more in map(
-            dict, (map(split_override, words) for words in parse_overrides(drop_replaced_overrides(extra)))
-        ):
+        for more in (dict(map(split_override, words)) for words in parse_overrides(extra)):
             chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
             rest = {key: value for key, value in more.items() if key not in chosen}
             rows = ", ".join(sorted(has["method"]))
@@ -235,8 +229,9 @@ class Experiment:
             (label, dict(map(split_override, job)))
             for block in self.blocks
             for label, override_lists in self.cells.items()
-            for overrides in (override_lists if isinstance(override_lists[0], list) else [override_lists])
-            for job in parse_overrides(drop_replaced_overrides([*self.run, *block, *overrides, *study]))
+            for overrides in list_alternatives(override_lists)
+            for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
+            for job in parse_overrides(drop_replaced_overrides(words))
         ]
 
     def add_sources(self, cells: list[Cell], extra: list[str]) -> list[Cell]:
@@ -275,6 +270,25 @@ class Experiment:
         require(
             bool(found) and task != cell.settings.task.name, f"{where}: {cell.label} has no other runs of that task"
         )
+        return found
+
+    def compute_multiples(self, overrides: list[str]) -> list[str]:
+        """Return the overrides, every multiple computed from the last number before it of the same setting.
+
+        Raises:
+            UserError: no earlier override gives the setting a number.
+        """
+        found: list[str] = []
+        numbers: dict[str, float] = {}
+        for word in overrides:
+            key, value = split_override(word)
+            if multiple := MULTIPLE.fullmatch(value):
+                where = f"conf/experiment/{self.name}.yaml: {word}"
+                require(key in numbers, f"{where}: a multiple of what? run and block give it no number")
+                value = f"{float(multiple[1]) * numbers[key]:g}"
+            if NUMBER.fullmatch(value):
+                numbers[key] = float(value)
+            found.append(f"{key}={value}" if multiple else word)
         return found
 
     def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
@@ -354,6 +368,41 @@ class Experiment:
         return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
 
 
+def load_experiment_file(name: str) -> Any:
+    """Return the content of conf/experiment/NAME.yaml.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    known = list_choices("experiment")
+    hint = suggest_name(name, known)
+    require(name in known, f"experiment={name}: no such experiment.{hint} Known: {', '.join(known)}")
+    try:
+        return OmegaConf.to_container(load_yaml(find_choices("experiment")[name]))
+    except YAMLError as error:
+        raise UserError(describe_config_error(error)) from error
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"conf/experiment/{name}.yaml: {describe_config_error(error)}") from error
+
+
+def choose_scale(name: str, content: Any, scale: str | None) -> tuple[str, str]:
+    """Return the scale, by default the first that the file has, and the folder below runs/ that belongs to it.
+
+    Raises:
+        UserError: the file has no scale, or not this one.
+    """
+    has = [key for key in content if key in SCALES] if isinstance(content, dict) else []
+    require(bool(has), f"conf/experiment/{name}.yaml: gives no scale; one of {', '.join(SCALES)} is needed")
+    scale = scale or has[0]
+    require(scale in has, f"scale={scale}: experiment {name} has {', '.join(has)}")
+    return scale, name if scale == has[0] else f"{name}_{scale}"
+
+
+def list_alternatives(override_lists: list) -> list[list[str]]:
+    """Return a cell's lists of overrides; it may give one alone."""
+    return override_lists if isinstance(override_lists[0], list) else [override_lists]
+
+
 def split_override(word: str) -> tuple[str, str]:
     """Return the key and the value of an override."""
     key, _, value = word.partition("=")
@@ -391,16 +440,6 @@ def check_fields(cls: type, values: object, where: str) -> None:
         require(key in known, f"{where}: {key}: no such field.{suggest_name(str(key), known)}")
         fine = has_type(value, dict if known[key] == Tune | None and value else known[key])
         require(fine, f"{where}: {key}: {str(value)[:80]!r} has the wrong form; {__name__} shows the right one")
-
-
-def has_type(value: object, kind: Any) -> bool:
-    """Return whether a value has the type of a field, as deep as its lists and mappings go."""
-    parts, outer = get_args(kind), get_origin(kind) or kind
-    if outer in (Union, UnionType):
-        return any(has_type(value, part) for part in parts)
-    if outer in (list, dict) and parts and isinstance(value, outer):
-        return all(has_type(v, parts[-1]) for v in (value.values() if outer is dict else value))
-    return kind is Any or isinstance(value, (int, float) if kind is float else outer)
 
 
 def drop_replaced_overrides(overrides: list[str]) -> list[str]:

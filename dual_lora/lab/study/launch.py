@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -38,13 +39,23 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import MissingConfigException
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
+import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
+from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, import_plugin
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
-from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first_line, require, suggest_name
+from dual_lora.lab.errors import (
+    EXIT_STOPPED,
+    RunHeldElsewhere,
+    Stopped,
+    UserError,
+    get_first_line,
+    require,
+    suggest_name,
+)
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
 from dual_lora.lab.system.environment import isolate_environment
@@ -56,6 +67,8 @@ IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
 EXTRAS = {"ray_cluster": "ray"}  # of pyproject.toml; all others need `launchers`
 # Why this process was asked to stop. It then takes no more runs.
 stop_reasons: list[str] = []
+# Held while this process executes a run.
+run_in_progress = threading.Lock()
 
 
 def parse_key(word: str) -> str:
@@ -176,6 +189,7 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
             (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
             (folder / str(number) / "varies.json").write_text(json.dumps(run.differences))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
+        command["plugins"] = describe_plugins()
         (folder / "command.json").write_text(json.dumps(command))
     return folder
 
@@ -184,14 +198,30 @@ def is_command_gone(folder: Path) -> bool:
     """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
     try:
         command = json.loads((folder / "command.json").read_text())
-        if command["host"] != platform.node():
-            return False
-        process = psutil.Process(command["pid"])
-        return process.create_time() != command["since"] or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+        return command["host"] == platform.node() and is_process_gone(command["pid"], command["since"])
     except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
         return not folder.exists()
+
+
+def is_process_gone(pid: int, since: float) -> bool:
+    """Return whether a process of this machine, started at a time in seconds, has ended."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() != since or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def end_with_command(pid: int, since: float) -> None:
+    """End this process of joblib's once the command that started it is gone and no run is in progress; joblib itself
+    lets it wait for work for five minutes. A run in progress is stopped by `stop_on_file`."""
+
+    def watch() -> None:
+        while not is_process_gone(pid, since) or run_in_progress.locked():
+            time.sleep(1)
+        os._exit(EXIT_STOPPED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
@@ -216,10 +246,14 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
     Raises:
         UserError: the launcher does not take them.
     """
-    place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config = compose_launcher([*words, f"hydra.sweep.dir='{place}'"])
+    config = compose_launcher(words)
+    with read_write(config):
+        config.hydra.sweep.dir = str(folder).replace("${", r"\${")  # a path, whatever OmegaConf would read into it
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
+    if isinstance(settings := getattr(launcher, "joblib", None), dict):
+        identity = os.getpid(), psutil.Process().create_time()
+        settings |= {"initializer": end_with_command, "initargs": identity}
     # A new process must find this tree, wherever it starts. Progress bars of several runs would fill one screen.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -251,9 +285,10 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     hide_foreign_warnings()
     try:
         isolate_environment()
+        import_launched_plugins(folder)
         place = folder / str(HydraConfig.get().job.num)
         settings, differences = load_recorded_settings(place), json.loads((place / "varies.json").read_text())
-        with listen_in_process(), stop_on_file(folder / "stop"):
+        with run_in_progress, listen_in_process(), stop_on_file(folder / "stop"):
             return execute_run(Run.prepare(settings, differences))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:
@@ -263,6 +298,19 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
         return describe_error(stopped)
     except Exception as error:
         return describe_error(error)
+
+
+def import_launched_plugins(folder: Path) -> None:
+    """Import the code that the command of a launch named, as it was then.
+
+    Raises:
+        UserError: it is gone or changed.
+    """
+    named = json.loads((folder / "command.json").read_text())["plugins"]
+    for name, about in named.items():
+        if name not in tasks.plugins:  # a launcher may use the command's own process
+            import_plugin(about["path"])
+    check_plugins(named, "the command")
 
 
 def listen_in_process() -> AbstractContextManager:

@@ -2,8 +2,9 @@
 
 import time
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.run import Run, prepare_runs
-from dual_lora.lab.study.execute import EXIT_OK, execute_run, report_failures
+from dual_lora.lab.study.execute import EXIT_OK, describe_error, execute_run, failures, report_failures
 from dual_lora.lab.study.experiment import Cell
 from dual_lora.lab.study.launch import launch_runs, uses_launcher
 from dual_lora.lab.study.outcome import choose_learning_rate, find_records, resolve_start
@@ -19,6 +20,7 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     """
     for run in runs if is_first_process() else ():
         run.record.finish_cleanup()
+        note_damage(run)
     missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_pending])
     missing = [runs[number] for number in missing]  # the same list in all processes, whenever each looks
     print(f"{len(runs)} {what}, {len(runs) - len(missing)} finished, {len(missing)} to do")
@@ -30,6 +32,15 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
             left.add_run(run.settings, result["train_seconds"])
     run_in_process(missing, left, later)
     return report_failures(runs)
+
+
+def note_damage(run: Run) -> None:
+    """Keep for `report_failures` why a finished run is not as it was left."""
+    try:
+        if not run.is_pending:
+            run.record.verify_kept_files()
+    except UserError as error:
+        failures[run.record.folder] = describe_error(error)
 
 
 def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> None:

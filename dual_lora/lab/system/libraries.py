@@ -3,6 +3,7 @@
 import atexit
 import gc
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -55,12 +56,14 @@ def show_own_warning(message: Warning | str, *place: object, **more: object) -> 
 
 def silence_libraries() -> None:
     """Turn off the progress bars and messages that libraries have switches for; errors still show."""
-    import datasets
     import transformers
     from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    else:
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, which a plan never does
     modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # a bar with no switch of its own

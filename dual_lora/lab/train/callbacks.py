@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from dual_lora.lab.errors import Stopped
-from dual_lora.lab.record.mirror import Mirror
+from dual_lora.lab.record.mirror import Mirrors
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import any_process, has_several_processes, is_first_process
@@ -66,11 +66,11 @@ class ProgressBar(ProgressCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes every logged row to metrics.jsonl and copies it to the mirror."""
+    """Writes every logged row to metrics.jsonl and copies it to the mirrors."""
 
     NAMES = {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "clipped_share")}
 
-    def __init__(self, record: Record, mirror: Mirror) -> None:
+    def __init__(self, record: Record, mirror: Mirrors) -> None:
         self.record, self.mirror = record, mirror
 
     def write_row(self, step: int, row: dict[str, Any]) -> None:

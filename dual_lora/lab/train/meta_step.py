@@ -35,19 +35,19 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     """Return the base model on the meta device, with all its layers, or the first `layers`.
 
     Raises:
-        UserError: neither the model's YAML nor a folder gives its architecture, or it makes no model.
+        UserError: neither the model's YAML nor a folder nor the hub gives its architecture, or it makes no model.
     """
     values = settings.model.architecture
     path = find_model(settings)
     require(
-        path or values,
+        path or values or settings.model.hub,
         f"model={settings.model.name}: no architecture in its YAML; give model.path=DIR or architecture there",
     )
     options = get_head_options(task)
     if task.form != "generation":
         options["pad_token_id"] = PAD_TOKEN  # else a causal model with a head takes one example at a time only
     with translate_read_errors(f"model={settings.model.name}: its architecture makes no model", "give model.path=DIR"):
-        config = load_config(settings, task) if path else AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**values) if values and not path else load_config(settings, task)
         config.update(options)
         set_dropout(config, settings)
     check_layers(settings, config)

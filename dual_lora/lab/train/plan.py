@@ -21,7 +21,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.splits import load_split
-from dual_lora.lab.model.adapt import count_parameters
+from dual_lora.lab.model.adapt import check_named_modules, count_parameters
 from dual_lora.lab.model.load import explain_unshardable, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
 from dual_lora.lab.model.source import find_gguf_file
@@ -89,6 +89,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
     task = load_task(settings)
     model = attach_to_meta_model(settings, task)
+    check_named_modules(model, settings, task.form)
     unshardable_reason = explain_unshardable(settings, task, type(unwrap_adapter(model)))
     sizes = measure_sizes(model, settings, task)
     counts = count_parameters(model)
@@ -117,6 +118,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         "trainable_percent": 100 * counts["trainable_parameters"] / counts["parameters"],
         "published": find_published_parameters(settings),
         "memory": memory,
+        "batch": settings.describe_batch(),
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
@@ -278,7 +280,8 @@ def format_plan(found: dict[str, Any], record: Record) -> str:
         f"{found['adapter_parameters']:,} of them the adapter's",
         "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
         "memory": f"{parts['peak'] / GB:.2f} GB a device: {held}",
-        "step": f"{found['flops']['step'] / 1e12:.2f} TFLOP, {found['tokens_per_device_and_step']:,} tokens a device",
+        "step": f"{found['batch']}; {found['tokens_per_device_and_step']:,} tokens and "
+        f"{found['flops']['step'] / 1e12:.2f} TFLOP a device",
         "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours of training on {hardware['devices']} x "
         f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
         "written": f"{record.format_path()}/plan.json",

@@ -23,6 +23,7 @@ from dual_lora.lab.inputs.splits import (
 )
 from dual_lora.lab.model.adapt import (
     attach_method,
+    check_named_modules,
     count_parameters,
     describe_adapter,
     find_unfinished_ramp,
@@ -32,19 +33,22 @@ from dual_lora.lab.model.adapt import (
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, load_model
 from dual_lora.lab.model.merge import merge_adapter
-from dual_lora.lab.record.mirror import Mirror, open_mirror
+from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_finished, format_summary
+from dual_lora.lab.record.tensorboard import Board, open_board
 from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
 from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
-from dual_lora.lab.system.sealed import seal_folder
+from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from dual_lora.lab.train.callbacks import LOSS_COLUMN, BestEpoch, BestLoss, LogCallback, ProgressBar
+from dual_lora.lab.train.packing import PackingCollator, check_packing
 from dual_lora.lab.train.trainer import RunTrainer
 from tasks import Split, Task
 
@@ -98,7 +102,8 @@ def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
     attempt = record.select_attempt_record(settings)
     with isolate_determinism(settings):
         share_from_first(lambda: attempt.prepare_folder(settings))
-        mirror = open_run_mirror(settings, record)
+        board = open_board(settings, attempt) if is_first_process() else Board()
+        mirror = Mirrors(open_run_mirror(settings, record), board)
         try:
             with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
                 result = train_and_evaluate(settings, attempt, mirror)
@@ -149,7 +154,7 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
     )
 
 
-def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> dict[str, Any]:
+def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> dict[str, Any]:
     """Do everything between an empty record and its result, which is written last.
 
     Raises:
@@ -168,10 +173,14 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     model = attach_method(base, settings, task.form, len(train.rows))
+    check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
     examples = encode_rows(train.rows, task, tokenizer, settings)
     check_positions(base, max(map(len, examples["input_ids"])), settings)
-    log = LogCallback(record, mirror)
+    log, collate = LogCallback(record, mirror), build_collator(task, tokenizer)
+    if settings.train.packing:
+        check_packing(model)
+        collate = PackingCollator(tokenizer.pad_token_id, settings.task.max_length)
 
     def score_model(title: str, splits: dict[str, Split] = held_out) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
@@ -189,7 +198,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         model=model,
         args=build_training_arguments(settings, record),
         train_dataset=examples,
-        data_collator=build_collator(task, tokenizer),
+        data_collator=collate,
         processing_class=tokenizer,
         callbacks=[log, best] if best else [log],
     )
@@ -231,6 +240,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
         "steps": trained["steps"],
+        "batch": settings.describe_batch(),
         "train_loss": trained["train_loss"],
         "train_seconds": trained["train_seconds"],
         "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
@@ -240,6 +250,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirror) -> di
     }
     if apart:
         result["validation_loss"] = find_validation_loss(record, settings)
+    if settings.init_from:
+        result["init_weights"] = hash_file(find_init_weights(settings))
     if development:
         result["development"] = next(iter(development.values())).describe()
     return share_from_first(lambda: record.write_result(result))
@@ -329,6 +341,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+        torch_compile=bool(train.compile),
         seed=settings.seed,
         full_determinism=settings.deterministic,
         logging_steps=train.log_steps,

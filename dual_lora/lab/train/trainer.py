@@ -4,6 +4,8 @@ partial checkpoint, and names the batch at which training diverged."""
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from dual_lora.functional import CLIPPED
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import RESTARTS, RESUMES, UserError
+from dual_lora.lab.errors import RESTARTS, RESUMES, UserError, get_first_line
 from dual_lora.lab.model.adapt import split_by_rate, start_ramp
 from dual_lora.lab.model.load import is_sharded
 from dual_lora.lab.record.record import Record
@@ -27,10 +29,28 @@ from dual_lora.lab.system.sealed import parse_checkpoint_step, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.callbacks import SCALER_FILE, STATE_FILE, BestEpoch
 from dual_lora.lab.train.optimizer_state import load_optimizer, load_random_state, save_optimizer, save_random_state
+from dual_lora.lab.train.packing import unmask_packed_batch
 
 LOSS_BATCH = 8  # validation rows at a time, as the Trainer by default
 ROW_COLUMN = "row"  # the column with a training example's number
 MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
+
+
+@contextmanager
+def translate_compile_errors(settings: Settings) -> Iterator[None]:
+    """With `train.compile`, turn what torch.compile raises into one line.
+
+    Raises:
+        UserError: with the reason. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if not settings.train.compile or not compiling:
+            raise
+        reason = get_first_line(error)
+        raise UserError(f"train.compile=true: torch cannot compile this model here ({reason}); drop it") from error
 
 
 class RunTrainer(Trainer):
@@ -88,7 +108,7 @@ class RunTrainer(Trainer):
         """
         self.began = self.saved_at = time.perf_counter()
         CLIPPED.pop_share()  # counts left by a run that failed before this one
-        with STOP.defer(next_action=RESUMES if self.can_save else RESTARTS):
+        with STOP.defer(next_action=RESUMES if self.can_save else RESTARTS), translate_compile_errors(self.settings):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             STOP.raise_if_asked()
         self.check_losses()
@@ -140,6 +160,8 @@ class RunTrainer(Trainer):
         Clipped entries are counted only in steps that are logged, because counting takes another pass over dL/dSign.
         """
         rows = inputs.pop(ROW_COLUMN)
+        if self.settings.train.packing:
+            unmask_packed_batch(inputs)
         CLIPPED.enabled = (self.state.global_step + 1) % self.args.logging_steps == 0
         try:
             loss = super().training_step(model, inputs, num_items_in_batch) / self.scale

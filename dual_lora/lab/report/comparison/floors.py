@@ -84,10 +84,12 @@ def read_or_skip(predictions: Predictions, cells: list[Outcome]) -> dict[int, li
 
 
 def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[Row]]:
-    """Return what each seed's run would have predicted with the one class that scores best."""
+    """Return what each seed's run would have predicted with the one class that scores best. The classes are those of
+    the rows: a task on the user's own files knows its classes only where these are."""
     first = next(iter(runs.values()))
-    constant = [[row | {"answer": label} for row in first] for label in range(len(task.labels))]
-    best = int(np.argmax([compute_score(rows, task, task.metric) for rows in constant]))
+    classes = sorted({row["gold"] for row in first})
+    constant = [[row | {"answer": label} for row in first] for label in classes]
+    best = classes[int(np.argmax([compute_score(rows, task, task.metric) for rows in constant]))]
     return {seed: [row | {"answer": best} for row in rows] for seed, rows in runs.items()}
 
 

@@ -47,10 +47,11 @@ def iterate_losses(cell: Outcome) -> Iterator[dict[str, object]]:
     path = cell.record.folder / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-    except (OSError, ValueError):  # what is damaged is said elsewhere in the report
+    except (OSError, ValueError):  # `find_unreadable` names it
         return
     where = {"place": get_model_task(cell), "label": cell.cell.label, "run": cell.record.name}
-    yield from (where | {"step": line["step"], "loss": line[LOSS]} for line in lines if LOSS in line)
+    logged = [line for line in lines if isinstance(line, dict) and {LOSS, "step"} <= line.keys()]
+    yield from (where | {"step": line["step"], "loss": line[LOSS]} for line in logged)
 
 
 def draw_curve_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:

@@ -6,7 +6,6 @@ import urllib.request
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-import datasets
 from huggingface_hub import constants
 
 from dual_lora.lab.errors import UserError
@@ -45,4 +44,6 @@ def use_cache_if_unreachable(models: bool = False, data: bool = False) -> None:
     if models and is_hub_unreachable():
         constants.HF_HUB_OFFLINE = True
     if data and is_hub_unreachable():
+        import datasets  # a second
+
         datasets.config.HF_HUB_OFFLINE = True

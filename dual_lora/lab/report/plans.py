@@ -10,13 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from dual_lora.lab.commands.train import plan_runs
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError, get_first_line
-from dual_lora.lab.record.run import prepare_runs
-from dual_lora.lab.study.execute import EXIT_OK, EXIT_USER
+from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, get_first_line
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.listing import format_rows
 from dual_lora.lab.system.files import translate_write_errors, write_text
@@ -32,8 +29,6 @@ def plan_experiments(composed: list[tuple[Experiment, list[Cell]]]) -> int:
     Raises:
         UserError: a file cannot be written, or plan=true is not set for all.
     """
-    if len(composed) == 1 and len(composed[0][1]) == 1:
-        return plan_runs(prepare_runs([composed[0][1][0].settings]))
     silence_libraries()
     known: dict[str, dict[str, Any]] = {}
     codes = [plan_experiment(experiment, cells, known) for experiment, cells in composed]

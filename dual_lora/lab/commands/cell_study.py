@@ -1,0 +1,97 @@
+"""Experiments that are studies of many small cells, not tables of runs: no model or task is loaded for them.
+
+conf/experiment/NAME.yaml says `kind: cells` and, below the name of a scale, the `size` of dual_lora/analysis/NAME.py.
+The rows are in runs/STUDY/rows.jsonl, one line a cell, and the report beside them; a stopped study resumes cell by
+cell.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from dual_lora.lab.config import paths
+from dual_lora.lab.errors import EXIT_OK, UserError, require
+from dual_lora.lab.study.experiment import choose_scale, load_experiment_file
+from dual_lora.lab.system.distributed import is_first_process
+from dual_lora.lab.system.files import translate_write_errors
+
+KIND = "cells"
+ROWS_FILE, RERUN_FILE = "rows.jsonl", "rows.again.jsonl"
+
+
+@dataclass(frozen=True)
+class CellStudy:
+    """One study at one size. study: its folder below runs/."""
+
+    name: str
+    study: str
+    size: str
+
+    @classmethod
+    def find(cls, name: str, scale: str | None) -> "CellStudy | None":
+        """Return the study of that name at a scale; None where the experiment is a table of runs.
+
+        Raises:
+            UserError: there is no such experiment or scale, or its file is wrong.
+        """
+        content = load_experiment_file(name)
+        if not isinstance(content, dict) or "kind" not in content:
+            return None
+        where = f"conf/experiment/{name}.yaml"
+        require(content["kind"] == KIND, f"{where}: kind: {content['kind']}: {KIND} is the only kind")
+        scale, study = choose_scale(name, content, scale)
+        own = content[scale]
+        fine = isinstance(own, dict) and set(own) == {"size"}
+        require(fine, f"{where}: {scale}: {{size: ...}} of dual_lora/analysis/{name}.py is needed")
+        return cls(name, study, str(own["size"]))
+
+    def check_words(self, words: list[str], launcher: list[str]) -> None:
+        """Refuse settings of runs, which this study has none of. words: of the command line, without its own.
+
+        Raises:
+            UserError: with the first one.
+        """
+        require(not launcher, f"experiment={self.name}: its cells run in this process; drop hydra/launcher")
+        other = [word for word in words if not word.startswith(("force=", "wandb."))]
+        require(not other, f"experiment={self.name}: has no model, task or method; drop {' '.join(other[:1])}")
+
+    def run(self, missing: bool, force: bool) -> int:
+        """Run the cells that have no row, write the report, print it and return the exit code.
+
+        missing: False writes the report from the rows alone. force: all cells run again; the new rows replace the old
+        ones once they are complete.
+
+        Raises:
+            UserError: cells are missing, or the rows cannot be read.
+        """
+        import torch
+
+        from dual_lora.analysis.cells import StudyError
+
+        if not is_first_process():
+            return EXIT_OK
+        module, threads = import_module(f"dual_lora.analysis.{self.name}"), torch.get_num_threads()
+        folder = paths.RUNS / self.study
+        try:
+            with translate_write_errors(folder):
+                self.run_module(module, missing, force)
+        except StudyError as error:
+            raise UserError(f"experiment={self.name}: {error}") from error
+        finally:
+            torch.set_num_threads(threads)  # the study takes one, runs after it may have more
+        print(f"\n{(folder / 'report' / 'table.md').read_text()}\nreport: {folder / 'report'}")
+        return EXIT_OK
+
+    def run_module(self, module: ModuleType, missing: bool, force: bool) -> None:
+        """Run the cells and write the report with the functions of the study's module."""
+        from dual_lora.analysis.cells import copy_other_rows, rewrite_report, run_study
+
+        folder, cells = paths.RUNS / self.study, module.plan_cells(self.size)
+        rows, report = folder / ROWS_FILE, folder / "report"
+        if missing:
+            path = folder / RERUN_FILE if force else rows
+            run_study(cells, module.run_cell, module.write_report, path, report)
+            copy_other_rows(rows, path)
+            path.replace(rows)
+        else:
+            rewrite_report(cells, module.write_report, rows, report)

@@ -1,0 +1,1 @@
+"""What a command line takes from outside of this repository: settings files, models without one, and code."""

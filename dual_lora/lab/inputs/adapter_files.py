@@ -1,0 +1,87 @@
+"""Adapters saved by PEFT that a run starts from: in a folder, or on the hub. Only safetensors and JSON are read."""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
+from dual_lora.lab.config.paths import resolve_path
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.system.files import read_json_object
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Fields of an adapter's configuration that do not change what its weights compute, or that their names and shapes show.
+HARMLESS_FIELDS = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"}
+HARMLESS_FIELDS |= {"target_modules", "exclude_modules", "modules_to_save", "target_parameters", "runtime_config"}
+HARMLESS_FIELDS |= {"layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2", "magnitude_ratio"}
+HARMLESS_FIELDS |= {"lora_dropout", "module_dropout", "vera_dropout", "randlora_dropout", "rank_dropout"}
+HARMLESS_FIELDS |= {"scale_warmup_steps", "kernel", "ste", "init_std", "direction_init_std", "init_weights"}
+# Values of `init_lora_weights` that change no base weight.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")
+
+
+def find_adapter(settings: Settings) -> Path | None:
+    """Return the folder of the saved adapter that `init_from` names, fetched if it is on the hub; None if it names no
+    adapter but, perhaps, a run.
+
+    Raises:
+        UserError: it holds no safetensors, another method's or rank's adapter, or cannot be fetched.
+    """
+    if not settings.init_from or settings.method.peft is None:
+        return None
+    folder = resolve_path("init_from", settings.init_from)
+    if not folder.exists() and HUB_NAME.fullmatch(settings.init_from):
+        folder = fetch_adapter(settings.init_from)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    where = f"init_from={settings.init_from}"
+    whole = (folder / ADAPTER_WEIGHTS).is_file()
+    require(whole, f"{where}: no {ADAPTER_WEIGHTS} there, the only format that is read; save the adapter again")
+    saved, own = read_adapter_config(folder), settings.method.peft
+    for field in ("peft_type", "r"):
+        theirs, ours = saved.get(field), own.get(field)
+        same = None in (theirs, ours) or theirs == ours
+        require(same, f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
+    return folder
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a saved adapter.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return read_json_object(folder / ADAPTER_CONFIG, "save the adapter again", "peft_type")
+
+
+@functools.cache
+def fetch_adapter(name: str) -> Path:
+    """Return the folder in the cache with an adapter's files from the hub; offline, those of an earlier download.
+
+    Raises:
+        UserError: there is no such repository, or it cannot be reached and was not fetched before.
+    """
+    from huggingface_hub import snapshot_download
+
+    use_cache_if_unreachable(models=True)
+    remedy = "give the folder of a run, runs/STUDY/ID, of a saved adapter, or its name on the hub"
+    with translate_read_errors(f"init_from={name}: neither a folder here nor an adapter that can be fetched", remedy):
+        folder = Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+    require((folder / ADAPTER_CONFIG).is_file(), f"init_from={name}: no {ADAPTER_CONFIG} there; {remedy}")
+    return folder
+
+
+def find_other_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields by which a saved adapter computes something else than this run's would with its weights, with
+    both values. Fields that are not set, or that one version of PEFT lacks, are equal."""
+    found = {}
+    for field in sorted(saved.keys() | own.keys()):
+        values = [config.get(field) or None for config in (saved, own)]
+        if field == "init_lora_weights":
+            values = [None if value in PLAIN_STARTS else value for value in values]
+        if field not in HARMLESS_FIELDS and values[0] != values[1]:
+            found[field] = (saved.get(field), own.get(field))
+    return found

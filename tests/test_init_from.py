@@ -1,0 +1,155 @@
+"""Runs that start from a saved adapter: a folder, or one of the hub, of the same method, ranks and scale."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from test_training import attached, settings
+
+from dual_lora import DualLoraConfig
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.inputs import adapter_files
+from dual_lora.lab.inputs.adapter_files import find_other_fields
+from dual_lora.lab.model.load import build_target_pattern, unwrap_adapter
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
+
+MODEL = "tiny-llama"
+
+
+def save_adapter(folder, method: str = "dual_lora", *overrides: str):
+    """Save an adapter with random weights as PEFT does, and return its folder."""
+    _, _, model, _ = attached(MODEL, method, *overrides)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_weights(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+
+
+def edit_config(folder, **fields):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "lora", "dora"])
+def test_a_run_starts_from_the_weights_of_an_adapter(method, tmp_path, runs_folder):
+    folder = save_adapter(tmp_path / "adapter", method)
+    _, _, model, _ = attached(MODEL, method, f"init_from={folder}", "method.dropout=0.1")
+    state = get_peft_model_state_dict(model)
+    weights = load_file(folder / "adapter_model.safetensors").items()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights if tensor.ndim) and weights
+    before = train_run(Run.prepare(settings(MODEL, f"method={method}", f"init_from={folder}")))
+    fresh = train_run(Run.prepare(settings(MODEL, f"method={method}")))
+    assert before["train_loss"] != fresh["train_loss"] and before["identity"] != fresh["identity"]
+
+
+def test_identity_is_of_the_files_wherever_they_are(tmp_path, runs_folder):
+    folder = save_adapter(tmp_path / "adapter")
+    shutil.copytree(folder, tmp_path / "elsewhere/copy")
+    places = (folder, tmp_path / "elsewhere/copy")
+    names = {Run.prepare(settings(MODEL, f"init_from={place}")).identity for place in places}
+    assert len(names) == 1
+    edit_weights(folder)
+    (other,) = {Run.prepare(settings(MODEL, f"init_from={folder}")).identity}
+    assert other not in names | {Run.prepare(settings(MODEL)).identity}
+
+
+def test_a_run_and_its_adapter_alone_start_alike(runs_folder):
+    first = train_run(Run.prepare(settings(MODEL)))
+    folder = runs_folder / "adhoc" / first["identity"]
+    found = [train_run(Run.prepare(settings(MODEL, f"init_from={place}"))) for place in (folder, folder / "adapter")]
+    assert found[0]["train_loss"] == found[1]["train_loss"] and found[0]["identity"] != found[1]["identity"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache, as a download leaves it, with the adapter some/adapter."""
+    place, commit = tmp_path / "hub/models--some--adapter", "0" * 40
+    save_adapter(place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapter_files.fetch_adapter.cache_clear()
+    yield place / "snapshots" / commit
+    adapter_files.fetch_adapter.cache_clear()
+
+
+def test_an_adapter_of_the_hub_is_the_same_as_its_folder(hub, runs_folder):
+    runs = [Run.prepare(settings(MODEL, f"init_from={place}")) for place in ("some/adapter", hub)]
+    assert runs[0].identity == runs[1].identity
+    assert train_run(runs[0])["steps"] == 4
+
+
+def test_an_adapter_that_cannot_be_fetched_is_one_line(hub, runs_folder):
+    with pytest.raises(UserError, match="^init_from=other/adapter: neither a folder here nor an adapter") as error:
+        Run.prepare(settings(MODEL, "init_from=other/adapter"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], None),
+        (["method.rank=8"], "an adapter with r=16, this run's has 8; take the same"),
+        (["method=lora"], "an adapter with peft_type=DUAL_LORA, this run's has LORA; take the same"),
+        (["method.alpha=32"], "an adapter with lora_alpha=16.*, this run's has 32"),
+        (["+method.peft.magnitude=abs"], "an adapter with magnitude=relu, this run's has abs"),
+        (["method.magnitude_ratio=0.25"], "does not fit at"),
+        (["model.adapt=[q]"], "does not fit at"),
+        (["+method.peft.ste=identity", "method.dropout=0.1", "+method.peft.kernel=eager"], None),
+    ],
+)
+def test_an_adapter_must_be_what_the_run_would_train(words, message, tmp_path, runs_folder):
+    folder = save_adapter(tmp_path / "adapter")
+    chosen = settings(MODEL, f"init_from={folder}", *words)
+    if message is None:
+        assert train_run(Run.prepare(chosen))["steps"] == 4
+        return
+    with pytest.raises(UserError, match=message):
+        train_run(Run.prepare(chosen))
+
+
+def test_pickles_are_not_read_and_a_run_with_another_alpha_is_refused(tmp_path, runs_folder):
+    folder = save_adapter(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=f"^init_from={folder}: no adapter_model.safetensors there, the only format"):
+        Run.prepare(settings(MODEL, f"init_from={folder}"))
+    run = runs_folder / "adhoc" / train_run(Run.prepare(settings(MODEL)))["identity"]
+    with pytest.raises(UserError, match="an adapter with lora_alpha=16.*, this run's has 8"):
+        train_run(Run.prepare(settings(MODEL, f"init_from={run}", "method.alpha=8")))
+
+
+def test_a_model_of_another_name_is_told(tmp_path, runs_folder, capfd):
+    folder = save_adapter(tmp_path / "adapter")
+    attached(MODEL, "dual_lora", f"init_from={folder}")
+    assert "warning" not in capfd.readouterr().err
+    edit_config(folder, base_model_name_or_path="some/other-llama")
+    attached(MODEL, "dual_lora", f"init_from={folder}")
+    said = f"warning: init_from={folder}: trained on a model named other-llama, this run's is tiny-llama"
+    assert said in capfd.readouterr().err
+
+
+def test_what_another_version_of_peft_does_not_know_is_no_difference():
+    own = {"r": 8, "lora_alpha": 8, "init_lora_weights": True, "use_dora": False}
+    assert find_other_fields(own | {"new": None, "init_lora_weights": "gaussian", "lora_dropout": 0.5}, own) == {}
+    assert find_other_fields(own | {"init_lora_weights": "pissa"}, own) == {"init_lora_weights": ("pissa", True)}
+    assert find_other_fields(own | {"use_dora": True, "new": 3}, own) == {"new": (3, None), "use_dora": (True, False)}
+
+
+def test_an_adapter_made_with_peft_alone_is_taken(tmp_path, runs_folder):
+    """With ranks given outright, which this run's settings give by their sum and ratio."""
+    chosen, _, model, _ = attached(MODEL, "none")
+    target = build_target_pattern(chosen.model)
+    base = unwrap_adapter(model)
+    config = DualLoraConfig(r1=8, r2=8, lora_alpha=16, target_modules=target, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "made")
+    assert train_run(Run.prepare(settings(MODEL, f"init_from={tmp_path / 'made'}")))["steps"] == 4
