@@ -205,7 +205,7 @@ class Task:
     warmup_steps: int | None = setting("steps over which the learning rate rises, instead of task.warmup_ratio")
     head_dropout: float | None = setting("dropout before the task's head; null: the model's own")
     checkpoint: str = setting(
-        "last: score the weights after the last step; best: of the best epoch; best_loss: of the lowest loss on rows apart"
+        "last: score the weights of the last step; best: of the best epoch; best_loss: of the lowest loss on rows apart"
     )
     validation_rows: int | None = setting(
         "training rows set apart, whose loss is logged; null: 120 for task.checkpoint=best_loss, else none"
