@@ -4,6 +4,7 @@
     python eval.py run=runs/STUDY/ID data_dir=DIR model.path=DIR eval.batch_size=8
     python eval.py run=runs/STUDY/ID export=DIR [model.dtype=bfloat16]
     python eval.py run=runs/STUDY/ID analyse=true [against=runs/STUDY/OTHER]
+    python eval.py run=runs/STUDY/ID save_updates=FILE.safetensors
 
 The scores are printed beside the recorded ones and kept as evaluation.json in the run's folder. data_dir and model.path
 say where the files are now, if they moved; another eval.batch_size must not change a score.
@@ -11,7 +12,8 @@ With export=DIR nothing is evaluated: the model is written there with its adapte
 load, and the adapter alone below DIR/adapter; how much the merge changed the logits is printed.
 With analyse=true nothing is evaluated either, and no data is needed: ranks, zeros, flipped signs and histograms of what
 the run did to each weight, beside those of random factors, are kept as analysis.json, analysis.csv and figures in the
-run's folder; against=RUN adds the likeness to what another run of the same model did.
+run's folder; against=RUN adds the likeness to what another run of the same model did. save_updates=FILE writes dW of
+every changed weight, by the name of its module.
 """
 
 import os

@@ -28,6 +28,7 @@ from torch import Tensor
 # softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialisation; beta = 1 would map them
 # all to about ln 2, a hundred times the size of a pretrained weight.
 SOFTPLUS_BETA = 1000.0
+LEAKY_SLOPE = 0.01  # of "leaky_relu" below 0, torch's default
 # Root mean square of a fresh dW at f = 1, in units of 1 / sqrt(fan_in), the usual size of a pretrained weight.
 INIT_RELATIVE_SIZE = 0.02
 
@@ -35,9 +36,14 @@ MAGNITUDES = {
     "relu": torch.relu,
     "abs": torch.abs,
     "softplus": lambda x: F.softplus(x, beta=SOFTPLUS_BETA),
+    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_SLOPE),
+    "squared_relu": lambda x: torch.relu(x).square(),
     "identity": lambda x: x,
 }
-DIRECTIONS = {"sign": None, "tanh": torch.tanh, "identity": lambda x: x}  # sign: `sign_ste`, which needs `ste`
+# "sign" is `sign_ste`, which needs `ste`. "sigmoid" with the magnitude "identity" is a gated linear unit (GLU).
+DIRECTIONS = {"sign": None, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda x: x}
+# What D and C may be rounded to before their product.
+DIRECTION_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ClipCounter:
@@ -100,6 +106,13 @@ class _Sign(torch.autograd.Function):
 
 
 STRAIGHT_THROUGH = ("clip", "identity", "hardtanh")
+# How f rises over its ramp: from the share of the ramp's steps that are done, 0 to 1, to f.
+RAMPS = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - torch.cos(math.pi * share)) / 2,
+    "quadratic": torch.square,
+    "root": torch.sqrt,
+}
 
 
 def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
@@ -150,13 +163,15 @@ def delta_weight(
     magnitude: str = "relu",
     direction: str = "sign",
     ste: str = "clip",
+    direction_dtype: str = "float32",
 ) -> Tensor:
     """Return dW = scale * magnitude(B A) ⊙ direction(D C), (leading dimensions x) out x in.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, each with the same leading dimensions, if any. The products are
     taken in float32 (float64 factors stay float64) with autocast off, because rounding B A or D C to 16 bits flips
-    signs. Plain autograd, so it works under `torch.func` (vmap, grad, jvp, jacfwd, jacrev, hessian), except forward
-    mode over forward mode: PyTorch treats the inner tangent of a custom function as a constant.
+    signs; `direction_dtype` rounds C and D, to measure what that costs. Plain autograd, so it works under `torch.func`
+    (vmap, grad, jvp, jacfwd, jacrev, hessian), except forward mode over forward mode: PyTorch treats the inner tangent
+    of a custom function as a constant.
 
     Raises:
         KeyError: unknown magnitude or direction.
@@ -166,8 +181,15 @@ def delta_weight(
     with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
-        sign = sign_ste(D @ C, ste) if direction == "sign" else DIRECTIONS[direction](D @ C)
+        DC = D @ C if direction_dtype == "float32" else multiply_rounded(D, C, getattr(torch, direction_dtype))
+        sign = sign_ste(DC, ste) if direction == "sign" else DIRECTIONS[direction](DC)
         return scale * size * sign
+
+
+def multiply_rounded(D: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return D C in the dtype of the factors, which are rounded to `dtype` and multiplied in it; gradients are rounded
+    likewise. D: out x r2, C: r2 x in."""
+    return (D.to(dtype) @ C.to(dtype)).to(D.dtype)
 
 
 def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu", direction: str = "sign") -> float:
@@ -175,7 +197,8 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
 
     With all four factors from N(0, sigma^2), an entry of B A has variance r1 sigma^4, ReLU keeps half of its mean
     square and the sign has mean square 1, so dW has root mean square alpha / sqrt(r1 r2) * sqrt(r1 / 2) * sigma^2.
-    A direction other than the sign contributes sqrt(r2) * sigma^2 more. Softplus counts as ReLU.
+    A direction other than the sign contributes sqrt(r2) * sigma^2 more, but the sigmoid of such small products is 1/2.
+    Softplus and leaky ReLU count as ReLU; its square has root mean square sqrt(1.5 r1^2 + 3 r1) * sigma^4.
 
     Raises:
         ValueError: fan_in, a rank or alpha is not above 0 and finite, or magnitude or direction is unknown.
@@ -187,6 +210,11 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
         raise ValueError(f"magnitude={magnitude!r}, direction={direction!r}: expected one of each of the tables above")
     kept = 1.0 if magnitude in ("abs", "identity") else 0.5
     target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
+    if direction == "sigmoid":
+        target, direction = 2 * target, "sign"
+    if magnitude == "squared_relu":
+        size = alpha / math.sqrt(r1 * r2) * math.sqrt(1.5 * r1**2 + 3 * r1)
+        return (target / size) ** 0.25 if direction == "sign" else (target / (size * math.sqrt(r2))) ** (1 / 6)
     if direction == "sign":
         return math.sqrt(target / (alpha * math.sqrt(kept / r2)))
     return (target / (alpha * math.sqrt(kept))) ** 0.25

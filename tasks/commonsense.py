@@ -16,9 +16,15 @@ record says what it lacks. Without `data_dir` the training file comes from LLM-A
 are written out of the hub's columns, which gives the same text; by size its "test" is the public validation set except
 for ARC and OpenBookQA.
 
-LLM-Adapters picks the checkpoint of the lowest loss on 120 training rows; here it is the last one.
+With `scored=held_out`, HELD_OUT_ROWS training rows for each set are kept from training and scored instead, with the
+prompt of evaluation, so that a learning rate can be chosen by the average over eight sets without a look at their test
+rows. The training file does not name sets. Their answer formats do, except for ARC and OpenBookQA, which share one: the
+three get different rows of it.
+
+LLM-Adapters' and DoRA's checkpoint of the lowest loss on 120 training rows is `task.checkpoint=best_loss`.
 """
 
+import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,6 +44,7 @@ VERSION = 2
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
 TRAINING = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}  # what may stand in for each file
 RESPONSE = "### Response:"
+HELD_OUT_ROWS, HELD_OUT_SEED, SIQA_OPTIONS = 125, 2512, 3
 INDENT = " " * 16
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
 EVALUATION_PROMPT = f"{PREAMBLE}\n\n{INDENT}### Instruction:\n{INDENT}{{}}\n\n{INDENT}{RESPONSE}\n{INDENT}"
@@ -195,8 +202,17 @@ def response(output: str) -> str:
     return output.split(RESPONSE)[0].strip()
 
 
-def task(subset: str, train: str = "170k", likelihood: bool = True) -> "Commonsense":
-    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too.
+def name_format(item: Item) -> str:
+    """Return what an item's answer format tells of its set: the word of its options, and whether three answers (as in
+    SIQA) or more (as in ARC and OpenBookQA) are offered."""
+    options = offered(item["instruction"])
+    word = options[0].rstrip("1")
+    return word if word != "answer" else f"{word} of {'3' if len(options) == SIQA_OPTIONS else 'more'}"
+
+
+def task(subset: str, train: str = "170k", likelihood: bool = True, scored: str = "test") -> "Commonsense":
+    """Return the task; `train` chooses the training file, "170k" or "15k"; `likelihood` scores the options, too;
+    `scored` is "test", the eight sets, or "held_out", training rows in their place.
 
     Raises:
         TaskError: an option is wrong.
@@ -207,7 +223,9 @@ def task(subset: str, train: str = "170k", likelihood: bool = True) -> "Commonse
         raise TaskError(f"task.options.train={train}: must be {' or '.join(TRAINING)}")
     if not isinstance(likelihood, bool):
         raise TaskError(f"task.options.likelihood={likelihood}: must be true or false")
-    return Commonsense(train, likelihood)
+    if scored not in ("test", "held_out"):
+        raise TaskError(f"task.options.scored={scored}: must be test or held_out")
+    return Commonsense(train, likelihood, scored)
 
 
 class Commonsense(Task):
@@ -216,8 +234,8 @@ class Commonsense(Task):
     name, version, form, metric = "commonsense", VERSION, "generation", "average"
     eval_splits = tuple(SPECS)
 
-    def __init__(self, train: str, likelihood: bool) -> None:
-        self.train, self.likelihood = train, likelihood
+    def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:
+        self.train, self.likelihood, self.holds_out = train, likelihood, scored == "held_out"
 
     def path(self, split: str, data_dir: str | None) -> Path:
         """Return the official file of a split, below `data_dir` or downloaded."""
@@ -239,13 +257,16 @@ class Commonsense(Task):
             raise TaskError(f"commonsense has no split {split!r}, only train, {', '.join(SPECS)}")
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
+        scored = () if self.holds_out else self.eval_splits
         if data_dir is None:
             training = f"github.com/{REPOSITORY}@{COMMIT}/ft-training_set/commonsense_{self.train}.json"
-            return {"train": training} | {name: f"{spec.hub}@{spec.revision}" for name, spec in SPECS.items()}
-        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *self.eval_splits)}
+            return {"train": training} | {name: f"{SPECS[name].hub}@{SPECS[name].revision}" for name in scored}
+        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *scored)}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
         self.check(name)
+        if self.holds_out:
+            return self.split_training_file(name, data_dir)
         if data_dir is None and name != "train":
             spec = SPECS[name]
             rows = load_dataset(spec.hub, spec.config, revision=spec.revision, split=spec.split)
@@ -256,6 +277,19 @@ class Commonsense(Task):
         if data_dir is None:
             return Split(rows, f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json")
         return Split(rows, f"{path.parent.name}/{path.name}{self.lacks(path, items) if name == 'train' else ''}")
+
+    def split_training_file(self, name: str, data_dir: str | None) -> Split:
+        """Return the training rows that are not held out, or those held out for a set, with evaluation's prompt."""
+        path = self.path("train", data_dir)
+        items = base.read_json(path)
+        with base.translate_shape_errors("a list of LLM-Adapters' items", path):
+            held_out = draw_held_out(items, path)
+        apart = {number for numbers in held_out.values() for number in numbers}
+        numbers = held_out[name] if name in SPECS else [n for n in range(len(items)) if n not in apart]
+        prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
+        said = "" if name == "train" else " (held out)"
+        origin = f"{path.parent.name}/{path.name}{self.lacks(path, items) if name == 'train' else said}"
+        return Split(self.write_rows("train", items, numbers, prompt, path), origin)
 
     def lacks(self, path: Path, items: list[Item]) -> str:
         """Return what is said of a training file that stands in for the official one."""
@@ -271,7 +305,17 @@ class Commonsense(Task):
             TaskError: they are no items of LLM-Adapters, or there are none.
         """
         items = list(items)
-        head, _, tail = (TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT).partition("{}")
+        prompt = TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT
+        return self.write_rows(split, items, range(len(items)), prompt, source)
+
+    def write_rows(self, split: str, items: list[Item], numbers: Iterable[int], prompt: str, source: Any) -> "Dataset":
+        """Return the items of these numbers as rows.
+
+        Raises:
+            TaskError: as `rows`.
+        """
+        head, _, tail = prompt.partition("{}")
+        items = [(number, items[number]) for number in numbers]
         with base.translate_shape_errors("a list of LLM-Adapters' items", source):
             rows = [
                 {
@@ -280,11 +324,11 @@ class Commonsense(Task):
                     "target": item["output"],
                     "references": [item["answer"]],
                 }
-                for number, item in enumerate(items)
+                for number, item in items
             ]
         found = self.dataset(rows, source)
         with base.translate_shape_errors("one of LLM-Adapters' items", source):
-            for row, item in zip(rows, items, strict=True):
+            for row, (_, item) in zip(rows, items, strict=True):
                 check_item(item, row, SPECS[split].words if split in SPECS else None)
         return found
 
@@ -349,6 +393,27 @@ class Commonsense(Task):
                 empty = partial(is_empty, answer)
                 found |= {f"{prefix}unanswered_{name}": share(empty, name) for name in self.eval_splits}
         return found
+
+
+def draw_held_out(items: list[Item], source: Any) -> dict[str, list[int]]:
+    """Return the numbers of the training items that are held out for each set, the same for every run.
+
+    Raises:
+        TaskError: the file has too few items of a set's answer format.
+    """
+    by_format: dict[str, list[int]] = {}
+    for number in random.Random(HELD_OUT_SEED).sample(range(len(items)), len(items)):
+        by_format.setdefault(name_format(items[number]), []).append(number)
+    found = {}
+    for name, spec in SPECS.items():
+        kind = spec.words[0].rstrip("1")
+        kind += (" of 3" if name == "social_i_qa" else " of more") if kind == "answer" else ""
+        rest = by_format.get(kind, [])
+        if len(rest) <= HELD_OUT_ROWS:
+            more = f"{len(rest)} rows left that can be held out for {name}, more than {HELD_OUT_ROWS} are needed"
+            raise TaskError(f"task.options.scored=held_out: {source} has {more}; take task.options.scored=test")
+        found[name], by_format[kind] = sorted(rest[:HELD_OUT_ROWS]), rest[HELD_OUT_ROWS:]
+    return found
 
 
 def stratum_of(split: str | None, row: Row) -> str | None:

@@ -440,6 +440,9 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, runs_folder, tm
         ([run, f"against={lora}"], "against: only with analyse=true"),
         ([run, "analyse=false", f"against={lora}"], "against: only with analyse=true"),
         ([run, "analyse=true", f"export={tmp_path / 'out'}"], "analyse=true and export=DIR: one at a time"),
+        ([run, "analyse=true", "save_updates=x.safetensors"], "analyse=true and save_updates=FILE: one at a time"),
+        ([run, f"save_updates={tmp_path / 'updates.npz'}"], "give a name that ends in .safetensors"),
+        ([f"run={unfinished}", f"save_updates={tmp_path / 'a.safetensors'}"], "run=.*: not finished"),
         ([run, "analise=true"], "analise: no such setting of .* Did you mean analyse?"),
         (["run=/nowhere", "analyse=true"], "run=/nowhere: no config.yaml there"),
         ([run, "analyse=true", "against=/nowhere"], "against=/nowhere: no config.yaml there"),
@@ -453,3 +456,20 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, runs_folder, tm
         with pytest.raises(UserError, match=message) as caught:
             evaluate_command(arguments)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "lora", "full"])
+def test_saved_updates_are_what_an_export_adds_to_the_base(trained, tmp_path, method, capsys):
+    file, folder = tmp_path / "new/updates.safetensors", tmp_path / "export"
+    assert evaluate_command([f"run={trained[method]}", f"save_updates={file}"]) == 0
+    assert str(file) in capsys.readouterr().out
+    assert evaluate_command([f"run={trained[method]}", f"export={folder}"]) == 0
+    bundled = ROOT / "dual_lora/lab/model/bundled/tiny-llama/model.safetensors"
+    exported, base, saved = load_file(folder / "model.safetensors"), load_file(bundled), load_file(file)
+    assert saved
+    for name, change in saved.items():
+        weight = f"{name}.weight"
+        assert np.allclose(change, exported[weight] - base[weight].astype(np.float32), atol=1e-6), name
+        assert change.any()
+    with pytest.raises(UserError, match="exists; give a new name"):
+        evaluate_command([f"run={trained[method]}", f"save_updates={file}"])

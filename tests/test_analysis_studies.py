@@ -139,12 +139,21 @@ def test_matrices_of_a_file_are_targets(tmp_path):
     save_file({"b": low_rank, "a": torch.eye(6, 9, dtype=torch.float16), "bias": torch.ones(9)}, path)
     planned = fit.plan_cells("smoke", path)
     assert list(dict.fromkeys(cell.target for cell in planned)) == ["a", "b"] and planned[0].n is None
+    assert {cell.target for cell in fit.plan_cells("smoke", path, ["b"])} == {"b"}
+    with pytest.raises(StudyError, match="target c: not among a, b"):
+        fit.plan_cells("smoke", path, ["c"])
     fitted = fit.run_cell(replace(planned[0], target="b", rate=0.1, max_steps=3000), path)
     assert fitted["svd"] < 1e-10 and fitted["unexplained"] < 1e-4
     assert fit.run_cell(planned[0], path)["svd"] == pytest.approx(2 / 6)  # rank 4 of six equal singular values
     save_file({"b": low_rank + 1}, other)
     with pytest.raises(StudyError, match="target a: the cell was planned for another file"):
         fit.run_cell(planned[0], other)
+
+
+def test_titles_of_matrices_leave_out_what_their_names_share():
+    assert fit.name_targets(["h.1.q", "h.12.q"]) == {"h.1.q": "1.q", "h.12.q": "12.q"}
+    assert fit.name_targets(["h.1.q"]) == {"h.1.q": "h.1.q"}
+    assert fit.name_targets(["gaussian", "rank_16"]) == {"gaussian": "dense Gaussian", "rank_16": "rank 16"}
 
 
 def test_files_without_a_usable_matrix_are_refused(tmp_path):

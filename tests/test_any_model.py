@@ -178,7 +178,7 @@ def hub(tmp_path, monkeypatch) -> Path:
 def test_a_model_of_the_hub_has_its_own_name_and_a_commit(hub, runs_folder, capsys):
     words = ["model=some-org/Some.Model_v2", "task=demo/sentiment"]
     assert train_command([*words, *SHORT]) == 0
-    assert "some-org/Some.Model_v2  demo/sentiment  dual_lora  seed 0" in capsys.readouterr().out
+    assert "\nsome-org/Some.Model_v2  demo/sentiment  dual_lora" in capsys.readouterr().out
     (run,) = (runs_folder / "adhoc").iterdir()
     assert run.name.startswith("some-org-Some.Model_v2_demo-sentiment_dual_lora_s0_")
     model = yaml.safe_load((run / "config.yaml").read_text())["model"]

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT
@@ -817,7 +818,7 @@ def test_a_record_that_cannot_be_written_is_told(tmp_path, monkeypatch, capfd):
 
 def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(inputs_hub.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(inputs_hub.urllib.request, "getproxies", dict)
     with socket.create_server(("127.0.0.1", 0)) as there:
         monkeypatch.setattr(inputs_hub.constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
@@ -832,6 +833,6 @@ def test_a_hub_that_refuses_is_not_asked_again_and_again(tmp_path, monkeypatch):
         chosen = load_settings([f"model={model}", f"task={task}"])
         with pytest.raises(UserError, match="cannot load"):
             load_model(chosen, load_split(load_task(chosen), "train", chosen))
-    assert inputs_hub.constants.HF_HUB_OFFLINE and inputs_hub.datasets.config.HF_HUB_OFFLINE  # else a minute of retries
+    assert inputs_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE  # else a minute of retries
     is_hub_unreachable.cache_clear()
     refusing.close()

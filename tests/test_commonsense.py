@@ -356,3 +356,53 @@ def winogrande_columns(row) -> dict:
     sentence, options = instruction(row).split("sentence: ", 1)[1].split("\n\nOption1: ")
     first, second = options.removesuffix(" Answer format: option1/option2").split(" Option2: ")
     return {"sentence": sentence, "option1": first, "option2": second, "answer": row["references"][0][-1]}
+
+
+@pytest.fixture
+def training_file(tmp_path, monkeypatch):
+    """A folder with a training file of six items for each set, of which two a set are held out."""
+    monkeypatch.setattr(commonsense, "HELD_OUT_ROWS", 2)
+    place = tmp_path / "ft-training_set/commonsense_170k.json"
+    place.parent.mkdir()
+    items = [
+        {**official(name), "input": "", "instruction": official(name)["instruction"].replace(" ", f" {number} ", 1)}
+        for name in HUB_ROWS
+        if name != "ARC-Challenge"  # three answers, as SIQA has
+        for number in range(6 if not name.startswith(("ARC", "open")) else 9)
+    ]
+    place.write_text(json.dumps(items))
+    return tmp_path, items
+
+
+def test_rows_held_out_are_asked_as_in_evaluation_and_trained_on_by_nobody(training_file):
+    folder, items = training_file
+    task = tasks.load("commonsense", {"scored": "held_out"})
+    train = task.split("train", str(folder)).rows
+    parts = {name: task.split(name, str(folder)).rows for name in task.eval_splits}
+    assert task.eval_splits == tuple(SPECS) and all(len(rows) == 2 for rows in parts.values())
+    numbers = [int(row["id"].partition("-")[2]) for rows in (train, *parts.values()) for row in rows]
+    assert sorted(numbers) == list(range(len(items)))
+    for name, rows in parts.items():
+        for row in rows:
+            item = items[int(row["id"].partition("-")[2])]
+            assert row["prompt"] == commonsense.EVALUATION_PROMPT.format(item["instruction"])
+            assert set(commonsense.offered(row["prompt"])) <= set(SPECS[name].words)
+            verdict = task.judge(row, row["target"])
+            assert verdict["score"] == verdict["lenient_score"] == 1.0
+    assert train[0]["prompt"].startswith(commonsense.TRAINING_PROMPT[:110])
+    assert {path.name for path in folder.glob("**/*.json")} == {"commonsense_170k.json"}  # no test file is needed
+    assert list(task.source(str(folder))) == ["train"]
+    again = tasks.load("commonsense", {"scored": "held_out"}).split("boolq", str(folder)).rows
+    assert list(again["id"]) == list(parts["boolq"]["id"])
+
+
+def test_a_training_file_without_a_set_cannot_hold_it_out(training_file):
+    folder, items = training_file
+    rest = [item for item in items if not item["answer"].startswith("ending")]
+    (folder / "ft-training_set/commonsense_170k.json").write_text(json.dumps(rest))
+    with pytest.raises(
+        TaskError, match=r"^task.options.scored=held_out: .* has 0 rows left .* for hellaswag, more than 2"
+    ):
+        tasks.load("commonsense", {"scored": "held_out"}).split("train", str(folder))
+    with pytest.raises(TaskError, match=r"^task.options.scored=dev: must be test or held_out$"):
+        tasks.load("commonsense", {"scored": "dev"})

@@ -107,3 +107,12 @@ def test_a_contrast_of_columns_that_no_row_has_is_refused():
 def test_a_contrast_that_cannot_be_computed_is_refused(changes, said):
     with pytest.raises(UserError, match=f"^conf/experiment/made.yaml: {said}"):
         Experiment.from_content("made", SPEC | changes)
+
+
+def test_a_row_without_a_value_of_its_setting_is_in_the_table(study, tmp_path):  # noqa: F811
+    cells = {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora", "method.magnitude_ratio=0.25,0.5"]}
+    spec = {"title": "Rows", "rows": ["method.magnitude_ratio"], "columns": "task.name", "cells": cells}
+    experiment, done = study(spec | {"full": SPEC["full"]}, lambda label, settings: 70)
+    lines = {tuple(line[:2]): line for line in rows_of(write_report(experiment, done, tmp_path))}
+    assert {("none", "LoRA"), ("0.25", "Dual LoRA"), ("0.5", "Dual LoRA")} <= lines.keys()
+    assert lines["none", "LoRA"][2].strip("*") == "70.0 ± 0.0 (5)"

@@ -91,7 +91,7 @@ def test_experiments_that_share_the_runs_of_the_verdict_ask_for_the_same_runs():
     mine, my_trials = identify("ratio")
     middle = mine["Dual LoRA"] & mine["Dual LoRA, scale held"]
     assert middle <= runs["Dual LoRA"] and len(middle) == 10 and len(my_trials & trials) == 6
-    assert identify("own_knobs")[0]["Dual LoRA, by rule"] <= runs["Dual LoRA"]
+    assert identify("own_knobs")[0]["by rule, ramp 6 %"] <= runs["Dual LoRA"]
     for name in ("truncation", "curvature", "frozen_groups", "ratio", "own_knobs"):
         experiment = Experiment.load(name, "small")
         assert {c.settings.study for c in experiment.compose_cells(["seed=0"])} == {"verdict"}

@@ -53,7 +53,7 @@ def run_tests(pins: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         python = make_environment(Path(folder), pins)
         subprocess.run([str(python), "-c", SHOW_VERSIONS], check=True)
-        return subprocess.run([str(python), "-m", "pytest", "-q", "-rs", *TESTS], cwd=ROOT).returncode
+        return subprocess.run([str(python), "-m", "pytest", "-rs", *TESTS], cwd=ROOT).returncode
 
 
 def main(which: list[str]) -> int:

@@ -2,7 +2,7 @@
 
     unexplained = ||dW - form(factors)||_F^2 / ||dW||_F^2          0: fitted exactly, 1: nothing fitted
 
-    python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors] [--size smoke]
+    python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors [--targets NAME...]]
 
 Every method has r (out + in) parameters, the budget of LoRA of rank r, except those called "double":
 
@@ -24,6 +24,7 @@ multiplied by 0.1; the third time ends the stage, as does a loss below 1e-6. The
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,18 +127,22 @@ SIZES = {
 }
 
 
-def plan_cells(size: str = "full", updates: Path | None = None) -> list[Cell]:
+def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequence[str] | None = None) -> list[Cell]:
     """Return the cells of a study, seed by seed.
 
-    updates: a safetensors file whose matrices are the targets in place of the drawn ones.
+    updates: a safetensors file whose matrices are the targets in place of the drawn ones; targets: those to fit alone.
 
     Raises:
-        KeyError: an unknown size and StudyError as `read_updates` does.
+        KeyError: an unknown size.
+        StudyError: as `read_updates` does, or for an unknown target.
     """
     chosen = SIZES[size]
-    names, n, digest = chosen["targets"], chosen["n"], None
+    names, n, digest = list(chosen["targets"]), chosen["n"], None
     if updates is not None:
         names, n, digest = list(read_updates(updates)), None, _digest(updates)
+    if unknown := [target for target in targets or () if target not in names]:
+        raise StudyError(f"target {unknown[0]}: not among {', '.join(names)}")
+    names = list(targets or names)
     return [
         Cell(target, method, rate, seed, n, chosen["r"], chosen["max_steps"], digest)
         for seed in chosen["seeds"]
@@ -306,10 +311,17 @@ def _dual_minus(line: dict, lines: Sequence[dict]) -> dict | None:
     return average([d - v for d, v in zip(dual["values"], line["values"], strict=True)])
 
 
+def name_targets(targets: Sequence[str]) -> dict[str, str]:
+    """Return a title for each target; matrices of a model lose the modules that all their names begin with."""
+    shared = os.path.commonprefix(list(targets)) if len(set(targets)) > 1 else ""
+    return {target: TARGETS.get(target, target[shared.rfind(".") + 1 :]) for target in targets}
+
+
 def format_report(lines: Sequence[dict]) -> str:
     """Return the study's tables as Markdown."""
     targets, methods = (list(dict.fromkeys(line[key] for line in lines)) for key in ("target", "method"))
     found = {(line["target"], line["method"]): line for line in lines}
+    titles = name_targets(targets)
     seeds = len(lines[0]["values"])
     head = ["target", "LoRA (SVD)", *(METHODS[m].label for m in methods), "LoRA, 2r (SVD)"]
 
@@ -317,7 +329,7 @@ def format_report(lines: Sequence[dict]) -> str:
         return [show(found[target, method]) for target in targets]
 
     def shape(*columns: Sequence[str]) -> list[list[str]]:
-        return [[TARGETS.get(t, t), *cells] for t, *cells in zip(targets, *columns, strict=True)]
+        return [[titles[t], *cells] for t, *cells in zip(targets, *columns, strict=True)]
 
     def optimum(line: dict) -> str:
         return f"{line['svd']:.3f}"
@@ -352,9 +364,10 @@ def write_report(rows: Sequence[dict], folder: Path) -> list[Path]:
     """
     lines = summarize_rows(rows)
     text = "# Fitting a known update\n\n" + describe_rows(rows, "fit") + format_report(lines)
+    titles = name_targets([line["target"] for line in lines])
     values: dict[str, dict[str, dict]] = {}
     for line in lines:
-        values.setdefault(TARGETS.get(line["target"], line["target"]), {})[METHODS[line["method"]].label] = line
+        values.setdefault(titles[line["target"]], {})[METHODS[line["method"]].label] = line
     labels = [method.label for method in METHODS.values()]
     return write_dot_report(folder, text, values, labels, "share of dW left unexplained", across=3)
 
@@ -363,9 +376,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the missing cells of the study, then write its report."""
     parser = create_parser("fit", SIZES, main.__doc__)
     parser.add_argument("--updates", type=Path, help="safetensors file of matrices to fit; give it an --out of its own")
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="targets to fit (default: all)")
     chosen = parser.parse_args(arguments)
     run = functools.partial(run_cell, updates=chosen.updates)
-    run_command(chosen, lambda: plan_cells(chosen.size, chosen.updates), run, write_report)
+    run_command(chosen, lambda: plan_cells(chosen.size, chosen.updates, chosen.targets), run, write_report)
 
 
 if __name__ == "__main__":

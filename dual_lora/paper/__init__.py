@@ -5,11 +5,12 @@
     find(["avg"], model="llama3-8b", method="dora")  rows of any table, to set beside a result of ours
 
 A file gives what identifies a row (`keys`), its values (`columns`, each with its metric), and `rows` as lists in that
-order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note` and `average_note` (where
-the printed average is not that of the printed cells). Models and methods have this project's names where it has one; a
-Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is no value. `average` says
-which columns an average is over, `ours` what the harness calls a column (TASK:METRIC). DEVIATIONS.md beside the files
-says what the paper leaves open and what is done here.
+order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note`, `start` and
+`average_note` (where the printed average is not that of the printed cells). Models and methods have this project's
+names where it has one; a Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is
+no value. `average` says which columns an average is over, `ours` what the harness calls a column (TASK:METRIC),
+`started` which columns may start from another task's run: `protocol.start`, or a row's `start`, says from what.
+DEVIATIONS.md beside the files says what the paper leaves open and what is done here.
 
 It needs PyYAML only: with DUAL_LORA_LAZY=1 importing it loads neither torch nor PEFT.
 """
@@ -30,8 +31,8 @@ STATUSES = ("published", "digitized", "third_party_listing", "review_quote", "re
 MISSING = "–"
 PROTOCOL = ("measures", "checkpoint", "seeds")
 REQUIRED = ("id", "title", "source", "version", "status", "protocol", "keys", "columns", "rows")
-OPTIONAL = ("average", "ours", "note")
-ROW_EXTRAS = ("status", "source", "note", "average_note")
+OPTIONAL = ("average", "ours", "note", "started")
+ROW_EXTRAS = ("status", "source", "note", "average_note", "start")
 NUMBER = re.compile(r"([+-]?\d*\.?\d+(?:e[+-]?\d+)?)(?:±(\d*\.?\d+))?")
 
 Key = str | int | float | None
@@ -65,6 +66,7 @@ class Row:
     source: tuple[str, ...]
     note: str
     average_note: tuple[Decimal, Decimal] | None
+    start: str | None = None
 
     def matches(self, keys: Mapping[str, Key]) -> bool:
         """Whether the row has these keys with these values."""
@@ -96,6 +98,7 @@ class Table:
     average: Mapping[str, tuple[str, ...]]
     ours: Mapping[str, str]
     note: str
+    started: tuple[str, ...]
     rows: tuple[Row, ...]
 
     def select(self, columns: Iterable[str] = (), **keys: Key) -> list[Row]:
@@ -168,7 +171,10 @@ def read(path: Path) -> Table:
         require(raw["protocol"].get(name), path, f"protocol.{name}", "is missing")
     check_status(path, "status", raw["status"])
     average = raw.get("average", {})
-    for field, names in {"ours": raw.get("ours", {}), **{f"average.{k}": [k, *v] for k, v in average.items()}}.items():
+    for field, names in {
+        **{f: raw.get(f, {}) for f in ("ours", "started")},
+        **{f"average.{k}": [k, *v] for k, v in average.items()},
+    }.items():
         for name in names:
             require(name in raw["columns"], path, field, f"names {name}, which is no column")
     rows = tuple(read_row(path, raw, number, list(row)) for number, row in enumerate(raw["rows"]))
@@ -181,6 +187,7 @@ def read(path: Path) -> Table:
         keys=tuple(raw["keys"]),
         average=MappingProxyType({name: tuple(parts) for name, parts in average.items()}),
         note=raw.get("note", ""),
+        started=tuple(raw.get("started", ())),
         rows=rows,
     )
 
@@ -217,6 +224,7 @@ def read_row(path: Path, table: dict[str, Any], number: int, cells: list[Any]) -
         source=tuple(extras.get("source", table["source"])),
         note=extras.get("note", ""),
         average_note=(Decimal(noted["printed"]), Decimal(noted["recomputed"])) if noted else None,
+        start=extras.get("start", table["protocol"].get("start")),
     )
 
 

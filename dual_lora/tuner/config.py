@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft.config import PeftConfig
 
-from ..functional import DIRECTIONS, MAGNITUDES, STRAIGHT_THROUGH
+from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIGHT_THROUGH
 from .register import NAME, add_peft_type
 
 KERNELS = ("auto", "eager", "recompute", "triton")
@@ -39,12 +39,18 @@ class DualLoraConfig(PeftConfig):
             does not depend on it, but training does: the gradients of C and D are proportional to it. A larger sigma
             keeps them well above Adam's epsilon, but Adam's steps, whose size is the learning rate, then take longer to
             flip a sign.
-        scale_warmup_steps: optimizer steps over which f rises linearly from 0 to 1; 0 starts at f = 1. A run should be
+        scale_warmup_steps: optimizer steps over which f rises from 0 to 1; 0 starts at f = 1. A run should be
             several times as long: before the ramp ends, only a fraction of dW is saved or merged. Default 10, which
             suits runs of 20 steps and hardly affects runs of 200 (under 2 % of the loss, on tiny models).
+        scale_warmup_shape: how f rises over these steps: "linear", "cosine" (slow at both ends), "quadratic" (late) or
+            "root" (early).
         ste: gradient of Sign: "clip" (paper), "identity", "hardtanh" (see `dual_lora.sign_ste`).
-        magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000) or "identity" of B A.
-        direction: "sign" (paper), "tanh" or "identity" of D C. Both at identity is a Hadamard product, as in LoHa.
+        magnitude: "relu" (paper), "abs", "softplus" (with a sharpness of 1000), "leaky_relu" (slope 0.01),
+            "squared_relu" or "identity" of B A.
+        direction: "sign" (paper), "tanh", "sigmoid" or "identity" of D C. Both at identity is a Hadamard product, as in
+            LoHa; identity with sigmoid is a gated linear unit.
+        direction_dtype: "float32", "bfloat16" or "float16": what D and C are rounded to before their product. 16 bits
+            flip signs; they are here to measure what that costs.
         freeze: "magnitude" keeps A and B as they were drawn, "direction" keeps C and D; None trains all four. For
             ablations: what a trained group adds to a random one. Frozen magnitudes keep dW at its initial size.
         kernel: how dW is computed; all give the same result. "eager" is plain autograd, "recompute" rebuilds dW in
@@ -85,8 +91,10 @@ class DualLoraConfig(PeftConfig):
     direction_init_std: float | None = field(default=None, metadata={"help": "Sigma of C and D; None: as init_std."})
     scale_warmup_steps: int = field(default=10, metadata={"help": "Optimizer steps over which f goes from 0 to 1."})
     ste: str = field(default="clip", metadata={"help": "Gradient of Sign: clip, identity or hardtanh."})
-    magnitude: str = field(default="relu", metadata={"help": "relu, abs, softplus or identity."})
-    direction: str = field(default="sign", metadata={"help": "sign, tanh or identity."})
+    magnitude: str = field(default="relu", metadata={"help": "One of " + ", ".join(MAGNITUDES)})
+    direction: str = field(default="sign", metadata={"help": "One of " + ", ".join(DIRECTIONS)})
+    direction_dtype: str = field(default="float32", metadata={"help": "What D C is computed in."})
+    scale_warmup_shape: str = field(default="linear", metadata={"help": "One of " + ", ".join(RAMPS)})
     freeze: str | None = field(default=None, metadata={"help": "Group that does not train: magnitude or direction."})
     kernel: str = field(default="auto", metadata={"help": "auto, eager, recompute or triton."})
     weight_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/ddW; None: float32."})
@@ -153,6 +161,8 @@ class DualLoraConfig(PeftConfig):
             ("ste", STRAIGHT_THROUGH),
             ("magnitude", MAGNITUDES),
             ("direction", DIRECTIONS),
+            ("direction_dtype", DIRECTION_DTYPES),
+            ("scale_warmup_shape", RAMPS),
             ("kernel", KERNELS),
             ("freeze", (None, *GROUPS)),
         ):

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import delta_weight, init_std, is_autocast_on
+from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
 from .config import GROUPS, DualLoraConfig
 
+PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_dtype": "float32"}  # with any ste
 MAX_DRAWS = 100  # attempts at initial factors that can train
 # All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
 ALL_FACTORS: weakref.WeakSet = weakref.WeakSet()
@@ -55,13 +56,14 @@ class DualLoraFactors(nn.Module):
         self.frozen = GROUPS.get(config.freeze, ())
         self.freeze_group()
         self.scaling = alpha / math.sqrt(r1 * r2)
-        self.variants = {"magnitude": config.magnitude, "direction": config.direction, "ste": config.ste}
+        self.variants = {name: getattr(config, name) for name in ("magnitude", "direction", "ste", "direction_dtype")}
         self.kernel = config.kernel
         names = config.weight_gradient_dtype, config.input_gradient_dtype
         self.gradient_types = kernels.GradientTypes(*(name and getattr(torch, name) for name in names))
         self.keeps_update = config.keep_update
         self.dropout = config.lora_dropout
         self.warmup_steps = config.scale_warmup_steps
+        self.warmup_shape = config.scale_warmup_shape
         ramp_over = not config.init_weights or self.warmup_steps == 0
         self.register_buffer("step", torch.tensor(self.warmup_steps if ramp_over else 0))
         self.register_buffer("update_scale", torch.tensor(float(ramp_over), dtype=torch.float32))
@@ -119,7 +121,8 @@ class DualLoraFactors(nn.Module):
         """Return whether the corners of B A and D C are finite and not all 0; for ReLU, B A needs a positive entry in
         every block."""
         size, direction = (b[..., :64, :] @ a[..., :64] for a, b in ((self.A, self.B), (self.C, self.D)))
-        live = size.amax((-2, -1)) > 0 if self.variants["magnitude"] == "relu" else size.any()
+        rectified = self.variants["magnitude"] in ("relu", "squared_relu")
+        live = size.amax((-2, -1)) > 0 if rectified else size.any()
         return bool(live.all() and direction.any() and size.isfinite().all() and direction.isfinite().all())
 
     @property
@@ -134,7 +137,7 @@ class DualLoraFactors(nn.Module):
     @property
     def recomputes(self) -> bool:
         """Whether dW is rebuilt in backward. The kernels implement the paper's map only; variants use autograd."""
-        return self.kernel != "eager" and self.variants["magnitude"] == "relu" and self.variants["direction"] == "sign"
+        return self.kernel != "eager" and {**self.variants, "ste": None} == PAPERS_MAP
 
     @property
     def kernel_used(self) -> str:
@@ -166,19 +169,20 @@ class DualLoraFactors(nn.Module):
         }
 
     def advance(self) -> None:
-        """Count one optimizer step: while the ramp lasts, f = step / warmup_steps. Never waits for the device.
+        """Count one optimizer step: while the ramp lasts, f = shape(step / warmup_steps). Never waits for the device.
 
         f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`
         notices a step on sharded parameters, which are gathered again without a change of version.
         """
         ramping = self.step < self.warmup_steps
         self.step += ramping
-        self.update_scale.copy_(torch.where(ramping, self.step.float() / max(self.warmup_steps, 1), self.update_scale))
+        risen = RAMPS[self.warmup_shape](self.step.float() / max(self.warmup_steps, 1))
+        self.update_scale.copy_(torch.where(ramping, risen, self.update_scale))
 
     def set_update_scale(self, factor: float, ramp: bool) -> None:
         """Set f, of this adapter on this layer; see `dual_lora.set_update_scale`."""
-        step = min(round(factor * self.warmup_steps), self.warmup_steps) if ramp else self.warmup_steps
-        self.step.fill_(step)
+        heights = RAMPS[self.warmup_shape](torch.arange(self.warmup_steps + 1) / max(self.warmup_steps, 1))
+        self.step.fill_(int((heights - factor).abs().argmin()) if ramp else self.warmup_steps)
         self.update_scale.fill_(factor)
 
     @property
@@ -223,8 +227,10 @@ class DualLoraFactors(nn.Module):
         Raises:
             ValueError: in training, one is narrower than x's and no faster on x's device.
         """
-        asked = [name for name, dtype in self.gradient_types._asdict().items() if dtype and x.dtype.itemsize > 2]
-        reason = kernels.explain_slow_bfloat16(x.device.type) if asked else None
+        if x.dtype.itemsize <= 2 or not any(self.gradient_types):  # torch 2.7 cannot compile what follows
+            return self.gradient_types
+        asked = [name for name, dtype in self.gradient_types._asdict().items() if dtype]
+        reason = kernels.explain_slow_bfloat16(x.device.type)
         if reason and self.training:
             raise ValueError(f"{asked[0]}_gradient_dtype='bfloat16': {reason}; leave it None to train here")
         return kernels.GradientTypes() if reason else self.gradient_types

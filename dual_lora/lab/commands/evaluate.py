@@ -1,5 +1,6 @@
 """`eval.py`: evaluate a finished run again, export it, or analyse what it did to the weights."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.study.execute import EXIT_OK
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-PATH_KEYS = {"run", "data_dir", "model.path", "export", "against"}
+PATH_KEYS = {"run", "data_dir", "model.path", "export", "against", "save_updates"}
 
 
 def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
@@ -47,15 +48,18 @@ def evaluate_command(argv: list[str]) -> int:
         UserError: the command line or the run's record is wrong.
     """
     argv = take_outside_words(argv, takes_folder=False)
-    more = dict.fromkeys(("export", "model.dtype", "push_to_hub", "analyse", "against"), str)
+    more = dict.fromkeys(("export", "model.dtype", "push_to_hub", "analyse", "against", "save_updates"), str)
     run, values = parse_run_words(argv, **more)
     folder, dtype, push = (values.pop(key, None) for key in ("export", "model.dtype", "push_to_hub"))
+    updates_file = values.pop("save_updates", None)
     analyse, against = values.pop("analyse", "false"), values.pop("against", None)
     require(folder or not dtype, "model.dtype: only with export=DIR; a run is evaluated in its own dtype")
     require(folder or not push, "push_to_hub: only with export=DIR, the folder that is pushed")
     require(analyse in ("true", "false"), f"analyse={analyse}: must be true or false")
     require(analyse == "true" or not against, "against: only with analyse=true")
-    require(analyse == "false" or not folder, "analyse=true and export=DIR: one at a time")
+    asked = {"analyse=true": analyse == "true", "export=DIR": folder, "save_updates=FILE": updates_file}
+    asked_names = [name for name, given in asked.items() if given]
+    require(len(asked_names) < 2, f"{' and '.join(asked_names)}: one at a time")
     check_plugins(Record(run).read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:
@@ -66,6 +70,8 @@ def evaluate_command(argv: list[str]) -> int:
         return export_command(settings, record, Path(folder), dtype or settings.model.dtype, push)
     if analyse == "true":
         return analyse_command(settings, record, Path(against) if against else None, values)
+    if updates_file:
+        return save_updates_command(settings, record, Path(updates_file))
     with import_heavy_libraries():
         from dual_lora.lab.evaluate.reevaluation import reevaluate_run
 
@@ -92,6 +98,23 @@ def analyse_command(settings: Settings, record: Record, against: Path | None, va
         from dual_lora.lab.weights.analyse import analyse_run
 
     print(analyse_run(settings, record, other))
+    return EXIT_OK
+
+
+def save_updates_command(settings: Settings, record: Record, file: Path) -> int:
+    """Check where dW of a run is to be written; write it and return the exit code.
+
+    Raises:
+        UserError: the run is not finished, or the file exists or cannot be written.
+    """
+    record.require_result(f"run={record.format_path()}")
+    require(file.suffix == ".safetensors", f"save_updates={file}: give a name that ends in .safetensors")
+    require(not os.path.lexists(file), f"save_updates={file}: exists; give a new name")
+    check_writable(file.parent, "give another file as save_updates=FILE")
+    with import_heavy_libraries():
+        from dual_lora.lab.weights.save import save_updates
+
+    print(save_updates(settings, record, file))
     return EXIT_OK
 
 

@@ -4,7 +4,6 @@ import sys
 import traceback
 
 from dual_lora.lab.commands.cell_study import CellStudy
-from dual_lora.lab.commands.train import plan_runs
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.outside.models import print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
@@ -12,7 +11,6 @@ from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, get_first_line, require
-from dual_lora.lab.record.run import prepare_runs
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.launch import check_launcher, select_launcher_words
@@ -51,7 +49,9 @@ def sweep_command(argv: list[str]) -> int:
     print_found_models()
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
-        return plan_runs(prepare_runs([cell.settings for _, cells in composed for cell in cells]))
+        from dual_lora.lab.report.plans import plan_experiments
+
+        return plan_experiments(composed)
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
         cell.settings.check_installed()

@@ -99,13 +99,17 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return "only beam search uses it; set task.num_beams above 1, or drop it"
     if key == "task.max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
         return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
-    if key == "task.warmup_ratio" and train.schedule == "constant":
+    if key in ("task.warmup_ratio", "task.warmup_steps") and train.schedule == "constant":
         return "train.schedule=constant has no warm-up; take train.schedule=constant_with_warmup"
+    if key == "task.validation_steps" and not task.rows_apart:
+        return "no rows are set apart; give task.validation_rows or task.checkpoint=best_loss"
+    if key == "task.warmup_ratio" and task.warmup_steps is not None:
+        return f"task.warmup_steps={task.warmup_steps} is used instead; drop one"
     if key in ("task.epochs", "task.batch_size") and f"train.{name}" in given:
         return f"train.{name} is used instead; drop one"
     if key in ("model.hub", "model.revision") and (model.path or model.bundled):
         return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
-    if key in ("model.head", "train.head_lr") and writes:
+    if key in ("model.head", "train.head_lr", "task.head_dropout") and writes:
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"

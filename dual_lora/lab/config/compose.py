@@ -120,7 +120,6 @@ def build_settings(config: DictConfig, given: Collection[str] = ()) -> Settings:
             require(agrees, f"method.{key}={method[key]}: method.r1 and method.r2 make it {implied:g}; drop one")
         method.rank, method.magnitude_ratio = total, method.r1 / total
     try:
-        config = OmegaConf.masked_copy(config, [f.name for f in fields(Settings)])
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
@@ -160,6 +159,12 @@ def load_base(conf: Path) -> tuple[DictConfig, dict[str, str]]:
 
 
 @cache
+def load_choice_file(path: Path) -> DictConfig:
+    """Return the values of a choice's file, read once: an experiment combines a few choices in hundreds of ways."""
+    return load_yaml(path)
+
+
+@cache
 def compose_choices(conf: Path, choices: tuple[str, ...]) -> DictConfig:
     """Return the values for one choice per group (in the order of GROUPS), as Hydra would compose them. Hydra itself
     takes half a second for each of a study's many combinations."""
@@ -179,7 +184,7 @@ def load_choice(group: str, name: str) -> DictConfig:
     if path is None and group == "model" and is_model_place(name):
         return OmegaConf.create(describe_model(name))
     require(path is not None, f"{group}={name}: no such {group}")
-    values = load_yaml(path)
+    values = load_choice_file(path)
     given = values.get("name")
     require(given == name, f"{path}: name: {given}; write name: {name}, as the file is called")
     return values

@@ -200,9 +200,8 @@ def check_override(override: Override) -> None:
     if key.split("/")[0].split(".")[0] == "hydra":
         require(LAUNCHER_KEY.match(key), f"{key}: only hydra/launcher may be set of Hydra's own settings; drop it")
         require(not override.is_sweep_override(), f"{key}: one value for all runs")
-    elif not chooses:
-        opened = any(key.startswith(parent + ".") for parent in OPEN_KEYS)
-        require(opened or key in KNOWN_KEYS, f"{key}: no such setting.{'' if opened else suggest_setting(key)}")
+    elif not chooses and key not in KNOWN_KEYS and not any(key.startswith(parent + ".") for parent in OPEN_KEYS):
+        raise UserError(f"{key}: no such setting.{suggest_setting(key)}")  # the suggestion reads every task's file
     added = override.is_add() and (chooses or key in KNOWN_KEYS)
     require(not added, f"+{key}: already exists; write {key}=VALUE without the +")
     require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")

@@ -27,6 +27,8 @@ MAX_LAYERS = 1000
 GROUPS = ("model", "task", "method", "hardware")
 # The settings of a method that only an adapter has.
 METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
+# Defaults of task.checkpoint=best_loss, those of LLM-Adapters' and DoRA's scripts.
+VALIDATION_ROWS, VALIDATION_STEPS = 120, 80
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -200,7 +202,15 @@ class Task:
     batch_size: int = setting("batch size of the task's protocol, the default of train.batch_size")
     max_length: int = setting("maximum tokens of an example; longer ones are truncated")
     warmup_ratio: float = setting("fraction of all steps over which the learning rate rises; not the adapter's ramp")
-    checkpoint: str = setting("last: score the weights after the last step; best: those of the best epoch")
+    warmup_steps: int | None = setting("steps over which the learning rate rises, instead of task.warmup_ratio")
+    head_dropout: float | None = setting("dropout before the task's head; null: the model's own")
+    checkpoint: str = setting(
+        "last: score the weights of the last step; best: of the best epoch; best_loss: of the lowest loss on rows apart"
+    )
+    validation_rows: int | None = setting(
+        "training rows set apart, whose loss is logged; null: 120 for task.checkpoint=best_loss, else none"
+    )
+    validation_steps: int | None = setting("steps between two losses on the validation rows; null: 80")
     loss_on_prompt: bool = setting("true: the loss covers the prompt as well as the target")
     label_smoothing: float = setting("fraction of the target's probability that is spread over all classes or tokens")
     max_new_tokens: int = setting("maximum length of generated text, in tokens")
@@ -215,14 +225,27 @@ class Task:
     def __post_init__(self) -> None:
         for part in self.name.split("/"):
             check_file_name("task.name", part, "it names the run's folder")
-        check_choice("task.checkpoint", self.checkpoint, ("last", "best"))
+        check_choice("task.checkpoint", self.checkpoint, ("last", "best", "best_loss"))
         if self.search is not None:
             check_choice("task.search", self.search, ("gpt2_beam",))
         check_positive("task", self, "epochs", "batch_size", "max_length", "num_beams", "train_rows")
-        check_range("task", self, 0, math.inf, "max_new_tokens", "no_repeat_ngram")
-        check_range("task", self, 0, 1, "warmup_ratio", "label_smoothing")
+        check_positive("task", self, "validation_rows", "validation_steps")
+        both = self.checkpoint == "best" and self.validation_rows
+        require(not both, f"task.validation_rows={self.validation_rows}: not with task.checkpoint=best; drop one")
+        check_range("task", self, 0, math.inf, "max_new_tokens", "no_repeat_ngram", "warmup_steps")
+        check_range("task", self, 0, 1, "warmup_ratio", "label_smoothing", "head_dropout")
         check_range("task", self, 0, MAX_MULTIPLIER, "epochs")
         check_range("task", self, -100, 100, "length_penalty")
+
+    @property
+    def rows_apart(self) -> int:
+        """How many training rows are set apart for the loss."""
+        return self.validation_rows or (VALIDATION_ROWS if self.checkpoint == "best_loss" else 0)
+
+    @property
+    def steps_apart(self) -> int:
+        """How many steps are between two losses on these rows."""
+        return self.validation_steps or VALIDATION_STEPS
 
 
 @dataclass(frozen=True)
@@ -446,6 +469,10 @@ class Settings:
         patience, development = self.train.early_stopping, self.eval.development_rows
         judged = patience is None or development is not None
         require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
+        apart = self.task.rows_apart
+        require(
+            not (patience and apart), f"train.early_stopping={patience}: not with a loss on rows set apart; drop one"
+        )
         kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
         require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
         whole = self.hardware.sharding != "full" and base is None

@@ -28,6 +28,9 @@ from tasks.base import Output, Row
 LINE_SECONDS = 60.0  # between two lines of progress in a log file
 
 
+MIN_FOR_CONSTANT = 100  # rows whose equal outputs are no accident
+
+
 def evaluate_splits(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,10 +65,14 @@ def evaluate_splits(
 
 
 def find_warnings(task: Task, predictions: list[Row]) -> list[str]:
-    """Return a warning for each split in which most texts are empty or hold no answer."""
+    """Return a warning for each split in which all outputs are the same, or most texts are empty or hold no answer."""
     found = []
-    for name in dict.fromkeys(row["split"] for row in predictions) if task.form == "generation" else ():
+    for name in dict.fromkeys(row["split"] for row in predictions):
         rows = [row for row in predictions if row["split"] == name]
+        if task.form != "generation":
+            same = len(rows) >= MIN_FOR_CONSTANT and len({row["output"] for row in rows}) == 1
+            found += [f"{name}: all {len(rows)} outputs are {rows[0]['output']}"] if same else []
+            continue
         empty = sum(not row["output"].strip() for row in rows)
         unanswered = sum(not row.get("answer", row["output"]) for row in rows)
         if empty > len(rows) / 2:

@@ -10,8 +10,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from dual_lora.lab.config.outside.hub import is_hub_unreachable
 from dual_lora.lab.errors import UserError, get_first_line, require
-from dual_lora.lab.inputs.hub import is_hub_unreachable
 
 
 def is_offline() -> bool:

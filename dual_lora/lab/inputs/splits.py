@@ -10,6 +10,8 @@ from tasks import Split, Task
 
 # Seed of the draw of the training rows that `eval.holdout` holds out.
 HOLDOUT_SEED = 2512
+# Seed of the draw of the rows whose loss may choose the checkpoint, that of LLM-Adapters' and DoRA's scripts.
+VALIDATION_SEED = 42
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:
@@ -19,7 +21,8 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     Raises:
         UserError: the data is missing, damaged, cannot be fetched, or has too few rows to hold some out.
     """
-    split, train = read_split(task, name, settings), name == "train"
+    train = name == "train"
+    split = read_training_split(task, settings)[0] if train else read_split(task, name, settings)
     if train and settings.eval.rows_apart:
         split = split_training_rows(split, settings.eval)[0]
     limit = (settings.train if train else settings.eval).max_examples
@@ -39,7 +42,8 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
         with translate_task_errors():
             names = task.eval_splits  # of the user's own files, known by what is there
         return {name: load_split(task, name, settings) for name in names}
-    return name_rows_apart(task, split_training_rows(read_split(task, "train", settings), settings.eval)[1], settings)
+    train = read_training_split(task, settings)[0]
+    return name_rows_apart(task, split_training_rows(train, settings.eval)[1], settings)
 
 
 def load_development_split(task: Task, settings: Settings) -> dict[str, Split] | None:
@@ -51,7 +55,8 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
     """
     if not settings.eval.development_rows:
         return None
-    return name_rows_apart(task, split_training_rows(read_split(task, "train", settings), settings.eval)[2], settings)
+    train = read_training_split(task, settings)[0]
+    return name_rows_apart(task, split_training_rows(train, settings.eval)[2], settings)
 
 
 def name_rows_apart(task: Task, apart: Split, settings: Settings) -> dict[str, Split]:
@@ -60,6 +65,25 @@ def name_rows_apart(task: Task, apart: Split, settings: Settings) -> dict[str, S
     with translate_task_errors():
         name = task.eval_splits[0]
     return {name: Split(apart.rows.select(range(limit)), apart.origin)}
+
+
+def read_training_split(task: Task, settings: Settings) -> tuple[Split, Split | None]:
+    """Return the training rows and those set apart for the loss (`task.validation_rows`), if any are: the same for
+    every run, and for the same file those that LLM-Adapters' and DoRA's scripts draw.
+
+    Raises:
+        UserError: as `read_split`, or there are not enough rows.
+    """
+    train, count = read_split(task, "train", settings), settings.task.rows_apart
+    if not count:
+        return train, None
+    known = len(train.rows)
+    require(
+        count < known,
+        f"task.validation_rows={count}: {train.origin} has {known} rows; set fewer apart with task.validation_rows",
+    )
+    parts = train.rows.train_test_split(test_size=count, shuffle=True, seed=VALIDATION_SEED)
+    return Split(parts["train"], train.origin), Split(parts["test"], f"{train.origin} (loss only)")
 
 
 def split_training_rows(train: Split, settings: Evaluate) -> tuple[Split, Split, Split]:

@@ -7,6 +7,7 @@ task is refused before training.
 import copy
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,6 +26,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -349,6 +351,16 @@ def list_rates(model: torch.nn.Module, settings: Settings) -> dict[str, float]:
 def list_kernels(model: torch.nn.Module) -> list[str]:
     """Return the kernels that compute the Dual LoRA adapters; empty for other methods."""
     return sorted({factors.kernel_used for factors in list_factors(model)})
+
+
+def describe_adapter(model: torch.nn.Module) -> str:
+    """Return the classes of the adapted modules as they are in the model, each with how many there are."""
+    found = Counter(
+        f"{type(m).__module__.removeprefix('peft.tuners.')}.{type(m).__name__}"
+        for m in model.modules()
+        if isinstance(m, BaseTunerLayer)
+    )
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "no adapter"
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -82,7 +82,22 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
         config = copy.deepcopy(read_config(**locate_model(settings)))
         config.update(get_head_options(task))
         set_dropout(config, settings)
+    if settings.task.head_dropout is not None:
+        config.update({find_head_dropout_field(config, settings): settings.task.head_dropout})
     return config
+
+
+def find_head_dropout_field(config: PreTrainedConfig, settings: Settings) -> str:
+    """Return the field of a configuration that holds the dropout before the head.
+
+    Raises:
+        UserError: models of this kind have none.
+    """
+    named = {"deberta": "cls_dropout", "deberta-v2": "cls_dropout"}.get(config.model_type)  # read, but no field
+    found = [name for name in ("classifier_dropout", "seq_classif_dropout") if hasattr(config, name)]
+    where = f"task.head_dropout={settings.task.head_dropout}"
+    require(named or found, f"{where}: a {config.model_type} has no dropout before its head; drop it")
+    return named or found[0]
 
 
 def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:

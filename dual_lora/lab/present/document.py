@@ -12,7 +12,12 @@ MISSING = "–"
 STYLE = """body {font: 15px/1.5 sans-serif; max-width: 96em; margin: 2em auto; padding: 0 1em}
 table {border-collapse: collapse; margin: 1em 0} th, td {padding: .2em .8em; text-align: right; white-space: nowrap}
 tr {border-top: 1px solid #ddd} .words {text-align: left} .wide {overflow-x: auto} img {max-width: 100%}
+td[data-command] {cursor: copy}
 tr.aside td {color: #666; font-size: 90%} p, li {max-width: 60em} p.figure {max-width: none}"""
+# Copies the command of a cell that is clicked.
+COPY = """<script>document.addEventListener("click", event => {
+const cell = event.target.closest("[data-command]"); if (cell) navigator.clipboard.writeText(cell.dataset.command) })
+</script>"""
 # A cell of a column of numbers: one, perhaps with a spread or a unit, or a dash, or nothing.
 NUMBER = re.compile(r"([-+<≥]|about )?\d.*|–.*|")
 # The beginning of a tag, a comment or an entity; "< 0.001" is none.
@@ -39,12 +44,15 @@ class Table:
     Attributes:
         bold: which cells are bold, of the table's shape.
         aside: positions of published rows, set apart from ours.
+        commands: what makes the runs of each cell, of the table's shape; empty where there is nothing to run. A page
+            copies it on a click.
     """
 
     cells: pd.DataFrame
     caption: str
     bold: pd.DataFrame | None = None
     aside: frozenset[int] = frozenset()
+    commands: pd.DataFrame | None = None
 
     def mark_bold(self, before: str, after: str) -> pd.DataFrame:
         """Return the cells, each bold one between two marks."""
@@ -151,7 +159,9 @@ def render_html(blocks: list[Block], title: str) -> str:
     """Return a self-contained page, its figures embedded."""
     body = "\n".join(map(render_html_block, blocks))
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
-    page = f"<head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body>"
+    page = (
+        f"<head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}\n{COPY if 'data-command' in body else ''}</body>"
+    )
     return f'<!DOCTYPE html>\n<html lang="en">{page}</html>\n'
 
 
@@ -174,7 +184,9 @@ def render_html_table(table: Table) -> str:
         bold = [False] * len(row) if table.bold is None else list(table.bold.iloc[number])
         cells = (f"<b>{escape(str(c))}</b>" if b else escape(str(c)) for c, b in zip(row, bold, strict=True))
         aside = ' class="aside"' if number in table.aside else ""
-        filled = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(cells, kinds, strict=True))
+        commands = [""] * len(row) if table.commands is None else list(table.commands.iloc[number])
+        hints = [f' title="click to copy: {escape(c)}" data-command="{escape(c)}"' if c else "" for c in commands]
+        filled = "".join(f"<td{kind}{hint}>{cell}</td>" for cell, kind, hint in zip(cells, kinds, hints, strict=True))
         lines.append(f"<tr{aside}>{filled}</tr>")
     body = "\n".join([f"<tr>{head}</tr>", *lines])
     return f'<p>{escape(table.caption)}</p>\n<div class="wide"><table>\n{body}\n</table></div>'

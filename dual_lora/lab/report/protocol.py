@@ -113,6 +113,6 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
 
 
 def describe_checkpoint_rule(done: list[Outcome]) -> str:
-    """Return after which epoch runs are scored."""
-    rules = sorted({cell.settings.task.checkpoint for cell in done})
-    return " or ".join(f"{rule} epoch" for rule in rules)
+    """Return at which point of training runs are scored."""
+    words = {"last": "last epoch", "best": "best epoch", "best_loss": "step of the lowest loss on rows set apart"}
+    return " or ".join(words[rule] for rule in sorted({cell.settings.task.checkpoint for cell in done}))

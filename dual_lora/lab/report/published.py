@@ -20,6 +20,7 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 from dual_lora.paper import Row, Table
 
+PRETRAINED = "pre-trained model"  # what published rows that start from no other task say of it
 RowPlace = tuple[tuple, str]  # a row of ours: the values of the settings that head rows, and its label
 Cells = dict[object, str]  # printed values by the heads of our columns
 
@@ -124,10 +125,19 @@ def name_lines(lines: list[Line], runs: list[Outcome]) -> Iterator[tuple[str, Ce
             k: v for k, v in line.get_keys(runs).items() if k == "lr" or any(o.get(k) != v for o in others)
         }
         known = [] if line.table.status == "published" else [line.table.status]
+        known += describe_other_start(line, runs)
         yield (
             ", ".join([line.table.id, *known, *(f"{k} {v}".replace("_", " ") for k, v in distinguishing.items())]),
             line.cells,
         )
+
+
+def describe_other_start(line: Line, runs: list[Outcome]) -> list[str]:
+    """Return what a published row's started tasks start from, if ours start from something else."""
+    names = {line.table.ours[column].partition(":")[0] for column in line.table.started if column in line.table.ours}
+    ours = {bool(run.cell.sources or run.settings.init_from) for run in runs if run.settings.task.name in names}
+    theirs = line.rows[0].start
+    return [f"start: {theirs}"] if ours and theirs and ours != {theirs != PRETRAINED} else []
 
 
 def iterate_published_blocks(experiment: Experiment, done: list[Outcome]) -> Iterator[Block]:

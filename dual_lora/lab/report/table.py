@@ -13,6 +13,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
 from dual_lora.lab.report.analyses.kinds import check_analysis
+from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.floors import ModelTask
 from dual_lora.lab.report.comparison.matches import describe_weights, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
@@ -21,6 +22,7 @@ from dual_lora.lab.report.values import FIELDS, MARKS, Column, get_heading, get_
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, find_damaged_records
 
+MIN_FOR_MEDIAN = 3  # runs; of two it is their mean
 # How many runs with other records the notes name.
 MAX_NAMED_RUNS = 5
 
@@ -63,7 +65,7 @@ def build_main_table(
 ) -> Table:
     """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
     and rank below ours."""
-    found, lines, best, aside = list_columns(experiment, done), [], [], []
+    found, lines, best, aside, commands = list_columns(experiment, done), [], [], [], []
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
     runs = {place: [done[i] for i in sorted(set(part["cell"]) - {-1})] for place, part in parts.items()}
@@ -73,17 +75,53 @@ def build_main_table(
     )
     for (name, label), part in parts.items():
         heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
-        cells = {format_head(c): format_cell(part[part["column"] == c.head], c, done, reasons) for c in found}
+        cells = {
+            format_head(c): format_cell(part[part["column"] == c.head], c, done, reasons, experiment.median)
+            for c in found
+        }
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
+        commands.append({format_head(c): find_command(part[part["column"] == c.head], done, experiment) for c in found})
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
             cells = {format_head(c): cells[c.head] for c in found if c.head in cells}
             lines.append({**heads, "method": f"{label} [{table}]", **cells})
             best.append({})
+            commands.append({})
     cells = pd.DataFrame(lines).fillna("")
     bold = pd.DataFrame(best).reindex(columns=cells.columns).fillna(False).astype(bool)
-    return Table(cells, describe_table(experiment, done), bold, frozenset(aside))
+    copied = pd.DataFrame(commands).reindex(columns=cells.columns).fillna("")
+    return Table(cells, describe_table(experiment, done), bold, frozenset(aside), copied)
+
+
+def find_command(part: pd.DataFrame, done: list[Outcome], experiment: Experiment) -> str:
+    """Return the command that makes the runs of a cell; that of the whole table for a mean over several."""
+    runs = [done[i].settings for i in sorted(set(part["cell"]) - {-1})]
+    if runs:
+        return build_command(runs)
+    return "" if part.empty else f"python sweep.py experiment={experiment.name} scale={experiment.scale}"
+
+
+def tabulate_adapters(done: list[Outcome]) -> Table:
+    """Return what each row ran with: the classes of its adapted modules, what trained, and the rate of every group."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for cell in (cell for cell in done if cell.result):
+        kind = (cell.settings.method.peft or {}).get("peft_type", "every weight")
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in cell.result.get("learning_rates", {}).items())
+        own = cell.result.get("adapter_parameters")
+        line = {
+            "model": cell.settings.model.name,
+            "method": cell.cell.label,
+            "adapter": f"{kind}: {cell.result['adapter']}" if "adapter" in cell.result else kind,
+            "trained": f"{cell.result['trainable_parameters']:,}",
+            "of them the adapter's": MISSING if own is None else f"{own:,}",
+            "learning rates": rates or MISSING,  # older records lack both
+        }
+        lines[tuple(line.values())] = line
+    return Table(
+        pd.DataFrame(lines.values()),
+        "The adapter of every row, its trained weights, and the rate of every group of them.",
+    )
 
 
 def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
@@ -111,9 +149,11 @@ def format_head(column: Column) -> str:
     return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
 
 
-def format_cell(part: pd.DataFrame, column: Column, done: list[Outcome], reasons: dict[str, str]) -> str:
-    """Return a cell: mean ± standard deviation (n) and marks, or a dash with its reason's letter; empty where no run
-    was asked for."""
+def format_cell(
+    part: pd.DataFrame, column: Column, done: list[Outcome], reasons: dict[str, str], with_median: bool = False
+) -> str:
+    """Return a cell: mean ± standard deviation (n), perhaps the median, and marks, or a dash with its reason's letter;
+    empty where no run was asked for."""
     if part.empty:
         return ""
     scores = part["value"].dropna()
@@ -123,8 +163,9 @@ def format_cell(part: pd.DataFrame, column: Column, done: list[Outcome], reasons
         return MISSING + why
     style = column.get_format(done[0].settings.task.name)
     spread = f" ± {style.format(scores.std(ddof=1))}" if len(scores) > 1 else ""
+    middle = f", median {style.format(scores.median())}" if with_median and len(scores) >= MIN_FOR_MEDIAN else ""
     marks = "".join(sorted(set("".join(part["marks"]))))
-    return f"{style.format(scores.mean())}{spread} ({len(scores)}){marks}{why}"
+    return f"{style.format(scores.mean())}{spread} ({len(scores)}){middle}{marks}{why}"
 
 
 def is_lower_better(column: Column, done: list[Outcome]) -> bool:
@@ -185,6 +226,9 @@ def iterate_notes(
         names = ", ".join(f"{task} ({model})" for model, task in sorted(unlearned))
         yield f"not learned, and left out of means: {names}; see the table of floors"
     yield from describe_learning_rates(experiment, done)
+    for task, source in experiment.starts.items():
+        if any(cell.settings.task.name == task for cell in done):
+            yield f"start: {task} from the row's own best run of {source}, without its head"
     yield from iterate_clipped_notes(done)
     best = sorted({cell.settings.task.name for cell in done if cell.settings.task.checkpoint == "best"})
     if best:
@@ -192,6 +236,7 @@ def iterate_notes(
             f"checkpoint: of {', '.join(best)} the epoch that did best on the reported rows, as LoRA reports it; "
             "scores, intervals and p know nothing of that choice"
         )
+    yield from iterate_loss_notes(done)
     files = {
         f"{name} {facts['origin']}, {facts['rows']:,} rows"
         for cell in done
@@ -201,6 +246,22 @@ def iterate_notes(
         yield f"data: {'; '.join(sorted(files))}"
     yield from iterate_origin_notes(done)
     yield from (f"not read: {trouble}" for trouble in find_unreadable(experiment, done))
+
+
+def iterate_loss_notes(done: list[Outcome]) -> Iterator[str]:
+    """Yield that the checkpoint was chosen by a loss, and the main scores after the last step, by row."""
+    chosen = [cell for cell in done if cell.settings.task.checkpoint == "best_loss"]
+    if not chosen:
+        return
+    rules = {(cell.settings.task.rows_apart, cell.settings.task.steps_apart) for cell in chosen}
+    said = " or ".join(f"{rows} training rows set apart, taken every {steps} steps" for rows, steps in sorted(rules))
+    yield f"checkpoint: the one of the lowest loss on {said}"
+    last: dict[str, list[float]] = {}
+    for result in (cell.result | {"label": cell.cell.label} for cell in chosen if cell.result):
+        score = result["metrics_last_epoch"][result["metric"]] * get_unit(result["task"], result["metric"])
+        last.setdefault(result["label"], []).append(score)
+    if last:
+        yield f"after the last step instead: {', '.join(f'{k} {np.mean(v):.1f} ({len(v)})' for k, v in last.items())}"
 
 
 def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:

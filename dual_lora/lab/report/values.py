@@ -132,7 +132,7 @@ def build_frame(
 
 def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -> Iterator[dict[str, Any]]:
     """Yield the values one run gives."""
-    heads = {key: get_setting(cell.settings, key) for key in experiment.rows}
+    heads = {key: get_row_value(cell, key) for key in experiment.rows}
     common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": get_marks(cell)}
     common |= {"run": cell.record.name if cell.record else None, "lr": cell.rate}
     for column in found:
@@ -145,6 +145,13 @@ def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -
             except KeyError:
                 reason = f"{column.field} not measured"
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
+
+
+def get_row_value(cell: Outcome, key: str) -> Any:
+    """Return the value of a row's setting that a run stands beside; in words where it has none, because a row without
+    a value would be left out of the table."""
+    value = get_setting(cell.settings, key)
+    return "none" if value is None else value
 
 
 def belongs_to_column(experiment: Experiment, cell: Outcome, column: Column) -> bool:

@@ -3,9 +3,9 @@
 runs/STUDY/report/
     table.md         verdicts, the table, further differences, published figures
     table.tex        its tables for LaTeX, with booktabs
-    table.csv        every value of every run
+    table.csv        every value of every run, with the command that makes it
     differences.csv  every comparison with a baseline
-    report.html      all of it as one page that needs nothing else
+    report.html      all of it as one page that needs nothing else; a click on a cell copies its command
     *.png, *.pdf     figures
     .figures.json    which figures the report wrote, with their SHA-256; other files are left alone
 """
@@ -24,6 +24,7 @@ from dual_lora.lab.record.mirror import open_mirror
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import find_upload_commands
 from dual_lora.lab.report.analyses.kinds import iterate_analysis_blocks
+from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.blocks import (
     iterate_exploratory_blocks,
     iterate_floor_blocks,
@@ -38,7 +39,7 @@ from dual_lora.lab.report.figures.draw import draw_figures
 from dual_lora.lab.report.learning_rates import tabulate_learning_rates
 from dual_lora.lab.report.protocol import iterate_protocol_blocks
 from dual_lora.lab.report.published import iterate_published_blocks, tabulate_published
-from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons
+from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons, tabulate_adapters
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
@@ -81,7 +82,9 @@ def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> s
     write_text(folder / "table.md", text)
     write_text(folder / "table.tex", render_latex(blocks, experiment.study))
     write_text(folder / "report.html", render_html(blocks, title))
-    write_text(folder / "table.csv", findings.values.drop(columns="cell").to_csv(index=False))
+    commands = [build_command([done[i].settings]) if i >= 0 else "" for i in findings.values["cell"]]
+    values = findings.values.drop(columns="cell").assign(command=commands)
+    write_text(folder / "table.csv", values.to_csv(index=False))
     write_text(folder / DIFFERENCES_FILE, tabulate_comparisons(findings.comparisons.all).to_csv(index=False))
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
@@ -134,6 +137,9 @@ def iterate_blocks_of_report(
         yield tabulate_learning_rates(experiment, done)
     yield from iterate_protocol_blocks(experiment, done)
     yield from iterate_published_blocks(experiment, done)
+    if any(cell.result for cell in done):
+        yield Text("As it ran", heading=True)
+        yield tabulate_adapters(done)
 
 
 def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:

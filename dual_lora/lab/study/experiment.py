@@ -24,6 +24,9 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               that over those of `minus`, for every row that has all of them. They belong to the planned family
     margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
     floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
+    starts    tasks whose runs start from the row's own best run of another task, by its main score over all seeds:
+              {glue/rte: glue/mnli}. Its adapter is taken, its head is not; that run is done first
+    median    true: the median of three and more runs stands beside their mean
     published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
@@ -88,12 +91,13 @@ class Tune:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: its row's label, its settings, and the trial runs (`tuning`) that choose its learning
-    rate."""
+    """One run of a table: its row's label, its settings, the trial runs (`tuning`) that choose its learning rate, and
+    the cells from whose best run it starts (`sources`)."""
 
     label: str
     settings: Settings
     tuning: tuple[Settings, ...] = ()
+    sources: tuple["Cell", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Experiment:
     contrasts: list[dict[str, list]] = field(default_factory=list)
     margin: dict[str, float] = field(default_factory=dict)
     floors: list[str] = field(default_factory=list)
+    starts: dict[str, str] = field(default_factory=dict)
+    median: bool = False
     published: list[str] = field(default_factory=list)
     tune: Tune | None = None
     limit: str = ""
@@ -194,15 +200,7 @@ class Experiment:
         Raises:
             UserError: one of them is wrong, or different runs would stand in one place of the table.
         """
-        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.find_run_study()}"]
-        jobs = [
-            (label, dict(map(split_override, job)))
-            for block in self.blocks
-            for label, override_lists in self.cells.items()
-            for overrides in list_alternatives(override_lists)
-            for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
-            for job in parse_overrides(drop_replaced_overrides(words))
-        ]
+        jobs = self.list_jobs(extra)
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
@@ -222,6 +220,56 @@ class Experiment:
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
+        return self.add_sources(found, extra) if self.starts else found
+
+    def list_jobs(self, extra: list[str]) -> list[tuple[str, dict[str, str]]]:
+        """Return the label and the overrides of every cell, without seeds and without `extra`."""
+        study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.find_run_study()}"]
+        return [
+            (label, dict(map(split_override, job)))
+            for block in self.blocks
+            for label, override_lists in self.cells.items()
+            for overrides in list_alternatives(override_lists)
+            for words in [self.compute_multiples([*self.run, *block, *overrides, *study])]
+            for job in parse_overrides(drop_replaced_overrides(words))
+        ]
+
+    def add_sources(self, cells: list[Cell], extra: list[str]) -> list[Cell]:
+        """Return the cells, each that `starts` names with the cells it starts from: those of its row with every seed,
+        whatever seeds and tasks `extra` chooses.
+
+        Raises:
+            UserError: the experiment has no such cells.
+        """
+        kept = [word for word in extra if split_override(word)[0] not in ("seed", "task")]
+        asked = {self.starts[task] for task in {cell.settings.task.name for cell in cells} & self.starts.keys()}
+        known = {job.get("task") for _, job in self.list_jobs(extra)}
+        for task in asked - known:
+            require(False, f"conf/experiment/{self.name}.yaml: starts: {task}: no cell has this task")
+        plain = replace(self, starts={})
+        sources = {task: plain.compose_cells([*kept, f"task={task}"]) for task in sorted(asked)}
+        return [replace(cell, sources=self.choose_sources(cell, sources)) for cell in cells]
+
+    def choose_sources(self, cell: Cell, sources: dict[str, list[Cell]]) -> tuple[Cell, ...]:
+        """Return the cells among `sources` (by task) of a cell's row.
+
+        Raises:
+            UserError: there is none.
+        """
+        task = self.starts.get(cell.settings.task.name)
+        if task is None:
+            return ()
+        heads = [key for key in self.list_heads() if key != "task.name"]
+        place = [get_setting(cell.settings, key) for key in heads]
+        found = tuple(
+            other
+            for other in sources[task]
+            if other.label == cell.label and [get_setting(other.settings, key) for key in heads] == place
+        )
+        where = f"conf/experiment/{self.name}.yaml: starts.{cell.settings.task.name}: {task}"
+        require(
+            bool(found) and task != cell.settings.task.name, f"{where}: {cell.label} has no other runs of that task"
+        )
         return found
 
     def compute_multiples(self, overrides: list[str]) -> list[str]:

@@ -101,6 +101,22 @@ def is_current(result: dict, settings: Settings) -> bool:
     return result.get("task_version") == tasks.load(settings.task.name, settings.task.options).version
 
 
+def resolve_start(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
+    """Return the cell with the run it starts from in its settings and those of its trials: the best of `sources` by its
+    main score, the first of equals; None while one of them is missing."""
+    if not cell.sources:
+        return cell
+    chosen = [choose_learning_rate(source, study) for source in cell.sources]
+    records = [one and find_record(one.settings, study) for one in chosen]
+    results = [record and record.read_result() for record in records]
+    if not all(results):
+        return None
+    scores = [result["metrics"][result["metric"]] for result in results]
+    folder = str(records[scores.index(max(scores))].folder)
+    tuning = tuple(replace(trial, init_from=folder) for trial in cell.tuning)
+    return replace(cell, settings=replace(cell.settings, init_from=folder), tuning=tuning)
+
+
 def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
     """Return the cell with the best learning rate of its trials, the lower of equals; None while a trial is missing or
     if all diverged. The trials stay in `tuning`."""
@@ -144,7 +160,11 @@ def find_outcomes(cells: list[Cell], study: str) -> list[Outcome]:
 
 def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     """Return what the records of a study say of one cell."""
-    trials = tuple(average_trials(cell, study))
+    started = resolve_start(cell, study)
+    if started is None:
+        source = cell.sources[0].settings.task.name
+        return Outcome(cell, None, None, f"its start is not there: a run of {source} is missing")
+    cell, trials = started, tuple(average_trials(started, study))
     chosen = choose_learning_rate(cell, study)
     if chosen is None:
         return Outcome(cell, None, None, explain_missing_rate(cell, study), trials=trials)

@@ -7,7 +7,7 @@ from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.study.execute import EXIT_OK, describe_error, execute_run, failures, report_failures
 from dual_lora.lab.study.experiment import Cell
 from dual_lora.lab.study.launch import launch_runs, uses_launcher
-from dual_lora.lab.study.outcome import choose_learning_rate, find_records
+from dual_lora.lab.study.outcome import choose_learning_rate, find_records, resolve_start
 from dual_lora.lab.study.time_left import TimeLeft
 from dual_lora.lab.system.distributed import is_first_process, join_processes, share_from_first
 
@@ -54,8 +54,22 @@ def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> No
 
 
 def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
-    """Execute what is missing of an experiment and return the exit code: first the runs that choose learning rates,
-    then the table's own. Failed trials are ignored if every rate could be chosen all the same."""
+    """Execute what is missing of an experiment and return the exit code: first the runs that others start from, then
+    those that start from one."""
+    first = [cell for cell in cells if not cell.sources]
+    sources = {repr(source.settings): source for cell in cells for source in cell.sources}
+    code = run_tuned_cells([*first, *sources.values()], study, launcher)
+    later = [cell for cell in cells if cell.sources]
+    if not later:
+        return code
+    records = share_from_first(lambda: find_records(study))
+    started = [cell for cell in (resolve_start(cell, records) for cell in later) if cell]
+    return run_tuned_cells(started, study, launcher) or code
+
+
+def run_tuned_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
+    """Execute what is missing of these cells and return the exit code: first the runs that choose learning rates, then
+    the table's own. Failed trials are ignored if every rate could be chosen all the same."""
     trials, left = prepare_runs([trial for cell in cells for trial in cell.tuning]), TimeLeft()
     join_processes()
     code = EXIT_OK

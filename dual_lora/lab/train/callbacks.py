@@ -91,6 +91,7 @@ class LogCallback(TrainerCallback):
         self.write_row(state.global_step, {"epoch": round(state.epoch, 4), **row})
 
 
+LOSS_COLUMN = "validation/loss"  # of the log
 # Files of a checkpoint beside the Trainer's own and those of `optimizer_state`, which replaces the Trainer's pickles.
 STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
 
@@ -152,10 +153,17 @@ class BestEpoch(TrainerCallback):
             self.seconds += time.perf_counter() - began
         self.last, self.scored = scores, state.global_step
         self.log.write_scores(state.global_step, scores, self.rows)
-        score, self.stale = scores[self.metric], self.stale + 1
+        self.keep_if_best(scores[self.metric], state, model)
+
+    def keep_if_best(self, score: float, state: Any, model: torch.nn.Module) -> None:
+        """Keep the weights if their score is the best so far."""
+        self.stale += 1
         if self.best is None or (score < self.best if self.lower else score > self.best):
             self.best, self.epoch, self.stale = score, round(state.epoch, 4), 0
             self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
+
+    def score_last(self) -> None:
+        """Score the weights of the last step, unless they are scored already, as here."""
 
     def save_state(self, folder: Path) -> dict[str, Any]:
         """Write the best weights so far into a checkpoint and return the rest of the state."""
@@ -174,3 +182,43 @@ class BestEpoch(TrainerCallback):
     def restore_best(self, model: torch.nn.Module) -> None:
         """Give the model the weights of its best epoch."""
         model.load_state_dict(self.weights, strict=False)
+
+
+class BestLoss(BestEpoch):
+    """Logs the loss on the validation rows every so many steps and after the last. Where `keeps` is set, keeps the
+    weights of the lowest one (`checkpoint: best_loss`).
+
+    measure: scores the model, as in `BestEpoch`. measure_loss: returns the mean loss on the validation rows.
+    """
+
+    def __init__(self, measure: Callable, measure_loss: Callable[[], float], every: int, keeps: bool, log: Any) -> None:
+        super().__init__(measure, "", log, lower=True)
+        self.measure_loss, self.every, self.keeps = measure_loss, every, keeps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Epochs do not matter here."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Take the loss where it is due, before a checkpoint of this step is written."""
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        began = time.perf_counter()
+        loss = self.measure_loss()
+        self.seconds += time.perf_counter() - began
+        self.scored = state.global_step
+        self.log.write_row(state.global_step, {LOSS_COLUMN: loss})
+        if self.keeps:
+            self.keep_if_best(loss, state, model)
+
+    def score_last(self) -> None:
+        """Score the weights of the last step, where those of another may replace them."""
+        if not self.keeps:
+            return
+        began = time.perf_counter()
+        self.last = self.measure("last step")[0]
+        self.seconds += time.perf_counter() - began
+
+    def restore_best(self, model: torch.nn.Module) -> None:
+        """Give the model the weights of the lowest loss, where they are kept."""
+        if self.keeps:
+            super().restore_best(model)

@@ -1,6 +1,7 @@
 """One training step on torch's meta device, where tensors have shapes but no values."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 
 import torch
@@ -82,6 +83,8 @@ def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = No
     Raises:
         UserError: the method refuses its settings, or the model's architecture is not known.
     """
+    with suppress(UserError), torch.device("meta"):  # else the method draws its weights before they are moved there
+        return attach_method(build_meta_model(settings, task, layers), settings, task.form)
     try:
         return attach_method(build_meta_model(settings, task, layers), settings, task.form)
     except UserError:

@@ -15,11 +15,17 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
+from dual_lora.lab.inputs.splits import (
+    load_development_split,
+    load_scored_splits,
+    load_split,
+    read_training_split,
+)
 from dual_lora.lab.model.adapt import (
     attach_method,
     check_named_modules,
     count_parameters,
+    describe_adapter,
     find_unfinished_ramp,
     list_kernels,
     list_rates,
@@ -41,7 +47,7 @@ from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_
 from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
-from dual_lora.lab.train.callbacks import BestEpoch, LogCallback, ProgressBar
+from dual_lora.lab.train.callbacks import LOSS_COLUMN, BestEpoch, BestLoss, LogCallback, ProgressBar
 from dual_lora.lab.train.packing import PackingCollator, check_packing
 from dual_lora.lab.train.trainer import RunTrainer
 from tasks import Split, Task
@@ -162,6 +168,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         train = load_split(task, "train", settings)
         held_out = load_scored_splits(task, settings)
         development = load_development_split(task, settings)
+        apart = read_training_split(task, settings)[1] if settings.task.rows_apart else None
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
@@ -180,6 +187,9 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
             return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
     best = build_best_epoch(settings, task, log, partial(score_model, splits=development or held_out))
+    if apart:
+        validation, keeps = encode_rows(apart.rows, task, tokenizer, settings), settings.task.checkpoint == "best_loss"
+        best = BestLoss(score_model, lambda: trainer.measure_loss(validation), settings.task.steps_apart, keeps, log)
     trainer = RunTrainer(
         record,
         settings,
@@ -225,6 +235,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "best_epoch": trained["best_epoch"],
         "metrics_last_epoch": trained["metrics_last_epoch"] or (None if development else metrics),
         **count_parameters(model),
+        "adapter": describe_adapter(model),
         "learning_rates": list_rates(model, settings),
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
@@ -237,11 +248,20 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
         "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
     }
+    if apart:
+        result["validation_loss"] = find_validation_loss(record, settings)
     if settings.init_from:
         result["init_weights"] = hash_file(find_init_weights(settings))
     if development:
         result["development"] = next(iter(development.values())).describe()
     return share_from_first(lambda: record.write_result(result))
+
+
+def find_validation_loss(record: Record, settings: Settings) -> float | None:
+    """Return the loss on the validation rows of the weights that are scored; None if nothing was trained."""
+    losses = [row[LOSS_COLUMN] for row in record.read_log() if LOSS_COLUMN in row]
+    keeps = settings.task.checkpoint == "best_loss"
+    return (min(losses) if keeps else losses[-1]) if losses else None
 
 
 def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: Callable) -> BestEpoch | None:
@@ -260,6 +280,8 @@ def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, 
     """
     with PeakMemory() as peak:
         done = trainer.fit_run(share_from_first(record.find_checkpoint))
+    if best:
+        best.score_last()
     with STOP.defer():  # a stop waits until the trained weights are saved
         if best:
             best.restore_best(trainer.model)
@@ -308,7 +330,7 @@ def build_training_arguments(settings: Settings, record: Record) -> TrainingArgu
         max_steps=train.max_steps or -1,
         learning_rate=train.lr,
         lr_scheduler_type=train.schedule,
-        warmup_steps=task.warmup_ratio,
+        warmup_steps=task.warmup_ratio if task.warmup_steps is None else task.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         adam_epsilon=train.adam_epsilon or 1e-8,

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
@@ -29,6 +31,7 @@ from dual_lora.lab.train.callbacks import SCALER_FILE, STATE_FILE, BestEpoch
 from dual_lora.lab.train.optimizer_state import load_optimizer, load_random_state, save_optimizer, save_random_state
 from dual_lora.lab.train.packing import unmask_packed_batch
 
+LOSS_BATCH = 8  # validation rows at a time, as the Trainer by default
 ROW_COLUMN = "row"  # the column with a training example's number
 MAX_NAMED_EXAMPLES = 5  # examples of a batch that a message names
 
@@ -114,6 +117,23 @@ class RunTrainer(Trainer):
     def is_checkpoint_due(self) -> bool:
         """Return whether the newest checkpoint is older than `train.save_minutes`."""
         return self.save_minutes is not None and time.perf_counter() - self.saved_at > 60 * self.save_minutes
+
+    @torch.no_grad()
+    def measure_loss(self, examples: Dataset) -> float:
+        """Return the mean loss of these examples, without dropout. Draws no random numbers: training continues as if it
+        had not been taken."""
+        training, found = self.model.training, 0.0
+        self.model.eval()
+        for start in range(0, len(examples), LOSS_BATCH):
+            rows = [examples[i] for i in range(start, min(start + LOSS_BATCH, len(examples)))]
+            with self.compute_loss_context_manager():
+                loss = super().compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
+            found += float(loss) * len(rows)
+        for module in self.model.modules() if is_sharded(self.model) else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # training must gather again, with gradients
+        self.model.train(training)
+        return found / len(examples)
 
     def load_weights(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""

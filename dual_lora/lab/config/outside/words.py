@@ -3,6 +3,7 @@
 import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import compose_choices
+from dual_lora.lab.config.outside.models import found_models
 from dual_lora.lab.config.outside.plugins import import_plugin
 from dual_lora.lab.config.overrides import parse_override
 from dual_lora.lab.config.paths import find_choices, resolve_path
@@ -21,6 +22,7 @@ def take_outside_words(argv: list[str], takes_folder: bool = True) -> list[str]:
     Raises:
         UserError: a folder or a piece of code is not what it should be.
     """
+    found_models.clear()
     paths.own_folders.clear()
     tasks.plugins.clear()
     compose_choices.cache_clear()

@@ -1,0 +1,87 @@
+"""The one command that makes the runs of a cell, from their settings: what differs from the choices' own values.
+
+Files are where the reader has them: `model.path=DIR` and `data_dir=DIR` stand for the folders that the runs had.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.schema import GROUPS, Settings
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.record.identity import serialize_identity_settings
+
+# Rounds in which a value is set, and those that follow from it are looked at again.
+MAX_ROUNDS = 4
+PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is
+# What a command leaves out: where files are, what is logged where, and defaults of other settings.
+LEFT_OUT = ("wandb", "model.path", "model.architecture", "method.lr", "task.train_rows", "seed", "study", "data_dir")
+LEFT_OUT += ("init_from", "force", "plan", "eval.before")
+
+
+def build_command(all_settings: list[Settings]) -> str:
+    """Return the command that makes these runs, which differ in their seeds alone; empty where no command line gives
+    such settings."""
+    first, seeds = all_settings[0], ",".join(dict.fromkeys(str(settings.seed) for settings in all_settings))
+    words = build_words(replace(first, seed=0))
+    if words is None:
+        return ""
+    more = [f"seed={seeds}", f"study={first.study}"]
+    more += ["model.path=DIR"] * bool(first.model.path) + ["data_dir=DIR"] * bool(first.data_dir)
+    more += [f"init_from=runs/{first.study}/{Path(first.init_from).name}"] if first.init_from else []
+    return shlex.join(["python", "train.py", *["-m"] * ("," in seeds), *words, *more])
+
+
+def build_words(settings: Settings) -> list[str] | None:
+    """Return the overrides that compose settings of this identity; None if none do."""
+    alone = replace(settings, init_from=None, data_dir=None, model=replace(settings.model, path=None))
+    words = {group: getattr(settings, group).name for group in GROUPS}
+    wanted = serialize_identity_settings(alone)
+    try:
+        for _ in range(MAX_ROUNDS):
+            found = [f"{key}={value}" for key, value in words.items() if (key, value) != ("hardware", "single")]
+            made = load_settings(found)
+            if serialize_identity_settings(made) == wanted:
+                return found
+            words |= dict(iterate_differences(asdict(made), asdict(alone)))
+    except UserError:  # a value that no command line gives
+        pass
+    return None
+
+
+def iterate_differences(made: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield an override for every value that is not as wanted, those of the adapter last, and only once no other
+    differs: most of them follow from others."""
+    found = list(iterate_overrides(made, wanted, ""))
+    yield from [pair for pair in found if "method.peft." not in pair[0]] or found
+
+
+def iterate_overrides(made: dict[str, Any], wanted: dict[str, Any], before: str) -> Iterator[tuple[str, str]]:
+    """Yield key and value of an override for everything that is not as wanted."""
+    for key, value in wanted.items():
+        name = f"{before}{key}"
+        if name in LEFT_OUT or (key in made and made[key] == value):
+            continue
+        if isinstance(value, dict) and isinstance(made.get(key), dict):
+            yield from iterate_overrides(made[key], value, f"{name}.")
+        else:
+            yield f"{'' if key in made else '+'}{name}", format_override(value)
+
+
+def format_override(value: object) -> str:
+    """Return a value as Hydra reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(format_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{format_override(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)

@@ -1,0 +1,143 @@
+"""`sweep.py plan=true`: what whole tables would take: a plan for every run, and a total for each table.
+
+Runs that differ in seed, rate or length take the same step, which is planned once (`drop_what_costs_nothing`). Every
+run, those that choose learning rates included, has a row in runs/STUDY/plan.csv.
+"""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from dual_lora.lab.config import paths
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, get_first_line
+from dual_lora.lab.study.experiment import Cell, Experiment
+from dual_lora.lab.study.listing import format_rows
+from dual_lora.lab.system.files import translate_write_errors, write_text
+from dual_lora.lab.system.libraries import import_heavy_libraries, silence_libraries
+
+GB = 1e9
+REPORTED, CHOOSES = "reported", "chooses a rate"
+
+
+def plan_experiments(composed: list[tuple[Experiment, list[Cell]]]) -> int:
+    """Plan every run of the experiments, print a table for each, and return the exit code.
+
+    Raises:
+        UserError: a file cannot be written, or plan=true is not set for all.
+    """
+    silence_libraries()
+    known: dict[str, dict[str, Any]] = {}
+    codes = [plan_experiment(experiment, cells, known) for experiment, cells in composed]
+    return min((code for code in codes if code), default=EXIT_OK)
+
+
+def plan_experiment(experiment: Experiment, cells: list[Cell], known: dict[str, dict[str, Any]]) -> int:
+    """Plan every run of one experiment. known: the plans of a step made so far."""
+    rows = pd.DataFrame([plan_row(*job, known) for job in list_jobs(cells)])
+    file = paths.RUNS / cells[0].settings.study / "plan.csv"
+    with translate_write_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, rows.to_csv(index=False))
+    print(f"\n{format_plan_table(experiment, rows)}\nwritten: {file}")
+    return EXIT_USER if (rows["refused"] != "").any() else EXIT_OK
+
+
+def list_jobs(cells: list[Cell]) -> list[tuple[str, str, Settings]]:
+    """Return label, purpose and settings of every run: of the cells and of those they start from, each once."""
+    everything = [*cells, *(source for cell in cells for source in cell.sources)]
+    jobs = [(cell.label, CHOOSES, trial) for cell in everything for trial in cell.tuning]
+    jobs += [(cell.label, REPORTED, cell.settings) for cell in everything]
+    return list({repr(job): job for job in jobs}.values())
+
+
+def plan_row(label: str, purpose: str, settings: Settings, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of one run: where it stands, and steps, hours, device-hours, memory, or why it is refused."""
+    place = {"model": settings.model.name, "task": settings.task.name, "label": label, "purpose": purpose}
+    place |= {"seed": settings.seed, "lr": settings.train.lr, "hardware": settings.hardware.name}
+    found = plan_step(settings, known)
+    if "refused" in found:
+        return place | found
+    steps = settings.count_steps(found["count_rows"](settings))
+    hours = steps * found["hours"]
+    device_hours = hours * settings.hardware.devices
+    return place | {"steps": steps, "hours": hours, "device_hours": device_hours, "gb": found["gb"], "refused": ""}
+
+
+def plan_step(settings: Settings, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the plan of one optimizer step: hours, GB a device, and how rows are counted; or why it is refused."""
+    step = drop_what_costs_nothing(settings)
+    key = repr(replace(step, method=replace(step.method, name="any")))  # LoRA+ is LoRA with other rates
+    if key not in known:
+        known[key] = compute_step(step)
+    return known[key]
+
+
+def compute_step(step: Settings) -> dict[str, Any]:
+    """Plan a run of one step."""
+    with import_heavy_libraries():
+        from dual_lora.lab.train.plan import check_fit, compute_plan, count_training_rows
+
+    gc.freeze()  # a plan collects garbage; what the libraries hold is none, and takes most of its time
+    try:
+        plan = compute_plan(step)
+        check_fit(step, plan)
+    except UserError as error:
+        return {"steps": 0, "hours": 0.0, "device_hours": 0.0, "gb": 0.0, "refused": get_first_line(error)}
+    peak = plan["memory"]["peak"] / GB
+    return {"hours": plan["hours"], "gb": peak, "count_rows": lambda run: count_training_rows(run, load_task(run))[0]}
+
+
+def drop_what_costs_nothing(settings: Settings) -> Settings:
+    """Return the settings of one step, with one value for all that changes neither its operations nor its memory."""
+    train = replace(settings.train, lr=1.0, epochs=1.0, max_steps=1, weight_decay=0.0, head_lr=None, adam_epsilon=None)
+    task = replace(settings.task, epochs=1.0, warmup_ratio=0.0, warmup_steps=None, head_dropout=None)
+    task = replace(
+        task, checkpoint="last", validation_rows=None, validation_steps=None, train_rows=task.train_rows or 1
+    )
+    return replace(
+        settings,
+        train=replace(train, early_stopping=None),
+        task=task,
+        method=replace(settings.method, lr=1.0, lr_ratio=None, ramp_share=None),
+        eval=replace(settings.eval, holdout=None, holdout_skip=None, development_rows=None, before=False),
+        wandb=replace(settings.wandb, job_type="plan", tags=[]),
+        seed=0,
+        study="plan",
+        init_from=None,
+    )
+
+
+def format_plan_table(experiment: Experiment, rows: pd.DataFrame) -> str:
+    """Return the table of an experiment: a row for each model and label, and the total."""
+    lines = []
+    for (model, label), part in rows.groupby(["model", "label"], sort=False):
+        reported = part[part["purpose"] == REPORTED]
+        span = format_span(reported["hours"])
+        refused = next((why for why in part["refused"] if why), "")
+        lines.append(
+            [
+                f"{model}  {label}",
+                str(len(reported)),
+                str(len(part) - len(reported)),
+                f"{part['gb'].max():.1f}",
+                span,
+                f"{part['device_hours'].sum():,.0f}",
+                "no" if refused else "yes",
+            ]
+        )
+    heads = [experiment.name, "runs", "for rates", "GB a device", "hours a run", "device-hours", "fits"]
+    devices = ", ".join(dict.fromkeys(f"{name}" for name in rows["hardware"]))
+    counted = f"{(rows['purpose'] == REPORTED).sum()} runs and {(rows['purpose'] == CHOOSES).sum()} to choose rates"
+    total = f"total: {counted}, {rows['device_hours'].sum():,.0f} device-hours (hardware: {devices})"
+    refusals = [f"does not fit: {why}" for why in dict.fromkeys(rows["refused"]) if why]
+    return "\n".join([format_rows(lines, heads), total, *refusals])
+
+
+def format_span(hours: pd.Series) -> str:
+    """Return the least and the most hours of a run; one number where both print alike."""
+    ends = list(dict.fromkeys(f"{value:,.1f}" for value in (hours.min(), hours.max())))
+    return " to ".join(ends)
