@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
@@ -43,6 +45,14 @@ def load_base() -> torch.nn.Module:
 
 def create_config(**fields) -> DualLoraConfig:
     return DualLoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", **fields)
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state():
+    """accelerate keeps the device and the accumulation of the first that asks for the whole process: forget them."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +153,6 @@ def test_a_pipeline_on_an_exported_run_answers_as_its_record(trained, tmp_path):
 
 
 def test_a_loop_with_accelerate_trains_and_ramps_once_an_optimizer_step(tokenizer, tmp_path):
-    from accelerate import Accelerator
-
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = get_peft_model(load_base(), create_config(scale_warmup_steps=RAMP))
@@ -177,7 +185,14 @@ def create_sft_trainer(model: torch.nn.Module, tokenizer, folder: Path):
     trl = pytest.importorskip("trl", reason=f"TRL is not installed: {EXTRA}")
     row = {"prompt": PROMPT, "completion": " The Blue Fig serves Thai food."}
     arguments = trl.SFTConfig(
-        str(folder), max_steps=8, learning_rate=5e-3, logging_steps=1, bf16=False, report_to="none", save_strategy="no"
+        str(folder),
+        max_steps=8,
+        learning_rate=5e-3,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
     )
     return trl.SFTTrainer(
         model=model,
