@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test test-unit test-slow test-slurm test-torch smoke chaos calibration gpu lint audit clean
+.PHONY: help env demo test test-unit test-slow test-slurm test-torch test-tools smoke chaos calibration gpu lint audit clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ test-slurm: env  ## runs on a real Slurm of one node (Debian's packages, as root
 
 test-torch: env  ## the method alone beside the oldest and the newest torch and PEFT, minutes and several GB (network)
 	OMP_NUM_THREADS=1 $(PY) -m tools.try_releases
+
+test-tools: env  ## the method in TRL and lm-evaluation-harness, installed in a temporary environment (network)
+	OMP_NUM_THREADS=1 $(PY) -m tools.try_tools
 
 smoke: env  ## every experiment with bundled models, report included, minutes
 	$(PY) sweep.py experiment=all scale=smoke force=true wandb.mode=disabled
