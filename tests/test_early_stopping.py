@@ -67,7 +67,7 @@ def test_rows_to_judge_by_are_neither_trained_on_nor_reported():
         )
         scored, judged = set(scored.rows["id"]), set(judged.rows["id"])
         assert len(judged) == 30 and not judged & (trained | scored) and not trained & scored
-        assert len(trained) == 2000 - settings.eval.rows_apart == (1900 if reported else 1970)
+        assert len(trained) == 2000 - settings.eval.reserved_rows == (1900 if reported else 1970)
     assert load_development_split(task, load_settings(BASE)) is None
 
 

@@ -238,12 +238,12 @@ class Task:
         check_range("task", self, -100, 100, "length_penalty")
 
     @property
-    def rows_apart(self) -> int:
+    def validation_size(self) -> int:
         """How many training rows are set apart for the loss."""
         return self.validation_rows or (VALIDATION_ROWS if self.checkpoint == "best_loss" else 0)
 
     @property
-    def steps_apart(self) -> int:
+    def validation_interval(self) -> int:
         """How many steps are between two losses on these rows."""
         return self.validation_steps or VALIDATION_STEPS
 
@@ -347,7 +347,7 @@ class Evaluate:
         require(apart, f"eval.holdout_skip={self.holdout_skip}: needs eval.holdout, the rows after those skipped")
 
     @property
-    def rows_apart(self) -> int:
+    def reserved_rows(self) -> int:
         """How many training rows are left out of training."""
         return (self.holdout or 0) + (self.holdout_skip or 0) + (self.development_rows or 0)
 
@@ -469,7 +469,7 @@ class Settings:
         patience, development = self.train.early_stopping, self.eval.development_rows
         judged = patience is None or development is not None
         require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
-        apart = self.task.rows_apart
+        apart = self.task.validation_size
         require(
             not (patience and apart), f"train.early_stopping={patience}: not with a loss on rows set apart; drop one"
         )

@@ -74,7 +74,7 @@ def fetch_adapter(name: str) -> Path:
     return folder
 
 
-def find_other_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def find_differing_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields by which a saved adapter computes something else than this run's would with its weights, with
     both values. Fields that are not set, or that one version of PEFT lacks, are equal."""
     found = {}

@@ -161,7 +161,7 @@ def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
     counted = known is None or settings.data_dir is not None
     if counted:
         return len(load_split(task, "train", settings).rows), counted
-    rest = known - settings.eval.rows_apart - settings.task.rows_apart
+    rest = known - settings.eval.reserved_rows - settings.task.validation_size
     return min(rest, limit or rest), counted
 
 
