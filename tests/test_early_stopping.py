@@ -100,6 +100,9 @@ def test_of_scores_that_should_be_low_the_lowest_is_kept(tmp_path):
         (["train.early_stopping=2"], "train.early_stopping=2: needs eval.development_rows=N"),
         (["train.early_stopping=0", "eval.development_rows=5"], "train.early_stopping=0: must be positive"),
         (["eval.development_rows=5"], "eval.development_rows=5: nothing compares epochs; set train.early_stopping"),
+        (["eval.development_rows=5", "task.checkpoint=best_loss"], "eval.development_rows=5: nothing compares epochs"),
+        ([*EARLY, "task.validation_rows=5"], "train.early_stopping=2: not with task.validation_rows"),
+        ([*EARLY, "task.checkpoint=best_loss"], "train.early_stopping=2: not with task.checkpoint=best_loss"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message):

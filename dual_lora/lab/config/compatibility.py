@@ -113,7 +113,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
-    if key == "eval.development_rows" and task.checkpoint == "last" and not train.early_stopping:
+    if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:
         return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
     if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
         return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
