@@ -2,9 +2,9 @@
 
 There are two searches. Both rank texts by log-probability / length ** `task.length_penalty`, the end token included.
 
-transformers  each step considers twice as many continuations as beams, or more, so that as many beams go on whatever
-              ends. Repeated n-grams are banned after the softmax: the rest keeps its probability. A prompt is done when
-              as many texts have ended as there are beams, and no beam is better than the worst of them.
+transformers  each step considers at least twice as many continuations as beams, so that the beams stay full even if
+              texts end. Repeated n-grams are banned after the softmax: the rest keeps its probability. A prompt is done
+              when as many texts have ended as there are beams, and no beam is better than the worst of them.
 gpt2_beam     that of LoRA's experiments (microsoft/LoRA@c4593f06, examples/NLG/src/gpt2_beam.py): each step considers
               as many continuations as beams. One that ends takes a beam's place, and the next step starts with one
               fewer. Bans come before the softmax, so that what is allowed shares the whole probability. It always

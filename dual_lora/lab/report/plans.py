@@ -1,4 +1,4 @@
-"""`sweep.py plan=true`: what whole tables would take: a plan for every run, and a total for each table.
+"""`sweep.py plan=true`: a plan for every run of a table, and the total for each table.
 
 Runs that differ in seed, rate or length take the same step, which is planned once (`reduce_to_cost_settings`). Every
 run, those that choose learning rates included, has a row in runs/STUDY/plan.csv.
@@ -77,11 +77,11 @@ def plan_step(settings: Settings, known: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def compute_step(step: Settings) -> dict[str, Any]:
-    """Plan a run of one step."""
+    """Return hours, GB a device and how rows are counted of a run of one step; or why it is refused."""
     with import_heavy_libraries():
         from dual_lora.lab.train.plan import check_fit, compute_plan, count_training_rows
 
-    gc.freeze()  # a plan collects garbage; what the libraries hold is none, and takes most of its time
+    gc.freeze()  # a plan collects garbage often; scanning what the libraries hold would take most of its time
     try:
         plan = compute_plan(step)
         check_fit(step, plan)
