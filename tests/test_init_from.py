@@ -151,7 +151,7 @@ def test_what_another_version_of_peft_does_not_know_is_no_difference():
 def test_an_adapter_made_with_peft_alone_is_taken(tmp_path, runs_folder):
     """With ranks given outright, which this run's settings give by their sum and ratio."""
     chosen, _, model, _ = attached(MODEL, "none")
-    target = build_target_pattern(chosen.model)
+    target = build_target_pattern(chosen)
     base = unwrap_adapter(model)
     config = DualLoraConfig(r1=8, r2=8, lora_alpha=16, target_modules=target, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(tmp_path / "made")
