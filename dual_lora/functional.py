@@ -47,8 +47,8 @@ DIRECTION_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ClipCounter:
-    """Counts, while `enabled`, how many of all entries of dL/dSign `ste="clip"` clips. Counted on the device, without
-    synchronising; the Triton kernels do not count."""
+    """While `enabled`, counts the entries of dL/dSign and those that `ste="clip"` clips. It counts on the device,
+    without synchronising. The Triton kernels do not count."""
 
     def __init__(self) -> None:
         self.enabled = False
@@ -106,7 +106,7 @@ class _Sign(torch.autograd.Function):
 
 
 STRAIGHT_THROUGH = ("clip", "identity", "hardtanh")
-# How f rises over its ramp: from the share of the ramp's steps that are done, 0 to 1, to f.
+# The shapes of the ramp. Each maps the share of its steps that are done, 0 to 1, to f.
 RAMPS = {
     "linear": lambda share: share,
     "cosine": lambda share: (1 - torch.cos(math.pi * share)) / 2,
@@ -187,13 +187,13 @@ def delta_weight(
 
 
 def multiply_rounded(D: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return D C in the dtype of the factors, which are rounded to `dtype` and multiplied in it; gradients are rounded
-    likewise. D: out x r2, C: r2 x in."""
+    """Return D C, out x in, in the dtype of D. Both factors are rounded to `dtype` and multiplied in it, and so are
+    their gradients. D: out x r2, C: r2 x in."""
     return (D.to(dtype) @ C.to(dtype)).to(D.dtype)
 
 
 def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu", direction: str = "sign") -> float:
-    """The sigma at which a fresh dW at f = 1 has root mean square INIT_RELATIVE_SIZE / sqrt(fan_in).
+    """Return the sigma at which a fresh dW at f = 1 has root mean square INIT_RELATIVE_SIZE / sqrt(fan_in).
 
     With all four factors from N(0, sigma^2), an entry of B A has variance r1 sigma^4, ReLU keeps half of its mean
     square and the sign has mean square 1, so dW has root mean square alpha / sqrt(r1 r2) * sqrt(r1 / 2) * sigma^2.

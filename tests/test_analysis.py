@@ -66,33 +66,33 @@ def soft_ranks(W: np.ndarray) -> tuple[float, float]:
 
 @pytest.mark.parametrize("n", [1, 7, 64])
 def test_every_rank_of_the_identity_is_its_size(n):
-    found = analysis.spectrum(3 * torch.eye(n))
+    found = analysis.compute_ranks(3 * torch.eye(n))
     assert {found[key] for key in found if key.startswith("rank")} == {n}
     assert found["stable_rank"] == pytest.approx(n) and found["effective_rank"] == pytest.approx(n)
 
 
 def test_ranks_of_known_singular_values():
-    found = analysis.spectrum(torch.diag(torch.tensor([2.0, 1.0, 0.1, 0.01, 1e-3, 1e-9])))
+    found = analysis.compute_ranks(torch.diag(torch.tensor([2.0, 1.0, 0.1, 0.01, 1e-3, 1e-9])))
     ranks = [found[key] for key in ("rank", "rank_0.001", "rank_0.01", "rank_0.1")]
     assert ranks == [5, 4, 3, 2]
     assert found["stable_rank"] == pytest.approx((4 + 1 + 0.01 + 1e-4 + 1e-6) / 4)
-    two = analysis.spectrum(torch.diag(torch.tensor([3.0, 1.0])))
+    two = analysis.compute_ranks(torch.diag(torch.tensor([3.0, 1.0])))
     assert two["effective_rank"] == pytest.approx(4 / 3**0.75)
 
 
 def test_a_zero_matrix_has_rank_nought_and_no_nan():
     zero = torch.zeros(5, 3)
-    found = analysis.overall(zero, torch.ones(5, 3))
+    found = analysis.measure_overall(zero, torch.ones(5, 3))
     assert {v for k, v in found.items() if "rank" in k} == {0}
     assert (found["zeros"], found["dead_rows"], found["relative_size"]) == (1.0, 5, 0.0)
-    assert analysis.relative_size(torch.ones(2, 2), torch.zeros(2, 2)) is None
-    assert analysis.agreement(zero, torch.ones(5, 3)) == {"cosine": None, "sign_agreement": None}
+    assert analysis.compute_relative_size(torch.ones(2, 2), torch.zeros(2, 2)) is None
+    assert analysis.compare_updates(zero, torch.ones(5, 3)) == {"cosine": None, "sign_agreement": None}
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (40, 64), (64, 64)])
 def test_ranks_of_random_factors_are_those_of_numpy(shape):
     four = factors(*shape)
-    found = analysis.dual(*four) | analysis.overall(delta_weight(*four, 0.25), None)
+    found = analysis.measure_groups(*four) | analysis.measure_overall(delta_weight(*four, 0.25), None)
     for part, W in by_numpy(*four, scale=0.25).items():
         stable, effective = soft_ranks(W)
         assert found[f"{part}_stable_rank"] == pytest.approx(stable, rel=1e-5)
@@ -106,22 +106,22 @@ def test_ranks_of_random_factors_are_those_of_numpy(shape):
 def test_the_rank_is_torchs_where_it_is_not_full():
     A, B, _, _ = factors()
     W = B @ A
-    assert analysis.spectrum(W)["rank"] == torch.linalg.matrix_rank(W) == 3
+    assert analysis.compute_ranks(W)["rank"] == torch.linalg.matrix_rank(W) == 3
     wide = torch.randn(40, 400, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -7, 40)[:, None]
-    assert 10 < analysis.spectrum(wide)["rank"] == torch.linalg.matrix_rank(wide) < 40
+    assert 10 < analysis.compute_ranks(wide)["rank"] == torch.linalg.matrix_rank(wide) < 40
 
 
 def test_variants_of_the_map_are_followed():
     A, B, C, D = factors()
-    found = analysis.dual(A, B, C, D, "identity", "identity")
+    found = analysis.measure_groups(A, B, C, D, "identity", "identity")
     assert (found["magnitude_rank"], found["direction_rank"]) == (3, 5)
-    assert analysis.dual(A, B, C, D, "abs", "tanh")["magnitude_rank"] > 3
+    assert analysis.measure_groups(A, B, C, D, "abs", "tanh")["magnitude_rank"] > 3
 
 
 def test_histograms_count_every_entry_in_its_bin():
-    assert analysis.histogram(torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.5, 9.0]), (0.0, 1.0)) == [2, 2, 2]
+    assert analysis.count_by_bin(torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.5, 9.0]), (0.0, 1.0)) == [2, 2, 2]
     A, B, C, D = factors()
-    found, by_hand = analysis.dual(A, B, C, D), by_numpy(A, B, C, D)
+    found, by_hand = analysis.measure_groups(A, B, C, D), by_numpy(A, B, C, D)
     assert sum(found["magnitude_histogram"]) == sum(found["direction_histogram"]) == 96 * 64
     assert found["magnitude_histogram"][0] == (by_hand["magnitude"] == 0).sum()
     negative = analysis.DIRECTION_EDGES.index(0.0)
@@ -134,21 +134,21 @@ def test_histograms_count_every_entry_in_its_bin():
 
 def test_zeros_dead_rows_and_flipped_signs_are_counted():
     W = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, -1.0, 2.0]])
-    assert (analysis.zeros(W), analysis.dead_rows(W), analysis.dead_rows(W.T)) == (5 / 8, 1, 1)
+    assert (analysis.compute_zero_share(W), analysis.count_dead_rows(W), analysis.count_dead_rows(W.T)) == (5 / 8, 1, 1)
     _, _, C, D = factors()
     turned = D.clone()
     turned[:24] *= -1
-    assert analysis.flipped(C, D, C, D) == 0
-    assert analysis.flipped(C, turned, C, D) == 0.25
-    assert analysis.flipped(2 * C, D, C, 3 * D) == 0  # of the size of a draw no sign depends
+    assert analysis.compute_flipped_share(C, D, C, D) == 0
+    assert analysis.compute_flipped_share(C, turned, C, D) == 0.25
+    assert analysis.compute_flipped_share(2 * C, D, C, 3 * D) == 0  # of the size of a draw no sign depends
 
 
 def test_agreement_of_known_updates():
     a = torch.tensor([[3.0, 0.0, -4.0, 1.0]])
-    assert analysis.agreement(a, a) == {"cosine": pytest.approx(1), "sign_agreement": 1.0}
-    assert analysis.agreement(a, -2 * a) == {"cosine": pytest.approx(-1), "sign_agreement": 0.0}
+    assert analysis.compare_updates(a, a) == {"cosine": pytest.approx(1), "sign_agreement": 1.0}
+    assert analysis.compare_updates(a, -2 * a) == {"cosine": pytest.approx(-1), "sign_agreement": 0.0}
     b = torch.tensor([[4.0, 7.0, 3.0, 0.0]])
-    assert analysis.agreement(a, b) == {"cosine": 0.0, "sign_agreement": 0.5}
+    assert analysis.compare_updates(a, b) == {"cosine": 0.0, "sign_agreement": 0.5}
 
 
 METHODS = ("dual_lora", "lora", "dora", "full")
@@ -372,7 +372,7 @@ def test_a_null_is_drawn_by_its_module_alone(method):
         state = torch.get_rng_state()
         assert torch.equal(state, torch.manual_seed(seed).get_state())
     assert torch.equal(*nulls)
-    assert abs(analysis.cosine_similarity(nulls[0], second.draw_null("cpu")[0])) < 0.1
+    assert abs(analysis.compute_cosine(nulls[0], second.draw_null("cpu")[0])) < 0.1
 
 
 def test_a_method_that_cannot_be_merged_is_not_analysed():

@@ -93,9 +93,12 @@ def test_forms_are_those_of_numpy():
 
 def test_the_unexplained_share():
     target = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
-    assert fit.unexplained(torch.zeros(2, 2), target) == 1 and fit.unexplained(target, target) == 0
-    assert fit.unexplained(torch.diag(torch.tensor([0.0, 4.0])), target).item() == pytest.approx(9 / 25)
-    assert fit.svd_optimum(target, 1) == pytest.approx(9 / 25) and fit.svd_optimum(target, 2) == 0
+    assert (
+        fit.compute_unexplained_share(torch.zeros(2, 2), target) == 1
+        and fit.compute_unexplained_share(target, target) == 0
+    )
+    assert fit.compute_unexplained_share(torch.diag(torch.tensor([0.0, 4.0])), target).item() == pytest.approx(9 / 25)
+    assert fit.compute_svd_optimum(target, 1) == pytest.approx(9 / 25) and fit.compute_svd_optimum(target, 2) == 0
 
 
 def small_cell(**changes) -> fit.Cell:
@@ -225,11 +228,11 @@ def test_the_rate_with_the_least_mean_is_chosen_and_an_edge_is_told():
 
 def test_an_average_has_the_t_interval():
     values = [1.0, 2.0, 4.0, 7.0]
-    found, expected = cells.average(values), stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found, expected = cells.estimate_mean(values), stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((3.5, *expected))
-    assert cells.average([2.0]) == {"mean": 2.0, "low": None, "high": None}
-    assert cells.average([2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
-    assert cells.format_average(cells.average([2.0])) == "2.000"
+    assert cells.estimate_mean([2.0]) == {"mean": 2.0, "low": None, "high": None}
+    assert cells.estimate_mean([2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert cells.format_average(cells.estimate_mean([2.0])) == "2.000"
     assert cells.format_average({"mean": 0.5, "low": 0.4, "high": 0.6}, 2) == "0.50 ± 0.10"
 
 

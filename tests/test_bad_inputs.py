@@ -612,7 +612,7 @@ CASES = [
     Case("memory", "too little to load", "", "a smaller model or model.dtype=bfloat16 takes less", under=raising(LOADING, CUDA)),
     Case("memory", "too little to load, without an accelerator", "", "can't allocate memory: you tried 9 bytes); a smaller model", under=raising(LOADING, CPU)),
     Case("memory", "the system's word for it", "", "out of memory ([Errno 12] Cannot allocate memory)", under=raising(LOADING, OSError(errno.ENOMEM, "Cannot allocate memory"))),
-    Case("memory", "too little to adapt", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.train.run.attach_method", CUDA)),
+    Case("memory", "too little to adapt", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.model.adapt.attach_method", CUDA)),
     Case("memory", "too little to train", "train.batch_size=8", "train.batch_size=4 train.accumulation=2 takes less", under=raising("transformers.Trainer.training_step", CUBLAS)),
     Case("memory", "too little to evaluate one row", "eval.batch_size=8", "a smaller model or model.dtype=bfloat16 takes less", under=raising("dual_lora.lab.evaluate.evaluate.classify_rows", CUDA)),
     Case("memory", "too little to merge", "", "out of memory (CUDA out of memory.", under=raising("dual_lora.lab.train.run.merge_adapter", CUDA)),

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
 def rows(request):
-    case = cases.layer_case(256, 256, request.param, CPU)
+    case = cases.build_layer_case(256, 256, request.param, CPU)
     return {row.method: row for row in measure.measure_case(case, rank=16, repeats=1, device=CPU)}
 
 
@@ -60,7 +60,7 @@ def test_the_compared_lora_rounds_what_dual_lora_rounds():
 
 
 def test_ratios_to_the_lora_alike():
-    case = cases.layer_case(64, 32, torch.float32, CPU)
+    case = cases.build_layer_case(64, 32, torch.float32, CPU)
     rows = {row.method: row for row in measure.measure_case(case, rank=8, repeats=3, device=CPU)}
     assert rows["LoRA"].step_ratio == rows["LoRA"].peer_ratio == rows["LoRA, dropout"].peer_ratio == 1
     assert rows["Dual LoRA"].peer_ratio == rows["Dual LoRA"].step_ratio
@@ -77,7 +77,7 @@ def test_peak_memory_is_the_most_held_at_once():
         held.append(torch.ones(2**18))
         return held.clear
 
-    assert 4 * 2**20 <= measure.peak_bytes(step, CPU) < 4.2 * 2**20
+    assert 4 * 2**20 <= measure.measure_peak_bytes(step, CPU) < 4.2 * 2**20
 
 
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-roberta", "tiny-deberta")]
@@ -86,7 +86,7 @@ LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-roberta", 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", *LONG])
 def test_model_level_floor(name):
     path = str(ROOT / "dual_lora/lab/model/bundled" / name)
-    case = cases.model_case(path, (2, 24), torch.float32, CPU)
+    case = cases.build_model_case(path, (2, 24), torch.float32, CPU)
     rows = {row.method: row for row in measure.measure_case(case, rank=16, repeats=1, device=CPU)}
     assert 0.97 < rows["Dual LoRA"].flops_over_floor <= 1.02
     assert rows["Dual LoRA"].kept_bytes <= 1.05 * rows["LoRA"].kept_bytes
@@ -167,5 +167,5 @@ def test_a_process_that_ends_is_reported():
     ended = subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    with threads.stopped_at_the_end(ended), pytest.raises(RuntimeError, match="ended with 0"):
+    with threads.stop_at_end(ended), pytest.raises(RuntimeError, match="ended with 0"):
         threads.ask(ended)

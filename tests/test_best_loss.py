@@ -41,7 +41,7 @@ def test_the_rows_are_those_the_published_scripts_draw_and_nothing_else_uses_the
 
 def test_the_defaults_are_the_published_ones_and_a_run_without_them_is_as_before():
     task = choose("task.checkpoint=best_loss").task
-    assert (task.rows_apart, task.steps_apart) == (120, 80) and choose().task.rows_apart == 0
+    assert (task.validation_size, task.validation_interval) == (120, 80) and choose().task.validation_size == 0
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_rows_to_judge_by_are_neither_trained_on_nor_reported():
         )
         scored, judged = set(scored.rows["id"]), set(judged.rows["id"])
         assert len(judged) == 30 and not judged & (trained | scored) and not trained & scored
-        assert len(trained) == 2000 - settings.eval.rows_apart == (1900 if reported else 1970)
+        assert len(trained) == 2000 - settings.eval.reserved_rows == (1900 if reported else 1970)
     assert load_development_split(task, load_settings(BASE)) is None
 
 
@@ -100,6 +100,9 @@ def test_of_scores_that_should_be_low_the_lowest_is_kept(tmp_path):
         (["train.early_stopping=2"], "train.early_stopping=2: needs eval.development_rows=N"),
         (["train.early_stopping=0", "eval.development_rows=5"], "train.early_stopping=0: must be positive"),
         (["eval.development_rows=5"], "eval.development_rows=5: nothing compares epochs; set train.early_stopping"),
+        (["eval.development_rows=5", "task.checkpoint=best_loss"], "eval.development_rows=5: nothing compares epochs"),
+        ([*EARLY, "task.validation_rows=5"], "train.early_stopping=2: not with task.validation_rows"),
+        ([*EARLY, "task.checkpoint=best_loss"], "train.early_stopping=2: not with task.checkpoint=best_loss"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
 from dual_lora import set_update_scale
-from dual_lora.bench.measure import kept_bytes
+from dual_lora.bench.measure import measure_kept_bytes
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import attach_method
@@ -79,12 +79,12 @@ def test_a_plan_is_what_a_checkpointed_step_takes(model, method):
     adapted, step = build_step(model, method, *sized)
     counter = FlopCounterMode(display=False)
     with counter:
-        kept = kept_bytes(adapted, step)
+        kept = measure_kept_bytes(adapted, step)
     config = adapted.get_base_model().config
     # torch counts no attention on a CPU: two products forward, twice, and five backward, of 2 tokens^2 hidden each
     attention = 18 * 4 * 64**2 * config.hidden_size * config.num_hidden_layers
     assert found["flops"]["step"] == counter.get_total_flops() + attention
-    plain = kept_bytes(*build_step(model, method, *sized[:1]))
+    plain = measure_kept_bytes(*build_step(model, method, *sized[:1]))
     layer = (plain - kept) / config.num_hidden_layers  # about what one layer keeps beyond its input
     assert kept < 0.6 * plain
     assert found["memory"]["activations"] == pytest.approx(kept + layer, rel=0.05)

@@ -12,7 +12,7 @@ from test_training import attached, settings
 from dual_lora import DualLoraConfig
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs import adapter_files
-from dual_lora.lab.inputs.adapter_files import find_other_fields
+from dual_lora.lab.inputs.adapter_files import find_differing_fields
 from dual_lora.lab.model.load import build_target_pattern, unwrap_adapter
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
@@ -140,15 +140,18 @@ def test_a_model_of_another_name_is_told(tmp_path, runs_folder, capfd):
 
 def test_what_another_version_of_peft_does_not_know_is_no_difference():
     own = {"r": 8, "lora_alpha": 8, "init_lora_weights": True, "use_dora": False}
-    assert find_other_fields(own | {"new": None, "init_lora_weights": "gaussian", "lora_dropout": 0.5}, own) == {}
-    assert find_other_fields(own | {"init_lora_weights": "pissa"}, own) == {"init_lora_weights": ("pissa", True)}
-    assert find_other_fields(own | {"use_dora": True, "new": 3}, own) == {"new": (3, None), "use_dora": (True, False)}
+    assert find_differing_fields(own | {"new": None, "init_lora_weights": "gaussian", "lora_dropout": 0.5}, own) == {}
+    assert find_differing_fields(own | {"init_lora_weights": "pissa"}, own) == {"init_lora_weights": ("pissa", True)}
+    assert find_differing_fields(own | {"use_dora": True, "new": 3}, own) == {
+        "new": (3, None),
+        "use_dora": (True, False),
+    }
 
 
 def test_an_adapter_made_with_peft_alone_is_taken(tmp_path, runs_folder):
     """With ranks given outright, which this run's settings give by their sum and ratio."""
     chosen, _, model, _ = attached(MODEL, "none")
-    target = build_target_pattern(chosen.model)
+    target = build_target_pattern(chosen)
     base = unwrap_adapter(model)
     config = DualLoraConfig(r1=8, r2=8, lora_alpha=16, target_modules=target, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(tmp_path / "made")

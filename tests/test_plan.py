@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train  # noqa: F401 - sets the lazy import the command line uses
 from dual_lora import paper
-from dual_lora.bench.measure import kept_bytes
+from dual_lora.bench.measure import measure_kept_bytes
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import plan_runs, train_command
 from dual_lora.lab.config.compose import list_choices, load_settings
@@ -101,7 +101,7 @@ def test_a_plan_is_what_a_real_step_takes(model, dtype, method):
         return loss.backward
 
     with counter:
-        kept = kept_bytes(adapted, step)
+        kept = measure_kept_bytes(adapted, step)
     # torch counts no attention on a CPU: two products forward, five backward, of 2 tokens^2 hidden each
     attention = 14 * 4 * 64**2 * base.config.hidden_size * base.config.num_hidden_layers
     assert found["flops"]["step"] == counter.get_total_flops() + attention
@@ -139,7 +139,7 @@ def test_rows_set_apart_are_not_planned_to_be_trained_on():
 
 def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, monkeypatch):
     words = ["model=llama3-8b", "task=commonsense", "method=lora", "method.rank=32", "plan=true"]
-    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dual_lora.lab.model.adapt.load_model", lambda *a: pytest.fail("a model was loaded"))
     assert train_command(words) == 0
     shown = capsys.readouterr().out
     assert "56,623,104 of 8,086,884,352 (0.70 %)" in shown and "0.70 % (dora_table1_commonsense)" in shown

@@ -110,7 +110,7 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
 def describe_checkpoint(settings: Settings) -> str:
     task = settings.task
     if task.checkpoint == "best_loss":
-        return f"lowest loss on {task.rows_apart} training rows, every {task.steps_apart} steps"
+        return f"lowest loss on {task.validation_size} training rows, every {task.validation_interval} steps"
     return {"best": "best epoch", "last": "last"}[task.checkpoint]
 
 

@@ -81,8 +81,8 @@ def test_a_push_that_the_hub_refuses_is_one_line_without_the_token(trained, tmp_
     [
         (["push_to_hub=me/model"], None, "push_to_hub=me/model: no token for the hub; run hf auth login"),
         (["push_to_hub=model"], TOKEN, "push_to_hub=model: names no owner; give ORG/NAME"),
-        (["push_to_hub=a/b/c"], TOKEN, "push_to_hub=a/b/c: no name of a repository; give ORG/NAME"),
-        (["push_to_hub=a/-b"], TOKEN, "push_to_hub=a/-b: no name of a repository; give ORG/NAME"),
+        (["push_to_hub=a/b/c"], TOKEN, "push_to_hub=a/b/c: not a repository name; give ORG/NAME"),
+        (["push_to_hub=a/-b"], TOKEN, "push_to_hub=a/-b: not a repository name; give ORG/NAME"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_export(

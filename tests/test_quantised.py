@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train  # noqa: F401 - sets the lazy import the command line uses
-from dual_lora.bench.measure import kept_bytes
+from dual_lora.bench.measure import measure_kept_bytes
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.train import check_command, train_command
@@ -231,7 +231,7 @@ def test_a_plan_is_what_a_real_run_holds(model, dtype, method):
     def step():
         return real(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward
 
-    kept = kept_bytes(real, step)
+    kept = measure_kept_bytes(real, step)
     assert found["memory"]["activations"] == pytest.approx(kept, rel=0.05 if dtype == "float32" else 0.1)
 
 

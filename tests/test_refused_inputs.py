@@ -61,14 +61,14 @@ def test_several_classes_are_not_one():
         metrics.macro_f1([[1, 0], [0, 1]], [[1, 0], [1, 0]])
 
 
-@pytest.mark.parametrize("measure", [analysis.spectrum, analysis.zeros, analysis.dead_rows])
+@pytest.mark.parametrize("measure", [analysis.compute_ranks, analysis.compute_zero_share, analysis.count_dead_rows])
 @pytest.mark.parametrize("matrix", [NAN, INF, torch.ones(2, 3, 3), torch.ones(0, 3), torch.ones(3)])
 def test_only_a_finite_matrix_is_measured(measure, matrix):
     with pytest.raises(ValueError, match="matri"):
         measure(matrix)
 
 
-@pytest.mark.parametrize("compare", [analysis.agreement, analysis.cosine_similarity, analysis.relative_size])
+@pytest.mark.parametrize("compare", [analysis.compare_updates, analysis.compute_cosine, analysis.compute_relative_size])
 @pytest.mark.parametrize("other", [torch.ones(3, 1), torch.ones(1), torch.ones(2, 3, 3), NAN, INF])
 def test_only_matrices_of_one_shape_are_compared(compare, other):
     for pair in ((EYE, other), (other, EYE)):
@@ -78,10 +78,10 @@ def test_only_matrices_of_one_shape_are_compared(compare, other):
 
 def test_nan_is_in_no_bin():
     with pytest.raises(ValueError, match="NaN"):
-        analysis.histogram(NAN, analysis.MAGNITUDE_EDGES)
+        analysis.count_by_bin(NAN, analysis.MAGNITUDE_EDGES)
 
 
-@pytest.mark.parametrize("use", [lambda *four: delta_weight(*four, 1.0), analysis.dual])
+@pytest.mark.parametrize("use", [lambda *four: delta_weight(*four, 1.0), analysis.measure_groups])
 @pytest.mark.parametrize("shape", [(2, 1), (2, 7), (1, 2, 5)])
 def test_products_of_other_shapes_are_not_broadcast(use, shape):
     A, B, D = torch.ones(2, 5), torch.ones(6, 2), torch.ones(6, 2)
@@ -92,7 +92,7 @@ def test_products_of_other_shapes_are_not_broadcast(use, shape):
 def test_signs_of_other_shapes_are_not_compared():
     C, D = torch.ones(2, 5), torch.ones(6, 2)
     with pytest.raises(ValueError, match="one shape"):
-        analysis.flipped(C, D, torch.ones(2, 1), D)
+        analysis.compute_flipped_share(C, D, torch.ones(2, 1), D)
 
 
 @pytest.mark.parametrize("fields", [{"alpha": math.inf}, {"magnitude": "rellu"}, {"direction": "signs"}])

@@ -31,7 +31,7 @@ from torch import Tensor
 from dual_lora import DualLoraConfig, functional, set_update_scale
 from dual_lora.bench.__main__ import describe_hardware, find_file, write
 from dual_lora.bench.__main__ import main as run_bench
-from dual_lora.bench.measure import kept_bytes, peak_bytes
+from dual_lora.bench.measure import measure_kept_bytes, measure_peak_bytes
 from dual_lora.kernels import choose_ops, dual_linear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,8 +176,8 @@ def compare_memory(device: torch.device) -> dict[str, Any]:
     """Return bytes that autograd keeps in a step as a meta device counts them, and the measured peak of the step."""
     model, ids = build_model(device), draw_batch(device)
     empty, shapes = build_model(device).to("meta"), ids.to("meta")
-    counted = kept_bytes(empty, lambda: empty(input_ids=shapes, labels=shapes).loss.backward)
-    peak = peak_bytes(lambda: model(input_ids=ids, labels=ids).loss.backward, device)
+    counted = measure_kept_bytes(empty, lambda: empty(input_ids=shapes, labels=shapes).loss.backward)
+    peak = measure_peak_bytes(lambda: model(input_ids=ids, labels=ids).loss.backward, device)
     return {"counted_kept_bytes": counted, "measured_peak_bytes": peak, "ratio": peak / counted}
 
 

@@ -7,29 +7,29 @@ Two studies of what the method's form can do are commands of their own: `python 
 from .entries import (
     DIRECTION_EDGES,
     MAGNITUDE_EDGES,
-    agreement,
-    cosine_similarity,
-    dead_rows,
-    flipped,
-    histogram,
-    relative_size,
-    zeros,
+    compare_updates,
+    compute_cosine,
+    compute_flipped_share,
+    compute_relative_size,
+    compute_zero_share,
+    count_by_bin,
+    count_dead_rows,
 )
-from .spectrum import TOLERANCES, spectrum
-from .update import dual, overall
+from .spectrum import TOLERANCES, compute_ranks
+from .update import measure_groups, measure_overall
 
 __all__ = [
     "DIRECTION_EDGES",
     "MAGNITUDE_EDGES",
     "TOLERANCES",
-    "agreement",
-    "dead_rows",
-    "dual",
-    "flipped",
-    "histogram",
-    "cosine_similarity",
-    "overall",
-    "relative_size",
-    "spectrum",
-    "zeros",
+    "compare_updates",
+    "compute_cosine",
+    "compute_flipped_share",
+    "compute_ranks",
+    "compute_relative_size",
+    "compute_zero_share",
+    "count_by_bin",
+    "count_dead_rows",
+    "measure_groups",
+    "measure_overall",
 ]

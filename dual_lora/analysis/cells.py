@@ -26,7 +26,7 @@ EDGE = 0.005  # a better rate at the grid's edge matters where it gains more tha
 
 
 class StudyError(ValueError):
-    """A mistake that the user can put right; its text is one line."""
+    """A mistake that the user can fix; its text is one line."""
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -67,7 +67,7 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dict]:
-    """Run the cells that the file has no row of, in their order, and yield each row once it is written.
+    """Run the cells that have no row in the file, in order, and yield each row once it is written.
 
     run_cell: cell -> its result as plain values. A row holds the cell, the result, torch's version, the number of
     threads and the seconds it took.
@@ -77,9 +77,9 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
     """
     with hold_file(path):
         os.truncate(path, len(_whole_lines(path)))  # else the next row would continue the line of a crash
-        finished = {cell_key(row["cell"]) for row in read_rows(path)}
+        finished = {serialize_cell(row["cell"]) for row in read_rows(path)}
         for cell in cells:
-            if cell_key(asdict(cell)) in finished:
+            if serialize_cell(asdict(cell)) in finished:
                 continue
             start = time.perf_counter()
             row = {"cell": asdict(cell), "result": run_cell(cell)}
@@ -92,29 +92,29 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
 
 @contextlib.contextmanager
 def hold_file(path: Path) -> Iterator[None]:
-    """Lock a file, made where there is none, against other processes.
+    """Lock a file against other processes; it is created if missing.
 
     Raises:
-        StudyError: one holds it.
+        StudyError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StudyError(f"{path}: another process writes to it; wait for its end") from None
+            raise StudyError(f"{path}: another process writes to it; wait until it ends") from None
         yield
 
 
-def cell_key(cell: dict) -> str:
-    """Return the text by which two cells are the same."""
+def serialize_cell(cell: dict) -> str:
+    """Return a text that is equal for equal cells."""
     return json.dumps(cell, sort_keys=True)
 
 
 def select_rows(rows: Iterable[dict], cells: Sequence) -> list[dict]:
     """Return the rows of these cells, in the cells' order, one for each that has run."""
-    by_key = {cell_key(row["cell"]): row for row in rows}
-    return [by_key[key] for cell in cells if (key := cell_key(asdict(cell))) in by_key]
+    by_key = {serialize_cell(row["cell"]): row for row in rows}
+    return [by_key[key] for cell in cells if (key := serialize_cell(asdict(cell))) in by_key]
 
 
 def copy_other_rows(source: Path, target: Path) -> None:
@@ -123,9 +123,9 @@ def copy_other_rows(source: Path, target: Path) -> None:
     Raises:
         StudyError: a line is not JSON.
     """
-    known = {cell_key(row["cell"]) for row in read_rows(target)}
+    known = {serialize_cell(row["cell"]) for row in read_rows(target)}
     for row in read_rows(source):
-        if cell_key(row["cell"]) not in known:
+        if serialize_cell(row["cell"]) not in known:
             append_row(target, row)
 
 
@@ -158,8 +158,9 @@ def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     return best, means[neighbor] - means[best] > EDGE
 
 
-def average(values: Sequence[float]) -> dict[str, float | None]:
-    """Return mean, low and high: the t-interval of a mean over seeds; low and high are None with one value."""
+def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
+    """Return mean, low and high: the mean of values, one a seed, and its t-interval, in their unit. With one value,
+    low and high are None."""
     from scipy import stats
 
     mean = sum(values) / len(values)
@@ -171,7 +172,7 @@ def average(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def format_average(found: dict, digits: int = 3) -> str:
-    """Return mean and half width of the interval of an `average`."""
+    """Return what `estimate_mean` found as text: the mean ± half the width of the interval."""
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
     return f"{found['mean']:.{digits}f} ± {found['high'] - found['mean']:.{digits}f}"
@@ -252,7 +253,7 @@ def rewrite_report(cells: Sequence, write_report: Callable, path: Path, report: 
 
 
 def run_command(chosen: Namespace, plan: Callable[[], Sequence], run_cell: Callable, write_report: Callable) -> None:
-    """Run a study as its command line says. chosen: of `create_parser`.
+    """Run a study as its command line says. chosen: what a parser of `create_parser` returned.
 
     Raises:
         SystemExit: with one line and exit status 1, in place of a StudyError.

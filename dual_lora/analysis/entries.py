@@ -1,4 +1,7 @@
-"""What the entries of an update tell: zeros, size, where they lie, and similarity to another update."""
+"""The entries of an update: zeros, size, histograms, and similarity to another update.
+
+Shares, ratios and cosines are fractions without a unit. A matrix is out x in.
+"""
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ DIRECTION_EDGES = (*(-e for e in reversed(_DECADES)), 0.0, *_DECADES)
 
 
 def check_matrices(*matrices: Tensor) -> None:
-    """Refuse what is no matrix, or matrices of different shapes: torch would broadcast them.
+    """Refuse tensors that are not matrices, or matrices of different shapes: torch would broadcast them.
 
     Raises:
         ValueError: with the shapes, or where values are NaN or infinite.
@@ -25,8 +28,8 @@ def check_matrices(*matrices: Tensor) -> None:
         raise ValueError("a matrix contains NaN or Inf")
 
 
-def zeros(dW: Tensor) -> float:
-    """Share of entries that are exactly 0.
+def compute_zero_share(dW: Tensor) -> float:
+    """Return the share of entries of dW: out x in that are exactly 0.
 
     Raises:
         ValueError: dW is not a finite matrix.
@@ -35,8 +38,8 @@ def zeros(dW: Tensor) -> float:
     return (dW == 0).double().mean().item()
 
 
-def dead_rows(dW: Tensor) -> int:
-    """How many rows (outputs) of dW: out x in have no entry other than 0.
+def count_dead_rows(dW: Tensor) -> int:
+    """Return how many rows (outputs) of dW: out x in are all 0.
 
     Raises:
         ValueError: dW is not a finite matrix.
@@ -45,8 +48,8 @@ def dead_rows(dW: Tensor) -> int:
     return int((~dW.bool().any(1)).sum())
 
 
-def relative_size(dW: Tensor, W0: Tensor) -> float | None:
-    """||dW||_F / ||W0||_F; None where W0 is 0.
+def compute_relative_size(dW: Tensor, W0: Tensor) -> float | None:
+    """Return ||dW||_F / ||W0||_F, both out x in; None where W0 is 0.
 
     Raises:
         ValueError: they are not finite matrices of one shape.
@@ -55,8 +58,10 @@ def relative_size(dW: Tensor, W0: Tensor) -> float | None:
     return _ratio(dW.double().norm(), W0.double().norm())
 
 
-def histogram(x: Tensor, edges: tuple[float, ...]) -> list[int]:
-    """Counts of the entries of x in len(edges) + 1 bins; bin i holds edges[i - 1] < x <= edges[i].
+def count_by_bin(x: Tensor, edges: tuple[float, ...]) -> list[int]:
+    """Return how many entries of x, of any shape, are in each of len(edges) + 1 bins.
+
+    Bin i holds edges[i - 1] < x <= edges[i].
 
     Raises:
         ValueError: an entry is NaN, which belongs to no bin.
@@ -68,8 +73,8 @@ def histogram(x: Tensor, edges: tuple[float, ...]) -> list[int]:
 
 
 @torch.no_grad()
-def flipped(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float:
-    """Share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2.
+def compute_flipped_share(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float:
+    """Return the share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2.
 
     Raises:
         ValueError: the products are not finite matrices of one shape.
@@ -79,9 +84,11 @@ def flipped(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float:
     return (sign_ste(now) != sign_ste(before)).double().mean().item()
 
 
-def agreement(a: Tensor, b: Tensor) -> dict[str, float | None]:
-    """Likeness of two updates of one shape. Keys: cosine, of the entries as one vector, None where either is 0;
-    sign_agreement, the share of equal signs among the entries that are 0 in neither (chance: 0.5), None without any.
+def compare_updates(a: Tensor, b: Tensor) -> dict[str, float | None]:
+    """Return how similar two updates of one shape, out x in, are.
+
+    Keys: cosine, of the entries as one vector, None where either update is 0; sign_agreement, the share of equal signs
+    among the entries that are 0 in neither (chance: 0.5), None if there are none.
 
     Raises:
         ValueError: they are not finite matrices of one shape.
@@ -89,11 +96,11 @@ def agreement(a: Tensor, b: Tensor) -> dict[str, float | None]:
     check_matrices(a, b)
     both = (a != 0) & (b != 0)
     equal = ((a > 0) == (b > 0)) & both
-    return {"cosine": cosine_similarity(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
+    return {"cosine": compute_cosine(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
 
 
-def cosine_similarity(a: Tensor, b: Tensor) -> float | None:
-    """Cosine between two tensors of one shape as vectors, None where either is 0.
+def compute_cosine(a: Tensor, b: Tensor) -> float | None:
+    """Return the cosine between two tensors of one shape, taken as vectors; None where either is 0.
 
     Raises:
         ValueError: their shapes differ, or values are NaN or infinite.

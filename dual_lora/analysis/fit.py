@@ -35,10 +35,10 @@ from torch import Generator, Tensor
 from ..functional import delta_weight, init_std
 from .cells import (
     StudyError,
-    average,
     choose_rate,
     create_parser,
     describe_rows,
+    estimate_mean,
     format_average,
     format_table,
     group_rows,
@@ -199,12 +199,12 @@ def run_cell(cell: Cell, updates: Path | None = None) -> dict:
         steps, converged = steps + taken, converged and done
     with torch.no_grad():
         zeros = (compute_form(method, stage, factors) == 0).double().mean().item()
-    svd = svd_optimum(target, cell.r * method.budget) if method.magnitude == "none" else None
+    svd = compute_svd_optimum(target, cell.r * method.budget) if method.magnitude == "none" else None
     return {"unexplained": loss, "svd": svd, "steps": steps, "converged": converged, "zeros": zeros}
 
 
 def _loss(method: Method, stage: Stage, factors: Sequence[Tensor], target: Tensor) -> Tensor:
-    return unexplained(compute_form(method, stage, factors), target)
+    return compute_unexplained_share(compute_form(method, stage, factors), target)
 
 
 def _target(cell: Cell, updates: Path | None) -> Tensor:
@@ -242,12 +242,12 @@ def compute_form(method: Method, stage: Stage, factors: Sequence[Tensor]) -> Ten
     return delta_weight(A, B, C, stage.steepness * D, 1.0, method.magnitude, stage.direction)
 
 
-def unexplained(fitted: Tensor, target: Tensor) -> Tensor:
+def compute_unexplained_share(fitted: Tensor, target: Tensor) -> Tensor:
     """Return ||target - fitted||_F^2 / ||target||_F^2, a scalar with gradient."""
     return (target - fitted).square().sum() / target.square().sum()
 
 
-def svd_optimum(target: Tensor, rank: int) -> float:
+def compute_svd_optimum(target: Tensor, rank: int) -> float:
     """Return the least unexplained share of any matrix of this rank (Eckart and Young 1936)."""
     energy = torch.linalg.svdvals(target.double()).square()
     return (energy[rank:].sum() / energy.sum()).item()
@@ -280,7 +280,7 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     """Return a line for each target and method, at the rate with the least mean unexplained share over seeds.
 
     Keys: target, method, rate, at_edge, values (by seed), mean, low, high, svd (mean, None where not LoRA's form),
-    converged (share of the seeds), steps (mean), and dual_minus, the `average` of Dual LoRA's values minus these, by
+    converged (share of the seeds), steps (mean), and dual_minus: `estimate_mean` of Dual LoRA's values minus these, by
     seed, at the same budget (None for Dual LoRA itself).
 
     Raises:
@@ -295,7 +295,7 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
         optima = [result["svd"] for result in results if result["svd"] is not None]
         line["svd"] = sum(optima) / len(optima) if optima else None
         line |= {key: sum(r[key] for r in results) / len(results) for key in ("converged", "steps", "zeros")}
-        lines.append(line | average(values))
+        lines.append(line | estimate_mean(values))
     return [line | {"dual_minus": _dual_minus(line, lines)} for line in lines]
 
 
@@ -308,7 +308,7 @@ def _dual_minus(line: dict, lines: Sequence[dict]) -> dict | None:
     if line["method"] == ours:
         return None
     dual = next(other for other in lines if (other["target"], other["method"]) == (line["target"], ours))
-    return average([d - v for d, v in zip(dual["values"], line["values"], strict=True)])
+    return estimate_mean([d - v for d, v in zip(dual["values"], line["values"], strict=True)])
 
 
 def name_targets(targets: Sequence[str]) -> dict[str, str]:

@@ -19,13 +19,13 @@ TOLERANCES = (1e-3, 1e-2, 1e-1)
 
 
 @torch.no_grad()
-def spectrum(W: Tensor) -> dict[str, float]:
-    """Ranks of W: m x n, float32 or float64 (others are taken in float32); a zero matrix has 0 of each.
+def compute_ranks(W: Tensor) -> dict[str, float]:
+    """Return the ranks of W: m x n, float32 or float64 (others are taken in float32); all are 0 for a zero matrix.
 
     Keys: rank, rank_T for each T of TOLERANCES, stable_rank, effective_rank.
 
     Raises:
-        ValueError: W is not a finite matrix; of a stack, each matrix has ranks of its own.
+        ValueError: W is not one finite matrix. Pass the matrices of a stack one by one.
     """
     check_matrices(W)
     W = W if W.dtype == torch.float64 else W.float()

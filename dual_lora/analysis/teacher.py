@@ -27,10 +27,10 @@ from torch import Generator, Tensor, nn
 
 from ..tuner import DualLoraConfig
 from .cells import (
-    average,
     choose_rate,
     create_parser,
     describe_rows,
+    estimate_mean,
     format_average,
     format_table,
     group_rows,
@@ -144,7 +144,7 @@ def build_teacher(base: nn.Module, planted: dict[str, Tensor]) -> nn.Module:
     return teacher
 
 
-def adapter_config(student: str, r: int, steps: int) -> PeftConfig:
+def build_student_config(student: str, r: int, steps: int) -> PeftConfig:
     """Return the PEFT configuration of a student other than "full".
 
     Raises:
@@ -155,12 +155,12 @@ def adapter_config(student: str, r: int, steps: int) -> PeftConfig:
         "dora": lambda: LoraConfig(r=r, lora_alpha=r, target_modules=LINEAR, use_dora=True),
         "loha": lambda: LoHaConfig(r=r // 2, alpha=r, target_modules=LINEAR),
         "dual_lora": lambda: DualLoraConfig(
-            r=r, lora_alpha=r, target_modules=LINEAR, scale_warmup_steps=warm_up_steps(steps)
+            r=r, lora_alpha=r, target_modules=LINEAR, scale_warmup_steps=count_warm_up_steps(steps)
         ),
     }[student]()
 
 
-def warm_up_steps(steps: int) -> int:
+def count_warm_up_steps(steps: int) -> int:
     """Return over how many steps the rate and Dual LoRA's factor f rise, at least 1."""
     return max(round(WARM_UP * steps), 1)
 
@@ -168,7 +168,11 @@ def warm_up_steps(steps: int) -> int:
 def attach_student(base: nn.Module, cell: Cell) -> nn.Module:
     """Return a copy of the base with the student's parameters set to train."""
     model = copy.deepcopy(base)
-    return model if cell.student == "full" else get_peft_model(model, adapter_config(cell.student, cell.r, cell.steps))
+    return (
+        model
+        if cell.student == "full"
+        else get_peft_model(model, build_student_config(cell.student, cell.r, cell.steps))
+    )
 
 
 def plan_cells(size: str = "full") -> list[Cell]:
@@ -224,7 +228,7 @@ def _draw_data(base: nn.Module, teacher: nn.Module, cell: Cell, generator: Gener
 def _train(student: nn.Module, trained: Sequence[Tensor], rows: tuple, cell: Cell) -> None:
     x, y, scale = rows
     optimizer = torch.optim.Adam(trained, lr=cell.rate, eps=1e-12)
-    warm_up = warm_up_steps(cell.steps)
+    warm_up = count_warm_up_steps(cell.steps)
     for step in range(cell.steps):
         rising, falling = (step + 1) / warm_up, (cell.steps - step) / max(cell.steps - warm_up, 1)
         optimizer.param_groups[0]["lr"] = cell.rate * min(rising, falling, 1.0)
@@ -251,8 +255,8 @@ def _distance(student: nn.Module, base: nn.Module, planted: dict[str, Tensor]) -
 def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     """Return a line for each update and student, at the rate with the least mean validation loss over seeds.
 
-    Keys: update, student, rate, at_edge, parameters, train (mean), function and weights (each an `average` with its
-    values by seed), dual_minus (the `average` of Dual LoRA's function score minus this one's, by seed; None for Dual
+    Keys: update, student, rate, at_edge, parameters, train (mean), function and weights (each `estimate_mean` and the
+    values by seed), dual_minus (`estimate_mean` of Dual LoRA's function score minus this one's, by seed; None for Dual
     LoRA itself).
 
     Raises:
@@ -267,7 +271,7 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
         line |= {"parameters": results[0]["parameters"], "train": sum(r["train"] for r in results) / len(results)}
         for score in ("function", "weights"):
             values = [result[score] for result in results]
-            line[score] = {"values": values} | average(values)
+            line[score] = {"values": values} | estimate_mean(values)
         lines.append(line)
     return [line | {"dual_minus": _dual_minus(line, lines)} for line in lines]
 
@@ -277,7 +281,7 @@ def _dual_minus(line: dict, lines: Sequence[dict]) -> dict | None:
         return None
     dual = next(other for other in lines if (other["update"], other["student"]) == (line["update"], "dual_lora"))
     pairs = zip(dual["function"]["values"], line["function"]["values"], strict=True)
-    return average([d - v for d, v in pairs])
+    return estimate_mean([d - v for d, v in pairs])
 
 
 def format_report(lines: Sequence[dict]) -> str:

@@ -35,7 +35,7 @@ class Decomposition:
 
     @property
     def numerical_rank(self) -> int:
-        """How many singular values a matrix that was computed in float32 can tell from 0, as in `spectrum`."""
+        """How many singular values differ from 0 by more than float32 rounding, counted as `compute_ranks` does."""
         size = max(self.left.shape[0], self.right.shape[1])
         return int((self.values > self.values.max() * size * torch.finfo(torch.float32).eps).sum())
 

@@ -5,20 +5,31 @@
 Source: arXiv 2512.03402, method section; its Figure 3 shows the numerical ranks of the three.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..functional import DIRECTIONS, MAGNITUDES, check_factors, sign_ste
-from .entries import DIRECTION_EDGES, MAGNITUDE_EDGES, dead_rows, histogram, relative_size, zeros
-from .spectrum import spectrum
+from .entries import (
+    DIRECTION_EDGES,
+    MAGNITUDE_EDGES,
+    compute_relative_size,
+    compute_zero_share,
+    count_by_bin,
+    count_dead_rows,
+)
+from .spectrum import compute_ranks
 
 
 @torch.no_grad()
-def dual(A: Tensor, B: Tensor, C: Tensor, D: Tensor, magnitude: str = "relu", direction: str = "sign") -> dict:
-    """Ranks and histograms of the two groups; one matrix is held at a time.
+def measure_groups(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, magnitude: str = "relu", direction: str = "sign"
+) -> dict:
+    """Return ranks and histograms of the two groups; one matrix is held at a time.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, taken in float32; magnitude and direction as in `delta_weight`.
-    Keys: magnitude_* and direction_* as in `spectrum`, magnitude_histogram of magnitude(B A) over MAGNITUDE_EDGES,
+    Keys: magnitude_* and direction_* as in `compute_ranks`, magnitude_histogram of magnitude(B A) over MAGNITUDE_EDGES,
     direction_histogram of D C, before its sign, over DIRECTION_EDGES.
 
     Raises:
@@ -27,23 +38,26 @@ def dual(A: Tensor, B: Tensor, C: Tensor, D: Tensor, magnitude: str = "relu", di
     """
     A, B, C, D = (t.float() for t in (A, B, C, D))
     check_factors(A, B, C, D)
-    return _group("magnitude", MAGNITUDES[magnitude](B @ A), lambda size: size, MAGNITUDE_EDGES) | _group(
-        "direction", D @ C, sign_ste if direction == "sign" else DIRECTIONS[direction], DIRECTION_EDGES
-    )
+    return _measure_group(
+        "magnitude", MAGNITUDES[magnitude](B @ A), lambda size: size, MAGNITUDE_EDGES
+    ) | _measure_group("direction", D @ C, sign_ste if direction == "sign" else DIRECTIONS[direction], DIRECTION_EDGES)
 
 
-def _group(name: str, entries: Tensor, then, edges: tuple[float, ...]) -> dict:
-    counts = histogram(entries, edges)
-    return {f"{name}_{key}": value for key, value in spectrum(then(entries)).items()} | {f"{name}_histogram": counts}
+def _measure_group(name: str, entries: Tensor, activate: Callable[[Tensor], Tensor], edges: tuple[float, ...]) -> dict:
+    counts, ranks = count_by_bin(entries, edges), compute_ranks(activate(entries))
+    return {f"{name}_{key}": value for key, value in ranks.items()} | {f"{name}_histogram": counts}
 
 
 @torch.no_grad()
-def overall(dW: Tensor, W0: Tensor | None) -> dict[str, float | None]:
-    """Keys: overall_* as in `spectrum`, zeros, dead_rows, relative_size (None without W0); dW, W0: out x in.
+def measure_overall(dW: Tensor, W0: Tensor | None) -> dict[str, float | None]:
+    """Return the numbers of dW itself. dW, W0: out x in.
+
+    Keys: overall_* as in `compute_ranks`; zeros, the share of entries that are 0; dead_rows, how many; relative_size,
+    ||dW||_F / ||W0||_F, None without W0.
 
     Raises:
         ValueError: they are not finite matrices of one shape.
     """
-    ranks = {f"overall_{key}": value for key, value in spectrum(dW).items()}
-    size = None if W0 is None else relative_size(dW, W0)
-    return ranks | {"zeros": zeros(dW), "dead_rows": dead_rows(dW), "relative_size": size}
+    ranks = {f"overall_{key}": value for key, value in compute_ranks(dW).items()}
+    size = None if W0 is None else compute_relative_size(dW, W0)
+    return ranks | {"zeros": compute_zero_share(dW), "dead_rows": count_dead_rows(dW), "relative_size": size}

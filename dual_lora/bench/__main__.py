@@ -19,7 +19,7 @@ from pathlib import Path
 import peft
 import torch
 
-from .cases import Case, layer_case, model_case
+from .cases import Case, build_layer_case, build_model_case
 from .measure import measure_case
 from .page import format_page_tables, format_record, format_table, format_threads, format_trend, update_page
 from .threads import measure_threads
@@ -35,7 +35,7 @@ def describe_hardware(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def batch_shape(text: str) -> tuple[int, int]:
+def parse_batch_shape(text: str) -> tuple[int, int]:
     """Return the rows and tokens of a batch from ROWSxTOKENS.
 
     Raises:
@@ -48,13 +48,15 @@ def batch_shape(text: str) -> tuple[int, int]:
     return rows, tokens
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m dual_lora.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--width", type=int, nargs="*", default=[1024, 2048], help="in = out of a layer")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096], help="rows of a layer's input")
     parser.add_argument("--model", nargs="*", default=[], help="folders of models; no layers are measured then")
-    parser.add_argument("--batch", type=batch_shape, nargs="*", default=[(8, 64)], help="ROWSxTOKENS, one a model")
+    parser.add_argument(
+        "--batch", type=parse_batch_shape, nargs="*", default=[(8, 64)], help="ROWSxTOKENS, one a model"
+    )
     parser.add_argument("--rank", type=int, default=16, help="LoRA's rank, Dual LoRA's r1 + r2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base weights")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: an argument is wrong.
     """
-    given = parser().parse_args(arguments)
+    given = build_parser().parse_args(arguments)
     if given.show:
         print(format_record(json.loads(given.show.read_text())))
     elif given.trend:
@@ -117,13 +119,13 @@ def list_cases(given: argparse.Namespace, device: torch.device) -> list[Case]:
     """
     dtype = getattr(torch, given.dtype)
     if not given.model:
-        return [layer_case(width, tokens, dtype, device) for width in given.width for tokens in given.tokens]
+        return [build_layer_case(width, tokens, dtype, device) for width in given.width for tokens in given.tokens]
     if len(given.batch) not in (1, len(given.model)):
         raise SystemExit(f"--batch: give one shape, or one for each of the {len(given.model)} models")
     if odd := [folder for folder in given.model if not (Path(folder) / "config.json").is_file()]:
         raise SystemExit(f"--model {odd[0]}: no config.json there; give the folder of a saved Hugging Face model")
     shapes = given.batch * len(given.model) if len(given.batch) == 1 else given.batch
-    return [model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
+    return [build_model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
 
 
 def find_file(record: dict, folder: Path) -> Path:

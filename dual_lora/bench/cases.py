@@ -118,7 +118,7 @@ class Case:
     inputs: tuple[Tensor, ...] = ()
 
 
-def layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
+def build_layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
     x = torch.randn(tokens, width, device=device, dtype=dtype).requires_grad_()
     g = torch.randn(tokens, width, device=device, dtype=dtype)
 
@@ -133,7 +133,7 @@ def layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device
     return Case(name, lambda: Layer(width, dtype).to(device), ["layer"], step, True, dtype, (x,))
 
 
-def model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
+def build_model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, logging
 
     logging.set_verbosity_error()

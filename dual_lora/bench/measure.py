@@ -53,14 +53,15 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def forget(case: Case, model: nn.Module) -> None:
+def clear_gradients(case: Case, model: nn.Module) -> None:
     """Drop the gradients of an earlier step."""
     model.zero_grad(set_to_none=True)
     for x in case.inputs:
         x.grad = None
 
 
-def timed(step: Callable, device: torch.device) -> float:
+def time_step(step: Callable, device: torch.device) -> float:
+    """Return the seconds of a step and of the backward pass that it returns."""
     synchronise(device)
     start = time.perf_counter()
     step()()
@@ -75,8 +76,11 @@ class Held:
         self.tensor = tensor
 
 
-def kept_bytes(model: nn.Module, step: Callable) -> int:
-    """Return what autograd holds between `step` and the backward it returns; on the meta device, too."""
+def measure_kept_bytes(model: nn.Module, step: Callable) -> int:
+    """Return the bytes that autograd holds between `step` and the backward pass that it returns, other than weights.
+
+    This works on the meta device, too.
+    """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     held: weakref.WeakSet[Held] = weakref.WeakSet()
 
@@ -95,8 +99,8 @@ def kept_bytes(model: nn.Module, step: Callable) -> int:
     return found
 
 
-def peak_bytes(step: Callable, device: torch.device) -> int:
-    """Return the most a step holds beyond what is there before it; no gradients may be there."""
+def measure_peak_bytes(step: Callable, device: torch.device) -> int:
+    """Return the most bytes that a step allocates beyond those before it. Clear all gradients first."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -114,13 +118,15 @@ def peak_bytes(step: Callable, device: torch.device) -> int:
     return highest
 
 
-def count(step: Callable) -> int:
+def count_operations(step: Callable) -> int:
+    """Return the floating-point operations of a step and of the backward pass that it returns."""
     with FlopCounterMode(display=False) as counter:
         step()()
     return counter.get_total_flops()
 
 
-def merge_seconds(model: nn.Module, device: torch.device) -> float:
+def measure_merge_seconds(model: nn.Module, device: torch.device) -> float:
+    """Return the seconds of one merge into the base weights, and undo it."""
     synchronise(device)
     start = time.perf_counter()
     model.merge_adapter()
@@ -130,7 +136,7 @@ def merge_seconds(model: nn.Module, device: torch.device) -> float:
     return taken
 
 
-def floor_of(model: nn.Module, step: Callable, counted: int, rank: int, rest: int) -> int:
+def count_floor_operations(model: nn.Module, step: Callable, counted: int, rank: int, rest: int) -> int:
     """The floor of a Dual LoRA step where LoRA, this model, counts so many operations; rest: units beyond LoRA's 2."""
     thin = own = 0
 
@@ -160,20 +166,20 @@ def measure_case(case: Case, rank: int, repeats: int, device: torch.device) -> l
     taken: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 2):
         for name, model in models.items():
-            forget(case, model)
-            seconds = timed(steps[name], device)
+            clear_gradients(case, model)
+            seconds = time_step(steps[name], device)
             if turn >= 2:  # the first turns warm caches and allocators
                 taken[name].append(seconds)
-    lora_flops = count(steps[LORA])
+    lora_flops = count_operations(steps[LORA])
     rows = []
     for name, model in models.items():
-        forget(case, model)
-        peak = peak_bytes(steps[name], device)
-        flops = count(steps[name])
+        clear_gradients(case, model)
+        peak = measure_peak_bytes(steps[name], device)
+        flops = count_operations(steps[name])
         floor = None
         if contenders[name].recomputes:
             units = 3 if "dropout" in name else 1 if case.dtype == torch.float32 else 2
-            floor = floor_of(models[LORA], steps[LORA], lora_flops, rank, units)
+            floor = count_floor_operations(models[LORA], steps[LORA], lora_flops, rank, units)
         ratios = compare_turns(taken[name], taken[LORA])
         rows.append(
             Row(
@@ -182,10 +188,10 @@ def measure_case(case: Case, rank: int, repeats: int, device: torch.device) -> l
                 step_seconds=statistics.median(taken[name]),
                 flops=flops,
                 flops_over_floor=flops / floor if floor else None,
-                kept_bytes=kept_bytes(model, steps[name]),
+                kept_bytes=measure_kept_bytes(model, steps[name]),
                 peak_bytes=peak,
                 adapter_bytes=sum(t.nbytes for t in get_peft_model_state_dict(model).values()),
-                merge_seconds=merge_seconds(model, device),
+                merge_seconds=measure_merge_seconds(model, device),
                 quartiles=find_quartiles(ratios),
                 peer_ratio=statistics.median(compare_turns(taken[name], taken[contenders[name].peer])),
             )
@@ -203,7 +209,7 @@ def adapt(case: Case, name: str, contender: Contender, device: torch.device) -> 
         model = get_peft_model(base, contender.config).train()
         if isinstance(contender.config, DualLoraConfig):
             set_update_scale(model, 1.0)
-        timed(case.step(model), device)
+        time_step(case.step(model), device)
     except (ValueError, TypeError) as error:
         print(f"{name} left out: {str(error).splitlines()[0]}")
         return None

@@ -57,19 +57,19 @@ def start_worker(choice: str, width: int, tokens: int) -> Iterator[subprocess.Po
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OPENMP)}
     command = [sys.executable, "-m", __name__, str(width), str(tokens)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with stopped_at_the_end(subprocess.Popen(command, env={**inherited, **CHOICES[choice]}, **pipes)) as worker:
+    with stop_at_end(subprocess.Popen(command, env={**inherited, **CHOICES[choice]}, **pipes)) as worker:
         yield worker
 
 
 @contextlib.contextmanager
 def keep_a_core_busy() -> Iterator[None]:
     """A process that computes without pause, on whichever core the system gives it."""
-    with stopped_at_the_end(subprocess.Popen([sys.executable, "-c", "while True: pass"])):
+    with stop_at_end(subprocess.Popen([sys.executable, "-c", "while True: pass"])):
         yield
 
 
 @contextlib.contextmanager
-def stopped_at_the_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+def stop_at_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
     """Kill the process when the block ends."""
     try:
         yield process
@@ -96,16 +96,16 @@ def serve_steps(width: int, tokens: int) -> None:
     """Take a step of Dual LoRA for each line of the input and print its seconds; the first is taken beforehand."""
     import torch
 
-    from .cases import LORA, layer_case, list_contenders
-    from .measure import adapt, forget
+    from .cases import LORA, build_layer_case, list_contenders
+    from .measure import adapt, clear_gradients
 
     device = torch.device("cpu")
-    case = layer_case(width, tokens, torch.float32, device)
+    case = build_layer_case(width, tokens, torch.float32, device)
     contender = list_contenders(16, dropout=False, bfloat16=False)[f"Dual {LORA}"]
     model = adapt(case, LORA, contender, device)
     step = case.step(model)
     for _ in sys.stdin:
-        forget(case, model)
+        clear_gradients(case, model)
         start = time.perf_counter()
         step()()
         print(time.perf_counter() - start, flush=True)

@@ -183,8 +183,8 @@ class DualLoraModel(BaseTuner):
         self._silence([name for name, layer in layers.items() if layer.bypassed and name not in before], layers)
 
     def _silence(self, names: list[str], layers: dict[str, DualLoraLayer]) -> None:
-        """Warn of layers found to be bypassed. What trains there gets f = 0 for good, also when it is saved: elsewhere
-        nobody would know that its factors were never used."""
+        """Warn of layers found to be bypassed. In training their f becomes 0 for good, also in the saved adapter:
+        whoever loads it could not know that the factors were never used."""
         if not names:
             return
         for factors in (f for name in names for f in layers[name].dual_lora_factors.values()) if self.training else ():

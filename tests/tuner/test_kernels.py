@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import functional, set_update_scale
-from dual_lora.bench.measure import kept_bytes
+from dual_lora.bench.measure import measure_kept_bytes
 from dual_lora.tuner import factors as factors_module
 
 from .layers import IN, KINDS, OUT, adapted, config, factors_of, layer_of, relative_error
@@ -51,7 +51,7 @@ def test_variants_of_the_map_are_left_to_autograd(fields):
 
 
 def saved_bytes(model, x):
-    return kept_bytes(model, lambda: model(x).sum().backward)
+    return measure_kept_bytes(model, lambda: model(x).sum().backward)
 
 
 @pytest.mark.parametrize("base", [lambda: nn.Linear(256, 256), lambda: Conv1D(256, 256)])

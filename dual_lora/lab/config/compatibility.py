@@ -101,7 +101,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
     if key in ("task.warmup_ratio", "task.warmup_steps") and train.schedule == "constant":
         return "train.schedule=constant has no warm-up; take train.schedule=constant_with_warmup"
-    if key == "task.validation_steps" and not task.rows_apart:
+    if key == "task.validation_steps" and not task.validation_size:
         return "no rows are set apart; give task.validation_rows or task.checkpoint=best_loss"
     if key == "task.warmup_ratio" and task.warmup_steps is not None:
         return f"task.warmup_steps={task.warmup_steps} is used instead; drop one"
@@ -113,7 +113,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
-    if key == "eval.development_rows" and task.checkpoint == "last" and not train.early_stopping:
+    if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:
         return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
     if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
         return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"

@@ -140,7 +140,7 @@ class Model:
     roles: dict[str, str] = setting("for q, k, v, o, gate, up, down: regular expression for the end of a module's name")
     adapt: list[str] = setting("the roles that an adapter changes")
     split: list[str] = setting(
-        "roles that share one weight, in the order of its blocks (GPT-2: [q,k,v]), to be loaded as a layer each"
+        "roles of one fused weight, in the order of its blocks (GPT-2: [q,k,v]), each loaded as its own layer"
     )
     dropout: float | None = setting("dropout inside the base model while it trains; null: as its config.json says")
     head: list[str] = setting(
@@ -205,10 +205,10 @@ class Task:
     warmup_steps: int | None = setting("steps over which the learning rate rises, instead of task.warmup_ratio")
     head_dropout: float | None = setting("dropout before the task's head; null: the model's own")
     checkpoint: str = setting(
-        "last: score the weights of the last step; best: of the best epoch; best_loss: of the lowest loss on rows apart"
+        "weights that are scored: last (step), best (epoch by score) or best_loss (lowest loss on the validation rows)"
     )
     validation_rows: int | None = setting(
-        "training rows set apart, whose loss is logged; null: 120 for task.checkpoint=best_loss, else none"
+        "set this many training rows apart and log their loss; null: 120 for task.checkpoint=best_loss, else none"
     )
     validation_steps: int | None = setting("steps between two losses on the validation rows; null: 80")
     loss_on_prompt: bool = setting("true: the loss covers the prompt as well as the target")
@@ -238,13 +238,13 @@ class Task:
         check_range("task", self, -100, 100, "length_penalty")
 
     @property
-    def rows_apart(self) -> int:
-        """How many training rows are set apart for the loss."""
+    def validation_size(self) -> int:
+        """How many training rows are set apart to log their loss; 0: none."""
         return self.validation_rows or (VALIDATION_ROWS if self.checkpoint == "best_loss" else 0)
 
     @property
-    def steps_apart(self) -> int:
-        """How many steps are between two losses on these rows."""
+    def validation_interval(self) -> int:
+        """Steps between two losses on these rows."""
         return self.validation_steps or VALIDATION_STEPS
 
 
@@ -316,7 +316,7 @@ class Train:
     )
     packing: bool | None = setting("true: the texts of a batch share rows, without attention between them or padding")
     early_stopping: int | None = setting(
-        "stop after so many epochs without a better score on eval.development_rows, and keep the best epoch"
+        "stop after this many epochs without a better score on eval.development_rows, and keep the best epoch"
     )
 
     def __post_init__(self) -> None:
@@ -336,9 +336,9 @@ class Evaluate:
     before: bool = setting("true: the base model is scored before training")
     max_examples: int | None = setting("score this many rows of each split only, for a quick test")
     holdout: int | None = setting("score this many held-out training rows instead of the task's own splits")
-    holdout_skip: int | None = setting("so many more rows set apart, for the scores of other runs")
+    holdout_skip: int | None = setting("leave this many more training rows out, on which other runs are scored")
     development_rows: int | None = setting(
-        "so many training rows set apart to compare epochs on, instead of on the rows whose scores are reported"
+        "set this many training rows apart to compare epochs on, instead of the rows whose scores are reported"
     )
 
     def __post_init__(self) -> None:
@@ -347,8 +347,8 @@ class Evaluate:
         require(apart, f"eval.holdout_skip={self.holdout_skip}: needs eval.holdout, the rows after those skipped")
 
     @property
-    def rows_apart(self) -> int:
-        """How many training rows are left out of training."""
+    def reserved_rows(self) -> int:
+        """How many training rows are left out of training: held out, skipped and development rows."""
         return (self.holdout or 0) + (self.holdout_skip or 0) + (self.development_rows or 0)
 
 
@@ -414,7 +414,7 @@ class Settings:
     study: str = setting("folder below runs/ for the run's record")
     data_dir: str | None = setting("folder of the task's official files, instead of the hub")
     init_from: str | None = setting(
-        "finished run, saved adapter (a folder or its name on the hub) of the same method to start from"
+        "finished run or saved adapter (a folder or its name on the hub) of the same method to start from"
     )
     tensorboard: bool = setting("true: also write the log as TensorBoard files, to the run's folder tensorboard/")
     deterministic: bool = setting("true: only deterministic kernels, which may be slower")
@@ -469,10 +469,9 @@ class Settings:
         patience, development = self.train.early_stopping, self.eval.development_rows
         judged = patience is None or development is not None
         require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
-        apart = self.task.rows_apart
-        require(
-            not (patience and apart), f"train.early_stopping={patience}: not with a loss on rows set apart; drop one"
-        )
+        other = "task.validation_rows" if self.task.validation_rows else "task.checkpoint=best_loss"
+        alone = not (patience and self.task.validation_size)
+        require(alone, f"train.early_stopping={patience}: not with {other}, which watches the loss; drop one")
         kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
         require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
         whole = self.hardware.sharding != "full" and base is None

@@ -2,9 +2,9 @@
 
 There are two searches. Both rank texts by log-probability / length ** `task.length_penalty`, the end token included.
 
-transformers  each step considers twice as many continuations as beams, or more, so that as many beams go on whatever
-              ends. Repeated n-grams are banned after the softmax: the rest keeps its probability. A prompt is done when
-              as many texts have ended as there are beams, and no beam is better than the worst of them.
+transformers  each step considers at least twice as many continuations as beams, so that the beams stay full even if
+              texts end. Repeated n-grams are banned after the softmax: the rest keeps its probability. A prompt is done
+              when as many texts have ended as there are beams, and no beam is better than the worst of them.
 gpt2_beam     that of LoRA's experiments (microsoft/LoRA@c4593f06, examples/NLG/src/gpt2_beam.py): each step considers
               as many continuations as beams. One that ends takes a beam's place, and the next step starts with one
               fewer. Bans come before the softmax, so that what is allowed shares the whole probability. It always
@@ -56,24 +56,16 @@ def search_beams(
     results = torch.full((len(tokens), end), fill, device=tokens.device)
     while len(prompt_indices):
         rows = tokens.flatten(0, 1)
-        first = rows.shape[1] == start
-        seen = slice(None, None, beams if first else 1)
-        logits = model(
-            input_ids=rows[seen, -1:],
-            attention_mask=attention_mask[seen],
-            position_ids=attention_mask[seen].sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-        if first:
+        if rows.shape[1] == start:
+            logits = compute_next_logits(model, rows[::beams], attention_mask[::beams], cache)
             expand_cache(cache, beams, end - start)
             logits = logits.repeat_interleave(beams, 0)
-        logits = logits.float()
-        gains = (
-            logits_processor(rows, logits).log_softmax(-1)
-            if gpt2_beam
-            else logits_processor(rows, logits.log_softmax(-1))
-        )
+        else:
+            logits = compute_next_logits(model, rows, attention_mask, cache)
+        if gpt2_beam:
+            gains = logits_processor(rows, logits).log_softmax(-1)
+        else:
+            gains = logits_processor(rows, logits.log_softmax(-1))
         gains = gains.unflatten(0, (-1, beams))
         sums, chosen = (scores[..., None] + gains).flatten(1).topk(candidates)
         parents, words = chosen // gains.shape[-1], chosen % gains.shape[-1]
@@ -81,19 +73,43 @@ def search_beams(
         ended = stopping_criteria(grown.flatten(0, 1), None).unflatten(0, (-1, candidates))
         length = grown.shape[-1] - start
 
-        ending = (sums / length**config.length_penalty).masked_fill(~ended, -torch.inf)[:, :beams]
-        best, order = torch.cat([best, ending], 1).topk(kept)
-        found = torch.cat([pad(found, (0, 1), value=fill), grown[:, :beams]], 1).take_along_dim(order[..., None], 1)
+        ending = (sums / length**config.length_penalty).masked_fill(~ended, -torch.inf)
+        best, found = keep_best_texts(best, pad(found, (0, 1), value=fill), ending[:, :beams], grown[:, :beams])
         scores, order = (sums + ended * IMPOSSIBLE).topk(beams)
         tokens, parents = grown.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
 
-        has_all_beams = best.isfinite().all(1)
+        has_all_texts = best.isfinite().all(1)
         best_length = end - start if patient and config.length_penalty > 0 else length
-        hopeless = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]
-        done = ended.all(1) | (has_all_beams & (hopeless | (config.early_stopping is True)))
+        hopeless = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]  # no beam can beat the worst text
+        done = ended.all(1) | (has_all_texts & (hopeless | (config.early_stopping is True)))
         results[prompt_indices[done], : grown.shape[-1]] = found[done, 0]
         rows = (torch.arange(len(prompt_indices), device=parents.device)[:, None] * beams + parents)[~done].flatten()
         cache.reorder_cache(rows)
         attention_mask = pad(attention_mask[rows], (0, 1), value=1)
         tokens, scores, found, best, prompt_indices = (t[~done] for t in (tokens, scores, found, best, prompt_indices))
     return results
+
+
+def compute_next_logits(model: PreTrainedModel, rows: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
+    """Return the logits of the token after each row, rows x vocabulary, in float32.
+
+    rows, attention_mask: rows x tokens. cache: holds all tokens but the last, which it gets.
+    """
+    found = model(
+        input_ids=rows[:, -1:],
+        attention_mask=attention_mask,
+        position_ids=attention_mask.sum(-1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return found.logits[:, -1].float()
+
+
+def keep_best_texts(best: Tensor, found: Tensor, scores: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best of the ended texts so far and those that end now, best first, as many as so far.
+
+    best: prompts x kept, with found: prompts x kept x tokens. scores: prompts x beams, -inf for a text that goes on,
+    with texts: prompts x beams x tokens.
+    """
+    kept, order = torch.cat([best, scores], 1).topk(best.shape[1])
+    return kept, torch.cat([found, texts], 1).take_along_dim(order[..., None], 1)

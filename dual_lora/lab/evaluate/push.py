@@ -1,4 +1,4 @@
-"""Sending an exported folder to a repository of one's own on the Hugging Face hub.
+"""Send an exported folder to the user's own repository on the Hugging Face hub.
 
 The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN); it is neither read here nor recorded.
 """
@@ -28,7 +28,7 @@ def check_push(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"push_to_hub={name[:80]}: no name of a repository; give ORG/NAME") from error
+        raise UserError(f"push_to_hub={name[:80]}: not a repository name; give ORG/NAME") from error
     require("/" in name, f"push_to_hub={name[:80]}: names no owner; give ORG/NAME")
     ready = is_offline() or get_token() is not None
     require(ready, f"push_to_hub={name}: no token for the hub; run hf auth login, or set HF_TOKEN")
@@ -39,7 +39,7 @@ def push_export(folder: Path, name: str) -> str:
     nothing is sent, and the message holds the command that does it later.
 
     Raises:
-        UserError: the hub refused it; the folder stays.
+        UserError: the hub refused it; the folder is kept.
     """
     command = f"hf upload {name} {shlex.quote(str(folder))} ."
     if is_offline():
@@ -48,7 +48,7 @@ def push_export(folder: Path, name: str) -> str:
         api = HfApi()
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of a run")
-    except Exception as error:  # of the network, or what the hub answers
+    except Exception as error:  # a network failure, or the hub's refusal
         reason = get_first_line(error)
         raise UserError(f"push_to_hub={name}: not pushed ({reason}); {folder} holds all of it: {command}") from error
     return f"pushed: {constants.ENDPOINT}/{name} (new ones are private)"

@@ -13,7 +13,8 @@ from dual_lora.lab.system.files import read_json_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Fields of an adapter's configuration that do not change what its weights compute, or that their names and shapes show.
+# Fields of an adapter's configuration that do not change what its weights compute, or that follow from their names
+# and shapes.
 HARMLESS_FIELDS = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"}
 HARMLESS_FIELDS |= {"target_modules", "exclude_modules", "modules_to_save", "target_parameters", "runtime_config"}
 HARMLESS_FIELDS |= {"layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2", "magnitude_ratio"}
@@ -24,8 +25,8 @@ PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")
 
 
 def find_adapter(settings: Settings) -> Path | None:
-    """Return the folder of the saved adapter that `init_from` names, fetched if it is on the hub; None if it names no
-    adapter but, perhaps, a run.
+    """Return the folder of the saved adapter that `init_from` names, fetched if it is on the hub; None if it
+    names a run or nothing.
 
     Raises:
         UserError: it holds no safetensors, another method's or rank's adapter, or cannot be fetched.
@@ -74,9 +75,9 @@ def fetch_adapter(name: str) -> Path:
     return folder
 
 
-def find_other_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the fields by which a saved adapter computes something else than this run's would with its weights, with
-    both values. Fields that are not set, or that one version of PEFT lacks, are equal."""
+def find_differing_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that make a saved adapter compute something other than this run's with the same weights, and
+    both values of each. A field that is not set equals one that a version of PEFT lacks."""
     found = {}
     for field in sorted(saved.keys() | own.keys()):
         values = [config.get(field) or None for config in (saved, own)]

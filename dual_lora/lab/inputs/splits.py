@@ -23,7 +23,7 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     """
     train = name == "train"
     split = read_training_split(task, settings)[0] if train else read_split(task, name, settings)
-    if train and settings.eval.rows_apart:
+    if train and settings.eval.reserved_rows:
         split = split_training_rows(split, settings.eval)[0]
     limit = (settings.train if train else settings.eval).max_examples
     if limit is None or limit >= len(split.rows):
@@ -43,7 +43,7 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
             names = task.eval_splits  # of the user's own files, known by what is there
         return {name: load_split(task, name, settings) for name in names}
     train = read_training_split(task, settings)[0]
-    return name_rows_apart(task, split_training_rows(train, settings.eval)[1], settings)
+    return label_as_first_split(task, split_training_rows(train, settings.eval)[1], settings)
 
 
 def load_development_split(task: Task, settings: Settings) -> dict[str, Split] | None:
@@ -56,10 +56,10 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
     if not settings.eval.development_rows:
         return None
     train = read_training_split(task, settings)[0]
-    return name_rows_apart(task, split_training_rows(train, settings.eval)[2], settings)
+    return label_as_first_split(task, split_training_rows(train, settings.eval)[2], settings)
 
 
-def name_rows_apart(task: Task, apart: Split, settings: Settings) -> dict[str, Split]:
+def label_as_first_split(task: Task, apart: Split, settings: Settings) -> dict[str, Split]:
     """Return rows that were set apart, no more than are to be scored, as if they were the task's first split."""
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
     with translate_task_errors():
@@ -74,7 +74,7 @@ def read_training_split(task: Task, settings: Settings) -> tuple[Split, Split | 
     Raises:
         UserError: as `read_split`, or there are not enough rows.
     """
-    train, count = read_split(task, "train", settings), settings.task.rows_apart
+    train, count = read_split(task, "train", settings), settings.task.validation_size
     if not count:
         return train, None
     known = len(train.rows)
@@ -95,7 +95,7 @@ def split_training_rows(train: Split, settings: Evaluate) -> tuple[Split, Split,
     Raises:
         UserError: there are not enough rows.
     """
-    rows, end = train.rows, settings.rows_apart
+    rows, end = train.rows, settings.reserved_rows
     given = {name: getattr(settings, name) for name in ("holdout", "holdout_skip", "development_rows")}
     asked = " ".join(f"eval.{name}={count}" for name, count in given.items() if count)
     require(end < len(rows), f"{asked}: {train.origin} has {len(rows)} rows; set fewer apart")

@@ -28,7 +28,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
@@ -40,12 +40,13 @@ from dual_lora.lab.errors import (
     suggest_name,
     translate_read_errors,
 )
-from dual_lora.lab.inputs.adapter_files import find_other_fields, read_adapter_config
-from dual_lora.lab.model.load import build_target_pattern, is_sharded
+from dual_lora.lab.inputs.adapter_files import find_differing_fields, read_adapter_config
+from dual_lora.lab.model.load import build_target_pattern, is_sharded, load_model
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.tuner.warmup import list_factors
+from tasks import Task
 
 TASK_TYPES = {
     "classification": TaskType.SEQ_CLS,
@@ -56,6 +57,22 @@ TASK_TYPES = {
 # PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
 TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
 PROBE_TOKENS = 4  # length of the text on which `check_forward` tries a method
+
+
+def draw_initial_model(
+    settings: Settings, task: Task, rows: int | None = None
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Return the model as training starts with it, the method attached, and its tokenizer.
+
+    The same run gives the same weights. rows: see `build_adapter_config`.
+
+    Raises:
+        UserError: the model cannot be loaded, or the method does not fit it.
+    """
+    set_seed(settings.seed)
+    base, tokenizer = load_model(settings, task)
+    set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
+    return attach_method(base, settings, task.form, rows), tokenizer
 
 
 def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
@@ -294,7 +311,7 @@ def check_init_adapter(model: PeftModel, folder: Path, settings: Settings) -> No
         UserError: with the first such field.
     """
     saved, where = read_adapter_config(folder), f"init_from={settings.init_from}"
-    for field, (theirs, ours) in find_other_fields(saved, model.active_peft_config.to_dict()).items():
+    for field, (theirs, ours) in find_differing_fields(saved, model.active_peft_config.to_dict()).items():
         raise UserError(f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
     base, known = Path(saved.get("base_model_name_or_path") or "").name, model.get_base_model().name_or_path
     if base and base != Path(known).name and is_first_process():

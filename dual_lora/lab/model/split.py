@@ -54,7 +54,7 @@ def split_layers(model: nn.Module, settings: Settings) -> None:
     require(fused, f"{where}: {chosen.name} has no module {pattern.pattern}; name its roles' modules in model.roles")
     for name, layer in fused.items():
         even = isinstance(layer, Conv1D) and layer.nf % len(chosen.split) == 0
-        require(even, f"{where}: {name} is no layer of GPT-2's kind, of equal blocks side by side; take model.split=[]")
+        require(even, f"{where}: {name} is not a fused layer of equal blocks, as GPT-2's is; take model.split=[]")
         model.set_submodule(name, SplitLayer(layer, chosen.split))
 
 

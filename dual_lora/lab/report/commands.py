@@ -15,7 +15,7 @@ from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
 
-# Rounds in which a value is set, and those that follow from it are looked at again.
+# Setting a value may change others that follow from it, so differences are looked for again, at most so often.
 MAX_ROUNDS = 4
 PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is
 # What a command leaves out: where files are, what is logged where, and defaults of other settings.
@@ -54,14 +54,14 @@ def build_words(settings: Settings) -> list[str] | None:
 
 
 def iterate_differences(made: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield an override for every value that is not as wanted, those of the adapter last, and only once no other
-    differs: most of them follow from others."""
+    """Yield an override for every value that differs. Fields of the adapter are yielded only once nothing else differs,
+    because most of them follow from other settings."""
     found = list(iterate_overrides(made, wanted, ""))
     yield from [pair for pair in found if "method.peft." not in pair[0]] or found
 
 
 def iterate_overrides(made: dict[str, Any], wanted: dict[str, Any], before: str) -> Iterator[tuple[str, str]]:
-    """Yield key and value of an override for everything that is not as wanted."""
+    """Yield key and value of an override for every value that differs."""
     for key, value in wanted.items():
         name = f"{before}{key}"
         if name in LEFT_OUT or (key in made and made[key] == value):

@@ -1,6 +1,6 @@
-"""`sweep.py plan=true`: what whole tables would take: a plan for every run, and a total for each table.
+"""`sweep.py plan=true`: a plan for every run of a table, and the total for each table.
 
-Runs that differ in seed, rate or length take the same step, which is planned once (`drop_what_costs_nothing`). Every
+Runs that differ in seed, rate or length take the same step, which is planned once (`reduce_to_cost_settings`). Every
 run, those that choose learning rates included, has a row in runs/STUDY/plan.csv.
 """
 
@@ -69,7 +69,7 @@ def plan_row(label: str, purpose: str, settings: Settings, known: dict[str, dict
 
 def plan_step(settings: Settings, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the plan of one optimizer step: hours, GB a device, and how rows are counted; or why it is refused."""
-    step = drop_what_costs_nothing(settings)
+    step = reduce_to_cost_settings(settings)
     key = repr(replace(step, method=replace(step.method, name="any")))  # LoRA+ is LoRA with other rates
     if key not in known:
         known[key] = compute_step(step)
@@ -77,11 +77,11 @@ def plan_step(settings: Settings, known: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def compute_step(step: Settings) -> dict[str, Any]:
-    """Plan a run of one step."""
+    """Return hours, GB a device and how rows are counted of a run of one step; or why it is refused."""
     with import_heavy_libraries():
         from dual_lora.lab.train.plan import check_fit, compute_plan, count_training_rows
 
-    gc.freeze()  # a plan collects garbage; what the libraries hold is none, and takes most of its time
+    gc.freeze()  # a plan collects garbage often; scanning what the libraries hold would take most of its time
     try:
         plan = compute_plan(step)
         check_fit(step, plan)
@@ -91,7 +91,7 @@ def compute_step(step: Settings) -> dict[str, Any]:
     return {"hours": plan["hours"], "gb": peak, "count_rows": lambda run: count_training_rows(run, load_task(run))[0]}
 
 
-def drop_what_costs_nothing(settings: Settings) -> Settings:
+def reduce_to_cost_settings(settings: Settings) -> Settings:
     """Return the settings of one step, with one value for all that changes neither its operations nor its memory."""
     train = replace(settings.train, lr=1.0, epochs=1.0, max_steps=1, weight_decay=0.0, head_lr=None, adam_epsilon=None)
     task = replace(settings.task, epochs=1.0, warmup_ratio=0.0, warmup_steps=None, head_dropout=None)

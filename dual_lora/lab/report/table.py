@@ -253,7 +253,7 @@ def iterate_loss_notes(done: list[Outcome]) -> Iterator[str]:
     chosen = [cell for cell in done if cell.settings.task.checkpoint == "best_loss"]
     if not chosen:
         return
-    rules = {(cell.settings.task.rows_apart, cell.settings.task.steps_apart) for cell in chosen}
+    rules = {(cell.settings.task.validation_size, cell.settings.task.validation_interval) for cell in chosen}
     said = " or ".join(f"{rows} training rows set apart, taken every {steps} steps" for rows, steps in sorted(rules))
     yield f"checkpoint: the one of the lowest loss on {said}"
     last: dict[str, list[float]] = {}

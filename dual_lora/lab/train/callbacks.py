@@ -109,7 +109,7 @@ class BestEpoch(TrainerCallback):
     """Scores every epoch and keeps the trained weights of the best one.
 
     measure: returns scores and predictions. metric: the score that decides; with `lower` the lowest is the best.
-    patience: training stops after so many epochs without a better one; None: never. rows: see `write_scores`.
+    patience: training stops after this many epochs without a better one; None: never. rows: see `write_scores`.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class BestEpoch(TrainerCallback):
             self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
 
     def score_last(self) -> None:
-        """Score the weights of the last step, unless they are scored already, as here."""
+        """Do nothing: every epoch is scored, the last one, too."""
 
     def save_state(self, folder: Path) -> dict[str, Any]:
         """Write the best weights so far into a checkpoint and return the rest of the state."""
@@ -185,8 +185,8 @@ class BestEpoch(TrainerCallback):
 
 
 class BestLoss(BestEpoch):
-    """Logs the loss on the validation rows every so many steps and after the last. Where `keeps` is set, keeps the
-    weights of the lowest one (`checkpoint: best_loss`).
+    """Logs the loss on the validation rows every `every` steps and after the last. With `keeps`, keeps the weights of
+    the lowest one (`checkpoint: best_loss`).
 
     measure: scores the model, as in `BestEpoch`. measure_loss: returns the mean loss on the validation rows.
     """
@@ -196,10 +196,10 @@ class BestLoss(BestEpoch):
         self.measure_loss, self.every, self.keeps = measure_loss, every, keeps
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Epochs do not matter here."""
+        """Do nothing: the loss is measured by step."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Take the loss where it is due, before a checkpoint of this step is written."""
+        """Measure the loss if it is due, before a checkpoint of this step is written."""
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         began = time.perf_counter()
@@ -211,7 +211,7 @@ class BestLoss(BestEpoch):
             self.keep_if_best(loss, state, model)
 
     def score_last(self) -> None:
-        """Score the weights of the last step, where those of another may replace them."""
+        """Score the weights of the last step, if those of another step may replace them."""
         if not self.keeps:
             return
         began = time.perf_counter()
@@ -219,6 +219,6 @@ class BestLoss(BestEpoch):
         self.seconds += time.perf_counter() - began
 
     def restore_best(self, model: torch.nn.Module) -> None:
-        """Give the model the weights of the lowest loss, where they are kept."""
+        """Give the model the weights of the lowest loss, if they are kept."""
         if self.keeps:
             super().restore_best(model)

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora.bench.measure import kept_bytes
+from dual_lora.bench.measure import measure_kept_bytes
 from dual_lora.lab.config.recorded import replace_settings
 from dual_lora.lab.config.schema import MAX_LAYERS, Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
@@ -175,7 +175,7 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
         return back
 
     with translate_method_errors(settings):
-        kept = kept_bytes(model, step)
+        kept = measure_kept_bytes(model, step)
     found = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
     return {"tokens": ids.numel(), "kept": kept, **found}
 

@@ -9,7 +9,7 @@ layer's weight at a time, which the reserve covers.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,7 +19,7 @@ from dual_lora import paper
 from dual_lora.lab.config.recorded import replace_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import require
+from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import check_named_modules, count_parameters
 from dual_lora.lab.model.load import explain_unshardable, unwrap_adapter
@@ -161,7 +161,7 @@ def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
     counted = known is None or settings.data_dir is not None
     if counted:
         return len(load_split(task, "train", settings).rows), counted
-    rest = known - settings.eval.rows_apart - settings.task.rows_apart
+    rest = known - settings.eval.reserved_rows - settings.task.validation_size
     return min(rest, limit or rest), counted
 
 
@@ -214,58 +214,89 @@ def estimate_memory(
     return {"size": sizes, **parts, "reserve": reserve, "peak": sum(parts.values()) + reserve}
 
 
+class Option(NamedTuple):
+    """Settings that a plan may propose: rows of a batch, devices, sharding, 4-bit base, gradient checkpointing."""
+
+    batch: int
+    devices: int
+    sharding: str
+    base: str | None
+    checkpointed: bool
+
+
 def check_fit(settings: Settings, found: dict[str, Any]) -> None:
     """Refuse a plan that needs more than the device has, saying what would fit.
 
     Raises:
         UserError: with those settings.
     """
-    train, hardware, parts = settings.train, settings.hardware, found["memory"]
-    room, unshardable_reason = found["hardware"]["memory"], found["cannot_shard"]
-    able = hardware.sharding != "full" or unshardable_reason is None
-    require(able, f"plan: hardware.sharding=full: {unshardable_reason}; take hardware=ddp")
+    hardware, peak, room = settings.hardware, found["memory"]["peak"], found["hardware"]["memory"]
+    reason = found["cannot_shard"]
+    able = hardware.sharding != "full" or reason is None
+    require(able, f"plan: hardware.sharding=full: {reason}; take hardware=ddp")
+    if peak <= room:
+        return
+    chosen = [
+        next((option for option in group if fits_memory(option, settings, found)), None)
+        for group in list_options(settings, found)
+    ]
+    remedies = [format_option(option, settings) for option in chosen if option]
+    raise UserError(
+        f"plan: {settings.model.name} with {settings.method.name} needs {peak / GB:.1f} GB a device, "
+        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(remedies) or 'a larger accelerator'}"
+    )
 
-    def fits(batch: int, devices: int, sharding: str, base: str | None, checkpointed: bool) -> bool:
-        kept = parts["size"]["kept_sharded"] if sharding == "full" else parts["activations"]
-        kept = parts["size"]["kept_checkpointed"] if checkpointed else kept
-        kept *= batch / train.batch_size
-        return estimate_memory(parts["size"], kept, devices, sharding, base)["peak"] <= room
 
+def list_options(settings: Settings, found: dict[str, Any]) -> tuple[list[Option], ...]:
+    """Return groups of options, of each of which the first that fits is proposed: smaller batches, gradient
+    checkpointing, a 4-bit base, and sharding over more devices."""
+    train, hardware, sizes = settings.train, settings.hardware, found["memory"]["size"]
+    can_shard = found["cannot_shard"] is None
     here = (hardware.devices, hardware.sharding)
     batches = [b for b in range(train.batch_size, 0, -1) if train.batch_size % b == 0]
-    more = [] if unshardable_reason else [2**i for i in range(1, 11) if 2**i > hardware.devices]
-    if hardware.sharding == "replicas" and not unshardable_reason:
+    more = [2**i for i in range(1, 11) if 2**i > hardware.devices] if can_shard else []
+    if hardware.sharding == "replicas" and can_shard:
         more = [hardware.devices, *more]
     free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
-    small = free and hardware.sharding != "full" and parts["size"]["frozen_nf4"] < parts["size"]["frozen"]
-    smaller_batches = [(b, *here, hardware.base, False) for b in batches]
-    can_checkpoint = "kept_checkpointed" in parts["size"] and not train.gradient_checkpointing
-    checkpointed = [(b, *here, hardware.base, True) for b in batches if can_checkpoint]
-    quantised = [(b, *here, "nf4", False) for b in batches if small]  # the method has a frozen base to be quantised
-    sharded = [(train.batch_size, devices, "full", None, False) for devices in more if free]
-    sharded += [(b, devices, "full", None, False) for devices in more for b in batches if free]
-    groups = (smaller_batches, checkpointed, quantised, sharded)
-    chosen = [next((option for option in group if fits(*option)), None) for group in groups]
-    remedies = []
-    for batch, devices, sharding, base, checkpoints in filter(None, chosen):
-        remedy = []
-        if batch != train.batch_size:
-            accumulation = train.accumulation * train.batch_size // batch
-            remedy += [f"train.batch_size={batch} train.accumulation={accumulation}"]
-        if checkpoints:
-            remedy += ["train.gradient_checkpointing=true"]
-        if base != hardware.base:
-            remedy += [f"hardware.base={base}"]
-        if (devices, sharding) != here:
-            remedy += [f"hardware.sharding={sharding} hardware.devices={devices}"]
-        if devices > hardware.devices:
-            remedy += [f"(for {devices / hardware.devices:g} times as many examples a step)"]
-        remedies.append(" ".join(remedy))
-    require(
-        parts["peak"] <= room,
-        f"plan: {settings.model.name} with {settings.method.name} needs {parts['peak'] / GB:.1f} GB a device, "
-        f"{hardware.accelerator} has {room / GB:.0f}; would fit: {', or '.join(remedies) or 'a larger accelerator'}",
+    # A smaller base in 4 bits means that the method has a frozen one.
+    quantises = free and hardware.sharding != "full" and sizes["frozen_nf4"] < sizes["frozen"]
+    can_checkpoint = "kept_checkpointed" in sizes and not train.gradient_checkpointing
+    sharded = [Option(train.batch_size, devices, "full", None, False) for devices in more if free]
+    sharded += [Option(b, devices, "full", None, False) for devices in more for b in batches if free]
+    return (
+        [Option(b, *here, hardware.base, False) for b in batches],
+        [Option(b, *here, hardware.base, True) for b in batches if can_checkpoint],
+        [Option(b, *here, "nf4", False) for b in batches if quantises],
+        sharded,
     )
+
+
+def fits_memory(option: Option, settings: Settings, found: dict[str, Any]) -> bool:
+    """Return whether a run with an option's settings needs no more memory than the device has."""
+    parts = found["memory"]
+    kept = parts["size"]["kept_sharded"] if option.sharding == "full" else parts["activations"]
+    kept = parts["size"]["kept_checkpointed"] if option.checkpointed else kept
+    kept *= option.batch / settings.train.batch_size
+    memory = estimate_memory(parts["size"], kept, option.devices, option.sharding, option.base)
+    return memory["peak"] <= found["hardware"]["memory"]
+
+
+def format_option(option: Option, settings: Settings) -> str:
+    """Return the settings of an option that differ from the run's, as a command line has them."""
+    train, hardware = settings.train, settings.hardware
+    words = []
+    if option.batch != train.batch_size:
+        accumulation = train.accumulation * train.batch_size // option.batch
+        words += [f"train.batch_size={option.batch} train.accumulation={accumulation}"]
+    if option.checkpointed:
+        words += ["train.gradient_checkpointing=true"]
+    if option.base != hardware.base:
+        words += [f"hardware.base={option.base}"]
+    if (option.devices, option.sharding) != (hardware.devices, hardware.sharding):
+        words += [f"hardware.sharding={option.sharding} hardware.devices={option.devices}"]
+    if option.devices > hardware.devices:
+        words += [f"(for {option.devices / hardware.devices:g} times as many examples a step)"]
+    return " ".join(words)
 
 
 def format_plan(found: dict[str, Any], record: Record) -> str:

@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism
 
 from dual_lora.lab.config.schema import Settings
@@ -22,16 +22,16 @@ from dual_lora.lab.inputs.splits import (
     read_training_split,
 )
 from dual_lora.lab.model.adapt import (
-    attach_method,
     check_named_modules,
     count_parameters,
     describe_adapter,
+    draw_initial_model,
     find_unfinished_ramp,
     list_kernels,
     list_rates,
 )
 from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
-from dual_lora.lab.model.load import is_sharded, load_model
+from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
@@ -154,6 +154,32 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
     )
 
 
+@dataclass(frozen=True)
+class RunRows:
+    """The rows of a run: those trained on; those scored, by split; those that epochs are compared on, under the name of
+    a scored split; those whose loss is logged. The last two are None where nothing asks for them."""
+
+    train: Split
+    scored: dict[str, Split]
+    development: dict[str, Split] | None
+    validation: Split | None
+
+
+def load_run_rows(task: Task, settings: Settings) -> RunRows:
+    """Return the rows of a run. One process fetches and prepares them before the others read them.
+
+    Raises:
+        UserError: the data is missing, damaged, cannot be fetched, or has too few rows.
+    """
+    with run_first_process_first():
+        return RunRows(
+            load_split(task, "train", settings),
+            load_scored_splits(task, settings),
+            load_development_split(task, settings),
+            read_training_split(task, settings)[1] if settings.task.validation_size else None,
+        )
+
+
 def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> dict[str, Any]:
     """Do everything between an empty record and its result, which is written last.
 
@@ -164,63 +190,104 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     task = load_task(settings)
     able = settings.model.dtype != "float16" or torch.cuda.is_available()
     require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
-    with run_first_process_first():
-        train = load_split(task, "train", settings)
-        held_out = load_scored_splits(task, settings)
-        development = load_development_split(task, settings)
-        apart = read_training_split(task, settings)[1] if settings.task.rows_apart else None
-    set_seed(settings.seed)
-    base, tokenizer = load_model(settings, task)
-    set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
-    model = attach_method(base, settings, task.form, len(train.rows))
+    rows = load_run_rows(task, settings)
+    model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
-    examples = encode_rows(train.rows, task, tokenizer, settings)
-    check_positions(base, max(map(len, examples["input_ids"])), settings)
-    log, collate = LogCallback(record, mirror), build_collator(task, tokenizer)
-    if settings.train.packing:
-        check_packing(model)
-        collate = PackingCollator(tokenizer.pad_token_id, settings.task.max_length)
+    log = LogCallback(record, mirror)
 
-    def score_model(title: str, splits: dict[str, Split] = held_out) -> tuple[dict, list]:
+    def score_model(title: str, splits: dict[str, Split] = rows.scored) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
             return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
-    best = build_best_epoch(settings, task, log, partial(score_model, splits=development or held_out))
-    if apart:
-        validation, keeps = encode_rows(apart.rows, task, tokenizer, settings), settings.task.checkpoint == "best_loss"
-        best = BestLoss(score_model, lambda: trainer.measure_loss(validation), settings.task.steps_apart, keeps, log)
+    trainer = build_trainer(model, tokenizer, task, rows, score_model, log, settings)
+    before = share_from_first(lambda: read_initial_scores(record))
+    if before is None and settings.eval.before:
+        before = score_model("before")[0]
+        log.write_scores(0, before)
+    trained = train_or_load(trainer, record, settings)
+    merged = merge_adapter(model)
+    metrics, predictions = score_model("after")
+    log.write_scores(trained["steps"], metrics)
+    share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
+    scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
+    warnings = find_warnings(task, predictions) + find_unfinished_ramp(model)
+    result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
+    return share_from_first(lambda: record.write_result(result))
+
+
+def build_trainer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: RunRows,
+    score_model: Callable[..., tuple[dict, list]],
+    log: LogCallback,
+    settings: Settings,
+) -> RunTrainer:
+    """Return the trainer of a run, with the callback that keeps the best weights where the protocol asks for one.
+
+    Raises:
+        UserError: the model cannot take the rows: they are too long, or packed.
+    """
+    examples = encode_rows(rows.train.rows, task, tokenizer, settings)
+    check_positions(unwrap_adapter(model), max(map(len, examples["input_ids"])), settings)
+    collate = build_collator(task, tokenizer)
+    if settings.train.packing:
+        check_packing(model)
+        collate = PackingCollator(tokenizer.pad_token_id, settings.task.max_length)
+    best = build_best_epoch(settings, task, log, partial(score_model, splits=rows.development or rows.scored))
+    if rows.validation:
+        encoded, keeps = encode_rows(rows.validation.rows, task, tokenizer, settings), keeps_best_loss(settings)
+        every = settings.task.validation_interval
+        best = BestLoss(score_model, lambda: trainer.measure_loss(encoded), every, keeps, log)
     trainer = RunTrainer(
-        record,
+        log.record,
         settings,
-        train.rows["id"],
+        rows.train.rows["id"],
         best,
         model=model,
-        args=build_training_arguments(settings, record),
+        args=build_training_arguments(settings, log.record),
         train_dataset=examples,
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=[log, best] if best else [log],
     )
     trainer.remove_callback(PrinterCallback)
-    progress = ProgressBar(record.name)
-    trainer.add_callback(progress)
-    before = share_from_first(lambda: read_initial_scores(record))
-    if before is None and settings.eval.before:
-        before = score_model("before")[0]
-        log.write_scores(0, before)
+    return trainer
+
+
+def train_or_load(trainer: RunTrainer, record: Record, settings: Settings) -> dict[str, Any]:
+    """Give the model its trained weights, those of an earlier attempt if it finished training, and return the facts
+    about the training.
+
+    Raises:
+        UserError: training runs out of memory or diverges, or the weights cannot be saved.
+        Stopped: a stop was requested.
+    """
     trained = share_from_first(record.read_training)
     if trained:
         trainer.load_weights(record.get_weights_folder(settings))
-    elif not any(weight.requires_grad for weight in model.parameters()):
-        trained = save_training(trainer, record, settings, UNTRAINED)
-    else:
-        with closing(progress), translate_memory_errors(suggest_smaller_batch(settings)):
-            trained = train_and_save(trainer, best, record, settings)
-    merged = merge_adapter(model)
-    metrics, predictions = score_model("after")
-    log.write_scores(trained["steps"], metrics)
-    share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
+        return trained
+    if not any(weight.requires_grad for weight in trainer.model.parameters()):
+        return save_training(trainer, record, settings, UNTRAINED)
+    progress = ProgressBar(record.name)
+    trainer.add_callback(progress)
+    with closing(progress), translate_memory_errors(suggest_smaller_batch(settings)):
+        return train_and_save(trainer, record, settings)
+
+
+def collect_result(
+    settings: Settings,
+    record: Record,
+    task: Task,
+    model: torch.nn.Module,
+    rows: RunRows,
+    trained: dict[str, Any],
+    scores: dict[str, Any],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Return the content of result.json. trained: see `train_and_save`. scores: metrics, merged and metrics_before."""
     result = {
         "identity": record.name,
         "model": settings.model.name,
@@ -229,11 +296,9 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "method": settings.method.name,
         "seed": settings.seed,
         "metric": task.metric,
-        "metrics": metrics,
-        "merged": merged,
-        "metrics_before": before,
+        **scores,
         "best_epoch": trained["best_epoch"],
-        "metrics_last_epoch": trained["metrics_last_epoch"] or (None if development else metrics),
+        "metrics_last_epoch": trained["metrics_last_epoch"] or (None if rows.development else scores["metrics"]),
         **count_parameters(model),
         "adapter": describe_adapter(model),
         "learning_rates": list_rates(model, settings),
@@ -245,23 +310,27 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         "train_seconds": trained["train_seconds"],
         "tokens_per_second": trained["tokens"] / (trained["train_seconds"] or 1.0),
         "peak_memory_bytes": trained["peak_memory_bytes"],
-        "warnings": find_warnings(task, predictions) + find_unfinished_ramp(model),
-        "data": {name: split.describe() for name, split in {"train": train, **held_out}.items()},
+        "warnings": warnings,
+        "data": {name: split.describe() for name, split in {"train": rows.train, **rows.scored}.items()},
     }
-    if apart:
+    if rows.validation:
         result["validation_loss"] = find_validation_loss(record, settings)
     if settings.init_from:
         result["init_weights"] = hash_file(find_init_weights(settings))
-    if development:
-        result["development"] = next(iter(development.values())).describe()
-    return share_from_first(lambda: record.write_result(result))
+    if rows.development:
+        result["development"] = next(iter(rows.development.values())).describe()
+    return result
+
+
+def keeps_best_loss(settings: Settings) -> bool:
+    """Return whether the weights of the lowest validation loss are kept and scored."""
+    return settings.task.checkpoint == "best_loss"
 
 
 def find_validation_loss(record: Record, settings: Settings) -> float | None:
     """Return the loss on the validation rows of the weights that are scored; None if nothing was trained."""
     losses = [row[LOSS_COLUMN] for row in record.read_log() if LOSS_COLUMN in row]
-    keeps = settings.task.checkpoint == "best_loss"
-    return (min(losses) if keeps else losses[-1]) if losses else None
+    return (min(losses) if keeps_best_loss(settings) else losses[-1]) if losses else None
 
 
 def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: Callable) -> BestEpoch | None:
@@ -273,11 +342,12 @@ def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: 
     return BestEpoch(measure, task.metric, log, task.metric in task.lower_is_better, patience, rows)
 
 
-def train_and_save(trainer: RunTrainer, best: BestEpoch | None, record: Record, settings: Settings) -> dict[str, Any]:
+def train_and_save(trainer: RunTrainer, record: Record, settings: Settings) -> dict[str, Any]:
     """Train, from the newest checkpoint if there is one, and return the facts about training for the result.
 
     The weights are saved, and then `trained.json`, so that a later kill does not lose the training.
     """
+    best = trainer.best
     with PeakMemory() as peak:
         done = trainer.fit_run(share_from_first(record.find_checkpoint))
     if best:

@@ -118,8 +118,8 @@ def locate_update(update: Update, settings: Settings) -> dict[str, object]:
 
 def measure_update(dW: torch.Tensor, W0: torch.Tensor | None, theirs: torch.Tensor | None) -> dict[str, float | None]:
     """Return the numbers of one dW (out x in), and its similarity to another run's."""
-    similarity = dict.fromkeys(("cosine", "sign_agreement")) if theirs is None else analysis.agreement(dW, theirs)
-    return analysis.overall(dW, W0) | similarity
+    similarity = dict.fromkeys(("cosine", "sign_agreement")) if theirs is None else analysis.compare_updates(dW, theirs)
+    return analysis.measure_overall(dW, W0) | similarity
 
 
 def format_analysis(content: dict, record: Record) -> str:

@@ -14,11 +14,10 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.splits import load_split
-from dual_lora.lab.model.adapt import find_group_and_rate
+from dual_lora.lab.model.adapt import draw_initial_model, find_group_and_rate
 from dual_lora.lab.model.encode import build_collator, encode_rows
 from dual_lora.lab.record.record import CURVATURE_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
-from dual_lora.lab.weights.updates import draw_initial_model
 from dual_lora.tuner.warmup import list_factors
 
 ROWS, ROWS_SEED = 64, 2512

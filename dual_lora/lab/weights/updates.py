@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import analysis
@@ -24,13 +23,12 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.reevaluation import load_trained_model
-from dual_lora.lab.model.adapt import attach_method
+from dual_lora.lab.model.adapt import draw_initial_model
 from dual_lora.lab.model.load import load_dequantised_model, load_model
 from dual_lora.lab.model.merge import explain_unmergeable
 from dual_lora.lab.record.record import Record
 from dual_lora.tuner.factors import DualLoraFactors
 from dual_lora.tuner.layer import DualLoraLayer
-from tasks import Task
 
 ADAPTER = "default"
 NULL_SEED = 0
@@ -158,7 +156,7 @@ class VariantUpdate(LowRankUpdate):
 
 def measure_product(BA: Tensor) -> dict:
     """Return the ranks of B A (out x in), under names that begin with `product`."""
-    return {f"product_{key}": value for key, value in analysis.spectrum(BA).items()}
+    return {f"product_{key}": value for key, value in analysis.compute_ranks(BA).items()}
 
 
 class MergedUpdate(Update):
@@ -212,7 +210,7 @@ class DualLoraUpdate(Update):
     def measure_factors(self, factors: DualLoraFactors, device: str) -> dict:
         variants = factors.variants
         four = (t.to(device) for t in self.get_factors(factors))
-        return analysis.dual(*four, variants["magnitude"], variants["direction"])
+        return analysis.measure_groups(*four, variants["magnitude"], variants["direction"])
 
     def measure_parts(self, device: str) -> dict:
         return self.measure_factors(self.factors, device)
@@ -238,7 +236,7 @@ class DualLoraUpdate(Update):
         C, D, C0, D0 = (
             t.to(device) for t in (*self.get_factors(self.factors)[2:], *self.get_factors(initial_factors)[2:])
         )
-        return analysis.flipped(C, D, C0, D0)
+        return analysis.compute_flipped_share(C, D, C0, D0)
 
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
@@ -369,7 +367,7 @@ def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[
         if any(a.shape != b.shape for a, b in pairs):
             return {}, {"rebuilt": False, "why": f"training would give {update.module} other shapes now"}
         for a, b in pairs:
-            cosine = analysis.cosine_similarity(a, b) or 0.0
+            cosine = analysis.compute_cosine(a, b) or 0.0
             cosines.append(cosine)
             deviations.append(cosine * math.sqrt(a.numel()))
     found = {"least_cosine": min(cosines), "least_over_chance": min(deviations)}
@@ -377,18 +375,6 @@ def rebuild_initial_factors(settings: Settings, updates: list[Update]) -> tuple[
         why = "the factors redrawn from the seed do not match those this run began with"
         return {}, {"rebuilt": False, "why": why, **found}
     return initial_factors, {"rebuilt": True, "why": None, **found}
-
-
-def draw_initial_model(settings: Settings, task: Task, rows: int | None = None) -> tuple[nn.Module, object]:
-    """Return the model as training draws it from the run's seed, and its tokenizer. rows: see `attach_method`.
-
-    Raises:
-        UserError: the model cannot be loaded, or the method does not fit it.
-    """
-    set_seed(settings.seed)
-    base, tokenizer = load_model(settings, task)
-    set_seed(settings.seed)
-    return attach_method(base, settings, task.form, rows), tokenizer
 
 
 def draw_initial_factors(settings: Settings) -> dict[str, DualLoraFactors]:

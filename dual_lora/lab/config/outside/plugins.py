@@ -29,7 +29,7 @@ def import_plugin(word: str) -> None:
         UserError: there is no such code, it cannot be imported, or a task here has its name.
     """
     place, name = locate_plugin(word)
-    require(name.isidentifier(), f"plugins={word}: {name} is no name for Python; rename it")
+    require(name.isidentifier(), f"plugins={word}: {name} is not a Python name; rename it")
     require(not find_spec(f"tasks.{name}"), f"plugins={word}: {name} is the name of a task here; rename it")
     known = tasks.plugins.get(name)
     require(known is None, f"plugins={word}: called {name} like {known and known.path}; rename one")
@@ -48,7 +48,7 @@ def locate_plugin(word: str) -> tuple[Path | None, str]:
     path = resolve_path("plugins", word)
     if path.suffix == ".py" or path.is_dir() or "/" in word:
         packaged = not path.is_dir() or (path / "__init__.py").is_file()
-        require(packaged, f"plugins={word}: no __init__.py there, so it is no package; {KINDS}")
+        require(packaged, f"plugins={word}: no __init__.py there, so it is not a package; {KINDS}")
         require(path.exists(), f"plugins={word}: no such file; {KINDS}")
         path = path.absolute()
         return path, path.name.removesuffix(".py")

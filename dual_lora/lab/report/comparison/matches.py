@@ -115,7 +115,7 @@ def get_training_hash(cell: Outcome) -> str | None:
 
 def get_row_protocol(cell: Outcome) -> object:
     """Return what of a run's settings chooses its training rows, beside the seed."""
-    return cell.settings.task, cell.settings.eval.rows_apart, cell.settings.train.max_examples
+    return cell.settings.task, cell.settings.eval.reserved_rows, cell.settings.train.max_examples
 
 
 class Predictions:
