@@ -46,6 +46,7 @@ from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.model import adapt
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.report import write as report_write
 from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -155,7 +156,7 @@ class Study:
 
     def tell_phases(self) -> None:
         """Keep the phase of the work in memory that the parent sees."""
-        places = [(train_run, "load_model"), (train_run, "evaluate_splits"), (RunTrainer, "fit_run")]
+        places = [(adapt, "load_model"), (train_run, "evaluate_splits"), (RunTrainer, "fit_run")]
         places += [(RunTrainer, "_save_checkpoint"), (train_run, "seal_folder"), (report_write, "write_report")]
         for number, (place, function) in enumerate(places, start=1):
             setattr(place, function, self.within(number, getattr(place, function)))
@@ -457,8 +458,8 @@ class Chaos:
 
     def memory(self) -> None:
         calls = [
-            (train_run, "load_model", 2),
-            (train_run, "attach_method", 1),
+            (adapt, "load_model", 2),
+            (adapt, "attach_method", 1),
             (train_trainer.Trainer, "training_step", 5),
         ]
         calls += [(evaluate, "compute_outputs", 2), (train_run, "merge_adapter", 1)]

@@ -294,7 +294,7 @@ def test_a_run_that_moved_nothing_has_exactly_the_factors_its_seed_draws(runs_fo
         torch.rand(next(drawn))  # a fresh head would draw too; how much must not matter
         return load(*arguments)
 
-    monkeypatch.setattr("dual_lora.lab.weights.updates.load_model", load_and_draw)
+    monkeypatch.setattr("dual_lora.lab.model.adapt.load_model", load_and_draw)
     folder = train("method=dual_lora", "train.lr=1e-30", "seed=3")
     first = draw_initial_factors(load_recorded_settings(folder))
     weights = adapter_weights(folder, Q0)

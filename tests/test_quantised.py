@@ -256,7 +256,7 @@ def test_4_bits_are_proposed_where_they_would_fit_and_the_base_stays_as_it_is(ru
 
 def test_without_bitsandbytes_a_run_is_refused_before_anything_is_loaded(runs_folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dual_lora.lab.model.adapt.load_model", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setattr(sys, "argv", ["train.py", "hardware=qlora"])
     with pytest.raises(SystemExit) as end:
         run_command(train_command, ["hardware=qlora"])

@@ -97,7 +97,7 @@ def test_a_forced_run_removes_a_damaged_result_of_the_one_before_it(record, monk
     (again.folder / "result.json").write_text("")
     before = (record.folder / "result.json").read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("dual_lora.lab.train.run.load_model", lambda *_: (_ for _ in ()).throw(Killed()))
+        patched.setattr("dual_lora.lab.model.adapt.load_model", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             train_run(Run.prepare(load_settings(FORCED)))
     assert not (again.folder / "result.json").exists() and (record.folder / "result.json").read_bytes() == before
@@ -178,7 +178,7 @@ def test_a_result_without_seals_passes_only_if_its_environment_says_how_old_it_i
     "name", ["metrics.jsonl", "predictions.jsonl", "result.json", "trained.json", "failure.json", "config.yaml"]
 )
 def test_a_folder_in_place_of_a_file_is_named_before_anything_loads(name, runs_folder, monkeypatch):
-    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("dual_lora.lab.model.adapt.load_model", lambda *_: pytest.fail("loaded"))
     folder = Run.prepare(load_settings(RUN)).record.folder
     (folder / name).mkdir(parents=True)
     with pytest.raises(UserError, match=f"{name}: a folder, not a file; remove it"):
@@ -186,7 +186,7 @@ def test_a_folder_in_place_of_a_file_is_named_before_anything_loads(name, runs_f
 
 
 def test_a_file_in_place_of_the_checkpoints_is_named_before_anything_loads(runs_folder, monkeypatch):
-    monkeypatch.setattr("dual_lora.lab.train.run.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("dual_lora.lab.model.adapt.load_model", lambda *_: pytest.fail("loaded"))
     folder = Run.prepare(load_settings(RUN)).record.folder
     folder.mkdir(parents=True)
     (folder / "checkpoints").write_text("mine")
