@@ -53,7 +53,8 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistake_is_one_line_with_the_mend(override):
-    message, expected = refused(*ENCODER, override), MISTAKES[override]
+    base = [word for word in ENCODER if word.partition("=")[0] != override.partition("=")[0]]
+    message, expected = refused(*base, override), MISTAKES[override]
     assert message.startswith(expected), message
 
 

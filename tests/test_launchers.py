@@ -142,7 +142,7 @@ def test_the_documentation_names_every_launcher():
 def test_a_failing_run_stops_no_other(command, runs_folder, start):
     """The README's commands, without Slurm (test_slurm.py has it), and with a rank that cannot be shared between two
     groups, which only the run itself finds out."""
-    here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "method.rank=1"}
+    here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "train.lr=1e-3"}
     given = [here.get(word, word) for word in words(command)[3:]]
     process = start(*given, "method.rank=1")
     out, err = process.communicate(timeout=1500)

@@ -20,7 +20,7 @@ from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import compose_choices
+from dual_lora.lab.config.compose import compose_choices, load_choice_file
 from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.errors import UserError
 
@@ -177,6 +177,8 @@ def test_no_settings_file_and_no_record_names_code(key, own, tmp_path, runs_fold
     write_files(folder, {"experiment/mine.yaml": changed})
     with pytest.raises(UserError):
         sweep_command(["experiment=mine", *own[:3], own[4], *SHORT])
+    load_choice_file.cache_clear()
+    compose_choices.cache_clear()
     write_files(folder, {"task/stars.yaml": FILES["task/stars.yaml"] + f"plugins: {trap}\n"})
     with pytest.raises(UserError):
         train_command([*own, *SHORT])

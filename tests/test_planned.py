@@ -53,11 +53,11 @@ def test_dual_lora_has_the_scale_of_lora_and_a_row_its_alpha(name, ours, literal
             kind = "literal" if cell.label.endswith("alpha") else s.method.name
             scales.setdefault((s.model.name, s.task.name, s.method.rank), {})[kind] = s.method.alpha / rank
     compared = [some for some in scales.values() if "dual_lora" in some]
-    assert len(compared) == {"nlu": 24, "nlg": 2, "commonsense": 5}[name]
+    assert len(compared) == {"nlu": 24, "nlg": 2, "commonsense": 6}[name]
     for some in compared:
         assert some["dual_lora"] == pytest.approx(ours * some["lora"])
         assert some.get("literal", literal * some["lora"]) == pytest.approx(literal * some["lora"])
-    assert sum("literal" in some for some in compared) >= len(compared) - 1  # not for the 70B of commonsense
+    assert sum("literal" in some for some in compared) >= len(compared) - 2  # not for 70B and Qwen of commonsense
 
 
 def test_a_value_may_be_a_multiple_of_its_block_s():

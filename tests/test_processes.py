@@ -33,7 +33,7 @@ COMMON = ["wandb.mode=disabled", "train.max_steps=6", "eval.max_examples=8", "ev
 TEXT, WORDS = ["model=tiny-llama", "task=demo/restaurants"], ["model=tiny-roberta", "task=demo/sentiment"]
 ONE, TWO = ["train.batch_size=8"], ["train.batch_size=4", DEVICES]
 # What may differ: names, and what was not computed but measured.
-OTHER = {"identity", "train_seconds", "tokens_per_second", "peak_memory_bytes", "merged", "train_loss"}
+OTHER = {"batch", "identity", "train_seconds", "tokens_per_second", "peak_memory_bytes", "merged", "train_loss"}
 OTHER |= {"sha256", "digest"}
 
 

@@ -141,6 +141,8 @@ def shortened(arguments: list[str]) -> list[str]:
     if arguments[0] == "eval.py" or "--help" in arguments:
         return []
     short = SHORT if arguments == ["train.py"] else [*SHORT, "eval.before=false"]
+    if arguments[0] == "sweep.py" and any(a in ("experiment=fit", "experiment=teacher") for a in arguments):
+        return ["scale=smoke"]  # studies without a model
     short = [*short, "seed=0"] if arguments[0] == "sweep.py" else short
     return [word for word in short if word.partition("=")[0] not in {a.partition("=")[0] for a in arguments}]
 

@@ -46,6 +46,7 @@ def test_runs_of_a_launcher_name_what_varies(runs_folder, monkeypatch, capfd):
 
 def test_an_evaluation_writes_lines_into_a_log_file_and_no_bar(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LINE_SECONDS", 0.0)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which runs beside others set
     assert list(evaluate.show_progress([[0], [1], [2]], "after")) == [[0], [1], [2]]
     said = capsys.readouterr().err
     assert re.findall(r"(?m)^after: batch (\d)/3, \d+ s left$", said)[-2:] == ["1", "2"] and "\r" not in said

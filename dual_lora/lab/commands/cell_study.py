@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.errors import EXIT_OK, UserError, require
 from dual_lora.lab.study.experiment import choose_scale, load_experiment_file
 from dual_lora.lab.system.distributed import is_first_process
@@ -32,8 +33,10 @@ class CellStudy:
         """Return the study of that name at a scale; None where the experiment is a table of runs.
 
         Raises:
-            UserError: there is no such experiment or scale, or its file is wrong.
+            UserError: there is no such scale, or the experiment's file is wrong.
         """
+        if name not in list_choices("experiment"):
+            return None  # `Experiment.load` says so
         content = load_experiment_file(name)
         if not isinstance(content, dict) or "kind" not in content:
             return None

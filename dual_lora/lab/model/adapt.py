@@ -27,6 +27,7 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -95,7 +96,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     known = {field.name for field in fields(config_type)}
     check_peft_type(settings, kind, known, form)
     check_decided_fields(values, form)
-    values["task_type"] = TASK_TYPES[form]
+    values.setdefault("task_type", TASK_TYPES[form])
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
         values.setdefault("target_modules", build_target_pattern(settings))
         if values["target_modules"] == ALL_LINEAR and "exclude_modules" in known:
@@ -114,8 +115,12 @@ def check_decided_fields(values: dict[str, Any], form: str) -> None:
     Raises:
         UserError: with the field.
     """
-    given, own = values.get("task_type"), TASK_TYPES[form].value
-    require(given in (None, own), f"method.peft.task_type={given}: the task decides it, here {own}; drop it")
+    own = TASK_TYPES[form].value
+    given = values.get("task_type", own)
+    # Without a task type PEFT trains no head: right only for an adapter on no module, the method "none".
+    fits = given == own or (given is None and values.get("target_modules") == DUMMY_TARGET_MODULES)
+    shown = "null" if given is None else given
+    require(fits, f"method.peft.task_type={shown}: the task decides it, here {own}; drop it")
     trains = not values.get("inference_mode")
     require(trains, "method.peft.inference_mode=true: nothing of the adapter would train; drop it")
 

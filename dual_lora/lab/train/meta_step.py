@@ -1,5 +1,7 @@
 """One training step on torch's meta device, where tensors have shapes but no values."""
 
+import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -83,8 +85,9 @@ def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = No
     Raises:
         UserError: the method refuses its settings, or the model's architecture is not known.
     """
+    model = build_meta_model(settings, task, layers)  # whose errors are no method's
     with suppress(UserError), torch.device("meta"):  # else the method draws its weights before they are moved there
-        return attach_method(build_meta_model(settings, task, layers), settings, task.form)
+        return attach_method(model, settings, task.form)
     try:
         return attach_method(build_meta_model(settings, task, layers), settings, task.form)
     except UserError:
@@ -94,7 +97,7 @@ def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = No
     try:
         return attach_method(build_meta_model(settings, task, layers), plain, task.form)
     except UserError as error:
-        reads = "meta" in str(error)
+        reads = re.search("meta (tensor|device)", str(error))
         name = settings.method.name
         require(not reads, f"plan: method={name} looks at the base weights, which a plan does not load; run it instead")
         raise
@@ -163,9 +166,16 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
     labels = {"generation": ids, "classification": ids[:, 0], "regression": ids[:, 0].float()}[task.form]
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
 
+    # transformers' own mask for eager attention depends on the mask's values, which the meta device does not have;
+    # without one the same is computed.
+    base = unwrap_adapter(model)
+    eager = base.config._attn_implementation == "eager"
+    reads_mask = eager and hasattr(sys.modules[type(base).__module__], "create_bidirectional_mask")
+    mask = None if reads_mask else torch.ones_like(ids)
+
     def step() -> Callable[[], None]:
         with forward:
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
 
         def back() -> None:
             with backward:
