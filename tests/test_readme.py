@@ -102,6 +102,7 @@ def test_commands_run(command, runs_folder, small_bert, a_run, tmp_path):
         "run=runs/adhoc/ID": f"run={runs_folder / 'adhoc' / a_run.name}",
         "init_from=runs/adhoc/ID": f"init_from={runs_folder / 'adhoc' / a_run.name}",
         "export=DIR": f"export={tmp_path / 'exported'}",
+        "save_updates=updates.safetensors": f"save_updates={tmp_path / 'updates.safetensors'}",
         "model.path=DIR": f"model.path={small_bert}",
         "model=DIR": f"model={small_bert}",
         "plugins=stars.py": f"plugins={tmp_path / 'stars.py'}",
