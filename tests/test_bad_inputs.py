@@ -588,7 +588,7 @@ CASES = [
     Case("checkpoint", "a manifest that is junk", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "\0"), code=0),
     Case("checkpoint", "a manifest that is a list", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "[1]"), code=0),
     Case("checkpoint", "a manifest of files that are gone", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", '{"files": {"a": {"size": 1}}}'), code=0),
-    Case("checkpoint", "a file in place of checkpoints", "train.save_steps=1", "checkpoints: File exists; check that this is the path", in_own("checkpoints", "")),
+    Case("checkpoint", "a file in place of checkpoints", "train.save_steps=1", "checkpoints: not a folder; remove it", in_own("checkpoints", "")),
     # disks
     Case("disk", "full under the settings", "", "config.yaml: cannot be written (No space left on device); free some space", under=failing(".config.yaml.", errno.ENOSPC)),
     Case("disk", "a quota under the environment", "", "environment.json: cannot be written (Disk quota exceeded); free some space", under=failing(".environment.json.", errno.EDQUOT)),

@@ -184,7 +184,7 @@ def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, togethe
     today = {"commit": "new", "uncommitted_changes": now, "threads": 1, "started": "today"}
     monkeypatch.setattr("dual_lora.lab.record.record.describe_environment", lambda: today)
     monkeypatch.setattr("dual_lora.lab.record.record.hash_model_files", lambda settings: {})
-    today = today | {"model_files": {}}
+    today = today | {"identity": record.name, "model_files": {}}
     record.prepare_folder(chosen)
     assert record.read_environment() == today  # begun anew
     record.write_file("environment.json", was)

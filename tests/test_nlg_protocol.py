@@ -157,7 +157,7 @@ def test_what_cannot_be_is_refused_in_one_line(words, said):
     ("words", "said"),
     [
         (["model.roles.o=x", "model.roles.up=x", "model.split=[o,up]"], "model.split=.*: tiny-gpt2 has no module .*x"),
-        (["model.roles.o=wte", "model.roles.up=wte", "model.split=[o,up]"], "transformer.wte is no layer of GPT-2's"),
+        (["model.roles.o=wte", "model.roles.up=wte", "model.split=[o,up]"], "transformer.wte is not a fused layer"),
     ],
 )
 def test_a_model_without_such_a_layer_is_refused(words, said):
