@@ -57,7 +57,7 @@ def test_dual_lora_has_the_scale_of_lora_and_a_row_its_alpha(name, ours, literal
     for some in compared:
         assert some["dual_lora"] == pytest.approx(ours * some["lora"])
         assert some.get("literal", literal * some["lora"]) == pytest.approx(literal * some["lora"])
-    assert sum("literal" in some for some in compared) >= len(compared) - 2  # not for 70B and Qwen of commonsense
+    assert sum("literal" in some for some in compared) >= len(compared) - 1  # not for the 70B of commonsense
 
 
 def test_a_value_may_be_a_multiple_of_its_block_s():

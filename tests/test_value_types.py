@@ -28,6 +28,7 @@ def test_a_value_of_another_type_is_refused(word):
 def test_a_value_of_the_right_type_may_come_from_another_setting():
     settings = load_settings(["seed=${method.rank}", "study=s${seed}", "train.adam_epsilon=${train.lr}"])
     assert (settings.seed, settings.study, settings.train.adam_epsilon) == (16, "s16", settings.train.lr)
+    assert load_settings(["study=${seed}"]).study == load_settings(["study=0"]).study == "0"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`eval.py`: evaluate a finished run again, export it, or analyse what it did to the weights."""
+"""`eval.py`: evaluate a finished run again, export it, or analyse or save what it did to the weights."""
 
 import os
 import sys
@@ -42,7 +42,7 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
 
 def evaluate_command(argv: list[str]) -> int:
     """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export or analyse
-    it; return the exit code.
+    it, or save its updates; return the exit code.
 
     Raises:
         UserError: the command line or the run's record is wrong.

@@ -21,6 +21,7 @@ from dual_lora.lab.weights.updates import (
     NULL_SEED,
     DualLoraUpdate,
     Update,
+    check_changed,
     find_layer_number,
     find_role,
     load_updates,
@@ -42,10 +43,7 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
     silence_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mine = load_updates(settings, record)
-    require(
-        bool(mine),
-        f"run={record.format_path()}: no weight of a role that model={settings.model.name} names was changed",
-    )
+    check_changed(mine, settings, record)
     theirs = {update.module: update for update in load_updates(*other)} if other else {}
     if other:
         common = any(update.module in theirs for update in mine)

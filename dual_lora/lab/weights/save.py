@@ -8,11 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import require
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import allow_by_umask, replace_file, translate_write_errors
 from dual_lora.lab.system.libraries import silence_libraries
-from dual_lora.lab.weights.updates import load_updates
+from dual_lora.lab.weights.updates import check_changed, load_updates
 
 
 def save_updates(settings: Settings, record: Record, file: Path) -> str:
@@ -22,11 +21,9 @@ def save_updates(settings: Settings, record: Record, file: Path) -> str:
         UserError: the run cannot be loaded, its dW is not known, it changed no weight, or the file cannot be written.
     """
     silence_libraries()
-    changes = {update.name: update.get_change().contiguous() for update in load_updates(settings, record)}
-    require(
-        bool(changes),
-        f"run={record.format_path()}: no weight of a role that model={settings.model.name} names was changed",
-    )
+    updates = load_updates(settings, record)
+    check_changed(updates, settings, record)
+    changes = {update.name: update.get_change().contiguous() for update in updates}
     with translate_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with translate_write_errors(file), replace_file(file) as temporary:

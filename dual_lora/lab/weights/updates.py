@@ -250,6 +250,16 @@ def load_updates(settings: Settings, record: Record) -> list[Update]:
     return list_updates(trained, base, settings)
 
 
+def check_changed(updates: list[Update], settings: Settings, record: Record) -> None:
+    """Refuse a run that left every weight as it was.
+
+    Raises:
+        UserError: with the run and the model whose roles were looked for.
+    """
+    where = f"run={record.format_path()}"
+    require(bool(updates), f"{where}: no weight of a role that model={settings.model.name} names was changed")
+
+
 def load_trained_and_base(settings: Settings, record: Record) -> tuple[nn.Module, nn.Module, object]:
     """Return the model as a finished run left it, the model as it is loaded, and the tokenizer. A base in 4 bits is
     dequantised.
