@@ -42,6 +42,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 FETCH = "fetch the file again"
+LONGEST_QUOTE = 60  # characters of a value that a message shows
 # What code raises when it reads data of an unexpected shape.
 SHAPE = (AttributeError, LookupError, TypeError, ValueError, csv.Error)
 
@@ -239,7 +240,7 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     if path.is_fifo():  # reading it would wait for somebody to write
         raise TaskError(f"{path}: a pipe, not a file; {FETCH}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
             yield stream
     except (OSError, EOFError, zlib.error) as error:
         remedy = "check that you may read it" if isinstance(error, PermissionError) else FETCH
@@ -287,9 +288,19 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
     if lacking := [name for name in needed if name not in header]:
         if not header:
             raise TaskError(f"{path}: no rows; {remedy}")
-        near = next((repr(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
-        known = f"but {near}" if near else f"only {', '.join(header)[:200]}"
-        raise TaskError(f"{path}: no column {lacking[0]!r}, {known}; {remedy}")
+        near = next((quote(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
+        listed = ", ".join(name if name.isprintable() else quote(name) for name in header)
+        known = f"but {near}" if near else f"only {listed[:200]}"
+        *names, last = map(quote, lacking)
+        no = f"columns {', '.join(names)} and" if names else "column"
+        raise TaskError(f"{path}: no {no} {last}, {known}; {remedy}")
+
+
+def quote(value: object) -> str:
+    """Return a value as a message shows it: on one line, text in quotation marks, a long one cut."""
+    shown = repr(value[:LONGEST_QUOTE] if isinstance(value, str) else value)
+    whole = len(value) <= LONGEST_QUOTE if isinstance(value, str) else len(shown) <= LONGEST_QUOTE
+    return shown if whole else f"{shown[: LONGEST_QUOTE + 2]}..."
 
 
 def iterate_records(
@@ -399,6 +410,10 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:  # of a single line, the source names the line
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        reason = error.msg.removesuffix(" at")  # as in "Unterminated string starting at"
+        raise TaskError(f"{source}: not JSON ({reason} at {line}character {error.colno}); {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{source}: not JSON ({error}); {remedy}") from error
 

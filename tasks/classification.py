@@ -12,11 +12,13 @@ second one; of numbers Pearson and Spearman correlation and their mean. `metric`
 
 import math
 import re
+import unicodedata
 from collections.abc import Hashable
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from tasks.base import Row, TaskError
-from tasks.own_files import OwnFiles, Place, Placed, text_of
+from tasks.base import LONGEST_QUOTE, Row, TaskError, quote
+from tasks.own_files import LEAVE_OUT, OwnFiles, Place, Placed, text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 VERSION = 1
 CORRELATIONS = ("pearson", "spearman", "pearson_spearman_mean")
 METRICS = ("accuracy", "macro_f1", "matthews", "f1", *CORRELATIONS)
+# What programs write where a table has no value. As a class name each must be listed on purpose.
+MISSING = ("nan", "null", "n/a", "#n/a", "<na>")
 MANY = 20  # classes that need two rows each on average; else the column holds something else than classes
 
 
@@ -103,8 +107,11 @@ class Classification(OwnFiles):
         place, row = placed
         pair = text_of(place, row, self.text_pair) if self.text_pair else ""
         label = (number_of if self.form == "regression" else class_of)(place, row, self.label)
+        if not self.listed and str(label).casefold() in MISSING:
+            remedy = "fill it in, remove the row, or list all classes with task.options.labels"
+            raise TaskError(f"{place}, column {self.label!r}: {label!r} stands for a missing value; {remedy}")
         if self.listed and self.form == "classification" and label not in self.listed:
-            what = f"{place}, column {self.label!r}: {label!r} is none of task.options.labels"
+            what = f"{place}, column {self.label!r}: {quote(label)} is none of task.options.labels"
             raise TaskError(f"{what}, {', '.join(self.listed)[:200]}; fix the row or list it")
         return {"text": text_of(place, row, self.text), "text_pair": pair, "label": label}
 
@@ -116,9 +123,40 @@ class Classification(OwnFiles):
         """
         if self.form == "classification" and not self.listed:
             self.check_classes(found)
+        if self.form == "regression":
+            self.check_numbers(found)
         classes = len(self.listed) or len({row["label"] for _, row in found["train"]})
         if self.metric == "f1" and classes != 2:
             raise TaskError(f"task.options.metric=f1: there are {classes} classes, not 2; take macro_f1")
+
+    def check_spelling(self, first: dict[str, dict[str, Place]]) -> None:
+        """Refuse two classes that are most likely one; `first` is where each stands first, by split.
+
+        Raises:
+            TaskError: with a row of the second.
+        """
+        places: dict[str, Place] = {}
+        for seen in first.values():
+            places = seen | places
+        alike: dict[Hashable, str] = {}
+        for label in in_order(places):
+            if (other := alike.setdefault(spell(label), label)) != label:
+                remedy = "write both alike, or list the classes with task.options.labels"
+                what = f"{quote_ascii(label)} and {quote_ascii(other)} differ in spelling only"
+                raise TaskError(f"{places[label]}, column {self.label!r}: {what}; {remedy}")
+
+    def check_numbers(self, found: dict[str, list[Placed]]) -> None:
+        """Refuse numbers that are all the same, which correlate with nothing.
+
+        Raises:
+            TaskError: with the file.
+        """
+        for rows in found.values():
+            if len({row["label"] for _, row in rows}) == 1:
+                place, row = rows[0]
+                where = f"{place.path}: column {self.label!r}"
+                what = f"the {len(rows)} rows from {place.unit} {place.number} have one number only, {row['label']:g}"
+                raise TaskError(f"{where}: {what}; add rows of others")
 
     def check_classes(self, found: dict[str, list[Placed]]) -> None:
         """Refuse classes that are none, or that cannot be learnt and measured.
@@ -133,20 +171,18 @@ class Classification(OwnFiles):
         if len(train) > max(MANY, rows / 2):
             remedy = "name another column, or take task.options.metric=pearson for numbers"
             raise TaskError(f"{place.path}: {column} has {len(train)} classes in {rows} rows; {remedy}")
-        alike: dict[str, str] = {}
-        for label in in_order(train):
-            if (other := alike.setdefault(label.casefold(), label)) != label:
-                remedy = "write both alike, or list the classes with task.options.labels"
-                raise TaskError(f"{train[label]}, {column}: {label!r} and {other!r} differ in capitals only; {remedy}")
-        for split, seen in first.items():
+        self.check_spelling(first)
+        for split, seen in reversed(first.items()):
             for other, known in first.items():
                 if lost := next((label for label in seen if label not in known), None):
                     remedy = "add rows of it there, fix the row, or list the classes with task.options.labels"
-                    raise TaskError(
-                        f"{seen[lost]}, {column}: the class {lost!r} is in {split} but not in {other}; {remedy}"
-                    )
+                    if split == "test":
+                        remedy += f"; {LEAVE_OUT}"
+                    what = f"the class {quote(lost)} is in {split} but not in {other}"
+                    raise TaskError(f"{seen[lost]}, {column}: {what}; {remedy}")
         if len(train) < 2:
-            raise TaskError(f"{place.path}: {column} has one class only, {next(iter(train))!r}; add rows of another")
+            only = quote(next(iter(train)))
+            raise TaskError(f"{place.path}: {column} has one class only, {only}; add rows of another")
 
     def dataset(self, rows: Any, source: object) -> "Dataset":
         """Return rows with their classes as indices."""
@@ -188,6 +224,22 @@ def in_order(labels: Any) -> list[str]:
     return sorted(labels, key=lambda label: (int(label) if whole else 0, label))
 
 
+def spell(label: str) -> Hashable:
+    """Return what is equal for class names that differ in spelling only: in capitals, blanks, invisible characters or
+    the form of accents; a number's value."""
+    plain = "".join(c for c in unicodedata.normalize("NFC", label).casefold() if unicodedata.category(c) != "Cf")
+    try:
+        number = Decimal(plain)
+    except InvalidOperation:
+        number = Decimal("nan")
+    return number if number.is_finite() else " ".join(plain.split())
+
+
+def quote_ascii(label: str) -> str:
+    """Return a class name as it is written, so that two that look alike do not."""
+    return quote(label) if label.isascii() else ascii(label[:LONGEST_QUOTE])
+
+
 def class_of(place: Place, row: Row, column: str) -> str:
     """Return a class name, without the blanks around it; whole numbers and true or false are names, too.
 
@@ -199,6 +251,8 @@ def class_of(place: Place, row: Row, column: str) -> str:
         return str(value).lower()
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, float) and value.is_integer():  # a gap in the column makes pandas write whole numbers as 1.0
+        return str(int(value))
     if isinstance(value, float) and not math.isnan(value):
         remedy = "write a class name or a whole number, or take task.options.metric=pearson"
         raise TaskError(f"{place}, column {column!r}: {value} is not a class; {remedy}")
@@ -218,6 +272,8 @@ def number_of(place: Place, row: Row, column: str) -> float:
         if isinstance(error, TaskError):
             raise
         number = math.nan
+    except OverflowError:
+        number = math.inf
     if isinstance(value, bool) or not math.isfinite(number):
-        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]!r} is not a finite number; write one like 2.5")
+        raise TaskError(f"{place}, column {column!r}: {quote(str(value))} is not a finite number; write one like 2.5")
     return number

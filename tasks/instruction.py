@@ -77,9 +77,9 @@ class Instruction(OwnFiles):
         self.columns, self.separator, self.metric, self.loss = columns, separator, metric, loss
 
     def needed(self, known: Row) -> tuple[str, ...]:
-        """Return the columns of the form that the file's first row has."""
+        """Return the columns of the form that the file's first row has, or has the larger part of."""
         forms = (self.columns, ALPACA, ("messages",))
-        return next((form for form in forms if set(form) <= known.keys()), self.columns)
+        return max(forms, key=lambda form: sum(name in known for name in form) / len(form))
 
     def remedy(self) -> str:
         remedy = "name yours with task.options.prompt and response"
@@ -156,16 +156,22 @@ def checked_messages(place: Place, value: Any) -> list[Row]:
     """
     column = f"{place}, column 'messages'"
     like = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+    if isinstance(value, str) and value.strip():
+        raise TaskError(f"{column}: is text, not a list of messages; save the table as .jsonl and {like}")
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(message, dict) for message in value):
         raise TaskError(f"{column}: not a list of two or more messages; {like}")
     found = []
     for number, message in enumerate(value, start=1):
         if message.get("role") not in ROLES:
-            what = f"message {number} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}"
+            what = f"message {number} has the role {base.quote(message.get('role'))}, not one of {', '.join(ROLES)}"
             raise TaskError(f"{column}: {what}; {like}")
-        if not message.get("content"):
+        content = message.get("content")
+        if content is None or isinstance(content, str) and not content.strip():
             raise TaskError(f"{column}: message {number} has no content; fill it in or remove the row")
-        found.append({"role": message["role"], "content": text_of(place, message, "content")})
+        if not isinstance(content, str):
+            what = f"the content of message {number} is {base.quote(content)}, not text"
+            raise TaskError(f"{column}: {what}; {like}")
+        found.append({"role": message["role"], "content": text_of(place, {"messages": content}, "messages")})
     if found[-1]["role"] != "assistant":
         raise TaskError(f"{column}: ends with the {found[-1]['role']}; the last message must be the assistant's answer")
     return found

@@ -24,6 +24,15 @@ TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
+# How content begins that is no text: what it is, the ending it is read by, and the remedy where it has another one.
+MAGIC = {
+    b"\x1f\x8b": ("gzipped", ".gz", "add .gz to its name"),
+    b"PAR1": ("Parquet", ".parquet", "name it .parquet"),
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "", "unpack it, or export it as CSV"),
+}
+
+LIST_START = 100  # characters in which the first object of a list begins
+LEAVE_OUT = "task.options.scored=validation leaves the test file out"
 
 Files = dict[str, tuple[Path, ...]]  # the files of each split; several where it is in shards
 
@@ -54,12 +63,19 @@ def find_files(data_dir: str | None, name: str) -> Files:
         raise TaskError(f"task={name}: reads files of your own; {WHERE}")
     root = Path(data_dir).expanduser()
     if root.is_file():
-        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in")
+        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in, with no other table beside it")
     if not root.is_dir():
         raise TaskError(f"data_dir={data_dir}: no such folder")
-    paths = sorted(path for path in root.iterdir() if kind_of(path) and not path.name.startswith("."))
+    try:
+        paths = sorted(path for path in root.iterdir() if kind_of(path) and not path.name.startswith("."))
+    except OSError as error:
+        raise TaskError(
+            f"data_dir={data_dir}: cannot be read ({error.strerror}); check that you may read it"
+        ) from error
     if not paths:
-        raise TaskError(f"data_dir={data_dir}: {what_is_there(root)}; put train, validation and test files into it")
+        raise TaskError(f"data_dir={data_dir}: {what_is_there(root)}")
+    for path in paths:
+        check_content(path)
     if len(paths) == 1 and split_of(paths[0]) is None:
         return {"train": (paths[0],)}
     found: dict[str, list[Path]] = defaultdict(list)
@@ -78,6 +94,30 @@ def kind_of(path: Path) -> str | None:
     """Return the ending by which a file is read, without .gz; None if it is no table."""
     kind = next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
     return kind and kind.removesuffix(".gz")
+
+
+def check_content(path: Path) -> None:
+    """Refuse what is no file, and a file whose content is of another kind than its ending says.
+
+    Raises:
+        TaskError: with what it is.
+    """
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not a file" if path.exists() else "a link to a file that is not there"
+        raise TaskError(f"{path}: {what}; move it away, or put a file in its place")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(4)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror}); check that you may read it") from error
+    ending = path.suffix.lower()
+    for magic, (what, own, remedy) in MAGIC.items():
+        if start.startswith(magic) and ending != own:
+            raise TaskError(f"{path}: its content is {what}; {remedy}")
+    if ending == ".parquet" and start and not start.startswith(b"PAR1"):
+        raise TaskError(f"{path}: its content is not Parquet; name it by what it is, such as .csv, or save it again")
+    if ending == ".gz" and start and not start.startswith(b"\x1f\x8b"):
+        raise TaskError(f"{path}: its content is not gzipped; take .gz off its name")
 
 
 def stem_of(path: Path) -> str:
@@ -113,7 +153,10 @@ def what_is_there(root: Path) -> str:
     below = next((path for path in sorted(root.iterdir()) if path.is_dir() and any(map(kind_of, path.iterdir()))), None)
     if below:
         return f"no table in it, but in {below.name}/: give data_dir={below}"
-    return f"no {', '.join(KINDS[:4])} or .parquet in it{', only ' + ', '.join(names)[:100] if names else ''}"
+    none = f"no {', '.join(TEXT_KINDS)} or .parquet in it"
+    if names:
+        return f"{none}, only {', '.join(names)[:100]}; save your table as one of these"
+    return f"{none}; put train, validation and test files into it"
 
 
 # Rows
@@ -156,9 +199,12 @@ def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
     """Yield the rows of a text table.
 
     Raises:
-        TaskError: its header has another separator, or `base.read_table` refuses it.
+        TaskError: it is JSON, its header has another separator, or `base.read_table` refuses it.
     """
     header = base.read_text(path).lstrip("\r\n").partition("\n")[0]
+    if header.lstrip().startswith(('{"', "[{")):
+        ending = ".jsonl" if header.lstrip().startswith("{") else ".json"
+        raise TaskError(f"{path}: its content is JSON; name it {ending}")
     names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
     other = next((sign for sign in names if sign != delimiter and sign in header), None)
     if other and delimiter not in header:
@@ -177,12 +223,16 @@ def read_objects(path: Path) -> Iterator[Placed]:
     """Yield the rows of a .jsonl file.
 
     Raises:
-        TaskError: a line is no JSON object.
+        TaskError: a line is no JSON object, or the file is one list.
     """
-    for number, line in enumerate(base.read_text(path).split("\n"), start=1):
+    text = base.read_text(path)
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]") and "{" in text[:LIST_START]:
+        raise TaskError(f"{path}: its content is one list, not an object a line; name it .json")
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = Place(path, number, "line")
-            yield place, checked_object(base.parse_json(line, str(place), "write one object a line"), place)
+            comma = "; end the line without a comma" if line.rstrip().endswith("},") else ""
+            yield place, checked_object(base.parse_json(line, str(place), f"write one object a line{comma}"), place)
 
 
 def read_list(path: Path) -> Iterator[Placed]:
@@ -207,7 +257,7 @@ def checked_object(value: Any, place: Place) -> Row:
         TaskError: it is no object with columns.
     """
     if not isinstance(value, dict):
-        raise TaskError(f"{place}: {str(value)[:60]!r} is not an object with columns; write {{...}}")
+        raise TaskError(f"{place}: {base.quote(value)} is not an object with columns; write {{...}}")
     return value
 
 
@@ -253,7 +303,9 @@ def text_of(place: Place, row: Row, column: str, empty: bool = False) -> str:
     if value is None or isinstance(value, str) and not value.strip() and not empty:
         raise TaskError(f"{place}, column {column!r}: empty; fill it in or remove the row")
     if not isinstance(value, str):
-        raise TaskError(f"{place}, column {column!r}: {str(value)[:40]} is not text; write it in quotation marks")
+        number = isinstance(value, (bool, int, float))
+        remedy = "write it in quotation marks" if number else "write one text, or name another column"
+        raise TaskError(f"{place}, column {column!r}: {base.quote(value)} is not text; {remedy}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -376,8 +428,10 @@ class OwnFiles(Task):
         """
 
     def parsed(self, path: Path) -> list[Placed]:
-        placed = read_rows(path, self.quotes)
-        check_columns(path, placed, self.needed(placed[0][1]), self.remedy())
+        placed, remedy = read_rows(path, self.quotes), self.remedy()
+        if split_of(path) == "test":
+            remedy += f"; {LEAVE_OUT}"
+        check_columns(path, placed, self.needed(placed[0][1]), remedy)
         return [(place, self.parse((place, row))) for place, row in placed]
 
     def check_overlap(self, found: dict[str, list[Placed]]) -> None:
