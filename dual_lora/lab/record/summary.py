@@ -16,7 +16,8 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     table = format_score_table(result["task"], ordered, before=before, after=result["metrics"])
     batch = f" of {result['batch']}" if "batch" in result else ""
     share = result["trainable_parameters"] / result["parameters"]
-    facts = [
+    facts = [["data", describe_data(result["data"])]] if result.get("data") else []
+    facts += [
         ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
         [
             "time",
@@ -28,6 +29,16 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
     facts += [["upload", command] for command in find_upload_commands(record)]
     facts += [["warning", text] for text in result.get("warnings", ())]
     return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+
+
+def describe_data(splits: dict[str, dict[str, Any]]) -> str:
+    """Return how many rows a run was trained and scored on, and where the scored ones are from; `splits` are those of a
+    result."""
+    scored = [facts for name, facts in splits.items() if name != "train"]
+    origins = dict.fromkeys(facts["origin"] for facts in scored)
+    trained = f"{splits['train']['rows']:,} rows to train on, " if "train" in splits else ""
+    origin = next(iter(origins)) if len(origins) == 1 else f"{len(scored)} sets"
+    return f"{trained}{sum(facts['rows'] for facts in scored):,} scored ({origin})"
 
 
 def find_upload_commands(record: Record) -> list[str]:

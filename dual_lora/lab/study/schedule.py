@@ -1,10 +1,19 @@
 """Runs in order: those of a command line; of an experiment, those that choose learning rates before the table's own."""
 
+import sys
 import time
 
+from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.run import Run, prepare_runs
-from dual_lora.lab.study.execute import EXIT_OK, describe_error, execute_run, failures, report_failures
+from dual_lora.lab.study.execute import (
+    EXIT_OK,
+    describe_error,
+    describe_failure,
+    execute_run,
+    failures,
+    report_failures,
+)
 from dual_lora.lab.study.experiment import Cell
 from dual_lora.lab.study.launch import launch_runs, uses_launcher
 from dual_lora.lab.study.outcome import choose_learning_rate, find_records, resolve_start
@@ -49,7 +58,10 @@ def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> No
         remaining = left.describe_time([other.settings for other in (*runs[number:], *later)])
         print(f"\n[{number + 1}/{len(runs)}] {run.label}, {remaining}", flush=True)
         started, done_before = time.monotonic(), not run.is_pending
-        if execute_run(run) is None and not done_before:  # a failed or finished one does not say how long others take
+        failure = execute_run(run)
+        if failure and failure["error"] == UserError.__name__:  # other errors have been printed with their traceback
+            print(redact_secrets(describe_failure(run, failure)), file=sys.stderr)
+        if failure is None and not done_before:  # a failed or finished one does not say how long others take
             left.add_run(run.settings, time.monotonic() - started)
 
 
