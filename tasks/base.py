@@ -291,7 +291,7 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
         near = next((quote(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
         listed = ", ".join(name if name.isprintable() else quote(name) for name in header)
         known = f"but {near}" if near else f"only {listed[:200]}"
-        *names, last = map(quote, lacking)
+        *names, last = map(quote, lacking[:1] if near else lacking)
         no = f"columns {', '.join(names)} and" if names else "column"
         raise TaskError(f"{path}: no {no} {last}, {known}; {remedy}")
 

@@ -429,7 +429,7 @@ CASES = [
     Case("data", "a folder in place of a file", RTE, "dev.tsv: cannot be read", lambda h: folder_for(DEV, rte, h)),
     Case("data", "an empty file", RTE, "dev.tsv: no rows", changed(DEV, lambda c: b"", rte)),
     Case("data", "header only", RTE, "dev.tsv: no rows", changed(DEV, lambda c: HEADER.encode(), rte)),
-    Case("data", "other columns", RTE, "dev.tsv: no column 'sentence1', only a, b;", changed(DEV, lambda c: b"a\tb\n1\t2\n", rte)),
+    Case("data", "other columns", RTE, "dev.tsv: no columns 'sentence1', 'sentence2' and 'label', only a, b;", changed(DEV, lambda c: b"a\tb\n1\t2\n", rte)),
     Case("data", "a short row", RTE, "line 4 has 2 fields, not 4", changed(DEV, lambda c: c + b"0\ta\n", rte)),
     Case("data", "binary junk", RTE, "dev.tsv: cannot be read", changed(DEV, lambda c: bytes(range(256)) * 9, rte)),
     Case("data", "UTF-16", RTE, "dev.tsv: cannot be read", changed(DEV, lambda c: c.decode().encode("utf-16"), rte)),

@@ -95,7 +95,7 @@ def test_files_and_hub_give_identical_examples(subset, tmp_path, monkeypatch):
         ),
         (
             lambda f: f.write_bytes(b"index\tsentence\tlabel\n0\ta\tentailment\n"),
-            "no column 'sentence1', only index, sentence, label",
+            "no columns 'sentence1' and 'sentence2', only index, sentence, label",
         ),
         (
             lambda f: f.write_bytes(b"label\tsentence1\tsentence2\tlabel\n0\ta\tb\tx\n"),
