@@ -15,6 +15,7 @@ from dual_lora.lab.report.analyses.truncation import iterate_truncation_blocks
 from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.system.libraries import import_heavy_libraries
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,12 @@ def analyse_missing(experiment: Experiment, cell: Outcome) -> None:
 
 def load_analysis(kind: str) -> Callable:
     """Return the function that analyses a run. It imports torch, which a report does not need."""
-    if kind == "truncation":
+    with import_heavy_libraries():
+        from dual_lora.lab.weights.analyse import analyse_run
+        from dual_lora.lab.weights.curvature import measure_curvature
         from dual_lora.lab.weights.truncate import truncate_run
 
-        return truncate_run
-    if kind == "curvature":
-        from dual_lora.lab.weights.curvature import measure_curvature
-
-        return measure_curvature
-    from dual_lora.lab.weights.analyse import analyse_run
-
-    return analyse_run
+    return {"truncation": truncate_run, "curvature": measure_curvature}.get(kind, analyse_run)
 
 
 def check_analysis(experiment: Experiment, cell: Outcome) -> None:
