@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "calibration.md"
 INTRODUCTION = """# Do verdicts and intervals keep their promise?
 
 `make calibration` simulates studies of two methods and judges them with the code that judges real ones
-(`dual_lora/lab/statistics/calibration.py` states the law). Examples are answered wrongly in 9 % on average, a few hard
+(`dual_lora/lab/statistics/calibration.py` defines them). Examples are answered wrongly in 9 % on average, a few hard
 ones more often. "Seed SD" is how far a seed alone moves a run's accuracy, in points.
 
 - equal: both methods have the same chance of error on every example. Different: called better or worse, which never
