@@ -425,6 +425,7 @@ def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], whe
 
 
 def is_required(field: Field) -> bool:
+    """Return whether a field of a dataclass has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 
 

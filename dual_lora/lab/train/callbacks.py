@@ -34,10 +34,10 @@ class ProgressBar(ProgressCallback):
         self.name = name
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
-        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if hushed else ""
+        shares_screen = "TQDM_DISABLE" in os.environ  # set where several runs print to it
+        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if shares_screen else ""
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or hushed)
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or shares_screen)
         self.current_step = self.first_step = self.printed = state.global_step
         self.started, self.seen = time.perf_counter(), state.num_input_tokens_seen
 
@@ -74,6 +74,7 @@ class LogCallback(TrainerCallback):
         self.record, self.mirror = record, mirror
 
     def write_row(self, step: int, row: dict[str, Any]) -> None:
+        """Write one row to the log and its copies; in the first process only."""
         if not is_first_process():
             return
         row = {"step": step, **row}

@@ -58,15 +58,6 @@ ACCELERATORS = {
 }
 
 
-def plan_run(run: Run) -> None:
-    """Print the plan of a run and write it to plan.json in the run's folder.
-
-    Raises:
-        UserError: the model's architecture is not known, or the run does not fit; the message says what would.
-    """
-    check_fit(run.settings, make_plan(run))
-
-
 def make_plan(run: Run) -> dict[str, Any]:
     """Print the plan of a run, write it to plan.json in the run's folder, and return it.
 
@@ -131,6 +122,7 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
 
 
 def count_layers(model: torch.nn.Module) -> int:
+    """Return the number of a model's transformer layers."""
     return unwrap_adapter(model).config.num_hidden_layers
 
 
