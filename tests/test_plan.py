@@ -233,7 +233,7 @@ def parameter_table() -> str:
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for name, task in PUBLISHED.items():
-        for row in paper.load(name).rows:
+        for row in paper.load_table(name).rows:
             model, method, rank = (row.keys.get(key) for key in ("model", "method", "rank"))
             printed = row.values["params"].text if "params" in row.values else row.keys.get("params")
             if model not in MODELS or method not in ("lora", "dora") or not printed:

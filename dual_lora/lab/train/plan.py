@@ -130,7 +130,7 @@ def find_published_parameters(settings: Settings) -> list[dict[str, str]]:
     """Return the parameter counts that papers print for this model, method and rank, each with its table."""
     keys = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
     found = []
-    for row in paper.find(**keys):
+    for row in paper.find_rows(**keys):
         text = f"{row.values['params'].text} %" if "params" in row.values else row.keys.get("params")
         if text and {"params": text, "table": row.table} not in found:
             found.append({"params": text, "table": row.table})
