@@ -78,8 +78,8 @@ class GlueMetrics(Checked):
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         if self.form == "regression":
-            return metrics.regression(predictions, references)
-        return metrics.classification(predictions, references, self.classes)
+            return metrics.score_regression(predictions, references)
+        return metrics.score_classification(predictions, references, self.classes)
 
 
 class E2eMetrics(Checked):
@@ -106,4 +106,4 @@ class E2eMetrics(Checked):
                 raise ValueError(f"references: {texts!r} is not a list of texts; every output needs a list")
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        return metrics.e2e(predictions, references)
+        return metrics.score_e2e(predictions, references)

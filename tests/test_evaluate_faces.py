@@ -12,7 +12,7 @@ faces = pytest.importorskip("tasks.evaluate_faces")
 def test_classification(subset, classes):
     answers, gold = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
     found = faces.GlueMetrics(subset).compute(predictions=answers, references=gold)
-    assert found == pytest.approx(metrics.classification(answers, gold, classes))
+    assert found == pytest.approx(metrics.score_classification(answers, gold, classes))
     assert ("f1" in found) == (classes == 2)
     assert faces.GlueMetrics(subset).compute(predictions=np.array(answers), references=gold) == found
 
@@ -71,7 +71,7 @@ def test_texts_are_texts(predictions, references, message):
 def test_regression_keeps_all_digits():
     answers, gold = [0.123456789, 2.0, 4.5, 3.3], [1.0, 2.5, 5.0, 3.0]
     found = faces.GlueMetrics("stsb").compute(predictions=answers, references=gold)
-    assert found == pytest.approx(metrics.regression(answers, gold), rel=1e-12)
+    assert found == pytest.approx(metrics.score_regression(answers, gold), rel=1e-12)
 
 
 def test_an_unknown_task_is_refused():
@@ -85,4 +85,4 @@ def test_e2e_takes_batches_with_several_references(monkeypatch):
     face = faces.E2eMetrics()
     face.add_batch(predictions=texts[:2], references=references[:2])
     face.add(prediction=texts[2], reference=references[2])
-    assert face.compute() == pytest.approx(metrics.e2e(texts, references))
+    assert face.compute() == pytest.approx(metrics.score_e2e(texts, references))

@@ -1,10 +1,10 @@
 """Do verdicts and intervals keep their promise? Simulated studies of two methods, judged by the shipped code.
 
-The simulation. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A run's
-seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with probability
-h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on all
-examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers that
-share more of the examples rightly.
+The simulation. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A
+run's seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with
+probability h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on
+all examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers
+that share more of the examples rightly.
 
 What is promised of two methods:
     different        equal ones are called better or worse in at most 6 % of studies
@@ -70,7 +70,11 @@ def list_scenarios() -> list[Scenario]:
     grid = [(s, spread, n) for n in EXAMPLES for s in SEEDS for spread in SPREADS]
     decided = [cell for cell in grid if cell[0] >= MIN_SEEDS]
     equal = [Scenario(*cell) for cell in grid]
-    return [*equal, *(Scenario(*cell, own=True) for cell in decided), *(Scenario(*cell, gap=MARGIN) for cell in decided)]
+    return [
+        *equal,
+        *(Scenario(*cell, own=True) for cell in decided),
+        *(Scenario(*cell, gap=MARGIN) for cell in decided),
+    ]
 
 
 def simulate_studies(scenario: Scenario, studies: int, rng: np.random.Generator) -> dict[str, object]:
@@ -97,7 +101,9 @@ def simulate_studies(scenario: Scenario, studies: int, rng: np.random.Generator)
     }
 
 
-def judge_studies(scenario: Scenario, right_QMSN: np.ndarray, difference_QS: np.ndarray, rng: np.random.Generator) -> list[str]:
+def judge_studies(
+    scenario: Scenario, right_QMSN: np.ndarray, difference_QS: np.ndarray, rng: np.random.Generator
+) -> list[str]:
     """Return the verdicts on studies. The tests over seeds are computed for all at once; `judge_study`, which also
     tests the predictions, is needed only where the seeds differ."""
     if scenario.seeds < MIN_SEEDS:
