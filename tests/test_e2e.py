@@ -222,7 +222,7 @@ def test_a_scorer_that_cannot_run_is_reported_too(broken, monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "pycocoevalcap" else found(name))
     if broken == "java that fails":
         monkeypatch.setattr(metrics, "find_spec", found)
-        monkeypatch.setattr(metrics, "java", lambda: "false")
+        monkeypatch.setattr(metrics, "find_java", lambda: "false")
     with pytest.warns(UserWarning, match="METEOR, ROUGE_L, CIDEr not computed"):
         assert set(metrics.score_e2e(["a"], [["a"]])) == {"BLEU", "NIST"}
 
@@ -255,7 +255,7 @@ def test_a_german_locale_changes_no_score(monkeypatch, tmp_path):
 def test_what_was_computed_before_a_failure_is_kept(monkeypatch):
     """Without METEOR's jar all else stays, and the warning says what Java said, not what may be the cause."""
     found = metrics.find_jar
-    monkeypatch.setattr(metrics, "jar", lambda name: "/nowhere.jar" if "meteor" in name else found(name))
+    monkeypatch.setattr(metrics, "find_jar", lambda name: "/nowhere.jar" if "meteor" in name else found(name))
     with pytest.warns(UserWarning, match="METEOR not computed: .*java failed on METEOR: .*/nowhere.jar") as caught:
         scores = metrics.score_e2e(OWN["hypotheses"], OWN["references"])
     assert len(caught) == 1 and "memory" not in str(caught[0].message)
@@ -296,7 +296,7 @@ def test_nist_against_a_value_worked_out_by_hand():
 
 
 def test_scores_of_the_task_are_those_of_its_references(files, monkeypatch):
-    monkeypatch.setattr(metrics, "on_penn_tokens", lambda *texts: {})
+    monkeypatch.setattr(metrics, "score_on_penn_tokens", lambda *texts: {})
     task = tasks.load("e2e")
     rows = task.split("test", str(files)).rows
     judged = [task.judge(row, row["references"][-1]) for row in rows]

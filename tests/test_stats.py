@@ -77,7 +77,7 @@ def no_java(monkeypatch):
     def lack(*_):
         raise metrics.Unavailable("no Java")
 
-    monkeypatch.setattr(metrics, "on_penn_tokens", lack)
+    monkeypatch.setattr(metrics, "score_on_penn_tokens", lack)
     monkeypatch.setattr(metrics, "meteor", lack)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

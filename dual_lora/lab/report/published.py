@@ -103,6 +103,7 @@ def get_published_name(experiment: Experiment, column: Column, run: Outcome) -> 
 
 
 def format_status(value: str, table: Table) -> str:
+    """Return the mark of a value whose status is not its table's; empty otherwise."""
     return "" if value == table.status else f" [{value}]"
 
 

@@ -193,6 +193,7 @@ def get_marks(cell: Outcome) -> str:
 
 
 def format_value(value: object) -> str:
+    """Return a setting's value as it heads a row or column."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -16,7 +16,7 @@ from dual_lora.lab.errors import Stopped
 from dual_lora.lab.record.mirror import Mirrors
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_seconds
-from dual_lora.lab.system.distributed import any_process, has_several_processes, is_first_process
+from dual_lora.lab.system.distributed import has_several_processes, is_first_process, is_true_in_any_process
 from dual_lora.lab.system.signals import STOP
 
 
@@ -136,7 +136,7 @@ class BestEpoch(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         """Score the epoch, unless it was scored or a stop was requested, and end training if it is to stop early."""
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
-        if ended and self.scored != state.global_step and not any_process(bool(STOP.asked)):
+        if ended and self.scored != state.global_step and not is_true_in_any_process(bool(STOP.asked)):
             self.score_epoch(state, control, model)
         if self.patience is not None and self.stale >= self.patience:
             control.should_training_stop = True

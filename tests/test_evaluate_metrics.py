@@ -5,7 +5,7 @@ import pytest
 
 from tasks import TaskError, metrics
 
-faces = pytest.importorskip("tasks.evaluate_faces")
+faces = pytest.importorskip("tasks.evaluate_metrics")
 
 
 @pytest.mark.parametrize(("subset", "classes"), [("sst2", 2), ("mrpc", 2), ("cola", 2), ("mnli", 3)])
@@ -80,7 +80,7 @@ def test_an_unknown_task_is_refused():
 
 
 def test_e2e_takes_batches_with_several_references(monkeypatch):
-    monkeypatch.setattr(metrics, "on_penn_tokens", lambda *texts: {"METEOR": 0.5, "ROUGE_L": 0.5, "CIDEr": 1.0})
+    monkeypatch.setattr(metrics, "score_on_penn_tokens", lambda *texts: {"METEOR": 0.5, "ROUGE_L": 0.5, "CIDEr": 1.0})
     texts, references = ["the oak is a pub", "a fig", "a bar"], [["the oak is a pub"], ["a fig", "the fig"], ["pub"]]
     face = faces.E2eMetrics()
     face.add_batch(predictions=texts[:2], references=references[:2])
