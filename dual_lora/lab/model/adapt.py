@@ -329,7 +329,7 @@ def start_ramp(model: torch.nn.Module) -> None:
     factors: at f = 0 they have no gradient."""
     for factors in list_factors(model):
         if int(factors.step) == 0:
-            factors.advance()
+            factors.advance_ramp()
 
 
 def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
