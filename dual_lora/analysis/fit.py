@@ -102,6 +102,7 @@ METHODS = {
     "lora_double": Method("LoRA, 2r", "none", start="zero", budget=2),
     "dual_lora_double": Method("Dual LoRA, 2r", "relu", (Stage("sign"),), budget=2),
 }
+OURS = {1: "dual_lora", 2: "dual_lora_double"}  # what the others are compared with, by budget
 TARGETS = {
     "gaussian": "dense Gaussian",
     "rank_16": "rank 16",
@@ -304,7 +305,7 @@ def _by_seed(group: Sequence[dict], rate: float) -> list[dict]:
 
 
 def _dual_minus(line: dict, lines: Sequence[dict]) -> dict | None:
-    ours = "dual_lora_double" if METHODS[line["method"]].budget == 2 else "dual_lora"
+    ours = OURS[METHODS[line["method"]].budget]
     if line["method"] == ours:
         return None
     dual = next(other for other in lines if (other["target"], other["method"]) == (line["target"], ours))

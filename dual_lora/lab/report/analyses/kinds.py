@@ -5,16 +5,31 @@ Rows that are floors train no weight update and are not analysed.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import Block
-from dual_lora.lab.record.record import ANALYSIS_FILE, CURVATURE_FILE, TRUNCATION_FILE
+from dual_lora.lab.record.record import (
+    ANALYSIS_FILE,
+    CURVATURE_FILE,
+    FIT_FILE,
+    SIMILARITY_FILE,
+    TRUNCATION_FILE,
+    Record,
+)
 from dual_lora.lab.report.analyses.curvature import iterate_curvature_blocks
+from dual_lora.lab.report.analyses.entries import iterate_entry_blocks
+from dual_lora.lab.report.analyses.fit import iterate_fit_blocks
 from dual_lora.lab.report.analyses.ranks import iterate_rank_blocks
+from dual_lora.lab.report.analyses.similarity import iterate_similarity_blocks
 from dual_lora.lab.report.analyses.truncation import iterate_truncation_blocks
-from dual_lora.lab.report.comparison.floors import Floor
+from dual_lora.lab.report.comparison.floors import Floor, get_model_task
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
+
+SAME_SEED, OTHER_SEED = "same seed", "another seed"  # runs of the reference row
 
 
 @dataclass(frozen=True)
@@ -28,8 +43,11 @@ class Kind:
 
 KINDS = {
     "ranks": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_rank_blocks),
+    "entries": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_entry_blocks),
     "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks),
     "curvature": Kind(CURVATURE_FILE, ("eigenvalue", "rows"), iterate_curvature_blocks),
+    "similarity": Kind(SIMILARITY_FILE, ("rows", "references"), iterate_similarity_blocks),
+    "fit": Kind(FIT_FILE, ("rows", "labels"), iterate_fit_blocks),
 }
 
 
@@ -38,8 +56,8 @@ def is_analysed(experiment: Experiment, cell: Outcome) -> bool:
     return bool(experiment.analyse) and cell.result is not None and cell.cell.label not in experiment.floors
 
 
-def analyse_missing(experiment: Experiment, cell: Outcome) -> None:
-    """Analyse a finished run that has no analysis yet.
+def analyse_missing(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> None:
+    """Analyse a finished run that has no analysis yet. done: all cells of the experiment.
 
     Raises:
         UserError: the run cannot be loaded or taken apart.
@@ -48,11 +66,24 @@ def analyse_missing(experiment: Experiment, cell: Outcome) -> None:
     if wanted and not (cell.record.folder / KINDS[experiment.analyse].file).is_file():
         print(f"analysing {cell.record.name}", flush=True)
         alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
-        load_analysis(experiment.analyse)(replace(cell.settings, hardware=alone), cell.record)
+        load_analysis(experiment, cell, done)(replace(cell.settings, hardware=alone), cell.record)
 
 
-def load_analysis(kind: str) -> Callable:
-    """Return the function that analyses a run. It imports torch, which a report does not need."""
+def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> Callable[[Settings, Record], object]:
+    """Return the function that analyses a run. It imports torch, which a report does not need.
+
+    Raises:
+        UserError: the runs that this one is compared with are not finished.
+    """
+    kind = experiment.analyse
+    if kind == "similarity":
+        from dual_lora.lab.weights.similarity import measure_similarity
+
+        return partial(measure_similarity, references=find_references(experiment, cell, done))
+    if kind == "fit":
+        from dual_lora.lab.weights.fit_updates import fit_updates
+
+        return partial(fit_updates, size="smoke" if experiment.scale == "smoke" else "full")
     if kind == "truncation":
         from dual_lora.lab.weights.truncate import truncate_run
 
@@ -64,6 +95,30 @@ def load_analysis(kind: str) -> Callable:
     from dual_lora.lab.weights.analyse import analyse_run
 
     return analyse_run
+
+
+def find_references(
+    experiment: Experiment, cell: Outcome, done: list[Outcome]
+) -> dict[str, tuple[Settings, Record] | None]:
+    """Return the runs of the reference row on a run's model and task: that of its own seed, unless it is that run, and
+    that of the next seed; None where the experiment has none.
+
+    Raises:
+        UserError: one of them is not finished.
+    """
+    place, seed = get_model_task(cell), cell.settings.seed
+    runs = {c.settings.seed: c for c in done if c.cell.label == experiment.reference and get_model_task(c) == place}
+    others = sorted((other for other in runs if other != seed), key=lambda other: (other < seed, other))
+    chosen = {
+        SAME_SEED: runs.get(seed) if cell.cell.label != experiment.reference else None,
+        OTHER_SEED: runs[others[0]] if others else None,
+    }
+    for other in filter(None, chosen.values()):
+        if other.result is None:
+            raise UserError(
+                f"{experiment.reference}, seed {other.settings.seed}: not finished, so not compared with it"
+            )
+    return {name: other and (other.settings, other.record) for name, other in chosen.items()}
 
 
 def check_analysis(experiment: Experiment, cell: Outcome) -> None:
