@@ -49,7 +49,7 @@ def iterate_similarity_blocks(done: list[Outcome], floors: list[Floor], folder: 
     yield Text(
         "Cosine of dW with that of a run of the reference row, taken as one vector, and the share of equal signs among "
         "entries that are 0 in neither. The reference's own row says how similar two runs of it are that differ in "
-        "the seed alone. Random: factors of the same shapes, as at the start, or with the trained norm."
+        "the seed alone. Random: random factors of the same shapes, or a Gaussian matrix where the method has none."
     )
     for measure, (title, style, unit) in MEASURES.items():
         yield Table(
@@ -152,7 +152,9 @@ def draw_changes(runs: list[ComparedRun]) -> Figure:
         for number, role in enumerate(roles):
             points = np.array(list_changes(some, role)).reshape(-1, 2)
             axes.plot(*points.T, linestyle="", markersize=3, alpha=0.7, label=role, **get_style(number))
-        axes.set(title=f"{label}, {place[1]}", xscale="log", yscale="log")
+        axes.set(title=f"{label}, {place[1]}", xlim=(0, None), ylim=(0, None))
+        axes.locator_params(nbins=4)
+        axes.ticklabel_format(style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.3)
     panels[0].set(xlabel="direction change", ylabel="magnitude change")
     add_legend(figure, panels)
