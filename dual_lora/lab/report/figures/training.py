@@ -17,7 +17,7 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
 # What is drawn over the steps: what the log calls it, and the axis.
-LOSS, ZEROS = ("train/loss", "training loss"), ("train/zeros", "share of exact zeros in the update")
+LOSS, ZEROS = ("train/loss", "training loss"), ("train/zeros", "share of exact zeros")
 COSTS = {"seconds_per_step": "seconds a step", "peak_memory_mib": "peak memory, MiB"}
 MAX_PANELS = 9
 MIN_STEPS = 3  # logged steps that make a curve
