@@ -1,5 +1,5 @@
 """Updates beside those of full tuning: how similar they are (`experiment=similarity`), and how well each form fits them
-(`experiment=fit_full_tuning`)."""
+(`experiment=fit_updates`)."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from dual_lora.lab.report.analyses.similarity import ComparedRun, correlate_chan
 from dual_lora.lab.study.experiment import Experiment, load_experiment_file
 
 PLACE = ("tiny", "demo/sentiment")
-EXPERIMENTS = ("similarity", "fit_full_tuning")
+EXPERIMENTS = ("similarity", "fit_updates")
 
 
 def test_size_and_direction_of_rows_are_told_apart():
