@@ -1,17 +1,15 @@
 """Updates beside those of full tuning: how similar they are (`experiment=similarity`), and how well each form fits them
 (`experiment=fit_updates`)."""
 
-import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from analysed_runs import check_report_without_weights, copy_runs, read_contents, sweep_smoke
 from safetensors.numpy import load_file
 
 from dual_lora.analysis import measure_decomposition
-from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
@@ -110,17 +108,7 @@ def test_the_best_rate_of_each_form_counts_and_differences_are_paired():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The smoke runs of both experiments, which share their records."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "RUNS", folder)
-        patch.setenv("DUAL_LORA_RUNS", str(folder))
-        for name in EXPERIMENTS:
-            assert sweep_command([f"experiment={name}", "scale=smoke", "wandb.mode=disabled"]) == 0
-    return folder
-
-
-def read_contents(folder, name: str) -> dict[str, dict]:
-    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob(f"verdict_smoke/*/{name}")}
+    return sweep_smoke(tmp_path_factory.mktemp("runs"), EXPERIMENTS)
 
 
 def test_every_run_is_compared_with_full_tuning_as_numpy_does(finished):
@@ -166,16 +154,7 @@ def test_one_weight_of_every_role_of_full_tuning_is_fitted_by_every_form(finishe
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_report_regenerates_from_the_records_alone(name, finished, tmp_path, monkeypatch):
-    folder = shutil.copytree(finished, tmp_path / "runs")
-    monkeypatch.setattr(paths, "RUNS", folder)
-    monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
-    for weights in [*folder.glob("*/*/adapter"), *folder.glob("*/*/model")]:
-        shutil.rmtree(weights)
-    report = folder / f"{name}_smoke/report"
-    before = {path.name: path.read_bytes() for path in report.iterdir()}
-    shutil.rmtree(report)
-    assert sweep_command([f"experiment={name}", "scale=smoke", "run=false"]) == 0
-    assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+    check_report_without_weights(copy_runs(monkeypatch, finished, tmp_path / "runs"), name)
 
 
 def test_both_experiments_share_the_runs_of_the_verdict():
