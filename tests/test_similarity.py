@@ -14,7 +14,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.report.analyses.fit import FittedRun, tabulate_differences, tabulate_unexplained
-from dual_lora.lab.report.analyses.kinds import OTHER_SEED, SAME_SEED, find_references
+from dual_lora.lab.report.analyses.kinds import OTHER_SEED, SAME_SEED, find_references, is_up_to_date
 from dual_lora.lab.report.analyses.similarity import ComparedRun, correlate_changes, tabulate_similarity
 from dual_lora.lab.study.experiment import Experiment, load_experiment_file
 
@@ -55,6 +55,19 @@ def test_a_run_is_compared_with_the_references_of_its_seed_and_of_the_next():
     assert find("Full", 0) == [None, "Full 1"]
     with pytest.raises(UserError, match="^Full, seed 2: not finished"):
         find("Full", 1)
+
+
+def test_a_comparison_with_other_runs_than_asked_for_is_made_again():
+    experiment = SimpleNamespace(analyse="similarity", reference="Full")
+    done = [make_cell("Full", seed) for seed in (0, 1)]
+    for cell in done:
+        cell.record = SimpleNamespace(name=f"full_s{cell.settings.seed}")
+    lora = make_cell("LoRA", 0)
+    for stored, current in (("full_s1", True), (None, False), ("full_s2", False)):
+        content = {"references": {SAME_SEED: "full_s0", OTHER_SEED: stored}}
+        lora.record = SimpleNamespace(read_sealed=lambda *_, content=content: content)
+        assert is_up_to_date(experiment, lora, done) == current
+    assert is_up_to_date(SimpleNamespace(analyse="ranks"), lora, done)
 
 
 @pytest.mark.parametrize("words", [{"reference": "Nobody"}, {"reference": ""}, {"analyse": "ranks"}])

@@ -62,11 +62,27 @@ def analyse_missing(experiment: Experiment, cell: Outcome, done: list[Outcome]) 
     Raises:
         UserError: the run cannot be loaded or taken apart.
     """
-    wanted = is_analysed(experiment, cell)
-    if wanted and not (cell.record.folder / KINDS[experiment.analyse].file).is_file():
+    made = is_analysed(experiment, cell) and (cell.record.folder / KINDS[experiment.analyse].file).is_file()
+    if is_analysed(experiment, cell) and not (made and is_up_to_date(experiment, cell, done)):
         print(f"analysing {cell.record.name}", flush=True)
         alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
         load_analysis(experiment, cell, done)(replace(cell.settings, hardware=alone), cell.record)
+
+
+def is_up_to_date(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> bool:
+    """Whether an analysis that is there is the one that this experiment makes: a comparison may be with the runs of
+    other seeds, where fewer were asked for. A damaged one counts as such: the report names it.
+
+    Raises:
+        UserError: as `find_references`.
+    """
+    if experiment.analyse != "similarity":
+        return True
+    wanted = {name: other and other[1].name for name, other in find_references(experiment, cell, done).items()}
+    try:
+        return cell.record.read_sealed(SIMILARITY_FILE, "references")["references"] == wanted
+    except UserError:
+        return True
 
 
 def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> Callable[[Settings, Record], object]:
