@@ -193,7 +193,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
-    log = LogCallback(record, mirror)
+    log = LogCallback(record, mirror, bool(settings.train.log_zeros))
 
     def score_model(title: str, splits: dict[str, Split] = rows.scored) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
