@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import tasks
-from dual_lora.lab.config.paths import resolve_path
+from dual_lora.lab.config.paths import check_plain_file, resolve_path
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 KINDS = "give a file FILE.py, the folder of a package, or the name of an installed module"
@@ -50,6 +50,7 @@ def locate_plugin(word: str) -> tuple[Path | None, str]:
         packaged = not path.is_dir() or (path / "__init__.py").is_file()
         require(packaged, f"plugins={word}: no __init__.py there, so it is not a package; {KINDS}")
         require(path.exists(), f"plugins={word}: no such file; {KINDS}")
+        check_plain_file(path)
         path = path.absolute()
         return path, path.name.removesuffix(".py")
     with translate_import_errors(word):
