@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dual_lora.lab.errors import require
 from dual_lora.lab.present.document import Block
 from dual_lora.lab.record.record import ANALYSIS_FILE, CURVATURE_FILE, TRUNCATION_FILE
 from dual_lora.lab.report.analyses.curvature import iterate_curvature_blocks
@@ -74,6 +75,8 @@ def check_analysis(experiment: Experiment, cell: Outcome) -> None:
     """
     if is_analysed(experiment, cell):
         kind = KINDS[experiment.analyse]
+        path = cell.record.folder / kind.file
+        require(path.exists(), f"{path}: missing; sweep.py without run=false analyses the run")
         cell.record.read_sealed(kind.file, *kind.keys)
 
 
