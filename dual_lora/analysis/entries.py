@@ -68,6 +68,7 @@ def count_by_bin(x: Tensor, edges: tuple[float, ...]) -> list[int]:
     """
     if x.isnan().any():
         raise ValueError("an entry is NaN, which belongs to no bin")
+    x = x if x.is_floating_point() else x.double()  # else the edges would be rounded to integers
     bounds = torch.tensor(edges, dtype=x.dtype, device=x.device)
     return torch.bincount(torch.bucketize(x.flatten(), bounds), minlength=len(edges) + 1).tolist()
 

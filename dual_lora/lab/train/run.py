@@ -27,6 +27,7 @@ from dual_lora.lab.model.adapt import (
     describe_adapter,
     draw_initial_model,
     find_unfinished_ramp,
+    find_untouched_experts,
     list_kernels,
     list_rates,
 )
@@ -210,7 +211,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
-    warnings = find_warnings(task, predictions) + find_unfinished_ramp(model)
+    warnings = find_warnings(task, predictions) + find_unfinished_ramp(model) + find_untouched_experts(model, settings)
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     return share_from_first(lambda: record.write_result(result))
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.present.document import Block
 from dual_lora.lab.record.record import (
     ANALYSIS_FILE,
@@ -139,6 +139,8 @@ def check_analysis(experiment: Experiment, cell: Outcome) -> None:
     """
     if is_analysed(experiment, cell):
         kind = KINDS[experiment.analyse]
+        path = cell.record.folder / kind.file
+        require(path.exists(), f"{path}: missing; sweep.py without run=false analyses the run")
         cell.record.read_sealed(kind.file, *kind.keys)
 
 
