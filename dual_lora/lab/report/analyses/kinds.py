@@ -28,6 +28,7 @@ from dual_lora.lab.report.analyses.truncation import iterate_truncation_blocks
 from dual_lora.lab.report.comparison.floors import Floor, get_model_task
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.system.libraries import import_heavy_libraries
 
 SAME_SEED, OTHER_SEED = "same seed", "another seed"  # runs of the reference row
 
@@ -92,25 +93,18 @@ def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) ->
         UserError: the runs that this one is compared with are not finished.
     """
     kind = experiment.analyse
-    if kind == "similarity":
-        from dual_lora.lab.weights.similarity import measure_similarity
-
-        return partial(measure_similarity, references=find_references(experiment, cell, done))
-    if kind == "fit":
+    with import_heavy_libraries():
+        from dual_lora.lab.weights.analyse import analyse_run
+        from dual_lora.lab.weights.curvature import measure_curvature
         from dual_lora.lab.weights.fit_updates import fit_updates
-
-        return partial(fit_updates, size="smoke" if experiment.scale == "smoke" else "full")
-    if kind == "truncation":
+        from dual_lora.lab.weights.similarity import measure_similarity
         from dual_lora.lab.weights.truncate import truncate_run
 
-        return truncate_run
-    if kind == "curvature":
-        from dual_lora.lab.weights.curvature import measure_curvature
-
-        return measure_curvature
-    from dual_lora.lab.weights.analyse import analyse_run
-
-    return analyse_run
+    if kind == "similarity":
+        return partial(measure_similarity, references=find_references(experiment, cell, done))
+    if kind == "fit":
+        return partial(fit_updates, size="smoke" if experiment.scale == "smoke" else "full")
+    return {"truncation": truncate_run, "curvature": measure_curvature}.get(kind, analyse_run)
 
 
 def find_references(
