@@ -98,6 +98,10 @@ class Row:
     compared: int = 0
     where: Counter = field(default_factory=Counter)
 
+    def __str__(self) -> str:
+        same = f"{self.identical} of {self.compared} studies identical"
+        return f"{self.fault}: {self.survived} of {self.tried} survived, {self.lost} results lost, {same}"
+
 
 class Study:
     """A folder of runs, the command that fills it, and what it must come to."""
@@ -659,8 +663,9 @@ def main() -> int:
             "commands": chaos.commands,
         }
         for name in given.only or faults:
+            done = len(chaos.rows)
             faults[name]()
-            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{name}: {time.monotonic() - began:.0f} s; {'; '.join(map(str, chaos.rows[done:]))}", flush=True)
     print(f"\n{chaos.table()}\n\n{time.monotonic() - began:.0f} s, seed {given.seed}")
     return 0 if chaos.fine() else 1
 
