@@ -344,7 +344,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fetch(repository: str, commit: str, path: str) -> Path:
+def fetch_file(repository: str, commit: str, path: str) -> Path:
     """Return a local copy of one file of a public GitHub repository, downloaded once into datasets' cache.
 
     Raises:
@@ -398,12 +398,12 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
         TaskError: it is not JSON, holds NaN or Infinity, or an object has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        return json.loads(text, object_pairs_hook=build_unique_keys, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise TaskError(f"{source}: not JSON ({error}); {remedy}") from error
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def build_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; json alone would keep the last of two equal keys and drop the first.
 
     Raises:

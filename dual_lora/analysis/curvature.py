@@ -6,7 +6,7 @@ Gradient descent with one rate is stable near a minimum while lr < 2 / lambda. W
 a change of variables theta_i = sqrt(m_i) u_i gives them one. Sign's straight-through gradient counts as a gradient: H
 is the Hessian of the map in which each sign is replaced by a line of slope 1 through its value.
 
-Source of the question whether lambda predicts the best rate of LoRA and its kin: arXiv 2602.04998.
+Whether lambda predicts the best rate of LoRA and its variants is the question of arXiv 2602.04998.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,13 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Curvature:
-    """eigenvalue: the largest by value, which may be smaller in size than a negative one; gradient descent is stable
-    for learning rates below 2 / eigenvalue. products: how many Hessian-vector products it took. loss: its value.
+    """The curvature of a loss at one point.
+
+    Attributes:
+        eigenvalue: the largest by value, which may be smaller in size than a negative one; gradient descent is stable
+            for learning rates below 2 / eigenvalue.
+        products: how many Hessian-vector products it took.
+        loss: the loss at that point.
     """
 
     eigenvalue: float

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Okabe and Ito's colors, which the color-blind can tell apart. The method at hand stands out, the rest is grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart: ours stands out, all other methods are grey.
 PLAIN, OURS = "#56606B", "#D55E00"
 WIDTH = 3.5  # inches, a column of a paper
-LINE = 0.145
+LINE = 0.145  # inches, the height of a method's line
 
 
 @dataclass(frozen=True)

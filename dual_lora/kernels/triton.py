@@ -83,17 +83,17 @@ def _project(
     tl.store(dD + rows[:, None] * r2 + k2[None, :], sum_d, mask=edge & (k2[None, :] < r2))
 
 
-def _padded(r: int) -> int:
-    """A rank as the inner size of a product: a power of two of at least 16."""
+def _pad_rank(r: int) -> int:
+    """Return a rank padded to the inner size of a product: a power of two of at least 16."""
     return max(16, triton.next_power_of_2(r))
 
 
-def _steps(*matrices: Tensor) -> list[int]:
+def _list_strides(*matrices: Tensor) -> list[int]:
     return [step for matrix in matrices for step in matrix.stride()]
 
 
-def _fits(A: Tensor, C: Tensor) -> bool:
-    """Whether a tile of these ranks fits in registers and the dtype is the kernels'."""
+def _fits_registers(A: Tensor, C: Tensor) -> bool:
+    """Return whether tiles of these ranks fit in registers and the dtype is the kernels'."""
     return A.dtype == torch.float32 and max(A.shape[0], C.shape[0]) <= 128
 
 
@@ -109,7 +109,7 @@ def rebuild(
     dW: Tensor | None = None,
 ) -> Tensor:
     """As `recompute.rebuild`; float64 factors, ranks above 128 and a known dW are left to it."""
-    if dW is not None or not _fits(A, C):
+    if dW is not None or not _fits_registers(A, C):
         return recompute.rebuild(A, B, C, D, scale, weight, dtype, out, dW)
     n_out, n_in = B.shape[0], A.shape[1]
     W = A.new_empty(n_out, n_in, dtype=dtype or A.dtype) if out is None else out
@@ -117,8 +117,9 @@ def rebuild(
     grid = triton.cdiv(n_out, ROWS), triton.cdiv(n_in, COLUMNS)
     with torch.cuda.device_of(A):
         _rebuild[grid](
-            A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_steps(kept, A, B, C, D),
-            HAS_WEIGHT=weight is not None, R1=_padded(A.shape[0]), R2=_padded(C.shape[0]), ROWS=ROWS, COLUMNS=COLUMNS,
+            A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_list_strides(kept, A, B, C, D),
+            HAS_WEIGHT=weight is not None, R1=_pad_rank(A.shape[0]), R2=_pad_rank(C.shape[0]),
+            ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return W
 
@@ -136,23 +137,23 @@ def project(
     dW: Tensor | None = None,
 ) -> Factors:
     """As `recompute.project`; float64 factors, ranks above 128 and a known dW are left to it."""
-    if dW is not None or not _fits(A, C):
+    if dW is not None or not _fits_registers(A, C):
         return recompute.project(G, A, B, C, D, scale, ste, weight, rebuilt, dW)
-    dB, dD = _out_side(G, A, B, C, D, scale, ste)
-    dAt, dCt = _out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)
+    dB, dD = _project_out_side(G, A, B, C, D, scale, ste)
+    dAt, dCt = _project_out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)
     if rebuilt is not None:
         rebuild(A, B, C, D, scale, weight, out=rebuilt)
     return dAt.T, dB, dCt.T, dD
 
 
-def _out_side(G, A, B, C, D, scale, ste) -> tuple[Tensor, Tensor]:
-    """dL/dB and dL/dD."""
+def _project_out_side(G, A, B, C, D, scale, ste) -> tuple[Tensor, Tensor]:
+    """Return dL/dB and dL/dD, shaped like B and D."""
     dB, dD = A.new_empty(B.shape), A.new_empty(D.shape)
     n_out, n_in, r1, r2 = *G.shape, A.shape[0], C.shape[0]
     with torch.cuda.device_of(A):
         _project[triton.cdiv(n_out, ROWS),](
-            G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_steps(G, A, B, C, D),
-            STE=STE[ste], R1=_padded(r1), R2=_padded(r2), ROWS=ROWS, COLUMNS=COLUMNS,
+            G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_list_strides(G, A, B, C, D),
+            STE=STE[ste], R1=_pad_rank(r1), R2=_pad_rank(r2), ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return dB, dD
 

@@ -168,7 +168,7 @@ class DualLoraFactors(nn.Module):
             "ops": kernels.choose_ops(self.kernel, self.A.device),
         }
 
-    def advance(self) -> None:
+    def advance_ramp(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = shape(step / warmup_steps). Never waits for the device.
 
         f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`

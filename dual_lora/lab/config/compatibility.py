@@ -1,4 +1,4 @@
-"""Settings that do not go together: a task the model cannot do, and settings that would have no effect.
+"""Incompatible settings: a task that the model cannot do, and settings that would have no effect.
 
 A setting without effect would still be recorded and would rename the run, so a command line that sets one is refused.
 When a record is read, ineffective settings are not refused.

@@ -116,11 +116,11 @@ def check_export_folder(folder: Path) -> None:
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write into. It takes that name when the block ends, and is removed, and
-    nothing else, if the block fails.
+    """Yield a new folder beside `folder` to write into. It takes that name when the block ends. If the block fails, it
+    is removed and nothing else is touched.
 
     Raises:
-        UserError: the disk fails, or there is something of that name by then.
+        UserError: the disk fails, or something of that name exists by then.
     """
     partial = None
     try:
@@ -139,8 +139,8 @@ def build_folder(folder: Path) -> Iterator[Path]:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give a folder of `mkdtemp`, and the files in it, the permissions that new ones have here: some writers keep what
-    they write to its owner."""
+    """Give a folder of `mkdtemp`, and the files in it, the permissions of new ones: some writers make their files
+    readable by the owner alone."""
     mask = read_umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
@@ -148,7 +148,7 @@ def apply_umask(folder: Path) -> None:
 
 
 def install_folder(partial: Path, folder: Path) -> None:
-    """Rename a whole folder into place. The system does so only if there is nothing, or an empty folder.
+    """Rename a whole folder into place. The system allows this only if there is nothing, or an empty folder.
 
     Raises:
         UserError: somebody else was first.
@@ -200,7 +200,7 @@ def compare_logits(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def compute_probe_logits(model: torch.nn.Module) -> torch.Tensor:
-    """Return the logits of a made-up text in float64, on the CPU."""
+    """Return the logits of random token ids, batch x length x vocabulary, in float64 on the CPU."""
     ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().cpu()

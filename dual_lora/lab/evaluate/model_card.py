@@ -117,7 +117,7 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
 
 
 def format_adapter_card(settings: Settings, record: Record, task: Task) -> str:
-    """Return the card of the adapter alone, in place of PEFT's, which leaves all of it open."""
+    """Return the card of the adapter alone; PEFT's own card has only placeholders."""
     facts, classes = collect_facts(settings, record, task), {"classification": len(task.labels), "regression": 1}
     values = {key: value for key, value in settings.method.peft.items() if value not in (None, {}, [])}
     return ADAPTER_CARD.format(

@@ -152,6 +152,7 @@ def find_deciding_index(folder: Path) -> Path | None:
 
 
 def list_matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files in a folder that match one of the patterns, sorted."""
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 

@@ -110,7 +110,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
 
 
 def check_decided_fields(values: dict[str, Any], form: str) -> None:
-    """Refuse fields of PEFT by which less would train than the task asks for.
+    """Refuse PEFT fields that would leave something untrained that the task needs trained.
 
     Raises:
         UserError: with the field.
@@ -146,7 +146,7 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         "a method of fixed rank",
     )
     require(
-        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
+        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would silently start as plain LoRA
         f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
         "pissa or olora",
     )
@@ -329,7 +329,7 @@ def start_ramp(model: torch.nn.Module) -> None:
     factors: at f = 0 they have no gradient."""
     for factors in list_factors(model):
         if int(factors.step) == 0:
-            factors.advance()
+            factors.advance_ramp()
 
 
 def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:

@@ -56,6 +56,7 @@ def letter_reasons(values: pd.DataFrame) -> dict[str, str]:
 
 
 def iterate_letters() -> Iterator[str]:
+    """Yield a to z, then aa, ab and so on."""
     for size in count(1):
         yield from map("".join, product(ascii_lowercase, repeat=size))
 
@@ -146,6 +147,7 @@ def describe_metrics(done: list[Outcome]) -> str:
 
 
 def format_head(column: Column) -> str:
+    """Return the heading of a column."""
     return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
 
 

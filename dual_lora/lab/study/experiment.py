@@ -181,7 +181,7 @@ class Experiment:
         for kind, points in self.margin.items():
             require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
-            require(table in paper.tables(), f"{where}: {table}: no such table of dual_lora/paper")
+            require(table in paper.list_tables(), f"{where}: {table}: no such table of dual_lora/paper")
         if self.tune:
             sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
             require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
@@ -425,6 +425,7 @@ def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], whe
 
 
 def is_required(field: Field) -> bool:
+    """Return whether a field of a dataclass has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 
 

@@ -127,14 +127,14 @@ def await_lock(path: Path) -> TextIO:
     Raises:
         OSError: it cannot be written.
     """
-    told = False
+    announced = False
     while True:
         try:
             return acquire_lock(path)
         except RunHeldElsewhere as held:
-            if not told:
+            if not announced:
                 print(f"{path.parent}: waiting: {held}", file=sys.stderr)
-            told = True
+            announced = True
             time.sleep(WAIT_SECONDS)
 
 

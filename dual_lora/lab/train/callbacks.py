@@ -16,7 +16,7 @@ from dual_lora.lab.errors import Stopped
 from dual_lora.lab.record.mirror import Mirrors
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_seconds
-from dual_lora.lab.system.distributed import any_process, has_several_processes, is_first_process
+from dual_lora.lab.system.distributed import has_several_processes, is_first_process, is_true_in_any_process
 from dual_lora.lab.system.signals import STOP
 
 
@@ -34,10 +34,10 @@ class ProgressBar(ProgressCallback):
         self.name = name
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
-        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if hushed else ""
+        shares_screen = "TQDM_DISABLE" in os.environ  # set where several runs print to it
+        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if shares_screen else ""
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or hushed)
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or shares_screen)
         self.current_step = self.first_step = self.printed = state.global_step
         self.started, self.seen = time.perf_counter(), state.num_input_tokens_seen
 
@@ -74,6 +74,7 @@ class LogCallback(TrainerCallback):
         self.record, self.mirror = record, mirror
 
     def write_row(self, step: int, row: dict[str, Any]) -> None:
+        """Write one row to the log and its copies; in the first process only."""
         if not is_first_process():
             return
         row = {"step": step, **row}
@@ -135,7 +136,7 @@ class BestEpoch(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         """Score the epoch, unless it was scored or a stop was requested, and end training if it is to stop early."""
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
-        if ended and self.scored != state.global_step and not any_process(bool(STOP.asked)):
+        if ended and self.scored != state.global_step and not is_true_in_any_process(bool(STOP.asked)):
             self.score_epoch(state, control, model)
         if self.patience is not None and self.stale >= self.patience:
             control.should_training_stop = True

@@ -79,9 +79,8 @@ def train_run(run: Run) -> dict[str, Any]:
         silence_libraries()
         with ExitStack() as stack:
             share_from_first(lambda: stack.enter_context(hold_lock(record.folder)))
-            result = find_result(settings, record) or attempt_run(
-                settings, record
-            )  # another process may just have finished it
+            # Before this process held the lock, another one may have finished the run.
+            result = find_result(settings, record) or attempt_run(settings, record)
             share_from_first(record.install_rerun)
             share_from_first(record.remove_leftovers)
         print(format_summary(result, record, run.title))

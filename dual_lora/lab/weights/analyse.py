@@ -162,4 +162,5 @@ def explain_analysis(content: dict) -> list[str]:
 
 
 def format_medians(rows: list[list[str]], *heads: str) -> str:
+    """Return rows as a table under these headings."""
     return tabulate(rows, headers=[head.replace("_", " ") for head in heads], disable_numparse=True)

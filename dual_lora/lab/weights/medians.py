@@ -19,5 +19,6 @@ def format_with_null(group: pd.DataFrame, name: str) -> str:
 
 
 def format_median(column: pd.Series) -> str:
+    """Return the median of the known values of a column; a dash if none is known."""
     values = pd.to_numeric(column).dropna()
     return MISSING if values.empty else f"{values.median():.4g}"

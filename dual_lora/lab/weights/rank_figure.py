@@ -77,7 +77,7 @@ def draw_own_ranks(axes: Axes, runs: list[AnalysedRun], part: str, kind: str, pl
 def draw_published_ranks(axes: Axes, part: str) -> None:
     """Draw the published points of a part of dW, LoRA's beside those of the whole, and our null of their shape."""
     name = f"LLaMA2-7B, {FULL_RANK} x {FULL_RANK}"
-    columns = paper.load(PUBLISHED_TABLE).columns
+    columns = paper.load_table(PUBLISHED_TABLE).columns
     others = [series for series in columns if series not in PARTS] if part == "overall" else []
     for series, color in zip((part, *others), ("C6", "C8"), strict=False):
         layers, usual = read_published_ranks(series)
@@ -92,7 +92,9 @@ def draw_published_ranks(axes: Axes, part: str) -> None:
 def read_published_ranks(series: str) -> tuple[dict[int, float], tuple[float, float]]:
     """Return the published ranks as shares of the full rank: by layer, as far as they can be told apart, and between
     which the rest lies."""
-    values = {row.keys["layer"]: row.values[series] for row in paper.load(PUBLISHED_TABLE).rows if series in row.values}
+    values = {
+        row.keys["layer"]: row.values[series] for row in paper.load_table(PUBLISHED_TABLE).rows if series in row.values
+    }
     usual = [int(number) / FULL_RANK for number in re.findall(r"\d+", values["middle"].text)]
     layers = {layer: value.number / FULL_RANK for layer, value in values.items() if isinstance(layer, int)}
     return layers, (usual[0], usual[-1])
@@ -100,5 +102,5 @@ def read_published_ranks(series: str) -> tuple[dict[int, float], tuple[float, fl
 
 def read_null_ranks(part: str) -> dict[int, float]:
     """Return the ranks of random factors at the published shape, as shares of the full rank, by r1 = r2."""
-    rows = paper.load(NULL_TABLE).select(part=PARTS[part])
+    rows = paper.load_table(NULL_TABLE).select_rows(part=PARTS[part])
     return {row.keys["r1"]: row.values["rank"].number / FULL_RANK for row in rows}

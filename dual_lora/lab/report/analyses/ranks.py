@@ -53,6 +53,7 @@ def read_analyses(done: list[Outcome]) -> dict[str, dict]:
 
 
 def load_analysed_run(name: str, content: dict) -> AnalysedRun:
+    """Return an analysis file's content as the figures take it."""
     return AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
 
 

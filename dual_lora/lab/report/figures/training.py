@@ -96,6 +96,7 @@ def measure_cost(cell: Outcome) -> dict[str, object]:
 
 
 def read_memory(result: dict) -> float:
+    """Return a run's peak memory in MiB; NaN if its device counted none."""
     return result["peak_memory_bytes"] / 2**20 if result.get("peak_memory_bytes") else float("nan")
 
 

@@ -1,12 +1,12 @@
-"""Our metrics as `evaluate.Metric`s, for code that speaks that interface. Built directly; nothing is downloaded.
+"""Our metrics as `evaluate.Metric`s, for code that uses that library. They are built directly; nothing is downloaded.
 
-    from tasks.evaluate_faces import E2eMetrics, GlueMetrics
+    from tasks.evaluate_metrics import E2eMetrics, GlueMetrics
 
     GlueMetrics("mrpc").compute(predictions=[0, 1, 1], references=[0, 1, 0])
     GlueMetrics("stsb").compute(predictions=[0.5, 2.0, 4.5], references=[1.0, 2.5, 5.0])
     E2eMetrics().compute(predictions=["a pub"], references=[["a pub", "one pub"]])
 
-`add_batch` works as for any metric. `evaluate.load("glue")` is another thing and needs the hub. Importing this module
+`add_batch` works as for any metric. `evaluate.load("glue")` is unrelated and needs the hub. Importing this module
 takes seconds, since `evaluate` imports transformers; no task imports it.
 """
 
@@ -78,8 +78,8 @@ class GlueMetrics(Checked):
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         if self.form == "regression":
-            return metrics.regression(predictions, references)
-        return metrics.classification(predictions, references, self.classes)
+            return metrics.score_regression(predictions, references)
+        return metrics.score_classification(predictions, references, self.classes)
 
 
 class E2eMetrics(Checked):
@@ -106,4 +106,4 @@ class E2eMetrics(Checked):
                 raise ValueError(f"references: {texts!r} is not a list of texts; every output needs a list")
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        return metrics.e2e(predictions, references)
+        return metrics.score_e2e(predictions, references)
