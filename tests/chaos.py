@@ -201,6 +201,8 @@ def changed(folder: Path, event: str, args: tuple) -> str | None:
     path = str(args[0]) if isinstance(args[0], str | os.PathLike) else ""
     if not path.startswith(f"{folder}/") or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
         return None
+    if event == "os.remove" and not os.path.lexists(path):  # a run begins by removing what may be there
+        return None
     kinds = ("checkpoints", "adapter", "report", "predictions", "result", ".lock", "metrics")
     return next((kind for kind in kinds if kind in path.removeprefix(str(folder))), "other")
 
