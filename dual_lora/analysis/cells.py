@@ -186,8 +186,8 @@ def describe_rows(rows: Sequence[dict], study: str) -> str:
     seeds = len({row["cell"]["seed"] for row in rows})
     versions = " and ".join(sorted({f"torch {row['torch']}, {row['threads']} thread" for row in rows}))
     return (
-        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seeds, {versions}. Every comparison is "
-        "exploratory: each interval is of 95 %, not corrected for their number.\n\n"
+        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seed{'s' * (seeds > 1)}, {versions}. "
+        "Every comparison is exploratory: each interval is of 95 %, not corrected for their number.\n\n"
     )
 
 

@@ -1,5 +1,6 @@
 """Dot figures: a panel for each case, a line for each method, a mean with its t-interval and the dots of its seeds."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def draw_dots(panels: Sequence[Panel], labels: Sequence[str], unit: str, path: P
 
 
 def _draw_panel(axes, panel: Panel, labels: Sequence[str]) -> None:
-    axes.set_title(panel.title, pad=2)
+    wrapped = textwrap.fill(panel.title.replace(".", ". "), 18).replace(". ", ".")  # names of modules are long
+    axes.set_title(wrapped, pad=2)
     axes.tick_params(length=2, width=0.5, pad=1.5)
     axes.grid(axis="x", linewidth=0.3, color="#DDDDDD")
     axes.set_axisbelow(True)

@@ -347,6 +347,7 @@ def format_report(lines: Sequence[dict]) -> str:
     found = {(line["target"], line["method"]): line for line in lines}
     titles = name_targets(targets)
     seeds = len(lines[0]["values"])
+    averaged = f"mean over {seeds} seeds ± half the 95 % t-interval" if seeds > 1 else "one seed"
     head = ["target", "LoRA (SVD)", *(METHODS[m].label for m in methods), "LoRA, 2r (SVD)"]
 
     def fill(method: str, show: Callable[[dict], str]) -> list[str]:
@@ -364,7 +365,7 @@ def format_report(lines: Sequence[dict]) -> str:
     rates = [fill(m, lambda line: f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}") for m in methods]
     converged = [fill(m, lambda line: f"{line['converged']:.0%}, {line['steps']:.0f}") for m in methods]
     tables = {
-        f"Share of ||dW||² left unexplained: mean over {seeds} seeds ± half the 95 % t-interval": format_table(
+        f"Share of ||dW||² left unexplained: {averaged}": format_table(
             head, shape(fill("lora", optimum), *shares, fill("lora_double", optimum))
         ),
         "Dual LoRA minus the others at the same budget, paired by seed (above 0: Dual LoRA fits less)": format_table(
