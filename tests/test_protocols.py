@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from dual_lora import paper
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.study.experiment import Cell, Experiment
+from tasks import commonsense
 
 PAGE = ROOT / "dual_lora/paper/PROTOCOLS.md"
 HEAD = """\
@@ -47,6 +48,7 @@ KEYS = {
     "schedule": "train.schedule",
     "separator": "task.options.separator",
     "references": "task.options.references",
+    "dropout within the base": "model.dropout",
 }
 # Settings of a script that are none of ours: the batch says what they come to.
 FOLDED = {"devices", "micro_batch", "warmup_steps"}
@@ -99,6 +101,20 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
         return (
             "matched accuracy" if paper.load_table("lora_table2_glue").ours["MNLI"] == "glue/mnli:accuracy" else "other"
         )
+    if setting == "MRPC and CoLA and STS-B columns":
+        ours = paper.load_table("lora_table2_glue").ours
+        return ", ".join(ours[column].partition(":")[2] for column in ("MRPC", "CoLA", "STS-B"))
+    if setting == "average":
+        return f"mean of {len(paper.load_table('lora_table2_glue').average['avg'])} columns"
+    if setting == "output ends at":
+        return "end of text" + (" or a blank line" if "\n\n" in task.stop else "")
+    if setting == "prompts of training and test":
+        prompts = commonsense.TRAINING_PROMPT, commonsense.EVALUATION_PROMPT
+        alike = prompts[0].split() == prompts[1].split() and prompts[0] != prompts[1]
+        return "differ in white space" if alike else "other"
+    if setting == "answer":
+        kept = commonsense.cut_response(f"first {commonsense.RESPONSE} last")
+        return {"first": "first option before a second marker", "last": "first option after the last marker"}[kept]
     if setting == "loss":
         return "prompt and response" if task.loss_on_prompt else "response"
     if setting == "beam search":

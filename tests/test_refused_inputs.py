@@ -139,5 +139,5 @@ def test_a_long_document_is_one_field(sst2):
 def test_nobody_waits_for_a_pipe(sst2):
     (sst2 / "train.tsv").unlink()
     os.mkfifo(sst2 / "train.tsv")
-    with pytest.raises(TaskError, match="a pipe, not a file"):
+    with pytest.raises(TaskError, match="a pipe or a device, not a file"):
         read(sst2)

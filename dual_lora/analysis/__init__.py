@@ -14,6 +14,7 @@ from .entries import (
     compute_zero_share,
     count_by_bin,
     count_dead_rows,
+    measure_decomposition,
 )
 from .spectrum import TOLERANCES, compute_ranks
 from .update import measure_groups, measure_overall
@@ -30,6 +31,7 @@ __all__ = [
     "compute_zero_share",
     "count_by_bin",
     "count_dead_rows",
+    "measure_decomposition",
     "measure_groups",
     "measure_overall",
 ]

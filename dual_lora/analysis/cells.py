@@ -49,6 +49,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def _read_whole_lines(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # of a pipe there may be no end
+        raise StudyError(f"{path}: not a file; give another one")
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 

@@ -3,6 +3,7 @@
     unexplained = ||dW - form(factors)||_F^2 / ||dW||_F^2          0: fitted exactly, 1: nothing fitted
 
     python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors [--targets NAME...]]
+    python -m dual_lora.analysis.fit --out ROWS --rows-only        the report from the rows alone, without FILE
 
 Every method has r (out + in) parameters, the budget of LoRA of rank r, except those called "double":
 
@@ -43,6 +44,7 @@ from .cells import (
     format_average,
     format_table,
     group_rows,
+    read_rows,
     run_command,
     write_dot_report,
 )
@@ -104,6 +106,7 @@ METHODS = {
     "lora_double": Method("LoRA, 2r", "none", start="zero", budget=2),
     "dual_lora_double": Method("Dual LoRA, 2r", "relu", (Stage("sign"),), budget=2),
 }
+OURS = {1: "dual_lora", 2: "dual_lora_double"}  # what the others are compared with, by budget
 TARGETS = {
     "gaussian": "dense Gaussian",
     "rank_16": "rank 16",
@@ -152,6 +155,25 @@ def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequenc
         for method in METHODS
         for rate in METHODS[method].rates or chosen["rates"]
     ]
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Return the cells that a file of rows holds, in its order.
+
+    Raises:
+        StudyError: they are not those of one whole study.
+    """
+    cells = [Cell(**row["cell"]) for row in read_rows(path)]
+    studies = {(cell.n, cell.r, cell.max_steps, cell.digest) for cell in cells}
+    if len(studies) != 1:
+        raise StudyError(f"{path}: holds rows of {len(studies)} studies; expected those of one")
+    seeds: dict[tuple, set[int]] = {}
+    for cell in cells:
+        seeds.setdefault((cell.target, cell.method, cell.rate), set()).add(cell.seed)
+    whole = {(t, m) for t in {c.target for c in cells} for m in METHODS} <= {(t, m) for t, m, _ in seeds}
+    if not whole or len(set(map(frozenset, seeds.values()))) > 1:
+        raise StudyError(f"{path}: cells are missing; run them first")
+    return cells
 
 
 @functools.cache
@@ -306,7 +328,7 @@ def _select_by_rate(group: Sequence[dict], rate: float) -> list[dict]:
 
 
 def _subtract_from_dual(line: dict, lines: Sequence[dict]) -> dict | None:
-    ours = "dual_lora_double" if METHODS[line["method"]].budget == 2 else "dual_lora"
+    ours = OURS[METHODS[line["method"]].budget]
     if line["method"] == ours:
         return None
     dual = next(other for other in lines if (other["target"], other["method"]) == (line["target"], ours))
@@ -379,7 +401,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = create_parser("fit", SIZES, main.__doc__)
     parser.add_argument("--updates", type=Path, help="safetensors file of matrices to fit; give it an --out of its own")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="targets to fit (default: all)")
+    parser.add_argument("--rows-only", action="store_true", help="fit nothing: write the report of the rows there are")
     chosen = parser.parse_args(arguments)
+    if chosen.rows_only:
+        run_command(chosen, lambda: read_cells(chosen.out), run_cell, write_report)
+        return
     run = functools.partial(run_cell, updates=chosen.updates)
     run_command(chosen, lambda: plan_cells(chosen.size, chosen.updates, chosen.targets), run, write_report)
 

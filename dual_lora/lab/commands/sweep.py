@@ -112,7 +112,7 @@ def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:
     whole = True
     for cell in done:
         try:
-            analyse_missing(experiment, cell)
+            analyse_missing(experiment, cell, done)
         except Exception as error:
             print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
             whole = False

@@ -1,7 +1,9 @@
 """A finished run as a checkpoint that plain transformers loads, without this package."""
 
+import glob
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from dual_lora.lab.system.sealed import list_files
 from tasks import Task
 
 MAX_SHARD_SIZE = "5GB"
+# How many characters of the folder's name its unfinished copy has (not too long in any script), and how that ends.
+NAME_CHARACTERS, PARTIAL = 40, ".partial"
 # Batch size and length of random token ids on which logits are compared.
 PROBE_SHAPE = (4, 32)
 # What tells a run's folder from any other.
@@ -49,6 +53,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
             cannot be written or was made by somebody else meanwhile.
     """
     check_export_folder(folder)
+    report_unfinished_exports(folder)
     silence_libraries()
     task = load_task(settings)
     model, tokenizer = load_trained_model(settings, record, task)
@@ -114,6 +119,13 @@ def check_export_folder(folder: Path) -> None:
         require(not inside, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
 
 
+def report_unfinished_exports(folder: Path) -> None:
+    """Print the hidden folders that killed exports to `folder` left beside it: they may be as large as the model.
+    Another process may be writing one now, so they are not removed."""
+    for path in sorted(folder.parent.glob(f".{glob.escape(folder.name[:NAME_CHARACTERS])}.*{PARTIAL}")):
+        print(f"{path}: an unfinished export; remove it, unless it is still being written", file=sys.stderr)
+
+
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder` to write into. It takes that name when the block ends. If the block fails, it
@@ -126,8 +138,9 @@ def build_folder(folder: Path) -> Iterator[Path]:
     try:
         with raise_disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # A name that no other export chooses, and not too long in any script.
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", suffix=".partial", dir=folder.parent))
+            # A name that no other export chooses.
+            prefix = f".{folder.name[:NAME_CHARACTERS]}."
+            partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=folder.parent))
             yield partial
             apply_umask(partial)
             install_folder(partial, folder)
