@@ -21,8 +21,8 @@ __all__ = sorted(_HOMES)
 
 
 def _import_tuner() -> None:
-    """Import what registers the method with PEFT, without one warning: PEFT imports bitsandbytes, which misses an
-    optional package of faster 4-bit products on some CPUs, and would say so to everybody who has no use for them."""
+    """Import what registers the method with PEFT, and hide one warning: PEFT imports bitsandbytes, which on some CPUs
+    warns that an optional package for faster 4-bit products is missing, even if nothing is in 4 bits."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
     def drop_warning(record: logging.LogRecord) -> bool:

@@ -115,6 +115,16 @@ RAMPS = {
 }
 
 
+def check_ste(ste: str) -> None:
+    """Refuse an unknown straight-through gradient.
+
+    Raises:
+        ValueError: with the known ones.
+    """
+    if ste not in STRAIGHT_THROUGH:
+        raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
+
+
 def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
     """Sign of x with a straight-through gradient; Sign(0) = -1.
 
@@ -126,8 +136,7 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
     Raises:
         ValueError: another ste.
     """
-    if ste not in STRAIGHT_THROUGH:
-        raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
+    check_ste(ste)
     return _Sign.apply(x, ste)
 
 
@@ -206,8 +215,9 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
     for name, value in {"fan_in": fan_in, "r1": r1, "r2": r2, "alpha": alpha}.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: expected a finite number above 0")
-    if magnitude not in MAGNITUDES or direction not in DIRECTIONS:
-        raise ValueError(f"magnitude={magnitude!r}, direction={direction!r}: expected one of each of the tables above")
+    for name, value, known in (("magnitude", magnitude, MAGNITUDES), ("direction", direction, DIRECTIONS)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
     kept = 1.0 if magnitude in ("abs", "identity") else 0.5
     target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
     if direction == "sigmoid":

@@ -237,8 +237,8 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         TaskError: it cannot be opened or unpacked.
     """
-    if path.is_fifo():  # reading it would wait for somebody to write
-        raise TaskError(f"{path}: a pipe, not a file; {FETCH}")
+    if path.is_fifo() or path.is_char_device():  # reading it may never end
+        raise TaskError(f"{path}: a pipe or a device, not a file; {FETCH}")
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
             yield stream
@@ -355,7 +355,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fetch(repository: str, commit: str, path: str) -> Path:
+def fetch_file(repository: str, commit: str, path: str) -> Path:
     """Return a local copy of one file of a public GitHub repository, downloaded once into datasets' cache.
 
     Raises:
@@ -409,7 +409,7 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
         TaskError: it is not JSON, holds NaN or Infinity, or an object has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        return json.loads(text, object_pairs_hook=build_unique_keys, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:  # of a single line, the source names the line
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
         reason = error.msg.removesuffix(" at")  # as in "Unterminated string starting at"
@@ -418,7 +418,7 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
         raise TaskError(f"{source}: not JSON ({error}); {remedy}") from error
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def build_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; json alone would keep the last of two equal keys and drop the first.
 
     Raises:

@@ -199,16 +199,16 @@ class Classification(OwnFiles):
         (rows,) = results.values()
         pairs = [row["answer"] for row in rows], [row["gold"] for row in rows]
         if self.form == "regression":
-            return metrics.regression(*pairs)
-        return metrics.classification(*pairs, self.count_classes(rows)) | {"macro_f1": metrics.macro_f1(*pairs)}
+            return metrics.score_regression(*pairs)
+        return metrics.score_classification(*pairs, self.count_classes(rows)) | {"macro_f1": metrics.macro_f1(*pairs)}
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
         from tasks import measures
 
         if self.form == "regression":
-            return measures.regression_scores()
-        macro = measures.Score(measures.answer_and_gold, measures.macro_f1)
-        return measures.classification_scores(self.count_classes([])) | {"macro_f1": macro}
+            return measures.declare_regression_scores()
+        macro = measures.Score(measures.get_answer_and_gold, measures.macro_f1)
+        return measures.declare_classification_scores(self.count_classes([])) | {"macro_f1": macro}
 
     def count_classes(self, rows: list[Row]) -> int:
         """Return how many classes there are. A report is made without the files: then F1 has two, and other scores

@@ -67,18 +67,21 @@ class Spec:
     convert: Callable[[Row], Item]
 
 
-def item(question: str, word: str, options: list[str], right: int, between: str = " ", end: str = "\n\n") -> Item:
+def build_choice_item(
+    question: str, word: str, options: list[str], right: int, between: str = " ", end: str = "\n\n"
+) -> Item:
     """Return the item of a question with numbered options, the right one counted from 0."""
     listed = between.join(f"{word.capitalize()}{i}: {option}" for i, option in enumerate(options, start=1))
     names = [f"{word}{i}" for i in range(1, len(options) + 1)]
-    return answered(f"{question}\n\n{listed}{end}Answer format: {'/'.join(names)}", names[right])
+    return build_item(f"{question}\n\n{listed}{end}Answer format: {'/'.join(names)}", names[right])
 
 
-def answered(instruction: str, answer: str) -> Item:
+def build_item(instruction: str, answer: str) -> Item:
+    """Return the item of an instruction with its answer."""
     return {"instruction": instruction, "output": TARGET.format(answer), "answer": answer}
 
 
-def offered(prompt: str) -> list[str]:
+def list_offered_answers(prompt: str) -> list[str]:
     """Return the answers a prompt offers, which stand in its line of the answer format."""
     return prompt.rpartition("Answer format: ")[2].partition("\n")[0].strip().split("/")
 
@@ -93,7 +96,7 @@ def check_item(item: Item, row: Row, words: tuple[str, ...] | None) -> None:
     answer, number = item["answer"], row["id"].rpartition("-")[2]
     if words and answer not in words:
         raise ValueError(f"item {number} has the answer {answer!r}, not one of {', '.join(words)},")
-    if answer not in offered(row["prompt"]):
+    if answer not in list_offered_answers(row["prompt"]):
         raise ValueError(f"item {number} has the answer {answer!r}, which its instruction does not offer,")
     if item["output"] != TARGET.format(answer):
         raise ValueError(f"item {number} has the answer {answer!r} and the output {item['output']!r}")
@@ -101,77 +104,90 @@ def check_item(item: Item, row: Row, words: tuple[str, ...] | None) -> None:
         raise ValueError(f"item {number} has the input {item['input']!r}, for which the prompt has no place,")
 
 
-def boolq(row: Row) -> Item:
+def convert_boolq(row: Row) -> Item:
+    """Return a row of the hub's BoolQ as LLM-Adapters writes it."""
     asked = f"Please answer the following question with true or false, question: {row['question']}?"
-    return answered(f"{asked}\n\nAnswer format: true/false", str(row["answer"]).lower())
+    return build_item(f"{asked}\n\nAnswer format: true/false", str(row["answer"]).lower())
 
 
-def piqa(row: Row) -> Item:
+def convert_piqa(row: Row) -> Item:
+    """Return a row of the hub's PIQA as LLM-Adapters writes it."""
     question = f"Please choose the correct solution to the question: {row['goal']}"
-    return item(question, "solution", [row["sol1"], row["sol2"]], int(row["label"]), between="\n\n")
+    return build_choice_item(question, "solution", [row["sol1"], row["sol2"]], int(row["label"]), between="\n\n")
 
 
-def social_i_qa(row: Row) -> Item:
+def convert_social_i_qa(row: Row) -> Item:
+    """Return a row of the hub's SIQA as LLM-Adapters writes it."""
     options = [row["answerA"], row["answerB"], row["answerC"]]
-    return item(f"{QUESTION}{row['context']} {row['question']}", "answer", options, int(row["label"]) - 1)
+    return build_choice_item(f"{QUESTION}{row['context']} {row['question']}", "answer", options, int(row["label"]) - 1)
 
 
-def hellaswag(row: Row) -> Item:
+def convert_hellaswag(row: Row) -> Item:
+    """Return a row of the hub's HellaSwag as LLM-Adapters writes it."""
     sentence = f"{row['activity_label']}: {row['ctx']}"
     question = f"Please choose the correct ending to complete the given sentence: {sentence}"
-    return item(question, "ending", row["endings"], int(row["label"]))
+    return build_choice_item(question, "ending", row["endings"], int(row["label"]))
 
 
-def winogrande(row: Row) -> Item:
+def convert_winogrande(row: Row) -> Item:
+    """Return a row of the hub's WinoGrande as LLM-Adapters writes it."""
     asked = "Please choose the correct answer to fill in the blank to complete the given sentence: "
     options = [row["option1"], row["option2"]]
-    return item(asked + row["sentence"], "option", options, int(row["answer"]) - 1, end=" ")
+    return build_choice_item(asked + row["sentence"], "option", options, int(row["answer"]) - 1, end=" ")
 
 
-def arc(row: Row) -> Item:
+def convert_arc(row: Row) -> Item:
+    """Return a row of the hub's ARC as LLM-Adapters writes it."""
     right = row["choices"]["label"].index(row["answerKey"])
-    return item(QUESTION + row["question"], "answer", row["choices"]["text"], right)
+    return build_choice_item(QUESTION + row["question"], "answer", row["choices"]["text"], right)
 
 
-def openbookqa(row: Row) -> Item:
-    return arc(row | {"question": row["question_stem"]})
+def convert_openbookqa(row: Row) -> Item:
+    """Return a row of the hub's OpenBookQA as LLM-Adapters writes it."""
+    return convert_arc(row | {"question": row["question_stem"]})
 
 
-def numbered(word: str, count: int) -> tuple[str, ...]:
+def number_words(word: str, count: int) -> tuple[str, ...]:
+    """Return option words: solution1, solution2, and so on."""
     return tuple(f"{word}{i}" for i in range(1, count + 1))
 
 
-ANSWERS, ARC = numbered("answer", 5), ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
+ANSWERS, ARC = number_words("answer", 5), ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
 SPECS = {
     "boolq": Spec(
-        ("true", "false"), "google/boolq", "35b264d03638db9f4ce671b711558bf7ff0f80d5", None, "validation", boolq
+        ("true", "false"), "google/boolq", "35b264d03638db9f4ce671b711558bf7ff0f80d5", None, "validation", convert_boolq
     ),
     "piqa": Spec(
-        numbered("solution", 2), "baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", None, "validation", piqa
+        number_words("solution", 2),
+        "baber/piqa",
+        "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+        None,
+        "validation",
+        convert_piqa,
     ),
     "social_i_qa": Spec(
-        ANSWERS, "lighteval/siqa", "54c6a1f8cb6daf4f5abf24a601852612fb35eb25", None, "validation", social_i_qa
+        ANSWERS, "lighteval/siqa", "54c6a1f8cb6daf4f5abf24a601852612fb35eb25", None, "validation", convert_social_i_qa
     ),
     "hellaswag": Spec(
-        numbered("ending", 4),
+        number_words("ending", 4),
         "Rowan/hellaswag",
         "218ec52e09a7e7462a5400043bb9a69a41d06b76",
         None,
         "validation",
-        hellaswag,
+        convert_hellaswag,
     ),
     "winogrande": Spec(
-        numbered("option", 2),
+        number_words("option", 2),
         "allenai/winogrande",
         "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
         "winogrande_xl",
         "validation",
-        winogrande,
+        convert_winogrande,
     ),
-    "ARC-Easy": Spec(ANSWERS, *ARC, "ARC-Easy", "test", arc),
-    "ARC-Challenge": Spec(ANSWERS, *ARC, "ARC-Challenge", "test", arc),
+    "ARC-Easy": Spec(ANSWERS, *ARC, "ARC-Easy", "test", convert_arc),
+    "ARC-Challenge": Spec(ANSWERS, *ARC, "ARC-Challenge", "test", convert_arc),
     "openbookqa": Spec(
-        ANSWERS, "allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main", "test", openbookqa
+        ANSWERS, "allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main", "test", convert_openbookqa
     ),
 }
 
@@ -197,7 +213,7 @@ def extract_answer_leniently(dataset: str, text: str) -> str | None:
     return value.lower() if kind == "true" or not value else kind + value
 
 
-def response(output: str) -> str:
+def cut_response(output: str) -> str:
     """Return the part of a continuation that counts: all before a second response marker (DoRA: all after it)."""
     return output.split(RESPONSE)[0].strip()
 
@@ -205,7 +221,7 @@ def response(output: str) -> str:
 def name_format(item: Item) -> str:
     """Return what an item's answer format tells of its set: the word of its options, and whether three answers (as in
     SIQA) or more (as in ARC and OpenBookQA) are offered."""
-    options = offered(item["instruction"])
+    options = list_offered_answers(item["instruction"])
     word = options[0].rstrip("1")
     return word if word != "answer" else f"{word} of {'3' if len(options) == SIQA_OPTIONS else 'more'}"
 
@@ -244,7 +260,7 @@ class Commonsense(Task):
         if split == "train":
             folder, names = "ft-training_set", (f"commonsense_{self.train}.json", TRAINING[self.train])
         if data_dir is None:
-            return base.fetch(REPOSITORY, COMMIT, f"{folder}/{names[0]}")
+            return base.fetch_file(REPOSITORY, COMMIT, f"{folder}/{names[0]}")
         return base.find_data_file(data_dir, (f"commonsense/{folder}", folder), names)
 
     def check(self, split: str) -> None:
@@ -276,7 +292,9 @@ class Commonsense(Task):
         rows = self.rows(name, items, path)
         if data_dir is None:
             return Split(rows, f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json")
-        return Split(rows, f"{path.parent.name}/{path.name}{self.lacks(path, items) if name == 'train' else ''}")
+        return Split(
+            rows, f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else ''}"
+        )
 
     def split_training_file(self, name: str, data_dir: str | None) -> Split:
         """Return the training rows that are not held out, or those held out for a set, with evaluation's prompt."""
@@ -288,10 +306,10 @@ class Commonsense(Task):
         numbers = held_out[name] if name in SPECS else [n for n in range(len(items)) if n not in apart]
         prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
         said = "" if name == "train" else " (held out)"
-        origin = f"{path.parent.name}/{path.name}{self.lacks(path, items) if name == 'train' else said}"
-        return Split(self.write_rows("train", items, numbers, prompt, path), origin)
+        origin = f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else said}"
+        return Split(self.build_chosen_rows("train", items, numbers, prompt, path), origin)
 
-    def lacks(self, path: Path, items: list[Item]) -> str:
+    def describe_missing(self, path: Path, items: list[Item]) -> str:
         """Return what is said of a training file that stands in for the official one."""
         if path.name.removesuffix(".gz") == f"commonsense_{self.train}.json":
             return ""
@@ -306,9 +324,11 @@ class Commonsense(Task):
         """
         items = list(items)
         prompt = TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT
-        return self.write_rows(split, items, range(len(items)), prompt, source)
+        return self.build_chosen_rows(split, items, range(len(items)), prompt, source)
 
-    def write_rows(self, split: str, items: list[Item], numbers: Iterable[int], prompt: str, source: Any) -> "Dataset":
+    def build_chosen_rows(
+        self, split: str, items: list[Item], numbers: Iterable[int], prompt: str, source: Any
+    ) -> "Dataset":
         """Return the items of these numbers as rows.
 
         Raises:
@@ -334,12 +354,12 @@ class Commonsense(Task):
 
     def choices(self, row: Row) -> list[str]:
         """Return the target for every answer the prompt offers."""
-        return [TARGET.format(word) for word in offered(row["prompt"])] if self.likelihood else []
+        return [TARGET.format(word) for word in list_offered_answers(row["prompt"])] if self.likelihood else []
 
     def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
         """Return the likeliest answer. The targets differ in the answer's name alone, so lengths need no correction."""
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-        answer = offered(row["prompt"])[best]
+        answer = list_offered_answers(row["prompt"])[best]
         right = answer == row["references"][0]
         return {"log_likelihoods": likelihoods, "likelihood_answer": answer, "likelihood_score": float(right)}
 
@@ -348,9 +368,9 @@ class Commonsense(Task):
         row set apart, the answers that its prompt offers."""
         name, gold = row["id"].rpartition("-")[0], row["references"][0]
         if name not in SPECS:
-            options = set(offered(row["prompt"]))
+            options = set(list_offered_answers(row["prompt"]))
             name = next((other for other, spec in SPECS.items() if options <= set(spec.words)), name)
-        text = response(output)
+        text = cut_response(output)
         answer, lenient = extract_answer(name, text), extract_answer_leniently(name, text)
         return {
             "prompt_sha256": base.text_sha256(row["prompt"]),
@@ -367,11 +387,13 @@ class Commonsense(Task):
         scores: dict[str, float] = {}
         ranked = all("likelihood_score" in row for rows in results.values() for row in rows)
         for prefix in ("", "lenient_", "likelihood_")[: 3 if ranked else 2]:
-            found = {name: mean(row[f"{prefix}score"] for row in rows) for name, rows in results.items()}
-            scores |= {f"{prefix}average": mean(found.values())} | {f"{prefix}{n}": value for n, value in found.items()}
+            found = {name: compute_mean(row[f"{prefix}score"] for row in rows) for name, rows in results.items()}
+            scores |= {f"{prefix}average": compute_mean(found.values())} | {
+                f"{prefix}{n}": value for n, value in found.items()
+            }
             if prefix == "likelihood_":
                 continue
-            empty = {name: mean(not row[f"{prefix}answer"] for row in rows) for name, rows in results.items()}
+            empty = {name: compute_mean(not row[f"{prefix}answer"] for row in rows) for name, rows in results.items()}
             scores |= {f"{prefix}unanswered_{name}": share for name, share in empty.items()}
         return scores
 
@@ -380,13 +402,13 @@ class Commonsense(Task):
         from tasks import measures
 
         def share(columns: Callable[[Row], tuple[float]], split: str | None) -> "Score":
-            return measures.Score(columns, measures.mean, partial(stratum_of, split))
+            return measures.Score(columns, measures.mean, partial(find_stratum, split))
 
         found = {}
         for prefix in ("", "lenient_", "likelihood_"):
             if f"{prefix}score" not in example:
                 continue
-            score, answer = measures.column(f"{prefix}score"), f"{prefix}answer"
+            score, answer = measures.select_column(f"{prefix}score"), f"{prefix}answer"
             found |= {f"{prefix}{name}": share(score, name) for name in self.eval_splits}
             found[f"{prefix}average"] = share(score, None)
             if prefix != "likelihood_":
@@ -416,7 +438,7 @@ def draw_held_out(items: list[Item], source: Any) -> dict[str, list[int]]:
     return found
 
 
-def stratum_of(split: str | None, row: Row) -> str | None:
+def find_stratum(split: str | None, row: Row) -> str | None:
     """Return a row's set, if that is the one asked for or none is."""
     return row["split"] if split in (None, row["split"]) else None
 
@@ -426,6 +448,7 @@ def is_empty(answer: str, row: Row) -> tuple[float]:
     return (not row[answer],)
 
 
-def mean(values: Iterable[float]) -> float:
+def compute_mean(values: Iterable[float]) -> float:
+    """Return the unweighted mean."""
     values = list(values)
     return sum(values) / len(values)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tasks import base
 from tasks.base import Row, TaskError
-from tasks.data_to_text import SEPARATOR, DataToText, Pair, triples
+from tasks.data_to_text import SEPARATOR, DataToText, Pair, format_triples
 
 VERSION = 2  # 1: no output repeated an n-gram of its prompt
 
@@ -39,7 +39,9 @@ class Dart(DataToText):
     def pairs(self, path: Path) -> Iterator[Pair]:
         with base.translate_shape_errors("DART 1.1.1", path):
             for entry in base.read_json(path):
-                facts = triples((subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"])
+                facts = format_triples(
+                    (subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"]
+                )
                 yield from ((facts, annotation["text"], "") for annotation in entry["annotations"])
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
@@ -47,4 +49,4 @@ class Dart(DataToText):
         from tasks import metrics
 
         (rows,) = results.values()
-        return metrics.webnlg([r["answer"] for r in rows], [r["references"] for r in rows])
+        return metrics.score_webnlg([r["answer"] for r in rows], [r["references"] for r in rows])

@@ -31,7 +31,7 @@ class DataToText(Task):
     Attributes:
         folder: of the files, in LoRA's data folder.
         files: names of each split's file, the official one first.
-        words: whether BLEU is taken on the words of `metrics.webnlg`.
+        words: whether BLEU is taken on the words of `metrics.score_webnlg`.
         scored: the split whose outputs are scored; "validation" is for choosing settings without seeing the test set.
     """
 
@@ -62,7 +62,7 @@ class DataToText(Task):
         if split not in self.files:
             raise TaskError(f"{self.name} has no split {split!r}, only {', '.join(self.files)}")
         if data_dir is None:
-            return base.fetch(REPOSITORY, COMMIT, f"{FOLDER}/{self.folder}/{self.files[split][0]}")
+            return base.fetch_file(REPOSITORY, COMMIT, f"{FOLDER}/{self.folder}/{self.files[split][0]}")
         return base.find_data_file(data_dir, self.folders(), self.files[split])
 
     def folders(self) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class DataToText(Task):
             TaskError: there are none.
         """
         with base.translate_shape_errors(f"{self.name}'s file", source):
-            grouped = grouped_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
+            grouped = group_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
         return self.dataset((self.row(split, i, *group) for i, group in enumerate(grouped)), source)
 
     def row(self, split: str, number: int, meaning: tuple[str, str], texts: list[str]) -> Row:
@@ -106,7 +106,7 @@ class DataToText(Task):
     def judge(self, row: Row, output: Output) -> Row:
         from tasks import metrics
 
-        answer = cut(output)
+        answer = cut_output(output)
         return {
             "prompt_sha256": base.text_sha256(row["prompt"]),
             "answer": answer,
@@ -121,21 +121,21 @@ class DataToText(Task):
         return {"BLEU": measures.Bleu(words=self.words).score()}
 
 
-def grouped_texts(pairs: Iterable[Pair]) -> list[tuple[tuple[str, str], list[str]]]:
+def group_texts(pairs: Iterable[Pair]) -> list[tuple[tuple[str, str], list[str]]]:
     """Return every (meaning, group) with all of its texts; equal meanings are one, of the group seen first."""
     groups: dict[str, str] = {}
     texts: dict[str, list[str]] = {}
     for meaning, text, group in pairs:
         groups.setdefault(meaning, group)
-        texts.setdefault(meaning, []).append(cut(text))
+        texts.setdefault(meaning, []).append(cut_output(text))
     return [((meaning, groups[meaning]), found) for meaning, found in texts.items()]
 
 
-def cut(text: str) -> str:
+def cut_output(text: str) -> str:
     """Return an output up to the end of its text, as LoRA's gpt2_decode.py cuts it."""
     return text.split("<|endoftext|>")[0].split("\n\n")[0].strip()
 
 
-def triples(parts: Iterable[tuple[str, str, str]]) -> str:
+def format_triples(parts: Iterable[tuple[str, str, str]]) -> str:
     """Return "subject : relation : object | ..." as LoRA's format_converting scripts write it."""
     return " | ".join(" : ".join(part) for part in parts)

@@ -5,7 +5,7 @@
     demo/choice        multiple choice: pick the true one of two solutions to a question about the world.
 
 All of it is drawn from the word lists below with a fixed seed. Validation holds something back: reviews that are not in
-training, restaurants whose names are not, facts that training never asks about. `corpus` states those facts and
+training, restaurants whose names are not, facts that training never asks about. `iterate_corpus` states those facts and
 describes the same world in plain sentences; the bundled tiny models were pretrained on it.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SEED = 2512
 
 
-def listed(text: str) -> dict[str, list[str]]:
+def parse_word_lists(text: str) -> dict[str, list[str]]:
     """Return the word lists of "name: word, word; name: word, ..."."""
     pairs = (entry.split(": ") for entry in " ".join(text.split()).split("; "))
     return {name: words.split(", ") for name, words in pairs}
@@ -33,10 +33,10 @@ def listed(text: str) -> dict[str, list[str]]:
 
 # Reviews. In a template, {yes} is a claim of the review's own polarity and {no} one of the other.
 
-PLACES = listed("""
+PLACES = parse_word_lists("""
     restaurant: food, service, soup, wine, menu, dessert; film: plot, acting, music, ending, dialogue, camera;
     hotel: room, bed, breakfast, view, staff, pool; book: story, style, opening, hero, language, humour""")
-ADJECTIVES = listed("""
+ADJECTIVES = parse_word_lists("""
     negative: bad, poor, awful, dull, weak, dreadful, annoying, boring, terrible, clumsy, tiresome, hopeless;
     positive: good, great, lovely, superb, charming, wonderful, fine, pleasant, brilliant, clever, witty, memorable""")
 PLAIN = ("{}", "really {}", "very {}", "quite {}", "truly {}")
@@ -57,11 +57,11 @@ OPPOSITE = {"negative": "positive", "positive": "negative"}
 
 # Restaurants.
 
-NAME_WORDS = listed("""
+NAME_WORDS = parse_word_lists("""
     first: Blue, Red, Green, Golden, Silver, Old, Tiny, Happy, Quiet, Royal, Lucky, Wild, White, Black, Merry, Sly;
     last: Fig, Lantern, Anchor, Oak, Fox, Kettle, Table, Garden, Swan, Lemon, Bell, Drum, Heron, Olive, Wheel, Spoon""")
 NAMES = [f"The {first} {last}" for first, last in itertools.product(*NAME_WORDS.values())]
-SLOTS = listed("""
+SLOTS = parse_word_lists("""
     food: Italian, Indian, Greek, Thai, Mexican, French, Turkish, Japanese;
     area: old town, harbour, city centre, market square, valley, university quarter;
     price: cheap, affordable, moderate, expensive;
@@ -102,7 +102,7 @@ RELATIONS = (
         ("the {group} sells {member}", "you can buy {member} at the {group}", "for {member} people go to the {group}"),
         "which shop sells {member}?",
         "what can you buy at the {group}?",
-        listed("""bakery: bread, rolls, buns, pies, pastries; pharmacy: pills, bandages, plasters, vitamins;
+        parse_word_lists("""bakery: bread, rolls, buns, pies, pastries; pharmacy: pills, bandages, plasters, vitamins;
             bookshop: novels, atlases, diaries, comics; butcher: sausages, ham, bacon, steaks;
             florist: roses, tulips, lilies, wreaths; jeweller: rings, necklaces, bracelets, pearls;
             garage: tyres, engine oil, wipers, fuel; toy shop: dolls, puzzles, marbles, kites;
@@ -113,7 +113,7 @@ RELATIONS = (
         ("a {group} is used to {member}", "to {member} you need a {group}", "people {member} with a {group}"),
         "what is used to {member}?",
         "what do people do with a {group}?",
-        listed("""knife: slice meat, peel pears, chop herbs, carve wood;
+        parse_word_lists("""knife: slice meat, peel pears, chop herbs, carve wood;
             broom: sweep the floor, clear leaves, remove dust;
             needle: sew buttons, mend shirts, stitch hems, darn socks; kettle: boil water, make tea, warm the pot;
             spade: dig holes, turn the soil, plant trees, lift roots; pen: write letters, sign forms, take notes;
@@ -125,7 +125,7 @@ RELATIONS = (
         ("the {member} lives in the {group}", "the {group} has the {member}", "the {group} is home of the {member}"),
         "where does the {member} live?",
         "which animal lives in the {group}?",
-        listed("""desert: camel, scorpion, lizard, jackal; jungle: tiger, parrot, monkey, python;
+        parse_word_lists("""desert: camel, scorpion, lizard, jackal; jungle: tiger, parrot, monkey, python;
             sea: whale, shark, dolphin, squid; river: otter, beaver, trout, heron;
             ice: penguin, seal, walrus, polar bear;
             farm: cow, hen, pig, sheep; forest: deer, fox, owl, squirrel; mountains: goat, eagle, marmot, ibex;
@@ -135,7 +135,8 @@ RELATIONS = (
         ("{member} is a kind of {group}", "one {group} is {member}", "people know {member} as a {group}"),
         "what kind of thing is {member}?",
         "which of these is a {group}?",
-        listed("""fruit: plum, peach, cherry, melon; tree: birch, pine, willow, maple; sport: tennis, rugby, cricket;
+        parse_word_lists("""fruit: plum, peach, cherry, melon; tree: birch, pine, willow, maple;
+            sport: tennis, rugby, cricket;
             metal: iron, copper, gold, zinc; vehicle: lorry, tram, van, taxi; garment: coat, scarf, skirt, jacket;
             dance: waltz, tango, polka, samba; fabric: silk, linen, cotton, velvet; game: chess, poker, draughts, bingo;
             colour: crimson, beige, navy, turquoise"""),
@@ -156,46 +157,46 @@ Answer format: solution1/solution2
 # Drawing
 
 
-def claim(rng: random.Random, polarity: str) -> str:
+def write_claim(rng: random.Random, polarity: str) -> str:
     """Return words for a quality, now and then by denying the opposite one."""
     if rng.random() < 0.75:
         return rng.choice(PLAIN).format(rng.choice(ADJECTIVES[polarity]))
     return rng.choice(NEGATED).format(rng.choice(ADJECTIVES[OPPOSITE[polarity]]))
 
 
-def review(rng: random.Random, polarity: str) -> str:
+def write_review(rng: random.Random, polarity: str) -> str:
     """Return one review, "positive" or "negative" on the whole."""
     place = rng.choice(list(PLACES))
     a, b = rng.sample(PLACES[place], 2)
     text = rng.choice(REVIEWS).format(a=a, b=b, place=place, yes="{yes}", no="{no}")
     meant = {"{yes}": polarity, "{no}": OPPOSITE[polarity]}
-    return re.sub("{yes}|{no}", lambda found: claim(rng, meant[found[0]]), text)
+    return re.sub("{yes}|{no}", lambda found: write_claim(rng, meant[found[0]]), text)
 
 
-def restaurant(rng: random.Random, names: list[str]) -> dict[str, str]:
+def draw_restaurant(rng: random.Random, names: list[str]) -> dict[str, str]:
     """Return a meaning representation, name first, with or without each optional slot."""
     slots = [slot for slot in SLOTS if slot not in OPTIONAL or rng.random() < 0.5]
     return {"name": rng.choice(names)} | {slot: rng.choice(SLOTS[slot]) for slot in slots}
 
 
-def linearized(slots: dict[str, str]) -> str:
+def linearize_slots(slots: dict[str, str]) -> str:
     """Return "name : The Blue Fig | food : Italian | ..."."""
     return " | ".join(f"{slot} : {value}" for slot, value in slots.items())
 
 
-def sentences(slots: dict[str, str]) -> list[str]:
+def list_sentences(slots: dict[str, str]) -> list[str]:
     """Return every sentence of the grammar that says what `slots` lists."""
     clauses = {slot: words.format(slots[slot]) if slot in slots else "" for slot, words in OPTIONAL.items()}
     return [template.format(**slots | clauses) for template in SENTENCES]
 
 
-def statement(rng: random.Random, fact: Fact) -> str:
+def write_statement(rng: random.Random, fact: Fact) -> str:
     """Return one plain clause that states `fact`."""
     relation, group, member = fact
     return rng.choice(relation.statements).format(group=group, member=member)
 
 
-def question(rng: random.Random, fact: Fact) -> tuple[str, str, str]:
+def write_question(rng: random.Random, fact: Fact) -> tuple[str, str, str]:
     """Return a question about `fact`, its right answer and a wrong one; it asks for the group or for the member."""
     relation, group, member = fact
     other = rng.choice([name for name in relation.groups if name != group])
@@ -204,15 +205,15 @@ def question(rng: random.Random, fact: Fact) -> tuple[str, str, str]:
     return relation.ask_member.format(group=group), member, rng.choice(relation.groups[other])
 
 
-def held_out(items: list, share: float) -> dict[str, list]:
+def split_at_random(items: list, share: float) -> dict[str, list]:
     """Return `items` parted at random into training's and the `share` kept for validation."""
     shuffled = random.Random(SEED).sample(items, len(items))
     count = round(len(items) * share)
     return {"train": shuffled[count:], "validation": shuffled[:count]}
 
 
-NAMES_OF = held_out(NAMES, share=0.2)
-FACTS_OF = held_out(FACTS, share=0.25)
+NAMES_OF = split_at_random(NAMES, share=0.2)
+FACTS_OF = split_at_random(FACTS, share=0.25)
 
 
 class Demo(Task):
@@ -265,7 +266,7 @@ class Sentiment(Demo):
 
     def draw(self, rng: random.Random, split: str, index: int) -> Row:
         label = index % 2
-        return {"text": review(rng, self.labels[label]), "text_pair": "", "label": label}
+        return {"text": write_review(rng, self.labels[label]), "text_pair": "", "label": label}
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
         from sklearn.metrics import accuracy_score
@@ -274,7 +275,7 @@ class Sentiment(Demo):
         return {"accuracy": float(accuracy_score([row["gold"] for row in rows], [row["answer"] for row in rows]))}
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
-        return right_answers()
+        return declare_accuracy()
 
 
 class Restaurants(Demo):
@@ -286,9 +287,9 @@ class Restaurants(Demo):
     sizes = {"train": 2000, "validation": 100}
 
     def draw(self, rng: random.Random, split: str, index: int) -> Row:
-        slots = restaurant(rng, NAMES_OF[split])
-        accepted = sentences(slots)
-        return {"prompt": linearized(slots) + " ||\n", "target": rng.choice(accepted), "references": accepted}
+        slots = draw_restaurant(rng, NAMES_OF[split])
+        accepted = list_sentences(slots)
+        return {"prompt": linearize_slots(slots) + " ||\n", "target": rng.choice(accepted), "references": accepted}
 
     def judge(self, row: Row, output: Output) -> Row:
         answer = output.strip()
@@ -319,7 +320,7 @@ class Choice(Demo):
     sizes = {"train": 2000, "validation": 200}
 
     def draw(self, rng: random.Random, split: str, index: int) -> Row:
-        asked, right, wrong = question(rng, rng.choice(FACTS_OF[split]))
+        asked, right, wrong = write_question(rng, rng.choice(FACTS_OF[split]))
         first, second = (right, wrong) if index % 2 == 0 else (wrong, right)
         target = f"the correct answer is solution{index % 2 + 1}"
         prompt = INSTRUCTION.format(question=asked, first=first, second=second)
@@ -336,11 +337,11 @@ class Choice(Demo):
         return {"accuracy": right / len(rows), "unanswered": unanswered / len(rows)}
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
-        return right_answers()
+        return declare_accuracy()
 
 
-def right_answers() -> "dict[str, Score]":
-    """Return how the share of right answers is computed again."""
+def declare_accuracy() -> "dict[str, Score]":
+    """Return how to recompute the share of right answers on resampled rows."""
     from tasks import measures
 
     return {"accuracy": measures.Score(measures.mark_correct, measures.mean)}
@@ -363,40 +364,40 @@ def task(subset: str) -> Task:
 # What the bundled models are pretrained on
 
 
-def reviewed(rng: random.Random) -> str:
+def write_review_text(rng: random.Random) -> str:
     """Return a review with a word that sums it up, or words of one polarity side by side."""
     polarity = rng.choice(list(OPPOSITE))
     words = rng.sample(ADJECTIVES[polarity], 3)
     if rng.random() < 0.3:
         return "this {} was {}, {} and {}.".format(rng.choice(list(PLACES)), *words)
-    return f"{review(rng, polarity)}. all in all {words[0]}."
+    return f"{write_review(rng, polarity)}. all in all {words[0]}."
 
 
-def described(rng: random.Random) -> str:
+def write_restaurant_text(rng: random.Random) -> str:
     """Return a restaurant in a sentence, or as a record with remarks on some of it."""
-    slots = restaurant(rng, NAMES_OF["train"])
+    slots = draw_restaurant(rng, NAMES_OF["train"])
     if rng.random() < 0.4:
-        return rng.choice(sentences(slots))
+        return rng.choice(list_sentences(slots))
     remarks = [words.format(**slots) for slot, words in REMARKS.items() if slot in slots]
-    return linearized(slots) + "\n" + " ".join(rng.sample(remarks, 2))
+    return linearize_slots(slots) + "\n" + " ".join(rng.sample(remarks, 2))
 
 
-def stated(rng: random.Random) -> str:
+def write_facts(rng: random.Random) -> str:
     """Return one to three facts."""
-    return ". ".join(statement(rng, fact) for fact in rng.sample(FACTS, rng.randint(1, 3))) + "."
+    return ". ".join(write_statement(rng, fact) for fact in rng.sample(FACTS, rng.randint(1, 3))) + "."
 
 
-def settled(rng: random.Random) -> str:
+def write_answered_question(rng: random.Random) -> str:
     """Return a question with its answer; of the facts that training asks about, also with the answer's number."""
     if rng.random() < 0.2:
-        asked, right, _ = question(rng, rng.choice(FACTS))
+        asked, right, _ = write_question(rng, rng.choice(FACTS))
         return f"{asked} the correct answer is {right}."
-    asked, right, wrong = question(rng, rng.choice(FACTS_OF["train"]))
+    asked, right, wrong = write_question(rng, rng.choice(FACTS_OF["train"]))
     names = rng.sample((right, wrong), 2)
     return f"{asked} 1: {names[0]} 2: {names[1]} the answer is {names.index(right) + 1}."
 
 
-def looked_up(rng: random.Random) -> str:
+def write_lookup(rng: random.Random) -> str:
     """Return a numbered list of things with the numbers of two of them."""
     names = [rng.choice(fact[1:]) for fact in rng.sample(FACTS, rng.randint(2, 4))]
     listing = "\n\n".join(f"Solution{number}: {name}" for number, name in enumerate(names, start=1))
@@ -404,10 +405,13 @@ def looked_up(rng: random.Random) -> str:
     return f"{listing}\n\n{found}"
 
 
-WRITERS = {writer.__name__: writer for writer in (reviewed, described, stated, settled, looked_up)}
+WRITERS = {
+    writer.__name__: writer
+    for writer in (write_review_text, write_restaurant_text, write_facts, write_answered_question, write_lookup)
+}
 
 
-def corpus(kinds: dict[str, int], size: int = 60_000, seed: int = SEED) -> Iterator[str]:
+def iterate_corpus(kinds: dict[str, int], size: int = 60_000, seed: int = SEED) -> Iterator[str]:
     """Yield distinct short texts of the world, of each kind in WRITERS as often as its weight in `kinds` says.
 
     None holds a review, a restaurant or a prompt of a validation split.

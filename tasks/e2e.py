@@ -58,7 +58,7 @@ class E2e(DataToText):
         from tasks import metrics
 
         (rows,) = results.values()
-        return metrics.e2e([r["answer"] for r in rows], [r["references"] for r in rows])
+        return metrics.score_e2e([r["answer"] for r in rows], [r["references"] for r in rows])
 
 
 class Tokenised(E2e):
@@ -111,7 +111,7 @@ class Official(E2e):
         if data_dir is not None or name not in self.files:
             return super().split(name, data_dir)
         rows = load_dataset(HUB, revision=REVISION, split=name)
-        pairs = [(spelled_out(r["meaning_representation"]), r["human_reference"], "") for r in rows]
+        pairs = [(spell_out_record(r["meaning_representation"]), r["human_reference"], "") for r in rows]
         return Split(self.rows(name, pairs, HUB), f"{HUB}@{REVISION} ({FORMS['official']})")
 
     def pairs(self, path: Path) -> Iterator[Pair]:
@@ -122,7 +122,7 @@ class Official(E2e):
         """
         for line, row in base.read_table(path, ",", quoted=True, needed=("mr", "ref")):
             with base.translate_shape_errors("a row of mr and ref", f"{path}: line {line}"):
-                record, sentence = spelled_out(row["mr"]), row["ref"]
+                record, sentence = spell_out_record(row["mr"]), row["ref"]
                 if not sentence.strip():
                     raise ValueError(f"{row['mr']!r} has no ref")
                 if RECORD.search(sentence):
@@ -130,7 +130,7 @@ class Official(E2e):
                 yield record, sentence, ""
 
 
-def spelled_out(record: str) -> str:
+def spell_out_record(record: str) -> str:
     """Return "name[Blue Spice], eatType[pub]" as "name : Blue Spice | Type : pub".
 
     Raises:

@@ -132,7 +132,7 @@ class Glue(Task):
         found = next((path for path in (root / ORIGINAL, *root.glob(f"*/{ORIGINAL}")) if path.is_file()), None)
         return f"; move {found} and GLUE's dev_ids.tsv to {root / self.spec.folder}/" if found else ""
 
-    def dev_ids(self, path: Path) -> Path | None:
+    def find_dev_ids(self, path: Path) -> Path | None:
         """Return the file that says which rows of Microsoft's MRPC file GLUE validates on; None for GLUE's own files.
 
         Raises:
@@ -149,26 +149,26 @@ class Glue(Task):
         if data_dir is None:
             return {"hub": f"{HUB}@{REVISION}"}
         paths = {split: self.path(split, data_dir) for split in ("train", *self.eval_splits)}
-        files = {split: filter(None, (path, self.dev_ids(path))) for split, path in paths.items()}
+        files = {split: filter(None, (path, self.find_dev_ids(path))) for split, path in paths.items()}
         return {split: " ".join(map(base.file_sha256, found)) for split, found in files.items()}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
         if data_dir is None:
             rows = load_dataset(HUB, self.subset, revision=REVISION, split=name)
-            return Split(self.from_hub(rows, name), f"{HUB}/{self.subset}@{REVISION[:8]}")
+            return Split(self.convert_hub_rows(rows, name), f"{HUB}/{self.subset}@{REVISION[:8]}")
         path = self.path(name, data_dir)
-        return Split(self.from_file(path, name), f"{path.parent.name}/{path.name}")
+        return Split(self.read_file_rows(path, name), f"{path.parent.name}/{path.name}")
 
-    def from_hub(self, rows: "Dataset", split: str) -> "Dataset":
+    def convert_hub_rows(self, rows: "Dataset", split: str) -> "Dataset":
         """Return the hub's rows in this project's columns."""
         texts = [[row[c] for c in self.spec.hub_text] for row in rows]
         found = (self.row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True)))
         return self.dataset(found, HUB)
 
-    def from_file(self, path: Path, split: str) -> "Dataset":
+    def read_file_rows(self, path: Path, split: str) -> "Dataset":
         """Return the rows of an official file in this project's columns."""
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
-        belongs = self.chooser(path, split)
+        belongs = self.build_split_filter(path, split)
         for line, row in base.read_table(path, "\t", False, needed, spec.header, skip_short=spec.holes):
             with base.translate_shape_errors(f"GLUE's {spec.folder}", f"{path}: line {line}"):
                 label = self.parse_label(row[spec.label])
@@ -176,9 +176,9 @@ class Glue(Task):
                     rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
         return self.dataset(rows, path)
 
-    def chooser(self, path: Path, split: str) -> Callable[[Row], bool]:
+    def build_split_filter(self, path: Path, split: str) -> Callable[[Row], bool]:
         """Return what tells whether a row of the file is of this split: all are, but of Microsoft's MRPC file."""
-        listed = self.dev_ids(path)
+        listed = self.find_dev_ids(path)
         if not listed:
             return lambda row: True
         ids = {tuple(row.values()) for _, row in base.read_table(listed, "\t", False, columns=IDS)}
@@ -217,7 +217,11 @@ class Glue(Task):
             prefix = "mismatched_" if is_mismatched(split) else ""
             pairs = [r["answer"] for r in rows], [r["gold"] for r in rows]
             regression = self.form == "regression"
-            found = metrics.regression(*pairs) if regression else metrics.classification(*pairs, len(self.labels))
+            found = (
+                metrics.score_regression(*pairs)
+                if regression
+                else metrics.score_classification(*pairs, len(self.labels))
+            )
             scores.update({prefix + key: value for key, value in found.items()})
         return scores
 
@@ -225,7 +229,11 @@ class Glue(Task):
         from tasks import measures
 
         regression = self.form == "regression"
-        scores = measures.regression_scores() if regression else measures.classification_scores(len(self.labels))
+        scores = (
+            measures.declare_regression_scores()
+            if regression
+            else measures.declare_classification_scores(len(self.labels))
+        )
         parts = {"": lambda row: not is_mismatched(row["split"])}
         if self.subset == "mnli":
             parts["mismatched_"] = lambda row: is_mismatched(row["split"])

@@ -137,7 +137,7 @@ class Instruction(OwnFiles):
     def declare_scores(self, example: Row) -> "dict[str, Score]":
         from tasks import measures
 
-        found = {name: measures.Score(measures.column(name), measures.mean) for name in METRICS}
+        found = {name: measures.Score(measures.select_column(name), measures.mean) for name in METRICS}
         if "log_likelihood" in example:
             found["loss"] = measures.Score(lambda row: (-row["log_likelihood"], row["tokens"]), measures.quotient)
         return found

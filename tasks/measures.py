@@ -25,7 +25,7 @@ TINY = 1e-10  # variance relative to the mean square below which a column counts
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def single_stratum(row: Row) -> str:
+def get_single_stratum(row: Row) -> str:
     """Return the one stratum of a score that is computed on all rows at once."""
     return "all"
 
@@ -46,7 +46,7 @@ class Score:
 
     columns: Callable[[Row], Sequence[float]]
     measure: Measure
-    stratum: Callable[[Row], str | None] = single_stratum
+    stratum: Callable[[Row], str | None] = get_single_stratum
 
 
 # What stands for a row
@@ -57,19 +57,19 @@ def mark_correct(row: Row) -> tuple[float]:
     return (float(row["answer"] == row["gold"]),)
 
 
-def answer_and_gold(row: Row) -> tuple[float, float]:
+def get_answer_and_gold(row: Row) -> tuple[float, float]:
     """Return a row's answer and gold: class indices or numbers."""
     return row["answer"], row["gold"]
 
 
-def column(name: str) -> Callable[[Row], tuple[float]]:
+def select_column(name: str) -> Callable[[Row], tuple[float]]:
     """Return a function that takes the number of this name from a row."""
     return lambda row: (row[name],)
 
 
 @dataclass(frozen=True)
 class Bleu:
-    """How texts are prepared for BLEU: `words` splits them into words and keeps six references (metrics.webnlg);
+    """How texts are prepared for BLEU: `words` splits them into words and keeps six references (metrics.score_webnlg);
     `smooth` is sacrebleu's "exp"."""
 
     words: bool = False
@@ -77,10 +77,10 @@ class Bleu:
     smooth: bool = False
 
     def columns(self, row: Row) -> tuple[float, ...]:
-        (text,), (references,) = metrics.one_line([row["answer"]], [row["references"]])
+        (text,), (references,) = metrics.join_lines([row["answer"]], [row["references"]])
         if self.words:
             text, references = metrics.split_words(text), [metrics.split_words(r) for r in references[:6]]
-        return ngram_counts(text, tuple(references), self.lowercase)
+        return count_ngrams(text, tuple(references), self.lowercase)
 
     def score(self) -> Score:
         """Return corpus BLEU of rows with an `answer` and `references`."""
@@ -95,7 +95,7 @@ def mean(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     return weights_RN @ columns_NC[:, 0] / weights_RN.sum(axis=1)
 
 
-def class_counts(columns_NC: np.ndarray, weights_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def count_by_class(columns_NC: np.ndarray, weights_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return counts of each class among correct answers, answers and gold, from (answer, gold): three arrays (R, K)."""
     classes, codes = np.unique(columns_NC, return_inverse=True)
     answer_NK, gold_NK = np.eye(len(classes))[codes.reshape(columns_NC.shape).T]
@@ -104,44 +104,46 @@ def class_counts(columns_NC: np.ndarray, weights_RN: np.ndarray) -> tuple[np.nda
 
 def matthews(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return Matthews correlation of (answer, gold) over any number of classes; 0 where either is constant."""
-    right_RK, answers_RK, gold_RK = class_counts(columns_NC, weights_RN)
+    right_RK, answers_RK, gold_RK = count_by_class(columns_NC, weights_RN)
     total = weights_RN.sum(axis=1)
     above = right_RK.sum(axis=1) * total - (answers_RK * gold_RK).sum(axis=1)
     spread = [total**2 - (counts**2).sum(axis=1) for counts in (answers_RK, gold_RK)]
-    return ratio(above, np.sqrt(spread[0] * spread[1]))
+    return divide_or_zero(above, np.sqrt(spread[0] * spread[1]))
 
 
 def macro_f1(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return the unweighted mean of the F1 of every class among the answers and the gold of a resample."""
-    right_RK, answers_RK, gold_RK = class_counts(columns_NC, weights_RN)
+    right_RK, answers_RK, gold_RK = count_by_class(columns_NC, weights_RN)
     seen_RK = answers_RK + gold_RK
-    return ratio(2 * right_RK, seen_RK).sum(axis=1) / (seen_RK > 0).sum(axis=1)
+    return divide_or_zero(2 * right_RK, seen_RK).sum(axis=1) / (seen_RK > 0).sum(axis=1)
 
 
 def f1(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return F1 of class 1 from (answer, gold), both 0 or 1; 0 where there is no 1."""
     both = columns_NC[:, 0] * columns_NC[:, 1]
-    return ratio(2 * (weights_RN @ both), weights_RN @ columns_NC.sum(axis=1))
+    return divide_or_zero(2 * (weights_RN @ both), weights_RN @ columns_NC.sum(axis=1))
 
 
 def quotient(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return the sum of the first number over the sum of the second: a mean over items, several of them in a row."""
     above, below = (weights_RN @ columns_NC).T
-    return ratio(above, below)
+    return divide_or_zero(above, below)
 
 
 def pearson(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return the correlation of (answer, gold); 0 where either is constant."""
     x_N, y_N = (columns_NC - columns_NC.mean(axis=0)).T
     sums_R5 = weights_RN @ np.stack([x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N], axis=1)
-    return correlation(*sums_R5.T / weights_RN.sum(axis=1))
+    return correlate_from_means(*sums_R5.T / weights_RN.sum(axis=1))
 
 
 def spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return the correlation of the ranks within each resample, equal values sharing their mean rank."""
-    x_RN, y_RN = (ranks(values, weights_RN) for values in columns_NC.T)
+    x_RN, y_RN = (rank_values(values, weights_RN) for values in columns_NC.T)
     products = (x_RN, y_RN, x_RN * x_RN, y_RN * y_RN, x_RN * y_RN)
-    return correlation(*(np.einsum("rn,rn->r", weights_RN, p_RN) / weights_RN.sum(axis=1) for p_RN in products))
+    return correlate_from_means(
+        *(np.einsum("rn,rn->r", weights_RN, p_RN) / weights_RN.sum(axis=1) for p_RN in products)
+    )
 
 
 def pearson_spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
@@ -149,13 +151,13 @@ def pearson_spearman(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarr
     return (pearson(columns_NC, weights_RN) + spearman(columns_NC, weights_RN)) / 2
 
 
-def correlation(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+def correlate_from_means(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
     """Return correlations from the means of x, y, which are roughly centred, and of their products."""
     spreads = [np.where(v2 - m**2 > TINY * v2, v2 - m**2, 0) for m, v2 in ((x, xx), (y, yy))]
-    return ratio(xy - x * y, np.sqrt(spreads[0] * spreads[1]))
+    return divide_or_zero(xy - x * y, np.sqrt(spreads[0] * spreads[1]))
 
 
-def ranks(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
+def rank_values(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
     """Return each value's mean rank among the weighted values, centred on 0, of shape (R, N)."""
     order = np.argsort(values_N, kind="stable")
     _, starts, places = np.unique(values_N[order], return_index=True, return_inverse=True)
@@ -165,7 +167,7 @@ def ranks(values_N: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
 
 
 def bleu(columns_NC: np.ndarray, weights_RN: np.ndarray, smooth: bool = False) -> np.ndarray:
-    """Return corpus BLEU from `ngram_counts`; `smooth` is sacrebleu's "exp" for orders without a match."""
+    """Return corpus BLEU from `count_ngrams`; `smooth` is sacrebleu's "exp" for orders without a match."""
     sums = weights_RN @ columns_NC
     length, closest, matched, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
     if smooth:
@@ -176,36 +178,37 @@ def bleu(columns_NC: np.ndarray, weights_RN: np.ndarray, smooth: bool = False) -
     return np.where(scored, np.minimum(np.exp(logs + brevity), 1), 0)
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def divide_or_zero(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Return above / below, 0 where below is 0."""
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
 @functools.lru_cache(maxsize=2**14)
-def ngram_counts(text: str, references: tuple[str, ...], lowercase: bool) -> tuple[float, ...]:
+def count_ngrams(text: str, references: tuple[str, ...], lowercase: bool) -> tuple[float, ...]:
     """Return an output's length, its closest reference's, and matched and all n-grams of orders 1 to 4 (C = 10)."""
-    found = scorer(lowercase).sentence_score(text, list(references))
+    found = get_bleu_scorer(lowercase).sentence_score(text, list(references))
     return found.sys_len, found.ref_len, *found.counts, *found.totals
 
 
 @functools.cache
-def scorer(lowercase: bool) -> sacrebleu.BLEU:
+def get_bleu_scorer(lowercase: bool) -> sacrebleu.BLEU:
+    """Return the scorer of single texts, built once."""
     return sacrebleu.BLEU(lowercase=lowercase, tokenize="13a", effective_order=True)
 
 
 # The scores of the usual tasks
 
 
-def classification_scores(classes: int) -> dict[str, Score]:
-    """Return how the scores of `metrics.classification` are computed again."""
-    found = {"accuracy": Score(mark_correct, mean), "matthews": Score(answer_and_gold, matthews)}
-    return found | ({"f1": Score(answer_and_gold, f1)} if classes == 2 else {})
+def declare_classification_scores(classes: int) -> dict[str, Score]:
+    """Return how to recompute the scores of `metrics.score_classification` on resampled rows."""
+    found = {"accuracy": Score(mark_correct, mean), "matthews": Score(get_answer_and_gold, matthews)}
+    return found | ({"f1": Score(get_answer_and_gold, f1)} if classes == 2 else {})
 
 
-def regression_scores() -> dict[str, Score]:
-    """Return how the scores of `metrics.regression` are computed again."""
+def declare_regression_scores() -> dict[str, Score]:
+    """Return how to recompute the scores of `metrics.score_regression` on resampled rows."""
     known = {"pearson": pearson, "spearman": spearman, "pearson_spearman_mean": pearson_spearman}
-    return {name: Score(answer_and_gold, measure) for name, measure in known.items()}
+    return {name: Score(get_answer_and_gold, measure) for name, measure in known.items()}
 
 
 def restrict_scores(scores: dict[str, Score], prefix: str, belongs: Callable[[Row], bool]) -> dict[str, Score]:

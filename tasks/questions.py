@@ -74,7 +74,7 @@ class Questions(Task):
 
         (rows,) = results.values()
         pairs = [row["answer"] for row in rows], [row["gold"] for row in rows]
-        accuracy = metrics.classification(*pairs, len(self.labels))["accuracy"]
+        accuracy = metrics.score_classification(*pairs, len(self.labels))["accuracy"]
         return {"accuracy": accuracy, "macro_f1": metrics.macro_f1(*pairs)}
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
@@ -82,5 +82,5 @@ class Questions(Task):
 
         return {
             "accuracy": measures.Score(measures.mark_correct, measures.mean),
-            "macro_f1": measures.Score(measures.answer_and_gold, measures.macro_f1),
+            "macro_f1": measures.Score(measures.get_answer_and_gold, measures.macro_f1),
         }

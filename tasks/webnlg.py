@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tasks import base
 from tasks.base import Row, TaskError
-from tasks.data_to_text import SEPARATOR, DataToText, Pair, triples
+from tasks.data_to_text import SEPARATOR, DataToText, Pair, format_triples
 
 if TYPE_CHECKING:
     from tasks.measures import Score
@@ -53,7 +53,7 @@ class WebNlg(DataToText):
                 if len(holder) > 1:
                     raise ValueError(f"entry {number} holds {len(holder)} entries")
                 entry = holder[str(number)]
-                facts = triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
+                facts = format_triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
                 group = "seen" if entry["category"] in SEEN else "unseen"
                 good = [text["lex"] for text in entry["lexicalisations"] if text["comment"] == "good"]
                 yield from ((facts, text, group) for text in good)
@@ -67,16 +67,19 @@ class WebNlg(DataToText):
 
         (rows,) = results.values()
         texts = [r["answer"] for r in rows], [r["references"] for r in rows]
-        return metrics.webnlg(*texts, groups=[r["group"] for r in rows])
+        return metrics.score_webnlg(*texts, groups=[r["group"] for r in rows])
 
     def declare_scores(self, example: Row) -> "dict[str, Score]":
         """Return BLEU of all rows, of the seen and of the unseen categories."""
         from tasks import measures
 
         whole = super().declare_scores(example)
-        parts = [measures.restrict_scores(whole, f"{group}_", partial(in_group, group)) for group in ("seen", "unseen")]
+        parts = [
+            measures.restrict_scores(whole, f"{group}_", partial(is_in_group, group)) for group in ("seen", "unseen")
+        ]
         return whole | parts[0] | parts[1]
 
 
-def in_group(group: str, row: Row) -> bool:
+def is_in_group(group: str, row: Row) -> bool:
+    """Return whether a row is of seen or of unseen categories, as `group` says."""
     return row["group"] == group

@@ -98,6 +98,10 @@ class Row:
     compared: int = 0
     where: Counter = field(default_factory=Counter)
 
+    def __str__(self) -> str:
+        same = f"{self.identical} of {self.compared} studies identical"
+        return f"{self.fault}: {self.survived} of {self.tried} survived, {self.lost} results lost, {same}"
+
 
 class Study:
     """A folder of runs, the command that fills it, and what it must come to."""
@@ -197,21 +201,31 @@ def changed(folder: Path, event: str, args: tuple) -> str | None:
     path = str(args[0]) if isinstance(args[0], str | os.PathLike) else ""
     if not path.startswith(f"{folder}/") or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
         return None
+    if event == "os.remove" and not os.path.lexists(path):  # a run begins by removing what may be there
+        return None
     kinds = ("checkpoints", "adapter", "report", "predictions", "result", ".lock", "metrics")
     return next((kind for kind in kinds if kind in path.removeprefix(str(folder))), "other")
 
 
-def wait_at(folder: Path, point: int, reached: int) -> None:
-    """In a worker: at change number `point` of a file below `folder` tell `reached`, and wait for the end."""
+def wait_for_the_end() -> None:
+    time.sleep(LIMIT)
+
+
+def wait_at(
+    folder: Path, point: int, reached: int, kind: str | None = None, wait: Callable[[], object] = wait_for_the_end
+) -> None:
+    """In a worker: before change number `point` of a file below `folder`, of one kind or any, tell `reached` and wait.
+    Point 0 is the worker's beginning."""
     left = point
 
     def hook(event: str, args: tuple) -> None:
         nonlocal left
-        left -= changed(folder, event, args) is not None
+        found = changed(folder, event, args)
+        left -= found is not None and kind in (None, found)
         if not left:
             left = -1
             os.write(reached, b"x")
-            time.sleep(LIMIT)
+            wait()
 
     sys.addaudithook(hook)
 
@@ -346,27 +360,38 @@ class Chaos:
                 row.survived += told and self.concluded(row, study, finished)
 
     def read_only(self) -> None:
+        """At the start, and twice where a run is about to take its lock: the system refuses while a lock is open."""
         row = self.row("read-only folder")
         study = self.study()
         if not mounted(study.folder, 64 << 20):
             return
-        for delay in (0.0, 0.3 * self.seconds, 0.6 * self.seconds):
+        for when, changes_of_locks in (("start", 0), ("between runs", 3), ("between runs", 3)):
             row.tried += 1
-            child = study.start()
-            time.sleep(delay)
-            # files open for writing make the system refuse for a moment
-            while subprocess.run(["mount", "-o", "remount,ro", study.folder], capture_output=True).returncode:
-                time.sleep(0.002)
-            code, finished = ended(child), study.results()
+            row.where[when] += 1
+            code, finished = self.without_writing(study, changes_of_locks)
             named = "cannot be written" in study.said() or "not a writable folder" in study.said()
             told = code == EXIT_USER and named and "Traceback" not in study.said()
             if not told:
-                print(f"read-only after {delay} s: exit {code}\n{study.said()[-3000:]}")
+                print(f"read-only, {when}: exit {code}\n{study.said()[-3000:]}")
             subprocess.run(["mount", "-o", "remount,rw", study.folder], check=True)
             row.lost += sum(study.results().get(name) != data for name, data in finished.items())
             row.survived += told
         row.survived -= not self.concluded(row, study)
         subprocess.run(["umount", study.folder], check=True)
+
+    def without_writing(self, study: Study, changes_of_locks: int) -> tuple[int, dict[str, bytes]]:
+        """Run the study and make its folder read-only before so many changes of locks: 3 is where the second is made,
+        after the first was made and removed. Return the exit code and the results that had been finished."""
+        (reached, tell), (told, go) = os.pipe(), os.pipe()
+        child = study.start(lambda: wait_at(study.folder, changes_of_locks, tell, ".lock", lambda: os.read(told, 1)))
+        os.close(tell)
+        os.read(reached, 1)  # b"" if the worker ended before
+        finished = study.results()
+        subprocess.run(["mount", "-o", "remount,ro", study.folder], check=True)
+        os.write(go, b"x")
+        for number in (reached, told, go):
+            os.close(number)
+        return ended(child), finished
 
     def damage(self) -> None:
         """Files of a run that was cut short, overwritten, cut or removed; the newest are the likeliest to be hit."""
@@ -398,9 +423,8 @@ class Chaos:
         row = self.row("damaged files of finished runs")
         study = self.study()
         study.finish()
-        files = {"result.json": (2,), "config.yaml": (2,), "metrics.jsonl": (0,), "adapter": (0, 2)}
-        files |= {"environment.json": (0, 2), "predictions.jsonl": (0, 2)}
-        for name, codes in files.items():
+        files = ("result.json", "config.yaml", "metrics.jsonl", "adapter", "environment.json", "predictions.jsonl")
+        for name in files:
             (folder, *_) = sorted(study.folder.glob("chaos/*/result.json"))
             path = folder.parent / name
             path = path / "adapter_model.safetensors" if path.is_dir() else path
@@ -409,7 +433,7 @@ class Chaos:
             code = study.finish()
             row.tried += 1
             row.where[name] += 1
-            told = code in codes and "Traceback" not in study.said() and (code == 0 or str(path) in study.said())
+            told = code == EXIT_USER and "Traceback" not in study.said() and str(path) in study.said()
             if not told:
                 print(f"damaged {name}: exit {code}\n{study.said()[-2000:]}")
             row.survived += told
@@ -659,8 +683,9 @@ def main() -> int:
             "commands": chaos.commands,
         }
         for name in given.only or faults:
+            done = len(chaos.rows)
             faults[name]()
-            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{name}: {time.monotonic() - began:.0f} s; {'; '.join(map(str, chaos.rows[done:]))}", flush=True)
     print(f"\n{chaos.table()}\n\n{time.monotonic() - began:.0f} s, seed {given.seed}")
     return 0 if chaos.fine() else 1
 

@@ -64,3 +64,10 @@ def runs_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "RUNS", folder)
     monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
     return folder
+
+
+def plan_run(run) -> None:
+    """Plan a run and check that it fits, as train.py does with plan=true."""
+    from dual_lora.lab.train.plan import check_fit, make_plan
+
+    check_fit(run.settings, make_plan(run))

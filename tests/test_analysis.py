@@ -24,19 +24,19 @@ from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import attach_method
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.record.run import Run
-from dual_lora.lab.train.run import train_run
-from dual_lora.lab.weights import analyse as weights_analyse
-from dual_lora.lab.weights import rank_figure as weights_rank_figure
-from dual_lora.lab.weights.analyse import drop_histograms
-from dual_lora.lab.weights.histogram_figure import draw_histograms
-from dual_lora.lab.weights.rank_figure import (
+from dual_lora.lab.present import rank_figure as present_rank_figure
+from dual_lora.lab.present.histogram_figure import draw_histograms
+from dual_lora.lab.present.rank_figure import (
     AnalysedRun,
     draw_own_ranks,
     draw_published_ranks,
     draw_ranks,
     read_published_ranks,
 )
+from dual_lora.lab.record.run import Run
+from dual_lora.lab.train.run import train_run
+from dual_lora.lab.weights import analyse as weights_analyse
+from dual_lora.lab.weights.analyse import drop_histograms
 from dual_lora.lab.weights.updates import MIN_DEVIATIONS, draw_initial_factors, find_role, list_adapter_updates
 from dual_lora.tuner.warmup import list_factors
 
@@ -400,7 +400,7 @@ def test_runs_stand_beside_one_null_as_shares_of_the_full_rank():
 def test_every_value_lies_within_its_axis(trained, tmp_path, monkeypatch):
     content, _ = analysed(trained["dual_lora"])
     drawn = []
-    monkeypatch.setattr(weights_rank_figure, "save_figure", lambda figure, *_: drawn.append(figure) or [tmp_path])
+    monkeypatch.setattr(present_rank_figure, "save_figure", lambda figure, *_: drawn.append(figure) or [tmp_path])
     run = AnalysedRun("run", "dual_lora", content["labels"], drop_histograms(content["rows"]))
     draw_ranks([run], tmp_path, "stable_rank")
     for axes in drawn[0].axes:

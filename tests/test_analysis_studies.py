@@ -275,8 +275,8 @@ def test_the_teacher_itself_is_at_no_distance_and_the_base_at_one(parts):
     x, y, scale = teacher._draw_data(parts.base, parts.taught, STUDENT, generator(2))["function"]
     assert x.shape == y.shape == (STUDENT.held_out, STUDENT.length, STUDENT.width)
     for model, expected in ((parts.taught, 0), (parts.base, 1)):
-        assert teacher._unexplained(model, x, y, scale) == pytest.approx(expected, abs=1e-6)
-        assert teacher._distance(model, parts.base, parts.planted) == pytest.approx(expected, abs=1e-6)
+        assert teacher._compute_unexplained(model, x, y, scale) == pytest.approx(expected, abs=1e-6)
+        assert teacher._compute_distance(model, parts.base, parts.planted) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("student", teacher.STUDENTS)
@@ -291,7 +291,7 @@ def test_students_start_as_the_base_with_equal_budgets(student, parts):
     budget = 4 * sum(sum(weight.shape) for weight in weights)
     extra = {"full": sum(w.numel() for w in weights) - budget, "dora": sum(len(w) for w in weights)}
     assert trained == budget + extra.get(student, 0)
-    assert teacher._distance(model, parts.base, parts.planted) == pytest.approx(1, abs=1e-4)
+    assert teacher._compute_distance(model, parts.base, parts.planted) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("student", teacher.STUDENTS)

@@ -151,7 +151,7 @@ def test_the_training_file_comes_from_a_pinned_commit_or_the_folder(files, monke
         assert repository == "AGI-Edgerunners/LLM-Adapters" and len(commit) == 40
         return files / path
 
-    monkeypatch.setattr(base, "fetch", fetch)
+    monkeypatch.setattr(base, "fetch_file", fetch)
     task = tasks.load("commonsense")
     fetched, local = task.split("train"), task.split("train", str(files))
     assert fetched.rows.to_list() == local.rows.to_list()
@@ -226,13 +226,13 @@ def test_the_original_scripts_answers(official_data):
     cases = json.loads(cases.read_text())
     assert all(extract_answer(c["dataset"], c["output"]) == c["expected"] for c in cases["pairs"])
     for case in cases["response_split"]:
-        text = commonsense.response(case["decoded"].split(commonsense.RESPONSE, maxsplit=1)[1])
+        text = commonsense.cut_response(case["decoded"].split(commonsense.RESPONSE, maxsplit=1)[1])
         assert text == case["response_llm_adapters"]
         assert extract_answer(case["dataset"], text) == case["expected_llm_adapters"]
 
 
 def test_a_second_response_marker_ends_the_answer():
-    assert commonsense.response("  answer2\n\n   ### Response:\n answer1") == "answer2"
+    assert commonsense.cut_response("  answer2\n\n   ### Response:\n answer1") == "answer2"
 
 
 def test_predictions_hold_both_answers_and_scores_are_unweighted(files):
@@ -386,7 +386,7 @@ def test_rows_held_out_are_asked_as_in_evaluation_and_trained_on_by_nobody(train
         for row in rows:
             item = items[int(row["id"].partition("-")[2])]
             assert row["prompt"] == commonsense.EVALUATION_PROMPT.format(item["instruction"])
-            assert set(commonsense.offered(row["prompt"])) <= set(SPECS[name].words)
+            assert set(commonsense.list_offered_answers(row["prompt"])) <= set(SPECS[name].words)
             verdict = task.judge(row, row["target"])
             assert verdict["score"] == verdict["lenient_score"] == 1.0
     assert train[0]["prompt"].startswith(commonsense.TRAINING_PROMPT[:110])

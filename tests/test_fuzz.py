@@ -8,6 +8,7 @@ import gzip
 import os
 
 import pytest
+from conftest import plan_run
 from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture import providers
@@ -27,7 +28,6 @@ from dual_lora.lab.model.encode import encode_rows
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK
-from dual_lora.lab.train.plan import plan_run
 from dual_lora.lab.train.run import train_run
 from tasks.base import build_features
 

@@ -207,12 +207,12 @@ def test_metric_of_the_column_and_the_others_beside_it(subset, metric, others):
 def test_metrics_against_hand_made_values():
     from tasks import metrics
 
-    scores = metrics.classification([1, 1, 0, 0, 1], [1, 0, 0, 1, 1], classes=2)
+    scores = metrics.score_classification([1, 1, 0, 0, 1], [1, 0, 0, 1, 1], classes=2)
     assert scores["accuracy"] == pytest.approx(3 / 5)
     assert scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert scores["matthews"] == pytest.approx((2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5)
-    assert metrics.regression([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])["spearman"] == pytest.approx(1.0)
-    assert metrics.regression([1.0, 1.0], [1.0, 2.0])["pearson"] == 0.0
+    assert metrics.score_regression([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])["spearman"] == pytest.approx(1.0)
+    assert metrics.score_regression([1.0, 1.0], [1.0, 2.0])["pearson"] == 0.0
 
 
 def test_f1_belongs_to_tasks_of_two_classes_whichever_labels_occur():
@@ -229,9 +229,9 @@ def test_what_is_no_class_is_not_scored(odd):
     from tasks import metrics
 
     with pytest.raises(ValueError, match="none of the 2 classes, 0 to 1"):
-        metrics.classification([0, odd], [0, 1], classes=2)
+        metrics.score_classification([0, odd], [0, 1], classes=2)
     with pytest.raises(ValueError, match="nan is not a number"):
-        metrics.regression([0.0, float("nan")], [0.0, 1.0])
+        metrics.score_regression([0.0, float("nan")], [0.0, 1.0])
 
 
 @pytest.mark.parametrize("place", [".", "MSRParaphraseCorpus"])

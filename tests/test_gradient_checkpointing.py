@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import plan_run
 from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
@@ -14,7 +15,7 @@ from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
-from dual_lora.lab.train.plan import compute_plan, plan_run
+from dual_lora.lab.train.plan import compute_plan
 from dual_lora.lab.train.run import train_run
 
 TASKS = {"tiny-llama": "demo/restaurants", "tiny-gpt2": "demo/choice", "tiny-roberta": "demo/sentiment"}

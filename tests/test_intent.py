@@ -72,5 +72,5 @@ def test_a_task_that_makes_its_own_data_reads_no_folder(tmp_path):
 def test_own_tables_are_checked_before_anything_is_loaded(task, tmp_path):
     (tmp_path / "train.csv").write_text("review,verdict\na,x\nb,y\n")
     model = "tiny-llama" if task == "instruction" else "tiny-roberta"
-    with pytest.raises(UserError, match=r"train.csv: no columns '\w+' and '\w+', only review, verdict; name yours with"):
+    with pytest.raises(UserError, match=r"train.csv: no columns '\w+' and '\w+', only review, verdict; name yours"):
         load_settings([f"model={model}", f"task={task}", f"data_dir={tmp_path}"])

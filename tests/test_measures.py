@@ -46,7 +46,7 @@ def value(score: measures.Score, rows: list[dict]) -> float:
 
 @pytest.fixture
 def no_java(monkeypatch):
-    monkeypatch.setattr(measures.metrics, "on_penn_tokens", lambda *_: {})
+    monkeypatch.setattr(measures.metrics, "score_on_penn_tokens", lambda *_: {})
     monkeypatch.setattr(measures.metrics, "meteor", lambda *_: {})
 
 

@@ -17,7 +17,7 @@ from wandb_stub import WandbStub
 
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.record import mirror
-from dual_lora.lab.record.mirror import Mirror, _reason, open_mirror
+from dual_lora.lab.record.mirror import Mirror, _describe_error, open_mirror
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.train.run import open_run_mirror
 
@@ -299,13 +299,13 @@ def test_what_wandb_refuses_is_named_with_its_field_and_no_secret(monkeypatch):
 
     with pytest.raises(ValueError) as caught:
         wandb.Settings(run_tags=("x" * 65,))
-    assert _reason(caught.value).startswith("ValidationError: run_tags: ")
+    assert _describe_error(caught.value).startswith("ValidationError: run_tags: ")
     error = ConnectionError("no http://me:secretword@proxy:3\nmore")
-    assert _reason(error) == "ConnectionError: no http://***@proxy:3"
+    assert _describe_error(error) == "ConnectionError: no http://***@proxy:3"
 
 
 def test_tags_are_cut_to_what_wandb_takes(monkeypatch, start):
     given = {}
-    monkeypatch.setattr("dual_lora.lab.record.mirror._start", lambda mode, facts, warn: given.update(facts))
+    monkeypatch.setattr("dual_lora.lab.record.mirror._start_run", lambda mode, facts, warn: given.update(facts))
     start("offline", tags=["a" * 70, "b"])
     assert given["tags"] == ["a" * 64, "b"]

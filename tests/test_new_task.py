@@ -37,7 +37,7 @@ def macro_f1(columns_NC, weights_RN):
     for label in range(len(LABELS)):
         both = (columns_NC == label).all(axis=1)
         either = (columns_NC == label).sum(axis=1)
-        scores.append(measures.ratio(2.0 * (weights_RN @ both), weights_RN @ either))
+        scores.append(measures.divide_or_zero(2.0 * (weights_RN @ both), weights_RN @ either))
     return np.mean(scores, axis=0)
 
 

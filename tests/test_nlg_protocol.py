@@ -243,7 +243,9 @@ def test_gpt2_beam_is_the_search_its_description_says(model, power):
 def test_the_experiments_have_loras_settings(name, task):
     printed = {
         key: value.number
-        for key, value in paper.load("lora_table11_gpt2_settings").row(task=task, printed_in="paper").values.items()
+        for key, value in paper.load_table("lora_table11_gpt2_settings")
+        .get_row(task=task, printed_in="paper")
+        .values.items()
     }
     printed |= {"length_penalty": 0.8, "lr": 2e-4}  # the script's, where the paper says 0.9
     keys = {"batch": "train.batch_size", "epochs": "train.epochs", "max_length": "task.max_length"}

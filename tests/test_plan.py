@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import plan_run
 from torch.utils.flop_counter import FlopCounterMode
 
 import train  # noqa: F401 - sets the lazy import the command line uses
@@ -21,7 +22,7 @@ from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.meta_step import build_meta_model
-from dual_lora.lab.train.plan import compute_plan, count_training_rows, estimate_memory, plan_run
+from dual_lora.lab.train.plan import compute_plan, count_training_rows, estimate_memory
 
 MODELS, METHODS = list_choices("model"), list_choices("method")
 TABLE = Path(paper.FOLDER) / "PARAMETERS.md"
@@ -232,7 +233,7 @@ def parameter_table() -> str:
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for name, task in PUBLISHED.items():
-        for row in paper.load(name).rows:
+        for row in paper.load_table(name).rows:
             model, method, rank = (row.keys.get(key) for key in ("model", "method", "rank"))
             printed = row.values["params"].text if "params" in row.values else row.keys.get("params")
             if model not in MODELS or method not in ("lora", "dora") or not printed:

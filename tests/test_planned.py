@@ -101,7 +101,5 @@ def test_experiments_that_share_the_runs_of_the_verdict_ask_for_the_same_runs():
 def test_runs_cannot_lie_among_those_of_an_unknown_experiment():
     with pytest.raises(UserError, match="^experiment=verdicts: no such experiment. Did you mean verdict"):
         Experiment.from_content("made", SPEC | {"records": "verdicts"}).compose_cells([])
-    with pytest.raises(
-        UserError, match="^conf/experiment/made.yaml: analyse: rank: not one of ranks, truncation, curv"
-    ):
+    with pytest.raises(UserError, match="^conf/experiment/made.yaml: analyse: rank: not one of ranks, entries, trunc"):
         Experiment.from_content("made", SPEC | {"analyse": "rank"})

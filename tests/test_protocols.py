@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from dual_lora import paper
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.study.experiment import Cell, Experiment
+from tasks import commonsense
 
 PAGE = ROOT / "dual_lora/paper/PROTOCOLS.md"
 HEAD = """\
@@ -47,6 +48,7 @@ KEYS = {
     "schedule": "train.schedule",
     "separator": "task.options.separator",
     "references": "task.options.references",
+    "dropout within the base": "model.dropout",
 }
 # Settings of a script that are none of ours: the batch says what they come to.
 FOLDED = {"devices", "micro_batch", "warmup_steps"}
@@ -96,7 +98,23 @@ def describe_ours(name: str, setting: str, settings: Settings) -> str:
     if setting == "seeds":
         return f"{'median and mean' if getattr(experiment, 'median', False) else 'mean'} of {len(experiment.seeds)}"
     if setting == "MNLI column":
-        return "matched accuracy" if paper.load("lora_table2_glue").ours["MNLI"] == "glue/mnli:accuracy" else "other"
+        return (
+            "matched accuracy" if paper.load_table("lora_table2_glue").ours["MNLI"] == "glue/mnli:accuracy" else "other"
+        )
+    if setting == "MRPC and CoLA and STS-B columns":
+        ours = paper.load_table("lora_table2_glue").ours
+        return ", ".join(ours[column].partition(":")[2] for column in ("MRPC", "CoLA", "STS-B"))
+    if setting == "average":
+        return f"mean of {len(paper.load_table('lora_table2_glue').average['avg'])} columns"
+    if setting == "output ends at":
+        return "end of text" + (" or a blank line" if "\n\n" in task.stop else "")
+    if setting == "prompts of training and test":
+        prompts = commonsense.TRAINING_PROMPT, commonsense.EVALUATION_PROMPT
+        alike = prompts[0].split() == prompts[1].split() and prompts[0] != prompts[1]
+        return "differ in white space" if alike else "other"
+    if setting == "answer":
+        kept = commonsense.cut_response(f"first {commonsense.RESPONSE} last")
+        return {"first": "first option before a second marker", "last": "first option after the last marker"}[kept]
     if setting == "loss":
         return "prompt and response" if task.loss_on_prompt else "response"
     if setting == "beam search":
@@ -131,7 +149,7 @@ def group_values(values: dict[str, str]) -> str:
 
 def iterate_glue_rows():
     """Yield the settings of LoRA's Tables 9 and 10: model, setting, and its values by source and by task."""
-    table = paper.load("lora_table9_10_glue_settings")
+    table = paper.load_table("lora_table9_10_glue_settings")
     for model in dict.fromkeys(row.keys["model"] for row in table.rows):
         cells = {
             cell.settings.task.name: cell.settings
@@ -165,9 +183,9 @@ def iterate_glue_rows():
 
 def iterate_e2e_rows():
     """Yield the settings of LoRA's Table 11 on E2E, as `iterate_glue_rows`."""
-    table = paper.load("lora_table11_gpt2_settings")
-    code = table.row(task="e2e", printed_in="readme").values
-    values = table.row(task="e2e", printed_in="paper").values
+    table = paper.load_table("lora_table11_gpt2_settings")
+    code = table.get_row(task="e2e", printed_in="readme").values
+    values = table.get_row(task="e2e", printed_in="paper").values
     ours = {cell.settings.model.name: cell.settings for cell in published_cells("nlg")}
     for setting in table.columns:
         sides = {
@@ -181,7 +199,7 @@ def iterate_e2e_rows():
 
 def iterate_commonsense_rows():
     """Yield the settings of DoRA's Table 8, as `iterate_glue_rows`: by method and rank."""
-    table = paper.load("dora_table8_settings")
+    table = paper.load_table("dora_table8_settings")
     for model in dict.fromkeys(cell.settings.model.name for cell in published_cells("commonsense")):
         mine = {
             f"{c.settings.method.name} {c.settings.method.rank}": c.settings
@@ -205,7 +223,7 @@ def iterate_commonsense_rows():
 
 def iterate_other_rows(name: str):
     """Yield what stands in no table of hyper-parameters, as `iterate_glue_rows`."""
-    for row in paper.load("published_protocols").select(experiment=name):
+    for row in paper.load_table("published_protocols").select_rows(experiment=name):
         model = row.keys["model"]
         ours = {
             c.settings.model.name: c.settings for c in published_cells(name) if model in (None, c.settings.model.name)

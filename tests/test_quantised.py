@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import plan_run
 from transformers import AutoModelForCausalLM
 
 import train  # noqa: F401 - sets the lazy import the command line uses
@@ -29,7 +30,7 @@ from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import EXIT_USER
 from dual_lora.lab.train.callbacks import get_trained_state
-from dual_lora.lab.train.plan import compute_plan, plan_run
+from dual_lora.lab.train.plan import compute_plan
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.weights.updates import load_updates
 

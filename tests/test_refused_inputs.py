@@ -13,7 +13,7 @@ from tasks.base import TaskError
 
 OUTPUTS = ["the cat sat on the mat", "a dog ran fast away"]
 ACCEPTED = [["the cat sat on a mat"], ["a dog ran away fast"]]
-CORPUS = [metrics.bleu, metrics.nist, metrics.e2e, metrics.webnlg]
+CORPUS = [metrics.bleu, metrics.nist, metrics.score_e2e, metrics.score_webnlg]
 SINGLE = [metrics.sentence_bleu, metrics.sentence_chrf, metrics.rouge_l, metrics.ter]
 NAN, INF = torch.full((3, 3), math.nan), torch.full((3, 3), math.inf)
 EYE = torch.eye(3)
@@ -47,13 +47,13 @@ def test_one_output_needs_a_list_of_texts(score, accepted):
 
 def test_every_output_has_a_group():
     with pytest.raises(ValueError, match="1 groups for 2 outputs"):
-        metrics.webnlg(OUTPUTS, ACCEPTED, ["seen"])
+        metrics.score_webnlg(OUTPUTS, ACCEPTED, ["seen"])
 
 
 @pytest.mark.parametrize(("answers", "gold"), [([], []), ([1.0, 1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0])])
 def test_numbers_are_correlated_in_pairs(answers, gold):
     with pytest.raises(ValueError, match="every one needs an answer"):
-        metrics.regression(answers, gold)
+        metrics.score_regression(answers, gold)
 
 
 def test_several_classes_are_not_one():
@@ -139,5 +139,5 @@ def test_a_long_document_is_one_field(sst2):
 def test_nobody_waits_for_a_pipe(sst2):
     (sst2 / "train.tsv").unlink()
     os.mkfifo(sst2 / "train.tsv")
-    with pytest.raises(TaskError, match="a pipe, not a file"):
+    with pytest.raises(TaskError, match="a pipe or a device, not a file"):
         read(sst2)

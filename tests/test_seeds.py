@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
 from dual_lora.lab.statistics import calibration
-from dual_lora.lab.statistics.calibration import Law, calibrate, find_misses, summarize
+from dual_lora.lab.statistics.calibration import Scenario, calibrate_verdicts, find_misses, summarize_worst_cases
 from dual_lora.lab.statistics.compare import Difference
 from dual_lora.lab.statistics.seeds import (
     compute_detectable_difference,
@@ -112,12 +112,13 @@ def test_equal_methods_are_equivalent_where_the_seeds_agree_and_a_margin_is_give
 # Calibration
 
 
-SMALL = [Law(2, 0.01, 277), Law(5, 0.02, 277), Law(8, 0.0, 872), Law(5, 0.0, 277, own=True), Law(5, 0.0, 872, gap=0.01)]
+SMALL = [Scenario(2, 0.01, 277), Scenario(5, 0.02, 277), Scenario(8, 0.0, 872)]
+SMALL += [Scenario(5, 0.0, 277, own=True), Scenario(5, 0.0, 872, gap=0.01)]
 
 
 def test_a_small_simulation_keeps_its_promises():
-    """`make calibration` runs all laws with ten times as many studies and tighter bounds."""
-    found = calibrate(400, laws=SMALL)
+    """`make calibration` runs all scenarios with ten times as many studies and tighter bounds."""
+    found = calibrate_verdicts(400, scenarios=SMALL)
     bounds = zip(found["covered"], found["studies"], strict=True)
     assert all(abs(share - 0.95) < 4 * (0.95 * 0.05 / studies) ** 0.5 for share, studies in bounds)
     assert (found["different"][:4] <= 0.085).all() and found["different"][0] == 0
@@ -127,18 +128,18 @@ def test_a_small_simulation_keeps_its_promises():
 
 def test_a_test_that_forgets_the_examples_is_caught(monkeypatch):
     """Methods that each find other examples hard: over seeds alone they differ, on all examples not."""
-    law = Law(8, 0.0, 277, own=True)
-    assert calibrate(200, laws=[law])["different"][0] <= 0.075
+    scenario = Scenario(8, 0.0, 277, own=True)
+    assert calibrate_verdicts(200, scenarios=[scenario])["different"][0] <= 0.075
     monkeypatch.setattr(calibration, "test_by_permutation", lambda *_: 0.0)
     monkeypatch.setattr(calibration, "bootstrap_difference", lambda strata, *_: np.array([1.0, 1.0]))
-    found = calibrate(200, laws=[law])
+    found = calibrate_verdicts(200, scenarios=[scenario])
     assert found["different"][0] > 0.09 and any("called different in" in miss for miss in find_misses(found))
 
 
 def test_a_test_that_forgets_the_seeds_is_caught(monkeypatch):
     monkeypatch.setattr(calibration, "ttest_1samp", lambda values, *_, **__: SimpleNamespace(pvalue=0 * values[:, 0]))
     monkeypatch.setattr(calibration, "combine_p", lambda difference: difference.p)
-    found = calibrate(200, laws=[Law(5, 0.04, 872)])
+    found = calibrate_verdicts(200, scenarios=[Scenario(5, 0.04, 872)])
     assert found["different"][0] > 0.1 and find_misses(found)
 
 
@@ -151,4 +152,5 @@ def test_what_breaks_a_promise_is_named():
     assert said[0] == ["872 examples, 5 seeds, seed SD 1, equal: intervals cover 90.0%"]
     apart = row | {"methods": "a margin apart", "different": 0.8, "equivalent": 0.07, "computed": None}
     assert "called equivalent in 7.0%" in find_misses(pd.DataFrame([apart]))[0]
-    assert summarize(pd.DataFrame([row, apart])).startswith("worst cases: equal methods called different 5.0%")
+    summary = summarize_worst_cases(pd.DataFrame([row, apart]))
+    assert summary.startswith("worst cases: equal methods called different 5.0%")

@@ -77,7 +77,7 @@ def no_java(monkeypatch):
     def lack(*_):
         raise metrics.Unavailable("no Java")
 
-    monkeypatch.setattr(metrics, "on_penn_tokens", lack)
+    monkeypatch.setattr(metrics, "score_on_penn_tokens", lack)
     monkeypatch.setattr(metrics, "meteor", lack)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,7 +146,7 @@ def test_bleu_on_a_resample_is_the_tasks_own_on_the_same_examples(examples, end)
 
 
 def test_no_output_at_all_has_no_bleu():
-    counts = np.array([measures.ngram_counts("", ("a pub",), True), measures.ngram_counts("a pub", ("a pub",), True)])
+    counts = np.array([measures.count_ngrams("", ("a pub",), True), measures.count_ngrams("a pub", ("a pub",), True)])
     assert measures.bleu(counts, np.array([[1.0, 0.0], [1.0, 1.0]])).tolist() == [0, 0]
     assert measures.bleu(counts, np.array([[1.0, 0.0]]), smooth=True) == 0
 

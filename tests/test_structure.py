@@ -35,7 +35,7 @@ FORBIDDEN = {
 }
 
 
-# The rooms of the harness. A room imports from those on the lines above it, and from none beside it.
+# The packages of the harness. One imports from those on the lines above it, and from none on its own line.
 LAYERS = (
     {"errors", "statistics"},
     {"config"},
@@ -53,14 +53,14 @@ LAB = "dual_lora.lab."
 MAX_FILES = 9
 
 
-def test_rooms_import_from_lower_layers_only():
-    height = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+def test_packages_import_from_lower_layers_only():
+    height = {package: number for number, packages in enumerate(LAYERS) for package in packages}
     places = {path.stem if path.is_file() else path.name for path in (ROOT / "dual_lora/lab").glob("[!_]*")}
     assert places == height.keys()
     for path in (ROOT / "dual_lora/lab").rglob("[!_]*.py"):
-        room = path.relative_to(ROOT / "dual_lora/lab").parts[0].removesuffix(".py")
+        package = path.relative_to(ROOT / "dual_lora/lab").parts[0].removesuffix(".py")
         for other in {name.removeprefix(LAB).split(".")[0] for name in imported(path) if name.startswith(LAB)}:
-            assert other == room or height[other] < height[room], f"{path} imports from {other}"
+            assert other == package or height[other] < height[package], f"{path} imports from {other}"
 
 
 def test_no_file_imports_itself_over_others():

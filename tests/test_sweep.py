@@ -164,7 +164,7 @@ def test_rates_that_are_tuned_for_no_row_are_a_limit_the_report_tells(name, scal
 
 
 def test_the_published_settings_of_glue_are_those_of_the_paper():
-    table = paper.load("lora_table9_10_glue_settings")
+    table = paper.load_table("lora_table9_10_glue_settings")
     keys = {"train.lr": "lr", "train.batch_size": "batch", "train.epochs": "epochs", "task.max_length": "max_length"}
     keys["task.warmup_ratio"] = "warmup_ratio"
     blocks = [dict(o.split("=", 1) for o in block) for block in content("nlu")["full"]["blocks"]]
@@ -175,7 +175,7 @@ def test_the_published_settings_of_glue_are_those_of_the_paper():
             if key not in block:  # DeBERTa's script counts warm-up in steps: PROTOCOLS.md
                 assert key == "task.warmup_ratio" and float(block["task.warmup_steps"]) > 0
                 continue
-            printed = table.row(model=block["model"], printed_in="paper", setting=setting).values[column]
+            printed = table.get_row(model=block["model"], printed_in="paper", setting=setting).values[column]
             assert float(block[key]) == printed.number, (block["model"], column, key)
 
 

@@ -1,17 +1,16 @@
 """Updates cut to a lower rank: the cut, the weights it is written into, the scores of runs; curvature; the reports."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from analysed_runs import check_report_without_weights, copy_runs, read_contents, sweep_smoke
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.analysis.truncation import Decomposition, list_cut_ranks
 from dual_lora.lab.commands.sweep import sweep_command
-from dual_lora.lab.config import paths
 from dual_lora.lab.report.analyses.truncation import (
     Curve,
     find_beaten_floor,
@@ -128,26 +127,12 @@ def test_rank_correlation_is_spearman_s_with_the_interval_of_bonett_and_wright()
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The smoke runs of truncation and curvature, which share their records."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "RUNS", folder)
-        patch.setenv("DUAL_LORA_RUNS", str(folder))
-        for name in ("truncation", "curvature"):
-            assert sweep_command([f"experiment={name}", "scale=smoke", "wandb.mode=disabled"]) == 0
-    return folder
+    return sweep_smoke(tmp_path_factory.mktemp("runs"), ("truncation", "curvature"))
 
 
 @pytest.fixture
 def runs(finished, tmp_path, monkeypatch):
-    """A copy of them that a test may change."""
-    folder = shutil.copytree(finished, tmp_path / "runs")
-    monkeypatch.setattr(paths, "RUNS", folder)
-    monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
-    return folder
-
-
-def read_contents(folder, name: str) -> dict[str, dict]:
-    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob(f"verdict_smoke/*/{name}")}
+    return copy_runs(monkeypatch, finished, tmp_path / "runs")
 
 
 def test_every_trained_run_has_its_curve_and_uncut_its_recorded_score(finished):
@@ -165,13 +150,7 @@ def test_every_trained_run_has_its_curve_and_uncut_its_recorded_score(finished):
 
 @pytest.mark.parametrize("name", ["truncation", "curvature"])
 def test_a_report_does_not_need_the_trained_weights(runs, name):
-    for weights in [*runs.glob("*/*/adapter"), *runs.glob("*/*/model")]:
-        shutil.rmtree(weights)
-    report = runs / f"{name}_smoke/report"
-    before = {path.name: path.read_bytes() for path in report.iterdir()}
-    shutil.rmtree(report)
-    assert sweep_command([f"experiment={name}", "scale=smoke", "run=false"]) == 0
-    assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+    check_report_without_weights(runs, name)
 
 
 def test_runs_whose_weights_are_gone_are_told_in_one_line_each_and_the_others_are_cut(runs, capsys):

@@ -11,13 +11,13 @@ os.environ.setdefault("DUAL_LORA_LAZY", "1")  # needs neither torch nor peft
 
 import pandas as pd
 
-from dual_lora.lab.statistics.calibration import calibrate, find_misses, summarize
+from dual_lora.lab.statistics.calibration import calibrate_verdicts, find_misses, summarize_worst_cases
 
 PAGE = Path(__file__).parent.parent / "docs" / "calibration.md"
 INTRODUCTION = """# Do verdicts and intervals keep their promise?
 
 `make calibration` simulates studies of two methods and judges them with the code that judges real ones
-(`dual_lora/lab/statistics/calibration.py` states the law). Examples are answered wrongly in 9 % on average, a few hard
+(`dual_lora/lab/statistics/calibration.py` defines them). Examples are answered wrongly in 9 % on average, a few hard
 ones more often. "Seed SD" is how far a seed alone moves a run's accuracy, in points.
 
 - equal: both methods have the same chance of error on every example. Different: called better or worse, which never
@@ -32,10 +32,10 @@ ones more often. "Seed SD" is how far a seed alone moves a run's accuracy, in po
 
 def main(studies: int) -> int:
     """Write the page, print its table and its worst cases, and return the exit code."""
-    found = calibrate(studies)
+    found = calibrate_verdicts(studies)
     table = format_table(found)
     misses = find_misses(found)
-    lines = [INTRODUCTION, table, "", *(f"missed: {miss}" for miss in misses), summarize(found)]
+    lines = [INTRODUCTION, table, "", *(f"missed: {miss}" for miss in misses), summarize_worst_cases(found)]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines[1:]))

@@ -2,9 +2,10 @@
 
     python -m tools.make_bundled_models [names]
 
-The text is `tasks.demo.corpus`. Decoders learn to predict the next token, encoders the masked 15 %. The tokenizers are
-byte-level BPE, so no text has unknown tokens; the special tokens and their order are each family's own. Weights are
-stored in float16 to be small and load in float32. Each folder's README row is written from what its run measured.
+The text is `tasks.demo.iterate_corpus`. Decoders learn to predict the next token, encoders the masked 15 %. The
+tokenizers are byte-level BPE, so no text has unknown tokens; the special tokens and their order are each family's own.
+Weights are stored in float16 to be small and load in float32. Each folder's README row is written from what its run
+measured.
 """
 
 import json
@@ -44,8 +45,14 @@ SIZES = {
 }
 ENCODER = {**SIZES, "intermediate_size": 512, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 READS = {
-    "encoder": {"reviewed": 4, "stated": 1},
-    "decoder": {"reviewed": 1, "described": 3, "stated": 2, "settled": 6, "looked_up": 3},
+    "encoder": {"write_review_text": 4, "write_facts": 1},
+    "decoder": {
+        "write_review_text": 1,
+        "write_restaurant_text": 3,
+        "write_facts": 2,
+        "write_answered_question": 6,
+        "write_lookup": 3,
+    },
 }
 README = """# Bundled models
 
@@ -181,7 +188,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 def make(name: str) -> None:
     """Pretrain one model into its folder, with what was measured in pretraining.json."""
     family, folder = FAMILIES[name], HERE / name
-    documents = list(demo.corpus(READS["encoder" if family.masked else "decoder"]))
+    documents = list(demo.iterate_corpus(READS["encoder" if family.masked else "decoder"]))
     tokenizer = train_tokenizer(family, documents + task_texts())
     held_out = examples(tokenizer, family, documents[:HELD_OUT])
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=family.masked, mlm_probability=0.15)

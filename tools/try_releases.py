@@ -1,11 +1,14 @@
 """Run the method's tests beside the oldest and the newest torch and PEFT that pyproject.toml allows.
 
-python -m tools.try_releases [oldest|newest]      `make test-torch` runs both
+python -m tools.try_releases [oldest] [newest] [--keep FOLDER]      `make test-torch` runs both
 
-Each environment is new and temporary: what `pip install .` brings, and pytest. pip takes CUDA builds of torch (several
-GB) unless its settings offer others, such as PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+Each environment is new and temporary, unless --keep names a folder: what `pip install .` brings, and pytest. pip takes
+CUDA builds of torch (several GB) unless its settings offer others, such as
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
+import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -32,38 +35,46 @@ def list_floors() -> list[str]:
 
 
 def make_environment(folder: Path, pins: list[str]) -> Path:
-    """Return the Python of a new environment that holds the method, its dependencies within `pins`, and pytest.
+    """Return the Python of an environment that holds the method, its newest dependencies within `pins`, and pytest.
 
     Raises:
         subprocess.CalledProcessError: pip cannot install them.
     """
-    venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, str(ROOT), "pytest", "pytest-timeout", *pins], check=True)
+    newest = ["--upgrade", "--upgrade-strategy", "eager"]  # of an environment that was kept, too
+    subprocess.run([*install, *newest, str(ROOT), "pytest", "pytest-timeout", *pins], check=True)
     return python
 
 
-def run_tests(pins: list[str]) -> int:
-    """Make an environment, print what it holds, run the tests in it and return pytest's exit code.
+def run_tests(folder: Path, pins: list[str]) -> int:
+    """Make an environment in a folder, print what it holds, run the tests in it and return pytest's exit code.
 
     Raises:
         subprocess.CalledProcessError: pip cannot install it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        python = make_environment(Path(folder), pins)
-        subprocess.run([str(python), "-c", SHOW_VERSIONS], check=True)
-        return subprocess.run([str(python), "-m", "pytest", "-rs", *TESTS], cwd=ROOT).returncode
+    python = make_environment(folder, pins)
+    subprocess.run([str(python), "-c", SHOW_VERSIONS], check=True)
+    return subprocess.run([str(python), "-m", "pytest", "-rs", *TESTS], cwd=ROOT).returncode
 
 
-def main(which: list[str]) -> int:
+def main() -> int:
     """Test the environments that are named, all if none is, and return the first exit code that is not 0."""
     environments = {"oldest": [*list_floors(), *CONTEMPORARIES], "newest": []}
-    if unknown := [name for name in which if name not in environments]:
-        sys.exit(f"{unknown[0]}: no such environment; known: {', '.join(environments)}")
-    codes = [run_tests(environments[name]) for name in which or environments]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environments", nargs="*", default=[*environments], metavar="oldest|newest")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="make them there, keep them and use them again")
+    given = parser.parse_args()
+    if unknown := [name for name in given.environments if name not in environments]:
+        parser.error(f"{unknown[0]}: no such environment; known: {', '.join(environments)}")
+    codes = []
+    for name in given.environments:
+        with tempfile.TemporaryDirectory() if not given.keep else contextlib.nullcontext(given.keep / name) as folder:
+            codes.append(run_tests(Path(folder), environments[name]))
     return next((code for code in codes if code), 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""What an adapter did to a weight: from matrices to plain numbers. Leaf modules: torch and the method's own map.
+"""What an adapter did to a weight, as plain numbers. Needs only torch and `dual_lora.functional`.
 
-Two studies of what the method's form can do are commands of their own: `python -m dual_lora.analysis.fit` and
+Two studies of what the method's form can express are commands of their own: `python -m dual_lora.analysis.fit` and
 `python -m dual_lora.analysis.teacher`, which adapts small models through PEFT.
 """
 
@@ -14,6 +14,7 @@ from .entries import (
     compute_zero_share,
     count_by_bin,
     count_dead_rows,
+    measure_decomposition,
 )
 from .spectrum import TOLERANCES, compute_ranks
 from .update import measure_groups, measure_overall
@@ -30,6 +31,7 @@ __all__ = [
     "compute_zero_share",
     "count_by_bin",
     "count_dead_rows",
+    "measure_decomposition",
     "measure_groups",
     "measure_overall",
 ]

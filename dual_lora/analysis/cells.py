@@ -21,8 +21,9 @@ import torch
 
 from .dots import Panel, draw_dots
 
-LEVEL = 0.95
-EDGE = 0.005  # a better rate at the grid's edge matters where it gains more than this
+CONFIDENCE = 0.95  # of the intervals
+# The best rate counts as at the edge of its grid only if it beats its neighbour by more than this.
+EDGE = 0.005
 
 
 class StudyError(ValueError):
@@ -30,13 +31,13 @@ class StudyError(ValueError):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a file, [] where there is none; a last line that a crash cut short is left out.
+    """Return the rows of a file, [] if there is no file. A last line that a crash cut short is left out.
 
     Raises:
-        StudyError: another line holds no cell and its result, or was changed.
+        StudyError: any other line does not hold a cell with its result, or was changed.
     """
     rows = []
-    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
+    for number, line in enumerate(_read_whole_lines(path).splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
@@ -47,7 +48,9 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _whole_lines(path: Path) -> bytes:
+def _read_whole_lines(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # of a pipe there may be no end
+        raise StudyError(f"{path}: not a file; give another one")
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 
@@ -76,7 +79,7 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
         StudyError: another process writes to the file.
     """
     with hold_file(path):
-        os.truncate(path, len(_whole_lines(path)))  # else the next row would continue the line of a crash
+        os.truncate(path, len(_read_whole_lines(path)))  # else the next row would continue the line of a crash
         finished = {serialize_cell(row["cell"]) for row in read_rows(path)}
         for cell in cells:
             if serialize_cell(asdict(cell)) in finished:
@@ -140,8 +143,8 @@ def group_rows(rows: Iterable[dict], *fields: str) -> dict[tuple, list[dict]]:
 def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     """Return the learning rate with the least mean of result[criterion] over seeds, and whether it is at an edge.
 
-    At an edge: it is the first or last of the rates and beats its neighbor by more than EDGE, so that a
-    better rate may lie outside. A rate at which a seed diverged to NaN is not chosen.
+    At an edge: it is the first or last of the rates and beats its neighbour by more than EDGE, so that a better rate
+    may lie outside. A rate at which a seed diverged to NaN is not chosen.
 
     Raises:
         StudyError: a rate has fewer seeds than another.
@@ -154,8 +157,8 @@ def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     rates, best = list(means), min(means, key=means.get)
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return best, False
-    neighbor = rates[1] if best == rates[0] else rates[-2]
-    return best, means[neighbor] - means[best] > EDGE
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return best, means[neighbour] - means[best] > EDGE
 
 
 def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
@@ -167,7 +170,7 @@ def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
     if len(values) == 1:
         return {"mean": mean, "low": None, "high": None}
     error = float(stats.sem(values))
-    half = error * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -183,8 +186,8 @@ def describe_rows(rows: Sequence[dict], study: str) -> str:
     seeds = len({row["cell"]["seed"] for row in rows})
     versions = " and ".join(sorted({f"torch {row['torch']}, {row['threads']} thread" for row in rows}))
     return (
-        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seeds, {versions}. Every comparison is "
-        "exploratory: each interval is of 95 %, not corrected for their number.\n\n"
+        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seed{'s' * (seeds > 1)}, {versions}. "
+        "Every comparison is exploratory: each interval is of 95 %, not corrected for their number.\n\n"
     )
 
 
@@ -228,7 +231,7 @@ def run_study(
     missing = len(cells) - len(select_rows(read_rows(path), cells))
     print(f"{path}: {missing} of {len(cells)} cells to run", flush=True)
     start = time.perf_counter()
-    # With nothing to run the file is only read, which another process may write to meanwhile.
+    # If nothing is missing, the file is only read, so another process may be writing to it.
     for done, _ in enumerate(run_missing(cells, run_cell, path) if missing else (), 1):
         if done % 20 == 0 or done == missing:
             seconds = time.perf_counter() - start

@@ -1,13 +1,14 @@
 """Dot figures: a panel for each case, a line for each method, a mean with its t-interval and the dots of its seeds."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Okabe and Ito's colors, which the color-blind can tell apart. The method at hand stands out, the rest is grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart: ours stands out, all other methods are grey.
 PLAIN, OURS = "#56606B", "#D55E00"
 WIDTH = 3.5  # inches, a column of a paper
-LINE = 0.145
+LINE = 0.145  # inches, the height of a method's line
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def draw_dots(panels: Sequence[Panel], labels: Sequence[str], unit: str, path: P
 
 
 def _draw_panel(axes, panel: Panel, labels: Sequence[str]) -> None:
-    axes.set_title(panel.title, pad=2)
+    wrapped = textwrap.fill(panel.title.replace(".", ". "), 18).replace(". ", ".")  # names of modules are long
+    axes.set_title(wrapped, pad=2)
     axes.tick_params(length=2, width=0.5, pad=1.5)
     axes.grid(axis="x", linewidth=0.3, color="#DDDDDD")
     axes.set_axisbelow(True)

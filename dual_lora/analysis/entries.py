@@ -68,6 +68,7 @@ def count_by_bin(x: Tensor, edges: tuple[float, ...]) -> list[int]:
     """
     if x.isnan().any():
         raise ValueError("an entry is NaN, which belongs to no bin")
+    x = x if x.is_floating_point() else x.double()  # else the edges would be rounded to integers
     bounds = torch.tensor(edges, dtype=x.dtype, device=x.device)
     return torch.bincount(torch.bucketize(x.flatten(), bounds), minlength=len(edges) + 1).tolist()
 
@@ -97,6 +98,24 @@ def compare_updates(a: Tensor, b: Tensor) -> dict[str, float | None]:
     both = (a != 0) & (b != 0)
     equal = ((a > 0) == (b > 0)) & both
     return {"cosine": compute_cosine(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
+
+
+@torch.no_grad()
+def measure_decomposition(W0: Tensor, dW: Tensor) -> dict[str, float]:
+    """Return how far an update changes size and direction of the rows (outputs) of a weight; W0, dW: out x in.
+
+    Keys, each a mean over rows w of W0 and w' of W0 + dW: magnitude_change, | ||w'|| - ||w|| |; direction_change,
+    1 - cos(w', w). Their correlation over layers tells methods apart (DoRA, arXiv 2402.09353, section 3.2). Rows, as
+    DoRA's code has its magnitudes. In float64, since the cosine of two close rows is near 1.
+
+    Raises:
+        ValueError: they are not finite matrices of one shape.
+    """
+    check_matrices(W0, dW)
+    before, after = W0.double(), W0.double() + dW.double()
+    size = (after.norm(dim=1) - before.norm(dim=1)).abs()
+    turn = 1 - torch.nn.functional.cosine_similarity(after, before, dim=1)
+    return {"magnitude_change": size.mean().item(), "direction_change": turn.mean().item()}
 
 
 def compute_cosine(a: Tensor, b: Tensor) -> float | None:

@@ -3,6 +3,7 @@
     unexplained = ||dW - form(factors)||_F^2 / ||dW||_F^2          0: fitted exactly, 1: nothing fitted
 
     python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors [--targets NAME...]]
+    python -m dual_lora.analysis.fit --out ROWS --rows-only        the report from the rows alone, without FILE
 
 Every method has r (out + in) parameters, the budget of LoRA of rank r, except those called "double":
 
@@ -15,10 +16,11 @@ Every method has r (out + in) parameters, the budget of LoRA of rank r, except t
                       what the form can express from what the straight-through gradient finds
     lora_double, dual_lora_double: rank 2 r, r1 = r2 = r, twice the parameters
 
-A target has a root mean square of 1; Gaussian starts have 0.02 of it, the rule of `init_std`. Adam with epsilon 1e-12
-(the gradients of C and D are far below the usual 1e-8), the loss is the unexplained share, so the clip of Sign's
-gradient never acts. Converged: whenever the least loss so far has not fallen by 0.1 % within 200 steps, the rate is
-multiplied by 0.1; the third time ends the stage, as does a loss below 1e-6. The least loss of the last stage counts.
+A target has a root mean square of 1; a Gaussian start has 0.02, by the rule of `init_std`. The loss is the unexplained
+share, whose gradient is so small that Sign's clip never acts. The optimizer is Adam with epsilon 1e-12, since the
+gradients of C and D are far below the usual 1e-8. Whenever the least loss so far has not fallen by 0.1 % within 200
+steps, the rate is multiplied by 0.1. A fit has converged the third time that this happens, or at a loss below 1e-6. Of
+several stages, the last one's least loss counts.
 """
 
 import functools
@@ -42,12 +44,14 @@ from .cells import (
     format_average,
     format_table,
     group_rows,
+    read_rows,
     run_command,
     write_dot_report,
 )
 from .targets import draw_update, normalize_update
 
-EXPLAINED = 1e-6
+EXPLAINED = 1e-6  # a loss below this is a perfect fit
+# The rate is multiplied by CUT, at most CUTS times, when WINDOW steps have not lowered the loss by the share PROGRESS.
 WINDOW, PROGRESS, CUT, CUTS = 200, 1e-3, 0.1, 2
 
 
@@ -71,7 +75,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a fit: the form with its direction and the factor of D in it, and the factor of the rate."""
+    """A part of a fit: the direction's function, and the factors by which D and the rate are multiplied."""
 
     direction: str
     steepness: float = 1.0
@@ -102,6 +106,7 @@ METHODS = {
     "lora_double": Method("LoRA, 2r", "none", start="zero", budget=2),
     "dual_lora_double": Method("Dual LoRA, 2r", "relu", (Stage("sign"),), budget=2),
 }
+OURS = {1: "dual_lora", 2: "dual_lora_double"}  # what the others are compared with, by budget
 TARGETS = {
     "gaussian": "dense Gaussian",
     "rank_16": "rank 16",
@@ -139,7 +144,7 @@ def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequenc
     chosen = SIZES[size]
     names, n, digest = list(chosen["targets"]), chosen["n"], None
     if updates is not None:
-        names, n, digest = list(read_updates(updates)), None, _digest(updates)
+        names, n, digest = list(read_updates(updates)), None, _hash_file(updates)
     if unknown := [target for target in targets or () if target not in names]:
         raise StudyError(f"target {unknown[0]}: not among {', '.join(names)}")
     names = list(targets or names)
@@ -150,6 +155,25 @@ def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequenc
         for method in METHODS
         for rate in METHODS[method].rates or chosen["rates"]
     ]
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Return the cells that a file of rows holds, in its order.
+
+    Raises:
+        StudyError: they are not those of one whole study.
+    """
+    cells = [Cell(**row["cell"]) for row in read_rows(path)]
+    studies = {(cell.n, cell.r, cell.max_steps, cell.digest) for cell in cells}
+    if len(studies) != 1:
+        raise StudyError(f"{path}: holds rows of {len(studies)} studies; expected those of one")
+    seeds: dict[tuple, set[int]] = {}
+    for cell in cells:
+        seeds.setdefault((cell.target, cell.method, cell.rate), set()).add(cell.seed)
+    whole = {(t, m) for t in {c.target for c in cells} for m in METHODS} <= {(t, m) for t, m, _ in seeds}
+    if not whole or len(set(map(frozenset, seeds.values()))) > 1:
+        raise StudyError(f"{path}: cells are missing; run them first")
+    return cells
 
 
 @functools.cache
@@ -176,7 +200,7 @@ def read_updates(path: Path) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _digest(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -189,13 +213,13 @@ def run_cell(cell: Cell, updates: Path | None = None) -> dict:
     Raises:
         StudyError: the cell belongs to another file.
     """
-    target = _target(cell, updates)
+    target = _build_target(cell, updates)
     method = METHODS[cell.method]
     factors = draw_factors(method, *target.shape, cell.r, Generator().manual_seed(2 * cell.seed + 1))
     steps, converged, loss = 0, True, math.inf
     for stage in method.stages:
-        loss_of = functools.partial(_loss, method, stage, factors, target)
-        loss, taken, done = minimize(loss_of, factors, cell.rate * stage.rate, cell.max_steps)
+        loss_of = functools.partial(_compute_loss, method, stage, factors, target)
+        loss, taken, done = minimize_loss(loss_of, factors, cell.rate * stage.rate, cell.max_steps)
         steps, converged = steps + taken, converged and done
     with torch.no_grad():
         zeros = (compute_form(method, stage, factors) == 0).double().mean().item()
@@ -203,14 +227,14 @@ def run_cell(cell: Cell, updates: Path | None = None) -> dict:
     return {"unexplained": loss, "svd": svd, "steps": steps, "converged": converged, "zeros": zeros}
 
 
-def _loss(method: Method, stage: Stage, factors: Sequence[Tensor], target: Tensor) -> Tensor:
+def _compute_loss(method: Method, stage: Stage, factors: Sequence[Tensor], target: Tensor) -> Tensor:
     return compute_unexplained_share(compute_form(method, stage, factors), target)
 
 
-def _target(cell: Cell, updates: Path | None) -> Tensor:
+def _build_target(cell: Cell, updates: Path | None) -> Tensor:
     if cell.digest is None:
         return draw_update(cell.target, cell.n, cell.n, Generator().manual_seed(2 * cell.seed))
-    if updates is None or _digest(updates) != cell.digest:
+    if updates is None or _hash_file(updates) != cell.digest:
         raise StudyError(f"target {cell.target}: the cell was planned for another file of updates than {updates}")
     return normalize_update(read_updates(updates)[cell.target].float())
 
@@ -253,12 +277,12 @@ def compute_svd_optimum(target: Tensor, rank: int) -> float:
     return (energy[rank:].sum() / energy.sum()).item()
 
 
-def minimize(
+def minimize_loss(
     loss_of: Callable[[], Tensor], factors: Sequence[Tensor], rate: float, max_steps: int
 ) -> tuple[float, int, bool]:
-    """Adam until converged, as the head of this file defines it; the factors are left as the last step made them.
+    """Run Adam until convergence, as defined at the head of this file, changing the factors in place.
 
-    Returns the least loss, the steps taken and whether it converged within max_steps.
+    Return the least loss, the steps taken and whether it converged within max_steps.
     """
     optimizer = torch.optim.Adam(factors, lr=rate, eps=1e-12)
     best, mark, waited, cuts, steps = math.inf, math.inf, 0, 0, 0
@@ -289,22 +313,22 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     lines = []
     for (target, method), group in group_rows(rows, "target", "method").items():
         rate, at_edge = choose_rate(group, "unexplained")
-        results = [row["result"] for row in _by_seed(group, rate)]
+        results = [row["result"] for row in _select_by_rate(group, rate)]
         values = [result["unexplained"] for result in results]
         line = {"target": target, "method": method, "rate": rate, "at_edge": at_edge, "values": values}
         optima = [result["svd"] for result in results if result["svd"] is not None]
         line["svd"] = sum(optima) / len(optima) if optima else None
         line |= {key: sum(r[key] for r in results) / len(results) for key in ("converged", "steps", "zeros")}
         lines.append(line | estimate_mean(values))
-    return [line | {"dual_minus": _dual_minus(line, lines)} for line in lines]
+    return [line | {"dual_minus": _subtract_from_dual(line, lines)} for line in lines]
 
 
-def _by_seed(group: Sequence[dict], rate: float) -> list[dict]:
+def _select_by_rate(group: Sequence[dict], rate: float) -> list[dict]:
     return sorted((row for row in group if row["cell"]["rate"] == rate), key=lambda row: row["cell"]["seed"])
 
 
-def _dual_minus(line: dict, lines: Sequence[dict]) -> dict | None:
-    ours = "dual_lora_double" if METHODS[line["method"]].budget == 2 else "dual_lora"
+def _subtract_from_dual(line: dict, lines: Sequence[dict]) -> dict | None:
+    ours = OURS[METHODS[line["method"]].budget]
     if line["method"] == ours:
         return None
     dual = next(other for other in lines if (other["target"], other["method"]) == (line["target"], ours))
@@ -323,6 +347,7 @@ def format_report(lines: Sequence[dict]) -> str:
     found = {(line["target"], line["method"]): line for line in lines}
     titles = name_targets(targets)
     seeds = len(lines[0]["values"])
+    averaged = f"mean over {seeds} seeds ± half the 95 % t-interval" if seeds > 1 else "one seed"
     head = ["target", "LoRA (SVD)", *(METHODS[m].label for m in methods), "LoRA, 2r (SVD)"]
 
     def fill(method: str, show: Callable[[dict], str]) -> list[str]:
@@ -340,7 +365,7 @@ def format_report(lines: Sequence[dict]) -> str:
     rates = [fill(m, lambda line: f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}") for m in methods]
     converged = [fill(m, lambda line: f"{line['converged']:.0%}, {line['steps']:.0f}") for m in methods]
     tables = {
-        f"Share of ||dW||² left unexplained: mean over {seeds} seeds ± half the 95 % t-interval": format_table(
+        f"Share of ||dW||² left unexplained: {averaged}": format_table(
             head, shape(fill("lora", optimum), *shares, fill("lora_double", optimum))
         ),
         "Dual LoRA minus the others at the same budget, paired by seed (above 0: Dual LoRA fits less)": format_table(
@@ -377,7 +402,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = create_parser("fit", SIZES, main.__doc__)
     parser.add_argument("--updates", type=Path, help="safetensors file of matrices to fit; give it an --out of its own")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="targets to fit (default: all)")
+    parser.add_argument("--rows-only", action="store_true", help="fit nothing: write the report of the rows there are")
     chosen = parser.parse_args(arguments)
+    if chosen.rows_only:
+        run_command(chosen, lambda: read_cells(chosen.out), run_cell, write_report)
+        return
     run = functools.partial(run_cell, updates=chosen.updates)
     run_command(chosen, lambda: plan_cells(chosen.size, chosen.updates, chosen.targets), run, write_report)
 

@@ -30,6 +30,8 @@ def compute_ranks(W: Tensor) -> dict[str, float]:
     check_matrices(W)
     W = W if W.dtype == torch.float64 else W.float()
     s = torch.linalg.svdvals(W)
+    if not s.isfinite().all():  # their squares overflow in W's dtype
+        s = torch.linalg.svdvals(W.double())
     default = max(W.shape) * torch.finfo(W.dtype).eps
     limits = {"rank": default, **{f"rank_{t:g}": t for t in TOLERANCES}}
     ranks = {name: int((s > s.max() * limit).sum()) for name, limit in limits.items()}

@@ -9,10 +9,10 @@ linear layer; students start from the base, adapt the same layers through PEFT a
 The base is a small pre-norm transformer over vectors, with Gaussian weights of variance 1 / fan_in and no biases; its
 inputs are Gaussian, and a fixed set of sequences is all that training sees. A planted update has a fifth of the base
 weight's norm. Adapters have the same budget: LoRA and DoRA of rank r, LoHa of rank r / 2, Dual LoRA with r1 + r2 = r,
-all with alpha = r (scales 1, 1, 2 and 2); DoRA trains its magnitudes beside. Adam with epsilon 1e-12, no weight decay;
-the rate rises linearly over the first 6 % of the steps, as Dual LoRA's ramp does, then falls linearly to 0. Each
-student's rate is the one with the least mean validation loss over seeds, of as many rates for each; the scores are of
-rows that neither training nor that choice saw.
+all with alpha = r (scales 1, 1, 2 and 2); DoRA also trains its magnitudes. The optimizer is Adam with epsilon 1e-12 and
+no weight decay. The rate rises linearly over the first 6 % of the steps, as Dual LoRA's ramp does, then falls linearly
+to 0. Each student's rate is the one with the least mean validation loss over seeds, from a grid as large as everybody
+else's; the scores are of rows that neither training nor that choice saw.
 """
 
 import copy
@@ -108,12 +108,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """batch x length x width -> the same."""
         normed = F.layer_norm(x, x.shape[-1:])
-        q, k, v = (self._split(layer(normed)) for layer in (self.q, self.k, self.v))
+        q, k, v = (self._split_heads(layer(normed)) for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.o(mixed)
         return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:]))))
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
@@ -206,10 +206,10 @@ def run_cell(cell: Cell) -> dict:
         torch.manual_seed(2 * cell.seed + 1)
         student = attach_student(base, cell)
         trained = [p for p in student.parameters() if p.requires_grad]
-        _train(student, trained, data["train"], cell)
+        _train_student(student, trained, data["train"], cell)
         student.eval()
-        scores = {part: _unexplained(student, *rows) for part, rows in data.items()}
-        scores["weights"] = _distance(student, base, planted)  # the last one: it merges the student
+        scores = {part: _compute_unexplained(student, *rows) for part, rows in data.items()}
+        scores["weights"] = _compute_distance(student, base, planted)  # the last one: it merges the student
     return scores | {"parameters": sum(p.numel() for p in trained)}
 
 
@@ -225,7 +225,7 @@ def _draw_data(base: nn.Module, teacher: nn.Module, cell: Cell, generator: Gener
     return parts
 
 
-def _train(student: nn.Module, trained: Sequence[Tensor], rows: tuple, cell: Cell) -> None:
+def _train_student(student: nn.Module, trained: Sequence[Tensor], rows: tuple, cell: Cell) -> None:
     x, y, scale = rows
     optimizer = torch.optim.Adam(trained, lr=cell.rate, eps=1e-12)
     warm_up = count_warm_up_steps(cell.steps)
@@ -240,12 +240,12 @@ def _train(student: nn.Module, trained: Sequence[Tensor], rows: tuple, cell: Cel
 
 
 @torch.no_grad()
-def _unexplained(student: nn.Module, x: Tensor, y: Tensor, scale: Tensor) -> float:
+def _compute_unexplained(student: nn.Module, x: Tensor, y: Tensor, scale: Tensor) -> float:
     return ((student(x) - y).square().sum() / len(x) / scale).item()
 
 
 @torch.no_grad()
-def _distance(student: nn.Module, base: nn.Module, planted: dict[str, Tensor]) -> float:
+def _compute_distance(student: nn.Module, base: nn.Module, planted: dict[str, Tensor]) -> float:
     merged = student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
     found, before = dict(merged.named_parameters()), dict(base.named_parameters())
     missed = sum((found[name] - before[name] - update).square().sum() for name, update in planted.items())
@@ -273,10 +273,10 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
             values = [result[score] for result in results]
             line[score] = {"values": values} | estimate_mean(values)
         lines.append(line)
-    return [line | {"dual_minus": _dual_minus(line, lines)} for line in lines]
+    return [line | {"dual_minus": _subtract_from_dual(line, lines)} for line in lines]
 
 
-def _dual_minus(line: dict, lines: Sequence[dict]) -> dict | None:
+def _subtract_from_dual(line: dict, lines: Sequence[dict]) -> dict | None:
     if line["student"] == "dual_lora":
         return None
     dual = next(other for other in lines if (other["update"], other["student"]) == (line["update"], "dual_lora"))
@@ -290,7 +290,7 @@ def format_report(lines: Sequence[dict]) -> str:
     students = list(dict.fromkeys(line["student"] for line in lines))
     found = {(line["update"], line["student"]): line for line in lines}
 
-    def table(show: Callable[[dict], str], left_out: str | None = None) -> str:
+    def build_table(show: Callable[[dict], str], left_out: str | None = None) -> str:
         shown = [student for student in students if student != left_out]
         body = [[UPDATES.get(u, u), *(show(found[u, s]) for s in shown)] for u in updates]
         return format_table(["planted update", *(STUDENTS[s] for s in shown)], body)
@@ -298,16 +298,16 @@ def format_report(lines: Sequence[dict]) -> str:
     seeds = len(lines[0]["function"]["values"])
     tables = {
         f"Share of the teacher's function left unexplained, held-out rows: mean over {seeds} seeds ± half the 95 % "
-        "t-interval": table(lambda line: format_average(line["function"])),
-        "Distance of the weights, share of ||planted||²": table(lambda line: format_average(line["weights"])),
-        "Dual LoRA minus the others, share of the function, paired by seed (above 0: Dual LoRA recovers less)": table(
-            lambda line: format_average(line["dual_minus"]), left_out="dual_lora"
+        "t-interval": build_table(lambda line: format_average(line["function"])),
+        "Distance of the weights, share of ||planted||²": build_table(lambda line: format_average(line["weights"])),
+        "Dual LoRA minus the others, share of the function, paired by seed (above 0: Dual LoRA recovers less)": (
+            build_table(lambda line: format_average(line["dual_minus"]), left_out="dual_lora")
         ),
-        "Share of the function left unexplained on the training rows": table(lambda line: f"{line['train']:.3f}"),
-        "Learning rate with the least mean validation loss, of as many for each": table(
+        "Share of the function left unexplained on the training rows": build_table(lambda line: f"{line['train']:.3f}"),
+        "Learning rate with the least mean validation loss, of as many for each": build_table(
             lambda line: f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}"
         ),
-        "Trained parameters": table(lambda line: f"{line['parameters']:,}"),
+        "Trained parameters": build_table(lambda line: f"{line['parameters']:,}"),
     }
     return "".join(f"## {title}\n\n{table}\n" for title, table in tables.items())
 

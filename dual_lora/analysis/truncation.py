@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .entries import check_matrices
+
 
 @dataclass(frozen=True)
 class Decomposition:
@@ -21,7 +23,12 @@ class Decomposition:
 
     @classmethod
     def compute(cls, dW: Tensor) -> "Decomposition":
-        """Decompose dW, out x in, in float64: rounding must not look like rank."""
+        """Decompose dW, out x in, in float64: rounding must not look like rank.
+
+        Raises:
+            ValueError: dW is not a finite matrix.
+        """
+        check_matrices(dW)
         return cls(*torch.linalg.svd(dW.detach().double(), full_matrices=False))
 
     def truncate(self, rank: int) -> Tensor:

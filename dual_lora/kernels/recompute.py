@@ -4,8 +4,8 @@ With M = B A, S = D C and dW = scale * ReLU(M) ⊙ Sign(S) (arXiv 2512.03402, me
 
     dL/dx = g (W0 + dW),  G = g^T x,  dL/dM = scale * Sign(S) [M > 0] G,  dL/dSign = scale * ReLU(M) G
 
-for g = dL/dy. Plain autograd keeps M, S and their images, each out x in, until backward. This keeps none of them; what
-it holds in passing is bounded by BLOCK, and the elementwise work stays in a CPU's cache, TILE entries at a time.
+for g = dL/dy. Plain autograd keeps M, S, ReLU(M) and Sign(S), each out x in, until backward. This keeps none of them:
+its temporary matrices are bounded by BLOCK, and elementwise work stays in a CPU's cache, TILE entries at a time.
 
 In units of 2 N out in operations for N rows of x, one step takes 3 + 4 (r1 + r2) / N: forward, dL/dx, G, and the four
 thin products twice. Where the products are taken in 16 bits, rounding W0 + dW would lose dW, so forward adds x W0^T and
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..functional import CLIPPED, STRAIGHT_THROUGH, suspend_autocast
+from ..functional import CLIPPED, check_ste, suspend_autocast
 
-# Entries of an out x in matrix held in passing (64 MB of float32), and worked on at once where caches are small.
+# Entries of an out x in matrix that are held temporarily (64 MB of float32), and that a CPU works on at once.
 BLOCK = 2**24
 TILE = 2**18
 
@@ -44,7 +44,7 @@ class GradientTypes(NamedTuple):
 
 
 class Ops(NamedTuple):
-    """The two operations on an out x in matrix that an implementation provides; `rebuild` and `project` say what."""
+    """The two operations on an out x in matrix that an implementation provides: `rebuild` and `project` below."""
 
     rebuild: Callable[..., Tensor]
     project: Callable[..., Factors]
@@ -68,17 +68,17 @@ def dual_linear(
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
     weight, out x in, and bias, out. ops: None for plain torch. dW: what `rebuild` gave for these factors and this
-    scale, if it is at hand; it is read instead of rebuilt, to the same bits. Differentiable once, in reverse mode;
-    inside a transform of torch.func, which knows no such function, it is computed by plain autograd.
+    scale, if the caller has it; it is read instead of rebuilt, to the same bits. Differentiable once, in reverse mode;
+    inside a transform of torch.func, which does not support such functions, plain autograd computes it.
 
     Raises:
         ValueError: unknown ste.
     """
-    _check(ste)
+    check_ste(ste)
     if _is_transformed(x, A, B, C, D):
         return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
     types = gradient_types or GradientTypes()
-    dW = None if ste == "hardtanh" else dW  # whose mask needs D C itself
+    dW = None if ste == "hardtanh" else dW  # hardtanh's mask needs D C itself, not only its sign
     return _DualLinear.apply(x, A, B, C, D, scale, ste, weight, bias, ops or TORCH, types, dW)
 
 
@@ -92,7 +92,7 @@ def delta_weight(
     Raises:
         ValueError: unknown ste.
     """
-    _check(ste)
+    check_ste(ste)
     if _is_transformed(A, B, C, D):
         return functional.delta_weight(A, B, C, D, scale, ste=ste)
     return _DeltaWeight.apply(A, B, C, D, scale, ste, ops or TORCH)
@@ -116,15 +116,15 @@ def rebuild(
     Shapes as in `dual_linear`; weight and out: out x in. dW: an earlier result without a weight, to be read instead.
     """
     # |scale| goes into B, where it costs out x r1 products, and its sign into Sign(S): ReLU must see B A itself.
-    size, sign = scale.abs(), _sign(scale)
+    size, sign = scale.abs(), _get_scale_sign(scale)
     W = A.new_empty(B.shape[0], A.shape[1], dtype=dtype or A.dtype) if out is None else out
     with suspend_autocast(A.device.type):
-        for rows, (M, S) in _tiles(W, A.dtype, scratch=2):
+        for rows, (M, S) in _iterate_tiles(W, A.dtype, scratch=2):
             if dW is None:
                 torch.mm(B[rows] * size, A, out=M).relu_()
-                _sign_(torch.mm(D[rows], C, out=S)).mul_(sign)
+                _take_sign_(torch.mm(D[rows], C, out=S)).mul_(sign)
             else:
-                _split(dW[rows], M, S)
+                _split_update(dW[rows], M, S)
             _add_product(weight, rows, M, S, out=W[rows])
     return W
 
@@ -146,20 +146,20 @@ def project(
     rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself. dW: as in `rebuild`, but
     not with ste="hardtanh".
     """
-    size, sign = scale.abs(), _sign(scale)
+    size, sign = scale.abs(), _get_scale_sign(scale)
     dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
     with suspend_autocast(A.device.type):
-        for rows, (M, S, P, *own) in _tiles(G, A.dtype, scratch=3 if G.dtype == A.dtype else 4):
+        for rows, (M, S, P, *own) in _iterate_tiles(G, A.dtype, scratch=3 if G.dtype == A.dtype else 4):
             scaled_B = B[rows] * size
             if dW is None:
                 torch.mm(scaled_B, A, out=M)
                 torch.mm(D[rows], C, out=S)
             else:
-                _split(dW[rows], M, S)
+                _split_update(dW[rows], M, S)
             g = own[0].copy_(G[rows]) if own else G[rows]
             passes = S.abs() <= 1 if ste == "hardtanh" else None
             if dW is None:
-                _sign_(S).mul_(sign)
+                _take_sign_(S).mul_(sign)
             torch.mul(g, S, out=P)  # dL/dM before ReLU's mask: M > 0, applied in place
             torch.ops.aten.threshold_backward.grad_input(P, M, 0, grad_input=P)
             torch.mm(P, A.T, out=dB[rows])
@@ -184,17 +184,17 @@ class _DualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, C, D, scale, ste, weight, bias, ops, gradient_types, dW):
         ctx.save_for_backward(x, A, B, C, D, scale, weight, dW)
-        ctx.ste, ctx.ops, ctx.types = ste, ops, [_narrower(x.dtype, dtype) for dtype in gradient_types]
+        ctx.ste, ctx.ops, ctx.types = ste, ops, [_choose_narrower(x.dtype, dtype) for dtype in gradient_types]
         # In 16 bits the sum weight + dW would be rounded to the weight's own precision, and most of dW lost.
         apart = weight is not None and x.dtype != A.dtype
         flat = x.reshape(-1, x.shape[-1])
         y = x.new_empty(flat.shape[0], B.shape[0])
         with suspend_autocast(x.device.type):
-            for rows in _blocks(B.shape[0], A.shape[1]):
+            for rows in _iterate_blocks(B.shape[0], A.shape[1]):
                 base = None if weight is None else weight[rows]
                 known = None if dW is None else dW[rows]
                 W = ops.rebuild(A, B[rows], C, D[rows], scale, None if apart else base, x.dtype, dW=known)
-                _linear(flat, W, bias, rows, out=y[:, rows])
+                _apply_linear(flat, W, bias, rows, out=y[:, rows])
                 if apart:
                     torch.addmm(y[:, rows], flat, base.to(x.dtype).T, out=y[:, rows])
         return y.view(*x.shape[:-1], B.shape[0])
@@ -211,7 +211,7 @@ class _DualLinear(torch.autograd.Function):
         dx = torch.empty_like(flat) if needs_dx else None
         dA, dB, dC, dD = grads = [torch.zeros_like(t) if trained else None for t in (A, B, C, D)]
         with suspend_autocast(x.device.type):
-            for rows in _blocks(B.shape[0], A.shape[1]):
+            for rows in _iterate_blocks(B.shape[0], A.shape[1]):
                 factors = A, B[rows], C, D[rows], scale
                 base, known = (None if whole is None else whole[rows] for whole in (weight, dW))
                 if trained:
@@ -243,13 +243,13 @@ class _DeltaWeight(torch.autograd.Function):
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work on one of the tensors."""
+    """Return whether a transform of torch.func (vmap, grad, jvp, ...) has wrapped one of the tensors."""
     compiling = torch.compiler.is_compiling()
     return not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What `dual_linear` computes, of a dW, out x in."""
+    """Return what `dual_linear` does, given dW, out x in."""
     if weight is not None and x.dtype == dW.dtype:
         return F.linear(x, weight + dW, bias)
     term = F.linear(x, dW.to(x.dtype))
@@ -258,43 +258,39 @@ def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Ten
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + term
 
 
-def _check(ste: str) -> None:
-    if ste not in STRAIGHT_THROUGH:
-        raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
+def _iterate_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Yield slices of the rows of a matrix, of about BLOCK entries each."""
+    return _iterate_slices(rows, max(1, BLOCK // width))
 
 
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of the rows of a matrix, of about BLOCK entries each."""
-    return _slices(rows, max(1, BLOCK // width))
-
-
-def _tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of about TILE entries on a CPU, all rows where the device or the compiler does the tiling; each with so
-    many uninitialised matrices of its shape. All tiles share these, since fresh memory costs a CPU its page faults."""
+def _iterate_tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield slices of the rows of a matrix: of about TILE entries on a CPU, or all rows where the device or compiler
+    does the tiling. With each slice comes the requested number of uninitialised matrices of its shape. All tiles
+    share their memory, since fresh memory costs a CPU page faults."""
     small = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
     rows, width = matrix.shape
     size = min(rows, max(1, TILE // width)) if small else rows
     room = [matrix.new_empty(size, width, dtype=dtype) for _ in range(scratch)]
-    for part in _slices(rows, size):
+    for part in _iterate_slices(rows, size):
         yield part, [piece[: part.stop - part.start] for piece in room]
 
 
-def _slices(rows: int, size: int) -> Iterator[slice]:
+def _iterate_slices(rows: int, size: int) -> Iterator[slice]:
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
 
-def _sign(scale: Tensor) -> Tensor:
+def _get_scale_sign(scale: Tensor) -> Tensor:
     one = torch.ones_like(scale)
     return torch.where(scale < 0, -one, one)
 
 
-def _sign_(S: Tensor) -> Tensor:
-    """Sign in place, with Sign(0) = -1; on a CPU these three passes take a tenth of `torch.where` with scalars."""
+def _take_sign_(S: Tensor) -> Tensor:
+    """Take Sign(S) in place, with Sign(0) = -1. On a CPU these passes take a tenth of `torch.where` with scalars."""
     return S.sign_().sub_(0.5).sign_()
 
 
-def _split(dW: Tensor, M: Tensor, S: Tensor) -> None:
+def _split_update(dW: Tensor, M: Tensor, S: Tensor) -> None:
     """Write |scale| ReLU(B A) into M and Sign(scale) Sign(D C) into S: the size and the sign of dW."""
     torch.abs(dW, out=M)
     torch.copysign(torch.ones((), dtype=S.dtype, device=S.device), dW, out=S)
@@ -307,7 +303,7 @@ def _add_product(weight: Tensor | None, rows: slice, M: Tensor, S: Tensor, out: 
         torch.addcmul(weight[rows].to(M.dtype), M, S, out=out)
 
 
-def _narrower(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+def _choose_narrower(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     return own if asked is None or asked.itemsize >= own.itemsize else asked
 
 
@@ -322,7 +318,7 @@ def _add_rows(g: Tensor, W: Tensor, first: bool, out: Tensor) -> None:
         torch.addmm(out, g, W, out=out)
 
 
-def _linear(x: Tensor, W: Tensor, bias: Tensor | None, rows: slice, out: Tensor) -> None:
+def _apply_linear(x: Tensor, W: Tensor, bias: Tensor | None, rows: slice, out: Tensor) -> None:
     if bias is None:
         torch.mm(x, W.T, out=out)
     else:

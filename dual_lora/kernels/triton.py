@@ -15,6 +15,8 @@ from . import recompute
 from .recompute import Factors, Ops
 
 ROWS, COLUMNS = 32, 64
+MAX_RANK = 64  # of a group; tiles of more need more shared memory than all cards since Turing have (64 KiB)
+MAX_PIPELINED_RANK = 32  # above it, tiles that are loaded ahead would need more
 STE = {"clip": 0, "identity": 1, "hardtanh": 2}
 
 
@@ -83,18 +85,23 @@ def _project(
     tl.store(dD + rows[:, None] * r2 + k2[None, :], sum_d, mask=edge & (k2[None, :] < r2))
 
 
-def _padded(r: int) -> int:
-    """A rank as the inner size of a product: a power of two of at least 16."""
+def _pad_rank(r: int) -> int:
+    """Return a rank padded to the inner size of a product: a power of two of at least 16."""
     return max(16, triton.next_power_of_2(r))
 
 
-def _steps(*matrices: Tensor) -> list[int]:
+def _count_stages(r1: int, r2: int) -> int:
+    """Return how many tiles the compiler may have on their way at once; 3 is its default."""
+    return 3 if max(r1, r2) <= MAX_PIPELINED_RANK else 1
+
+
+def _list_strides(*matrices: Tensor) -> list[int]:
     return [step for matrix in matrices for step in matrix.stride()]
 
 
-def _fits(A: Tensor, C: Tensor) -> bool:
-    """Whether a tile of these ranks fits in registers and the dtype is the kernels'."""
-    return A.dtype == torch.float32 and max(A.shape[0], C.shape[0]) <= 128
+def _fits_shared_memory(A: Tensor, C: Tensor) -> bool:
+    """Return whether tiles of these ranks fit in shared memory and the dtype is the kernels'."""
+    return A.dtype == torch.float32 and max(A.shape[0], C.shape[0]) <= MAX_RANK
 
 
 def rebuild(
@@ -108,8 +115,8 @@ def rebuild(
     out: Tensor | None = None,
     dW: Tensor | None = None,
 ) -> Tensor:
-    """As `recompute.rebuild`; float64 factors, ranks above 128 and a known dW are left to it."""
-    if dW is not None or not _fits(A, C):
+    """As `recompute.rebuild`; float64 factors, ranks above `MAX_RANK` and a known dW are left to it."""
+    if dW is not None or not _fits_shared_memory(A, C):
         return recompute.rebuild(A, B, C, D, scale, weight, dtype, out, dW)
     n_out, n_in = B.shape[0], A.shape[1]
     W = A.new_empty(n_out, n_in, dtype=dtype or A.dtype) if out is None else out
@@ -117,8 +124,9 @@ def rebuild(
     grid = triton.cdiv(n_out, ROWS), triton.cdiv(n_in, COLUMNS)
     with torch.cuda.device_of(A):
         _rebuild[grid](
-            A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_steps(kept, A, B, C, D),
-            HAS_WEIGHT=weight is not None, R1=_padded(A.shape[0]), R2=_padded(C.shape[0]), ROWS=ROWS, COLUMNS=COLUMNS,
+            A, B, C, D, scale, kept, W, n_out, n_in, A.shape[0], C.shape[0], *_list_strides(kept, A, B, C, D),
+            HAS_WEIGHT=weight is not None, R1=_pad_rank(A.shape[0]), R2=_pad_rank(C.shape[0]),
+            ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return W
 
@@ -135,24 +143,25 @@ def project(
     rebuilt: Tensor | None = None,
     dW: Tensor | None = None,
 ) -> Factors:
-    """As `recompute.project`; float64 factors, ranks above 128 and a known dW are left to it."""
-    if dW is not None or not _fits(A, C):
+    """As `recompute.project`; float64 factors, ranks above `MAX_RANK` and a known dW are left to it."""
+    if dW is not None or not _fits_shared_memory(A, C):
         return recompute.project(G, A, B, C, D, scale, ste, weight, rebuilt, dW)
-    dB, dD = _out_side(G, A, B, C, D, scale, ste)
-    dAt, dCt = _out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)
+    dB, dD = _project_out_side(G, A, B, C, D, scale, ste)
+    dAt, dCt = _project_out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)
     if rebuilt is not None:
         rebuild(A, B, C, D, scale, weight, out=rebuilt)
     return dAt.T, dB, dCt.T, dD
 
 
-def _out_side(G, A, B, C, D, scale, ste) -> tuple[Tensor, Tensor]:
-    """dL/dB and dL/dD."""
+def _project_out_side(G, A, B, C, D, scale, ste) -> tuple[Tensor, Tensor]:
+    """Return dL/dB and dL/dD, shaped like B and D."""
     dB, dD = A.new_empty(B.shape), A.new_empty(D.shape)
     n_out, n_in, r1, r2 = *G.shape, A.shape[0], C.shape[0]
     with torch.cuda.device_of(A):
         _project[triton.cdiv(n_out, ROWS),](
-            G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_steps(G, A, B, C, D),
-            STE=STE[ste], R1=_padded(r1), R2=_padded(r2), ROWS=ROWS, COLUMNS=COLUMNS,
+            G, A, B, C, D, scale, dB, dD, n_out, n_in, r1, r2, *_list_strides(G, A, B, C, D),
+            STE=STE[ste], R1=_pad_rank(r1), R2=_pad_rank(r2), ROWS=ROWS, COLUMNS=COLUMNS,
+            num_stages=_count_stages(r1, r2),
         )  # fmt: skip
     return dB, dD
 

@@ -148,6 +148,7 @@ def translate_machine_errors() -> Iterator[None]:
 # What errors from transformers mean here, by a word they contain.
 READ_FAILURES = {
     "trust_remote_code": "it needs code of its own, which is never run",
+    "Unrecognized configuration class": "transformers has no model of this architecture for this form of task",
     "ignore_mismatched_sizes": "the shapes of its weights differ from its config.json",
 }
 

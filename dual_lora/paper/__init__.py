@@ -1,8 +1,8 @@
 """Published numbers as data: one YAML a table, every value with its source and how it is known.
 
-    tables()                                         the names of all tables
-    load("dora_table1_commonsense")                  one table
-    find(["avg"], model="llama3-8b", method="dora")  rows of any table, to set beside a result of ours
+    list_tables()                                         the names of all tables
+    load_table("dora_table1_commonsense")                 one table
+    find_rows(["avg"], model="llama3-8b", method="dora")  rows of any table, to set beside a result of ours
 
 A file gives what identifies a row (`keys`), its values (`columns`, each with its metric), and `rows` as lists in that
 order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note`, `start` and
@@ -68,7 +68,7 @@ class Row:
     average_note: tuple[Decimal, Decimal] | None
     start: str | None = None
 
-    def matches(self, keys: Mapping[str, Key]) -> bool:
+    def has_keys(self, keys: Mapping[str, Key]) -> bool:
         """Whether the row has these keys with these values."""
         return all(name in self.keys and is_same_key(self.keys[name], value) for name, value in keys.items())
 
@@ -84,7 +84,7 @@ class Table:
     """One published table or figure.
 
     `columns` maps a column to its metric and unit, `average` a column of averages to the columns averaged, `ours` a
-    column to TASK:METRIC of the harness (its score times `scale` has the unit printed).
+    column to TASK:METRIC of the harness.
     """
 
     id: str
@@ -101,65 +101,56 @@ class Table:
     started: tuple[str, ...]
     rows: tuple[Row, ...]
 
-    def select(self, columns: Iterable[str] = (), **keys: Key) -> list[Row]:
+    def select_rows(self, columns: Iterable[str] = (), **keys: Key) -> list[Row]:
         """Return the rows with these keys that have a value in each of `columns`."""
-        return [row for row in self.rows if row.matches(keys) and set(columns) <= set(row.values)]
+        return [row for row in self.rows if row.has_keys(keys) and set(columns) <= set(row.values)]
 
-    def row(self, **keys: Key) -> Row:
+    def get_row(self, **keys: Key) -> Row:
         """Return the one row with these keys.
 
         Raises:
             KeyError: there is none, or more than one.
         """
-        found = self.select(**keys)
+        found = self.select_rows(**keys)
         if len(found) != 1:
             raise KeyError(f"{self.id}: {len(found)} rows with {keys}; its keys are {', '.join(self.keys)}")
         return found[0]
 
-    def scale(self, column: str) -> int:
-        """Return 100 for a column in percent, else 1: the harness keeps such scores as fractions."""
-        return 100 if self.columns[column].endswith("%") else 1
-
-    def recomputed(self, row: Row, column: str) -> Decimal | None:
+    def recompute_average(self, row: Row, column: str) -> Decimal | None:
         """Return the mean of the printed cells a column averages; None where one of them is missing."""
         cells = [row.values[name].text.partition("±")[0] for name in self.average[column] if name in row.values]
         return sum(map(Decimal, cells)) / len(cells) if len(cells) == len(self.average[column]) else None
 
 
-def tables() -> list[str]:
+def list_tables() -> list[str]:
     """Return the names of all tables."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 @cache
-def load(name: str) -> Table:
+def load_table(name: str) -> Table:
     """Return a table by its name.
 
     Raises:
         ValueError: there is no such table, or its file is wrong; names file and field.
     """
-    if name not in tables():
-        raise ValueError(f"{name}: no such table; known: {', '.join(tables())}")
-    return read(FOLDER / f"{name}.yaml")
+    if name not in list_tables():
+        raise ValueError(f"{name}: no such table; known: {', '.join(list_tables())}")
+    return read_table(FOLDER / f"{name}.yaml")
 
 
-def find(columns: Iterable[str] = (), **keys: Key) -> list[Row]:
+def find_rows(columns: Iterable[str] = (), **keys: Key) -> list[Row]:
     """Return the rows of all tables with these keys and a value in each of `columns`."""
     columns = list(columns)
-    return [row for name in tables() for row in load(name).select(columns, **keys)]
+    return [row for name in list_tables() for row in load_table(name).select_rows(columns, **keys)]
 
 
-def read(path: Path) -> Table:
-    """Return the table of a file.
+def check_fields(path: Path, raw: Any) -> None:
+    """Refuse a file that lacks a field of a table, has an unknown one, or names columns that it does not have.
 
     Raises:
-        ValueError: a field is missing or wrong; names file and field.
+        ValueError: with file and field.
     """
-    # BaseLoader keeps every scalar as the text that was written, so that 8.50 stays 8.50
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: file: {error}") from error
     require(isinstance(raw, dict), path, "file", "must be a mapping")
     for name in REQUIRED:
         require(raw.get(name), path, name, "is missing")
@@ -170,13 +161,26 @@ def read(path: Path) -> Table:
     for name in PROTOCOL:
         require(raw["protocol"].get(name), path, f"protocol.{name}", "is missing")
     check_status(path, "status", raw["status"])
-    average = raw.get("average", {})
     for field, names in {
         **{f: raw.get(f, {}) for f in ("ours", "started")},
-        **{f"average.{k}": [k, *v] for k, v in average.items()},
+        **{f"average.{k}": [k, *v] for k, v in raw.get("average", {}).items()},
     }.items():
         for name in names:
             require(name in raw["columns"], path, field, f"names {name}, which is no column")
+
+
+def read_table(path: Path) -> Table:
+    """Return the table of a file.
+
+    Raises:
+        ValueError: a field is missing or wrong; names file and field.
+    """
+    # BaseLoader keeps every scalar as the text that was written, so that 8.50 stays 8.50
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: file: {error}") from error
+    check_fields(path, raw)
     rows = tuple(read_row(path, raw, number, list(row)) for number, row in enumerate(raw["rows"]))
     for number, row in enumerate(rows):
         require(row.keys not in [r.keys for r in rows[:number]], path, f"rows[{number}]", f"repeats {dict(row.keys)}")
@@ -185,7 +189,7 @@ def read(path: Path) -> Table:
         **{name: MappingProxyType(raw.get(name, {})) for name in ("protocol", "columns", "ours")},
         source=tuple(raw["source"]),
         keys=tuple(raw["keys"]),
-        average=MappingProxyType({name: tuple(parts) for name, parts in average.items()}),
+        average=MappingProxyType({name: tuple(parts) for name, parts in raw.get("average", {}).items()}),
         note=raw.get("note", ""),
         started=tuple(raw.get("started", ())),
         rows=rows,
@@ -211,7 +215,7 @@ def read_row(path: Path, table: dict[str, Any], number: int, cells: list[Any]) -
         require(name in columns, path, f"{field}.status", f"names {name}, which is no column")
         check_status(path, f"{field}.status", status)
     values = {
-        name: parse(text, statuses.get(name, table["status"]))
+        name: parse_value(text, statuses.get(name, table["status"]))
         for name, text in zip(columns, cells[len(keys) :], strict=True)
         if text != MISSING
     }
@@ -228,7 +232,7 @@ def read_row(path: Path, table: dict[str, Any], number: int, cells: list[Any]) -
     )
 
 
-def parse(text: str, status: str) -> Value:
+def parse_value(text: str, status: str) -> Value:
     """Return a cell as a value."""
     found = NUMBER.fullmatch(text)
     number, spread = found.groups() if found else (None, None)

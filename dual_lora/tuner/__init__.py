@@ -3,9 +3,9 @@
 from .config import DualLoraConfig
 from .layer import DualLoraLayer
 from .model import DualLoraModel
-from .register import register
+from .register import register_method
 from .warmup import set_update_scale
 
 __all__ = ["DualLoraConfig", "DualLoraLayer", "DualLoraModel", "set_update_scale"]
 
-register(DualLoraConfig, DualLoraModel)
+register_method(DualLoraConfig, DualLoraModel)

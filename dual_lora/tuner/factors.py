@@ -6,6 +6,7 @@ forward, sees every use of them.
 
 import math
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,22 @@ PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_
 MAX_DRAWS = 100  # attempts at initial factors that can train
 # All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
 ALL_FACTORS: weakref.WeakSet = weakref.WeakSet()
+
+
+class _Cache(NamedTuple):
+    """A matrix that evaluation keeps, and what tells whether it is still right.
+
+    A write through `.data`, as weight averaging does, does not change a tensor's version. The factors are small enough
+    to compare; such a write to a base weight goes unnoticed until `train()`, `eval()` or a cast.
+
+    key: addresses and versions of the tensors the matrix was computed from. values: copies of the factors. weight: the
+    base weight of that time, held so that no later one can have its address.
+    """
+
+    key: tuple
+    values: list[Tensor]
+    weight: Tensor | None
+    matrix: Tensor
 
 
 class DualLoraFactors(nn.Module):
@@ -71,7 +88,7 @@ class DualLoraFactors(nn.Module):
         std = config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction)
         self.reset_parameters(std, config.direction_init_std)
         self.caches_update = True  # whether evaluation may keep dW, which is as large as the weight
-        self._cache: tuple[tuple, list[Tensor], Tensor] | None = None
+        self._cache: _Cache | None = None
         self.loaded = False  # whether the values come from a file; read by `DualLoraModel._warn_of_ramp`
         ALL_FACTORS.add(self)
 
@@ -168,7 +185,7 @@ class DualLoraFactors(nn.Module):
             "ops": kernels.choose_ops(self.kernel, self.A.device),
         }
 
-    def advance(self) -> None:
+    def advance_ramp(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = shape(step / warmup_steps). Never waits for the device.
 
         f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`
@@ -250,21 +267,14 @@ class DualLoraFactors(nn.Module):
         replayed = torch.compiler.is_compiling() or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
         keepable = self.caches_update and not replayed and not any(_is_untrackable(t) for t in parts)
         cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
-        if keepable and self._cache is not None and self._is_current(cache_key, factors):
-            return self._cache[2]
+        cache = self._cache  # read once: another thread may clear it
+        if keepable and cache is not None and cache.key == cache_key and all(map(torch.equal, cache.values, factors)):
+            return cache.matrix
         dW = self.delta_weight().flatten(0, -2)
         matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
-        self._cache = (cache_key, [t.clone() for t in factors], matrix) if keepable else None
+        held = None if weight is None else weight.detach()
+        self._cache = _Cache(cache_key, [t.clone() for t in factors], held, matrix) if keepable else None
         return matrix
-
-    def _is_current(self, cache_key: tuple, factors: list[Tensor]) -> bool:
-        """Return whether the cache was computed from exactly these tensors with their present values.
-
-        A write through `.data`, as weight averaging does, does not change a tensor's version. The factors are small
-        enough to compare; such a write to a base weight goes unnoticed until `train()`, `eval()` or a cast.
-        """
-        cached_key, values, _ = self._cache
-        return cached_key == cache_key and all(map(torch.equal, values, factors))
 
     def clear_cache(self) -> None:
         """Free the matrix that evaluation cached."""

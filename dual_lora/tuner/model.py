@@ -87,6 +87,15 @@ class DualLoraModel(BaseTuner):
                 warned.add((name, occasion))
                 warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Give a layer that stands under several names what was saved under one of them. PEFT 0.21 saves it under the
+        first, and its warning of missing keys would name the others."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if cls.prefix in name}
+        saved = {id(own[name]): tensor for name, tensor in found.items() if name in own}
+        return found | {name: saved[id(tensor)] for name, tensor in own.items() if id(tensor) in saved}
+
     def _check_merge_allowed(self) -> None:
         """Check every layer before the first is merged, and warn about layers that will not be merged.
 

@@ -20,7 +20,7 @@ def add_peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
-def register(config_cls: type, model_cls: type) -> None:
+def register_method(config_cls: type, model_cls: type) -> None:
     """Register the method under DUAL_LORA / dual_lora_. Repeating it does nothing.
 
     PEFT has no entry points: before this has run, loading an adapter of ours ends in KeyError: 'DUAL_LORA'.

@@ -92,14 +92,14 @@ def _warn_of_low_precision(factors: list[DualLoraFactors]) -> None:
 
 
 @torch.no_grad()
-def _advance(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+def _advance_ramps(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for ref in _find_trained(optimizer):
         factors = ref()
         if factors is not None and find_first_trained(factors) is not None:
-            factors.advance()
+            factors.advance_ramp()
 
 
-register_optimizer_step_post_hook(_advance)
+register_optimizer_step_post_hook(_advance_ramps)
 
 
 class DualLoraWarmupCallback(TrainerCallback):
@@ -114,4 +114,4 @@ class DualLoraWarmupCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         for factors, step in self._before:
             if int(factors.step) == step:
-                factors.advance()
+                factors.advance_ramp()

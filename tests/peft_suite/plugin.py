@@ -6,13 +6,16 @@ that list, the test gets our table. Tests that then do not concern DualLoraConfi
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
 import types
 from pathlib import Path
 
+import peft
 import pytest
+from transformers.generation import GenerationMixin
 
 from dual_lora import DualLoraConfig
 
@@ -22,11 +25,14 @@ WORK = Path(os.environ["PEFT_SUITE_WORK"])
 OUTCOMES: dict[str, str] = {}
 # These read a real repository of the Hugging Face hub.
 NEED_THE_HUB = {"test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config"}
+# PEFT 0.19 and 0.20 take this method from an encoder-decoder model, whatever the adapter; transformers 5.23 has none.
+TAKEN_FROM_BASE = "_prepare_encoder_decoder_kwargs_for_generation"
 
 
 def pytest_configure(config):
     """Empty stand-ins for packages that PEFT's test modules import and our part of the matrix does not use."""
-    for name, attributes in {"diffusers": ["StableDiffusionPipeline"], "parameterized": ["parameterized"]}.items():
+    names = {"diffusers": ["StableDiffusionPipeline"], "parameterized": ["parameterized"], "datasets": ["load_dataset"]}
+    for name, attributes in names.items():
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)
             for attribute in attributes:
@@ -68,7 +74,10 @@ def pytest_collection_modifyitems(config, items):
     others = [item for item in items if not _is_ours(item)]
     items[:] = [item for item in items if _is_ours(item)]
     config.hook.pytest_deselected(items=others)
+    missing = TAKEN_FROM_BASE in inspect.getsource(peft.peft_model) and not hasattr(GenerationMixin, TAKEN_FROM_BASE)
     for item in items:
+        if missing and item.path.name == "test_encoder_decoder_models.py":
+            item.add_marker(pytest.mark.skip(reason="this PEFT wraps no encoder-decoder model of this transformers"))
         if item.path.name == "test_config.py" and item.originalname in NEED_THE_HUB:
             item.add_marker(pytest.mark.skip(reason="reads the Hugging Face hub"))
 

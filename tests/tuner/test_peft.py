@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dual_lora import DualLoraConfig, DualLoraModel, set_update_scale
-from dual_lora.tuner.register import add_peft_type, register
+from dual_lora.tuner.register import add_peft_type, register_method
 
 from .tiny_llama import llama
 
@@ -240,7 +240,7 @@ def test_conversion_to_lora_is_lossy_below_full_rank():
 
 def test_registration_is_idempotent():
     before = list(PeftType)
-    register(DualLoraConfig, DualLoraModel)
+    register_method(DualLoraConfig, DualLoraModel)
     assert list(PeftType) == before and before.count("DUAL_LORA") == 1
     member = add_peft_type("DUAL_LORA")
     assert member is PeftType.DUAL_LORA is PeftType("DUAL_LORA") and member.value == "DUAL_LORA"
@@ -249,7 +249,7 @@ def test_registration_is_idempotent():
 
 def test_a_foreign_method_of_that_name_is_an_error():
     with pytest.raises(RuntimeError, match="already knows a method DUAL_LORA: dual_lora.tuner.config.DualLoraConfig"):
-        register(LoraConfig, DualLoraModel)
+        register_method(LoraConfig, DualLoraModel)
 
 
 def python(code, **env):

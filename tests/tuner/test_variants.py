@@ -112,12 +112,12 @@ def test_a_ramp_has_its_shape_ends_at_one_and_continues_from_a_given_height(shap
     (factors,) = [m for m in model.modules() if type(m).__name__ == "DualLoraFactors"]
     seen = []
     for _ in range(6):
-        factors.advance()
+        factors.advance_ramp()
         seen.append(float(factors.update_scale))
     assert seen == pytest.approx([*expected, 1.0, 1.0])
     set_update_scale(model, expected[1], ramp=True)
     assert int(factors.step) == 2
-    factors.advance()
+    factors.advance_ramp()
     assert float(factors.update_scale) == pytest.approx(expected[2])
 
 

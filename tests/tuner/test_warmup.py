@@ -251,7 +251,7 @@ def test_the_count_survives_a_cast_of_the_model():
     model = ramping(scale_warmup_steps=1001)
     factors_of(model).step.fill_(999)
     model.bfloat16()
-    factors_of(model).advance()
+    factors_of(model).advance_ramp()
     assert factors_of(model).step == 1000
 
 

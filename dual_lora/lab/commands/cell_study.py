@@ -15,6 +15,7 @@ from dual_lora.lab.errors import EXIT_OK, UserError, require
 from dual_lora.lab.study.experiment import choose_scale, load_experiment_file
 from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.lab.system.files import translate_write_errors
+from dual_lora.lab.system.libraries import import_heavy_libraries
 
 KIND = "cells"
 ROWS_FILE, RERUN_FILE = "rows.jsonl", "rows.again.jsonl"
@@ -67,14 +68,15 @@ class CellStudy:
         Raises:
             UserError: cells are missing, or the rows cannot be read.
         """
-        import torch
-
-        from dual_lora.analysis.cells import StudyError
-
         if not is_first_process():
             return EXIT_OK
-        module, threads = import_module(f"dual_lora.analysis.{self.name}"), torch.get_num_threads()
-        folder = paths.RUNS / self.study
+        with import_heavy_libraries():
+            import torch
+
+            from dual_lora.analysis.cells import StudyError
+
+            module = import_module(f"dual_lora.analysis.{self.name}")
+        folder, threads = paths.RUNS / self.study, torch.get_num_threads()
         try:
             with translate_write_errors(folder):
                 self.run_module(module, missing, force)

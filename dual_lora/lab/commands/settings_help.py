@@ -1,6 +1,6 @@
 """`python train.py --help` and docs/settings.md, both from the settings' declarations and conf/.
 
-Imports neither torch nor Hydra, so that help is there at once.
+Imports neither torch nor Hydra, so that help appears at once.
 """
 
 from collections.abc import Iterator

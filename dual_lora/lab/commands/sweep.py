@@ -40,7 +40,7 @@ def sweep_command(argv: list[str]) -> int:
     extra = [a for a in argv if a not in launcher and a not in own]
     parse_overrides(launcher)
     check_launcher(argv)
-    every = given["experiment"] == "all"  # which other words may not concern
+    every = given["experiment"] == "all"  # then other words need not apply to each of them
     names = list_choices("experiment") if every else given["experiment"].split(",")
     cell_studies = {name: study for name in names if (study := CellStudy.find(name, given.get("scale")))}
     for study in cell_studies.values() if not every else ():
@@ -92,7 +92,8 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     study = cells[0].settings.study
     folder = paths.RUNS / experiment.find_report_study(study) / "report"
     lost = experiment.analyse and run and not analyse_outcomes(experiment, find_outcomes(cells, study))
-    with hold_lock(folder, wait=True), translate_write_errors(folder):  # else the older of two could be the last
+    # Without the lock, the older of two reports could be written last.
+    with hold_lock(folder, wait=True), translate_write_errors(folder):
         remove_temporary_files(folder)
         done = find_outcomes(cells, study)
         print(write_report(experiment, done, folder))
@@ -111,7 +112,7 @@ def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:
     whole = True
     for cell in done:
         try:
-            analyse_missing(experiment, cell)
+            analyse_missing(experiment, cell, done)
         except Exception as error:
             print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
             whole = False

@@ -40,15 +40,30 @@ def measure_command(argv: list[str]) -> int:
     return 0
 
 
+def generate_one_by_one(model: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: Settings) -> list[str]:
+    """Return the text after each row's prompt, with one call of `generate` a prompt."""
+    import torch
+
+    from dual_lora.lab.evaluate.predict import get_decoding_options
+    from dual_lora.lab.model.encode import encode_prompt
+
+    texts = []
+    for row in rows:
+        ids = torch.tensor([encode_prompt(tokenizer, row, settings)], device=model.device)
+        options = get_decoding_options(tokenizer, settings, ids.shape[1])
+        with torch.inference_mode():
+            made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
 def measure_throughput(settings: Settings, record: Record, name: str) -> dict[str, Any]:
     """Return both times in seconds, their ratio and how many of the outputs are equal."""
     import torch
 
     from dual_lora.lab.evaluate.evaluate import compute_outputs
-    from dual_lora.lab.evaluate.predict import get_decoding_options
     from dual_lora.lab.evaluate.reevaluation import load_trained_model
     from dual_lora.lab.inputs.splits import load_split
-    from dual_lora.lab.model.encode import encode_prompt
     from dual_lora.lab.model.load import move_to_device
     from dual_lora.lab.model.merge import merge_adapter
     from dual_lora.lab.system.libraries import silence_libraries
@@ -59,16 +74,8 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
     model, tokenizer = load_trained_model(settings, record, task)
     move_to_device(model)
     model.eval()
-    alone, started = [], time.perf_counter()
-    for row in rows:
-        ids = torch.tensor([encode_prompt(tokenizer, row, settings)], device=model.device)
-        with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **get_decoding_options(tokenizer, settings, ids.shape[1]),
-            )
-        alone.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    started = time.perf_counter()
+    alone = generate_one_by_one(model, tokenizer, rows, settings)
     one_by_one, started = time.perf_counter() - started, time.perf_counter()
     merge_adapter(model)
     together = compute_outputs(model, tokenizer, task, rows, settings, name)

@@ -88,11 +88,12 @@ def asks_hydra(argv: list[str]) -> bool:
 
 
 def show_hydra(argv: list[str]) -> None:
-    """Let Hydra show what the command line asks it for: the composed config, or its own settings. Of what lies outside
-    Hydra knows nothing, so the settings of such a run are shown as its record would hold them.
+    """Let Hydra show what the command line asks it for: the composed config, or its own settings. Hydra does not know
+    models, settings and code from outside of conf/; the settings of a run with these are shown as its record would hold
+    them.
 
     Raises:
-        UserError: it asks for something else about what lies outside.
+        UserError: it asks for anything else about such a run.
     """
     settings = load_settings([a for a in argv if "=" in a and not a.startswith("-") and not select_launcher_words([a])])
     if paths.own_folders or tasks.plugins or found_models:

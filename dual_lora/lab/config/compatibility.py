@@ -1,4 +1,4 @@
-"""Settings that do not go together: a task the model cannot do, and settings that would have no effect.
+"""Incompatible settings: a task that the model cannot do, and settings that would have no effect.
 
 A setting without effect would still be recorded and would rename the run, so a command line that sets one is refused.
 When a record is read, ineffective settings are not refused.
@@ -115,6 +115,9 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"method {method.name} trains every weight; drop it"
     if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:
         return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
+    product = "magnitude_ratio" in (method.peft or {}) or (method.peft or {}).get("peft_type") in LORA_B_TYPES
+    if key == "train.log_zeros" and not product:
+        return f"only an update that is a product of factors is looked at, and method {method.name} has none; drop it"
     if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
         return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
     return None

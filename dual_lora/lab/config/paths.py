@@ -47,6 +47,16 @@ def resolve_path(key: str, value: str) -> Path:
     return path
 
 
+def check_plain_file(path: Path) -> None:
+    """Refuse a pipe or a device: reading one may never end.
+
+    Raises:
+        UserError: it is one.
+    """
+    plain = path.is_file() or path.is_dir() or not path.exists()
+    require(plain, f"{path}: a pipe or a device, not a file; replace it")
+
+
 ELSEWHERE_REMEDY = "set DUAL_LORA_RUNS=DIR to keep runs elsewhere"
 
 
@@ -69,9 +79,10 @@ def load_yaml(path: Path) -> Any:
     """Return a YAML file as an OmegaConf config.
 
     Raises:
-        UserError: its aliases make more values than any settings hold.
+        UserError: it is a pipe or a device, or its aliases make more values than any settings hold.
         OSError, ValueError, yaml.YAMLError, omegaconf.errors.OmegaConfBaseException: it cannot be read.
     """
+    check_plain_file(path)
     return parse_yaml(path, path.read_text(encoding="utf-8"))
 
 

@@ -37,6 +37,7 @@ ADDED_SETTINGS += (
     "model.split",
     "model.dropout",
     "task.search",
+    "train.log_zeros",
     "train.gradient_checkpointing",
     "train.compile",
     "train.packing",

@@ -298,6 +298,7 @@ class Train:
     weight_decay: float = setting("AdamW's weight decay")
     schedule: str = setting("learning rate over time: linear, cosine, constant or constant_with_warmup")
     max_grad_norm: float = setting("gradients are clipped to this norm; 0: no clipping")
+    log_zeros: bool | None = setting("true: also log the share of exact zeros in the update (train/zeros)")
     save_steps: int | None = setting("steps between checkpoints; null: by time alone")
     save_minutes: float | None = setting("minutes between checkpoints; null: by steps alone")
     log_steps: int = setting("steps between two rows of metrics.jsonl")
@@ -472,6 +473,8 @@ class Settings:
         other = "task.validation_rows" if self.task.validation_rows else "task.checkpoint=best_loss"
         alone = not (patience and self.task.validation_size)
         require(alone, f"train.early_stopping={patience}: not with {other}, which watches the loss; drop one")
+        held = self.hardware.sharding != "full" or not self.train.log_zeros
+        require(held, "train.log_zeros=true: not with hardware.sharding=full, where no device holds an update; drop it")
         kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
         require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
         whole = self.hardware.sharding != "full" and base is None

@@ -26,9 +26,7 @@ from tasks import Split, Task
 from tasks.base import Output, Row
 
 LINE_SECONDS = 60.0  # between two lines of progress in a log file
-
-
-MIN_FOR_CONSTANT = 100  # rows whose equal outputs are no accident
+MIN_FOR_CONSTANT = 100  # with fewer rows, equal outputs may be an accident
 
 
 def evaluate_splits(
@@ -105,7 +103,7 @@ def compute_outputs(
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     size = settings.eval.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    alone = not is_sharded(model)  # else the processes need each other's weights and do every batch together
+    alone = not is_sharded(model)  # a sharded model needs all processes for every batch
     mine = batches[get_process_index() :: count_processes()] if alone else batches
     found: list[tuple[int, Output]] = []
     no_gradients = torch.inference_mode() if alone else torch.no_grad()  # training reuses the gathered weights

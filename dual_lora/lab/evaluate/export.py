@@ -1,7 +1,9 @@
 """A finished run as a checkpoint that plain transformers loads, without this package."""
 
+import glob
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from dual_lora.lab.system.sealed import list_files
 from tasks import Task
 
 MAX_SHARD_SIZE = "5GB"
+# How many characters of the folder's name its unfinished copy has (not too long in any script), and how that ends.
+NAME_CHARACTERS, PARTIAL = 40, ".partial"
 # Batch size and length of random token ids on which logits are compared.
 PROBE_SHAPE = (4, 32)
 # What tells a run's folder from any other.
@@ -49,6 +53,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
             cannot be written or was made by somebody else meanwhile.
     """
     check_export_folder(folder)
+    report_unfinished_exports(folder)
     silence_libraries()
     task = load_task(settings)
     model, tokenizer = load_trained_model(settings, record, task)
@@ -114,20 +119,28 @@ def check_export_folder(folder: Path) -> None:
         require(not inside, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
 
 
+def report_unfinished_exports(folder: Path) -> None:
+    """Print the hidden folders that killed exports to `folder` left beside it: they may be as large as the model.
+    Another process may be writing one now, so they are not removed."""
+    for path in sorted(folder.parent.glob(f".{glob.escape(folder.name[:NAME_CHARACTERS])}.*{PARTIAL}")):
+        print(f"{path}: an unfinished export; remove it, unless it is still being written", file=sys.stderr)
+
+
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write into. It takes that name when the block ends, and is removed, and
-    nothing else, if the block fails.
+    """Yield a new folder beside `folder` to write into. It takes that name when the block ends. If the block fails, it
+    is removed and nothing else is touched.
 
     Raises:
-        UserError: the disk fails, or there is something of that name by then.
+        UserError: the disk fails, or something of that name exists by then.
     """
     partial = None
     try:
         with raise_disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # A name that no other export chooses, and not too long in any script.
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", suffix=".partial", dir=folder.parent))
+            # A name that no other export chooses.
+            prefix = f".{folder.name[:NAME_CHARACTERS]}."
+            partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=PARTIAL, dir=folder.parent))
             yield partial
             apply_umask(partial)
             install_folder(partial, folder)
@@ -139,8 +152,8 @@ def build_folder(folder: Path) -> Iterator[Path]:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give a folder of `mkdtemp`, and the files in it, the permissions that new ones have here: some writers keep what
-    they write to its owner."""
+    """Give a folder of `mkdtemp`, and the files in it, the permissions of new ones: some writers make their files
+    readable by the owner alone."""
     mask = read_umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
@@ -148,7 +161,7 @@ def apply_umask(folder: Path) -> None:
 
 
 def install_folder(partial: Path, folder: Path) -> None:
-    """Rename a whole folder into place. The system does so only if there is nothing, or an empty folder.
+    """Rename a whole folder into place. The system allows this only if there is nothing, or an empty folder.
 
     Raises:
         UserError: somebody else was first.
@@ -200,7 +213,7 @@ def compare_logits(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def compute_probe_logits(model: torch.nn.Module) -> torch.Tensor:
-    """Return the logits of a made-up text in float64, on the CPU."""
+    """Return the logits of random token ids, batch x length x vocabulary, in float64 on the CPU."""
     ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().cpu()

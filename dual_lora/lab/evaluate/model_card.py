@@ -104,7 +104,8 @@ that training ramps from 0 to 1.
 """
 # PEFT finds types of its own; those of this package are known once it is imported.
 REGISTER = """
-import dual_lora  # pip install dual-lora; registers the adapter's type, else PEFT raises KeyError: 'DUAL_LORA'"""
+# Not on PyPI: `pip install .` in a clone of dual-lora. Registers the adapter's type, else KeyError: 'DUAL_LORA'.
+import dual_lora"""
 
 
 def format_model_card(settings: Settings, record: Record, task: Task, dtype: str, adapter: bool) -> str:
@@ -117,7 +118,7 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
 
 
 def format_adapter_card(settings: Settings, record: Record, task: Task) -> str:
-    """Return the card of the adapter alone, in place of PEFT's, which leaves all of it open."""
+    """Return the card of the adapter alone; PEFT's own card has only placeholders."""
     facts, classes = collect_facts(settings, record, task), {"classification": len(task.labels), "regression": 1}
     values = {key: value for key, value in settings.method.peft.items() if value not in (None, {}, [])}
     return ADAPTER_CARD.format(

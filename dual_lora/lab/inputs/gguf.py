@@ -70,16 +70,19 @@ class Cursor:
         self.offset += size
 
     def read_number(self, kind: str) -> Any:
+        """Return the number here, of a type of `struct`, and move past it."""
         start = self.offset
         self.skip(struct.calcsize(f"<{kind}"))
         return struct.unpack_from(f"<{kind}", self.data, start)[0]
 
     def read_text(self) -> str:
+        """Return the text here, which its length precedes, and move past it."""
         length = self.read_number("Q")
         self.skip(length)
         return self.data[self.offset - length : self.offset].decode()
 
     def read_value(self, kind: int) -> Any:
+        """Return the value here, of a type of the format, and move past it; None for a list."""
         if kind == TEXT:
             return self.read_text()
         return (
@@ -89,6 +92,7 @@ class Cursor:
         )
 
     def skip_list(self, kind: int, length: int) -> None:
+        """Move past a list of so many values of one type."""
         if kind in FORMATS:
             self.skip(length * struct.calcsize(f"<{FORMATS[kind]}"))
             return
@@ -103,6 +107,7 @@ class Cursor:
 
 
 def is_gguf_file(path: Path) -> bool:
+    """Return whether a path ends like a GGUF file's."""
     return path.suffix.lower() == ".gguf"
 
 
@@ -137,6 +142,7 @@ def read_checked_header(path: Path, size: int, changed: int) -> Header:
 
 
 def read_magic(path: Path) -> bytes:
+    """Return the first bytes of a file, by which the format is recognised."""
     with path.open("rb") as stream:
         return stream.read(len(MAGIC))
 

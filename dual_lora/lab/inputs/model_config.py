@@ -1,8 +1,8 @@
 """What a model's config.json decides: the architecture of its weights, and nothing that a run's settings decide.
 
-Transformers applies every field of that file. Here a field belongs to one of three groups: fields of the architecture
-are kept; fields of use are dropped, and the run's settings or the library's defaults apply instead; fields that would
-turn the weights into a model that the run cannot use are refused.
+Transformers applies every field of that file. Here, fields that describe the architecture are kept. Fields that say how
+the model is used are dropped, and the run's settings or the library's defaults apply instead. Fields that would turn
+the weights into a model that the run cannot use are refused.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 from dual_lora.lab.errors import require
 
-# Fields of use: what a task, a method or the settings of a run decide.
+# Fields that say how a model is used, which a task, a method or the settings of a run decide.
 HEAD_FIELDS = {"id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task", "loss_type"}
 TOKEN_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer knows them
 PRECISION_FIELDS = {"dtype", "torch_dtype", "use_bfloat16"}

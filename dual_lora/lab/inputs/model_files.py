@@ -152,6 +152,7 @@ def find_deciding_index(folder: Path) -> Path | None:
 
 
 def list_matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files in a folder that match one of the patterns, sorted."""
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
@@ -270,15 +271,25 @@ def read_special_tokens(file: Path) -> dict[str, Any]:
     """Return the special tokens that a special_tokens_map.json names; its other fields would be taken for options.
 
     Raises:
-        UserError: the file is damaged, or a token has no text.
+        UserError: the file is damaged, a token has no text, or tokenizer_config.json names another one.
     """
     values = read_json_object(file, RESAVE_REMEDY)
     listed = {name: value for name, value in values.items() if name in SPECIAL_TOKEN_LISTS}
     named = {name: value for name, value in values.items() if name.endswith("_token") and not name.startswith("add_")}
+    config = file.with_name("tokenizer_config.json")
+    others = read_json_object(config, RESAVE_REMEDY) if config.is_file() else {}
+    if "added_tokens_decoder" in others:
+        others = {}  # transformers then ignores the map
     for name, value in named.items():
-        text = value.get("content") if isinstance(value, dict) else value
+        text, other = get_token_text(value), get_token_text(others.get(name))
         require(bool(text) and isinstance(text, str), f"{file}: {name} is not text; {RESAVE_REMEDY}")
+        require(other in (None, text), f"{file}: {name} is {text!r}, but {other!r} in {config.name}; keep one of them")
     return named | listed
+
+
+def get_token_text(token: Any) -> Any:
+    """Return the text of a special token, which may stand in an object with more about it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def write_config(values: dict[str, Any]) -> TemporaryDirectory:

@@ -40,7 +40,7 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
     """
     if not settings.eval.holdout:
         with translate_task_errors():
-            names = task.eval_splits  # of the user's own files, known by what is there
+            names = task.eval_splits  # with the user's own files, the folder decides
         return {name: load_split(task, name, settings) for name in names}
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, split_training_rows(train, settings.eval)[1], settings)
@@ -60,7 +60,7 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
 
 
 def label_as_first_split(task: Task, apart: Split, settings: Settings) -> dict[str, Split]:
-    """Return rows that were set apart, no more than are to be scored, as if they were the task's first split."""
+    """Return rows that were set apart (at most `eval.max_examples`) under the name of the task's first split."""
     limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
     with translate_task_errors():
         name = task.eval_splits[0]

@@ -42,7 +42,7 @@ from dual_lora.lab.errors import (
     translate_read_errors,
 )
 from dual_lora.lab.inputs.adapter_files import find_differing_fields, read_adapter_config
-from dual_lora.lab.model.load import build_target_pattern, is_sharded, load_model
+from dual_lora.lab.model.load import build_target_pattern, is_sharded, load_model, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.system.distributed import is_first_process
@@ -110,7 +110,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
 
 
 def check_decided_fields(values: dict[str, Any], form: str) -> None:
-    """Refuse fields of PEFT by which less would train than the task asks for.
+    """Refuse PEFT fields that would leave something untrained that the task needs trained.
 
     Raises:
         UserError: with the field.
@@ -146,7 +146,7 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         "a method of fixed rank",
     )
     require(
-        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would start as plain LoRA without a word
+        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would silently start as plain LoRA
         f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
         "pissa or olora",
     )
@@ -329,7 +329,7 @@ def start_ramp(model: torch.nn.Module) -> None:
     factors: at f = 0 they have no gradient."""
     for factors in list_factors(model):
         if int(factors.step) == 0:
-            factors.advance()
+            factors.advance_ramp()
 
 
 def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
@@ -338,6 +338,31 @@ def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     if reached >= 1:
         return []
     return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
+
+
+def find_untouched_experts(model: torch.nn.Module, settings: Settings) -> list[str]:
+    """Return a warning where "all linear layers" leaves out most of a mixture of experts: transformers holds the
+    experts of a layer as one weight of three dimensions, which belongs to no linear layer."""
+    if not isinstance(model, PeftModel) or build_target_pattern(settings) != ALL_LINEAR:
+        return []
+    modules = unwrap_adapter(model).named_modules()
+    stacks = {name: count_stacked_weights(module) for name, module in modules if "base_layer" not in name.split(".")}
+    names = [name for name, entries in stacks.items() if entries]
+    if not names:
+        return []
+    share = sum(stacks.values()) / count_parameters(model)["parameters"]
+    return [
+        f"{share:.0%} of the weights are stacks of matrices, as in {names[0]}; these are not linear layers, so the "
+        "method does not adapt them"
+    ]
+
+
+def count_stacked_weights(module: torch.nn.Module) -> int:
+    """Return how many entries a module's own frozen stacks of matrices have. Weights of convolutions are none."""
+    if isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
+        return 0
+    held = [p for p in module._parameters.values() if p is not None and not p.requires_grad]
+    return sum(p.numel() for p in held if p.ndim == 3 and p.shape[0] > 1)
 
 
 def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:

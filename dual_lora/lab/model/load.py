@@ -65,9 +65,11 @@ class RandomState:
 
     @classmethod
     def save(cls) -> "RandomState":
+        """Return the present state."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
     def restore(self) -> None:
+        """Make torch draw the numbers that follow this state."""
         torch.set_rng_state(self.cpu)
         if self.gpus:
             torch.cuda.set_rng_state_all(self.gpus)
@@ -88,7 +90,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
     options |= get_quantisation_options(settings) | get_decoding_default(task)
     # Only a head may have another size: `check_loaded_weights` refuses any other mismatch.
-    options["ignore_mismatched_sizes"] = brings_head(settings)
+    options["ignore_mismatched_sizes"] = has_stored_head(settings)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -109,7 +111,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def brings_head(settings: Settings) -> bool:
+def has_stored_head(settings: Settings) -> bool:
     """Return whether a model's weights hold a head, as far as is known before a download."""
     path = find_model(settings)
     if path is None or is_gguf_file(path):
@@ -127,7 +129,7 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
-    """Return what keeps `from_pretrained` from decoding settings beside the weights."""
+    """Return the option that stops `from_pretrained` from reading decoding settings beside the weights."""
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
 
 
@@ -214,11 +216,11 @@ def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings:
     path = find_model(settings)
     if path is not None and path.is_dir():
         names = [name for file in list_weight_files(path) for name in list_tensors(file)]
-        twice = find_second_name(names, model.base_model_prefix)
+        twice = find_duplicate_tensor(names, model.base_model_prefix)
         require(twice is None, f"{where} hold one parameter under two names, first {twice!r}; {RESAVE_REMEDY}")
 
 
-def find_second_name(names: list[str], prefix: str) -> str | None:
+def find_duplicate_tensor(names: list[str], prefix: str) -> str | None:
     """Return a name of a tensor that transformers would load into the same parameter as another one: it adds or drops
     the prefix of the base model, and renames the gamma and beta of old layer norms. None if there is none."""
     seen: set[str] = set()
@@ -332,6 +334,7 @@ def move_to_device(model: torch.nn.Module) -> None:
 
 
 def get_head_class(task: Task) -> type:
+    """Return the class of transformers that puts the head of the task's form on a model."""
     return AutoModelForCausalLM if task.form == "generation" else AutoModelForSequenceClassification
 
 

@@ -45,6 +45,7 @@ def list_4bit_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_4bit(weight: object) -> bool:
+    """Return whether a weight is held in 4 bits."""
     return getattr(weight, "quant_state", None) is not None
 
 

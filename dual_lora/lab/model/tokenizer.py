@@ -43,7 +43,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         tokenizer = (
             load_gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(**locate_model(settings), **USE)
         )
-        set_use(tokenizer, get_config_fields(settings).get("type_vocab_size"))
+        reset_use(tokenizer, get_config_fields(settings).get("type_vocab_size"))
     bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
     require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
     check_special_tokens(tokenizer, settings)
@@ -54,9 +54,9 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def set_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
-    """Undo what a tokenizer saved of how it was used: sides, what it returns, and truncation, padding or dropout inside
-    tokenizer.json. types: how many kinds of segment the model knows, if it knows any."""
+def reset_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
+    """Reset how a tokenizer is used, whatever was saved with it: sides, what it returns, and truncation, padding or
+    dropout inside tokenizer.json. types: how many kinds of segment the model knows, if it knows any."""
     for name, value in USE.items():
         setattr(tokenizer, name, value)
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -78,10 +78,12 @@ Block = Text | Table | Image
 
 
 def render_markdown(blocks: list[Block]) -> str:
+    """Return the blocks as a page of Markdown."""
     return "\n\n".join(map(render_markdown_block, blocks)) + "\n"
 
 
 def render_markdown_block(block: Block) -> str:
+    """Return one block as Markdown."""
     if isinstance(block, Image):
         return f"![{escape_markdown(block.caption)}]({block.path.name})"
     if isinstance(block, Table):
@@ -166,6 +168,7 @@ def render_html(blocks: list[Block], title: str) -> str:
 
 
 def render_html_block(block: Block) -> str:
+    """Return one block as an element of a page; a figure is embedded."""
     if isinstance(block, Image):
         data, words = base64.b64encode(block.path.read_bytes()).decode(), escape(block.caption)
         return f'<p class="figure"><img alt="{words}" src="data:image/png;base64,{data}"><br>{words}</p>'
@@ -177,6 +180,7 @@ def render_html_block(block: Block) -> str:
 
 
 def render_html_table(table: Table) -> str:
+    """Return a table whose cells copy their command on a click."""
     kinds = [' class="words"' if words else "" for words in table.find_word_columns()]
     head = "".join(f"<th{kind}>{escape(str(name))}</th>" for name, kind in zip(table.cells, kinds, strict=True))
     lines = []

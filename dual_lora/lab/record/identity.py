@@ -24,7 +24,7 @@ NOT_IDENTITY = {
     "model": {"path", "architecture"},
     "task": {"train_rows"},
     "method": {"lr"},
-    "train": {"save_steps", "save_minutes", "log_steps"},
+    "train": {"save_steps", "save_minutes", "log_steps", "log_zeros"},
     "eval": {"before"},
 }
 # Switches that count only when they are on, so that false, null and a record without them name the same run.

@@ -1,9 +1,8 @@
 """Weights & Biases as the mirror of a run's local record.
 
 The local record is written first and is authoritative; the mirror is a copy that is never read back. If it fails, the
-run goes on: opening it online takes at most about ten seconds (after that it is offline), and so does finishing it. The
-first W&B error is printed as one line and ends the mirroring.
-W&B itself is imported only when a mirror is opened.
+run continues. Opening it online takes at most about ten seconds (after that it is offline), and so does finishing it.
+The first W&B error is printed as one line and ends the mirroring. W&B is imported only when a mirror is opened.
 """
 
 import contextlib
@@ -35,17 +34,17 @@ class Mirror:
     def log(self, row: dict) -> None:
         """Send one row of metrics; charts are drawn over `row["step"]`, the optimizer step, in any order."""
         if self._run is not None and not self._failed:
-            self._try(self._run.log, row)
+            self._call_safely(self._run.log, row)
 
     def set_summary(self, values: dict) -> None:
         """Set the run's final values; a key not named here keeps its last logged value."""
         if self._run is not None and not self._failed:
-            self._try(self._run.summary.update, values)
+            self._call_safely(self._run.summary.update, values)
 
     def send_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         """Send tables (data frames) and images (PNG files) by name."""
         if self._run is not None and not self._failed:
-            self._try(self._log_report, tables, images)
+            self._call_safely(self._log_report, tables, images)
 
     def _log_report(self, tables: dict[str, Any], images: dict[str, Path]) -> None:
         wandb = sys.modules["wandb"]
@@ -56,16 +55,16 @@ class Mirror:
         """Close the run, marked failed if `exit_code` is not 0; what could not be uploaded stays on disk."""
         run, self._run = self._run, None
         if run is not None:
-            self._try(run.finish, exit_code=exit_code, where=_upload_hint(run))
+            self._call_safely(run.finish, exit_code=exit_code, where=_suggest_upload(run))
             _end_session()
 
-    def _try(self, call: Callable, *args: Any, where: str = "", **kwargs: Any) -> None:
+    def _call_safely(self, call: Callable, *args: Any, where: str = "", **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
         except Exception as error:
             if not self._failed:
-                where = where or _upload_hint(self._run)
-                self._warn(f"W&B stopped mirroring this run ({_reason(error)}); {where}")
+                where = where or _suggest_upload(self._run)
+                self._warn(f"W&B stopped mirroring this run ({_describe_error(error)}); {where}")
             self._failed = True
 
 
@@ -132,35 +131,35 @@ def open_mirror(
         "dir": os.path.abspath(folder),
     }
     try:
-        return Mirror(_start(mode, facts, warn), warn)
+        return Mirror(_start_run(mode, facts, warn), warn)
     except Exception as error:
-        warn(f"W&B is off for this run ({_reason(error)})")
+        warn(f"W&B is off for this run ({_describe_error(error)})")
         return Mirror()
 
 
-def _start(mode: str, facts: dict, warn: Callable[[str], None]) -> Any:
+def _start_run(mode: str, facts: dict, warn: Callable[[str], None]) -> Any:
     """Return a W&B run of the mode, an offline one if online does not succeed."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while W&B is imported
     import wandb
 
     if mode == "offline":
-        return _init(wandb, mode, facts)
+        return _init_run(wandb, mode, facts)
     try:
-        return _init(wandb, mode, facts)
+        return _init_run(wandb, mode, facts)
     except Exception as error:
-        run = _init(wandb, "offline", facts)
-        warn(f"W&B is offline for this run ({_reason(error)}); {_upload_hint(run)}")
+        run = _init_run(wandb, "offline", facts)
+        warn(f"W&B is offline for this run ({_describe_error(error)}); {_suggest_upload(run)}")
         return run
 
 
-def _init(wandb: Any, mode: str, facts: dict) -> Any:
+def _init_run(wandb: Any, mode: str, facts: dict) -> Any:
     """Start a run in a new W&B session: an old one keeps its environment, its server and its unfinished runs.
 
     Raises:
         NoApiKey: the server needs a key.
     """
     _end_session()
-    wandb.setup(_settings(wandb, mode))
+    wandb.setup(_build_wandb_settings(wandb, mode))
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise NoApiKey("set WANDB_API_KEY or run `wandb login`")
     run = wandb.init(mode=mode, **facts)
@@ -180,7 +179,7 @@ def _end_session() -> None:
     wandb.run = None  # a run that could not be finished would forbid the next log-in
 
 
-def _settings(wandb: Any, mode: str) -> Any:
+def _build_wandb_settings(wandb: Any, mode: str) -> Any:
     """Return W&B's settings: bounded waits, no messages, and nothing recorded except what the run logs."""
     return wandb.Settings(
         mode=mode,
@@ -200,13 +199,13 @@ def _settings(wandb: Any, mode: str) -> Any:
     )
 
 
-def _upload_hint(run: Any) -> str:
+def _suggest_upload(run: Any) -> str:
     folder = shlex.quote(str(Path(run.dir).parent))
     # Without the flag, a run that began online is skipped.
     return f"upload it later with: wandb sync --include-online {folder}"
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return an error as one line without secrets; pydantic's with the fields that it names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if hasattr(error, "errors") and lines:  # pydantic's: a headline, then fields and reasons in turn

@@ -67,11 +67,14 @@ LOCKED_FILES += (TRAINED_FILE,)
 # Files of a finished run that become invalid when it is run again.
 OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json", "tensorboard")
 ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
+SIMILARITY_FILE, FIT_FILE = "similarity.json", "fit.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
 OUTDATED_FILES += (
     ANALYSIS_FILE,
     TRUNCATION_FILE,
     CURVATURE_FILE,
+    SIMILARITY_FILE,
+    FIT_FILE,
     "analysis.csv",
     *(f"{name}.{kind}" for name in ANALYSIS_FIGURES for kind in ("png", "pdf")),
 )

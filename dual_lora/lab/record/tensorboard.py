@@ -23,17 +23,17 @@ class Board:
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row of metrics.jsonl; curves are drawn over `row["step"]`."""
-        self._try(lambda writer: [writer.add_scalar(n, v, row["step"]) for n, v in row.items() if n != "step"])
+        self._call_safely(lambda writer: [writer.add_scalar(n, v, row["step"]) for n, v in row.items() if n != "step"])
 
     def set_summary(self, values: dict[str, Any]) -> None:
         """Do nothing: the scores of a finished run are rows of its log."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Write what is left and close the files."""
-        self._try(lambda writer: writer.close())
+        self._call_safely(lambda writer: writer.close())
         self.writer = None
 
-    def _try(self, call: Any) -> None:
+    def _call_safely(self, call: Any) -> None:
         if self.writer is None:
             return
         try:

@@ -29,7 +29,8 @@ def plan_experiments(composed: list[tuple[Experiment, list[Cell]]]) -> int:
     Raises:
         UserError: a file cannot be written, or plan=true is not set for all.
     """
-    silence_libraries()
+    with import_heavy_libraries():
+        silence_libraries()
     known: dict[str, dict[str, Any]] = {}
     codes = [plan_experiment(experiment, cells, known) for experiment, cells in composed]
     return min((code for code in codes if code), default=EXIT_OK)

@@ -108,6 +108,8 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
     yield f"task version: {current} of {len(finished)} runs are of the tasks as they are now"
     hashed = sum(bool(cell.result.get("sha256")) for cell in finished)
     yield f"integrity: {hashed} of {len(finished)} runs sealed their files by SHA-256; data and weights are hashed, too"
+    if not finished:
+        return
     splits = sorted({name for cell in finished for name in cell.result["data"] if name != "train"})
     yield f"scores: on {', '.join(splits)}, after the {describe_checkpoint_rule(done)}"
 

@@ -45,7 +45,7 @@ def find_published_lines(
 ) -> dict[RowPlace, dict[str, Cells]]:
     """Return the published lines below each row of ours, by what names them."""
     found, lines = list_columns(experiment, done), {}
-    for table in map(paper.load, experiment.published):
+    for table in map(paper.load_table, experiment.published):
         for row in table.rows if {"model", "method"} <= set(table.keys) else ():
             for place, cells in find_places(experiment, row, ours, found):
                 add_line(experiment, lines.setdefault(place, []), Line(table, [row], cells))
@@ -85,7 +85,7 @@ def has_same_rate(row: Row, runs: list[Outcome]) -> bool:
 def quote_row(experiment: Experiment, row: Row, runs: list[Outcome], found: list[Column]) -> Cells:
     """Return what a row prints by the heads of our columns, with the status of a value that has another than its
     table."""
-    table, cells = paper.load(row.table), {}
+    table, cells = paper.load_table(row.table), {}
     for column in found:
         called = {get_published_name(experiment, column, run) for run in runs} - {None}
         for head, value in row.values.items():
@@ -103,6 +103,7 @@ def get_published_name(experiment: Experiment, column: Column, run: Outcome) -> 
 
 
 def format_status(value: str, table: Table) -> str:
+    """Return the mark of a value whose status is not its table's; empty otherwise."""
     return "" if value == table.status else f" [{value}]"
 
 
@@ -144,7 +145,7 @@ def iterate_published_blocks(experiment: Experiment, done: list[Outcome]) -> Ite
     """Yield the published tables an experiment is set beside, whatever our models are."""
     if experiment.published:
         yield Text("Set beside", heading=True)
-    for table in map(paper.load, experiment.published):
+    for table in map(paper.load_table, experiment.published):
         cells = tabulate_published(table)
         about = "; ".join(f"{key}: {value}" for key, value in table.protocol.items())
         title = f"{'Computed' if table.status == 'own' else 'Published'}: {table.title}"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, product
+from pathlib import Path
 from string import ascii_lowercase
 
 import numpy as np
@@ -23,6 +24,7 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, find_damaged_records
 
 MIN_FOR_MEDIAN = 3  # runs; of two it is their mean
+NOT_OFFICIAL = "not the official file"  # what a task says of a file that stands in for it
 # How many runs with other records the notes name.
 MAX_NAMED_RUNS = 5
 
@@ -56,6 +58,7 @@ def letter_reasons(values: pd.DataFrame) -> dict[str, str]:
 
 
 def iterate_letters() -> Iterator[str]:
+    """Yield a to z, then aa, ab and so on."""
     for size in count(1):
         yield from map("".join, product(ascii_lowercase, repeat=size))
 
@@ -146,6 +149,7 @@ def describe_metrics(done: list[Outcome]) -> str:
 
 
 def format_head(column: Column) -> str:
+    """Return the heading of a column."""
     return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
 
 
@@ -226,9 +230,7 @@ def iterate_notes(
         names = ", ".join(f"{task} ({model})" for model, task in sorted(unlearned))
         yield f"not learned, and left out of means: {names}; see the table of floors"
     yield from describe_learning_rates(experiment, done)
-    for task, source in experiment.starts.items():
-        if any(cell.settings.task.name == task for cell in done):
-            yield f"start: {task} from the row's own best run of {source}, without its head"
+    yield from iterate_start_notes(experiment, done)
     yield from iterate_clipped_notes(done)
     best = sorted({cell.settings.task.name for cell in done if cell.settings.task.checkpoint == "best"})
     if best:
@@ -244,8 +246,33 @@ def iterate_notes(
     }
     if files:
         yield f"data: {'; '.join(sorted(files))}"
+    yield from dict.fromkeys(note for cell in done if (note := describe_missing_rows(cell)))
     yield from iterate_origin_notes(done)
     yield from (f"not read: {trouble}" for trouble in find_unreadable(experiment, done))
+
+
+def iterate_start_notes(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:
+    """Yield which run each row of a task starts from."""
+    for task, source in experiment.starts.items():
+        cells = [cell for cell in done if cell.settings.task.name == task]
+        runs = {f"{cell.cell.label} {Path(start).name}": None for cell in cells if (start := cell.settings.init_from)}
+        if cells:
+            named = f" ({', '.join(runs)})" if runs else ""
+            yield f"start: {task} from the row's own best run of {source}, without its head{named}"
+
+
+def describe_missing_rows(cell: Outcome) -> str | None:
+    """Return that a run had fewer training rows than its protocol, where its data do not say so already."""
+    settings, train = cell.settings, (cell.result or {}).get("data", {}).get("train")
+    official = settings.task.train_rows
+    if not train or not official or settings.train.max_examples or NOT_OFFICIAL in train["origin"]:
+        return None
+    rows = train["rows"] + settings.eval.reserved_rows + settings.task.validation_size
+    return (
+        f"training data: {settings.task.name} has {rows:,} of the protocol's {official:,} rows"
+        if rows < official
+        else None
+    )
 
 
 def iterate_loss_notes(done: list[Outcome]) -> Iterator[str]:

@@ -67,7 +67,9 @@ def get_unit(task: str, metric: str) -> int:
 def list_columns(experiment: Experiment, done: list[Outcome]) -> list[Column]:
     """Return the columns of an experiment's table, in order."""
     if experiment.columns == "published":
-        return list_published_columns(paper.load(experiment.published[0]), {cell.settings.task.name for cell in done})
+        return list_published_columns(
+            paper.load_table(experiment.published[0]), {cell.settings.task.name for cell in done}
+        )
     if isinstance(experiment.columns, dict):
         return [Column(head, field) for head, field in experiment.columns.items()]
     heads = list(dict.fromkeys(get_column_value(cell, experiment.columns) for cell in done))
@@ -191,6 +193,7 @@ def get_marks(cell: Outcome) -> str:
 
 
 def format_value(value: object) -> str:
+    """Return a setting's value as it heads a row or column."""
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -169,7 +169,7 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
     )
     values = Findings.compute(experiment, done).values
     tables = {"table": build_main_table(experiment, done, values, letter_reasons(values)).cells}
-    tables |= {f"published/{name}": tabulate_published(paper.load(name)) for name in experiment.published}
+    tables |= {f"published/{name}": tabulate_published(paper.load_table(name)) for name in experiment.published}
     tables = {name: cells.astype(str) for name, cells in tables.items()}  # W&B takes one type a column
     files = {"values": "table.csv", "differences": DIFFERENCES_FILE}
     tables |= {name: pd.read_csv(folder / file) for name, file in files.items() if (folder / file).stat().st_size > 1}

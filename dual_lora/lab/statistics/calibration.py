@@ -1,10 +1,10 @@
-"""Do verdicts and intervals keep their promise? Studies of two methods under a known law, judged by the shipped code.
+"""Do verdicts and intervals keep their promise? Simulated studies of two methods, judged by the shipped code.
 
-The law. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A run's
-seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with probability
-h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on all
-examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers that
-share more of the examples rightly.
+The simulation. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A
+run's seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with
+probability h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on
+all examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers
+that share more of the examples rightly.
 
 What is promised of two methods:
     different        equal ones are called better or worse in at most 6 % of studies
@@ -55,7 +55,7 @@ SEEDS, SPREADS, EXAMPLES = (2, 3, 5, 8), (0.0, 0.005, 0.01, 0.02, 0.04), (277, 8
 
 
 @dataclass(frozen=True)
-class Law:
+class Scenario:
     """One kind of study: seeds a method, the seeds' standard deviation and the gap as shares, and test examples."""
 
     seeds: int
@@ -65,61 +65,67 @@ class Law:
     gap: float = 0.0
 
 
-def list_laws() -> list[Law]:
-    """Return the kinds of studies: equal methods of like and of own difficulties, and methods a margin apart."""
+def list_scenarios() -> list[Scenario]:
+    """Return the scenarios: equal methods with common and with own difficulties, and methods a margin apart."""
     grid = [(s, spread, n) for n in EXAMPLES for s in SEEDS for spread in SPREADS]
     decided = [cell for cell in grid if cell[0] >= MIN_SEEDS]
-    equal = [Law(*cell) for cell in grid]
-    return [*equal, *(Law(*cell, own=True) for cell in decided), *(Law(*cell, gap=MARGIN) for cell in decided)]
+    equal = [Scenario(*cell) for cell in grid]
+    return [
+        *equal,
+        *(Scenario(*cell, own=True) for cell in decided),
+        *(Scenario(*cell, gap=MARGIN) for cell in decided),
+    ]
 
 
-def simulate(law: Law, studies: int, rng: np.random.Generator) -> dict[str, object]:
-    """Return the shares of verdicts and covering intervals under a law, one row of the table."""
+def simulate_studies(scenario: Scenario, studies: int, rng: np.random.Generator) -> dict[str, object]:
+    """Return the shares of verdicts and covering intervals under a scenario, one row of the table."""
     verdicts, covered, variances = [], [], []
     for count in [min(BLOCK, studies - start) for start in range(0, studies, BLOCK)]:
-        right_QMSN, truth_Q = draw_studies(law, count, rng)
+        right_QMSN, truth_Q = draw_studies(scenario, count, rng)
         difference_QS = right_QMSN[:, 0].mean(axis=2, dtype=float) - right_QMSN[:, 1].mean(axis=2, dtype=float)
         variances.append(difference_QS.var(axis=1, ddof=1))
         covered += covers_truth(difference_QS, truth_Q).tolist()
-        verdicts += judge_studies(law, right_QMSN, difference_QS, rng)
+        verdicts += judge_studies(scenario, right_QMSN, difference_QS, rng)
     deviation = float(np.sqrt(np.concatenate(variances).mean()))
-    computed = law.seeds >= MIN_SEEDS and not law.own and not law.gap
+    computed = scenario.seeds >= MIN_SEEDS and not scenario.own and not scenario.gap
     return {
-        "examples": law.examples,
-        "seeds": law.seeds,
-        "seed SD": 100 * law.spread,
-        "methods": "a margin apart" if law.gap else "equal, own difficulties" if law.own else "equal",
+        "examples": scenario.examples,
+        "seeds": scenario.seeds,
+        "seed SD": 100 * scenario.spread,
+        "methods": "a margin apart" if scenario.gap else "equal, own difficulties" if scenario.own else "equal",
         "studies": studies,
         "covered": float(np.mean(covered)),
-        "different": None if law.gap else float(np.mean([verdict in (BETTER, WORSE) for verdict in verdicts])),
+        "different": None if scenario.gap else float(np.mean([verdict in (BETTER, WORSE) for verdict in verdicts])),
         "equivalent": float(np.mean([verdict == EQUIVALENT for verdict in verdicts])),
-        "computed": compute_equivalence_power(deviation, law.seeds, MARGIN) if computed else None,
+        "computed": compute_equivalence_power(deviation, scenario.seeds, MARGIN) if computed else None,
     }
 
 
-def judge_studies(law: Law, right_QMSN: np.ndarray, difference_QS: np.ndarray, rng: np.random.Generator) -> list[str]:
-    """Return the verdicts on studies. The seeds' tests of all are computed at once; `judge_study`, which asks the
-    predictions, is left to those that the seeds call different."""
-    if law.seeds < MIN_SEEDS:
+def judge_studies(
+    scenario: Scenario, right_QMSN: np.ndarray, difference_QS: np.ndarray, rng: np.random.Generator
+) -> list[str]:
+    """Return the verdicts on studies. The tests over seeds are computed for all at once; `judge_study`, which also
+    tests the predictions, is needed only where the seeds differ."""
+    if scenario.seeds < MIN_SEEDS:
         return [UNDECIDED] * len(difference_QS)
     p_Q = ttest_1samp(difference_QS, 0, axis=1).pvalue
     sides = ((-MARGIN, "greater"), (MARGIN, "less"))
     p_equivalent_Q = np.max([ttest_1samp(difference_QS, m, axis=1, alternative=a).pvalue for m, a in sides], axis=0)
     verdicts = [EQUIVALENT if p < LEVEL else UNDECIDED for p in p_equivalent_Q]
-    for number in np.flatnonzero(p_Q < LEVEL) if not law.gap else ():
+    for number in np.flatnonzero(p_Q < LEVEL) if not scenario.gap else ():
         verdicts[number] = judge_study(right_QMSN[number], difference_QS[number], rng)
     return verdicts
 
 
-def draw_studies(law: Law, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_studies(scenario: Scenario, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return which answers are right, of shape (Q, M, S, N), and the true difference on the drawn examples, (Q,)."""
-    shape = (count, 2 if law.own else 1, 1, law.examples)
+    shape = (count, 2 if scenario.own else 1, 1, scenario.examples)
     hard = rng.beta(SHAPE, SHAPE * (1 - ERROR_RATE) / ERROR_RATE, size=shape).astype(np.float32)
-    moved = law.spread * rng.standard_normal((count, 2, law.seeds, 1), dtype=np.float32)
-    moved[:, 0] -= law.gap
+    moved = scenario.spread * rng.standard_normal((count, 2, scenario.seeds, 1), dtype=np.float32)
+    moved[:, 0] -= scenario.gap
     wrong = np.clip(hard * (1 + moved / ERROR_RATE), 0, 1)
-    right = rng.random((count, 2, law.seeds, law.examples), dtype=np.float32) >= wrong
-    means = hard.mean(axis=(2, 3)) * (1 - np.array([law.gap, 0.0]) / ERROR_RATE)
+    right = rng.random((count, 2, scenario.seeds, scenario.examples), dtype=np.float32) >= wrong
+    means = hard.mean(axis=(2, 3)) * (1 - np.array([scenario.gap, 0.0]) / ERROR_RATE)
     return right, (means[:, 1] - means[:, 0]).astype(float)
 
 
@@ -141,11 +147,12 @@ def judge_study(right_MSN: np.ndarray, by_seed: np.ndarray, rng: np.random.Gener
     return reach_verdict(found, combine_p(found), find_equivalence_p(found, MARGIN))
 
 
-def calibrate(studies: int, seed: int = 0, laws: list[Law] | None = None) -> pd.DataFrame:
-    """Return a row for every law, over so many studies each, a quarter of them where most need tests on predictions."""
+def calibrate_verdicts(studies: int, seed: int = 0, scenarios: list[Scenario] | None = None) -> pd.DataFrame:
+    """Return a row for every scenario, over so many studies each (a quarter of them with `own`, where most studies need
+    tests on predictions)."""
     rng = np.random.default_rng(seed)
-    counts = [(law, studies // SLOW if law.own else studies) for law in laws or list_laws()]
-    return pd.DataFrame([simulate(law, count, rng) for law, count in counts])
+    counts = [(scenario, studies // SLOW if scenario.own else studies) for scenario in scenarios or list_scenarios()]
+    return pd.DataFrame([simulate_studies(scenario, count, rng) for scenario, count in counts])
 
 
 def find_misses(found: pd.DataFrame) -> list[str]:
@@ -170,7 +177,7 @@ def iterate_misses(row: dict) -> Iterator[str]:
         yield f"called equivalent in {row['equivalent']:.1%}, computed {row['computed']:.1%}"
 
 
-def summarize(found: pd.DataFrame) -> str:
+def summarize_worst_cases(found: pd.DataFrame) -> str:
     """Return the worst cases of a table in one line."""
     equal = found[found["methods"] != "a margin apart"]
     apart = found[found["methods"] == "a margin apart"]

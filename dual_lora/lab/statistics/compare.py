@@ -1,4 +1,4 @@
-"""Are two methods different? Paired comparisons from stored predictions, by resampling; no normal law is assumed.
+"""Are two methods different? Paired comparisons from stored predictions, by resampling; no distribution is assumed.
 
 The interval is a percentile bootstrap of `ours - theirs`: examples are drawn with replacement, the same ones for both
 methods and all seeds, within each split where a metric is a mean over splits; and seeds are drawn with replacement
@@ -8,15 +8,16 @@ hypothesis each example's two outputs could be swapped (all seeds of it together
 exactly: McNemar's test. R draws give no p below 1 / (R + 1), so a p of at most 0.05 after 2000 draws is estimated again
 from as many as its correction needs.
 
-What neither can say. p holds for the runs at hand: where the seed alone moves accuracy by a point, p is below 0.05 for
-16 to 20 % of equal methods on 872 examples, whatever the number of seeds. The interval over S seeds has (S - 1) / S of
-the seeds' variance: none with one seed, half of it with two. Interactions of seeds and examples it counts about three
-times (Owen 2007, "The pigeonhole bootstrap"), so that with several seeds it is rather too wide than too narrow.
-Therefore no verdict rests on them alone: `verdict` asks the seeds as well.
+Limits of both. p holds for the runs at hand: where the seed alone moves accuracy by a point, p is below 0.05 for 16 to
+20 % of equal methods on 872 examples, whatever the number of seeds. The interval over S seeds contains (S - 1) / S of
+the seeds' variance: none with one seed, half of it with two. It counts interactions of seeds and examples about three
+times (Owen 2007, "The pigeonhole bootstrap"), so with several seeds it tends to be too wide. Therefore no verdict rests
+on them alone: `verdict` also tests the seeds.
 
 Every metric here is a function of examples with weights, `measure(columns_NC, weights_RN) -> values_R`: a resample is
-how often each example occurs, a swap is a weight that moves from one method's output to the other's. Examples that all
-runs treat alike are one group, whose weight is drawn at once (multinomial, binomial), which changes no law.
+how often each example occurs, a swap is a weight that moves from one method's output to the other's. Examples with
+the same outputs in all runs form one group, whose weight is drawn at once (multinomial, binomial): the distribution of
+the result is the same.
 
     M  methods, ours and theirs       N  examples, or outputs       R  resamples
     S  seeds                          G  groups of equal examples   C  numbers that stand for one output
@@ -34,7 +35,7 @@ from dual_lora.lab.statistics.pairing import Runs, pair_rows
 from dual_lora.lab.statistics.resampling import (
     Stratum,
     bootstrap_difference,
-    stratify,
+    build_strata,
     subtract_measures,
     test_by_mcnemar,
     test_by_permutation,
@@ -83,7 +84,7 @@ def compare_runs(
     score = task.declare_scores(runs[0][0][0]).get(metric)
     if not score:
         return subtract_scores(runs, task, metric)
-    strata = stratify(runs, score, metric)
+    strata = build_strata(runs, score, metric)
     rng = np.random.default_rng(seed)
     by_seed = np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None])[0] for s in strata], axis=0)
     mean = float(np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None]) for s in strata]))
@@ -115,7 +116,7 @@ def estimate_difference(
     score = task.declare_scores(runs[0][0][0]).get(metric)
     if not score:
         return None
-    strata = stratify(runs, score, metric)
+    strata = build_strata(runs, score, metric)
     mean = np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None]) for s in strata])
     redrawn = bootstrap_difference(strata, score.measure, resamples, np.random.default_rng(seed))
     return float(mean), float(redrawn.std(ddof=1))
@@ -132,6 +133,7 @@ def is_resampled(task: Task, metric: str, example: Row) -> bool:
 
 
 def subtract_scores(runs: list[list[list[Row]]], task: Task, metric: str) -> Difference:
+    """Return the difference in a score that is not resampled: without interval and p. runs: [method][seed][example]."""
     ours, theirs = ([compute_score(rows, task, metric) for rows in method] for method in runs)
     reason = f"no test: {metric} is not resampled"
     by_seed = tuple(one - other for one, other in zip(ours, theirs, strict=True))

@@ -20,7 +20,7 @@ class Stratum:
     sizes: np.ndarray
 
 
-def stratify(runs: list[list[list[Row]]], score: Score, metric: str) -> list[Stratum]:
+def build_strata(runs: list[list[list[Row]]], score: Score, metric: str) -> list[Stratum]:
     """Return the outputs of each stratum as numbers.
 
     Raises:
@@ -103,6 +103,7 @@ def swap_outputs(stratum: Stratum, measure: Measure, moved_RG: np.ndarray) -> np
 
 
 def iterate_blocks(resamples: int) -> Iterator[int]:
+    """Yield the sizes of the blocks that resamples are drawn in."""
     yield from (min(BLOCK, resamples - start) for start in range(0, resamples, BLOCK))
 
 

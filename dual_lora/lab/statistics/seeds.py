@@ -1,9 +1,9 @@
-"""What the seeds say: each seed's difference is one observation, whatever the number of its examples and test sets.
+"""Tests over seeds: each seed's difference is one observation, whatever the number of its examples and test sets.
 
 A paired t-test and its interval (Student 1908), the two one-sided tests of equivalence (Schuirmann 1987) and the power
-of both. They need no law of the predictions and hold with few seeds, where resampling does not (see `calibration`).
-They speak of the test examples at hand: that other examples could give another difference is for the tests on
-predictions to say.
+of both. They assume nothing about the predictions and hold with few seeds, where resampling does not (see
+`calibration`). They hold for the test examples at hand; whether other examples would give another difference is for the
+tests on predictions to say.
 
 Units are those of the differences given: fractions, or points of percent.
 """
@@ -123,7 +123,7 @@ def compute_detectable_difference(deviation: float | None, seeds: int) -> float 
 
 
 def compute_equivalence_power(deviation: float, seeds: int, margin: float) -> float:
-    """Return how often equal methods are found equivalent, over the law of the estimated standard deviation.
+    """Return how often equal methods are found equivalent, averaged over the distribution of the estimated deviation.
 
     deviation: the true standard deviation of the seeds' differences.
     """

@@ -100,6 +100,8 @@ def describe_failure(run: Run, failure: dict[str, str]) -> str:
 def find_failure(run: Run) -> dict[str, str] | None:
     """Return why an attempted run has no result; None if it has one. Forgets the failure, so call it once per run."""
     failure = failures.pop(run.record.folder, None) or run.record.select_attempt_record(run.settings).read_failure()
-    if (failure is None or failure["error"] == RunHeldElsewhere.__name__) and run.record.read_result():
+    held = failure is not None and failure["error"] == RunHeldElsewhere.__name__
+    # A forced run that another process holds was not done again, although there is an old result.
+    if (failure is None or (held and not run.settings.force)) and run.record.read_result():
         return None
     return failure or KILLED

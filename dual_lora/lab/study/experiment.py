@@ -31,7 +31,10 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
     analyse   what is measured of each finished run's weights and is part of the report: `ranks` of the updates,
-              `truncation` (scores with each update cut to rank 1, 2, 4, ...) or `curvature` (of the loss, at the start)
+              `entries` (the same, and layer by layer), `truncation` (scores with each update cut to rank 1, 2, 4, ...),
+              `curvature` (of the loss, at the start), `similarity` (to the updates of the row `reference`) or `fit`
+              (how well each method's form fits the updates)
+    reference label of the row whose updates `analyse: similarity` compares all others with
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
@@ -55,7 +58,7 @@ from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
-ANALYSES = ("ranks", "truncation", "curvature")
+ANALYSES = ("ranks", "entries", "truncation", "curvature", "similarity", "fit")
 MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
@@ -126,6 +129,7 @@ class Experiment:
     tune: Tune | None = None
     limit: str = ""
     analyse: str = ""
+    reference: str = ""
     records: str | None = None
 
     @classmethod
@@ -178,10 +182,13 @@ class Experiment:
         for contrast in self.contrasts:
             check_contrast(contrast, self.columns, where)
         require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
+        wanted = self.analyse == "similarity"
+        known = self.reference in self.cells if wanted else not self.reference
+        require(known, f"{where}: reference: {self.reference}: the label of a cell, with analyse: similarity alone")
         for kind, points in self.margin.items():
             require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
-            require(table in paper.tables(), f"{where}: {table}: no such table of dual_lora/paper")
+            require(table in paper.list_tables(), f"{where}: {table}: no such table of dual_lora/paper")
         if self.tune:
             sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
             require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
@@ -425,6 +432,7 @@ def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], whe
 
 
 def is_required(field: Field) -> bool:
+    """Return whether a field of a dataclass has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 
 

@@ -44,7 +44,7 @@ from omegaconf import DictConfig, read_write
 import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
-from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, import_plugin
+from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, get_plugin_word, import_plugin
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import (
@@ -309,7 +309,7 @@ def import_launched_plugins(folder: Path) -> None:
     named = json.loads((folder / "command.json").read_text())["plugins"]
     for name, about in named.items():
         if name not in tasks.plugins:  # a launcher may use the command's own process
-            import_plugin(about["path"])
+            import_plugin(get_plugin_word(about))
     check_plugins(named, "the command")
 
 

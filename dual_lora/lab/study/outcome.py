@@ -39,6 +39,7 @@ class Outcome:
 
     @property
     def settings(self) -> Settings:
+        """The settings of the cell's run."""
         return self.cell.settings
 
     @property
@@ -93,8 +94,8 @@ def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, s
     version, of committed code, the newest."""
     result, made_with = record.read_result(), record.read_environment()
     finished = result is not None
-    now = finished and is_current(result, settings)
-    return finished, now, is_committed(made_with), made_with.get("started", ""), record.name
+    current = finished and is_current(result, settings)
+    return finished, current, is_committed(made_with), made_with.get("started", ""), record.name
 
 
 def is_current(result: dict, settings: Settings) -> bool:
@@ -125,10 +126,11 @@ def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | N
         return cell
     task = tasks.load(cell.settings.task.name, cell.settings.task.options)
     sign = 1 if task.metric in task.lower_is_better else -1
-    lost = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, study)]
-    if any(isnan(score) for score, _ in lost) or min(lost)[0] == inf:
+    # (loss to minimise, rate): of equal losses `min` takes the lower rate; a rate that diverged never wins
+    losses = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, study)]
+    if any(isnan(loss) for loss, _ in losses) or min(losses)[0] == inf:
         return None
-    return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(lost)[1])))
+    return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(losses)[1])))
 
 
 def average_trials(cell: Cell, study: dict[str, list[Record]]) -> list[tuple[float, float]]:

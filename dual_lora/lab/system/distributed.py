@@ -106,7 +106,7 @@ def gather_items(items: list[Any]) -> list[Any]:
     return gather_object(items)
 
 
-def any_process(flag: bool) -> bool:
+def is_true_in_any_process(flag: bool) -> bool:
     """Return whether the flag is set in any process."""
     return any(gather_items([bool(flag)]))
 

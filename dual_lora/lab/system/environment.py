@@ -38,7 +38,7 @@ OTHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 OTHER_PROCESSES = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "MPI_LOCAL", "LOCAL_WORLD_SIZE")
 TORCHRUN = "start several processes with torchrun --nproc-per-node N"
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# The user's own choices, by any of the libraries that torch may be built with, go before ours.
+# If the user set one of these, for whichever OpenMP torch is built with, it takes precedence over ours.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -71,7 +71,7 @@ def isolate_environment() -> None:
 
 
 def check_processes() -> None:
-    """Refuse variables that say of this process's place among others what cannot be, and remove those of no use.
+    """Refuse contradictory variables about this process's place among others, and remove those of no use.
 
     Raises:
         UserError: the variable and the remedy.

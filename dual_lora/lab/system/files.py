@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.paths import check_plain_file
 from dual_lora.lab.errors import UserError, find_remedy, get_first_line, is_out_of_memory, require
 
 
@@ -198,6 +199,7 @@ def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
     Raises:
         UserError: it holds something else; `remedy` says what to do.
     """
+    check_plain_file(path)
     try:
         content = json.loads(path.read_text("utf-8"), object_pairs_hook=build_unique)
     except OSError as error:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import sys
 import tempfile
 import threading
@@ -90,7 +91,7 @@ def open_lock(path: Path) -> TextIO:
     """
     with suppress(FileNotFoundError):
         found = path.lstat()
-        if path.is_symlink() or found.st_nlink > 1:
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             path.unlink(missing_ok=True)
     return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
 
@@ -127,14 +128,14 @@ def await_lock(path: Path) -> TextIO:
     Raises:
         OSError: it cannot be written.
     """
-    told = False
+    announced = False
     while True:
         try:
             return acquire_lock(path)
         except RunHeldElsewhere as held:
-            if not told:
+            if not announced:
                 print(f"{path.parent}: waiting: {held}", file=sys.stderr)
-            told = True
+            announced = True
             time.sleep(WAIT_SECONDS)
 
 

@@ -4,10 +4,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
@@ -16,8 +18,9 @@ from dual_lora.lab.errors import Stopped
 from dual_lora.lab.record.mirror import Mirrors
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_seconds
-from dual_lora.lab.system.distributed import any_process, has_several_processes, is_first_process
+from dual_lora.lab.system.distributed import has_several_processes, is_first_process, is_true_in_any_process
 from dual_lora.lab.system.signals import STOP
+from dual_lora.tuner.warmup import list_factors
 
 
 class ProgressBar(ProgressCallback):
@@ -34,10 +37,10 @@ class ProgressBar(ProgressCallback):
         self.name = name
 
     def on_train_begin(self, args, state, control, **kwargs):
-        hushed = "TQDM_DISABLE" in os.environ  # several runs share the screen
-        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if hushed else ""
+        shares_screen = "TQDM_DISABLE" in os.environ  # set where several runs print to it
+        self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if shares_screen else ""
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or hushed)
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or shares_screen)
         self.current_step = self.first_step = self.printed = state.global_step
         self.started, self.seen = time.perf_counter(), state.num_input_tokens_seen
 
@@ -65,15 +68,30 @@ class ProgressBar(ProgressCallback):
             self.training_bar = None
 
 
+@torch.no_grad()
+def measure_zero_share(model: torch.nn.Module) -> float | None:
+    """Return the share of exact zeros in the updates of all weights: dW of Dual LoRA, B A of LoRA. None: no update."""
+    zeros = entries = 0
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    products = [factors.delta_weight for factors in list_factors(model)]
+    products += [partial(layer.get_delta_weight, name) for layer in layers for name in layer.r]
+    for compute in products:  # one at a time: together they would be as large as the model
+        dW = compute()
+        zeros, entries = zeros + int((dW == 0).sum()), entries + dW.numel()
+    return zeros / entries if entries else None
+
+
 class LogCallback(TrainerCallback):
-    """Writes every logged row to metrics.jsonl and copies it to the mirrors."""
+    """Writes every logged row to metrics.jsonl and copies it to the mirrors. zeros: also the share of exact zeros in
+    the update."""
 
     NAMES = {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "clipped_share")}
 
-    def __init__(self, record: Record, mirror: Mirrors) -> None:
-        self.record, self.mirror = record, mirror
+    def __init__(self, record: Record, mirror: Mirrors, zeros: bool = False) -> None:
+        self.record, self.mirror, self.zeros = record, mirror, zeros
 
     def write_row(self, step: int, row: dict[str, Any]) -> None:
+        """Write one row to the log and its copies; in the first process only."""
         if not is_first_process():
             return
         row = {"step": step, **row}
@@ -84,14 +102,16 @@ class LogCallback(TrainerCallback):
         """Write scores of the reported rows ("eval") or of those that epochs are compared on ("development")."""
         self.write_row(step, {f"{rows}/{name}": value for name, value in scores.items()})
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if not logs or "loss" not in logs:
             return
         row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES}
+        if self.zeros and (share := measure_zero_share(model)) is not None:
+            row[ZEROS_COLUMN] = share
         self.write_row(state.global_step, {"epoch": round(state.epoch, 4), **row})
 
 
-LOSS_COLUMN = "validation/loss"  # of the log
+LOSS_COLUMN, ZEROS_COLUMN = "validation/loss", "train/zeros"  # of the log
 # Files of a checkpoint beside the Trainer's own and those of `optimizer_state`, which replaces the Trainer's pickles.
 STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
 
@@ -135,7 +155,7 @@ class BestEpoch(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         """Score the epoch, unless it was scored or a stop was requested, and end training if it is to stop early."""
         ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
-        if ended and self.scored != state.global_step and not any_process(bool(STOP.asked)):
+        if ended and self.scored != state.global_step and not is_true_in_any_process(bool(STOP.asked)):
             self.score_epoch(state, control, model)
         if self.patience is not None and self.stale >= self.patience:
             control.should_training_stop = True

@@ -58,15 +58,6 @@ ACCELERATORS = {
 }
 
 
-def plan_run(run: Run) -> None:
-    """Print the plan of a run and write it to plan.json in the run's folder.
-
-    Raises:
-        UserError: the model's architecture is not known, or the run does not fit; the message says what would.
-    """
-    check_fit(run.settings, make_plan(run))
-
-
 def make_plan(run: Run) -> dict[str, Any]:
     """Print the plan of a run, write it to plan.json in the run's folder, and return it.
 
@@ -91,20 +82,10 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     model = attach_to_meta_model(settings, task)
     check_named_modules(model, settings, task.form)
     unshardable_reason = explain_unshardable(settings, task, type(unwrap_adapter(model)))
-    sizes = measure_sizes(model, settings, task)
-    counts = count_parameters(model)
-    sharded = settings.hardware.sharding == "full"
-    step = trace_step(settings, task, count_layers(model), sharded)
-    differs_sharded = sizes["copies"] and not sharded
-    sizes["kept_sharded"] = (
-        trace_step(settings, task, count_layers(model), sharded=True)["kept"] if differs_sharded else step["kept"]
-    )
     train, hardware = settings.train, settings.hardware
     device = ACCELERATORS[hardware.accelerator]
-    memory = estimate_memory(sizes, step["kept"], hardware.devices, hardware.sharding, hardware.base)
-    if memory["peak"] > device.memory * GB and unwrap_adapter(model).supports_gradient_checkpointing:
-        checkpointed = replace_settings(settings, {"train.gradient_checkpointing": True})
-        sizes["kept_checkpointed"] = trace_step(checkpointed, task, count_layers(model), sharded)["kept"]
+    step = trace_step(settings, task, count_layers(model), hardware.sharding == "full")
+    memory, counts = plan_memory(settings, task, model, step["kept"]), count_parameters(model)
     rows, counted = count_training_rows(settings, task)
     steps = settings.count_steps(rows)
     flops = {part: step[part] * train.accumulation for part in ("forward", "backward")}
@@ -130,7 +111,23 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     }
 
 
+def plan_memory(settings: Settings, task: Task, model: torch.nn.Module, kept: int) -> dict[str, Any]:
+    """Return `estimate_memory` of a run; its `size` also holds the bytes kept for backward by the options that
+    `list_options` may propose. kept: those of the run itself."""
+    sizes, hardware, layers = measure_sizes(model, settings, task), settings.hardware, count_layers(model)
+    sharded = hardware.sharding == "full"
+    differs_sharded = sizes["copies"] and not sharded
+    sizes["kept_sharded"] = trace_step(settings, task, layers, sharded=True)["kept"] if differs_sharded else kept
+    memory = estimate_memory(sizes, kept, hardware.devices, hardware.sharding, hardware.base)
+    too_large = memory["peak"] > ACCELERATORS[hardware.accelerator].memory * GB
+    if too_large and unwrap_adapter(model).supports_gradient_checkpointing:
+        checkpointed = replace_settings(settings, {"train.gradient_checkpointing": True})
+        sizes["kept_checkpointed"] = trace_step(checkpointed, task, layers, sharded)["kept"]
+    return memory
+
+
 def count_layers(model: torch.nn.Module) -> int:
+    """Return the number of a model's transformer layers."""
     return unwrap_adapter(model).config.num_hidden_layers
 
 
@@ -138,7 +135,7 @@ def find_published_parameters(settings: Settings) -> list[dict[str, str]]:
     """Return the parameter counts that papers print for this model, method and rank, each with its table."""
     keys = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
     found = []
-    for row in paper.find(**keys):
+    for row in paper.find_rows(**keys):
         text = f"{row.values['params'].text} %" if "params" in row.values else row.keys.get("params")
         if text and {"params": text, "table": row.table} not in found:
             found.append({"params": text, "table": row.table})

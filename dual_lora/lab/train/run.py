@@ -27,6 +27,7 @@ from dual_lora.lab.model.adapt import (
     describe_adapter,
     draw_initial_model,
     find_unfinished_ramp,
+    find_untouched_experts,
     list_kernels,
     list_rates,
 )
@@ -79,9 +80,8 @@ def train_run(run: Run) -> dict[str, Any]:
         silence_libraries()
         with ExitStack() as stack:
             share_from_first(lambda: stack.enter_context(hold_lock(record.folder)))
-            result = find_result(settings, record) or attempt_run(
-                settings, record
-            )  # another process may just have finished it
+            # Before this process held the lock, another one may have finished the run.
+            result = find_result(settings, record) or attempt_run(settings, record)
             share_from_first(record.install_rerun)
             share_from_first(record.remove_leftovers)
         print(format_summary(result, record, run.title))
@@ -194,7 +194,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
-    log = LogCallback(record, mirror)
+    log = LogCallback(record, mirror, bool(settings.train.log_zeros))
 
     def score_model(title: str, splits: dict[str, Split] = rows.scored) -> tuple[dict, list]:
         with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
@@ -211,7 +211,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
-    warnings = find_warnings(task, predictions) + find_unfinished_ramp(model)
+    warnings = find_warnings(task, predictions) + find_unfinished_ramp(model) + find_untouched_experts(model, settings)
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     return share_from_first(lambda: record.write_result(result))
 

@@ -90,6 +90,7 @@ class RunTrainer(Trainer):
         self.save_minutes, self.saved_at = settings.train.save_minutes, self.began
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with a group of weights for each learning rate."""
         optimizer = super().create_optimizer(model)
         split_by_rate(optimizer, self.model, self.settings)
         return optimizer
@@ -179,6 +180,7 @@ class RunTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the clipped fraction of Sign's gradient; then check the losses since the last log."""
         share = CLIPPED.pop_share()
         super().log(logs if share is None else {**logs, "clipped_share": share}, start_time)
         self.check_losses()
@@ -290,6 +292,7 @@ class RunTrainer(Trainer):
 
     @property
     def random_file(self) -> str:
+        """The name of this process's random state in a checkpoint."""
         return f"random_{self.args.process_index}.json"
 
     def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:

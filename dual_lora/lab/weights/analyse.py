@@ -12,11 +12,11 @@ from tabulate import tabulate
 from dual_lora import analysis
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
+from dual_lora.lab.present.histogram_figure import draw_histograms
+from dual_lora.lab.present.medians import RANK_KINDS, UPDATE_ENTRIES, drop_histograms, format_with_null
+from dual_lora.lab.present.rank_figure import RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.record.record import ANALYSIS_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
-from dual_lora.lab.weights.histogram_figure import draw_histograms
-from dual_lora.lab.weights.medians import RANK_KINDS, UPDATE_ENTRIES, drop_histograms, format_with_null
-from dual_lora.lab.weights.rank_figure import RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.weights.updates import (
     NULL_SEED,
     DualLoraUpdate,
@@ -162,4 +162,5 @@ def explain_analysis(content: dict) -> list[str]:
 
 
 def format_medians(rows: list[list[str]], *heads: str) -> str:
+    """Return rows as a table under these headings."""
     return tabulate(rows, headers=[head.replace("_", " ") for head in heads], disable_numparse=True)

@@ -38,6 +38,7 @@ class CutWeight:
 
     @classmethod
     def take_apart(cls, update: Update) -> "CutWeight":
+        """Return a changed weight with its singular value decomposition."""
         change = Decomposition.compute(update.get_change())
         return cls(update.module, update.block, update.get_weight().clone(), change)
 

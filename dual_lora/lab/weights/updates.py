@@ -160,8 +160,9 @@ def measure_product(BA: Tensor) -> dict:
 
 
 class MergedUpdate(Update):
-    """Any other method that changes weights, and LoRA whose start changes the base (PiSSA, OLoRA, LoftQ): dW is the
-    merged weight minus that of the model as it is loaded. `original` is that model's layer."""
+    """Any other method that changes weights, and LoRA whose initialisation changes the base (PiSSA, OLoRA, LoftQ).
+
+    dW is the merged weight minus that of the model as it is loaded. `original` is that model's layer."""
 
     def __init__(self, module: str, layer: BaseTunerLayer, original: nn.Module) -> None:
         super().__init__(module, original)

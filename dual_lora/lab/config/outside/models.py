@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
-from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
+from dual_lora.lab.config.paths import check_plain_file, find_choices, load_yaml, resolve_path
 from dual_lora.lab.config.schema import MAX_NAME
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 
@@ -129,9 +129,10 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """Return the fields of a folder's config.json.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or no file.
     """
     file = folder / "config.json"
+    check_plain_file(file)
     with translate_read_errors(f"{file}: damaged", "save the model again"):
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):

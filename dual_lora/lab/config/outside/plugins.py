@@ -16,9 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import tasks
-from dual_lora.lab.config.paths import resolve_path
+from dual_lora.lab.config.paths import check_plain_file, resolve_path
 from dual_lora.lab.errors import UserError, get_first_line, require
 
+PREFIX = "dual_lora_plugin_"  # of the names of modules that are imported from a path
 KINDS = "give a file FILE.py, the folder of a package, or the name of an installed module"
 
 
@@ -36,7 +37,15 @@ def import_plugin(word: str) -> None:
     with translate_import_errors(word):
         module = import_path(place, name) if place else import_module(word)
     path = Path(module.__file__)
-    tasks.plugins[name] = tasks.Plugin(module, path.parent if path.name == "__init__.py" else path, hash_plugin(path))
+    root = path if place else find_root_file(module)
+    tasks.plugins[name] = tasks.Plugin(module, path.parent if path.name == "__init__.py" else path, hash_plugin(root))
+
+
+def find_root_file(module: ModuleType) -> Path:
+    """Return the __init__.py of the package that an installed module belongs to, since the module may import anything
+    from it; the module's own file if it belongs to none."""
+    root = sys.modules[module.__name__.partition(".")[0]]
+    return Path(root.__file__ or module.__file__)
 
 
 def locate_plugin(word: str) -> tuple[Path | None, str]:
@@ -50,6 +59,7 @@ def locate_plugin(word: str) -> tuple[Path | None, str]:
         packaged = not path.is_dir() or (path / "__init__.py").is_file()
         require(packaged, f"plugins={word}: no __init__.py there, so it is not a package; {KINDS}")
         require(path.exists(), f"plugins={word}: no such file; {KINDS}")
+        check_plain_file(path)
         path = path.absolute()
         return path, path.name.removesuffix(".py")
     with translate_import_errors(word):
@@ -62,7 +72,7 @@ def import_path(place: Path, name: str) -> ModuleType:
     """Import a file, or a folder as a package."""
     inside = {"submodule_search_locations": [str(place)]} if place.is_dir() else {}
     file = place / "__init__.py" if place.is_dir() else place
-    spec = spec_from_file_location(f"dual_lora_plugin_{name}", file, **inside)
+    spec = spec_from_file_location(f"{PREFIX}{name}", file, **inside)
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -98,8 +108,19 @@ def hash_plugin(path: Path) -> str:
 
 
 def describe_plugins() -> dict[str, dict[str, str]]:
-    """Return path and hash of every plugin, by its name, for a record."""
-    return {name: {"path": str(found.path), "sha256": found.sha256} for name, found in sorted(tasks.plugins.items())}
+    """Return path and hash of every plugin, by its name, for a record; of an installed module also its name."""
+    return {name: describe_plugin(found) for name, found in sorted(tasks.plugins.items())}
+
+
+def describe_plugin(plugin: tasks.Plugin) -> dict[str, str]:
+    named = plugin.module.__name__
+    installed = {} if named.startswith(PREFIX) else {"module": named}
+    return {"path": str(plugin.path), "sha256": plugin.sha256, **installed}
+
+
+def get_plugin_word(recorded: dict[str, str]) -> str:
+    """Return what `plugins=` names a recorded plugin by. A module of a package cannot be imported as a file alone."""
+    return recorded.get("module", recorded["path"])
 
 
 def check_plugins(recorded: dict[str, Any], where: str) -> None:
@@ -110,7 +131,7 @@ def check_plugins(recorded: dict[str, Any], where: str) -> None:
     Raises:
         UserError: which plugin is missing, changed or not of the run.
     """
-    missing = [about["path"] for name, about in recorded.items() if name not in tasks.plugins]
+    missing = [get_plugin_word(about) for name, about in recorded.items() if name not in tasks.plugins]
     word = missing[0] if len(missing) == 1 else f"[{','.join(missing)}]"
     require(not missing, f"{where}: done with code of {', '.join(missing)}; to run that code again, add plugins={word}")
     for name, found in tasks.plugins.items():

@@ -95,6 +95,7 @@ def iterate_correlations(points: list[Point]) -> Iterator[dict[str, object]]:
 
 
 def format_correlation(found: RankCorrelation) -> dict[str, str]:
+    """Return a correlation and its interval as cells of a table."""
     return {"rank correlation": f"{found.rho:+.2f}", "95 % interval": f"{found.low:+.2f} to {found.high:+.2f}"}
 
 

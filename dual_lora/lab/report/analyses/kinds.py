@@ -5,16 +5,32 @@ Rows that are floors train no weight update and are not analysed.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.present.document import Block
-from dual_lora.lab.record.record import ANALYSIS_FILE, CURVATURE_FILE, TRUNCATION_FILE
+from dual_lora.lab.record.record import (
+    ANALYSIS_FILE,
+    CURVATURE_FILE,
+    FIT_FILE,
+    SIMILARITY_FILE,
+    TRUNCATION_FILE,
+    Record,
+)
 from dual_lora.lab.report.analyses.curvature import iterate_curvature_blocks
+from dual_lora.lab.report.analyses.entries import iterate_entry_blocks
+from dual_lora.lab.report.analyses.fit import iterate_fit_blocks
 from dual_lora.lab.report.analyses.ranks import iterate_rank_blocks
+from dual_lora.lab.report.analyses.similarity import iterate_similarity_blocks
 from dual_lora.lab.report.analyses.truncation import iterate_truncation_blocks
-from dual_lora.lab.report.comparison.floors import Floor
+from dual_lora.lab.report.comparison.floors import Floor, get_model_task
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.system.libraries import import_heavy_libraries
+
+SAME_SEED, OTHER_SEED = "same seed", "another seed"  # runs of the reference row
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,11 @@ class Kind:
 
 KINDS = {
     "ranks": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_rank_blocks),
+    "entries": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_entry_blocks),
     "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks),
     "curvature": Kind(CURVATURE_FILE, ("eigenvalue", "rows"), iterate_curvature_blocks),
+    "similarity": Kind(SIMILARITY_FILE, ("rows", "references"), iterate_similarity_blocks),
+    "fit": Kind(FIT_FILE, ("rows", "labels"), iterate_fit_blocks),
 }
 
 
@@ -38,32 +57,78 @@ def is_analysed(experiment: Experiment, cell: Outcome) -> bool:
     return bool(experiment.analyse) and cell.result is not None and cell.cell.label not in experiment.floors
 
 
-def analyse_missing(experiment: Experiment, cell: Outcome) -> None:
-    """Analyse a finished run that has no analysis yet.
+def analyse_missing(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> None:
+    """Analyse a finished run that has no analysis yet. done: all cells of the experiment.
 
     Raises:
         UserError: the run cannot be loaded or taken apart.
     """
-    wanted = is_analysed(experiment, cell)
-    if wanted and not (cell.record.folder / KINDS[experiment.analyse].file).is_file():
+    made = is_analysed(experiment, cell) and (cell.record.folder / KINDS[experiment.analyse].file).is_file()
+    if is_analysed(experiment, cell) and not (made and is_up_to_date(experiment, cell, done)):
         print(f"analysing {cell.record.name}", flush=True)
         alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
-        load_analysis(experiment.analyse)(replace(cell.settings, hardware=alone), cell.record)
+        load_analysis(experiment, cell, done)(replace(cell.settings, hardware=alone), cell.record)
 
 
-def load_analysis(kind: str) -> Callable:
-    """Return the function that analyses a run. It imports torch, which a report does not need."""
-    if kind == "truncation":
+def is_up_to_date(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> bool:
+    """Whether an analysis that is there is the one that this experiment makes: a comparison may be with the runs of
+    other seeds, where fewer were asked for. A damaged one counts as such: the report names it.
+
+    Raises:
+        UserError: as `find_references`.
+    """
+    if experiment.analyse != "similarity":
+        return True
+    wanted = {name: other and other[1].name for name, other in find_references(experiment, cell, done).items()}
+    try:
+        return cell.record.read_sealed(SIMILARITY_FILE, "references")["references"] == wanted
+    except UserError:
+        return True
+
+
+def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> Callable[[Settings, Record], object]:
+    """Return the function that analyses a run. It imports torch, which a report does not need.
+
+    Raises:
+        UserError: the runs that this one is compared with are not finished.
+    """
+    kind = experiment.analyse
+    with import_heavy_libraries():
+        from dual_lora.lab.weights.analyse import analyse_run
+        from dual_lora.lab.weights.curvature import measure_curvature
+        from dual_lora.lab.weights.fit_updates import fit_updates
+        from dual_lora.lab.weights.similarity import measure_similarity
         from dual_lora.lab.weights.truncate import truncate_run
 
-        return truncate_run
-    if kind == "curvature":
-        from dual_lora.lab.weights.curvature import measure_curvature
+    if kind == "similarity":
+        return partial(measure_similarity, references=find_references(experiment, cell, done))
+    if kind == "fit":
+        return partial(fit_updates, size="smoke" if experiment.scale == "smoke" else "full")
+    return {"truncation": truncate_run, "curvature": measure_curvature}.get(kind, analyse_run)
 
-        return measure_curvature
-    from dual_lora.lab.weights.analyse import analyse_run
 
-    return analyse_run
+def find_references(
+    experiment: Experiment, cell: Outcome, done: list[Outcome]
+) -> dict[str, tuple[Settings, Record] | None]:
+    """Return the runs of the reference row on a run's model and task: that of its own seed, unless it is that run, and
+    that of the next seed; None where the experiment has none.
+
+    Raises:
+        UserError: one of them is not finished.
+    """
+    place, seed = get_model_task(cell), cell.settings.seed
+    runs = {c.settings.seed: c for c in done if c.cell.label == experiment.reference and get_model_task(c) == place}
+    others = sorted((other for other in runs if other != seed), key=lambda other: (other < seed, other))
+    chosen = {
+        SAME_SEED: runs.get(seed) if cell.cell.label != experiment.reference else None,
+        OTHER_SEED: runs[others[0]] if others else None,
+    }
+    for other in filter(None, chosen.values()):
+        if other.result is None:
+            raise UserError(
+                f"{experiment.reference}, seed {other.settings.seed}: not finished, so not compared with it"
+            )
+    return {name: other and (other.settings, other.record) for name, other in chosen.items()}
 
 
 def check_analysis(experiment: Experiment, cell: Outcome) -> None:
@@ -74,6 +139,8 @@ def check_analysis(experiment: Experiment, cell: Outcome) -> None:
     """
     if is_analysed(experiment, cell):
         kind = KINDS[experiment.analyse]
+        path = cell.record.folder / kind.file
+        require(path.exists(), f"{path}: missing; sweep.py without run=false analyses the run")
         cell.record.read_sealed(kind.file, *kind.keys)
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 import pandas as pd
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
-from dual_lora.lab.record.record import ANALYSIS_FILE
-from dual_lora.lab.report.comparison.floors import Floor
-from dual_lora.lab.study.outcome import Outcome
-from dual_lora.lab.weights.histogram_figure import draw_histograms
-from dual_lora.lab.weights.medians import (
+from dual_lora.lab.present.histogram_figure import draw_histograms
+from dual_lora.lab.present.medians import (
     RANK_KINDS,
     UPDATE_ENTRIES,
     drop_histograms,
     format_median,
     format_with_null,
 )
-from dual_lora.lab.weights.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
+from dual_lora.lab.present.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
+from dual_lora.lab.record.record import ANALYSIS_FILE
+from dual_lora.lab.report.comparison.floors import Floor
+from dual_lora.lab.study.outcome import Outcome
 
 RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
@@ -53,6 +53,7 @@ def read_analyses(done: list[Outcome]) -> dict[str, dict]:
 
 
 def load_analysed_run(name: str, content: dict) -> AnalysedRun:
+    """Return an analysis file's content as the figures take it."""
     return AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
 
 

@@ -54,6 +54,7 @@ def iterate_verdict_blocks(found: Comparisons) -> Iterator[Block]:
 
 
 def describe_correction(number: int) -> str:
+    """Return what a caption says of the correction for so many comparisons."""
     return f"; p is corrected for all {number} by Holm's method" if number > 1 else ""
 
 
@@ -145,10 +146,12 @@ def format_verdict(comparison: Comparison) -> str:
 
 
 def format_number(value: float | None, style: str) -> str:
+    """Return a number in a format; a dash if it is missing."""
     return MISSING if pd.isna(value) else format(value, style)
 
 
 def format_p(p: float | None) -> str:
+    """Return a p-value with three decimals; a dash if it is missing."""
     return MISSING if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -18,8 +18,8 @@ from dual_lora.lab.report.comparison.matches import (
     Key,
     Match,
     Predictions,
-    average,
     check_same_inputs,
+    compute_mean,
     iterate_matches,
 )
 from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
@@ -84,6 +84,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        """One of the words of `statistics.verdict`."""
         return reach_verdict(self.difference, self.p, self.p_equivalent, self.lower_is_better)
 
 
@@ -97,6 +98,7 @@ class Comparisons:
 
     @property
     def all(self) -> list[Comparison]:
+        """Every comparison, the planned ones first."""
         return [*self.planned, *self.exploratory, *self.further]
 
 
@@ -219,7 +221,7 @@ def compare_scores(match: Match, runs: list[dict[int, list[Row]]], metric: str, 
     if not by_seed:
         return describe_unknown(f"{metric} not measured")
     reason = f"no test on predictions: {metric} is not resampled"
-    return Difference(average(by_seed), None, None, None, reason, len(rows), len(by_seed), by_seed)
+    return Difference(compute_mean(by_seed), None, None, None, reason, len(rows), len(by_seed), by_seed)
 
 
 def describe_unknown(reason: object) -> Difference:
@@ -245,7 +247,7 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Com
         for match, part in parts.items()
     ]
     seeds = sorted(set.intersection(*(set(some) for some in by_seed)))
-    values = tuple(average(tuple(some[seed] for some in by_seed)) for seed in seeds)
+    values = tuple(compute_mean(tuple(some[seed] for some in by_seed)) for seed in seeds)
     difference = describe_unknown("no seed has a difference on every task")
     if values:
         difference = describe_over_seeds(values, sum(part.difference.examples for part in parts.values()))

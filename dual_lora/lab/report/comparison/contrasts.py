@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dual_lora.lab.report.comparison.matches import Key, average, group_by_place, load_task_of
+from dual_lora.lab.report.comparison.matches import Key, compute_mean, group_by_place, load_task_of
 from dual_lora.lab.report.values import format_value, get_heading, get_place
 from dual_lora.lab.study.experiment import CONTRAST_SIDES, Experiment
 from dual_lora.lab.study.outcome import Outcome
@@ -32,6 +32,7 @@ class Contrast:
 
     @property
     def task(self) -> Task:
+        """The one task of all these runs."""
         return load_task_of(self.first)
 
     @property
@@ -47,7 +48,9 @@ class Contrast:
 
 def average_scores(columns: list[list[Outcome]], seed: int, metric: str) -> float:
     """Return the mean over columns of the recorded score of the run with this seed."""
-    return average(tuple(c.result["metrics"][metric] for cells in columns for c in cells if c.settings.seed == seed))
+    return compute_mean(
+        tuple(c.result["metrics"][metric] for cells in columns for c in cells if c.settings.seed == seed)
+    )
 
 
 def name_side(values: list[object]) -> str:

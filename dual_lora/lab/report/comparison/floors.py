@@ -52,6 +52,7 @@ def find_floors(experiment: Experiment, done: list[Outcome], predictions: Predic
 
 
 def get_model_task(cell: Outcome) -> ModelTask:
+    """Return the names of a run's model and task."""
     return cell.settings.model.name, cell.settings.task.name
 
 

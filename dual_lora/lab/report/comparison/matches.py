@@ -35,6 +35,7 @@ class Match:
 
     @property
     def task(self) -> Task:
+        """The one task of all these runs."""
         return load_task_of(self.first)
 
     @property
@@ -110,6 +111,7 @@ def describe_weights(cell: Outcome) -> str | None:
 
 
 def get_training_hash(cell: Outcome) -> str | None:
+    """Return the SHA-256 of the rows that a run was trained on; None if it was not recorded."""
     return cell.result["data"].get("train", {}).get("sha256")
 
 
@@ -167,6 +169,6 @@ def read_predictions(cell: Outcome) -> list[Row]:
     return rows
 
 
-def average(values: tuple[float, ...]) -> float:
+def compute_mean(values: tuple[float, ...]) -> float:
     """Return the mean, NaN of nothing."""
     return float(np.mean(values)) if values else float("nan")

@@ -15,7 +15,7 @@ from dual_lora.lab.report.figures.forest import describe_forest, draw_forest
 from dual_lora.lab.report.figures.layout import STYLE
 from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
 from dual_lora.lab.report.figures.results import describe_spread, draw_results
-from dual_lora.lab.report.figures.training import collect_costs, draw_costs, draw_curves
+from dual_lora.lab.report.figures.training import ZEROS, collect_costs, draw_costs, draw_curves
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
@@ -57,6 +57,7 @@ def iterate_figures(
         "Score by learning rate, in points: the lighter, the better; ring: chosen; cross: training diverged",
     )
     yield "curves", draw_curves(done), "Training loss: mean over each row's runs, between the lowest and the highest"
+    yield "zeros", draw_curves(done, ZEROS), "Exact zeros in the update: mean over each row's runs, and their range"
     which = "learned tasks" if unlearned else "tasks"
     yield (
         "cost",

@@ -159,7 +159,7 @@ def draw_means(axes: Axes, scores: SeriesGroupBy, label: str, style: dict[str, s
 def find_published_points(experiment: Experiment) -> dict[str, pd.Series]:
     """Return the published points by label, for an experiment over a setting that a published table has as a key."""
     key, found = get_heading(experiment.columns), {}
-    for table in map(paper.load, experiment.published):
+    for table in map(paper.load_table, experiment.published):
         for row in table.rows if key in table.keys and "avg" in table.columns else ():
             value = row.values.get("avg")
             if value and value.number:

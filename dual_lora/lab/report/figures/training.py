@@ -16,18 +16,20 @@ from dual_lora.lab.report.values import FIELDS, get_place, get_unit
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
-LOSS = "train/loss"
+# What is drawn over the steps: what the log calls it, and the axis.
+LOSS, ZEROS = ("train/loss", "training loss"), ("train/zeros", "share of exact zeros")
 COSTS = {"seconds_per_step": "seconds a step", "peak_memory_mib": "peak memory, MiB"}
 MAX_PANELS = 9
 MIN_STEPS = 3  # logged steps that make a curve
 
 
-def draw_curves(done: list[Outcome]) -> Figure | None:
-    """Return the training loss by step, a panel for each model and task: the mean over each label's runs, between the
-    lowest and the highest run. None where no run logged several steps."""
+def draw_curves(done: list[Outcome], what: tuple[str, str] = LOSS) -> Figure | None:
+    """Return the training loss, or `what` else was logged, by step, a panel for each model and task: the mean over each
+    label's runs, between the lowest and the highest run. None where no run logged several steps."""
+    column, title = what
     frame = pd.DataFrame(
-        [line for cell in done if cell.result for line in iterate_losses(cell)],
-        columns=["place", "label", "run", "step", "loss"],
+        [line for cell in done if cell.result for line in iterate_logged_values(cell, column)],
+        columns=["place", "label", "run", "step", "value"],
     )
     steps = frame.groupby("place", sort=False)["step"].nunique()
     places = [place for place in dict.fromkeys(frame["place"]) if steps[place] >= MIN_STEPS][:MAX_PANELS]
@@ -38,13 +40,13 @@ def draw_curves(done: list[Outcome]) -> Figure | None:
     for axes, place in zip(panels, places, strict=True):
         draw_curve_panel(axes, frame[frame["place"] == place], labels)
         axes.set(title=place[1] if len({model for model, _ in places}) == 1 else ", ".join(place))
-    panels[0].set_ylabel("training loss")
+    panels[0].set_ylabel(title)
     add_legend(figure, panels)
     return figure
 
 
-def iterate_losses(cell: Outcome) -> Iterator[dict[str, object]]:
-    """Yield the logged training losses of a run; none where its log is damaged or not as the run left it."""
+def iterate_logged_values(cell: Outcome, column: str) -> Iterator[dict[str, object]]:
+    """Yield the values of a column of a run's log; none where the log is damaged or not as the run left it."""
     path = cell.record.folder / "metrics.jsonl"
     try:
         cell.record.verify_files(path.name)
@@ -53,14 +55,14 @@ def iterate_losses(cell: Outcome) -> Iterator[dict[str, object]]:
         return
     where = {"place": get_model_task(cell), "label": cell.cell.label, "run": cell.record.name}
     rows = [line for line in lines if isinstance(line, dict)]
-    logged = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (LOSS, "step"))]
-    yield from (where | {"step": line["step"], "loss": line[LOSS]} for line in logged)
+    logged = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (column, "step"))]
+    yield from (where | {"step": line["step"], "value": line[column]} for line in logged)
 
 
 def draw_curve_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
     """Draw the curves of one model and task."""
     for label, runs in part.groupby("label", sort=False):
-        color, by_step = get_style(labels.index(label))["color"], runs.groupby("step")["loss"]
+        color, by_step = get_style(labels.index(label))["color"], runs.groupby("step")["value"]
         mean = by_step.mean()
         axes.plot(mean.index, mean, color=color, linewidth=1.2, label=label)
         axes.fill_between(mean.index, by_step.min(), by_step.max(), color=color, alpha=0.12, linewidth=0)
@@ -96,6 +98,7 @@ def measure_cost(cell: Outcome) -> dict[str, object]:
 
 
 def read_memory(result: dict) -> float:
+    """Return a run's peak memory in MiB; NaN if its device counted none."""
     return result["peak_memory_bytes"] / 2**20 if result.get("peak_memory_bytes") else float("nan")
 
 

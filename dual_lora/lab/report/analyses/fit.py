@@ -1,0 +1,101 @@
+"""How well the form of each method fits the updates of a row's runs, full tuning say: one weight of every role."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dual_lora.lab.present.document import Block, Table, Text
+from dual_lora.lab.record.record import FIT_FILE
+from dual_lora.lab.report.comparison.floors import Floor, get_model_task
+from dual_lora.lab.report.figures.layout import compute_half_interval
+from dual_lora.lab.study.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """The fits of one run: for each weight and form the least share of ||dW||^2 left unexplained, of all rates, and the
+    optimum of LoRA's form by SVD, where that is the form."""
+
+    place: tuple[str, str]
+    label: str
+    shares: dict[tuple[str, str], float]
+    optima: dict[tuple[str, str], float]
+
+    @classmethod
+    def read(cls, cell: Outcome, content: dict) -> "FittedRun":
+        shares: dict[tuple[str, str], float] = {}
+        optima = {}
+        for row in content["rows"]:
+            key = row["cell"]["target"], row["cell"]["method"]
+            found = row["result"]["unexplained"]
+            shares[key] = min(shares.get(key, np.inf), np.inf if np.isnan(found) else found)
+            if row["result"]["svd"] is not None:
+                optima[key] = row["result"]["svd"]
+        return cls(get_model_task(cell), cell.cell.label, shares, optima)
+
+
+def iterate_fit_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
+    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. floors, folder: not used."""
+    contents = [cell.record.read_sealed(FIT_FILE, "rows", "labels", "compared_with", "modules") for cell in done]
+    runs = [FittedRun.read(cell, content) for cell, content in zip(done, contents, strict=True)]
+    labels, compared, one = contents[0]["labels"], contents[0]["compared_with"], contents[0]["rows"][0]["cell"]
+    rates = sorted({row["cell"]["rate"] for row in contents[0]["rows"]})
+    yield Text("Fitting the updates", heading=True)
+    yield Text(
+        f"The update of the middle layer's weight of every role is fitted by each form, with a budget of LoRA at rank "
+        f"{one['r']}, by gradient descent on the update itself (`dual_lora/analysis/fit.py`), one start, the best of "
+        f"the rates {', '.join(f'{rate:g}' for rate in rates)} (the annealed form has one rate). No data, no score: "
+        "what a form can express and descent finds."
+    )
+    yield Table(
+        tabulate_unexplained(runs, labels),
+        "Share of ||dW||² left unexplained: mean over runs ± half the 95 % t-interval (three runs or more).",
+    )
+    yield Table(
+        tabulate_differences(runs, labels, compared),
+        "Dual LoRA minus the others at the same budget, paired by run (above 0: Dual LoRA fits less).",
+    )
+
+
+def group_fits(runs: list[FittedRun]) -> Iterator[tuple[dict[str, str], str, list[FittedRun]]]:
+    """Yield the first cells of each line, the weight and the runs: for every task, row and weight."""
+    groups: dict[tuple[tuple[str, str], str], list[FittedRun]] = {}
+    for run in runs:
+        groups.setdefault((run.place, run.label), []).append(run)
+    for (place, label), some in groups.items():
+        for target in dict.fromkeys(target for target, _ in some[0].shares):
+            yield {"task": place[1], "updates of": label, "weight": target}, target, some
+
+
+def format_runs(values: list[float], style: str) -> str:
+    """Return a mean over runs with half its interval."""
+    half = compute_half_interval(values)
+    return f"{np.mean(values):{style}}" + (f" ± {half:.3f}" if half else "")
+
+
+def tabulate_unexplained(runs: list[FittedRun], labels: dict[str, str]) -> pd.DataFrame:
+    """Return a row for each task and weight, a column for each form; LoRA's optima by SVD beside."""
+    lines = []
+    for line, target, some in group_fits(runs):
+        for method, label in labels.items():
+            line[label] = format_runs([run.shares[target, method] for run in some], ".3f")
+            if (target, method) in some[0].optima:
+                line[f"{label} (SVD)"] = f"{np.mean([run.optima[target, method] for run in some]):.3f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def tabulate_differences(runs: list[FittedRun], labels: dict[str, str], compared: dict[str, str]) -> pd.DataFrame:
+    """Return Dual LoRA's unexplained share minus each other form's."""
+    lines = []
+    for line, target, some in group_fits(runs):
+        for method, label in labels.items():
+            ours = compared[method]
+            if method != ours:
+                differences = [run.shares[target, ours] - run.shares[target, method] for run in some]
+                line[label] = format_runs(differences, "+.3f")
+        lines.append(line)
+    return pd.DataFrame(lines)

@@ -1,0 +1,46 @@
+"""Entries of both groups, layer by layer: the table, and histograms that sum over roles."""
+
+from dual_lora.analysis import DIRECTION_EDGES, MAGNITUDE_EDGES
+from dual_lora.lab.present import histogram_figure
+from dual_lora.lab.report.analyses.entries import tabulate_layers
+
+
+def row(layer: int, role: str, zeros: float, dead: int, flipped: float | None) -> dict:
+    return {"layer": layer, "role": role, "zeros": zeros, "dead_rows": dead, "signs_flipped": flipped}
+
+
+def test_layers_have_medians_of_shares_and_sums_of_dead_rows():
+    first = [row(0, "q", 0.4, 1, 0.1), row(0, "v", 0.6, 2, 0.3), row(1, "q", 0.5, 0, 0.2)]
+    found = tabulate_layers({"SST-2": {"rows": first}, "LoRA": {"rows": [row(1, "q", 0.0, 0, None)]}})
+    assert found.to_dict("records") == [
+        {"layer": "0", "SST-2": "0.5 | 3 | 0.2", "LoRA": "–"},
+        {"layer": "1", "SST-2": "0.5 | 0 | 0.2", "LoRA": "0 | 0 | –"},
+    ]
+
+
+def test_a_line_sums_over_the_roles_of_a_layer(tmp_path, monkeypatch):
+    drawn = {}
+
+    def keep(figure, folder, name):
+        drawn.update({line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()})
+        return [folder / f"{name}.png"]
+
+    monkeypatch.setattr(histogram_figure, "save_figure", keep)
+    edges = {"magnitude_edges": MAGNITUDE_EDGES, "direction_edges": DIRECTION_EDGES}
+    sizes = {"magnitude": len(MAGNITUDE_EDGES) + 1, "direction": len(DIRECTION_EDGES) + 1}
+
+    def count(part: str, entries: int) -> list[int]:
+        return [entries, *[0] * (sizes[part] - 2), 1]
+
+    rows = [
+        {"layer": layer, "role": role}
+        | {f"{part}_histogram{null}": count(part, entries) for part in sizes for null in ("", "_null")}
+        for layer, role, entries in ((0, "q", 1), (0, "v", 5), (3, "q", 9))
+    ]
+    content = {"rows": rows, "labels": {"magnitude": "ReLU(BA)", "direction": "Sign(DC)"}, **edges}
+    histogram_figure.draw_histograms(content, tmp_path, "layers", "layer")
+    assert set(drawn) == {"layer 0", "layer 0, random", "layer 3", "layer 3, random"}
+    assert drawn["layer 0"][0] == 100 * 6 / 8 and drawn["layer 3"][-1] == 10
+    drawn.clear()
+    histogram_figure.draw_histograms(content, tmp_path)
+    assert set(drawn) == {"q", "q, random", "v", "v, random"} and drawn["q"][0] == 100 * 10 / 12

@@ -1,0 +1,48 @@
+"""Matrices that measures of updates seldom meet: integers, huge values, zeros, NaN."""
+
+import pytest
+import torch
+
+from dual_lora.analysis import DIRECTION_EDGES, compute_ranks, count_by_bin
+from dual_lora.analysis.curvature import compute_curvature
+from dual_lora.analysis.truncation import Decomposition
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float32])
+def test_integers_are_counted_in_the_bins_of_real_numbers(dtype):
+    x = torch.tensor([-100, -3, -1, 0, 1, 3, 100])
+    edges = torch.tensor(DIRECTION_EDGES, dtype=torch.float64)
+    expected = [int((torch.cat([edges.new_tensor([-torch.inf]), edges]) < value).sum()) - 1 for value in x]
+    counts = count_by_bin(x.to(dtype), DIRECTION_EDGES)
+    assert [i for i, count in enumerate(counts) for _ in range(count)] == sorted(expected)
+
+
+def test_booleans_are_counted_as_0_and_1():
+    assert count_by_bin(torch.tensor([True, False, True]), (0.0, 0.5)) == [1, 0, 2]
+
+
+@pytest.mark.parametrize("size", [1.0, 3e38])
+def test_ranks_do_not_depend_on_the_size_of_the_entries(size):
+    W = size * torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    ranks = compute_ranks(W)
+    assert ranks["rank"] == ranks["rank_0.1"] == 1
+    assert ranks["stable_rank"] == pytest.approx(1) and ranks["effective_rank"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_cut(value):
+    with pytest.raises(ValueError, match="contains NaN or Inf"):
+        Decomposition.compute(torch.full((2, 3), value))
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.0])
+def test_a_loss_without_curvature_has_the_eigenvalue_0(multiplier):
+    p = torch.randn(5, requires_grad=True)
+    losses = {1.0: lambda: (0 * p**3).sum(), 0.0: lambda: (p**2).sum()}
+    assert compute_curvature(losses[multiplier], [p], [multiplier]).eigenvalue == 0.0
+
+
+def test_a_loss_that_is_nan_has_no_curvature():
+    p = torch.randn(5, requires_grad=True)
+    with pytest.raises(ValueError, match="the loss is nan"):
+        compute_curvature(lambda: (p * torch.nan).square().sum(), [p])
