@@ -22,7 +22,7 @@ def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
     """Return a row for each place, label and rate: its mean score in points, and whether it was chosen.
 
     From the trials that chose rates, else from the runs of an experiment whose columns are rates. A rate with which
-    training diverged has no score.
+    training diverged has no score; one whose trials are not all finished has no row.
     """
     lines = []
     for cell in done:
@@ -35,7 +35,7 @@ def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
         if experiment.columns == RATE_SETTING and cell.result:
             score = cell.result["metrics"][cell.result["metric"]] * unit
             lines.append(line | {"rate": cell.rate, "score": score, "chosen": False})
-    frame = pd.DataFrame(lines, columns=["place", "label", "rate", "score", "chosen"])
+    frame = pd.DataFrame(lines, columns=["place", "label", "rate", "score", "chosen"]).dropna(subset="score")
     frame["score"] = frame["score"].where(frame["score"].map(isfinite))
     groups = frame.groupby(["place", "label", "rate"], sort=False)
     return groups.agg(score=("score", "mean"), chosen=("chosen", "any")).reset_index()
