@@ -161,13 +161,43 @@ def test_the_benchmark_runs_as_written(command, tmp_path, monkeypatch):
     assert not measures or len(list(Path("benchmarks").glob("*.json"))) == 1
 
 
-def test_the_results_are_those_of_the_report():
-    report = (ROOT / "runs/rank_allocation_small/report/table.md").read_text()
-    known = [[cell.strip() for cell in line.split("|")[1:9]] for line in report.splitlines()]
-    lines = [line for line in PAGES["docs/results.md"].splitlines() if line.startswith("| glue/")]
-    assert len(lines) == 12
-    for line in lines:
-        assert [cell.strip() for cell in line.split("|")[1:9]] in known, line
+def list_rows(text: str) -> list[list[str]]:
+    """Return the cells of every line below the head of Markdown tables, without emphasis."""
+    table = re.compile(r"^\|[^\n]*\n\|[-:| ]+\n((?:\|[^\n]*\n?)*)", re.MULTILINE)
+    lines = [line for body in table.findall(text) for line in body.splitlines()]
+    return [[cell.strip().strip("*") for cell in line.split("|")[1:-1]] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("section", "report", "rows"),
+    [
+        ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA on SST-2", "verdict", 10),
+        ("The same for updates of a real full tuning", "fit_full_tuning", 7),
+        ("## How similar updates are", "similarity", 4),
+        ("## Appendix: Figure 2", "rank_allocation_small", 12),
+    ],
+)
+def test_the_results_are_those_of_the_reports(section, report, rows):
+    part = PAGES["docs/results.md"].partition(section)[2].partition("\n#")[0]
+    known = list_rows((ROOT / "runs" / report / "report/table.md").read_text())
+    lines = list_rows(part)
+    assert len(lines) == rows
+    for row in lines:
+        wanted = [cell for cell in row if cell and not re.fullmatch(r"\de-\d|–", cell)]  # reports write 0.002
+        labels = {cell for cell in wanted if not re.match(r"[-+]?[\d.,]+( |$)", cell)}
+        places = [candidate for candidate in known if labels <= set(candidate)]
+        assert all(any(cell in place for place in places) for cell in wanted), row
+
+
+def test_the_verdict_of_the_readme_is_that_of_the_results():
+    results = list_rows(PAGES["docs/results.md"])
+    lines = list_rows(PAGES["README.md"].partition("## The verdict so far")[2].partition("\n#")[0])
+    assert len(lines) == 6
+    for label, *cells in lines:
+        name = label.removesuffix(" (floor)")
+        known = " ".join(" ".join(row) for row in results if row[0] in (name, f"Dual LoRA - {name}"))
+        for number in re.findall(r"[-+]?\d+\.\d", " ".join(cells)):
+            assert number in known.split(), (label, number)
 
 
 def test_the_plan_is_as_shown(runs_folder):
