@@ -1,0 +1,53 @@
+"""Every committed report is what `sweep.py run=false` writes from the committed records, without weights or data."""
+
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.config import paths
+
+WRITTEN = ("table.md", "table.tex", "table.csv", "differences.csv")
+
+
+def copy_committed(folder):
+    """Copy the tracked files below runs/ into a folder: others may be of runs in progress."""
+    listed = subprocess.run(["git", "ls-files", "runs"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():
+        target = folder.joinpath(*name.split("/")[1:])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("committed") / "runs"
+    copy_committed(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        ("verdict", ["experiment=verdict", "scale=small"]),
+        ("similarity", ["experiment=similarity", "scale=small", "task=glue/sst2"]),
+        ("rank_allocation_small", ["experiment=rank_allocation", "scale=small"]),
+        ("update_rank_small", ["experiment=update_rank", "scale=small"]),
+        ("fit", ["experiment=fit"]),
+        ("teacher", ["experiment=teacher"]),
+    ],
+)
+def test_a_committed_report_is_written_again_from_the_records(report, words, committed, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", committed)
+    monkeypatch.setenv("DUAL_LORA_RUNS", str(committed))
+    folder = committed / report / "report"
+    before = {name: (folder / name).read_bytes() for name in WRITTEN if (folder / name).is_file()}
+    assert "table.md" in before
+    shutil.rmtree(folder)
+    assert sweep_command([*words, "run=false"]) == 0
+    for name, content in before.items():
+        assert (folder / name).read_bytes() == content, name
