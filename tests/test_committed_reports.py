@@ -35,6 +35,7 @@ def committed(tmp_path_factory):
     [
         ("verdict", ["experiment=verdict", "scale=small"]),
         ("similarity", ["experiment=similarity", "scale=small", "task=glue/sst2"]),
+        ("truncation", ["experiment=truncation", "scale=small", "task=glue/sst2", "seed=0,1,2"]),
         ("rank_allocation_small", ["experiment=rank_allocation", "scale=small"]),
         ("update_rank_small", ["experiment=update_rank", "scale=small"]),
         ("fit", ["experiment=fit"]),

@@ -174,6 +174,7 @@ def list_rows(text: str) -> list[list[str]]:
         ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA on SST-2", "verdict", 10),
         ("The same for updates of a real full tuning", "fit_full_tuning", 7),
         ("## How similar updates are", "similarity", 4),
+        ("## How much rank the score needs", "truncation", 3),
         ("## Appendix: Figure 2", "rank_allocation_small", 12),
     ],
 )
