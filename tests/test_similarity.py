@@ -86,7 +86,7 @@ def test_medians_over_weights_and_means_over_seeds():
         ComparedRun(PLACE, "LoRA", [row("q", 1, 1, same=0.1 + s, null=0.0), row("v", 1, 2, same=0.3 + s, null=None)])
         for s in (0.0, 0.1, 0.2)
     ]
-    (line,) = tabulate_similarity(runs, "cosine", ["same", "other"], "{:+.3f}", 1).to_dict("records")
+    (line,) = tabulate_similarity(runs, "cosine", ["same", "other"], "+.3f", 1).to_dict("records")
     half = 4.302653 * 0.1 / 3**0.5
     assert line["same"] == f"+0.300 ± {half:.3f}" and line["other"] == "–" and line["random"] == "+0.000"
 

@@ -9,8 +9,8 @@ import pandas as pd
 
 from dual_lora.lab.present.document import Block, Table, Text
 from dual_lora.lab.record.record import FIT_FILE
+from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
 from dual_lora.lab.report.comparison.floors import Floor, get_model_task
-from dual_lora.lab.report.figures.layout import compute_half_interval
 from dual_lora.lab.study.outcome import Outcome
 
 
@@ -62,18 +62,9 @@ def iterate_fit_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -
 
 def group_fits(runs: list[FittedRun]) -> Iterator[tuple[dict[str, str], str, list[FittedRun]]]:
     """Yield the first cells of each line, the weight and the runs: for every task, row and weight."""
-    groups: dict[tuple[tuple[str, str], str], list[FittedRun]] = {}
-    for run in runs:
-        groups.setdefault((run.place, run.label), []).append(run)
-    for (place, label), some in groups.items():
+    for (place, label), some in group_runs(runs).items():
         for target in dict.fromkeys(target for target, _ in some[0].shares):
-            yield {"task": place[1], "updates of": label, "weight": target}, target, some
-
-
-def format_runs(values: list[float], style: str) -> str:
-    """Return a mean over runs with half its interval."""
-    half = compute_half_interval(values)
-    return f"{np.mean(values):{style}}" + (f" ± {half:.3f}" if half else "")
+            yield name_place(place, runs) | {"updates of": label, "weight": target}, target, some
 
 
 def tabulate_unexplained(runs: list[FittedRun], labels: dict[str, str]) -> pd.DataFrame:
@@ -81,7 +72,7 @@ def tabulate_unexplained(runs: list[FittedRun], labels: dict[str, str]) -> pd.Da
     lines = []
     for line, target, some in group_fits(runs):
         for method, label in labels.items():
-            line[label] = format_runs([run.shares[target, method] for run in some], ".3f")
+            line[label] = format_mean([run.shares[target, method] for run in some], ".3f")
             if (target, method) in some[0].optima:
                 line[f"{label} (SVD)"] = f"{np.mean([run.optima[target, method] for run in some]):.3f}"
         lines.append(line)
@@ -96,6 +87,6 @@ def tabulate_differences(runs: list[FittedRun], labels: dict[str, str], compared
             ours = compared[method]
             if method != ours:
                 differences = [run.shares[target, ours] - run.shares[target, method] for run in some]
-                line[label] = format_runs(differences, "+.3f")
+                line[label] = format_mean(differences, "+.3f")
         lines.append(line)
     return pd.DataFrame(lines)

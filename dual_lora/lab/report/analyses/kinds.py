@@ -63,8 +63,10 @@ def analyse_missing(experiment: Experiment, cell: Outcome, done: list[Outcome]) 
     Raises:
         UserError: the run cannot be loaded or taken apart.
     """
-    made = is_analysed(experiment, cell) and (cell.record.folder / KINDS[experiment.analyse].file).is_file()
-    if is_analysed(experiment, cell) and not (made and is_up_to_date(experiment, cell, done)):
+    if not is_analysed(experiment, cell):
+        return
+    made = (cell.record.folder / KINDS[experiment.analyse].file).is_file()
+    if not (made and is_up_to_date(experiment, cell, done)):
         print(f"analysing {cell.record.name}", flush=True)
         alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
         load_analysis(experiment, cell, done)(replace(cell.settings, hardware=alone), cell.record)
@@ -124,10 +126,8 @@ def find_references(
         OTHER_SEED: runs[others[0]] if others else None,
     }
     for other in filter(None, chosen.values()):
-        if other.result is None:
-            raise UserError(
-                f"{experiment.reference}, seed {other.settings.seed}: not finished, so not compared with it"
-            )
+        named = f"{experiment.reference}, seed {other.settings.seed}"
+        require(other.result is not None, f"{named}: not finished, so not compared with it")
     return {name: other and (other.settings, other.record) for name, other in chosen.items()}
 
 

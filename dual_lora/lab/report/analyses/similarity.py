@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import SIMILARITY_FILE
+from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
 from dual_lora.lab.report.comparison.floors import Floor, get_model_task
-from dual_lora.lab.report.figures.layout import STYLE, add_legend, compute_half_interval, create_panels, get_style
+from dual_lora.lab.report.figures.layout import STYLE, add_legend, create_panels, get_style
 from dual_lora.lab.study.outcome import Outcome
 
-MEASURES = {"cosine": ("cosine", "{:+.3f}", 1), "sign_agreement": ("equal signs, %", "{:.1f}", 100)}
+MEASURES = {"cosine": ("cosine", "+.3f", 1), "sign_agreement": ("equal signs, %", ".1f", 100)}
 NULL = "null"
 MIN_POINTS = 4  # of a correlation
 
@@ -70,31 +71,22 @@ def iterate_similarity_blocks(done: list[Outcome], floors: list[Floor], folder: 
     )
 
 
-def group_runs(runs: list[ComparedRun]) -> dict[tuple[tuple[str, str], str], list[ComparedRun]]:
-    """Return the runs by place and label, a run a seed."""
-    groups: dict[tuple[tuple[str, str], str], list[ComparedRun]] = {}
-    for run in runs:
-        groups.setdefault((run.place, run.label), []).append(run)
-    return groups
-
-
 def tabulate_groups(runs: list[ComparedRun], fill: Callable[[list[ComparedRun]], dict[str, str]]) -> pd.DataFrame:
-    """Return a row for each place and label; the model is named where there are several."""
-    several = len({run.place[0] for run in runs}) > 1
+    """Return a row for each place and label."""
     lines = [
-        ({"model": place[0]} if several else {}) | {"task": place[1], "method": label} | fill(some)
-        for (place, label), some in group_runs(runs).items()
+        name_place(place, runs) | {"method": label} | fill(some) for (place, label), some in group_runs(runs).items()
     ]
     return pd.DataFrame(lines).fillna(MISSING)
 
 
-def format_seeds(values: list[float], style: str) -> str:
-    """Return a mean over seeds with half its interval; a dash where nothing is known."""
-    known = [value for value in values if not np.isnan(value)]
-    if not known:
-        return MISSING
-    half = compute_half_interval(known)
-    return style.format(np.mean(known)) + (f" ± {style.format(half).lstrip('+')}" if half else "")
+def format_known(values: list[float], style: str) -> str:
+    """Return the mean over seeds of the values that are known, with half its interval."""
+    return format_mean([value for value in values if not np.isnan(value)], style)
+
+
+def list_roles(runs: list[ComparedRun]) -> list[str]:
+    """Return the roles of the weights, in their order."""
+    return list(dict.fromkeys(row["role"] for run in runs for row in run.rows))
 
 
 def tabulate_similarity(
@@ -105,7 +97,7 @@ def tabulate_similarity(
     return tabulate_groups(
         runs,
         lambda some: {
-            head: format_seeds([unit * run.compute_median(measure, name) for run in some], style)
+            head: format_known([unit * run.compute_median(measure, name) for run in some], style)
             for name, head in heads.items()
         },
     )
@@ -117,16 +109,16 @@ def tabulate_roles(runs: list[ComparedRun], references: list[str]) -> pd.DataFra
     def fill(some: list[ComparedRun]) -> dict[str, str]:
         name = next((n for n in references if not np.isnan(some[0].compute_median("cosine", n))), references[-1])
         return {
-            role: format_seeds([run.compute_median("cosine", name, role) for run in some], "{:+.3f}") for role in roles
+            role: format_known([run.compute_median("cosine", name, role) for run in some], "+.3f") for role in roles
         }
 
-    roles = list(dict.fromkeys(row["role"] for run in runs for row in run.rows))
+    roles = list_roles(runs)
     return tabulate_groups(runs, fill)
 
 
 def tabulate_correlations(runs: list[ComparedRun]) -> pd.DataFrame:
     """Return the correlation of the two changes by role."""
-    roles = list(dict.fromkeys(row["role"] for run in runs for row in run.rows))
+    roles = list_roles(runs)
     return tabulate_groups(runs, lambda some: {role: correlate_changes(some, role) for role in roles})
 
 
@@ -146,7 +138,7 @@ def list_changes(some: list[ComparedRun], role: str | None = None) -> list[tuple
 
 def draw_changes(runs: list[ComparedRun]) -> Figure:
     """Return a panel for each place and label, a colour for each role."""
-    groups, roles = group_runs(runs), list(dict.fromkeys(row["role"] for run in runs for row in run.rows))
+    groups, roles = group_runs(runs), list_roles(runs)
     figure, panels = create_panels(len(groups), 1.9)
     for axes, ((place, label), some) in zip(panels, groups.items(), strict=True):
         for number, role in enumerate(roles):

@@ -14,6 +14,7 @@ import tasks
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import TRUNCATION_FILE
+from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
 from dual_lora.lab.report.comparison.floors import Floor, get_model_task
 from dual_lora.lab.report.figures.layout import (
     GREY,
@@ -101,30 +102,16 @@ def read_curve(cell: Outcome) -> Curve:
     )
 
 
-def group_curves(curves: list[Curve]) -> dict[tuple[tuple[str, str], str], list[Curve]]:
-    """Return the curves by place and label, a curve a seed."""
-    groups: dict[tuple[tuple[str, str], str], list[Curve]] = {}
-    for curve in curves:
-        groups.setdefault((curve.place, curve.label), []).append(curve)
-    return groups
-
-
 def list_ranks(curves: list[Curve]) -> list[int]:
     """Return the ranks below every update's own that some curve was cut to, and 0."""
     return sorted({rank for curve in curves for rank in curve.scores if rank < max(curve.scores)})
 
 
-def name_place(place: tuple[str, str], label: str, curves: list[Curve]) -> dict[str, str]:
-    """Return the first cells of a row; the model only where there are several."""
-    several = len({curve.place[0] for curve in curves}) > 1
-    return ({"model": place[0]} if several else {}) | {"task": place[1], "method": label}
-
-
 def tabulate_losses(curves: list[Curve]) -> pd.DataFrame:
     """Return what every cut costs, a row for each method and task."""
     lines = []
-    for (place, label), some in group_curves(curves).items():
-        line = name_place(place, label, curves)
+    for (place, label), some in group_runs(curves).items():
+        line = name_place(place, curves) | {"method": label}
         for rank in list_ranks(curves):
             line[str(rank)] = format_mean([curve.get_score(rank) - curve.whole for curve in some], "+.1f")
         ranks = sorted({max(curve.scores) for curve in some})
@@ -133,19 +120,11 @@ def tabulate_losses(curves: list[Curve]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def format_mean(values: list[float], style: str) -> str:
-    """Return a mean with half its interval; a dash where a value is not known."""
-    if np.isnan(values).any():
-        return MISSING
-    half = compute_half_interval(values)
-    return format(float(np.mean(values)), style) + (f" ± {half:.1f}" if half else "")
-
-
 def tabulate_shares(curves: list[Curve], floors: list[Floor]) -> pd.DataFrame:
     """Return the share of the gain over the floor that every cut leaves."""
     lines = []
-    for (place, label), some in group_curves(curves).items():
-        floor, line = find_beaten_floor(place, label, floors), name_place(place, label, curves)
+    for (place, label), some in group_runs(curves).items():
+        floor, line = find_beaten_floor(place, label, floors), name_place(place, curves) | {"method": label}
         for rank in list_ranks(curves):
             line[str(rank)] = MISSING
             left = np.mean([curve.get_score(rank) for curve in some])
@@ -167,17 +146,17 @@ def find_beaten_floor(place: tuple[str, str], label: str, floors: list[Floor]) -
 def tabulate_kept(curves: list[Curve]) -> pd.DataFrame:
     """Return the share of the squared norm that every cut keeps."""
     lines = []
-    for (place, label), some in group_curves(curves).items():
+    for (place, label), some in group_runs(curves).items():
         kept = {
             str(rank): f"{np.mean([curve.kept.get(rank, 1.0) for curve in some]):.2f}" for rank in list_ranks(curves)
         }
-        lines.append(name_place(place, label, curves) | kept)
+        lines.append(name_place(place, curves) | {"method": label} | kept)
     return pd.DataFrame(lines)
 
 
 def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
     """Return a panel for each model and task, a line for each row."""
-    groups, labels = group_curves(curves), list(dict.fromkeys(curve.label for curve in curves))
+    groups, labels = group_runs(curves), list(dict.fromkeys(curve.label for curve in curves))
     places = list(dict.fromkeys(curve.place for curve in curves))
     ticks = sorted({rank for curve in curves for rank in curve.scores})
     figure, panels = create_panels(len(places), 2.3)
