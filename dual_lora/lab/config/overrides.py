@@ -216,11 +216,13 @@ def check_group_choice(group: str, name: str) -> None:
         UserError: with the nearest name, and all.
     """
     known = list_choices(group)
+    if name in known:
+        return
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is not a typo of roberta-base
     hint = f" Did you mean {near[0]}?" if near else ""
     outside = group == "model" and is_model_place(name)
     others = " Any other is model=ORG/NAME, of the hub, or model=DIR." if group == "model" else ""
-    require(name in known or outside, f"{group}={name}: no such {group}.{hint}{others} Known: {', '.join(known)}")
+    require(outside, f"{group}={name}: no such {group}.{hint}{others} Known: {', '.join(known)}")
 
 
 def suggest_setting(key: str) -> str:

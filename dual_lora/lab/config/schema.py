@@ -109,13 +109,13 @@ def iterate_leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]
         yield from iterate_leaves(value, f"{prefix}.{name}" if prefix else str(name))
 
 
-def check_values(values: object) -> None:
+def check_values(prefix: str, values: object) -> None:
     """Refuse texts that are empty or hold what no terminal shows, and numbers that are infinite, NaN or too large.
 
     Raises:
         UserError: with the setting and its value.
     """
-    for key, value in iterate_leaves(values):
+    for key, value in iterate_leaves(values, prefix):
         if isinstance(value, str) and not key.startswith(("task.options", "task.stop")):
             require(value != "", f"{key}=: empty; give a value, or null for none")
             require(value.isprintable() and len(value) < 4000, f"{key}={value[:80]!r}: not a line of text")
@@ -173,6 +173,7 @@ class Model:
         )
 
     def __post_init__(self) -> None:
+        check_values("model", self)
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         if not is_hub_id(self.name):
             check_file_name("model.name", self.name, "it names the run's folder")
@@ -223,6 +224,7 @@ class Task:
     train_rows: int | None = setting("official number of training examples, for plans without the data")
 
     def __post_init__(self) -> None:
+        check_values("task", self)
         for part in self.name.split("/"):
             check_file_name("task.name", part, "it names the run's folder")
         check_choice("task.checkpoint", self.checkpoint, ("last", "best", "best_loss"))
@@ -267,6 +269,7 @@ class Method:
     )
 
     def __post_init__(self) -> None:
+        check_values("method", self)
         check_file_name("method.name", self.name, "it names the run's folder")
         check_positive("method", self, "lr", "alpha", "magnitude_ratio", "r1", "r2", "lr_ratio")
         check_range("method", self, 0, 1, "dropout", "magnitude_ratio", "ramp_share")
@@ -321,6 +324,7 @@ class Train:
     )
 
     def __post_init__(self) -> None:
+        check_values("train", self)
         check_choice("train.schedule", self.schedule, ("linear", "cosine", "constant", "constant_with_warmup"))
         check_positive("train", self, "lr", "epochs", "max_steps", "batch_size", "accumulation")
         check_positive("train", self, "save_steps", "save_minutes", "log_steps", "max_examples", "loss_scale")
@@ -343,6 +347,7 @@ class Evaluate:
     )
 
     def __post_init__(self) -> None:
+        check_values("eval", self)
         check_positive("eval", self, "batch_size", "max_examples", "holdout", "holdout_skip", "development_rows")
         apart = self.holdout is not None or self.holdout_skip is None
         require(apart, f"eval.holdout_skip={self.holdout_skip}: needs eval.holdout, the rows after those skipped")
@@ -364,6 +369,7 @@ class Wandb:
     tags: list[str] = setting("tags in addition to model, task and method")
 
     def __post_init__(self) -> None:
+        check_values("wandb", self)
         check_choice("wandb.mode", self.mode, WANDB_MODES)
 
 
@@ -378,6 +384,7 @@ class Hardware:
     base: str | None = setting("null, or nf4: the frozen base is held in 4 bits (QLoRA)")
 
     def __post_init__(self) -> None:
+        check_values("hardware", self)
         check_choice("hardware.sharding", self.sharding, ("none", "replicas", "full"))
         if self.base is not None:
             check_choice("hardware.base", self.base, ("nf4",))
@@ -463,7 +470,9 @@ class Settings:
         return f"{self.examples_per_step} examples{split}"
 
     def __post_init__(self) -> None:
-        check_values(self)
+        for own in fields(self):
+            if not is_dataclass(own.type):  # a group has checked its own
+                check_values(own.name, getattr(self, own.name))
         idle = self.method.peft is not None and not self.model.adapt
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
         base, frozen = self.hardware.base, self.method.peft is not None

@@ -207,7 +207,10 @@ class Experiment:
         Raises:
             UserError: one of them is wrong, or different runs would stand in one place of the table.
         """
-        jobs = self.list_jobs(extra)
+        return self.compose_jobs(self.list_jobs(extra), extra)
+
+    def compose_jobs(self, jobs: list[tuple[str, dict[str, str]]], extra: list[str]) -> list[Cell]:
+        """Return the cells of the jobs that `list_jobs` gives, as `compose_cells`."""
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
@@ -227,7 +230,7 @@ class Experiment:
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
-        return self.add_sources(found, extra) if self.starts else found
+        return self.add_sources(found, jobs, extra) if self.starts else found
 
     def list_jobs(self, extra: list[str]) -> list[tuple[str, dict[str, str]]]:
         """Return the label and the overrides of every cell, without seeds and without `extra`."""
@@ -241,7 +244,9 @@ class Experiment:
             for job in parse_overrides(drop_replaced_overrides(words))
         ]
 
-    def add_sources(self, cells: list[Cell], extra: list[str]) -> list[Cell]:
+    def add_sources(
+        self, cells: list[Cell], jobs: list[tuple[str, dict[str, str]]], extra: list[str]
+    ) -> list[Cell]:
         """Return the cells, each that `starts` names with the cells it starts from: those of its row with every seed,
         whatever seeds and tasks `extra` chooses.
 
@@ -250,11 +255,16 @@ class Experiment:
         """
         kept = [word for word in extra if split_override(word)[0] not in ("seed", "task")]
         asked = {self.starts[task] for task in {cell.settings.task.name for cell in cells} & self.starts.keys()}
-        known = {job.get("task") for _, job in self.list_jobs(extra)}
+        known = {job.get("task") for _, job in jobs}
         for task in asked - known:
             require(False, f"conf/experiment/{self.name}.yaml: starts: {task}: no cell has this task")
-        plain = replace(self, starts={})
-        sources = {task: plain.compose_cells([*kept, f"task={task}"]) for task in sorted(asked)}
+        plain, here = replace(self, starts={}), kept == extra  # here: no seed and no task is left out of `cells`
+        sources = {
+            task: [cell for cell in cells if cell.settings.task.name == task]
+            if here
+            else plain.compose_jobs(jobs, [*kept, f"task={task}"])
+            for task in sorted(asked)
+        }
         return [replace(cell, sources=self.choose_sources(cell, sources)) for cell in cells]
 
     def choose_sources(self, cell: Cell, sources: dict[str, list[Cell]]) -> tuple[Cell, ...]:
