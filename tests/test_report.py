@@ -10,13 +10,12 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
 from matplotlib.figure import Figure
 
 import tasks
-from dual_lora.lab.commands.sweep import report_experiment, run_experiment, sweep_command
+from dual_lora.lab.commands.sweep import report_experiment, run_experiment
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import Table, Text, escape_latex, render_html, render_latex
 from dual_lora.lab.record.record import Record
@@ -35,7 +34,7 @@ from dual_lora.lab.report.figures.results import (
 from dual_lora.lab.report.table import build_main_table, letter_reasons
 from dual_lora.lab.report.values import MARKS, build_frame, list_columns
 from dual_lora.lab.report.write import DIFFERENCES_FILE, mirror_report, write_report
-from dual_lora.lab.study.experiment import SCALES, Cell, Experiment, load_experiment_file
+from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import find_outcomes
 
 GLUE = {
@@ -61,11 +60,6 @@ RATIOS = {
     "cells": {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora", "method.magnitude_ratio=0.25,0.5"]},
     "full": {"seeds": [0, 1, 2], "run": ["model=roberta-base", "task=glue/rte"]},
 }
-
-
-def scales(name: str) -> list[str]:
-    """Return the scales an experiment's file has."""
-    return [key for key in yaml.safe_load((ROOT / "conf/experiment" / f"{name}.yaml").read_text()) if key in SCALES]
 
 
 def finish(settings, right: int, of: int = 100, **changes) -> Record:
@@ -467,21 +461,6 @@ def test_learning_rates_have_a_logarithmic_axis():
     assert axes.get_xscale() == "log"
     set_setting_axis(axes, "method.rank", pd.Series([4.0, 256.0]))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "256"]
-
-
-TABLES = [name for name in list_choices("experiment") if "kind" not in load_experiment_file(name)]
-ALL = [Experiment.load(name, s) for name in TABLES for s in ("full", "small") if s in scales(name)]
-
-
-@pytest.mark.parametrize("study", [e.study for e in ALL if (ROOT / "runs" / e.study / "report/table.md").is_file()])
-def test_a_committed_report_is_made_again_byte_for_byte_from_committed_records(study, runs_folder):
-    if not list((ROOT / "runs" / study).glob("*/result.json")):
-        pytest.skip("its records are not kept below runs/")
-    (experiment,) = [e for e in ALL if e.study == study]
-    shutil.copytree(ROOT / "runs" / study, runs_folder / study, ignore=shutil.ignore_patterns("report"))
-    assert sweep_command([f"experiment={experiment.name}", f"scale={experiment.scale}", "run=false"]) == 0
-    for path in [p for p in (ROOT / "runs" / study / "report").iterdir() if p.suffix in (".md", ".tex", ".csv")]:
-        assert (runs_folder / study / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_the_csv_holds_every_value(study, tmp_path):
