@@ -18,7 +18,7 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 from tasks.base import LONGEST_QUOTE, Row, TaskError, quote
-from tasks.own_files import LEAVE_OUT, OwnFiles, Place, Placed, text_of
+from tasks.own_files import LEAVE_OUT, OwnFiles, Place, Placed, get_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,7 +84,7 @@ class Classification(OwnFiles):
         """The class names in index order, as listed or as training has them; none while no folder is known."""
         if self.form == "regression" or self.data_dir is None:
             return ()
-        return self.listed or tuple(in_order({row["label"] for _, row in self.rows()["train"]}))
+        return self.listed or tuple(sort_labels({row["label"] for _, row in self.rows()["train"]}))
 
     def needed(self, known: Row) -> tuple[str, ...]:
         return tuple(name for name in (self.text, self.text_pair, self.label) if name)
@@ -105,15 +105,15 @@ class Classification(OwnFiles):
             TaskError: a column holds something else, or a class that `labels` does not list.
         """
         place, row = placed
-        pair = text_of(place, row, self.text_pair) if self.text_pair else ""
-        label = (number_of if self.form == "regression" else class_of)(place, row, self.label)
+        pair = get_text(place, row, self.text_pair) if self.text_pair else ""
+        label = (get_number if self.form == "regression" else get_class)(place, row, self.label)
         if not self.listed and str(label).casefold() in MISSING:
             remedy = "fill it in, remove the row, or list all classes with task.options.labels"
             raise TaskError(f"{place}, column {self.label!r}: {label!r} stands for a missing value; {remedy}")
         if self.listed and self.form == "classification" and label not in self.listed:
             what = f"{place}, column {self.label!r}: {quote(label)} is none of task.options.labels"
             raise TaskError(f"{what}, {', '.join(self.listed)[:200]}; fix the row or list it")
-        return {"text": text_of(place, row, self.text), "text_pair": pair, "label": label}
+        return {"text": get_text(place, row, self.text), "text_pair": pair, "label": label}
 
     def check(self, found: dict[str, list[Placed]]) -> None:
         """Refuse classes that do not fit the metric, or that cannot be learnt and measured.
@@ -139,8 +139,8 @@ class Classification(OwnFiles):
         for seen in first.values():
             places = seen | places
         alike: dict[Hashable, str] = {}
-        for label in in_order(places):
-            if (other := alike.setdefault(spell(label), label)) != label:
+        for label in sort_labels(places):
+            if (other := alike.setdefault(normalize_label(label), label)) != label:
                 remedy = "write both alike, or list the classes with task.options.labels"
                 what = f"{quote_ascii(label)} and {quote_ascii(other)} differ in spelling only"
                 raise TaskError(f"{places[label]}, column {self.label!r}: {what}; {remedy}")
@@ -218,13 +218,13 @@ class Classification(OwnFiles):
         return 1 + max((row[key] for row in rows for key in ("answer", "gold")), default=-1)
 
 
-def in_order(labels: Any) -> list[str]:
+def sort_labels(labels: Any) -> list[str]:
     """Return class names in sorted order, whole numbers by their value."""
     whole = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
     return sorted(labels, key=lambda label: (int(label) if whole else 0, label))
 
 
-def spell(label: str) -> Hashable:
+def normalize_label(label: str) -> Hashable:
     """Return what is equal for class names that differ in spelling only: in capitals, blanks, invisible characters or
     the form of accents; a number's value."""
     plain = "".join(c for c in unicodedata.normalize("NFC", label).casefold() if unicodedata.category(c) != "Cf")
@@ -240,7 +240,7 @@ def quote_ascii(label: str) -> str:
     return quote(label) if label.isascii() else ascii(label[:LONGEST_QUOTE])
 
 
-def class_of(place: Place, row: Row, column: str) -> str:
+def get_class(place: Place, row: Row, column: str) -> str:
     """Return a class name, without the blanks around it; whole numbers and true or false are names, too.
 
     Raises:
@@ -256,10 +256,10 @@ def class_of(place: Place, row: Row, column: str) -> str:
     if isinstance(value, float) and not math.isnan(value):
         remedy = "write a class name or a whole number, or take task.options.metric=pearson"
         raise TaskError(f"{place}, column {column!r}: {value} is not a class; {remedy}")
-    return text_of(place, row | {column: None} if isinstance(value, float) else row, column).strip()
+    return get_text(place, row | {column: None} if isinstance(value, float) else row, column).strip()
 
 
-def number_of(place: Place, row: Row, column: str) -> float:
+def get_number(place: Place, row: Row, column: str) -> float:
     """Return a finite number.
 
     Raises:
@@ -267,7 +267,7 @@ def number_of(place: Place, row: Row, column: str) -> float:
     """
     value = row[column]
     try:
-        number = float(text_of(place, row, column) if isinstance(value, str) or value is None else value)
+        number = float(get_text(place, row, column) if isinstance(value, str) or value is None else value)
     except (TypeError, ValueError) as error:
         if isinstance(error, TaskError):
             raise

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks import base
 from tasks.base import Output, Row, TaskError
-from tasks.own_files import OwnFiles, Place, Placed, text_of
+from tasks.own_files import OwnFiles, Place, Placed, get_text
 
 if TYPE_CHECKING:
     from tasks.measures import Score
@@ -91,11 +91,11 @@ class Instruction(OwnFiles):
     def parse(self, placed: Placed) -> Row:
         place, row = placed
         if set(self.columns) <= row.keys():
-            prompt, target = (text_of(place, row, name) for name in self.columns)
+            prompt, target = (get_text(place, row, name) for name in self.columns)
             messages, prompt = [said(prompt)], prompt + self.separator
         elif set(ALPACA) <= row.keys():
-            instruction, target = (text_of(place, row, name) for name in ALPACA)
-            given = text_of(place, {"input": row.get("input") or ""}, "input", empty=True).strip()
+            instruction, target = (get_text(place, row, name) for name in ALPACA)
+            given = get_text(place, {"input": row.get("input") or ""}, "input", empty=True).strip()
             messages = [said(f"{instruction}\n\n{given}" if given else instruction)]
             context = f"\n\n### Input:\n{given}" if given else ""
             prompt = f"{PREAMBLES[bool(given)]}{instruction}{context}\n\n### Response:\n"
@@ -171,7 +171,7 @@ def checked_messages(place: Place, value: Any) -> list[Row]:
         if not isinstance(content, str):
             what = f"the content of message {number} is {base.quote(content)}, not text"
             raise TaskError(f"{column}: {what}; {like}")
-        found.append({"role": message["role"], "content": text_of(place, {"messages": content}, "messages")})
+        found.append({"role": message["role"], "content": get_text(place, {"messages": content}, "messages")})
     if found[-1]["role"] != "assistant":
         raise TaskError(f"{column}: ends with the {found[-1]['role']}; the last message must be the assistant's answer")
     return found

@@ -67,7 +67,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
     if not root.is_dir():
         raise TaskError(f"data_dir={data_dir}: no such folder")
     try:
-        paths = sorted(path for path in root.iterdir() if kind_of(path) and not path.name.startswith("."))
+        paths = sorted(path for path in root.iterdir() if find_ending(path) and not path.name.startswith("."))
     except OSError as error:
         raise TaskError(
             f"data_dir={data_dir}: cannot be read ({error.strerror}); check that you may read it"
@@ -90,7 +90,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
     return {split: tuple(files) for split, files in found.items()}
 
 
-def kind_of(path: Path) -> str | None:
+def find_ending(path: Path) -> str | None:
     """Return the ending by which a file is read, without .gz; None if it is no table."""
     kind = next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
     return kind and kind.removesuffix(".gz")
@@ -123,7 +123,7 @@ def check_content(path: Path) -> None:
 def stem_of(path: Path) -> str:
     """Return a table's name without its ending, in lower case."""
     name = path.name.lower().removesuffix(".gz")
-    return name.removesuffix(kind_of(path))
+    return name.removesuffix(find_ending(path))
 
 
 def split_of(path: Path) -> str | None:
@@ -150,7 +150,7 @@ def check_shards(files: list[Path]) -> None:
 def what_is_there(root: Path) -> str:
     """Return what a folder without tables holds, for the message."""
     names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    below = next((path for path in sorted(root.iterdir()) if path.is_dir() and any(map(kind_of, path.iterdir()))), None)
+    below = next((path for path in sorted(root.iterdir()) if path.is_dir() and any(map(find_ending, path.iterdir()))), None)
     if below:
         return f"no table in it, but in {below.name}/: give data_dir={below}"
     none = f"no {', '.join(TEXT_KINDS)} or .parquet in it"
@@ -176,7 +176,7 @@ def read_rows(path: Path, quotes: bool) -> list[Placed]:
         ".json": lambda: read_list(path),
         ".parquet": lambda: read_parquet(path),
     }
-    found = list(readers[kind_of(path)]())
+    found = list(readers[find_ending(path)]())
     if not found:
         raise TaskError(f"{path}: no rows; put some into it")
     return found
@@ -288,12 +288,12 @@ def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remed
     Raises:
         TaskError: with the first such row, or the file where all rows have the same columns.
     """
-    one_header = kind_of(path) not in (".jsonl", ".json")
+    one_header = find_ending(path) not in (".jsonl", ".json")
     for place, row in rows[:1] if one_header else rows:
         base.check_header(path if one_header else place, row, needed, remedy)
 
 
-def text_of(place: Place, row: Row, column: str, empty: bool = False) -> str:
+def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
     """Return a text column of a row.
 
     Raises:
