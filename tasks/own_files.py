@@ -150,7 +150,8 @@ def check_shards(files: list[Path]) -> None:
 def what_is_there(root: Path) -> str:
     """Return what a folder without tables holds, for the message."""
     names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    below = next((path for path in sorted(root.iterdir()) if path.is_dir() and any(map(find_ending, path.iterdir()))), None)
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    below = next((path for path in folders if any(map(find_ending, path.iterdir()))), None)
     if below:
         return f"no table in it, but in {below.name}/: give data_dir={below}"
     none = f"no {', '.join(TEXT_KINDS)} or .parquet in it"

@@ -210,7 +210,11 @@ class Experiment:
         return self.compose_jobs(self.list_jobs(extra), extra)
 
     def compose_jobs(self, jobs: list[tuple[str, dict[str, str]]], extra: list[str]) -> list[Cell]:
-        """Return the cells of the jobs that `list_jobs` gives, as `compose_cells`."""
+        """Return the cells of the jobs that `list_jobs` gives, as `compose_cells`.
+
+        Raises:
+            UserError: as `compose_cells`.
+        """
         places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
@@ -244,9 +248,7 @@ class Experiment:
             for job in parse_overrides(drop_replaced_overrides(words))
         ]
 
-    def add_sources(
-        self, cells: list[Cell], jobs: list[tuple[str, dict[str, str]]], extra: list[str]
-    ) -> list[Cell]:
+    def add_sources(self, cells: list[Cell], jobs: list[tuple[str, dict[str, str]]], extra: list[str]) -> list[Cell]:
         """Return the cells, each that `starts` names with the cells it starts from: those of its row with every seed,
         whatever seeds and tasks `extra` chooses.
 
