@@ -110,6 +110,7 @@ def run_command(command: Callable[..., int], *args: object) -> NoReturn:
     """
     name = Path(sys.argv[0]).name
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the scripts block while they import this
         with guard_screen(name):
             code = run_guarded(name, command, *args)
     except (Stopped, KeyboardInterrupt) as stopped:  # before the work, or after it
