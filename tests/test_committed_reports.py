@@ -12,7 +12,7 @@ from dual_lora.lab.config import paths
 REPORTS = {
     "verdict": ["experiment=verdict", "scale=small"],
     "similarity": ["experiment=similarity", "scale=small", "task=glue/sst2"],
-    "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2", "seed=0,1,2"],
+    "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "rank_allocation_small": ["experiment=rank_allocation", "scale=small"],
     "update_rank_small": ["experiment=update_rank", "scale=small"],
     "commonsense_small": ["experiment=commonsense", "scale=small"],
