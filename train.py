@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for `run_command`, which answers it
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits for `run_command`, which answers it
 os.environ.setdefault("DUAL_LORA_LAZY", "1")  # settings are checked before torch is imported
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
