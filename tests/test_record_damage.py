@@ -82,7 +82,7 @@ def test_a_rerun_that_is_damaged_costs_the_finished_run_nothing(name, content, r
     if content is None and name != "result.json":
         shutil.rmtree(record.folder / "adapter") if name.startswith("adapter") else (record.folder / name).unlink()
         (again.folder / name).unlink()
-        with pytest.raises(UserError, match=f"{name.partition('/')[0]}.*: changed since the run"):
+        with pytest.raises(UserError, match=f"{name.partition('/')[0]}.*: removed since the run"):
             train_run(Run.prepare(load_settings(RUN)))
         assert (again.folder / "result.json").is_file()
         return

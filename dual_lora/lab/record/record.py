@@ -231,6 +231,7 @@ class Record:
         for name in (name for name in kept if name.startswith(names or "")):
             path = self.folder / name
             with translate_access_errors(path):
+                require(path.exists(), f"{path}: removed since the run; {RERUN_REMEDY}")
                 same = path.is_file() and hash_file(path) == kept[name]
             require(same, f"{path}: changed since the run; {RERUN_REMEDY}")
         for folder in (folder for folder in SEALED_FOLDERS if kept and folder.startswith(names or "")):
