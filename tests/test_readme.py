@@ -175,6 +175,7 @@ def list_rows(text: str) -> list[list[str]]:
         ("The same for updates of a real full tuning", "fit_full_tuning", 7),
         ("## How similar updates are", "similarity", 4),
         ("## How much rank the score needs", "truncation", 3),
+        ("## The ratio of the two ranks", "ratio", 4),
         ("## Appendix: Figure 2", "rank_allocation_small", 12),
     ],
 )
