@@ -30,7 +30,8 @@ def test_a_report_names_a_damaged_file_that_only_a_figure_or_nothing_needs(name,
     file = found.folder / name
     file.unlink() if content is None else file.write_text(content)
     assert run_experiment(experiment, cells, None) == EXIT_USER
-    assert f"not read: {file}: changed since the run" in capsys.readouterr().err
+    told = "removed" if content is None else "changed"
+    assert f"not read: {file}: {told} since the run" in capsys.readouterr().err
     assert name in (runs_folder / "made/report/table.md").read_text()
 
 

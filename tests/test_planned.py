@@ -90,7 +90,7 @@ def test_experiments_that_share_the_runs_of_the_verdict_ask_for_the_same_runs():
     assert len(my_trials & trials) == 12 and len(my_trials) == 72  # Dual LoRA's of six
     mine, my_trials = identify("ratio")
     middle = mine["Dual LoRA"] & mine["Dual LoRA, scale held"]
-    assert middle <= runs["Dual LoRA"] and len(middle) == 10 and len(my_trials & trials) == 6
+    assert middle <= runs["Dual LoRA"] and len(middle) == 10 and len(my_trials & trials) == 8
     assert identify("own_knobs")[0]["by rule, ramp 6 %"] <= runs["Dual LoRA"]
     for name in ("truncation", "curvature", "frozen_groups", "ratio", "own_knobs"):
         experiment = Experiment.load(name, "small")

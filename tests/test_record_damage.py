@@ -233,7 +233,8 @@ def test_without_its_environment_nobody_knows_a_runs_model_files(damage, record,
     else:
         path.write_bytes(damage)
     for words in ([], ["analyse=true"], [f"export={tmp_path / 'out'}"]):
-        with pytest.raises(UserError, match="environment.json: changed since the run"):
+        told = "removed" if damage is None else "changed"
+        with pytest.raises(UserError, match=f"environment.json: {told} since the run"):
             evaluate_command([f"run={record.folder}", *words])
     assert not (tmp_path / "out").exists()
 
