@@ -23,15 +23,20 @@ REPORTS = {
 }
 # Not by a sweep: docs/results.md has their commands, and says that the first cannot be written again.
 OTHERS = {"learning_rates", "fit_full_tuning"}
-WRITTEN = ("table.md", "table.tex", "table.csv", "differences.csv")
+WRITTEN = (".md", ".tex", ".csv")
+KEPT = (".json", ".jsonl", ".yaml", *WRITTEN)
+
+
+def list_committed():
+    """Return the tracked files below runs/: others may be of runs in progress. Without git, there are no others."""
+    listed = subprocess.run(["git", "ls-files", "runs"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        return [str(path.relative_to(ROOT)) for path in (ROOT / "runs").rglob("*") if path.suffix in KEPT]
+    return listed.stdout.splitlines()
 
 
 def copy_committed(folder):
-    """Copy the tracked files below runs/ into a folder: others may be of runs in progress."""
-    listed = subprocess.run(["git", "ls-files", "runs"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.splitlines():
+    for name in list_committed():
         target = folder.joinpath(*name.split("/")[1:])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target)
@@ -53,7 +58,7 @@ def test_a_committed_report_is_written_again_from_the_records(report, words, com
     monkeypatch.setattr(paths, "RUNS", committed)
     monkeypatch.setenv("DUAL_LORA_RUNS", str(committed))
     folder = committed / report / "report"
-    before = {name: (folder / name).read_bytes() for name in WRITTEN if (folder / name).is_file()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in WRITTEN}
     assert "table.md" in before
     shutil.rmtree(folder)
     assert sweep_command([*words, "run=false"]) == 0

@@ -1,6 +1,8 @@
 """Overrides in Hydra's grammar: each word means what Hydra documents, or is refused in one line; settings that would
 have no effect are refused; and what is composed here is what Hydra composes."""
 
+from dataclasses import fields, is_dataclass, replace
+
 import pytest
 import yaml
 from conftest import ROOT
@@ -16,6 +18,7 @@ from dual_lora.lab.config.compose import GROUPS, compose_choices, load_settings
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
 from dual_lora.lab.config.recorded import ADDED_SETTINGS, load_old_defaults, load_recorded_settings
+from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study.experiment import drop_replaced_overrides
 
@@ -303,3 +306,13 @@ def test_one_key_twice_is_refused(words, message):
 
 def test_parts_of_one_group_are_not_one_key_twice():
     assert parse_overrides(["train.lr=1e-3", "train={epochs:2}", "seed=1"])
+
+
+@pytest.mark.parametrize("own", fields(Settings), ids=lambda own: own.name)
+def test_every_setting_of_every_group_is_checked_under_its_full_name(own):
+    settings = load_settings([])
+    group = getattr(settings, own.name)
+    parts = {f"{own.name}.{f.name}": (group, f.name) for f in fields(group)} if is_dataclass(own.type) else {}
+    for key, (values, name) in (parts or {own.name: (settings, own.name)}).items():
+        with pytest.raises(UserError, match=f"^{key}=4294967296: must be below"):
+            replace(values, **{name: 2**32})

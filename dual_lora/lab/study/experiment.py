@@ -66,6 +66,10 @@ MARGIN_FORM = "positive points for task or mean are needed"
 DERIVED_FIELDS = ("name", "scale", "study")  # fields that no file gives
 
 
+# The label of a cell and its overrides, by key.
+Job = tuple[str, dict[str, str]]
+
+
 @dataclass(frozen=True)
 class Tune:
     """How the learning rate is chosen, the same for every label.
@@ -209,7 +213,7 @@ class Experiment:
         """
         return self.compose_jobs(self.list_jobs(extra), extra)
 
-    def compose_jobs(self, jobs: list[tuple[str, dict[str, str]]], extra: list[str]) -> list[Cell]:
+    def compose_jobs(self, jobs: list[Job], extra: list[str]) -> list[Cell]:
         """Return the cells of the jobs that `list_jobs` gives, as `compose_cells`.
 
         Raises:
@@ -236,7 +240,7 @@ class Experiment:
         self.check_places(found, extra)
         return self.add_sources(found, jobs, extra) if self.starts else found
 
-    def list_jobs(self, extra: list[str]) -> list[tuple[str, dict[str, str]]]:
+    def list_jobs(self, extra: list[str]) -> list[Job]:
         """Return the label and the overrides of every cell, without seeds and without `extra`."""
         study = [] if any(e.startswith("study=") for e in extra) else [f"study={self.find_run_study()}"]
         return [
@@ -248,7 +252,7 @@ class Experiment:
             for job in parse_overrides(drop_replaced_overrides(words))
         ]
 
-    def add_sources(self, cells: list[Cell], jobs: list[tuple[str, dict[str, str]]], extra: list[str]) -> list[Cell]:
+    def add_sources(self, cells: list[Cell], jobs: list[Job], extra: list[str]) -> list[Cell]:
         """Return the cells, each that `starts` names with the cells it starts from: those of its row with every seed,
         whatever seeds and tasks `extra` chooses.
 
@@ -260,17 +264,14 @@ class Experiment:
         known = {job.get("task") for _, job in jobs}
         for task in asked - known:
             require(False, f"conf/experiment/{self.name}.yaml: starts: {task}: no cell has this task")
-        plain, here = replace(self, starts={}), kept == extra  # here: no seed and no task is left out of `cells`
-        sources = {
-            task: [cell for cell in cells if cell.settings.task.name == task]
-            if here
-            else plain.compose_jobs(jobs, [*kept, f"task={task}"])
-            for task in sorted(asked)
-        }
+        sources = cells
+        if asked and kept != extra:  # words left out seeds or tasks that the cells start from
+            words = [*kept, f"task={','.join(sorted(asked))}"]
+            sources = replace(self, starts={}).compose_jobs(jobs, words)
         return [replace(cell, sources=self.choose_sources(cell, sources)) for cell in cells]
 
-    def choose_sources(self, cell: Cell, sources: dict[str, list[Cell]]) -> tuple[Cell, ...]:
-        """Return the cells among `sources` (by task) of a cell's row.
+    def choose_sources(self, cell: Cell, sources: list[Cell]) -> tuple[Cell, ...]:
+        """Return the cells among `sources` that a cell starts from: those of its row, on the task that `starts` names.
 
         Raises:
             UserError: there is none.
@@ -282,8 +283,9 @@ class Experiment:
         place = [get_setting(cell.settings, key) for key in heads]
         found = tuple(
             other
-            for other in sources[task]
-            if other.label == cell.label and [get_setting(other.settings, key) for key in heads] == place
+            for other in sources
+            if (other.settings.task.name, other.label) == (task, cell.label)
+            and [get_setting(other.settings, key) for key in heads] == place
         )
         where = f"conf/experiment/{self.name}.yaml: starts.{cell.settings.task.name}: {task}"
         require(

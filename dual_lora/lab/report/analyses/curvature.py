@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
@@ -116,10 +116,10 @@ def draw_scatter(points: list[Point]) -> Figure | None:
     middle = np.exp(np.mean([np.log(p.eigenvalue * p.rate) for p in shown]))
     axes.plot(xs, middle / xs, "--", color=GREY, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="largest Hessian eigenvalue at the start", ylabel="best learning rate")
+    axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[i % len(COLORS)]) for i in range(len(labels))]
     kinds = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], linestyle="", color=GREY) for i in range(len(places))]
