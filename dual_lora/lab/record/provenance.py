@@ -28,8 +28,9 @@ RECORD_VERSION = 2
 ATTEMPT_FIELDS = ("started", "commit", "uncommitted_changes", "code")
 
 
+@cache
 def get_installed_version(package: str) -> str | None:
-    """Return a package's version; None if it is not installed."""
+    """Return the version of a package that this process started with; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

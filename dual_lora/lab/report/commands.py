@@ -7,9 +7,11 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
@@ -44,13 +46,19 @@ def build_words(settings: Settings) -> list[str] | None:
     try:
         for _ in range(MAX_ROUNDS):
             found = [f"{key}={value}" for key, value in words.items() if (key, value) != ("hardware", "single")]
-            made = load_settings(found)
+            made = compose_words(paths.CONF, tuple(found))
             if serialize_identity_settings(made) == wanted:
                 return found
             words |= dict(iterate_differences(asdict(made), asdict(alone)))
     except UserError:  # a value that no command line gives
         pass
     return None
+
+
+@cache
+def compose_words(conf: Path, words: tuple[str, ...]) -> Settings:
+    """Return the settings that these overrides compose from the files in `conf`; the rows of a report share many."""
+    return load_settings(list(words))
 
 
 def iterate_differences(made: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, str]]:
