@@ -46,6 +46,12 @@ def test_several_seeds_are_one_command():
     assert [made.seed for made in compose_command(command)] == [1, 2]
 
 
+def test_when_checkpoints_are_written_is_no_part_of_a_command():
+    words = ["model=tiny-roberta", "task=demo/sentiment", "method=lora"]
+    often = load_settings([*words, "train.save_minutes=5", "train.save_steps=10"])
+    assert build_command([often]) == build_command([load_settings(words)])
+
+
 def test_folders_are_named_as_ones_to_fill_in_and_texts_are_quoted():
     settings = load_settings(["model=tiny-gpt2", "task=e2e", "task.options.separator='<|endoftext|>'"])
     settings = replace(settings, data_dir="/secret/place", init_from="/secret/runs/nlg/tiny_e2e_s0_abc")

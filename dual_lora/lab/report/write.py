@@ -154,6 +154,8 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
     """Send a written report to W&B, as a run of its own in the study's group: its tables, all values, every
     figure."""
     wandb = done[0].settings.wandb
+    if wandb.mode == "disabled":
+        return
     study = folder.parent.name
     mirror = open_mirror(
         wandb.mode,
