@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,18 @@ def hydra() -> None:
     """No test meets the Hydra that an earlier one has set up; the method's own tests do without Hydra."""
     if core := sys.modules.get("hydra.core.global_hydra"):
         core.GlobalHydra.instance().clear()
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """No test meets variables that an earlier one's code has set, as launchers do for the processes they start."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() | before.keys():
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture

@@ -98,8 +98,6 @@ def test_a_run_without_a_result_is_a_row_of_dashes(runs_folder):
 def test_a_launcher_that_does_one_run_at_a_time_does_them_all(runs_folder, monkeypatch, capfd):
     """joblib then works in a thread of this process. The runs' folder may have any name."""
     monkeypatch.setattr(paths, "RUNS", runs_folder / "of ${y}, it's")
-    for name in ("PYTHONPATH", "TQDM_DISABLE"):  # it sets them: no other test shall see that
-        monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else str(ROOT))
     words = ["hydra/launcher=workstation", "hydra.launcher.n_jobs=1", "seed=1,2"]
     assert train_command(["-m", *TINY, *words]) == EXIT_OK
     assert "2 of 2 runs finished" in capfd.readouterr().err

@@ -26,10 +26,8 @@ def test_a_switch_is_named_as_it_is_typed(runs_folder):
     assert [run.label for run in runs] == ["dual_lora group_by_length=null", "dual_lora group_by_length=true"]
 
 
-def test_runs_of_a_launcher_name_what_varies(runs_folder, monkeypatch, capfd):
+def test_runs_of_a_launcher_name_what_varies(runs_folder, capfd):
     """joblib with one process works in a thread of this one."""
-    for name in ("PYTHONPATH", "TQDM_DISABLE"):  # it sets them: no other test shall see that
-        monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else str(ROOT))
     launcher = ["hydra/launcher=workstation", "hydra.launcher.n_jobs=1"]
     words = [word for word in TINY if not word.startswith("train.")]
     assert (

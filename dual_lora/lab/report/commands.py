@@ -20,7 +20,7 @@ from dual_lora.lab.record.identity import serialize_identity_settings
 # Setting a value may change others that follow from it, so differences are looked for again, at most so often.
 MAX_ROUNDS = 4
 PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is
-# What a command leaves out: where files are, when they are written, what is logged where, and defaults of other settings.
+# What a command leaves out: where files are, when and where something is written, and defaults of other settings.
 LEFT_OUT = ("wandb", "model.path", "model.architecture", "method.lr", "task.train_rows", "seed", "study", "data_dir")
 LEFT_OUT += ("init_from", "force", "plan", "eval.before", "train.save_steps", "train.save_minutes")
 
