@@ -73,14 +73,14 @@ def find_files(data_dir: str | None, name: str) -> Files:
             f"data_dir={data_dir}: cannot be read ({error.strerror}); check that you may read it"
         ) from error
     if not paths:
-        raise TaskError(f"data_dir={data_dir}: {what_is_there(root)}")
+        raise TaskError(f"data_dir={data_dir}: {describe_folder(root)}")
     for path in paths:
         check_content(path)
-    if len(paths) == 1 and split_of(paths[0]) is None:
+    if len(paths) == 1 and find_split(paths[0]) is None:
         return {"train": (paths[0],)}
     found: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
-        if (split := split_of(path)) is None:
+        if (split := find_split(path)) is None:
             raise TaskError(f"{path}: not named after a split; rename it to train, validation or test, or move it away")
         found[split].append(path)
     if "train" not in found:
@@ -120,15 +120,15 @@ def check_content(path: Path) -> None:
         raise TaskError(f"{path}: its content is not gzipped; take .gz off its name")
 
 
-def stem_of(path: Path) -> str:
+def get_stem(path: Path) -> str:
     """Return a table's name without its ending, in lower case."""
     name = path.name.lower().removesuffix(".gz")
     return name.removesuffix(find_ending(path))
 
 
-def split_of(path: Path) -> str | None:
+def find_split(path: Path) -> str | None:
     """Return the split a file's name says, None if it says none."""
-    word = re.split(r"[-_. ]", stem_of(path))[0]
+    word = re.split(r"[-_. ]", get_stem(path))[0]
     return next((split for split, words in ALIASES.items() if word in words), None)
 
 
@@ -138,16 +138,16 @@ def check_shards(files: list[Path]) -> None:
     Raises:
         TaskError: with the files.
     """
-    shards = [SHARD.search(stem_of(path)) for path in files]
+    shards = [SHARD.search(get_stem(path)) for path in files]
     if len(files) == 1 and shards[0] is None:
         return
     if None in shards:
-        raise TaskError(f"{files[0]} and {files[1].name}: both are the {split_of(files[0])} split; keep one of them")
+        raise TaskError(f"{files[0]} and {files[1].name}: both are the {find_split(files[0])} split; keep one of them")
     if {int(shard[1]) for shard in shards} != set(range(int(shards[0][2]))) or len({s[2] for s in shards}) > 1:
         raise TaskError(f"{files[0]}: {len(files)} of its {int(shards[0][2])} parts are there; fetch the others")
 
 
-def what_is_there(root: Path) -> str:
+def describe_folder(root: Path) -> str:
     """Return what a folder without tables holds, for the message."""
     names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
     folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
@@ -183,7 +183,7 @@ def read_rows(path: Path, quotes: bool) -> list[Placed]:
     return found
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def get_stamp(path: Path) -> tuple[int, int]:
     """Return what changes when a file does.
 
     Raises:
@@ -233,7 +233,7 @@ def read_objects(path: Path) -> Iterator[Placed]:
         if line.strip():
             place = Place(path, number, "line")
             comma = "; end the line without a comma" if line.rstrip().endswith("},") else ""
-            yield place, checked_object(base.parse_json(line, str(place), f"write one object a line{comma}"), place)
+            yield place, require_object(base.parse_json(line, str(place), f"write one object a line{comma}"), place)
 
 
 def read_list(path: Path) -> Iterator[Placed]:
@@ -248,10 +248,10 @@ def read_list(path: Path) -> Iterator[Placed]:
         raise TaskError(f"{path}: not a list; {remedy}")
     for number, value in enumerate(content, start=1):
         place = Place(path, number, "row")
-        yield place, checked_object(value, place)
+        yield place, require_object(value, place)
 
 
-def checked_object(value: Any, place: Place) -> Row:
+def require_object(value: Any, place: Place) -> Row:
     """Return a row as it was read.
 
     Raises:
@@ -409,7 +409,7 @@ class OwnFiles(Task):
             TaskError: a file or row is not what it should be, or an example is in both.
         """
         files = self.used(data_dir)
-        stamps = tuple((path, *stamp(path)) for paths in files.values() for path in paths)
+        stamps = tuple((path, *get_stamp(path)) for paths in files.values() for path in paths)
         if self._read[0] != stamps:
             found = {split: [row for path in paths for row in self.parsed(path)] for split, paths in files.items()}
             if len(found) == 1:
@@ -430,7 +430,7 @@ class OwnFiles(Task):
 
     def parsed(self, path: Path) -> list[Placed]:
         placed, remedy = read_rows(path, self.quotes), self.remedy()
-        if split_of(path) == "test":
+        if find_split(path) == "test":
             remedy += f"; {LEAVE_OUT}"
         check_columns(path, placed, self.needed(placed[0][1]), remedy)
         return [(place, self.parse((place, row))) for place, row in placed]

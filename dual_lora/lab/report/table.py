@@ -308,7 +308,10 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
     places = [cell.record.read_environment() for cell in done if cell.result]
     known = [place for place in places if place]
     if known:
-        machines = {f"{p.get('accelerator') or p.get('processor')}, {p['threads']} threads" for p in known}
+        machines = {
+            f"{p.get('accelerator') or p.get('processor')}, {p['threads']} thread{'s' * (p['threads'] != 1)}"
+            for p in known
+        }
         yield f"machines: {'; '.join(sorted(machines))}"
     if places:
         commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}
