@@ -15,6 +15,7 @@ REPORTS = {
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "ratio": ["experiment=ratio", "scale=small", "task=glue/sst2", "method.magnitude_ratio=0.0625,0.5,0.9375"],
     "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2"],
+    "frozen_groups": ["experiment=frozen_groups", "scale=small"],
     "gradient_dtype": ["experiment=gradient_dtype", "scale=small"],
     "rank_allocation_small": ["experiment=rank_allocation", "scale=small"],
     "update_rank_small": ["experiment=update_rank", "scale=small"],
