@@ -151,8 +151,8 @@ def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:
 
 
 def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> None:
-    """Send a written report to W&B, as a run of its own in the study's group: its tables, all values, every
-    figure."""
+    """Send a written report to W&B, unless it is disabled, as a run of its own in the study's group: its tables, all
+    values, every figure."""
     wandb = done[0].settings.wandb
     if wandb.mode == "disabled":
         return
