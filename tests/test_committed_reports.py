@@ -17,6 +17,7 @@ REPORTS = {
     "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2"],
     "frozen_groups": ["experiment=frozen_groups", "scale=small"],
     "gradient_dtype": ["experiment=gradient_dtype", "scale=small"],
+    "gradient_dtype_e2e": ["experiment=gradient_dtype_e2e", "scale=small"],
     "rank_allocation_small": ["experiment=rank_allocation", "scale=small"],
     "update_rank_small": ["experiment=update_rank", "scale=small"],
     "commonsense_small": ["experiment=commonsense", "scale=small"],
