@@ -15,14 +15,14 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.record.identity import NOT_IDENTITY, serialize_identity_settings
 
 # Setting a value may change others that follow from it, so differences are looked for again, at most so often.
 MAX_ROUNDS = 4
 PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is
-# What a command leaves out: where files are, when and where something is written, and defaults of other settings.
-LEFT_OUT = ("wandb", "model.path", "model.architecture", "method.lr", "task.train_rows", "seed", "study", "data_dir")
-LEFT_OUT += ("init_from", "force", "plan", "eval.before", "train.save_steps", "train.save_minutes")
+# What a command leaves out: where files are, and what changes neither the result nor the log.
+LEFT_OUT = {"wandb", "seed", "study", "data_dir", "init_from", "force", "plan"}
+LEFT_OUT |= {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys if not key.startswith("log_")}
 
 
 def build_command(all_settings: list[Settings]) -> str:
