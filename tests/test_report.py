@@ -23,6 +23,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.report import write as report_write
 from dual_lora.lab.report.comparison.blocks import format_verdict
 from dual_lora.lab.report.comparison.comparisons import compare_cells
+from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.comparison.matches import Predictions, iterate_matches
 from dual_lora.lab.report.figures.layout import compute_half_interval
 from dual_lora.lab.report.figures.results import (
@@ -428,6 +429,20 @@ def test_the_checklist_is_counted_from_the_records(study, tmp_path):
     assert "- runs: 4 of 8 finished; seeds 0, 1" in text and "- tuning: none; one given rate for each row" in text
     assert "- code: 4 of 4 runs are of committed code" in text
     assert "deterministic=true in 0 of 4 runs" in text and "- scores: on validation, after the last epoch" in text
+
+
+@pytest.mark.parametrize(("score", "lines", "title"), [(50, [], "glue/rte (floor: 50.0)"), (69, [69], "glue/rte")])
+def test_a_floor_far_below_does_not_stretch_the_axis(study, score, lines, title):
+    cells = RATIOS["cells"] | {"head only": ["method=lora", "method.rank=1"]}
+    experiment, done = study(
+        RATIOS | {"cells": cells, "floors": ["head only"]},
+        lambda label, s: score if label == "head only" else 70 + s.seed,
+    )
+    floor = Floor(("roberta-base", "glue/rte"), "head only", score, "LoRA", 1.0, 0.1, frozenset({"LoRA"}))
+    axes = draw_results(experiment, build_frame(experiment, done), done, [floor]).axes[0]
+    assert axes.get_ylim()[1] - axes.get_ylim()[0] < 10
+    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_label() == "floor"] == lines
+    assert axes.get_title() == title
 
 
 def test_equal_lines_and_points_stay_visible_in_a_figure(study):

@@ -69,12 +69,14 @@ def list_cells(part: pd.DataFrame, done: list[Outcome]) -> list[Outcome]:
 
 def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome], floors: list[Floor]) -> Figure:
     """Return a panel for each combination of the rows' settings, a line for each label; what has no value of the
-    columns' setting is a horizontal line. Published points have a panel of their own."""
+    columns' setting is a horizontal line. Published points have a panel of their own. Floors may lie far below: they
+    are drawn where the other rows' range holds them, and in the title where it does not."""
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     known, labels = find_published_points(experiment), list(dict.fromkeys(values["label"]))
     figure, panels = create_panels(len(groups) + bool(known), 2.3)
     for axes, (key, group) in zip(panels, groups, strict=False):
-        draw_labels(axes, group, labels)
+        tested = group[~group["label"].isin(experiment.floors)]
+        draw_labels(axes, group if tested.empty else tested, labels)
         axes.set(title=", ".join(map(str, key)), ylabel=describe_axis(group, done))
     drawn = [(axes, list_cells(group, done)) for axes, (_, group) in zip(panels, groups, strict=False)]
     lost = [axes for axes, cells in drawn if is_unlearned(cells, floors)]
@@ -94,9 +96,14 @@ def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome]
 
 
 def draw_floor(axes: Axes, score: float | None) -> None:
-    """Draw the floor of a panel where its range holds it."""
-    if score is not None and axes.get_ylim()[0] <= score <= axes.get_ylim()[1]:
+    """Draw the floor of a panel where its range holds it; else the title says it."""
+    if score is None:
+        return
+    low, high = axes.get_ylim()
+    if low <= score <= high:
         axes.axhline(score, color=GREY, linestyle=":", linewidth=1, label="floor")
+    else:
+        axes.set_title(f"{axes.get_title()} (floor: {score:.1f})")
 
 
 def draw_labels(axes: Axes, group: pd.DataFrame, labels: list[str]) -> None:
