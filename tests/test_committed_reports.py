@@ -13,7 +13,7 @@ REPORTS = {
     "verdict": ["experiment=verdict", "scale=small"],
     "similarity": ["experiment=similarity", "scale=small", "task=glue/sst2"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
-    "ratio": ["experiment=ratio", "scale=small", "task=glue/sst2", "method.magnitude_ratio=0.0625,0.5,0.9375"],
+    "ratio": ["experiment=ratio", "scale=small"],
     "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2"],
     "frozen_groups": ["experiment=frozen_groups", "scale=small"],
     "gradient_dtype": ["experiment=gradient_dtype", "scale=small"],

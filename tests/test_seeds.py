@@ -15,7 +15,6 @@ from dual_lora.lab.statistics.seeds import (
     compute_equivalence_p,
     compute_equivalence_power,
     compute_seed_test,
-    solve_effect_size,
 )
 from dual_lora.lab.statistics.verdict import combine_p, find_equivalence_p, reach_verdict
 
@@ -50,14 +49,20 @@ def test_seeds_that_all_agree_and_one_seed():
             compute_seed_test(nothing)
 
 
-@pytest.mark.parametrize("seeds", [2, 5, 8])
-def test_the_detectable_difference_has_the_power_it_says(seeds):
+@pytest.mark.parametrize(("seeds", "comparisons", "least"), [(2, 1, 0), (5, 1, 0), (8, 1, 0), (8, 20, 0), (8, 4, 1.1)])
+def test_the_detectable_difference_has_the_power_it_says(seeds, comparisons, least):
     """In simulated studies. (statsmodels' TTestPower says 0.8 for two seeds where the power is 0.46.)"""
-    effect, rng = solve_effect_size(seeds), np.random.default_rng(0)
-    p = ttest_1samp(rng.normal(effect, 1, size=(20000, seeds)), 0, axis=1).pvalue
-    assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.01)
-    assert compute_detectable_difference(2.0, seeds) == pytest.approx(2 * effect)
-    assert compute_detectable_difference(None, seeds) is None and compute_detectable_difference(1.0, 1) is None
+    true, rng = compute_detectable_difference(1.0, seeds, comparisons, least), np.random.default_rng(0)
+    studies = rng.normal(true, 1, size=(20000, seeds))
+    found = ttest_1samp(studies, 0, axis=1).pvalue < 0.05 / comparisons
+    assert np.mean(found & (abs(studies.mean(axis=1)) > least)) == pytest.approx(0.8, abs=0.01)
+    twice = compute_detectable_difference(2.0, seeds, comparisons, 2 * least)
+    assert twice == pytest.approx(2 * true, rel=1e-4)
+
+
+def test_the_detectable_difference_of_equal_seeds_and_of_one():
+    assert compute_detectable_difference(None, 5) is None and compute_detectable_difference(1.0, 1) is None
+    assert compute_detectable_difference(0.0, 5) == 0 and compute_detectable_difference(0.0, 5, 3, 0.7) == 0.7
 
 
 def test_the_power_of_equivalence_is_that_of_simulated_studies():

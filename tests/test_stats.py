@@ -478,6 +478,12 @@ def test_holm_by_hand():
     assert adjust_holm([0.6, 0.9]) == [1, 1] and adjust_holm([None]) == [None] and adjust_holm([]) == []
 
 
+def test_holm_counts_what_is_planned_and_unknown():
+    assert adjust_holm([0.01, None, 0.03], family=5) == [pytest.approx(0.05), None, pytest.approx(0.12)]
+    assert adjust_holm([0.01, 0.03], family=2) == adjust_holm([0.01, 0.03])
+    assert adjust_holm([None], family=3) == [None] and adjust_holm([], family=3) == []
+
+
 @pytest.mark.parametrize("comparisons", [1, 5, 64, 192, 1000])
 def test_the_smallest_p_of_a_family_can_be_shown(comparisons):
     ours, theirs, _ = pair(21, 100, 2, 1.0, 0.5)

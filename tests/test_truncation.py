@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analysed_runs import check_report_without_weights, copy_runs, read_contents, sweep_smoke
+from scipy.stats import spearmanr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +20,7 @@ from dual_lora.lab.report.analyses.truncation import (
     tabulate_shares,
 )
 from dual_lora.lab.report.comparison.floors import Floor
-from dual_lora.lab.statistics.correlation import correlate_ranks
+from dual_lora.lab.statistics.correlation import correlate_ranks, rank_with_ties
 from dual_lora.lab.weights.truncate import CutWeight, write_cut_weights
 
 PLACE = ("tiny", "glue/sst2")
@@ -122,6 +123,21 @@ def test_rank_correlation_is_spearman_s_with_the_interval_of_bonett_and_wright()
     assert np.arctanh([found.low, found.high]) == pytest.approx(np.arctanh(found.rho) + np.array([-half, half]))
     assert correlate_ranks(xs, xs).high == pytest.approx(1)
     assert correlate_ranks(xs[:4], ys[:4]) is None and correlate_ranks(xs, [1] * 8) is None
+
+
+def test_the_p_of_a_rank_correlation_is_exact_for_few_points():
+    """Of the 120 orders of five points ten have a correlation of at least 0.9 or at most -0.9."""
+    assert correlate_ranks([1, 2, 3, 4, 5], [5, 4, 2, 3, 1]).p == pytest.approx(10 / 120)
+    ys = np.random.default_rng(0).normal(size=10)
+    assert correlate_ranks(range(10), ys).p == pytest.approx(spearmanr(range(10), ys).pvalue, abs=0.02)
+
+
+def test_measured_numbers_whose_order_is_chance_are_tied():
+    eigenvalues, rates = [2.84, 0.60, 0.17654, 0.17664, 0.12], [2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    found = correlate_ranks(eigenvalues, rates, tolerance=0.001)
+    assert found.rho == pytest.approx(spearmanr([5, 4, 2, 2, 1], rates).statistic)
+    assert rank_with_ties([3.0, 1.0, 1.001, 1.002, 3.0], 0.0015) == [3, 0, 0, 0, 3]
+    assert rank_with_ties([3.0, 1.0, 1.001, 3.0], 0.0) == [2, 0, 1, 2]
 
 
 @pytest.fixture(scope="module")

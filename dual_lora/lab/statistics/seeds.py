@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import chi, nct, norm, t
+from scipy.stats import chi, norm, t
 from statsmodels.stats.weightstats import DescrStatsW
 
 LEVEL = 0.05
@@ -96,30 +96,32 @@ def allow_zero_deviation() -> warnings.catch_warnings:
 
 
 @functools.cache
-def solve_effect_size(seeds: int, level: float = LEVEL, power: float = POWER) -> float:
-    """Return the mean, in standard deviations, that a two-sided t-test over so many seeds finds with this power.
+def compute_detectable_difference(
+    deviation: float | None, seeds: int, comparisons: int = 1, least: float = 0.0
+) -> float | None:
+    """Return the smallest true difference that so many seeds find in four of five studies; None with one seed.
 
-    Two seeds need 11.5 standard deviations, five 1.7, eight 1.2.
+    Found is what a two-sided t-test over the seeds finds, at the strictest step of Holm's correction for so many
+    comparisons, and what is larger than `least`. One comparison needs 11.5 standard deviations of two seeds, 1.7 of
+    five, 1.2 of eight.
 
-    Raises:
-        ValueError: fewer than two seeds.
+    deviation: the standard deviation of the seeds' differences. least: what another test asks of the mean, in the same
+        unit.
     """
-    if seeds < 2:
-        raise ValueError(f"{seeds} seeds: a t-test needs two")
-    threshold, root = t.ppf(1 - level / 2, seeds - 1), np.sqrt(seeds)
+    if deviation is None or seeds < 2:
+        return None
+    if deviation == 0:
+        return least
+    error, freedom = deviation / np.sqrt(seeds), seeds - 1
+    threshold = t.ppf(1 - LEVEL / comparisons / 2, freedom) / np.sqrt(freedom)
 
-    def miss(effect: float) -> float:  # the far tail holds next to nothing at such a power
-        return nct.sf(threshold, seeds - 1, effect * root) - power
+    def miss(effect: float) -> float:  # in standard errors; the far tail holds next to nothing at such a power
+        # root: the square root of a chi-squared number
+        found = chi(freedom).expect(lambda root: norm.sf(np.maximum(threshold * root, least / error) - effect))
+        return float(found) - POWER
 
-    return float(brentq(miss, 0, 10 * threshold))
-
-
-def compute_detectable_difference(deviation: float | None, seeds: int) -> float | None:
-    """Return the smallest difference that so many seeds find in four of five studies; None with one seed.
-
-    deviation: the standard deviation of the seeds' differences. Before any correction for several comparisons.
-    """
-    return None if deviation is None or seeds < 2 else deviation * solve_effect_size(seeds)
+    highest = 10 * threshold * np.sqrt(freedom) + least / error
+    return float(brentq(miss, 0, highest, rtol=1e-6) * error)
 
 
 def compute_equivalence_power(deviation: float, seeds: int, margin: float) -> float:

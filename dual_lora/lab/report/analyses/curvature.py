@@ -53,8 +53,9 @@ def iterate_curvature_blocks(done: list[Outcome], floors: list[Floor], folder: P
         yield Table(
             pd.DataFrame(found),
             "Spearman's rank correlation of eigenvalue and chosen rate. If curvature sets the rate, it is near -1. The "
-            "95 % interval (Bonett and Wright 2000) takes the points for independent. They are a few rows on a few "
-            "tasks, so it is too narrow for a statement on other methods or tasks.",
+            "95 % interval (Bonett and Wright 2000), rough for so few points, and p (permutation test) take the points "
+            "for independent. They are a few rows on a few tasks, so the interval is too narrow for a statement on "
+            "other methods or tasks. Eigenvalues that differ by no more than the tolerance are tied.",
         )
     else:
         yield Text("No rank correlation: under five points, or all rates or eigenvalues are equal.")
@@ -90,14 +91,15 @@ def iterate_correlations(points: list[Point]) -> Iterator[dict[str, object]]:
     groups |= {f"without {label}": [p for p in points if p.label != label] for label in labels if len(labels) > 2}
     groups |= {f"{task} alone": [p for p in points if p.task == task] for task in places if len(places) > 1}
     for name, some in groups.items():
-        found = correlate_ranks([p.eigenvalue for p in some], [p.rate for p in some])
+        found = correlate_ranks([p.eigenvalue for p in some], [p.rate for p in some], some[0].content["tolerance"])
         if found:
             yield {"points": name, "number": found.points} | format_correlation(found)
 
 
 def format_correlation(found: RankCorrelation) -> dict[str, str]:
-    """Return a correlation and its interval as cells of a table."""
-    return {"rank correlation": f"{found.rho:+.2f}", "95 % interval": f"{found.low:+.2f} to {found.high:+.2f}"}
+    """Return a correlation, its interval and its p as cells of a table."""
+    interval = f"{found.low:+.2f} to {found.high:+.2f}"
+    return {"rank correlation": f"{found.rho:+.2f}", "95 % interval": interval, "p": f"{found.p:.3f}"}
 
 
 def draw_scatter(points: list[Point]) -> Figure | None:

@@ -13,7 +13,7 @@ from dual_lora.lab.report.values import format_value, get_heading
 from dual_lora.lab.statistics.seeds import MIN_SEEDS, compute_detectable_difference
 from dual_lora.lab.statistics.verdict import EQUIVALENT, UNDECIDED
 
-PLANNED_SEEDS = (3, 5, 8, 12, 20)  # what the power table looks ahead to
+PLANNED_SEEDS = (5, 8, 12, 20)  # what the power table looks ahead to
 
 
 def tabulate_comparisons(found: list[Comparison]) -> pd.DataFrame:
@@ -48,14 +48,18 @@ def iterate_verdict_blocks(found: Comparisons) -> Iterator[Block]:
     yield Text("Verdicts", heading=True)
     yield Table(
         format_comparisons(found.planned),
-        f"The planned comparisons, in points{describe_correction(len(found.planned))}.",
+        f"The planned comparisons, in points{describe_correction(found)}.",
     )
     yield Text(items=tuple(explain_verdicts(found.planned)))
 
 
-def describe_correction(number: int) -> str:
-    """Return what a caption says of the correction for so many comparisons."""
-    return f"; p is corrected for all {number} by Holm's method" if number > 1 else ""
+def describe_correction(found: Comparisons) -> str:
+    """Return what a caption says of the correction of the planned family."""
+    if found.family < 2:
+        return ""
+    missing = found.family - sum(c.p is not None for c in found.planned)
+    unknown = f"; {missing} of them cannot be tested yet and count as p = 1" if missing else ""
+    return f"; p is corrected for all {found.family} by Holm's method{unknown}"
 
 
 def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
@@ -68,14 +72,16 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
     margins = {c.margin: c.unit == 1 for c in found if c.margin}
     known = " or ".join(f"{m:g} ({'mean over tasks' if mean else 'one task'})" for m, mean in margins.items())
     yield (
-        f"equivalent: two one-sided t-tests over seeds reject a difference of {known} points, corrected likewise"
+        f"equivalent: two one-sided t-tests over seeds reject a difference of {known} points, corrected likewise; a "
+        "single one does so where the 90 % interval lies within the margin. It speaks of these test examples"
         if known
         else "equivalent: never, as the experiment gives no margin"
     )
     yield "undecided: neither"
     yield (
-        "could find: the smallest difference that as many seeds would find in four of five studies, before correction, "
-        "given the spread of the seeds' differences (pooled over the comparisons on a task)"
+        "could find: the smallest true difference that as many seeds would find in four of five studies by the t-test "
+        "at the strictest step of the correction, given the spread of the seeds' differences (pooled over the "
+        "comparisons on a task), and by an interval over examples and seeds as wide as the one seen"
     )
     yield (
         "a mean over tasks, or over several sets that one training is scored on, is one observation a seed; means over "
@@ -119,11 +125,14 @@ def format_comparisons(found: list[Comparison]) -> pd.DataFrame:
     table["95 % t-interval"] = [
         MISSING if MISSING in ends else " to ".join(ends) for ends in zip(low, high, strict=True)
     ]
-    holm = "Holm" if found[0].planned else "larger p"
-    for head, column in (("p predictions", "p_predictions"), ("p seeds", "p_seeds"), (holm, "p")):
+    planned = found[0].planned
+    heads = {"p predictions": "p_predictions", "p seeds": "p_seeds", "Holm" if planned else "larger p": "p"}
+    if planned and frame["margin"].notna().any():
+        heads["Holm, equivalence"] = "p_equivalent"
+    for head, column in heads.items():
         table[head] = [format_p(p) for p in frame[column]]
     table["seeds"] = frame["seeds"]
-    table["verdict" if found[0].planned else "verdict, uncorrected"] = list(map(format_verdict, found))
+    table["verdict" if planned else "verdict, uncorrected"] = list(map(format_verdict, found))
     table["could find"] = [
         format_number(c.detectable, style.replace("+", "")) if c.verdict == UNDECIDED else ""
         for c, style in zip(found, styles, strict=True)
@@ -183,15 +192,17 @@ def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
             pools.setdefault(c.pool, []).append(c)
     lines = []
     for (model, task, score), some in pools.items():
-        ahead = sorted({max(c.difference.seeds for c in some), *PLANNED_SEEDS} - {0, 1})
-        known = {f"{n} seeds": f"{compute_detectable_difference(some[0].spread, n):.1f}" for n in ahead}
+        ahead = sorted({max(MIN_SEEDS, *(c.difference.seeds for c in some)), *PLANNED_SEEDS})
+        family = max(c.family for c in some)
+        known = {f"{n} seeds": f"{compute_detectable_difference(some[0].spread, n, family):.1f}" for n in ahead}
         where = ({"model": model} if model else {}) | {"task": task, "score": score}
-        lines.append(where | {"comparisons": len(some), "spread": f"{some[0].spread:.2f}"} | known)
+        lines.append(where | {"corrected for": family, "spread": f"{some[0].spread:.2f}"} | known)
     if lines:
         yield Text("Power", heading=True)
         yield Table(
             pd.DataFrame(lines).fillna(MISSING),
             "The smallest difference, in points, that a paired t-test over so many seeds finds in four of five studies "
-            "(two-sided, 0.05, one comparison; noncentral t). Spread: standard deviation of the seeds' differences, "
-            f"pooled over the comparisons. Under {MIN_SEEDS} seeds no verdict is given.",
+            "(two-sided, 0.05, at the strictest step of Holm's correction). The test on the predictions may ask for "
+            "more. Spread: standard deviation of the seeds' differences, pooled over the comparisons. Under "
+            f"{MIN_SEEDS} seeds no verdict is given.",
         )

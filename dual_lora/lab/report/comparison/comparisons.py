@@ -1,17 +1,21 @@
 """What came out of comparing rows with baselines: the planned family, and all else, which is exploratory.
 
 The planned family are the main scores of the rows an experiment plans, its contrasts, and their means over tasks. Its
-p-values are corrected together. Further scores of a published table's columns, single sets and other metrics are
-exploratory.
+p-values are corrected together; a comparison that has no runs yet counts as p = 1. Further scores of a published
+table's columns, single sets and other metrics are exploratory.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.record.record import Record
 from dual_lora.lab.report.comparison.contrasts import Contrast, iterate_contrasts
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import (
@@ -25,7 +29,7 @@ from dual_lora.lab.report.comparison.matches import (
 from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
 from dual_lora.lab.statistics.compare import Difference, compare_runs, is_resampled
 from dual_lora.lab.statistics.multiple import adjust_holm
-from dual_lora.lab.statistics.seeds import SeedTest, compute_detectable_difference, compute_seed_test
+from dual_lora.lab.statistics.seeds import MIN_SEEDS, SeedTest, compute_detectable_difference, compute_seed_test
 from dual_lora.lab.statistics.verdict import combine_p, find_equivalence_p, reach_verdict
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
@@ -45,6 +49,7 @@ class Comparison:
         difference: in the score's unit, which `unit` turns into points.
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
+        family: how many comparisons they are corrected for.
         contrast: whether it sets several runs of one row against each other.
         spread: standard deviation of the seeds' differences in points, pooled over the comparisons of its `pool`,
             since that of a few seeds is hardly known.
@@ -62,6 +67,7 @@ class Comparison:
     planned: bool = False
     p: float | None = None
     p_equivalent: float | None = None
+    family: int = 1
     spread: float | None = None
     contrast: bool = False
 
@@ -79,8 +85,15 @@ class Comparison:
 
     @property
     def detectable(self) -> float | None:
-        """The smallest difference that this design finds in four of five studies, in points."""
-        return compute_detectable_difference(self.spread, self.difference.seeds)
+        """The smallest difference that this design finds in four of five studies, in points: by the t-test over seeds
+        at the strictest step of the correction, and with an interval over examples and seeds, taken to be as wide as
+        it is here, that excludes zero. None with too few seeds for a verdict."""
+        if self.difference.seeds < MIN_SEEDS:
+            return None
+        low, high = self.difference.low, self.difference.high
+        over_examples = None not in (low, high) and self.difference.test != OVER_SEEDS
+        least = (high - low) / 2 * self.unit if over_examples else 0.0
+        return compute_detectable_difference(self.spread, self.difference.seeds, self.family, least)
 
     @property
     def verdict(self) -> str:
@@ -90,11 +103,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """The planned family, and the exploratory comparisons by main scores and by further ones."""
+    """The planned family as far as it has runs, and the exploratory comparisons by main scores and by further ones.
+
+    family: how many comparisons are planned, with and without runs.
+    """
 
     planned: list[Comparison]
     exploratory: list[Comparison]
     further: list[Comparison]
+    family: int
 
     @property
     def all(self) -> list[Comparison]:
@@ -108,13 +125,28 @@ def compare_cells(
     """Return every comparison. unlearned: models and tasks that are left out of means."""
     matches = [*iterate_matches(experiment, done), *iterate_contrasts(experiment, done)]
     means = list_mean_groups(matches, unlearned)
-    size = sum(is_planned(experiment, match) for match in [*matches, *(group[0] for group in means.values())])
-    tested = {match: list(test_match(experiment, done, match, predictions, size)) for match in matches}
+    family = count_planned(experiment, done, unlearned)
+    tested = {match: list(test_match(experiment, done, match, predictions, family)) for match in matches}
     found = [comparison for some in tested.values() for comparison in some[:1]]
     found += [average_over_tasks(experiment, {m: tested[m][0] for m in group}) for group in means.values()]
     found = pool_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
     main, further = found[: len(tested) + len(means)], found[len(tested) + len(means) :]
-    return Comparisons(correct_family([c for c in main if c.planned]), [c for c in main if not c.planned], further)
+    planned = correct_family([c for c in main if c.planned], family)
+    return Comparisons(planned, [c for c in main if not c.planned], further, family)
+
+
+def count_planned(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> int:
+    """Return how many comparisons the experiment plans on these cells, whether or not their runs are finished."""
+    whole = [cell if cell.result else pretend_finished(cell) for cell in done]
+    matches = [*iterate_matches(experiment, whole), *iterate_contrasts(experiment, whole)]
+    means = [group[0] for group in list_mean_groups(matches, unlearned).values()]
+    return sum(is_planned(experiment, match) for match in [*matches, *means])
+
+
+def pretend_finished(cell: Outcome) -> Outcome:
+    """Return a cell as if it had a result, under a name that only the same settings have."""
+    name = hashlib.sha256(serialize_identity_settings(cell.settings).encode()).hexdigest()
+    return replace(cell, record=Record(Path(name)), result={"metrics": {}})
 
 
 def is_planned(experiment: Experiment, match: Match | Contrast) -> bool:
@@ -270,7 +302,7 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Com
     )
 
 
-def correct_family(found: list[Comparison]) -> list[Comparison]:
-    """Return the comparisons of one family with Holm's correction."""
-    both = (adjust_holm([c.p for c in found]), adjust_holm([c.p_equivalent for c in found]))
-    return [replace(c, p=p, p_equivalent=same) for c, p, same in zip(found, *both, strict=True)]
+def correct_family(found: list[Comparison], family: int) -> list[Comparison]:
+    """Return the comparisons of one family with Holm's correction. family: how many it has, finished or not."""
+    both = (adjust_holm(ps, family) for ps in ([c.p for c in found], [c.p_equivalent for c in found]))
+    return [replace(c, p=p, p_equivalent=same, family=family) for c, p, same in zip(found, *both, strict=True)]
