@@ -173,7 +173,7 @@ def list_rows(text: str) -> list[list[str]]:
     [
         ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA on SST-2", "verdict", 10),
         ("The same for updates of a real full tuning", "fit_full_tuning", 7),
-        ("## How similar updates are", "similarity", 4),
+        ("## How similar updates are", "similarity", 5),
         ("## How much rank the score needs", "truncation", 3),
         ("## The ratio of the two ranks", "ratio", 4),
         ("## Are trained signs", "frozen_groups", 6),
