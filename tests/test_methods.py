@@ -19,11 +19,12 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import attach_method, build_adapter_config
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.model.merge import explain_unmergeable
+from dual_lora.lab.model.merge import explain_unmergeable, merge_adapter
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.weights import analyse as weights_analyse
+from dual_lora.tuner.warmup import list_factors
 
 TASKS = {"tiny-roberta": "demo/sentiment", "tiny-llama": "demo/restaurants"}
 WRITES = {"tiny-roberta": [], "tiny-llama": ["task.max_new_tokens=4"]}
@@ -186,6 +187,32 @@ def test_a_merge_that_computes_something_else_is_found(add_method, monkeypatch):
     layer = type(model.get_base_model().model.layers[0].self_attn.q_proj)
     monkeypatch.setattr(layer, "merge", lambda self, **_: self.merged_adapters.append("default"))
     assert "merged, a layer computes something else" in explain_unmergeable(model)
+
+
+# Adapted modules whose weights another one uses: GPT-2's head is its embedding; PEFT repeats blocks with their weights.
+TIED = ["model=tiny-gpt2", "+model.roles.e=wte", "model.adapt=[e]"]
+REPEATED = ["model=tiny-llama", "+method.peft.layer_replication=[[0,2],[1,3]]"]
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "merged"),
+    [("lora", TIED, False), ("dual_lora", TIED, True), ("lora", REPEATED, False), ("lora", TIED[:1], True)],
+)
+def test_a_merge_does_not_change_what_other_modules_compute(method, words, merged):
+    settings = load_settings(["task=demo/restaurants", f"method={method}", *words])
+    base, _ = load_model(settings, load_task(settings))
+    model = attach_method(base, settings, "generation", rows=8).eval()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn(weight.shape)
+    for factors in list_factors(model):
+        factors.set_update_scale(1.0, ramp=False)
+    ids = torch.arange(2, 18)[None]
+    before = model(ids).logits
+    why = explain_unmergeable(model)
+    assert (why is None) == merged and ("shares its weights with another module" in (why or "")) != merged
+    assert merge_adapter(model) == merged
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
 
 
 def test_the_bare_model_is_scored_without_a_step(runs_folder):

@@ -5,6 +5,7 @@ first and its outputs are compared, so that the model itself is never left half 
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -48,8 +49,9 @@ def explain_unmergeable(model: PeftModel) -> str | None:
         return "it does not change weights"
     try:
         tuner._check_merge_allowed()
-        for layer in iterate_layer_kinds(tuner):
-            check_layer_merge(layer)
+        shared = find_shared_layers(tuner)
+        for layer in iterate_layer_kinds(tuner, shared):
+            check_layer_merge(layer, layer in shared)
     except Exception as error:  # whatever PEFT raises, of any type
         if is_out_of_memory(error):
             raise
@@ -57,24 +59,38 @@ def explain_unmergeable(model: PeftModel) -> str | None:
     return None
 
 
-def iterate_layer_kinds(model: nn.Module) -> Iterator[BaseTunerLayer]:
-    """Yield one adapted layer of each kind: class, base layer's class and shapes."""
+def find_shared_layers(model: nn.Module) -> set[BaseTunerLayer]:
+    """Return the adapted layers whose base layer or its weights are also used elsewhere in the model: by a head that is
+    tied to the embedding, by a repeated block, or under the base layer's second name."""
+    holders = Counter()
+    for module in model.modules():
+        holders.update([*module._parameters.values(), *module._modules.values()])
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    bases = {layer: layer.get_base_layer() for layer in layers}
+    return {layer for layer, base in bases.items() if any(holders[held] > 1 for held in (base, *base.parameters()))}
+
+
+def iterate_layer_kinds(model: nn.Module, shared: set[BaseTunerLayer]) -> Iterator[BaseTunerLayer]:
+    """Yield one adapted layer of each kind: class, base layer's class and shapes, whether its weights are shared."""
     seen = set()
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             base = layer.get_base_layer()
-            kind = (type(layer), type(base), *((name, p.shape) for name, p in base.named_parameters()))
+            kind = (type(layer), type(base), layer in shared, *((name, p.shape) for name, p in base.named_parameters()))
             if kind not in seen:
                 yield layer
             seen.add(kind)
 
 
 @torch.no_grad()
-def check_layer_merge(layer: BaseTunerLayer) -> None:
+def check_layer_merge(layer: BaseTunerLayer, shared: bool) -> None:
     """Merge a copy of a layer, in float32 and with noise on its adapter, and compare what it computes.
 
+    shared: whether another module uses the base weights, which must then stay as they are: no adapter acted there. A
+    method may give the merged layer a weight of its own, as Dual LoRA does.
+
     Raises:
-        UserError: the outputs differ.
+        UserError: the outputs differ, or shared weights were written to.
         Exception: what PEFT raises where it cannot merge.
     """
     with torch.random.fork_rng(devices=[]):
@@ -85,7 +101,13 @@ def check_layer_merge(layer: BaseTunerLayer) -> None:
                 weight.add_(PROBE_NOISE * torch.randn(weight.shape).to(weight))
         inputs = draw_inputs(probe.get_base_layer())
         before = None if inputs is None else probe(inputs)
+        held = list(probe.get_base_layer().parameters())
+        values = [weight.clone() for weight in held]
         probe.merge()
+        kept = all(map(torch.equal, held, values))
+        require(
+            kept or not shared, "an adapted layer shares its weights with another module, which merging would change"
+        )
         if before is not None:
             error = (probe(inputs) - before).norm() / before.norm()
             require(bool(error < MERGE_TOLERANCE), f"merged, a layer computes something else (by {error:.1e})")
