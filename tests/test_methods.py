@@ -164,11 +164,34 @@ def test_a_start_that_changes_the_base_is_analysed_as_its_weights_say(start, add
 
 
 @pytest.mark.parametrize(
-    ("start", "message"), [("eva", "starts from activations on training data"), ("corda_kpm", "preprocess_corda")]
+    ("start", "message"),
+    [
+        ("eva", "starts from activations on training data"),
+        ("lora_ga", "starts from gradients on training data"),
+        ("corda_kpm", "preprocess_corda"),
+    ],
 )
 def test_a_start_that_needs_data_is_refused(start, message, add_method):
     with pytest.raises(UserError, match=message):
         train("tiny-llama", add_method("planted", peft_type="LORA", init_lora_weights=start))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("alora_invocation_tokens", [201], "acts after these tokens only"),
+        ("kasa_config", {"beta": 1e-4}, "needs terms in the loss"),
+        ("monteclora_config", {"num_samples": 2}, "needs terms in the loss"),
+    ],
+)
+@pytest.mark.parametrize("model", TASKS)
+def test_a_field_that_leaves_a_part_to_the_caller_is_refused_before_loading(
+    model, field, value, reason, add_method, monkeypatch
+):
+    monkeypatch.setattr("dual_lora.lab.model.adapt.load_model", None)
+    method = add_method("planted", peft_type="LORA", **{field: value})
+    with pytest.raises(UserError, match=rf"method=planted \(LORA\): method.peft.{field}: {reason}.*; drop it$"):
+        train(model, method)
 
 
 def adapter_product(record: Record, module: str) -> float:

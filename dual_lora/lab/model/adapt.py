@@ -57,6 +57,15 @@ TASK_TYPES = {
 # PEFT types that adapt norms, embedding rows or whole blocks instead of linear layers. Unless the YAML names modules,
 # PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
 TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
+# Starts that PEFT computes from activations or gradients on training data. Without those it silently starts as plain
+# LoRA.
+DATA_STARTS = {"eva": "activations", "lora_ga": "gradients"}
+# Fields of PEFT's with which it leaves a part of the method to its caller, and why that part is missing here.
+FIELDS_FOR_THE_CALLER = {
+    "alora_invocation_tokens": "acts after these tokens only, whose places PEFT cannot see when answers are scored",
+    "kasa_config": "needs terms in the loss that training does not add",
+    "monteclora_config": "needs terms in the loss that training does not add",
+}
 PROBE_TOKENS = 4  # length of the text on which `check_forward` tries a method
 
 
@@ -70,6 +79,8 @@ def draw_initial_model(
     Raises:
         UserError: the model cannot be loaded, or the method does not fit it.
     """
+    if settings.method.peft is not None:
+        build_adapter_config(settings, task.form, rows)  # refuses what does not fit before the model is loaded
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
@@ -145,11 +156,14 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
         f"{where}: its ranks follow a schedule that needs a call after every step, which training does not make; take "
         "a method of fixed rank",
     )
+    start = settings.method.peft.get("init_lora_weights")
     require(
-        settings.method.peft.get("init_lora_weights") != "eva",  # PEFT would silently start as plain LoRA
-        f"{where}: init_lora_weights=eva starts from activations on training data, which are not computed here; take "
-        "pissa or olora",
+        start not in DATA_STARTS,
+        f"{where}: init_lora_weights={start} starts from {DATA_STARTS.get(start)} on training data, which are not "
+        "computed here; take pissa or olora",
     )
+    for field, reason in FIELDS_FOR_THE_CALLER.items():
+        require(settings.method.peft.get(field) is None, f"{where}: method.peft.{field}: {reason}; drop it")
     require(
         "n_tasks" not in known,
         f"{where}: mixes adapters by the number of the task that each row belongs to, which rows here do not have; "
