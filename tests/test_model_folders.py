@@ -156,6 +156,24 @@ def test_a_word_does_not_become_a_special_token(fields, tmp_path):
     assert "makes special tokens of ordinary words" in refused(folder, "tiny-llama")
 
 
+@pytest.mark.parametrize(
+    ("model", "kind", "said"),
+    [
+        ("tiny-deberta", "BertTokenizer", "splits texts otherwise than its tokenizer.json says"),
+        ("tiny-llama", "GemmaTokenizer", "fails with its tokenizer.json (Unk token"),
+    ],
+)
+def test_a_class_that_is_not_the_file_s_is_refused(model, kind, said, plain, tmp_path):
+    folder = change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind)
+    assert f"its tokenizer_class, {kind}, {said}" in refused(folder, model)
+    compare(plain, model, PAIRS[model], change(folder, TOKENIZER, tokenizer_class="TokenizersBackend"))
+
+
+@pytest.mark.parametrize(("model", "kind"), [("tiny-gpt2", "GPT2Tokenizer"), ("tiny-roberta", "RobertaTokenizer")])
+def test_a_class_that_splits_texts_as_the_file_does_is_taken(model, kind, plain, tmp_path):
+    compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind))
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
 
 

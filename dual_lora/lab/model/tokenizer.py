@@ -13,7 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+from transformers.utils import cached_file
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
@@ -29,6 +31,9 @@ from dual_lora.lab.system.files import read_json_object
 USE = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 USE |= {"clean_up_tokenization_spaces": False}
 TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
+# A text that classes split differently; words from all over the vocabulary follow it, since it may be of any language.
+SPLIT_PROBE = "The Café's 3rd oak (since 1987) serves 1,250 guests a week.\nIs it open?"
+PROBE_WORDS = 300
 PROBE = "What does the oak serve?"  # a prompt that every chat template must reproduce
 
 
@@ -36,7 +41,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. One without a padding token pads with the end of text (masked everywhere).
 
     Raises:
-        UserError: there is none, it lacks a token that the task needs, or its chat template cannot be used.
+        UserError: there is none, it is not what its files say, it lacks a token that the task needs, or its chat
+            template cannot be used.
     """
     file = find_gguf_file(settings)
     with translate_model_errors(settings):
@@ -46,6 +52,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         reset_use(tokenizer, get_config_fields(settings).get("type_vocab_size"))
     bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
     require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
+    if file is None:
+        check_tokenizer_class(tokenizer, settings)
     check_special_tokens(tokenizer, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,14 +69,51 @@ def reset_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
         setattr(tokenizer, name, value)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = False
-        if getattr(backend.model, "dropout", None) is not None:
-            backend.model.dropout = None  # of BPE: merges left out at random, which the seed does not decide
+        reset_backend(backend)
     marked = "token_type_ids" in tokenizer.model_input_names and (types or 0) > 1
     marked = marked or "token_type_ids" in type(tokenizer).model_input_names
     tokenizer.model_input_names = ["input_ids", *["token_type_ids"][: int(marked)], "attention_mask"]
+
+
+def reset_backend(backend: Tokenizer) -> None:
+    """Drop truncation, padding and dropout that were saved in a tokenizer.json."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None  # of BPE: merges left out at random, which the seed does not decide
+
+
+def check_tokenizer_class(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    """Refuse a tokenizer whose class splits texts otherwise than its tokenizer.json says: most classes of transformers
+    take the vocabulary from that file, but not how texts are normalised and split.
+
+    Raises:
+        UserError: with the class, also if it fails on a text.
+    """
+    if type(tokenizer) is TokenizersBackend:  # which uses the file as it is
+        return
+    with translate_model_errors(settings):
+        place = locate_model(settings)
+        file = cached_file(
+            place["pretrained_model_name_or_path"],
+            "tokenizer.json",
+            revision=place.get("revision"),
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if file is None:
+            return
+        backend = Tokenizer.from_file(file)
+    reset_backend(backend)
+    ids = sorted(backend.get_vocab(with_added_tokens=False).values())
+    words = [backend.decode([number]).strip() for number in ids[:: max(1, len(ids) // PROBE_WORDS)]]
+    probe = " ".join([SPLIT_PROBE, *filter(None, words)])
+    where = f"model={settings.model.name}: its tokenizer_class, {type(tokenizer).__name__},"
+    remedy = "set it to TokenizersBackend in tokenizer_config.json, which takes that file as it is"
+    expected = backend.encode(probe, add_special_tokens=False).ids
+    with translate_read_errors(f"{where} fails with its tokenizer.json", remedy):
+        found = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    require(found == expected, f"{where} splits texts otherwise than its tokenizer.json says; {remedy}")
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
