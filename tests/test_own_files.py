@@ -5,6 +5,7 @@ wrong file or column."""
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sklearn.metrics import f1_score
 import tasks
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
@@ -486,10 +488,31 @@ def test_a_chat_template_sees_the_messages(own_data):
     chat = replace(settings, model=replace(settings.model, chat=True))
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say it"}]
     for row, text in (
-        ({"prompt": "not this", "messages": turns}, "system:be brief;user:say it;"),
-        ({"prompt": "a prompt"}, "user:a prompt;"),
+        ({"id": "1", "prompt": "not this", "messages": turns}, "system:be brief;user:say it;"),
+        ({"id": "2", "prompt": "a prompt"}, "user:a prompt;"),
     ):
         assert encode_prompt(tokenizer, row, chat) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_row_that_the_chat_template_refuses_is_named_before_the_model_is_loaded(
+    split, tmp_path, runs_folder, monkeypatch
+):
+    folder = shutil.copytree(BUNDLED / "tiny-llama", tmp_path / "model")
+    refuses = "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ m.content }}"
+    (folder / "chat_template.jinja").write_text(f"{{% for m in messages %}}{refuses}{{% endfor %}}")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name in ("train", "test"):
+        system = [{"role": "system", "content": "be brief"}] if name == split else []
+        rows = [([*head, {**turns[0], "content": f"{name} {n}"}, turns[1]],) for n, head in enumerate(([], system))]
+        write_table(tmp_path / f"data/{name}.jsonl", ("messages",), rows)
+    words = ["model=tiny-llama", f"model.path={folder}", "model.chat=true", "task=instruction", *SHORT]
+    run = Run.prepare(load_settings([*words, f"data_dir={tmp_path / 'data'}"]))
+    monkeypatch.setattr("dual_lora.lab.train.run.draw_initial_model", None)
+    line = rf"chat template fails on {split}-1 of instruction \(System role not supported\); change the row, or take"
+    with pytest.raises(UserError, match=line) as caught:
+        train_run(run)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):

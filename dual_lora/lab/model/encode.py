@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import require
+from dual_lora.lab.errors import require, translate_read_errors
 from tasks import Task
 from tasks.base import Row
 
@@ -70,14 +70,42 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> list[int]:
     """Return a row's prompt as token ids, with the special tokens that the model expects in front but without an added
     end of text. With model.chat, the row's messages (or the prompt as a user turn) go through the tokenizer's chat
-    template, which adds the special tokens itself."""
+    template, which adds the special tokens itself.
+
+    Raises:
+        UserError: the template fails on the row.
+    """
     prompt = row["prompt"]
     if settings.model.chat:
-        text = apply_chat_template(tokenizer, row.get("messages") or [{"role": "user", "content": prompt}])
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(format_chat(tokenizer, row, settings), add_special_tokens=False)["input_ids"]
     ids = tokenizer(prompt)["input_ids"]
     added = ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
     return ids[:-1] if added else ids
+
+
+def format_chat(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> str:
+    """Return what a model reads before it answers a row's messages, or its prompt as a user turn.
+
+    Raises:
+        UserError: the template fails on them; many take no system turn, or no two turns of one role in a row.
+    """
+    fails = f"model.chat=true: {settings.model.name}'s chat template fails on {row['id']} of {settings.task.name}"
+    with translate_read_errors(fails, "change the row, or take model.chat=false"):
+        return apply_chat_template(tokenizer, row.get("messages") or [{"role": "user", "content": row["prompt"]}])
+
+
+def check_chats(tokenizer: PreTrainedTokenizerBase, rows: "Dataset", settings: Settings) -> None:
+    """Refuse rows that the chat template fails on. It is tried on the first row of every order of roles, which is what
+    templates refuse; what else they fail on is found when a row is encoded.
+
+    Raises:
+        UserError: with the first such row.
+    """
+    orders: dict[tuple[str, ...], Row] = {}
+    for row in rows.to_list():
+        orders.setdefault(tuple(message["role"] for message in row.get("messages") or ()), row)
+    for row in orders.values():
+        format_chat(tokenizer, row, settings)
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -86,7 +114,10 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 
 
 def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
-    """Return the encoder of prompt, target and end of text; the prompt carries loss only if the task says so."""
+    """Return the encoder of prompt, target and end of text; the prompt carries loss only if the task says so.
+
+    The encoder raises UserError for a row of whose target nothing is left, or on which the chat template fails.
+    """
 
     def columns(row: Row) -> dict:
         prompt = encode_prompt(tokenizer, row, settings)

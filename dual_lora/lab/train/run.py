@@ -31,9 +31,10 @@ from dual_lora.lab.model.adapt import (
     list_kernels,
     list_rates,
 )
-from dual_lora.lab.model.encode import build_collator, check_positions, encode_rows
+from dual_lora.lab.model.encode import build_collator, check_chats, check_positions, encode_rows
 from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
@@ -191,6 +192,10 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     able = settings.model.dtype != "float16" or torch.cuda.is_available()
     require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
     rows = load_run_rows(task, settings)
+    if settings.model.chat:  # before the weights are loaded, and the rows to be scored before hours of training
+        tokenizer = load_tokenizer(settings)
+        for split in (rows.train, *rows.scored.values()):
+            check_chats(tokenizer, split.rows, settings)
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
