@@ -34,6 +34,12 @@ def check(*words: str) -> None:
     ("words", "culprit"),
     [
         (["model.head=[nonsense]"], "model.head: tiny-roberta has no module 'nonsense'"),
+        (
+            ["method=lora", "model.roles.q=foo"],
+            "^model.roles.q: 'foo' matches no module; .* such as dense, key, .*query, .*value",
+        ),
+        (["method=dual_lora", "model.roles.k=keyy", "model.adapt=[q,k]"], "model.roles.k: 'keyy' .*Did you mean key?"),
+        (["method=loha", "+model.roles.x=pooler", "model.adapt=[q,x]"], "model.roles.x: 'pooler' matches no module"),
         (["method=full", "model.head=[clasifier]"], "model.head: .*'clasifier'; .*Did you mean classifier?"),
         (["method=dual_lora", "+method.peft.rank_pattern={quary:4}"], "rank_pattern: 'quary' .*Did you mean query?"),
         (["method=dual_lora", "+method.peft.alpha_pattern={xyz:4}"], "alpha_pattern: 'xyz' .*, query, value\\.$"),
@@ -55,6 +61,10 @@ def test_a_name_that_matches_nothing_is_refused(words, culprit):
     "words",
     [
         ["model.head=[classifier]"],
+        ["method=lora", "model.roles.q=foo", "model.adapt=[v]"],
+        ["method=lora", "model.roles.q=query|foo"],
+        ["method=lora", "model.roles.q=foo", "+method.peft.target_modules=[value]"],
+        ["method=lora", "+method.peft.exclude_modules=[query]"],
         ["method=full"],
         ["method=dual_lora", "+method.peft.rank_pattern={layer.0.attention.self.query:4}"],
         [*LORA_ON_QUERIES, "+method.peft.rank_pattern={query:4}", "+method.peft.layers_to_transform=[0,1]"],

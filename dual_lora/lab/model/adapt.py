@@ -30,6 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
@@ -42,7 +43,7 @@ from dual_lora.lab.errors import (
     translate_read_errors,
 )
 from dual_lora.lab.inputs.adapter_files import find_differing_fields, read_adapter_config
-from dual_lora.lab.model.load import build_target_pattern, is_sharded, load_model, unwrap_adapter
+from dual_lora.lab.model.load import build_module_pattern, build_target_pattern, is_sharded, load_model, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.system.distributed import is_first_process
@@ -230,11 +231,32 @@ def check_named_modules(model: torch.nn.Module, settings: Settings, form: str) -
         found = any(name.endswith(head) for name in modules)
         require(found, f"model.head: {settings.model.name} has no module {head!r}; {suggest_modules(head, modules)}")
     adapted = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    if adapted:
+        check_adapted_roles(model, settings)
     for key, value in (settings.method.peft or {}).items() if adapted else ():
         known = modules if key in ("exclude_modules", "modules_to_save") else adapted
         for pattern in list_patterns(key, value):
             found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in known)
             require(found, f"method.peft.{key}: {pattern!r} matches no module; {suggest_modules(pattern, known)}")
+
+
+def check_adapted_roles(model: PeftModel, settings: Settings) -> None:
+    """Refuse an adapted role whose modules the model does not have: the method would adapt fewer layers than it says.
+    Methods that choose their own modules know no roles.
+
+    Raises:
+        UserError: with the role, its pattern, and the modules that there are.
+    """
+    if getattr(model.active_peft_config, "target_modules", None) != build_target_pattern(settings):
+        return
+    layers = (torch.nn.Linear, torch.nn.Embedding, Conv1D, BaseTunerLayer)
+    named = [name for name, module in model.get_base_model().named_modules() if isinstance(module, layers)]
+    inner = tuple(f"{name}." for name in model.base_model.targeted_module_names)
+    named = [name for name in named if not name.startswith(inner)]
+    for role in settings.model.adapt:
+        pattern = settings.roles[role]
+        found = any(re.fullmatch(build_module_pattern([pattern]), name) for name in named)
+        require(found, f"model.roles.{role}: {pattern!r} matches no module; {suggest_modules(pattern, named)}")
 
 
 def list_patterns(key: str, value: Any) -> list[str]:

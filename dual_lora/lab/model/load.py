@@ -344,7 +344,11 @@ def build_target_pattern(settings: Settings) -> str:
     chosen = {settings.roles[role] for role in settings.model.adapt}
     if ALL_LINEAR in chosen:
         return ALL_LINEAR
-    ends = sorted(chosen)
+    return build_module_pattern(sorted(chosen))
+
+
+def build_module_pattern(ends: list[str]) -> str:
+    """Return the regular expression of the full names of modules, from those for the ends of their names."""
     return rf"(?:.*\.)?(?:{'|'.join(ends)})"
 
 
