@@ -19,11 +19,12 @@ from transformers.utils import cached_file
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError, require, translate_read_errors
+from dual_lora.lab.errors import UserError, is_out_of_memory, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
 from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, find_model
 from dual_lora.lab.model.encode import apply_chat_template
 from dual_lora.lab.model.source import find_gguf_file, get_config_fields, locate_model, translate_model_errors
+from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.lab.system.files import read_json_object
 
 # How a tokenizer is used, whatever was saved with it. GPT-2 counts positions, and encoders classify, from the first
@@ -41,19 +42,14 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. One without a padding token pads with the end of text (masked everywhere).
 
     Raises:
-        UserError: there is none, it is not what its files say, it lacks a token that the task needs, or its chat
-            template cannot be used.
+        UserError: there is none, it lacks a token that the task needs, or its chat template cannot be used.
     """
     file = find_gguf_file(settings)
     with translate_model_errors(settings):
-        tokenizer = (
-            load_gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(**locate_model(settings), **USE)
-        )
+        tokenizer = load_gguf_tokenizer(file) if file else load_saved_tokenizer(settings)
         reset_use(tokenizer, get_config_fields(settings).get("type_vocab_size"))
     bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
     require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
-    if file is None:
-        check_tokenizer_class(tokenizer, settings)
     check_special_tokens(tokenizer, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -84,36 +80,40 @@ def reset_backend(backend: Tokenizer) -> None:
         backend.model.dropout = None  # of BPE: merges left out at random, which the seed does not decide
 
 
-def check_tokenizer_class(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-    """Refuse a tokenizer whose class splits texts otherwise than its tokenizer.json says: most classes of transformers
-    take the vocabulary from that file, but not how texts are normalised and split.
+def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model's files. Most classes of transformers take the vocabulary from tokenizer.json,
+    but not how texts are normalised and split. Where the class that transformers chooses does that otherwise than the
+    file says, the file is used as it is, and a warning printed."""
+    place = locate_model(settings)
+    tokenizer = AutoTokenizer.from_pretrained(**place, **USE)
+    file = cached_file(
+        place["pretrained_model_name_or_path"],
+        "tokenizer.json",
+        revision=place.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if type(tokenizer) is TokenizersBackend or file is None or splits_as_file(tokenizer, file):
+        return tokenizer
+    if is_first_process():
+        where = f"model={settings.model.name}: its tokenizer's class, {type(tokenizer).__name__},"
+        print(f"warning: {where} splits texts otherwise than its tokenizer.json; the file is used", file=sys.stderr)
+    return TokenizersBackend.from_pretrained(**place, **USE)
 
-    Raises:
-        UserError: with the class, also if it fails on a text.
-    """
-    if type(tokenizer) is TokenizersBackend:  # which uses the file as it is
-        return
-    with translate_model_errors(settings):
-        place = locate_model(settings)
-        file = cached_file(
-            place["pretrained_model_name_or_path"],
-            "tokenizer.json",
-            revision=place.get("revision"),
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if file is None:
-            return
-        backend = Tokenizer.from_file(file)
+
+def splits_as_file(tokenizer: PreTrainedTokenizerBase, file: str) -> bool:
+    """Return whether a tokenizer gives a text the ids that a tokenizer.json gives it."""
+    backend = Tokenizer.from_file(file)
     reset_backend(backend)
     ids = sorted(backend.get_vocab(with_added_tokens=False).values())
     words = [backend.decode([number]).strip() for number in ids[:: max(1, len(ids) // PROBE_WORDS)]]
     probe = " ".join([SPLIT_PROBE, *filter(None, words)])
-    where = f"model={settings.model.name}: its tokenizer_class, {type(tokenizer).__name__},"
-    remedy = "set it to TokenizersBackend in tokenizer_config.json, which takes that file as it is"
-    expected = backend.encode(probe, add_special_tokens=False).ids
-    with translate_read_errors(f"{where} fails with its tokenizer.json", remedy):
+    try:
         found = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    require(found == expected, f"{where} splits texts otherwise than its tokenizer.json says; {remedy}")
+    except Exception as error:  # whatever a class raises over a vocabulary that is not of its kind
+        if is_out_of_memory(error):
+            raise
+        return False
+    return found == backend.encode(probe, add_special_tokens=False).ids
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
