@@ -260,7 +260,7 @@ def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Ten
 
 def _iterate_blocks(rows: int, width: int) -> Iterator[slice]:
     """Yield slices of the rows of a matrix, of about BLOCK entries each."""
-    return _iterate_slices(rows, max(1, BLOCK // width))
+    return _iterate_slices(rows, _count_rows(BLOCK, width))
 
 
 def _iterate_tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -269,10 +269,15 @@ def _iterate_tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator
     share their memory, since fresh memory costs a CPU page faults."""
     small = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
     rows, width = matrix.shape
-    size = min(rows, max(1, TILE // width)) if small else rows
+    size = min(rows, _count_rows(TILE, width)) if small else rows
     room = [matrix.new_empty(size, width, dtype=dtype) for _ in range(scratch)]
     for part in _iterate_slices(rows, size):
         yield part, [piece[: part.stop - part.start] for piece in room]
+
+
+def _count_rows(entries: int, width: int) -> int:
+    """Return how many rows of this width hold about so many entries. The width is 0 in an embedding without ids."""
+    return max(1, entries // max(1, width))
 
 
 def _iterate_slices(rows: int, size: int) -> Iterator[slice]:

@@ -237,6 +237,16 @@ def test_padding_gets_no_gradient_and_frequency_divides_it(kernel):
         torch.testing.assert_close(getattr(factors_of(model), n).grad, f[n].grad)
 
 
+@pytest.mark.parametrize("kernel", ["eager", "recompute"])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,)])
+def test_an_empty_batch_has_an_empty_output_and_no_gradient(kernel, shape):
+    model = get_peft_model(Net(nn.Embedding(20, 6)), config(kernel=kernel))
+    outputs = model(torch.zeros(*shape, dtype=torch.long))
+    assert outputs.shape == (*shape, 6)
+    outputs.sum().backward()
+    assert all(weight.grad.count_nonzero() == 0 for weight in model.parameters() if weight.requires_grad)
+
+
 def test_max_norm_limits_the_sum():
     base = nn.Embedding(IN, OUT, max_norm=0.7)
     model, ids = adapted(copy.deepcopy(base)).eval(), torch.arange(IN)
