@@ -12,7 +12,7 @@ from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config.compose import GROUPS, list_choices, load_settings
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.record.identity import compute_identity
+from dual_lora.lab.record.identity import compute_identity, select_identity_settings
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 
@@ -156,6 +156,31 @@ def test_identity_is_a_hash_of_typed_facts(tmp_path):
     assert plain == name("wandb.mode=disabled", "train.save_steps=7", "train.log_steps=3", "study=other", "force=true")
     different = ["seed=1", "method.alpha=8", "train.lr=1e-3", "eval.batch_size=8", "train.max_steps=9", "method=lora"]
     assert len({plain, *(name(d) for d in different)}) == 1 + len(different)
+
+
+def test_an_empty_peft_field_renames_a_run_unless_it_says_what_leaving_it_out_says():
+    """PEFT's default of a field may be another value than null or an empty list."""
+
+    def name(*overrides):
+        return compute_identity(load_settings([*ENCODER, *overrides]))
+
+    assert name() == name("+method.peft.target_modules=null") == name("+method.peft.modules_to_save=null")
+    assert name() == name("method.r1=null", "method.r2=null")
+    words = ["+method.peft.modules_to_save=[]", "+method.peft.target_modules=[]", "+method.peft.init_weights=null"]
+    assert len({name(), *map(name, words)}) == 4
+    assert name("method=lora") != name("method=lora", "+method.peft.init_lora_weights=null")
+    assert name("method=head_only") != name("method=head_only", "+method.peft.task_type=null")
+
+
+def test_what_a_methods_file_has_empty_is_no_part_of_the_identity():
+    """So runs of these methods kept their names when empty fields of others began to count."""
+    for method, fields in {
+        "dual_lora": {"r1", "r2", "scale_warmup_steps"},
+        "none": {"task_type", "modules_to_save"},
+    }.items():
+        settings = load_settings([*ENCODER, f"method={method}"])
+        assert fields <= settings.method.peft.keys()
+        assert not fields & select_identity_settings(settings)["method"]["peft"].keys()
 
 
 def test_a_record_from_before_a_setting_existed_is_read_as_it_was_run(tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.schema import FILLED_FIELDS
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import attach_method, build_adapter_config
@@ -280,3 +281,13 @@ def test_a_trial_does_not_change_what_is_drawn_next():
             attach_method(base, settings, "classification")
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("field", FILLED_FIELDS)
+def test_null_of_a_field_that_the_harness_fills_in_is_not_given(field):
+    words = ["model=tiny-roberta", "task=demo/sentiment", "model.head=[pooler]", "method=lora"]
+    given, plain = (
+        build_adapter_config(load_settings(some), "classification")
+        for some in ([*words, f"+method.peft.{field}=null"], words)
+    )
+    assert given.to_dict() == plain.to_dict() and given.target_modules and given.modules_to_save == ["pooler"]

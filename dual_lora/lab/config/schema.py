@@ -27,6 +27,8 @@ MAX_LAYERS = 1000
 GROUPS = ("model", "task", "method", "hardware")
 # The settings of a method that only an adapter has.
 METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
+# Fields of method.peft that model/adapt.py fills in where they are null, as where they are not given.
+FILLED_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 # Defaults of task.checkpoint=best_loss, those of LLM-Adapters' and DoRA's scripts.
 VALIDATION_ROWS, VALIDATION_STEPS = 120, 80
 WANDB_MODES = ("online", "offline", "disabled")

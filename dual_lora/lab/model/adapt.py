@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.lab.config.outside.models import ALL_LINEAR
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import FILLED_FIELDS, Settings
 from dual_lora.lab.errors import (
     UserError,
     get_first_line,
@@ -91,14 +91,15 @@ def draw_initial_model(
 def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
     """Return the PEFT configuration of an adapter method for a task of `form`.
 
-    What the YAML leaves open is filled in where the type has such a field: the modules of the roles in `model.adapt`,
-    and the heads that train beside the adapter. rows: how many examples training sees an epoch, which the length of a
-    ramp may depend on; None where it does not matter.
+    What the YAML leaves open or null (`FILLED_FIELDS`) is filled in where the type has such a field: the modules of the
+    roles in `model.adapt`, and the heads that train beside the adapter. rows: how many examples training sees an epoch,
+    which the length of a ramp may depend on; None where it does not matter.
 
     Raises:
         UserError: PEFT has no such type, refuses a field, or the type does not fit this harness or this task.
     """
     values: dict[str, Any] = copy.deepcopy(settings.method.peft)  # PEFT extends lists that it is given
+    values = {key: value for key, value in values.items() if value is not None or key not in FILLED_FIELDS}
     kind = values.pop("peft_type")
     resolve_ramp(settings, values, rows)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:

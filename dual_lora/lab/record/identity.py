@@ -7,12 +7,15 @@ the same command finds the same folder. Where files are, and what is logged wher
 import hashlib
 import json
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 import tasks
-from dual_lora.lab.config.paths import resolve_path
-from dual_lora.lab.config.schema import MAX_NAME, Settings
+from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
+from dual_lora.lab.config.schema import FILLED_FIELDS, MAX_NAME, Method, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter
@@ -29,6 +32,7 @@ NOT_IDENTITY = {
 }
 # Switches that count only when they are on, so that false, null and a record without them name the same run.
 SWITCHES = {"model": ("chat",), "train": ("group_by_length", "gradient_checkpointing", "compile", "packing")}
+EMPTY = (None, {}, [])
 
 
 def find_init_weights(settings: Settings) -> Path:
@@ -54,7 +58,8 @@ def find_init_weights(settings: Settings) -> Path:
 
 def select_identity_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings that can change a digit of the result. Null and empty ones are left out, so that a setting
-    that is added later does not rename the runs done before."""
+    that is added later does not rename the runs done before; of method.peft only those that change nothing, because
+    PEFT's default of a field may be another value (`drop_implied`)."""
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
     where = settings.hardware
@@ -65,7 +70,10 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
         kept[group] = {k: v for k, v in kept[group].items() if k not in keys}
     for group, keys in SWITCHES.items():
         kept[group] |= {key: kept[group][key] or None for key in keys}
-    return drop_empty(kept)
+    kept = drop_empty(kept)
+    if peft := drop_implied(settings.method):
+        kept["method"]["peft"] = peft
+    return kept
 
 
 def collect_identity_facts(settings: Settings) -> dict[str, Any]:
@@ -98,7 +106,24 @@ def collect_identity_facts(settings: Settings) -> dict[str, Any]:
 def drop_empty(values: dict[str, Any]) -> dict[str, Any]:
     """Return nested values without those that are null or empty."""
     kept = {key: drop_empty(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: value for key, value in kept.items() if value not in (None, {}, [])}
+    return {key: value for key, value in kept.items() if value not in EMPTY}
+
+
+def drop_implied(method: Method) -> dict[str, Any]:
+    """Return a method's PEFT configuration without empty values that say no more than leaving them out: null of a field
+    that the harness fills in, and what the method's own file has for a field, which its name implies."""
+    path = find_choices("method").get(method.name)
+    implied = [*((key, None) for key in FILLED_FIELDS), *(list_empty_fields(path) if path else ())]
+    return dict(field for field in (method.peft or {}).items() if field not in implied)
+
+
+@cache
+def list_empty_fields(path: Path) -> list[tuple[str, Any]]:
+    """Return the fields of PEFT's that are empty as a method's file has them, each with this value: those written so,
+    and null of those taken from another setting (`r1: ${method.r1}`), which counts itself."""
+    peft = OmegaConf.to_container(load_yaml(path)).get("peft") or {}  # references stay unresolved
+    taken = [(key, None) for key, value in peft.items() if str(value).startswith("${")]
+    return taken + [(key, value) for key, value in peft.items() if value in EMPTY]
 
 
 def compute_identity(settings: Settings) -> str:
