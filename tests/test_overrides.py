@@ -1,7 +1,7 @@
 """Overrides in Hydra's grammar: each word means what Hydra documents, or is refused in one line; settings that would
 have no effect are refused; and what is composed here is what Hydra composes."""
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 
 import pytest
 import yaml
@@ -12,7 +12,7 @@ from test_glue import write_official
 
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import sweep_command
-from dual_lora.lab.commands.train import asks_hydra, check_command
+from dual_lora.lab.commands.train import asks_hydra, check_command, train_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import GROUPS, compose_choices, load_settings
 from dual_lora.lab.config.overrides import parse_overrides
@@ -119,10 +119,38 @@ def test_two_pluses_override_what_is_there():
         load_settings(*parse_overrides([*ENCODER, "++method.rank=8", "method.r1=4", "method.r2=12"]))
 
 
-@pytest.mark.parametrize("words", [["--cfg", "job", "seed=1,2"], ["--info", "-m", "seed=1"], ["--help", "seed=1"]])
+@pytest.mark.parametrize(
+    "words", [["--cfg", "job", "seed=1,2"], ["--cfg", "job", "-m", "seed=1"], ["--help", "seed=1"]]
+)
 def test_what_hydra_shows_is_one_run(words):
     with pytest.raises(UserError, match="shows one; give single|no such option here|--help: stands alone"):
         asks_hydra(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resolve"], "--resolve: only with --cfg; --cfg job"),
+        (["--cfg"], "--cfg: job shows the values of a run"),
+        (["method=lora", "-c"], "--cfg: job shows the values of a run"),
+        (["--cfg", "method=lora"], "--cfg method=lora: job shows"),
+        (["--cfg", "all"], "--cfg all: job shows"),
+        (["--info"], "--info: no such option; settings are KEY=VALUE"),
+    ],
+)
+def test_an_option_that_shows_nothing_is_refused(words, message):
+    with pytest.raises(UserError) as caught:
+        train_command(words)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [["--cfg", "job"], ["-c", "job", "--resolve"], ["--cfg=job"]])
+def test_what_is_shown_of_a_run_are_its_settings(option, capsys):
+    words = [*ENCODER, "method.r1=4", "method.r2=12"]  # which rank and magnitude_ratio follow from
+    assert train_command([*words[:2], *option, *words[2:]]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown == asdict(load_settings(words)) and shown["method"]["rank"] == 16
+    assert shown["method"]["magnitude_ratio"] == shown["method"]["peft"]["magnitude_ratio"] == 0.25
 
 
 CHOICES = [(group, name) for group in GROUPS for name in list_choices(group)]

@@ -164,7 +164,7 @@ def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--config-dir", "-cd", "--run", "-sc"])
-@pytest.mark.parametrize("shown", ["--info", "--cfg=job"])
+@pytest.mark.parametrize("shown", ["--version", "--cfg=job"])
 def test_hydra_shows_and_does_nothing_else(shown, option):
     assert asks_hydra([shown])
     with pytest.raises(UserError, match=f"^{option}: no such option"):

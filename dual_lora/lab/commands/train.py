@@ -1,4 +1,4 @@
-"""`train.py`: check the command line, then train, plan, or let Hydra show the config (--cfg, --info)."""
+"""`train.py`: check the command line, then train, plan, or show the settings (--cfg)."""
 
 import sys
 import traceback
@@ -26,9 +26,9 @@ from dual_lora.lab.study.time_left import TimeLeft
 from dual_lora.lab.system.distributed import check_process_count, is_first_process
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-# Hydra's options that only show something, and their arguments. Its other options are refused: some can load code.
-HYDRA_FLAGS = {"--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--resolve"}
-HYDRA_WORDS = {"job", "hydra", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+# Hydra's options that only show something. Its other options are refused: some can load code.
+HYDRA_FLAGS = {"--hydra-help", "--version", "--cfg", "-c", "--resolve"}
+CFG_FLAGS = {"--cfg", "-c"}
 HELP = {"--help", "-h"}
 MULTIRUN = {"-m", "--multirun"}
 NAMED_GROUPS = ("method.", "train.")
@@ -69,39 +69,52 @@ def select_named_settings(settings: Settings, words: list[str]) -> dict[str, Any
     return {key: get_setting(settings, key) for key in keys if key not in left_out}
 
 
+def split_hydra_options(argv: list[str]) -> tuple[set[str], str | None, list[str]]:
+    """Return the options of a command line, the word after --cfg if there is one, and the other words."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("-") else [word])]
+    place = next((place for place, word in enumerate(words) if word in CFG_FLAGS), None)
+    shown = None if place is None or place + 1 == len(words) else words.pop(place + 1)
+    return {word for word in words if word.startswith("-")}, shown, [w for w in words if not w.startswith("-")]
+
+
 def asks_hydra(argv: list[str]) -> bool:
-    """Return whether Hydra is to show something rather than to run anything.
+    """Return whether the settings, or what Hydra has to show, are to be shown rather than anything run.
 
     Raises:
         UserError: it is to do more than that, or to show settings that are wrong.
     """
-    flags = {a.partition("=")[0] for a in argv if a.startswith("-")}
+    flags, shown, words = split_hydra_options(argv)
     require(not flags & HELP, "--help: stands alone; --cfg job KEY=VALUE shows the values of a run")
     if not flags & HYDRA_FLAGS:
         return False
     for flag in flags:
         require(flag in HYDRA_FLAGS, f"{flag}: no such option here; Hydra's own are {', '.join(sorted(HYDRA_FLAGS))}")
-    jobs = parse_overrides([a for a in argv if not a.startswith("-") and a not in HYDRA_WORDS])
+    cfg = bool(flags & CFG_FLAGS)
+    require(cfg or "--resolve" not in flags, "--resolve: only with --cfg; --cfg job shows the values of a run")
+    named = f"--cfg {shown}" if shown else "--cfg"
+    remedy = "job shows the values of a run, hydra Hydra's own; take --cfg job"
+    require(not cfg or shown in ("job", "hydra"), f"{named}: {remedy}")
+    jobs = parse_overrides(words)
     require(len(jobs) == 1, f"{len(jobs)} runs asked for: {min(flags)} shows one; give single values")
     load_settings([word for word in jobs[0] if not select_launcher_words([word])])
     return True
 
 
 def show_hydra(argv: list[str]) -> None:
-    """Let Hydra show what the command line asks it for: the composed config, or its own settings. Hydra does not know
-    models, settings and code from outside of conf/; the settings of a run with these are shown as its record would hold
-    them.
+    """Print the settings of a run as its record would hold them (--cfg job), or let Hydra show its own. Hydra would
+    print the settings as composed, before some follow from others (`build_settings`), and it does not know models,
+    settings and code from outside of conf/.
 
     Raises:
-        UserError: it asks for anything else about such a run.
+        UserError: it asks for Hydra's own of a run with these.
     """
-    settings = load_settings([a for a in argv if "=" in a and not a.startswith("-") and not select_launcher_words([a])])
-    if paths.own_folders or tasks.plugins or found_models:
-        shown = " ".join(a for a in argv if a.startswith("-") or a in HYDRA_WORDS).replace("=", " ")
-        known = set(shown.split()) <= {"--cfg", "-c", "job", "--resolve"}
-        require(known, f"{shown}: Hydra does not know what lies outside of conf/; take --cfg job")
+    flags, shown, words = split_hydra_options(argv)
+    settings = load_settings([word for word in words if not select_launcher_words([word])])
+    if shown == "job":
         print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
         return
+    outside = paths.own_folders or tasks.plugins or found_models
+    require(not outside, f"{min(flags)}: Hydra does not know what lies outside of conf/; take --cfg job")
     import hydra
 
     hydra.main(version_base="1.3", config_path=str(paths.CONF), config_name="config")(lambda config: None)()
