@@ -288,12 +288,17 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
     if lacking := [name for name in needed if name not in header]:
         if not header:
             raise TaskError(f"{path}: no rows; {remedy}")
-        near = next((quote(name) for name in header if name.strip().casefold() == lacking[0].casefold()), None)
+        near = find_similar_column(lacking[0], header)
         listed = ", ".join(name if name.isprintable() else quote(name) for name in header)
-        known = f"but {near}" if near else f"only {listed[:200]}"
+        known = f"but {quote(near)}" if near else f"only {listed[:200]}"
         *names, last = map(quote, lacking[:1] if near else lacking)
         no = f"columns {', '.join(names)} and" if names else "column"
         raise TaskError(f"{path}: no {no} {last}, {known}; {remedy}")
+
+
+def find_similar_column(name: str, header: Iterable[str]) -> str | None:
+    """Return the column that differs from `name` in capitals or outer blanks only, None if there is none."""
+    return next((other for other in header if other != name and other.strip().casefold() == name.casefold()), None)
 
 
 def quote(value: object) -> str:

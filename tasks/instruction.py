@@ -95,7 +95,7 @@ class Instruction(OwnFiles):
             messages, prompt = [said(prompt)], prompt + self.separator
         elif set(ALPACA) <= row.keys():
             instruction, target = (get_text(place, row, name) for name in ALPACA)
-            given = get_text(place, {"input": row.get("input") or ""}, "input", empty=True).strip()
+            given = get_input(place, row)
             messages = [said(f"{instruction}\n\n{given}" if given else instruction)]
             context = f"\n\n### Input:\n{given}" if given else ""
             prompt = f"{PREAMBLES[bool(given)]}{instruction}{context}\n\n### Response:\n"
@@ -141,6 +141,19 @@ class Instruction(OwnFiles):
         if "log_likelihood" in example:
             found["loss"] = measures.Score(lambda row: (-row["log_likelihood"], row["tokens"]), measures.quotient)
         return found
+
+
+def get_input(place: Place, row: Row) -> str:
+    """Return the input of an Alpaca row without the blanks around it; "" if it is empty, null or no column.
+
+    Raises:
+        TaskError: it is no text, or its column is spelt in another way.
+    """
+    if "input" not in row and (near := base.find_similar_column("input", row)):
+        raise TaskError(f"{place}: no column 'input', but {base.quote(near)}; name it input, or remove it")
+    if row.get("input") is None:
+        return ""
+    return get_text(place, row, "input", empty=True).strip()
 
 
 def said(text: str) -> Row:

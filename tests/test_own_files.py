@@ -198,7 +198,7 @@ def test_prompts_and_responses(tmp_path):
 
 
 def test_alpacas_columns_give_alpacas_prompt(tmp_path):
-    rows = [("Add.", "1, 2", "3"), ("Wave.", "", "*waves*")]
+    rows = [("Add.", "1, 2", "3"), ("Wave.", None, "*waves*")]
     write_table(tmp_path / "alpaca.json", ("instruction", "input", "output"), rows)
     task = tasks.load("instruction", {}, str(tmp_path))
     found = {r["target"]: r for split in ("train", "validation") for r in task.split(split).rows}
@@ -373,6 +373,9 @@ WRONG = {
     "an unknown role": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace("user", "human")}, "train.jsonl: line 1, column 'messages': message 1 has the role 'human', not one of system, user, assistant"),
     "no answer": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace("assistant", "user")}, "column 'messages': ends with the user; the last message must be the assistant's"),
     "messages as a text": (N, {}, {"data.csv": "messages,x\nhello,1\n"}, "data.csv: line 2, column 'messages': is text, not a list of messages; save the table as .jsonl"),
+    "an input of 0": (N, {}, {"data.jsonl": '{"instruction": "a", "input": 0, "output": "b"}\n'}, "data.jsonl: line 1, column 'input': 0 is not text; write it in quotation marks"),
+    "an input of false": (N, {}, {"data.jsonl": '{"instruction": "a", "input": false, "output": "b"}\n'}, "data.jsonl: line 1, column 'input': False is not text"),
+    "an input in capitals": (N, {}, {"data.csv": "instruction,Input ,output\na,b,c\n"}, "data.csv: line 2: no column 'input', but 'Input '; name it input, or remove it"),
     "a message without content": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace('"a"', "null")}, "column 'messages': message 1 has no content"),
 }
 # fmt: on
