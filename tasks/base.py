@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -42,6 +43,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 FETCH = "fetch the file again"
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LONGEST_QUOTE = 60  # characters of a value that a message shows
 # What code raises when it reads data of an unexpected shape.
 SHAPE = (AttributeError, LookupError, TypeError, ValueError, csv.Error)
@@ -299,6 +301,17 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
 def find_similar_column(name: str, header: Iterable[str]) -> str | None:
     """Return the column that differs from `name` in capitals or outer blanks only, None if there is none."""
     return next((other for other in header if other != name and other.strip().casefold() == name.casefold()), None)
+
+
+def parse_number(word: str) -> float:
+    """Return a plain decimal number. Python's float() reads more: 1_0, digits of other scripts, nan and infinity.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if not NUMBER.fullmatch(word.strip()):
+        raise ValueError(f"{quote(word)} is not a finite number")
+    return float(word)
 
 
 def quote(value: object) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from tasks.base import LONGEST_QUOTE, Row, TaskError, quote
+from tasks.base import LONGEST_QUOTE, Row, TaskError, parse_number, quote
 from tasks.own_files import LEAVE_OUT, OwnFiles, Place, Placed, get_text
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ CORRELATIONS = ("pearson", "spearman", "pearson_spearman_mean")
 METRICS = ("accuracy", "macro_f1", "matthews", "f1", *CORRELATIONS)
 # What programs write where a table has no value. As a class name each must be listed on purpose.
 MISSING = ("nan", "null", "n/a", "#n/a", "<na>")
+LARGEST = 1e18  # of numbers: the square of one, which the loss holds, is far from float32's largest number, 3.4e38
 MANY = 20  # classes that need two rows each on average; else the column holds something else than classes
 
 
@@ -260,20 +261,23 @@ def get_class(place: Place, row: Row, column: str) -> str:
 
 
 def get_number(place: Place, row: Row, column: str) -> float:
-    """Return a finite number.
+    """Return a number that training can square in float32.
 
     Raises:
-        TaskError: it is empty or something else.
+        TaskError: it is empty, too large or something else.
     """
-    value = row[column]
+    value, where = row[column], f"{place}, column {column!r}"
+    text = get_text(place, row, column) if value is None or isinstance(value, str) else None
     try:
-        number = float(get_text(place, row, column) if isinstance(value, str) or value is None else value)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, TaskError):
-            raise
+        number = float(value) if text is None else parse_number(text)
+    except (TypeError, ValueError):
         number = math.nan
     except OverflowError:
         number = math.inf
     if isinstance(value, bool) or not math.isfinite(number):
-        raise TaskError(f"{place}, column {column!r}: {quote(str(value))} is not a finite number; write one like 2.5")
+        raise TaskError(f"{where}: {quote(str(value))} is not a finite number; write one like 2.5")
+    if abs(number) > LARGEST:
+        raise TaskError(
+            f"{where}: {quote(str(value))} is beyond {LARGEST:g}, so the loss overflows; divide all by one number"
+        )
     return number

@@ -191,9 +191,10 @@ class Glue(Task):
             ValueError: it is no such label.
         """
         if self.form == "regression":
-            if not 0 <= float(word) <= 5:
+            score = base.parse_number(word)
+            if not 0 <= score <= 5:
                 raise ValueError(f"a score of {word}, which is not in [0, 5],")
-            return float(word)
+            return score
         known = self.labels if self.spec.named else tuple(map(str, range(len(self.labels))))
         if word not in known:
             raise ValueError(f"the label {word!r}, not one of {', '.join(known)},")
