@@ -7,7 +7,8 @@
     python eval.py run=runs/STUDY/ID save_updates=FILE.safetensors
 
 The scores are printed beside the recorded ones and kept as evaluation.json in the run's folder. data_dir and model.path
-say where the files are now, if they moved; another eval.batch_size must not change a score.
+say where the files are now, if they moved. Another eval.batch_size changes no float32 score but by rounding; in 16 bits
+more outputs are near ties, and a score may change a little.
 With export=DIR nothing is evaluated: the model is written there with its adapter merged, for plain transformers to
 load, and the adapter alone below DIR/adapter; how much the merge changed the logits is printed.
 With analyse=true nothing is evaluated either, and no data is needed: ranks, zeros, flipped signs and histograms of what

@@ -339,7 +339,9 @@ class Train:
 class Evaluate:
     """What is scored, and how."""
 
-    batch_size: int = setting("rows scored at a time; does not change a score")
+    batch_size: int = setting(
+        "rows scored at a time; in 16 bits rounding, which padding changes, may change a score a little"
+    )
     before: bool = setting("true: the base model is scored before training")
     max_examples: int | None = setting("score this many rows of each split only, for a quick test")
     holdout: int | None = setting("score this many held-out training rows instead of the task's own splits")

@@ -1,6 +1,8 @@
 """Outputs of a model on a task's evaluation splits, judged and scored by the task.
 
-The outputs do not depend on the batch size: padding is masked, and rows are put back into their own order.
+The outputs depend on the batch size by rounding alone: padding is masked, and rows are put back into their own order,
+but how much padding there is changes the order of sums. In float32 that hardly ever changes an output; in 16 bits it
+may where two tokens or classes are nearly tied.
 """
 
 import math
@@ -136,7 +138,8 @@ def show_progress(batches: list[list[int]], title: str) -> Iterator[list[int]]:
 
 def split_until_fits(predict: Callable[[list[Row]], list[Output]], rows: list[Row], halve: bool) -> list[Output]:
     """Return what `predict` returns for the rows. If memory runs out and `halve` is set, the batch is split in two and
-    retried: changing `eval.batch_size` would make it a different run and lose the training."""
+    retried: changing `eval.batch_size` would make it a different run and lose the training. Outputs may then differ by
+    rounding, as with another batch size."""
     try:
         return predict(rows)
     except Exception as error:
