@@ -134,6 +134,10 @@ class Task:
             TaskError: with file, line and column.
         """
 
+    def explain_unused_option(self, name: str) -> str | None:
+        """Return why an option has no effect on the files in `data_dir`; None where it has one."""
+        return None
+
     def choices(self, row: Row) -> list[str]:
         """Return the continuations of the prompt to rank by likelihood; empty if this task does not rank any."""
         return []

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tasks import base
 from tasks.base import Output, Row, TaskError
-from tasks.own_files import OwnFiles, Place, Placed, get_text
+from tasks.own_files import OwnFiles, Place, Placed, get_text, read_rows
 
 if TYPE_CHECKING:
     from tasks.measures import Score
@@ -80,6 +80,17 @@ class Instruction(OwnFiles):
         """Return the columns of the form that the file's first row has, or has the larger part of."""
         forms = (self.columns, ALPACA, ("messages",))
         return max(forms, key=lambda form: sum(name in known for name in form) / len(form))
+
+    def explain_unused_option(self, name: str) -> str | None:
+        if name not in ("prompt", "response", "separator"):
+            return super().explain_unused_option(name)
+        path = self.used(None)["train"][0]
+        _, row = read_rows(path, self.quotes)[0]
+        if set(self.columns) <= row.keys():
+            return None
+        return (
+            f"only rows of a prompt and a response use it, and {path.name} has {', '.join(self.needed(row))}; drop it"
+        )
 
     def remedy(self) -> str:
         remedy = "name yours with task.options.prompt and response"

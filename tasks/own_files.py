@@ -378,6 +378,13 @@ class OwnFiles(Task):
     def check_files(self) -> None:
         self.rows()
 
+    def explain_unused_option(self, name: str) -> str | None:
+        files = self.used(None)
+        if name in ("held_out", "split_seed") and len(files) > 1:
+            _, (scored, *_) = files.values()
+            return f"{scored.name} is scored, so no rows of training are set apart; drop it"
+        return None
+
     def used(self, data_dir: str | None) -> Files:
         """Return training's files and those that are scored, if any are; the folder is the task's from now on."""
         self.data_dir = data_dir or self.data_dir

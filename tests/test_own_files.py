@@ -440,6 +440,40 @@ def test_options_are_checked(name, options, message):
         tasks.load(f"{name}/x")
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "option", "said"),
+    [
+        (
+            C,
+            GOOD,
+            "held_out=0.3",
+            "task.options.held_out=0.3: test.csv is scored, so no rows of training are set apart",
+        ),
+        (C, GOOD, "split_seed=3", "task.options.split_seed=3: test.csv is scored"),
+        (C, {"data.csv": "text,label\n" + "a,x\nb,y\nc,x\nd,y\n"}, "split_seed=3", None),
+        (
+            N,
+            CHAT,
+            "separator=X",
+            "task.options.separator=X: only rows of a prompt and a response use it, and train.jsonl",
+        ),
+        (N, {"a.csv": "instruction,output\na,b\nc,d\n"}, "prompt=q", "has instruction, output; drop it"),
+        (N, {"a.csv": "q,response\na,b\nc,d\n"}, "prompt=q", None),
+    ],
+)
+def test_an_option_without_effect_on_the_files_is_refused(name, files, option, said, tmp_path):
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    model = "tiny-roberta" if name == C else "tiny-llama"
+    words = [f"model={model}", f"task={name}", f"data_dir={tmp_path}", f"task.options.{option}"]
+    if said is None:
+        load_settings(words)
+        return
+    with pytest.raises(UserError) as caught:
+        load_settings(words)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", [C, N])
 def test_without_a_folder_there_are_no_files(name):
     with pytest.raises(TaskError, match=f"task={name}: reads files of your own; give data_dir=DIR"):

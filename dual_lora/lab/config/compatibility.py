@@ -10,7 +10,7 @@ from collections.abc import Collection
 from omegaconf import DictConfig, OmegaConf
 
 from dual_lora.lab.config.paths import find_choices, load_yaml
-from dual_lora.lab.config.schema import METHOD_SETTINGS, Settings, get_setting
+from dual_lora.lab.config.schema import METHOD_SETTINGS, Method, Settings, get_setting
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
@@ -19,6 +19,9 @@ GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "search", "length_penalty"
 GENERATION_SETTINGS |= {"loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
+# What an adapter is drawn with and ramped up by: without effect where `init_from` brings a trained one at full scale.
+START_SETTINGS = {"ramp_share", "peft.init_weights", "peft.init_std", "peft.direction_init_std"}
+START_SETTINGS |= {"peft.scale_warmup_steps", "peft.scale_warmup_shape"}
 # A sentence cut shorter than this is special tokens and at most one token of text.
 MIN_SENTENCE_TOKENS = 4
 
@@ -72,6 +75,8 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
     if group != "method":
         return None
     own = OmegaConf.to_container(composed.method.peft, resolve=False) if composed.method.peft else {}
+    if name == "name":
+        return "it names what the method's file sets, not another method; take method=NAME"
     if name in METHOD_SETTINGS and method.peft is not None:
         used = any(f"${{{key}}}" in str(value) for value in own.values())
         return None if used else f"method {method.name} has no {name}; drop it"
@@ -85,7 +90,18 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
         return "method.peft.scale_warmup_steps is used instead; drop one"
     if name == "lr" and settings.train.lr != method.lr:
         return f"train.lr={settings.train.lr} is used instead; drop one"
-    return None
+    if name in START_SETTINGS and settings.init_from and method.peft is not None:
+        return "init_from brings a trained adapter, which starts at full scale; drop it"
+    idle_sign = explain_idle_sign(method)
+    return f"only the gradient of Sign uses it, and {idle_sign}; drop one" if name == "peft.ste" and idle_sign else None
+
+
+def explain_idle_sign(method: Method) -> str | None:
+    """Return why no gradient of Dual LoRA's Sign is computed; None where one is, and for other methods."""
+    peft = method.peft or {}
+    if peft.get("direction") not in (None, "sign"):
+        return f"method.peft.direction={peft['direction']} has none"
+    return "method.peft.freeze=direction computes none" if peft.get("freeze") == "direction" else None
 
 
 def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str | None:
@@ -113,6 +129,10 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
+    if key == "model.adapt" and (method.peft or {}).get("target_modules"):
+        return "method.peft.target_modules is used instead; drop one"
+    if key.startswith("task.options.") and settings.data_dir:
+        return load_task(settings).explain_unused_option(key.removeprefix("task.options."))
     if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:
         return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
     product = "magnitude_ratio" in (method.peft or {}) or (method.peft or {}).get("peft_type") in LORA_B_TYPES
@@ -120,4 +140,6 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"only an update that is a product of factors is looked at, and method {method.name} has none; drop it"
     if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
         return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
+    if key == "train.loss_scale" and (idle_sign := explain_idle_sign(method)):
+        return f"only the gradient of Sign is clipped, and {idle_sign}; drop one"
     return None
