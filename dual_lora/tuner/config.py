@@ -1,6 +1,7 @@
 """DualLoraConfig: what a user may choose about the method."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -115,6 +116,7 @@ class DualLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        self._check_types()
         self.fused_slices, self.rank_pattern, self.alpha_pattern = (
             dict(p or {}) for p in (self.fused_slices, self.rank_pattern, self.alpha_pattern)
         )
@@ -138,6 +140,20 @@ class DualLoraConfig(PeftConfig):
         if ramp is not None:
             self._warned = True  # no field, so it is not saved
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
+
+    def _check_types(self) -> None:
+        """Refuse values of another type where they would be computed with, or taken by their truth."""
+        for name in ("r", "r1", "r2"):
+            rank = getattr(self, name)
+            whole = isinstance(rank, int) and not isinstance(rank, bool)
+            _require(rank is None or whole, name, rank, "None or an integer")
+        ratio = self.magnitude_ratio
+        _require(ratio is None or _is_number(ratio), "magnitude_ratio", ratio, "None or a number between 0 and 1")
+        for name in ("init_weights", "keep_update"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        for name in ("fused_slices", "rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            _require(pattern is None or isinstance(pattern, Mapping), name, pattern, "a dictionary of modules")
 
     def _resolve_ranks(self) -> None:
         if self.r is None:
@@ -166,7 +182,8 @@ class DualLoraConfig(PeftConfig):
             ("kernel", KERNELS),
             ("freeze", (None, *GROUPS)),
         ):
-            _require(getattr(self, name) in kinds, name, getattr(self, name), f"one of {', '.join(map(str, kinds))}")
+            known = list(kinds)  # a value that cannot be hashed is no error of its own
+            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(map(str, known))}")
         self._check_kernel_options()
         steps = self.scale_warmup_steps
         whole = isinstance(steps, int) and not isinstance(steps, bool)
@@ -206,10 +223,13 @@ class DualLoraConfig(PeftConfig):
             _require(good, f"fused_slices[{key!r}]", value, "[n, [i, ...]]: n >= 2 blocks and distinct indexes below n")
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is_positive(value) -> bool:
     """Return whether the value is a number that stays finite and above 0 in float32, in which dW is scaled."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max
+    return _is_number(value) and torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max
 
 
 def _require(condition: bool, name: str, value, expected: str) -> None:

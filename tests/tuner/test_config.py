@@ -72,6 +72,14 @@ def test_rank_pattern_is_split_by_the_ratio_of_r1_and_r2():
         ({"layers_pattern": "h"}, "layers_to_transform"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"task_type": "SORTING"}, "task type"),
+        ({"r1": "4", "r2": 4}, "^r1='4': expected None or an integer"),
+        ({"r": True}, "^r=True: expected None or an integer"),
+        ({"magnitude_ratio": "0.5"}, "^magnitude_ratio='0.5': expected None or a number"),
+        ({"rank_pattern": [1]}, r"^rank_pattern=\[1\]: expected a dictionary"),
+        ({"alpha_pattern": {"q": "1"}}, r"^alpha_pattern\['q'\]='1'"),
+        *(({"init_weights": value}, "^init_weights=.*: expected True or False") for value in ("pissa", None, 1)),
+        ({"keep_update": "no"}, "^keep_update='no': expected True or False"),
+        ({"magnitude": ["relu"]}, r"^magnitude=\['relu'\]: expected one of relu"),
     ],
 )
 def test_impossible_values_are_errors(fields, message):
