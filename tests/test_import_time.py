@@ -22,7 +22,7 @@ def import_and_describe(folder, monkeypatch, source):
     return describe_machine_error(error.value)
 
 
-@pytest.mark.parametrize("value", ["abc", "1,5", "12 s"])
+@pytest.mark.parametrize("value", ["abc", "1,5", "12 s", "x"])
 def test_a_variable_that_a_library_cannot_read_is_named(value, tmp_path, monkeypatch):
     monkeypatch.setenv("LIBRARY_TIMEOUT", value)
     said = import_and_describe(tmp_path, monkeypatch, "import os\nfloat(os.environ['LIBRARY_TIMEOUT'])")
@@ -38,11 +38,19 @@ def test_other_errors_are_not_the_environments(tmp_path, monkeypatch):
     assert describe_machine_error(error.value) is None
 
 
-@pytest.mark.parametrize("variables", [{"HF_HUB_ETAG_TIMEOUT": "abc"}, {"TORCH_LOGS": "foo"}, {"PYTHONOPTIMIZE": "2"}])
-def test_a_command_says_which_variable_it_is(variables, tmp_path):
-    ((name, value),) = variables.items()
-    words = ["train.py", "model=tiny-roberta", "task=demo/sentiment", "train.max_steps=1", "plan=true"]
-    env = os.environ | variables | {"DUAL_LORA_RUNS": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("name", "value", "more"),
+    [
+        ("HF_HUB_ETAG_TIMEOUT", "abc", ["plan=true"]),
+        ("TORCH_LOGS", "foo", ["plan=true"]),
+        ("PYTHONOPTIMIZE", "2", ["plan=true"]),
+        ("TQDM_POSITION", "x", []),  # read while tqdm is imported
+        ("TQDM_ASCII", "q", ["plan=true"]),  # read while a bar is drawn
+    ],
+)
+def test_a_command_says_which_variable_it_is(name, value, more, tmp_path):
+    words = ["train.py", "model=tiny-roberta", "task=demo/sentiment", "train.max_steps=1", *more]
+    env = os.environ | {name: value} | {"DUAL_LORA_RUNS": str(tmp_path)}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == EXIT_USER
     assert f"{name}={value}" in done.stderr and "Traceback" not in done.stderr

@@ -99,6 +99,13 @@ def find_remedy(number: int | None, default: str) -> str:
     return next((remedy for numbers, remedy in REMEDIES.items() if number in numbers), default)
 
 
+def quotes_value(message: str, value: str) -> bool:
+    """Return whether a message quotes a value: as a word of its own, a single character in quotation marks."""
+    if len(value) == 1:
+        return f"'{value}'" in message
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", message) is not None
+
+
 def find_unreadable_variables(error: BaseException) -> str | None:
     """Return the environment's variables, as NAME=VALUE, that a library refused while it was imported: those whose
     value its message quotes. None if it was not, or none is quoted."""
@@ -106,8 +113,8 @@ def find_unreadable_variables(error: BaseException) -> str | None:
     importing = any(frame.f_globals.get("__name__") != "__main__" for frame in frames)
     if not importing or not isinstance(error, ValueError):
         return None
-    text, values = str(error), {name: value for name, value in sorted(os.environ.items()) if len(value) > 1}
-    quoted = [n for n, value in values.items() if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text)]
+    values = {name: value for name, value in sorted(os.environ.items()) if value}
+    quoted = [name for name, value in values.items() if quotes_value(str(error), value)]
     found = [f"{name}={values[name][:80]}" for name in quoted]
     return ", ".join(found[:3]) or None
 

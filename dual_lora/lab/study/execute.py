@@ -14,6 +14,7 @@ from dual_lora.lab.errors import (
     RunHeldElsewhere,
     UserError,
     get_first_line,
+    translate_machine_errors,
 )
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_finished
@@ -41,7 +42,7 @@ def execute_run(run: Run) -> dict[str, str] | None:
     """
     try:
         if not show_finished(run):
-            with import_heavy_libraries():
+            with translate_machine_errors(), import_heavy_libraries():
                 from dual_lora.lab.train.run import train_run
             train_run(run)
         return None

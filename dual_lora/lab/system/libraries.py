@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.errors import UserError, get_first_line
 
 
 @contextmanager
@@ -55,7 +57,11 @@ def show_own_warning(message: Warning | str, *place: object, **more: object) -> 
 
 
 def silence_libraries() -> None:
-    """Turn off the progress bars and messages that libraries have switches for; errors still show."""
+    """Turn off the progress bars and messages that libraries have switches for; errors still show.
+
+    Raises:
+        UserError: no bar of our own can be drawn.
+    """
     import transformers
     from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils
@@ -67,3 +73,21 @@ def silence_libraries() -> None:
     else:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, which a plan never does
     modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)  # a bar with no switch of its own
+    check_progress_bar()
+
+
+def check_progress_bar() -> None:
+    """Draw a progress bar to nowhere, because tqdm looks at some of its variables only while it draws.
+
+    Raises:
+        UserError: the environment's variables with which it cannot be drawn.
+    """
+    from tqdm.auto import tqdm
+
+    named = [f"{name}={value[:80]}" for name, value in sorted(os.environ.items()) if name.startswith("TQDM_")]
+    try:
+        with tqdm([0], file=io.StringIO(), disable=False) as bar:
+            list(bar)
+    except Exception as error:  # whatever formatting with a wrong value raises
+        reason = f"no progress bar can be drawn with it ({get_first_line(error)[:200]})"
+        raise UserError(f"{', '.join(named)}: {reason}; unset it") from error
