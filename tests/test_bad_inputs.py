@@ -569,7 +569,7 @@ CASES = [
     Case("config", "a batch of 30 digits for eval", f"run={{here}}/run eval.batch_size=1{'0' * 30}", "must be a whole number above 0", finished, EVAL),
     Case("config", "a letter beyond ASCII", "study='İ'", "only letters, digits"),
     # what Hydra could be made to do
-    Case("config", "Hydra runs a pickle", "--info --experimental-rerun x.pickle", "--experimental-rerun: no such option"),
+    Case("config", "Hydra runs a pickle", "--version --experimental-rerun x.pickle", "--experimental-rerun: no such option"),
     Case("config", "Hydra shows an unknown setting", "--cfg job nothing=1", "nothing: no such setting"),
     Case("config", "Hydra shows a wrong value", "--cfg job train.lr=fast", "train.lr: Value 'fast'"),
     Case("config", "the sweeper's own settings", "+hydra.sweeper.params={train.lr:1}", "hydra.sweeper.params: only hydra/launcher may be set"),
