@@ -87,7 +87,7 @@ def test_experiments_that_share_the_runs_of_the_verdict_ask_for_the_same_runs():
         assert all(some <= runs[label] for label, some in mine.items()) and my_trials <= trials
     mine, my_trials = identify("frozen_groups")
     assert mine["Dual LoRA"] <= runs["Dual LoRA"] and mine["Head only"] <= runs["Head only"]
-    assert len(my_trials & trials) == 12 and len(my_trials) == 84  # Dual LoRA's of six
+    assert len(my_trials & trials) == 12 and len(my_trials) == 96  # Dual LoRA's of six
     mine, my_trials = identify("ratio")
     middle = mine["Dual LoRA"] & mine["Dual LoRA, scale held"]
     assert middle <= runs["Dual LoRA"] and len(middle) == 10 and len(my_trials & trials) == 8
