@@ -176,7 +176,7 @@ def list_rows(text: str) -> list[list[str]]:
         ("## How similar updates are", "similarity", 5),
         ("## How much rank the score needs", "truncation", 3),
         ("## The ratio of the two ranks", "ratio", 4),
-        ("## Are trained signs", "frozen_groups", 6),
+        ("## Is each part worth", "frozen_groups", 12),
         ("## Gradients in bfloat16", "gradient_dtype", 2),
         ("### On text generation", "gradient_dtype_e2e", 2),
         ("## Appendix: Figure 2", "rank_allocation_small", 12),
