@@ -158,8 +158,8 @@ def test_planned_comparisons_get_verdicts_on_every_task_and_on_the_mean(study, t
 
 
 def test_planned_comparisons_without_runs_count_as_p_1(study, tmp_path):
-    """A study that is half done may not pass for a small one: 0.015, say, is not corrected for itself alone."""
-    right = {0: 3, 1: 0, 2: 4, 3: 1, 4: 2}  # p of the seeds 0.048, of the predictions 0.002
+    """A study that is half done may not pass for a small one: tested alone, this difference would be found."""
+    right = {0: 3, 1: 0, 2: 4, 3: 1, 4: 2}
     spec = PLANNED | {"margin": {}}
     experiment, done = study(
         spec, lambda label, s: None if s.task.name == "glue/rte" else 80 + 3 * right[s.seed] * (label == "Dual LoRA")
