@@ -92,7 +92,22 @@ def test_a_run_without_a_result_is_a_row_of_dashes(runs_folder):
     runs = prepare_runs([load_settings([*TINY, f"seed={seed}"]) for seed in (0, 1)])
     assert execute_run(runs[0]) is None
     rows = format_results(runs).splitlines()[2:]
-    assert rows[1].split()[2:] == ["-"] * 4 and "-" not in rows[0].split()[3:]
+    assert rows[1].split()[2:] == ["-"] * 4 and "-" not in rows[0].split()[3:] and len(rows) == 2
+
+
+def test_runs_that_differ_in_their_seed_end_in_their_mean(runs_folder):
+    """Two methods with two seeds each. SD is that of a sample."""
+    jobs = parse_overrides([*TINY, "method=lora,dual_lora", "seed=0,1"])
+    runs = prepare_runs([load_settings(job) for job in jobs])
+    for run, accuracy in zip(runs, (0.5, 0.6, 0.25, 0.75), strict=True):
+        facts = {"trainable_parameters": 9, "train_seconds": 1.0, "data": {}, "identity": run.identity}
+        names = {"model": "tiny-roberta", "task": "demo/sentiment", "method": run.settings.method.name}
+        scores = {"metric": "accuracy", "metrics": {"accuracy": accuracy}, "seed": run.settings.seed}
+        run.record.folder.mkdir(parents=True)
+        run.record.write_result({**facts, **names, **scores})
+    means = format_results(runs).splitlines()[6:]
+    assert [row.split("  ")[0] for row in means] == [f"{name}, mean ± SD of 2 seeds" for name in ("lora", "dual_lora")]
+    assert "55.0 ± 7.1" in means[0] and "50.0 ± 35.4" in means[1]
 
 
 def test_a_launcher_that_does_one_run_at_a_time_does_them_all(runs_folder, monkeypatch, capfd):

@@ -42,8 +42,12 @@ class Run:
     @property
     def label(self) -> str:
         """A short name among the command's runs: the method, and the settings that vary."""
+        return self.format_label()
+
+    def format_label(self, *left_out: str) -> str:
+        """Return `label` without some of the settings."""
         names = [self.differences[key] for key in ("model.name", "task.name") if key in self.differences]
-        return " ".join([*names, self.settings.method.name, *self.list_values()])
+        return " ".join([*names, self.settings.method.name, *self.list_values(*left_out)])
 
     @property
     def title(self) -> str:

@@ -13,7 +13,8 @@ MISSING, GB = "-", 1e9
 
 def format_results(runs: list[Run]) -> str:
     """Return the table of a command's runs: the main score of each task (in percent, but as it is where the task says
-    so), before and after training, trained weights and seconds of training. A dash stands where there is no result."""
+    so), before and after training, trained weights and seconds of training. A dash stands where there is no result.
+    Runs that differ in their seed alone are followed by their mean and standard deviation."""
     results = [run.record.read_result() or {} for run in runs]
     metrics = list(dict.fromkeys(result["metric"] for result in results if result))
     rows = []
@@ -25,7 +26,28 @@ def format_results(runs: list[Run]) -> str:
         seconds = f"{result['train_seconds']:.1f}" if result else MISSING
         shown = [format_score(score, name in unscaled) for score, name in zip(scores, metrics, strict=True)]
         rows.append([run.label, format_score(before, result.get("metric") in unscaled), *shown, trained, seconds])
+    rows += summarise_seeds(runs, results, metrics)
     return format_rows(rows, ["run", "before", *(f"{name} %" for name in metrics), "trained", "seconds"])
+
+
+def summarise_seeds(runs: list[Run], results: list[dict[str, Any]], metrics: list[str]) -> list[list[str]]:
+    """Return a row of `format_results` for each group of finished runs that differ in their seed alone: mean ± SD."""
+    import numpy as np  # here, since a command of one run need not wait for it
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    unscaled = {name for run in runs for name in load_task(run.settings).unscaled}
+    for run, result in zip(runs, results, strict=True):
+        if result:
+            groups.setdefault(run.format_label("seed"), []).append(result)
+    rows = []
+    for label, group in groups.items():
+        if len(group) > 1:
+            metric = group[0]["metric"]
+            scores = [result["metrics"][metric] for result in group]
+            summary = [format_score(value, metric in unscaled) for value in (np.mean(scores), np.std(scores, ddof=1))]
+            shown = [" ± ".join(summary) if name == metric else MISSING for name in metrics]
+            rows.append([f"{label}, mean ± SD of {len(group)} seeds", MISSING, *shown, MISSING, MISSING])
+    return rows
 
 
 def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: list[str | None]) -> str:
