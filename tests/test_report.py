@@ -260,8 +260,8 @@ def test_lines_of_predictions_end_at_line_feeds_alone(study, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"environment": {"model_files": {"model.safetensors": "f00d"}}}, "other base weights"),
-        ({"data": {"train": {"origin": "t", "rows": 9, "sha256": "f00d"}}}, "other training rows"),
+        ({"environment": {"model_files": {"model.safetensors": "f00d"}}}, "different model files"),
+        ({"data": {"train": {"origin": "t", "rows": 9, "sha256": "f00d"}}}, "different training rows"),
         ({}, None),  # of which it is not known
     ],
 )
@@ -276,7 +276,7 @@ def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
     text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
     assert text.count("cannot be compared") == 2 * (said is not None)  # the task, and the mean over tasks
     assert (said or "") in text
-    assert ("were done with different files and do not compare" in text) == (said == "other base weights")
+    assert (f"with {said}, which do not compare" in text) == (said is not None)
 
 
 def test_that_the_best_epoch_is_reported_is_said(study, tmp_path):
@@ -630,11 +630,43 @@ def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study
     spec = GLUE | {"full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
     started = {"started": "2020-01-01T00:00:00Z"}
     experiment, done = study(spec, lambda label, s: 80, environment=started)
+    best = beside(done[0].record, "mm_best")
     other = beside(done[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
+    shutil.rmtree(done[0].record.folder)  # neither has the data and weights that the settings name now
     (shown, _) = find_outcomes([cell.cell for cell in done], "made")
-    assert shown.record == done[0].record and shown.other_records == (other,)
+    assert shown.record == best and shown.rivals == ((best, other),)
     text = write_report(experiment, [shown], tmp_path)
-    assert f"{done[0].record.name} (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
+    assert f"mm_best (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
+
+
+def test_of_records_of_the_same_settings_that_of_the_named_data_counts(study, tmp_path):
+    """For the table's runs and for those that choose a rate, though another is newer."""
+    later = {"started": "2999-01-01T00:00:00Z"}
+    tune = {"holdout": 9, "grid": {"Dual LoRA": [1e-4, 1e-3]}}
+    spec = GLUE | {"tune": tune, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    experiment, (_, dual) = study(spec, lambda label, s: 80)
+    mine = [finish(trial, right) for trial, right in zip(dual.cell.tuning, (60, 70), strict=True)]
+    others = [
+        beside(record, f"zz_{number}", later, metrics={"accuracy": accuracy})
+        for number, (record, accuracy) in enumerate(zip(mine, (0.9, 0.1), strict=True))
+    ]
+    (shown,) = find_outcomes([dual.cell], "made")
+    assert shown.rate == 1e-3 and shown.trials == ((1e-4, 0.6), (1e-3, 0.7))
+    assert shown.rivals == tuple(zip(mine, others, strict=True))
+    text = write_report(experiment, [shown], tmp_path)
+    assert f"{mine[0].name} (60.0), not zz_0 (90.0); {mine[1].name} (70.0), not zz_1 (10.0)" in text
+
+
+@pytest.mark.parametrize(("split", "said"), [("train", "training"), ("validation", "scored")])
+def test_seeds_that_had_other_rows_do_not_compare(study, tmp_path, split, said):
+    experiment, done = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"))
+    for cell in done:
+        facts = {"origin": "t", "rows": 9, "sha256": "beef" if cell.settings.seed else "f00d"}
+        shutil.rmtree(cell.record.folder)
+        finish(cell.settings, 80, data={split: facts})
+    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
+    assert f"runs of glue/rte with different {said} rows, which do not compare: " in text
+    assert text.count("cannot be compared") == 3  # both tasks, and the mean over tasks
 
 
 def test_a_rate_that_diverged_is_the_worst_and_one_that_failed_says_why(study, tmp_path):

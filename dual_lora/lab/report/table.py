@@ -12,11 +12,11 @@ import pandas as pd
 import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.record.record import ENVIRONMENT_FIELDS
+from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
 from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.floors import ModelTask
-from dual_lora.lab.report.comparison.matches import describe_weights, read_predictions
+from dual_lora.lab.report.comparison.matches import group_by_inputs, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
 from dual_lora.lab.report.published import find_published_lines
 from dual_lora.lab.report.values import FIELDS, MARKS, Column, get_heading, get_unit, list_columns
@@ -316,34 +316,21 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
     if places:
         commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}
         yield f"code: {', '.join(sorted(commit[:10] for commit in commits))}"
-    for name, found in group_by_model_files(done).items():
-        if len(found) > 1:
-            groups = "; ".join(
-                ", ".join(some[:MAX_NAMED_RUNS]) + (" and more" if len(some) > MAX_NAMED_RUNS else "") for some in found
-            )
-            yield f"runs of {name} that were done with different files and do not compare: {groups}"
-    if rivals := [describe_rivals(cell) for cell in done if cell.other_records]:
+    for name, what, groups in group_by_inputs(done):
+        listed = "; ".join(", ".join(g[:MAX_NAMED_RUNS]) + " and more" * (len(g) > MAX_NAMED_RUNS) for g in groups)
+        yield f"runs of {name} with {what}, which do not compare: {listed}"
+    if rivals := list(dict.fromkeys(describe_rivals(some) for cell in done for some in cell.rivals)):
         more = f" and {len(rivals) - MAX_NAMED_RUNS} more" if len(rivals) > MAX_NAMED_RUNS else ""
         yield (
-            "several finished records of the same settings (other data, weights, task version or code); shown is the "
-            "newest of those with the task as it is now and committed code: "
-            + "; ".join(rivals[:MAX_NAMED_RUNS])
-            + more
+            "several finished records of the same settings (other data, weights, task version or code); the one of the "
+            "data and weights that the command names counts, or else the newest of the task as it is now and committed "
+            "code: " + "; ".join(rivals[:MAX_NAMED_RUNS]) + more
         )
 
 
-def group_by_model_files(done: list[Outcome]) -> dict[str, list[list[str]]]:
-    """Return the names of finished runs by model, and by the files it was loaded from."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for cell in done:
-        if cell.result and (files := describe_weights(cell)):
-            found.setdefault(cell.settings.model.name, {}).setdefault(files, []).append(cell.record.name)
-    return {name: list(groups.values()) for name, groups in found.items()}
-
-
-def describe_rivals(cell: Outcome) -> str:
-    """Return a run that is shown and those that are not, with their main scores."""
-    results = {record.name: record.read_result() for record in (cell.record, *cell.other_records)}
+def describe_rivals(records: tuple[Record, ...]) -> str:
+    """Return the run that counts and those that do not, with their main scores."""
+    results = {record.name: record.read_result() for record in records}
     scores = [
         f"{name} ({r['metrics'][r['metric']] * get_unit(r['task'], r['metric']):.1f})" for name, r in results.items()
     ]

@@ -12,7 +12,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line
-from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.record.identity import compute_identity, serialize_identity_settings
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.study.experiment import Cell
@@ -24,7 +24,8 @@ class Outcome:
 
     Attributes:
         rate: the learning rate, None while it is not chosen.
-        other_records: finished records of the same settings that are not shown.
+        rivals: for the run and each of its trials of which there are several finished records (of the same settings),
+            these, the one that counts first.
         trials: the rates it was chosen from, each with its trial's main score: -inf where training diverged, NaN while
             it is not known.
     """
@@ -34,7 +35,7 @@ class Outcome:
     result: dict | None
     reason: str | None
     rate: float | None = None
-    other_records: tuple[Record, ...] = ()
+    rivals: tuple[tuple[Record, ...], ...] = ()
     trials: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -151,8 +152,26 @@ def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
 
 
 def find_record(settings: Settings, study: dict[str, list[Record]]) -> Record | None:
-    """Return the record that is shown for these settings; None if there is none."""
-    return study.get(serialize_identity_settings(settings), [None])[0]
+    """Return the record that counts for these settings; None if there is none."""
+    return next(iter(list_records(settings, study)), None)
+
+
+def list_records(settings: Settings, study: dict[str, list[Record]]) -> list[Record]:
+    """Return the records of these settings, the one that counts first: of several, that of the data, weights and code
+    which the settings name, if these are at hand."""
+    records = study.get(serialize_identity_settings(settings), [])
+    if len(records) > 1:
+        with suppress(UserError):
+            name = compute_identity(settings)
+            return sorted(records, key=lambda record: record.name != name)
+    return records
+
+
+def find_rivals(all_settings: list[Settings], study: dict[str, list[Record]]) -> tuple[tuple[Record, ...], ...]:
+    """Return the finished records of each of these settings that have several, the one that counts first."""
+    several = [records for settings in all_settings if len(records := list_records(settings, study)) > 1]
+    finished = [tuple(record for record in records if record.read_result()) for records in several]
+    return tuple(records for records in finished if len(records) > 1)
 
 
 def find_outcomes(cells: list[Cell], study: str) -> list[Outcome]:
@@ -171,11 +190,11 @@ def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     chosen = choose_learning_rate(cell, study)
     if chosen is None:
         return Outcome(cell, None, None, explain_missing_rate(cell, study), trials=trials)
-    record, *other_records = study.get(serialize_identity_settings(chosen.settings), [None])
+    record = find_record(chosen.settings, study)
     result = record.read_result() if record else None
     reason = None if result else explain_failure(record) or ("started, not finished" if record else "not run")
-    rate, other_records = chosen.settings.train.lr, tuple(other for other in other_records if other.read_result())
-    return Outcome(chosen, record, result, reason, rate, other_records, trials)
+    rivals = find_rivals([chosen.settings, *chosen.tuning], study)
+    return Outcome(chosen, record, result, reason, chosen.settings.train.lr, rivals, trials)
 
 
 def explain_missing_rate(cell: Cell, study: dict[str, list[Record]]) -> str:

@@ -89,19 +89,30 @@ def group_by_place(experiment: Experiment, done: list[Outcome]) -> dict[str, dic
 
 
 def check_same_inputs(match: Match) -> None:
-    """Refuse to compare runs of the same model and data, as their settings say, that were done with other files.
+    """Refuse to compare runs whose inputs differ though their settings name the same.
 
     Raises:
-        UserError: with the files.
+        UserError: with two of them.
     """
-    for one in match.ours:
-        for other in match.theirs:
-            if one.settings.model == other.settings.model:
-                known = {describe_weights(cell) for cell in (one, other)} - {None}
-                require(len(known) < 2, f"{one.record.name} and {other.record.name}: other base weights")
-            if one.settings.seed == other.settings.seed and get_row_protocol(one) == get_row_protocol(other):
-                known = {get_training_hash(cell) for cell in (one, other)} - {None}
-                require(len(known) < 2, f"{one.record.name} and {other.record.name}: other training rows")
+    for _, what, (one, other, *_) in group_by_inputs(match.ours + match.theirs):
+        raise UserError(f"{one[0]} and {other[0]}: {what}")
+
+
+def group_by_inputs(done: list[Outcome]) -> Iterator[tuple[str, str, list[list[str]]]]:
+    """Yield every group of runs that had different inputs though their settings name the same: their model or task,
+    what differs, and their names by input. An input that was not recorded is no difference."""
+    kinds = (
+        ("model", "different model files", lambda cell: None, describe_weights),
+        ("task", "different training rows", get_row_protocol, get_training_hash),
+        ("task", "different scored rows", lambda cell: (cell.settings.task, cell.settings.eval), get_scored_hashes),
+    )
+    for part, what, get_protocol, describe in kinds:
+        found: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for cell in done:
+            if cell.result and (inputs := describe(cell)):
+                group = found.setdefault((getattr(cell.settings, part).name, repr(get_protocol(cell))), {})
+                group.setdefault(inputs, []).append(cell.record.name)
+        yield from ((name, what, list(group.values())) for (name, _), group in found.items() if len(group) > 1)
 
 
 def describe_weights(cell: Outcome) -> str | None:
@@ -115,9 +126,16 @@ def get_training_hash(cell: Outcome) -> str | None:
     return cell.result["data"].get("train", {}).get("sha256")
 
 
+def get_scored_hashes(cell: Outcome) -> str:
+    """Return the SHA-256 of every split that a run was scored on, as one text; empty if none was recorded."""
+    splits = cell.result["data"].items()
+    return " ".join(f"{name} {facts['sha256']}" for name, facts in splits if name != "train" and "sha256" in facts)
+
+
 def get_row_protocol(cell: Outcome) -> object:
-    """Return what of a run's settings chooses its training rows, beside the seed."""
-    return cell.settings.task, cell.settings.eval.reserved_rows, cell.settings.train.max_examples
+    """Return what of a run's settings chooses its training rows: the seed only where they are a sample."""
+    limit = cell.settings.train.max_examples
+    return cell.settings.task, cell.settings.eval.reserved_rows, limit, limit and cell.settings.seed
 
 
 class Predictions:
