@@ -54,6 +54,15 @@ def test_a_cell_has_the_runs_of_its_own_row_as_sources_with_every_seed():
         assert not any(source.sources for source in cell.sources)
 
 
+def test_a_start_that_an_experiment_chooses_itself_cannot_be_given():
+    small = Experiment.from_content("small", SPEC)
+    with pytest.raises(
+        UserError, match=r"^experiment=small init_from=runs/a/b: .*small.yaml has the runs to start from;"
+    ):
+        small.compose_cells(["init_from=runs/a/b"])
+    assert small.compose_cells(["init_from=runs/a/b", "task=demo/choice"])[0].settings.init_from == "runs/a/b"
+
+
 def test_the_glue_tables_start_where_lora_does():
     cells = Experiment.load("nlu", "full").compose_cells(["model=roberta-base", "seed=0"])
     started = {cell.settings.task.name for cell in cells if cell.sources}

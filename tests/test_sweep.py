@@ -116,11 +116,25 @@ def test_different_runs_in_one_place_of_the_table_are_refused():
         two.compose_cells(["method=dora"])
 
 
+@pytest.mark.parametrize("word", ["train.lr=5e-4", "method.lr=5e-4"])
+def test_a_rate_that_an_experiment_chooses_itself_cannot_be_given(word):
+    """A row without a grid takes it."""
+    said = (
+        f"^experiment=verdict {word}: conf/experiment/verdict.yaml has the rates that Full is tried at; leave this out"
+    )
+    with pytest.raises(UserError, match=said):
+        Experiment.load("verdict", "smoke").compose_cells([word])
+    cells = Experiment.load("verdict", "smoke").compose_cells([word, "method=head_only"])
+    assert {cell.settings.train.lr for cell in cells} == {5e-4}
+
+
 def test_a_grid_can_be_relative_to_the_rate_of_a_runs_protocol():
     extra = ["model=deberta-v2-xxlarge", "task=glue/sst2", "seed=0"]
     cells = {cell.label: cell for cell in Experiment.load("nlu").compose_cells(extra)}
     rates = {label: [trial.train.lr for trial in cell.tuning] for label, cell in cells.items()}
     assert rates["LoRA"] == rates["Dual LoRA"] == [3e-5, 6e-5, 1.2e-4] and rates["Full"] == [1.5e-6, 3e-6, 6e-6]
+    given = {cell.label: cell for cell in Experiment.load("nlu").compose_cells([*extra, "train.lr=5e-4"])}
+    assert [trial.train.lr for trial in given["LoRA"].tuning] == [2.5e-4, 5e-4, 1e-3]
 
 
 def comparisons(experiment: Experiment, cells: list[Cell]) -> int:

@@ -230,6 +230,7 @@ class Experiment:
             require("method" not in rest, f"experiment={self.name} method={rest.get('method')}: its rows have {rows}")
             for label, job in jobs:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
+                    self.check_replaced(label, job | rest, rest)
                     settings = load_settings(list(map("=".join, (job | rest).items())))
                     found += [
                         cell
@@ -239,6 +240,19 @@ class Experiment:
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
         return self.add_sources(found, jobs, extra) if self.starts else found
+
+    def check_replaced(self, label: str, job: dict[str, str], extra: dict[str, str]) -> None:
+        """Refuse an extra override of a setting for which a row's run has the experiment's own value all the same.
+
+        Raises:
+            UserError: with the override.
+        """
+        own = {"init_from": "the runs to start from"} if job.get("task") in self.starts else {}
+        if self.tune and not self.tune.relative and label in self.tune.grid:
+            own |= dict.fromkeys(("train.lr", "method.lr"), f"the rates that {label} is tried at")
+        for key in own.keys() & extra.keys():
+            word, file = f"experiment={self.name} {key}={extra[key]}", f"conf/experiment/{self.name}.yaml"
+            require(False, f"{word}: {file} has {own[key]}; leave this out, or change the file")
 
     def list_jobs(self, extra: list[str]) -> list[Job]:
         """Return the label and the overrides of every cell, without seeds and without `extra`."""
