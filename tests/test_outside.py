@@ -22,7 +22,7 @@ from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import compose_choices, load_choice_file
 from dual_lora.lab.config.outside.words import take_outside_words
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_USER, UserError
 
 CODE = """
 from sklearn.metrics import cohen_kappa_score
@@ -114,6 +114,15 @@ def test_an_own_experiment_gives_its_report(own, runs_folder, capsys):
     report = capsys.readouterr().out
     assert "My own table" in report and "Dual LoRA" in report and len(list_runs(runs_folder)) == 2
     assert sweep_command([*words, "run=false"]) == 0
+
+
+def test_a_run_of_own_code_troubles_no_other_report_of_its_study(own, runs_folder, capsys):
+    assert train_command([*own, *SHORT, "study=baselines"]) == 0
+    (run,) = list_runs(runs_folder)
+    words = ["experiment=baselines", "scale=smoke", "study=baselines", "run=false"]
+    assert sweep_command(words) == 0 and "not read" not in "".join(capsys.readouterr())
+    (run / "config.yaml").write_text("seed: 3\n")  # a damaged one does
+    assert sweep_command(words) == EXIT_USER and f"not read: {run.name}" in capsys.readouterr().err
 
 
 def test_code_is_imported_in_the_processes_of_a_launcher(own, runs_folder, capfd):

@@ -33,6 +33,7 @@ from dual_lora.lab.record import mirror
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.record.summary import describe_data
 from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.system.sealed import hash_content
 from dual_lora.lab.train import callbacks as train_callbacks
@@ -233,6 +234,16 @@ def test_a_model_has_room_behind_the_position_of_padding():
 def test_a_prompt_that_leaves_no_room_for_its_target_is_refused(runs_folder):
     with pytest.raises(UserError, match=r"^task.max_length=8: the prompt of \S+ is \d+ tokens, so nothing of its"):
         train_run(Run.prepare(settings("tiny-llama", "task.max_length=8")))
+
+
+def test_rows_that_are_cut_are_counted(runs_folder):
+    """With the loss on the prompt, too, nothing is refused, as in LLM-Adapters' script."""
+    words = ["task.max_length=8", "task.loss_on_prompt=true", "train.max_examples=9", "train.max_steps=1"]
+    result = train_run(Run.prepare(settings("tiny-llama", *words)))
+    assert result["data"]["train"]["rows"] == result["data"]["train"]["cut"] == 9
+    assert describe_data(result["data"]).startswith("9 rows to train on (9 of them cut at task.max_length), ")
+    whole = train_run(Run.prepare(settings("tiny-llama", *words[2:])))
+    assert "cut" not in whole["data"]["train"]
 
 
 def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypatch):

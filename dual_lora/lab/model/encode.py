@@ -116,7 +116,7 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:
     """Return the encoder of prompt, target and end of text; the prompt carries loss only if the task says so.
 
-    The encoder raises UserError for a row of whose target nothing is left, or on which the chat template fails.
+    The encoder raises UserError for a row without any loss, since it is too long, or on which the chat template fails.
     """
 
     def columns(row: Row) -> dict:
@@ -132,6 +132,11 @@ def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setti
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[: len(ids)]}
 
     return columns
+
+
+def count_cut_rows(examples: "Dataset", tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many encoded texts are cut at `task.max_length`, so that part of the target is not trained on."""
+    return sum(ids[-1] != tokenizer.eos_token_id for ids in examples["input_ids"])
 
 
 def build_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable:

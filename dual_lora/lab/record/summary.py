@@ -36,7 +36,9 @@ def describe_data(splits: dict[str, dict[str, Any]]) -> str:
     result."""
     scored = [facts for name, facts in splits.items() if name != "train"]
     origins = dict.fromkeys(facts["origin"] for facts in scored)
-    trained = f"{splits['train']['rows']:,} rows to train on, " if "train" in splits else ""
+    train = splits.get("train", {})
+    cut = f" ({train['cut']:,} of them cut at task.max_length)" if "cut" in train else ""
+    trained = f"{train['rows']:,} rows to train on{cut}, " if train else ""
     origin = next(iter(origins)) if len(origins) == 1 else f"{len(scored)} sets"
     return f"{trained}{sum(facts['rows'] for facts in scored):,} scored ({origin})"
 

@@ -80,14 +80,25 @@ def load_verified_settings(record: Record) -> Settings:
 
 
 def find_damaged_records(study: str) -> list[str]:
-    """Return why records of a study cannot be read, one line each."""
+    """Return why records of a study cannot be read, one line each. Those made with code that this command does not name
+    are left out: they are none of its runs."""
     found = []
     for record in iterate_records(study):
         try:
             load_verified_settings(record)
         except UserError as error:
-            found.append(f"{record.name}: {error}")
+            if not needs_other_code(record):
+                found.append(f"{record.name}: {error}")
     return found
+
+
+def needs_other_code(record: Record) -> bool:
+    """Return whether an undamaged record was made with plugins that are not loaded."""
+    try:
+        record.verify_files("config.yaml", "environment.json")
+        return not record.read_environment().get("plugins", {}).keys() <= tasks.plugins.keys()
+    except UserError:
+        return False
 
 
 def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, str, str]:

@@ -31,7 +31,7 @@ from dual_lora.lab.model.adapt import (
     list_kernels,
     list_rates,
 )
-from dual_lora.lab.model.encode import build_collator, check_chats, check_positions, encode_rows
+from dual_lora.lab.model.encode import build_collator, check_chats, check_positions, count_cut_rows, encode_rows
 from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.tokenizer import load_tokenizer
@@ -218,6 +218,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
     warnings = find_warnings(task, predictions) + find_unfinished_ramp(model) + find_untouched_experts(model, settings)
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
+    if task.form == "generation" and (cut := count_cut_rows(trainer.train_dataset, tokenizer)):
+        result["data"]["train"]["cut"] = cut
     return share_from_first(lambda: record.write_result(result))
 
 
