@@ -383,6 +383,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_twice(study, tmp_path):
 
 def test_latex_prints_bars_and_angles_in_any_encoding():
     assert escape_latex("570 | 569 < 576 >") == r"570 \textbar{} 569 \textless{} 576 \textgreater{}"
+    assert escape_latex(r"{'a': \b}_^~%") == r"\{'a': \textbackslash{}b\}\_\^{}\~{}\%"
 
 
 def test_latex_escapes_what_it_must():

@@ -25,7 +25,8 @@ HTML_IN_MARKDOWN = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 # Makes a table as wide as the text if it is wider.
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
 TEX = {"±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$"}
-TEX |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+TEX |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "\\": r"\textbackslash{}"}
+TEX |= {"^": r"\^{}", "~": r"\~{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,7 @@ def format_latex_cells(table: Table) -> pd.DataFrame:
 
 def escape_latex(cell: object) -> str:
     """Return text in which LaTeX's special characters are escaped."""
-    text = str(cell).replace("\\", r"\textbackslash{}")
-    for sign in "&%$#_{}":
-        text = text if sign in "{}" else text.replace(sign, "\\" + sign)
-    for sign, command in TEX.items():
-        text = text.replace(sign, command)
-    return text.replace("^", r"\^{}").replace("~", r"\~{}")
+    return str(cell).translate(str.maketrans(TEX))
 
 
 def render_html(blocks: list[Block], title: str) -> str:
