@@ -93,7 +93,7 @@ class DualLoraFactors(nn.Module):
         ALL_FACTORS.add(self)
 
     def __getstate__(self):
-        return {**self.__dict__, "_cache": None}
+        return {**super().__getstate__(), "_cache": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -14,6 +14,7 @@ from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
 
 # A merge that rounds away more of dW than this warns.
 MAX_ROUNDING = 0.1
+WRITTEN = -1  # in place of a weight's version: it was written to since it was merged
 
 
 class DualLoraLayer(nn.Module, BaseTunerLayer):
@@ -139,13 +140,21 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             factors.freeze_group()
 
     def check_merge_allowed(self) -> None:
-        """Raise if merging would have no effect on the layer's output.
+        """Raise if merging would have no effect, or another than dW, on the layer's output.
 
         Raises:
-            ValueError: the base weight is computed from other tensors at every use.
+            ValueError: the base weight is computed from other tensors at every use, or has 8 bits an entry.
         """
         base = self.get_base_layer()
-        if not self._is_quantised() and base._parameters.get("weight") is None:
+        if self._is_quantised():
+            return
+        weight = base._parameters.get("weight")
+        if weight is not None and weight.is_floating_point() and weight.itemsize == 1:  # a scale lies elsewhere
+            raise ValueError(
+                f"cannot merge into {type(base).__name__}: its weight is {weight.dtype}, scaled when it is used; "
+                "leave the adapter unmerged, or load the base model in higher precision"
+            )
+        if weight is None:
             raise ValueError(
                 f"cannot merge into {type(base).__name__}: its weight is computed from other tensors (parametrised, "
                 "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
@@ -179,8 +188,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self._check_finite(names, merged)
         # An untied weight is kept in host memory; a tied one still belongs to the other layer and is left as it is.
-        kept = self._unmerged.pop()[0] if self._unmerged else None
-        if kept is None:
+        if self._unmerged:
+            kept = self._pop_unmerged_weight()
+        else:
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
         self._set_base_weight(merged, replace=self.tied)
         self._unmerged.append((kept, self._weight_version()))
@@ -202,13 +212,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        kept, version = self._unmerged.pop()
-        if version is not None and version != self._weight_version():
-            weight = self._base_weight()
-            delta = self._sum_delta_weights(self.merged_adapters, weight.device)
-            kept = (weight.to(delta.dtype) - delta).to(weight.dtype)
+        kept = self._pop_unmerged_weight()
         self._set_base_weight(kept, replace=isinstance(kept, nn.Parameter))
         self.merged_adapters.clear()
+
+    def _pop_unmerged_weight(self) -> Tensor:
+        """Return the weight from before the first merge, with what has been written to the merged one since."""
+        kept, version = self._unmerged.pop()
+        if version is None or version == self._weight_version():
+            return kept
+        weight = self._base_weight()
+        delta = self._sum_delta_weights(self.merged_adapters, weight.device)
+        return (weight.to(delta.dtype) - delta).to(weight.dtype)
 
     def _sum_delta_weights(self, names: list[str], device: torch.device) -> Tensor:
         return sum(self.get_delta_weight(name).to(device) for name in names)
@@ -260,10 +275,15 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return None
         return weight._version
 
+    def __getstate__(self) -> dict:
+        """As in torch; instead of versions, whether the merged weight is as merging left it."""
+        unmerged = [(kept, version in (None, self._weight_version())) for kept, version in self._unmerged]
+        return {**super().__getstate__(), "_unmerged": unmerged}
+
     def __setstate__(self, state: dict) -> None:
         """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
         super().__setstate__({"uses": None, **state})
-        self._unmerged = [(kept, self._weight_version()) for kept, _ in self._unmerged]
+        self._unmerged = [(kept, self._weight_version() if whole else WRITTEN) for kept, whole in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:
         """Whether the base layer's own forward writes to its weight."""

@@ -351,6 +351,32 @@ def test_a_computed_weight_is_adapted_and_merging_into_it_refused(make, name):
     torch.testing.assert_close(model(x), expected)
 
 
+class ScaledFloat8(nn.Linear):
+    """As transformers' FP8Linear: the weight has 8 bits an entry and is scaled when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__(IN, OUT)
+        self.scale = self.weight.abs().max().item() / 448
+        self.weight = nn.Parameter((self.weight.data / self.scale).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.float() * self.scale, self.bias)
+
+
+def test_a_weight_of_8_bits_is_adapted_and_merging_into_it_refused():
+    base, x = ScaledFloat8(), torch.randn(3, IN)
+    model = get_peft_model(Net(base), config()).eval()
+    set_update_scale(model, 0.8)
+    expected = base(x) + F.linear(x, dW_of(model))
+    torch.testing.assert_close(model(x), expected)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match="layer: cannot merge into ScaledFloat8: its weight is torch.float8_e4m3fn"
+        ):
+            merge()
+    torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_a_layer_without_features_is_refused(shape):
     with pytest.raises(ValueError, match="layer: a weight of .* cannot be adapted"):

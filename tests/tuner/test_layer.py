@@ -93,6 +93,28 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(name):
     assert type(merged.layer) is type(base) and relative_error(merged(x), y) < 1e-5
 
 
+def test_what_is_written_to_a_merged_weight_outlives_further_merges_and_copies():
+    model = adapted(nn.Linear(IN, OUT), F_NOW)
+    model.add_adapter("other", DualLoraConfig(target_modules=["layer"], init_weights=False))
+    layer = layer_of(model)
+    expected = layer.base_layer.weight.detach() + 1
+    model.merge_adapter(["default"])
+    with torch.no_grad():
+        layer.base_layer.weight.add_(1)
+    twin = copy.deepcopy(model)
+    model.merge_adapter(["other"])
+    for some in (model, twin, copy.deepcopy(model)):
+        some.unmerge_adapter()
+        torch.testing.assert_close(layer_of(some).base_layer.weight.detach(), expected)
+
+
+def test_a_compiled_adapter_can_be_copied():
+    model = adapted(nn.Linear(IN, OUT), F_NOW).eval()
+    factors_of(model).compile(backend="eager")
+    twin, x = copy.deepcopy(model), torch.randn(2, IN)
+    assert torch.equal(twin(x), model(x))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_get_delta_weight_is_shaped_like_the_weight(name):
     model = adapted(KINDS[name].base(), F_NOW)
