@@ -197,6 +197,25 @@ IDLE = {
         "+method.peft.direction=tanh",
         "train.loss_scale=8",
     ): "train.loss_scale=8.0: only the gradient of Sign is",
+    (
+        *ENCODER,
+        "method.ramp_share=0",
+        "+method.peft.scale_warmup_shape=root",
+    ): "method.peft.scale_warmup_shape=root: ther",
+    (
+        *ENCODER,
+        "method.peft.scale_warmup_steps=0",
+        "+method.peft.scale_warmup_shape=root",
+    ): "method.peft.scale_warmup_shape=root: there is no ramp",
+    (
+        *ENCODER,
+        "+method.peft.freeze=direction",
+        "+method.peft.direction_init_std=1",
+    ): "method.peft.direction_init_std=1: the size of C and D",
+    (
+        *ENCODER,
+        "+model.architecture.num_hidden_layers=1",
+    ): "model.architecture.num_hidden_layers=1: only a plan uses it",
     (*ENCODER, "init_from=x", "method.ramp_share=0.9"): "method.ramp_share=0.9: init_from brings a trained adapter",
     (*ENCODER, "init_from=x", "+method.peft.init_std=1"): "method.peft.init_std=1: init_from brings a trained adapter",
     (*ENCODER, "init_from=x", "+method.peft.scale_warmup_shape=root"): "method.peft.scale_warmup_shape=root: init_from",
@@ -231,6 +250,8 @@ def test_a_setting_without_effect_is_refused(words):
         [*ENCODER, "method.lr=1"],
         [*ENCODER, "task.num_beams=1", "task.epochs=3"],  # the value it has anyway
         [*ENCODER, "train.loss_scale=8"],
+        [*ENCODER, "method.peft.scale_warmup_steps=9", "+method.peft.scale_warmup_shape=root"],
+        [*ENCODER, "+method.peft.freeze=magnitude", "+method.peft.direction_init_std=1"],
         [*ENCODER, "+method.peft.ste=identity", "+method.peft.freeze=magnitude"],
         [*ENCODER, "init_from=x", "train.lr=1", "method.dropout=0.1"],
         [*ENCODER, "train.schedule=constant_with_warmup", "task.warmup_ratio=0.5"],

@@ -92,6 +92,12 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
         return f"train.lr={settings.train.lr} is used instead; drop one"
     if name in START_SETTINGS and settings.init_from and method.peft is not None:
         return "init_from brings a trained adapter, which starts at full scale; drop it"
+    peft = method.peft or {}
+    ramp = method.ramp_share if peft.get("scale_warmup_steps") is None else peft["scale_warmup_steps"]
+    if name == "peft.scale_warmup_shape" and ramp == 0:
+        return "there is no ramp for it to shape; drop it, or give a ramp"
+    if name == "peft.direction_init_std" and peft.get("freeze") == "direction":
+        return "the size of C and D, which do not train, changes no sign; drop it"
     idle_sign = explain_idle_sign(method)
     return f"only the gradient of Sign uses it, and {idle_sign}; drop one" if name == "peft.ste" and idle_sign else None
 
@@ -125,6 +131,8 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"train.{name} is used instead; drop one"
     if key in ("model.hub", "model.revision") and (model.path or model.bundled):
         return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
+    if key.startswith("model.architecture") and not settings.plan:
+        return "only a plan uses it, a run takes what the model's own folder says; drop it, or add plan=true"
     if key in ("model.head", "train.head_lr", "task.head_dropout") and writes:
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
