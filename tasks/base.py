@@ -110,6 +110,10 @@ class Task:
     unscaled: tuple[str, ...] = ()
     lower_is_better: tuple[str, ...] = ()
 
+    def is_lower_better(self, metric: str | None = None) -> bool:
+        """Whether less of a score is better: of the main one, if none is named."""
+        return (metric or self.metric) in self.lower_is_better
+
     @property
     def row_types(self) -> dict[str, Any]:
         """The columns of a row and their types."""

@@ -249,6 +249,7 @@ class Commonsense(Task):
 
     name, version, form, metric = "commonsense", VERSION, "generation", "average"
     eval_splits = tuple(SPECS)
+    lower_is_better = tuple(f"{prefix}unanswered_{name}" for prefix in ("", "lenient_") for name in SPECS)
 
     def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:
         self.train, self.likelihood, self.holds_out = train, likelihood, scored == "held_out"

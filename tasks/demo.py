@@ -317,6 +317,7 @@ class Choice(Demo):
     name = "demo/choice"
     form = "generation"
     metric = "accuracy"
+    lower_is_better = ("unanswered",)
     sizes = {"train": 2000, "validation": 200}
 
     def draw(self, rng: random.Random, split: str, index: int) -> Row:

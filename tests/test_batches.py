@@ -28,8 +28,8 @@ def test_a_run_and_a_plan_print_them(runs_folder, capsys):
     run = Run.prepare(settings("tiny-llama", "train.batch_size=4", "train.accumulation=2"))
     result = train_run(run)
     said = "4 steps of 8 examples (4 a batch x 2 accumulated), "
-    assert said in capsys.readouterr().out and said in format_summary(result, run.record, run.title)
+    assert said in capsys.readouterr().out and said in format_summary(result, run)
     older = {key: value for key, value in result.items() if key != "batch"}
-    assert " for 4 steps, " in format_summary(older, run.record, run.title)
+    assert " for 4 steps, " in format_summary(older, run)
     assert train_command(["train.batch_size=4", "train.accumulation=2", "plan=true"]) == 0
     assert "\nstep     8 examples (4 a batch x 2 accumulated); 1,024 tokens and " in capsys.readouterr().out

@@ -14,6 +14,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.recorded import find_differences
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.record import run as record_run
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.record.summary import format_seconds
@@ -95,7 +96,7 @@ def test_a_run_without_a_result_is_a_row_of_dashes(runs_folder):
     assert rows[1].split()[2:] == ["-"] * 4 and "-" not in rows[0].split()[3:] and len(rows) == 2
 
 
-def test_runs_that_differ_in_their_seed_end_in_their_mean(runs_folder):
+def test_runs_that_differ_in_their_seed_end_in_their_mean(runs_folder, monkeypatch):
     """Two methods with two seeds each. SD is that of a sample."""
     jobs = parse_overrides([*TINY, "method=lora,dual_lora", "seed=0,1"])
     runs = prepare_runs([load_settings(job) for job in jobs])
@@ -105,9 +106,12 @@ def test_runs_that_differ_in_their_seed_end_in_their_mean(runs_folder):
         scores = {"metric": "accuracy", "metrics": {"accuracy": accuracy}, "seed": run.settings.seed}
         run.record.folder.mkdir(parents=True)
         run.record.write_result({**facts, **names, **scores})
-    means = format_results(runs).splitlines()[6:]
-    assert [row.split("  ")[0] for row in means] == [f"{name}, mean ± SD of 2 seeds" for name in ("lora", "dual_lora")]
-    assert "55.0 ± 7.1" in means[0] and "50.0 ± 35.4" in means[1]
+    head, *_, lora, dual = format_results(runs).splitlines()
+    assert [row.split("  ")[0] for row in (lora, dual)] == [f"{m}, mean ± SD of 2 seeds" for m in ("lora", "dual_lora")]
+    assert "55.0 ± 7.1" in lora and "50.0 ± 35.4" in dual and "accuracy %" in head
+    monkeypatch.setattr(type(load_task(runs[0].settings)), "unscaled", ("accuracy",))
+    head, *_, lora, dual = format_results(runs).splitlines()
+    assert "0.55 ± 0.07" in lora and "0.50 ± 0.35" in dual and "accuracy  " in head
 
 
 def test_a_launcher_that_does_one_run_at_a_time_does_them_all(runs_folder, monkeypatch, capfd):

@@ -58,6 +58,7 @@ def test_a_declaration_gives_the_tasks_own_score(name, no_java):
     for metric, score in declared.items():
         assert value(score, rows) == pytest.approx(scores[metric], abs=1e-12), metric
     assert not set(task.lower_is_better) - set(scores)
+    assert {metric for metric in scores if "unanswered" in metric} <= set(task.lower_is_better)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

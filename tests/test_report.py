@@ -75,7 +75,7 @@ def finish(settings, right: int, of: int = 100, **changes) -> Record:
     pairs = enumerate(zip(answers, gold, strict=True))
     rows = [{"split": "validation", "id": f"v-{i}", "answer": answer, "gold": label} for i, (answer, label) in pairs]
     record.write_lines("predictions.jsonl", rows)
-    task = tasks.load(settings.task.name)
+    task = tasks.load(settings.task.name, settings.task.options)
     facts = {"model": settings.model.name, "task": task.name, "method": settings.method.name, "seed": settings.seed}
     facts |= {"metric": task.metric, "task_version": task.version}
     facts["metrics"] = changes.get("metrics") or task.score({"validation": rows})

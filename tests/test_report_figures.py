@@ -57,7 +57,8 @@ def test_an_interval_that_leaves_the_frame_ends_in_an_arrow_and_two_seeds_have_n
     assert draw_forest([]) is None and draw_forest([compare([1.0])]) is None
 
 
-def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study):  # noqa: F811
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # noqa: F811
     tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3, 4e-3], "Dual LoRA": [1e-3, 2e-3, 4e-3]}}
     spec = GLUE | {"tune": tune, "full": GLUE["full"] | {"blocks": [["task=glue/rte"]]}}
     experiment = Experiment.from_content("made", spec)
@@ -71,14 +72,16 @@ def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study):  # noqa: F
     assert rates == (1e-3, 2e-3, 4e-3)
     frame = pd.DataFrame(
         [
-            {"place": "rte", "label": "LoRA", "rate": rate, "score": score, "chosen": rate == 2e-3}
+            {"place": "rte", "label": "LoRA", "rate": rate, "score": score, "lower": lower, "chosen": rate == 2e-3}
             for rate, score in ((1e-3, 65.0), (2e-3, 70.0), (4e-3, np.nan))
         ]
     )
     (axes,) = draw_rates(frame).axes
     (dots,) = axes.collections
     assert [to_hex(color) for color in dots.get_edgecolors()][-1] == "#000000"
-    assert dots.get_array().tolist() == [65, 70] and axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.texts] == ["65", "70"]
+    assert (dots.get_array()[0] > dots.get_array()[1]) == lower  # the lighter, the better
+    assert axes.get_xscale() == "log"
     (cross,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
     assert list(cross.get_xdata()) == [4e-3]
     assert draw_rates(frame.assign(score=np.nan)) is None

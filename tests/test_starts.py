@@ -1,12 +1,15 @@
 """Runs that start from another run of their study: composed with it, done after it, and found again by the report."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+import tasks
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.record import Record
+from dual_lora.lab.study import outcome
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes, find_records, resolve_start
 
@@ -114,6 +117,20 @@ def test_the_better_run_is_the_start_of_the_others(use, runs_folder, capsys):
     first = {path.name: path.read_bytes() for path in (runs_folder / "small/report").iterdir()}
     assert sweep_command([name, "run=false", *SMALL]) == 0
     assert {path.name: path.read_bytes() for path in (runs_folder / "small/report").iterdir()} == first
+
+
+@pytest.mark.parametrize(("lower", "best"), [((), 1), (("accuracy",), 0)])
+def test_the_better_run_is_the_lower_one_where_lower_is_better(lower, best, monkeypatch):
+    monkeypatch.setattr(type(tasks.load("demo/choice")), "lower_is_better", lower)
+    cell = next(cell for cell in Experiment.from_content("small", SPEC).compose_cells([]) if cell.sources)
+    scores = {source.settings.seed: score for source, score in zip(cell.sources, (0.1, 0.9), strict=True)}
+
+    def find_record(settings, study):
+        result = {"metric": "accuracy", "metrics": {"accuracy": scores[settings.seed]}}
+        return SimpleNamespace(folder=settings.seed, read_result=lambda: result)
+
+    monkeypatch.setattr(outcome, "find_record", find_record)
+    assert resolve_start(cell, {}).settings.init_from == str(cell.sources[best].settings.seed)
 
 
 def test_without_its_start_a_cell_says_so(use, runs_folder, capsys):

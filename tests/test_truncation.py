@@ -14,6 +14,7 @@ from dual_lora.analysis.truncation import Decomposition, list_cut_ranks
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.report.analyses.truncation import (
     Curve,
+    draw_curves_by_rank,
     find_beaten_floor,
     tabulate_kept,
     tabulate_losses,
@@ -83,7 +84,7 @@ def test_a_block_of_a_fused_layer_leaves_the_other_rows():
 
 def curve(label: str, scores: dict[int, float], kept=0.5) -> Curve:
     whole = scores[max(scores)]
-    return Curve(PLACE, label, scores, dict.fromkeys(scores, kept), whole)
+    return Curve(PLACE, label, scores, dict.fromkeys(scores, kept), whole, "macro_f1")
 
 
 def test_losses_are_paired_by_seed_and_a_lower_full_rank_loses_nothing_above_it():
@@ -113,6 +114,18 @@ def test_the_share_of_the_gain_is_told_where_the_floors_are_beaten():
     assert (dual["0"], dual["1"], dual["floor"]) == ("-50%", "25%", "60.0 (Head only)")
     assert (lora["0"], lora["1"], lora["floor"]) == ("–", "–", "–")
     assert find_beaten_floor(("other", "task"), "Dual LoRA", floors) is None
+
+
+def test_of_scores_that_should_be_low_the_share_is_of_the_way_below_the_lowest_floor():
+    curves = [curve("LoRA", {0: 50, 1: 35, 2: 20})]
+    floors = [Floor(PLACE, str(s), s, "LoRA", s - 20, 1, frozenset({"LoRA"}), lower_is_better=True) for s in (50, 40)]
+    (line,) = tabulate_shares(curves, floors).to_dict("records")
+    assert (line["1"], line["floor"]) == ("25%", "40.0 (40)")
+
+
+def test_the_axis_names_the_score_that_was_cut():
+    (axes,) = draw_curves_by_rank([curve("LoRA", {0: 50, 1: 60})], []).axes
+    assert axes.get_ylabel() == "macro_f1, points"
 
 
 def test_rank_correlation_is_spearman_s_with_the_interval_of_bonett_and_wright():

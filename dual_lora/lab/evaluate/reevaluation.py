@@ -46,7 +46,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
         merge_adapter(model)
     with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
         metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
-    print(format_comparison(stored, metrics, record))
+    print(format_comparison(task, stored, metrics, record))
     kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
     share_from_first(lambda: record.try_write_file("evaluation.json", kept))
     return 0 if metrics == stored["metrics"] else 1

@@ -5,15 +5,17 @@ from typing import Any
 
 from tabulate import tabulate
 
-import tasks
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.record.record import Record
+from dual_lora.lab.record.run import Run
+from tasks import Task
 
 
-def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
+def format_summary(result: dict[str, Any], run: Run) -> str:
     """Return a finished run as text: a table of scores (in percent), what it trained, for how long, and its folder."""
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
-    table = format_score_table(result["task"], ordered, before=before, after=result["metrics"])
+    table = format_score_table(load_task(run.settings), ordered, before=before, after=result["metrics"])
     batch = f" of {result['batch']}" if "batch" in result else ""
     share = result["trainable_parameters"] / result["parameters"]
     facts = [["data", describe_data(result["data"])]] if result.get("data") else []
@@ -24,11 +26,11 @@ def format_summary(result: dict[str, Any], record: Record, title: str) -> str:
             f"{result['train_seconds']:.1f} s for {result['steps']} steps{batch}, "
             f"{result['tokens_per_second']:,.0f} tokens/s, peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB",
         ],
-        ["record", record.format_path()],
+        ["record", run.record.format_path()],
     ]
-    facts += [["upload", command] for command in find_upload_commands(record)]
+    facts += [["upload", command] for command in find_upload_commands(run.record)]
     facts += [["warning", text] for text in result.get("warnings", ())]
-    return f"\n{title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
+    return f"\n{run.title}\n\n{table}\n\n{tabulate(facts, tablefmt='plain')}"
 
 
 def describe_data(splits: dict[str, dict[str, Any]]) -> str:
@@ -49,22 +51,23 @@ def find_upload_commands(record: Record) -> list[str]:
     return [f"wandb sync {shlex.quote(record.format_path())}/wandb/offline-run-*"] if offline else []
 
 
-def format_finished(result: dict[str, Any], record: Record, title: str) -> str:
+def format_finished(result: dict[str, Any], run: Run) -> str:
     """Return the text printed for a run that had already finished."""
-    return f"finished: {record.format_path()} (force=true runs it again)\n{format_summary(result, record, title)}"
+    return f"finished: {run.record.format_path()} (force=true runs it again)\n{format_summary(result, run)}"
 
 
-def format_comparison(result: dict[str, Any], now: dict[str, float], record: Record) -> str:
+def format_comparison(task: Task, result: dict[str, Any], now: dict[str, float], record: Record) -> str:
     """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
-    table = format_score_table(result["task"], list(now), recorded=result["metrics"], now=now)
+    table = format_score_table(task, list(now), recorded=result["metrics"], now=now)
     verdict = "reproduced exactly" if result["metrics"] == now else "NOT reproduced"
     return f"{table}\n\n{verdict}: {record.format_path()}"
 
 
-def format_score_table(task: str, names: list[str], **columns: dict[str, float]) -> str:
+def format_score_table(task: Task, names: list[str], **columns: dict[str, float]) -> str:
     """Return a table of the named scores: in percent, except those that the task prints as they are."""
-    unscaled = tasks.load(task).unscaled
-    rows = [[name, *(format_score(some.get(name), name in unscaled) for some in columns.values())] for name in names]
+    rows = [
+        [name, *(format_score(some.get(name), name in task.unscaled) for some in columns.values())] for name in names
+    ]
     aligned = ("left", *("right" for _ in columns))
     return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
 

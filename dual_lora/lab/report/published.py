@@ -10,14 +10,13 @@ from math import isclose
 
 import pandas as pd
 
-import tasks
 from dual_lora import paper
 from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.present import document
 from dual_lora.lab.present.document import MISSING, Block, Text
 from dual_lora.lab.report.values import Column, get_column_value, get_heading, list_columns
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 from dual_lora.paper import Row, Table
 
 PRETRAINED = "pre-trained model"  # what published rows that start from no other task say of it
@@ -98,8 +97,8 @@ def get_published_name(experiment: Experiment, column: Column, run: Outcome) -> 
     """Return what published tables call that which a run has in a column."""
     if not has_setting_columns(experiment):
         return column.ours
-    task = run.settings.task.name
-    return f"{task}:{tasks.load(task).metric}" if get_column_value(run, experiment.columns) == column.head else None
+    task = load_task_of(run)
+    return f"{task.name}:{task.metric}" if get_column_value(run, experiment.columns) == column.head else None
 
 
 def format_status(value: str, table: Table) -> str:

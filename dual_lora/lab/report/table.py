@@ -9,19 +9,29 @@ from string import ascii_lowercase
 import numpy as np
 import pandas as pd
 
-import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
 from dual_lora.lab.report.commands import build_command
-from dual_lora.lab.report.comparison.floors import ModelTask
+from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import group_by_inputs, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
 from dual_lora.lab.report.published import find_published_lines
-from dual_lora.lab.report.values import FIELDS, MARKS, Column, get_heading, get_unit, list_columns
+from dual_lora.lab.report.values import (
+    FIELDS,
+    MARKS,
+    SCORE_FORMATS,
+    Column,
+    get_heading,
+    get_unit,
+    list_cells,
+    list_columns,
+    list_scores,
+)
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome, find_damaged_records
+from dual_lora.lab.study.outcome import Outcome, find_damaged_records, load_task_of
+from tasks import Task
 
 MIN_FOR_MEDIAN = 3  # runs; of two it is their mean
 NOT_OFFICIAL = "not the official file"  # what a task says of a file that stands in for it
@@ -71,15 +81,20 @@ def build_main_table(
     found, lines, best, aside, commands = list_columns(experiment, done), [], [], [], []
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
-    runs = {place: [done[i] for i in sorted(set(part["cell"]) - {-1})] for place, part in parts.items()}
+    runs = {place: list_cells(part, done) for place, part in parts.items()}
     tops, quotes = (
-        {name: find_best(group, found, experiment, done) for name, group in groups},
+        {name: find_best(group, found, experiment, list_cells(group, done) or done) for name, group in groups},
         find_published_lines(experiment, done, runs),
     )
     for (name, label), part in parts.items():
         heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
         cells = {
-            format_head(c): format_cell(part[part["column"] == c.head], c, done, reasons, experiment.median)
+            format_head(c): format_cell(
+                part[part["column"] == c.head],
+                choose_format(experiment, c, found, runs[name, label] or done),
+                reasons,
+                experiment.median,
+            )
             for c in found
         }
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
@@ -99,7 +114,7 @@ def build_main_table(
 
 def find_command(part: pd.DataFrame, done: list[Outcome], experiment: Experiment) -> str:
     """Return the command that makes the runs of a cell; that of the whole table for a mean over several."""
-    runs = [done[i].settings for i in sorted(set(part["cell"]) - {-1})]
+    runs = [cell.settings for cell in list_cells(part, done)]
     if runs:
         return build_command(runs)
     return "" if part.empty else f"python sweep.py experiment={experiment.name} scale={experiment.scale}"
@@ -130,7 +145,7 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
 def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
     """Return what the numbers are."""
     seeds = ", ".join(map(str, sorted({cell.settings.seed for cell in done})))
-    kind = f"Main score ({describe_metrics(done)}), %, by {experiment.columns}"
+    kind = f"Main score {describe_metrics(done)}, by {experiment.columns}"
     if experiment.columns == "published":
         kind = "Scores as the published table has them"
     elif isinstance(experiment.columns, dict):
@@ -141,11 +156,15 @@ def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
 
 
 def describe_metrics(done: list[Outcome]) -> str:
-    """Return which score is the main one, of which tasks where they differ."""
+    """Return which score is the main one, of which tasks where they differ, and which are in percent."""
+    found = {(task.name, task.metric): task for task in map(load_task_of, done)}
+    units = {get_unit(task, task.metric) for task in found.values()}
     names: dict[str, list[str]] = {}
-    for task in dict.fromkeys(cell.settings.task.name for cell in done):
-        names.setdefault(tasks.load(task).metric, []).append(task)
-    return next(iter(names)) if len(names) == 1 else "; ".join(f"{m} of {', '.join(t)}" for m, t in names.items())
+    for task in found.values():
+        percent = len(units) > 1 and get_unit(task, task.metric) == 100
+        names.setdefault(f"{task.metric} in %" if percent else task.metric, []).append(task.name)
+    listed = next(iter(names)) if len(names) == 1 else "; ".join(f"{m} of {', '.join(t)}" for m, t in names.items())
+    return f"({listed}){', %' if units == {100} else ''}"
 
 
 def format_head(column: Column) -> str:
@@ -153,11 +172,17 @@ def format_head(column: Column) -> str:
     return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
 
 
-def format_cell(
-    part: pd.DataFrame, column: Column, done: list[Outcome], reasons: dict[str, str], with_median: bool = False
-) -> str:
+def choose_format(experiment: Experiment, column: Column, found: list[Column], cells: list[Outcome]) -> str:
+    """Return how the values that runs have in a column are printed. found: all columns."""
+    if column.field in FIELDS:
+        return FIELDS[column.field][1]
+    units = {get_unit(task, metric) for task, metric in list_scores(experiment, column, found, cells)}
+    return SCORE_FORMATS[max(units, default=100)]
+
+
+def format_cell(part: pd.DataFrame, style: str, reasons: dict[str, str], with_median: bool = False) -> str:
     """Return a cell: mean ± standard deviation (n), perhaps the median, and marks, or a dash with its reason's letter;
-    empty where no run was asked for."""
+    empty where no run was asked for. style: how a value is printed."""
     if part.empty:
         return ""
     scores = part["value"].dropna()
@@ -165,24 +190,17 @@ def format_cell(
     why = f" [{', '.join(letter for reason, letter in reasons.items() if reason in missing)}]" if missing else ""
     if scores.empty:
         return MISSING + why
-    style = column.get_format(done[0].settings.task.name)
     spread = f" ± {style.format(scores.std(ddof=1))}" if len(scores) > 1 else ""
     middle = f", median {style.format(scores.median())}" if with_median and len(scores) >= MIN_FOR_MEDIAN else ""
     marks = "".join(sorted(set("".join(part["marks"]))))
     return f"{style.format(scores.mean())}{spread} ({len(scores)}){middle}{marks}{why}"
 
 
-def is_lower_better(column: Column, done: list[Outcome]) -> bool:
-    """Whether less of a column's score is better, by what its task or any of the runs' tasks says."""
-    names = [column.task] if column.task else {cell.settings.task.name for cell in done}
-    return any(column.field in tasks.load(name).lower_is_better for name in names)
-
-
 def find_best(
-    group: pd.DataFrame, found: list[Column], experiment: Experiment, done: list[Outcome]
+    group: pd.DataFrame, found: list[Column], experiment: Experiment, cells: list[Outcome]
 ) -> set[tuple[str, str]]:
     """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
-    are values of a setting other than the task; none where nothing stands beside it."""
+    are values of a setting other than the task; none where nothing stands beside it. cells: the runs of the group."""
     apart = experiment.columns == "task.name"
     means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
     named = [column for column in found if column.field not in FIELDS]
@@ -191,8 +209,11 @@ def find_best(
     top = set()
     for family in families:
         part = means[means.index.get_level_values("column").isin([c.head for c in family])]
-        if len(part) > 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
-            best = part.min() if is_lower_better(family[0], done) else part.max()
+        scores = [score for column in family for score in list_scores(experiment, column, found, cells)]
+        lower = {task.is_lower_better(metric) for task, metric in scores}
+        # A mean of scores of which some should be low and others high is not better for being higher or lower.
+        if len(part) > 1 and len(lower) == 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
+            best = part.min() if True in lower else part.max()
             names = {c.head: format_head(c) for c in family}
             top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
     return top
@@ -229,6 +250,7 @@ def iterate_notes(
     if unlearned:
         names = ", ".join(f"{task} ({model})" for model, task in sorted(unlearned))
         yield f"not learned, and left out of means: {names}; see the table of floors"
+    yield from iterate_direction_notes([cell for cell in done if get_model_task(cell) not in unlearned])
     yield from describe_learning_rates(experiment, done)
     yield from iterate_start_notes(experiment, done)
     yield from iterate_clipped_notes(done)
@@ -249,6 +271,14 @@ def iterate_notes(
     yield from dict.fromkeys(note for cell in done if (note := describe_missing_rows(cell)))
     yield from iterate_origin_notes(done)
     yield from (f"not read: {trouble}" for trouble in find_unreadable(experiment, done))
+
+
+def iterate_direction_notes(learned: list[Outcome]) -> Iterator[str]:
+    """Yield that means over tasks rank nothing, where lower is better on some of the tasks alone."""
+    lower = {task.name: task.is_lower_better() for task in map(load_task_of, learned)}
+    if len(set(lower.values())) > 1:
+        named = ", ".join(name for name, is_lower in lower.items() if is_lower)
+        yield f"means over tasks have no best row and no verdict: lower is better on {named}, higher on the others"
 
 
 def iterate_start_notes(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:
@@ -284,9 +314,9 @@ def iterate_loss_notes(done: list[Outcome]) -> Iterator[str]:
     said = " or ".join(f"{rows} training rows set apart, taken every {steps} steps" for rows, steps in sorted(rules))
     yield f"checkpoint: the one of the lowest loss on {said}"
     last: dict[str, list[float]] = {}
-    for result in (cell.result | {"label": cell.cell.label} for cell in chosen if cell.result):
-        score = result["metrics_last_epoch"][result["metric"]] * get_unit(result["task"], result["metric"])
-        last.setdefault(result["label"], []).append(score)
+    for cell in (cell for cell in chosen if cell.result):
+        score, metric = cell.result["metrics_last_epoch"], cell.result["metric"]
+        last.setdefault(cell.cell.label, []).append(score[metric] * get_unit(load_task_of(cell), metric))
     if last:
         yield f"after the last step instead: {', '.join(f'{k} {np.mean(v):.1f} ({len(v)})' for k, v in last.items())}"
 
@@ -319,7 +349,7 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
     for name, what, groups in group_by_inputs(done):
         listed = "; ".join(", ".join(g[:MAX_NAMED_RUNS]) + " and more" * (len(g) > MAX_NAMED_RUNS) for g in groups)
         yield f"runs of {name} with {what}, which do not compare: {listed}"
-    if rivals := list(dict.fromkeys(describe_rivals(some) for cell in done for some in cell.rivals)):
+    if rivals := list(dict.fromkeys(describe_rivals(load_task_of(c), some) for c in done for some in c.rivals)):
         more = f" and {len(rivals) - MAX_NAMED_RUNS} more" if len(rivals) > MAX_NAMED_RUNS else ""
         yield (
             "several finished records of the same settings (other data, weights, task version or code); the one of the "
@@ -328,10 +358,10 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
         )
 
 
-def describe_rivals(records: tuple[Record, ...]) -> str:
+def describe_rivals(task: Task, records: tuple[Record, ...]) -> str:
     """Return the run that counts and those that do not, with their main scores."""
+    unit = get_unit(task, task.metric)
     results = {record.name: record.read_result() for record in records}
-    scores = [
-        f"{name} ({r['metrics'][r['metric']] * get_unit(r['task'], r['metric']):.1f})" for name, r in results.items()
-    ]
+    shown = {name: SCORE_FORMATS[unit].format(r["metrics"][r["metric"]] * unit) for name, r in results.items()}
+    scores = [f"{name} ({score})" for name, score in shown.items()]
     return f"{scores[0]}, not {', '.join(scores[1:])}"

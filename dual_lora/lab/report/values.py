@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-import tasks
 from dual_lora import paper
 from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome, is_current
+from dual_lora.lab.study.outcome import Outcome, is_current, load_task_of
 from dual_lora.paper import Table
+from tasks import Task
 
 MEAN = "mean"
 # What can be asked of a run's result beside its scores: the value, how it is printed.
@@ -22,6 +22,7 @@ FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "peak_memory_mib": (lambda result: result["peak_memory_bytes"] / 2**20, "{:,.0f}"),
     "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),
 }
+SCORE_FORMATS = {100: "{:.1f}", 1: "{:.2f}"}  # by `get_unit`
 MARKS = {
     "‡": "the code had changes that no commit holds, or is not known",
     "†": "done with an older version of the task, or one that was not recorded",
@@ -41,27 +42,21 @@ class Column:
     parts: tuple[str, ...] = ()
     ours: str | None = None
 
-    def get_value(self, result: dict[str, Any]) -> float:
-        """Return the value in the unit that is printed.
+    def get_value(self, cell: Outcome) -> float:
+        """Return the value of a finished run in the unit that is printed.
 
         Raises:
             KeyError: the run has no such score.
         """
         if self.field in FIELDS:
-            return FIELDS[self.field][0](result)
-        metric = self.field or result["metric"]
-        return result["metrics"][metric] * get_unit(result["task"], metric)
-
-    def get_format(self, task: str) -> str:
-        """Return how a value is printed."""
-        if self.field in FIELDS:
-            return FIELDS[self.field][1]
-        return "{:.2f}" if self.field in tasks.load(task).unscaled else "{:.1f}"
+            return FIELDS[self.field][0](cell.result)
+        metric = self.field or cell.result["metric"]
+        return cell.result["metrics"][metric] * get_unit(load_task_of(cell), metric)
 
 
-def get_unit(task: str, metric: str) -> int:
+def get_unit(task: Task, metric: str) -> int:
     """Return what a score is multiplied by to be printed: 100 for percent, 1 for a score that is not a fraction."""
-    return 1 if metric in tasks.load(task).unscaled else 100
+    return 1 if metric in task.unscaled else 100
 
 
 def list_columns(experiment: Experiment, done: list[Outcome]) -> list[Column]:
@@ -143,7 +138,7 @@ def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -
         value, reason = None, cell.reason
         if cell.result:
             try:
-                value = column.get_value(cell.result)
+                value = column.get_value(cell)
             except KeyError:
                 reason = f"{column.field} not measured"
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
@@ -161,6 +156,20 @@ def belongs_to_column(experiment: Experiment, cell: Outcome, column: Column) -> 
     if column.field is None and not column.parts:
         return get_column_value(cell, experiment.columns) == column.head
     return not column.parts and column.task in (None, cell.settings.task.name)
+
+
+def list_cells(part: pd.DataFrame, done: list[Outcome]) -> list[Outcome]:
+    """Return the runs that some values are of; none for means."""
+    return [done[i] for i in sorted(set(part["cell"]) - {-1})]
+
+
+def list_scores(
+    experiment: Experiment, column: Column, found: list[Column], cells: list[Outcome]
+) -> list[tuple[Task, str]]:
+    """Return the tasks and scores that runs have in a column, or in its parts if it is a mean. found: all columns."""
+    parts = [part for part in found if part.head in (column.parts or [column.head])]
+    pairs = [(cell, part) for cell in cells for part in parts if belongs_to_column(experiment, cell, part)]
+    return [((task := load_task_of(cell)), part.field or task.metric) for cell, part in pairs]
 
 
 def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> pd.DataFrame:

@@ -72,7 +72,7 @@ def show_finished(run: Run) -> bool:
     result = run.record.read_result()
     if result:
         run.record.verify_files()
-        print(format_finished(result, run.record, run.title))
+        print(format_finished(result, run))
     return result is not None
 
 

@@ -17,25 +17,27 @@ def format_results(runs: list[Run]) -> str:
     Runs that differ in their seed alone are followed by their mean and standard deviation."""
     results = [run.record.read_result() or {} for run in runs]
     metrics = list(dict.fromkeys(result["metric"] for result in results if result))
+    unscaled = {name for run in runs for name in load_task(run.settings).unscaled}
     rows = []
     for run, result in zip(runs, results, strict=True):
-        unscaled = load_task(run.settings).unscaled
         scores = [result.get("metrics", {}).get(name) if result.get("metric") == name else None for name in metrics]
         before = (result.get("metrics_before") or {}).get(result.get("metric"))
         trained = f"{result['trainable_parameters']:,}" if result else MISSING
         seconds = f"{result['train_seconds']:.1f}" if result else MISSING
         shown = [format_score(score, name in unscaled) for score, name in zip(scores, metrics, strict=True)]
         rows.append([run.label, format_score(before, result.get("metric") in unscaled), *shown, trained, seconds])
-    rows += summarise_seeds(runs, results, metrics)
-    return format_rows(rows, ["run", "before", *(f"{name} %" for name in metrics), "trained", "seconds"])
+    rows += summarise_seeds(runs, results, metrics, unscaled)
+    heads = [name if name in unscaled else f"{name} %" for name in metrics]
+    return format_rows(rows, ["run", "before", *heads, "trained", "seconds"])
 
 
-def summarise_seeds(runs: list[Run], results: list[dict[str, Any]], metrics: list[str]) -> list[list[str]]:
+def summarise_seeds(
+    runs: list[Run], results: list[dict[str, Any]], metrics: list[str], unscaled: set[str]
+) -> list[list[str]]:
     """Return a row of `format_results` for each group of finished runs that differ in their seed alone: mean ± SD."""
     import numpy as np  # here, since a command of one run need not wait for it
 
     groups: dict[str, list[dict[str, Any]]] = {}
-    unscaled = {name for run in runs for name in load_task(run.settings).unscaled}
     for run, result in zip(runs, results, strict=True):
         if result:
             groups.setdefault(run.format_label("seed"), []).append(result)

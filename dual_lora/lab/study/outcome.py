@@ -16,6 +16,7 @@ from dual_lora.lab.record.identity import compute_identity, serialize_identity_s
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.study.experiment import Cell
+from tasks import Task
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Outcome:
     def diverged(self) -> tuple[float, ...]:
         """The rates with which training diverged; their trials count as the worst."""
         return tuple(rate for rate, score in self.trials if score == -inf)
+
+
+def load_task_of(cell: Cell | Outcome) -> Task:
+    """Return the task of a cell's run as its settings have it."""
+    return tasks.load(cell.settings.task.name, cell.settings.task.options)
 
 
 def find_records(study: str) -> dict[str, list[Record]]:
@@ -126,7 +132,8 @@ def resolve_start(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
     if not all(results):
         return None
     scores = [result["metrics"][result["metric"]] for result in results]
-    folder = str(records[scores.index(max(scores))].folder)
+    pick = min if load_task_of(cell.sources[0]).is_lower_better() else max
+    folder = str(records[scores.index(pick(scores))].folder)
     tuning = tuple(replace(trial, init_from=folder) for trial in cell.tuning)
     return replace(cell, settings=replace(cell.settings, init_from=folder), tuning=tuning)
 
@@ -136,8 +143,7 @@ def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | N
     if all diverged. The trials stay in `tuning`."""
     if not cell.tuning:
         return cell
-    task = tasks.load(cell.settings.task.name, cell.settings.task.options)
-    sign = 1 if task.metric in task.lower_is_better else -1
+    sign = 1 if load_task_of(cell).is_lower_better() else -1
     # (loss to minimise, rate): of equal losses `min` takes the lower rate; a rate that diverged never wins
     losses = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, study)]
     if any(isnan(loss) for loss, _ in losses) or min(losses)[0] == inf:

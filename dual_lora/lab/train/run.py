@@ -76,7 +76,7 @@ def train_run(run: Run) -> dict[str, Any]:
     share_from_first(record.finish_cleanup)
     result = find_result(settings, record)
     if result:
-        print(format_finished(result, record, run.title))
+        print(format_finished(result, run))
     else:
         silence_libraries()
         with ExitStack() as stack:
@@ -85,7 +85,7 @@ def train_run(run: Run) -> dict[str, Any]:
             result = find_result(settings, record) or attempt_run(settings, record)
             share_from_first(record.install_rerun)
             share_from_first(record.remove_leftovers)
-        print(format_summary(result, record, run.title))
+        print(format_summary(result, run))
     return result
 
 
@@ -346,7 +346,7 @@ def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: 
     if settings.task.checkpoint != "best" and patience is None:
         return None
     rows = "development" if settings.eval.development_rows else "eval"
-    return BestEpoch(measure, task.metric, log, task.metric in task.lower_is_better, patience, rows)
+    return BestEpoch(measure, task.metric, log, task.is_lower_better(), patience, rows)
 
 
 def train_and_save(trainer: RunTrainer, record: Record, settings: Settings) -> dict[str, Any]:

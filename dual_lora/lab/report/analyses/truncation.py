@@ -10,12 +10,11 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import tasks
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import TRUNCATION_FILE
 from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import Floor, get_model_task
+from dual_lora.lab.report.comparison.floors import Floor, find_hardest, get_model_task
 from dual_lora.lab.report.figures.layout import (
     GREY,
     STYLE,
@@ -25,7 +24,7 @@ from dual_lora.lab.report.figures.layout import (
     get_style,
 )
 from dual_lora.lab.report.values import get_unit
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 FULL = "full"  # the column of the whole update
 SAME = 0.1  # points by which a score may differ from the recorded one
@@ -35,7 +34,7 @@ SAME = 0.1  # points by which a score may differ from the recorded one
 class Curve:
     """One run's scores in points by rank, NaN where the outputs had none; `kept`: the share of ||dW||^2, by rank.
 
-    recorded: the run's own score.
+    recorded: the run's own score; `metric`: which one it is.
     """
 
     place: tuple[str, str]
@@ -43,6 +42,7 @@ class Curve:
     scores: dict[int, float]
     kept: dict[int, float]
     recorded: float
+    metric: str
 
     @property
     def whole(self) -> float:
@@ -91,7 +91,7 @@ def read_curve(cell: Outcome) -> Curve:
         UserError: its file is damaged.
     """
     content = cell.record.read_sealed(TRUNCATION_FILE, "ranks", "scores", "kept", "metric", "recorded")
-    unit, ranks = get_unit(cell.settings.task.name, content["metric"]), content["ranks"]
+    unit, ranks = get_unit(load_task_of(cell), content["metric"]), content["ranks"]
     points = [np.nan if score is None else score * unit for score in content["scores"]]
     return Curve(
         get_model_task(cell),
@@ -99,6 +99,7 @@ def read_curve(cell: Outcome) -> Curve:
         dict(zip(ranks, points, strict=True)),
         dict(zip(ranks, content["kept"], strict=True)),
         content["recorded"] * unit,
+        content["metric"],
     )
 
 
@@ -136,11 +137,11 @@ def tabulate_shares(curves: list[Curve], floors: list[Floor]) -> pd.DataFrame:
 
 
 def find_beaten_floor(place: tuple[str, str], label: str, floors: list[Floor]) -> Floor | None:
-    """Return the highest floor of a task if a row beats every floor of it; else None."""
+    """Return the hardest floor of a task if a row beats every floor of it; else None."""
     here = [floor for floor in floors if floor.place == place]
     if not here or any(label not in floor.beaten_by for floor in here):
         return None
-    return max(here, key=lambda floor: floor.score)
+    return find_hardest(here)
 
 
 def tabulate_kept(curves: list[Curve]) -> pd.DataFrame:
@@ -167,8 +168,8 @@ def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
         for floor in floors:
             if floor.place == place:
                 axes.axhline(floor.score, color=GREY, linestyle=":", linewidth=1)
-        task = tasks.load(place[1])
-        axes.set(title=", ".join(dict.fromkeys(place[1:])), xlabel="rank kept", ylabel=f"{task.metric}, points")
+        metrics = " or ".join(dict.fromkeys(curve.metric for curve in curves if curve.place == place))
+        axes.set(title=", ".join(dict.fromkeys(place[1:])), xlabel="rank kept", ylabel=f"{metrics}, points")
         axes.set_xticks(range(len(ticks)), list(map(str, ticks)))
         axes.grid(alpha=0.3)
     add_legend(figure, panels)

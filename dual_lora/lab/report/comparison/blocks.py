@@ -177,10 +177,12 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
         | {"task learned": "not learned" if f.place in unlearned else "learned"}
         for f in known
     ]
+    turned = sorted({floor.place[1] for floor in known if floor.lower_is_better})
     yield Table(
         pd.DataFrame(lines),
         f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "
-        "examples and seeds). A task that is not learned ranks no methods and is left out of means over tasks.",
+        "examples and seeds). A task that is not learned ranks no methods and is left out of means over tasks."
+        + (f" Of {', '.join(turned)} lower is better: above means below." if turned else ""),
     )
 
 

@@ -183,7 +183,7 @@ def test_match(
         main = metric == task.metric
         count = family if planned and main else 1
         difference = compare_scores(match, runs, metric, count) if runs else describe_unknown(error)
-        unit = get_unit(task.name, metric)
+        unit = get_unit(task, metric)
         yield add_tests(
             Comparison(
                 label=match.label,
@@ -194,7 +194,7 @@ def test_match(
                 difference=difference,
                 unit=unit,
                 margin=experiment.margin.get("task") if unit == 100 else None,
-                lower_is_better=metric in task.lower_is_better,
+                lower_is_better=task.is_lower_better(metric),
                 planned=planned and main,
             )
         )
@@ -203,7 +203,7 @@ def test_match(
 def test_contrast(experiment: Experiment, contrast: Contrast) -> Comparison:
     """Return a contrast by its task's main score: one observation a seed, tested over seeds alone."""
     task = contrast.task
-    unit = get_unit(task.name, task.metric)
+    unit = get_unit(task, task.metric)
     examples = sum(split["rows"] for name, split in contrast.first.result["data"].items() if name != "train")
     return add_tests(
         Comparison(
@@ -215,7 +215,7 @@ def test_contrast(experiment: Experiment, contrast: Contrast) -> Comparison:
             difference=describe_over_seeds(contrast.subtract_recorded(task.metric), examples),
             unit=unit,
             margin=experiment.margin.get("task") if unit == 100 else None,
-            lower_is_better=task.metric in task.lower_is_better,
+            lower_is_better=task.is_lower_better(),
             planned=True,
             contrast=True,
         )
@@ -262,18 +262,21 @@ def describe_unknown(reason: object) -> Difference:
 
 
 def list_mean_groups(matches: list[Match | Contrast], unlearned: set[ModelTask]) -> dict[Key, list[Match | Contrast]]:
-    """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks."""
+    """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks. Where
+    lower is better on some of these alone, a higher mean would be neither better nor worse, and none is compared."""
     groups: dict[Key, list[Match | Contrast]] = {}
     for match in matches:
         if get_model_task(match.first) not in unlearned:
             key = (match.label, match.baseline, tuple(match.place.items()))
             groups.setdefault(key, []).append(match)
-    return {key: some for key, some in groups.items() if len(some) > 1}
+    agreed = {key: some for key, some in groups.items() if len({match.task.is_lower_better() for match in some}) == 1}
+    return {key: some for key, some in agreed.items() if len(some) > 1}
 
 
 def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Comparison]) -> Comparison:
-    """Return the comparison of the means over tasks, in points: a seed's mean over its tasks is one observation."""
-    one = next(iter(parts))
+    """Return the comparison of the means over tasks, in points: a seed's mean over its tasks is one observation. Lower
+    is better on all of them or on none."""
+    one, first = next(iter(parts.items()))
     by_seed = [
         {seed: value * part.unit for seed, value in zip(match.seeds, part.difference.by_seed, strict=False)}
         for match, part in parts.items()
@@ -283,7 +286,7 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Com
     difference = describe_unknown("no seed has a difference on every task")
     if values:
         difference = describe_over_seeds(values, sum(part.difference.examples for part in parts.values()))
-    margin = experiment.margin.get("mean")
+    margin = experiment.margin.get("mean") if all(part.unit == 100 for part in parts.values()) else None
     name, scores = f"mean of {len(parts)} tasks", {part.score for part in parts.values()}
     score = scores.pop() if len(scores) == 1 else "main scores"
     return add_tests(
@@ -296,6 +299,7 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Com
             difference=difference,
             unit=1,
             margin=margin,
+            lower_is_better=first.lower_is_better,
             planned=is_planned(experiment, one),
             contrast=isinstance(one, Contrast),
         )

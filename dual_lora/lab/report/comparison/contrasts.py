@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dual_lora.lab.report.comparison.matches import Key, compute_mean, group_by_place, load_task_of
+from dual_lora.lab.report.comparison.matches import Key, compute_mean, group_by_place
 from dual_lora.lab.report.values import format_value, get_heading, get_place
 from dual_lora.lab.study.experiment import CONTRAST_SIDES, Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 from tasks import Task
 
 

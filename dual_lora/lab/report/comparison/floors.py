@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.report.comparison.matches import Predictions, group_by_place, load_task_of
+from dual_lora.lab.report.comparison.matches import Predictions, group_by_place
 from dual_lora.lab.report.values import get_unit
 from dual_lora.lab.statistics.compare import compute_score, estimate_difference
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 from tasks import Task
 from tasks.base import Row
 
@@ -25,12 +25,13 @@ ModelTask = tuple[str, str]  # names of a model and a task
 
 @dataclass(frozen=True)
 class Floor:
-    """One floor of one task, in points, and the row that lies furthest above it, in standard errors.
+    """One floor of one task, in points, and the row that beats it most, in standard errors.
 
     Attributes:
         best: the label of that row; None where none can be compared.
-        above, error: its difference from the floor, and the standard error of that over examples and seeds.
+        above, error: by how much it is better than the floor, and the standard error of that over examples and seeds.
         beaten_by: the labels of rows that beat it by three standard errors.
+        lower_is_better: of the task's main score; `above` then is how far the row lies below.
     """
 
     place: ModelTask
@@ -40,6 +41,7 @@ class Floor:
     above: float
     error: float
     beaten_by: frozenset[str]
+    lower_is_better: bool = False
 
 
 def find_floors(experiment: Experiment, done: list[Outcome], predictions: Predictions) -> list[Floor]:
@@ -90,7 +92,8 @@ def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[R
     first = next(iter(runs.values()))
     classes = sorted({row["gold"] for row in first})
     constant = [[row | {"answer": label} for row in first] for label in classes]
-    best = classes[int(np.argmax([compute_score(rows, task, task.metric) for rows in constant]))]
+    find_best = np.argmin if task.is_lower_better() else np.argmax
+    best = classes[int(find_best([compute_score(rows, task, task.metric) for rows in constant]))]
     return {seed: [row | {"answer": best} for row in rows] for seed, rows in runs.items()}
 
 
@@ -101,8 +104,8 @@ def measure_floor(
     rows: dict[tuple[object, ...], dict[int, list[Row]]],
     task: Task,
 ) -> Floor:
-    """Return how far rows lie above a floor. floor, rows: predictions by seed."""
-    unit = get_unit(task.name, task.metric)
+    """Return by how much rows beat a floor. floor, rows: predictions by seed."""
+    unit, lower = get_unit(task, task.metric), task.is_lower_better()
     score = float(np.mean([compute_score(run, task, task.metric) for run in floor.values()])) * unit
     found = []
     for (label, *_), runs in rows.items():
@@ -111,12 +114,17 @@ def measure_floor(
         except ValueError:  # other examples, or no seed in common
             continue
         if estimate:
-            found.append((label, estimate[0] * unit, estimate[1] * unit))
+            found.append((label, estimate[0] * (-unit if lower else unit), estimate[1] * unit))
     if not found:
-        return Floor(place, name, score, None, float("nan"), float("nan"), frozenset())
+        return Floor(place, name, score, None, float("nan"), float("nan"), frozenset(), lower)
     beaten = frozenset(label for label, above, error in found if above > STANDARD_ERRORS * error)
     label, above, error = max(found, key=lambda row: row[1] / row[2] if row[2] else 0.0)
-    return Floor(place, name, score, label, above, error, beaten)
+    return Floor(place, name, score, label, above, error, beaten, lower)
+
+
+def find_hardest(floors: list[Floor]) -> Floor:
+    """Return the floor of one task that is hardest to beat: the highest, or the lowest where lower is better."""
+    return max(floors, key=lambda floor: -floor.score if floor.lower_is_better else floor.score)
 
 
 def find_unlearned(floors: list[Floor]) -> set[ModelTask]:

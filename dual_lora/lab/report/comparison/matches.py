@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-import tasks
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.report.values import get_place
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 from tasks import Task
 from tasks.base import Row
 
@@ -51,11 +50,6 @@ class Match:
         )
         pairs = [(ours[seed], theirs[seed]) for seed in self.seeds]
         return () if None in sum(pairs, ()) else tuple(one - other for one, other in pairs)
-
-
-def load_task_of(cell: Outcome) -> Task:
-    """Return the task of a run as its settings have it."""
-    return tasks.load(cell.settings.task.name, cell.settings.task.options)
 
 
 def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Match]:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dual_lora.lab.report.comparison.floors import Floor, find_unlearned, get_model_task
+from dual_lora.lab.report.comparison.floors import Floor, find_hardest, find_unlearned, get_model_task
 from dual_lora.lab.statistics.seeds import compute_seed_test
 from dual_lora.lab.study.outcome import Outcome
 
@@ -70,10 +70,10 @@ def equalize_spans(panels: Iterable[Axes]) -> None:
 
 
 def find_floor_score(cells: list[Outcome], floors: list[Floor]) -> float | None:
-    """Return the highest floor of the runs' one model and task, in points; None where there are several or none."""
+    """Return the hardest floor of the runs' one model and task, in points; None where there are several or none."""
     places = {get_model_task(cell) for cell in cells}
-    scores = [floor.score for floor in floors if floor.place in places]
-    return max(scores) if len(places) == 1 and scores else None
+    here = [floor for floor in floors if floor.place in places]
+    return find_hardest(here).score if len(places) == 1 and here else None
 
 
 def is_unlearned(cells: list[Outcome], floors: list[Floor]) -> bool:

@@ -8,18 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-import tasks
 from dual_lora.lab.report.figures.layout import create_panels
 from dual_lora.lab.report.values import format_value, get_place, get_unit
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 RATE_SETTING = "train.lr"
 MAX_PANELS = 9
 
 
 def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
-    """Return a row for each place, label and rate: its mean score in points, and whether it was chosen.
+    """Return a row for each place, label and rate: its mean score in points, whether lower is better, and whether it
+    was chosen.
 
     From the trials that chose rates, else from the runs of an experiment whose columns are rates. A rate with which
     training diverged has no score; one whose trials are not all finished has no row.
@@ -28,17 +28,17 @@ def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
     for cell in done:
         where = {key: value for key, value in get_place(experiment, cell).items() if key != RATE_SETTING}
         names = dict.fromkeys([cell.settings.task.name, *map(format_value, where.values())])
-        line = {"place": ", ".join(names), "label": cell.cell.label}
-        task = tasks.load(cell.settings.task.name)
-        unit = get_unit(task.name, task.metric)
+        task = load_task_of(cell)
+        line = {"place": ", ".join(names), "label": cell.cell.label, "lower": task.is_lower_better()}
+        unit = get_unit(task, task.metric)
         lines += [line | {"rate": r, "score": score * unit, "chosen": r == cell.rate} for r, score in cell.trials]
         if experiment.columns == RATE_SETTING and cell.result:
             score = cell.result["metrics"][cell.result["metric"]] * unit
             lines.append(line | {"rate": cell.rate, "score": score, "chosen": False})
-    frame = pd.DataFrame(lines, columns=["place", "label", "rate", "score", "chosen"]).dropna(subset="score")
+    frame = pd.DataFrame(lines, columns=["place", "label", "rate", "score", "lower", "chosen"]).dropna(subset="score")
     frame["score"] = frame["score"].where(frame["score"].map(isfinite))
     groups = frame.groupby(["place", "label", "rate"], sort=False)
-    return groups.agg(score=("score", "mean"), chosen=("chosen", "any")).reset_index()
+    return groups.agg(score=("score", "mean"), lower=("lower", "any"), chosen=("chosen", "any")).reset_index()
 
 
 def draw_rates(frame: pd.DataFrame) -> Figure | None:
@@ -58,13 +58,12 @@ def draw_rate_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
     """Draw one place: the lighter a dot, the better its score; what diverged is a cross."""
     known, lost = part.dropna(subset="score"), part[part["score"].isna()]
     heights = known["label"].map(labels.index)
-    norm = Normalize(known["score"].min() - 1e-9, known["score"].max() + 1e-9)
+    merit = np.where(known["lower"], -known["score"], known["score"])
+    norm = Normalize(merit.min() - 1e-9, merit.max() + 1e-9)
     edges = np.where(known["chosen"], "black", "none")
-    axes.scatter(
-        known["rate"], heights, c=known["score"], cmap="cividis", norm=norm, s=90, edgecolors=edges, linewidths=2
-    )
-    for row, height in zip(known.itertuples(), heights, strict=True):
-        color = "black" if norm(row.score) > 0.5 else "white"
+    axes.scatter(known["rate"], heights, c=merit, cmap="cividis", norm=norm, s=90, edgecolors=edges, linewidths=2)
+    for row, height, light in zip(known.itertuples(), heights, norm(merit), strict=True):
+        color = "black" if light > 0.5 else "white"
         axes.annotate(f"{row.score:.0f}", (row.rate, height), ha="center", va="center", fontsize=5.5, color=color)
     axes.plot(lost["rate"], lost["label"].map(labels.index), "x", color="#D55E00", markersize=6)
     axes.set(xscale="log", xlabel="learning rate", yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6))

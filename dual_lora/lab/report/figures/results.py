@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from pandas.core.groupby import SeriesGroupBy
 
-import tasks
 from dual_lora import paper
 from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.figures.layout import (
@@ -21,9 +20,9 @@ from dual_lora.lab.report.figures.layout import (
     get_style,
     is_unlearned,
 )
-from dual_lora.lab.report.values import FIELDS, Column, get_heading, list_columns
+from dual_lora.lab.report.values import FIELDS, Column, get_heading, get_unit, list_cells, list_columns
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 MIN_AXIS_WIDTH = 10.0  # the least width of an axis of percent
 
@@ -57,14 +56,10 @@ def describe_spread(experiment: Experiment, values: pd.DataFrame) -> str:
 
 def describe_axis(part: pd.DataFrame, done: list[Outcome]) -> str:
     """Return the name and unit of the main score of some values, for an axis."""
-    found = [tasks.load(done[i].settings.task.name) for i in sorted(set(part["cell"]) - {-1})]
+    units = {get_unit(task, task.metric) for task in map(load_task_of, done)}
+    found = map(load_task_of, list_cells(part, done))
     names = list(dict.fromkeys(task.metric if task.metric in task.unscaled else f"{task.metric}, %" for task in found))
-    return names[0] if len(names) == 1 else "mean of the main scores, %"
-
-
-def list_cells(part: pd.DataFrame, done: list[Outcome]) -> list[Outcome]:
-    """Return the runs that some values are of."""
-    return [done[i] for i in sorted(set(part["cell"]) - {-1})]
+    return names[0] if len(names) == 1 else f"mean of the main scores{', %' if 100 in units else ''}"
 
 
 def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome], floors: list[Floor]) -> Figure:
@@ -200,10 +195,11 @@ def draw_points(experiment: Experiment, values: pd.DataFrame, done: list[Outcome
     for axes, head in zip(panels, heads, strict=True):
         part = values[values["column"] == head]
         draw_column(axes, part, order)
-        unit = describe_axis(part, done) if found[head].field is None else get_column_unit(found[head], done)
+        cells = list_cells(part, done)
+        unit = describe_axis(part, done) if found[head].field is None else get_column_unit(found[head], cells)
         if unit.endswith("%"):
             widen_axis(axes)
-            floor = find_floor_score(list_cells(part, done), floors) if found[head].field is None else None
+            floor = find_floor_score(cells, floors) if found[head].field is None else None
             if floor is not None and axes.get_xlim()[0] <= floor <= axes.get_xlim()[1]:
                 axes.axvline(floor, color=GREY, linestyle=":", linewidth=1)
         axes.set(title=str(head), xlabel=unit, yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
@@ -223,9 +219,9 @@ def draw_column(axes: Axes, part: pd.DataFrame, order: list[str]) -> None:
     axes.errorbar(mean, rows, xerr=bars if bars.any() else None, fmt="|", color="black", markersize=9, capsize=2)
 
 
-def get_column_unit(column: Column, done: list[Outcome]) -> str:
-    """Return the unit of the score that a column names; empty if it names no score."""
-    return "" if column.field in FIELDS or column.field in tasks.load(done[0].settings.task.name).unscaled else "%"
+def get_column_unit(column: Column, cells: list[Outcome]) -> str:
+    """Return the unit of the score that a column names and some runs have; empty if it names no score."""
+    return "" if column.field in FIELDS or any(column.field in load_task_of(cell).unscaled for cell in cells) else "%"
 
 
 def widen_axis(axes: Axes) -> None:

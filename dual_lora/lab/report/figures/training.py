@@ -14,7 +14,7 @@ from dual_lora.lab.report.comparison.matches import Key
 from dual_lora.lab.report.figures.layout import add_legend, create_panels, equalize_spans, get_style
 from dual_lora.lab.report.values import FIELDS, get_place, get_unit
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 # What is drawn over the steps: what the log calls it, and the axis.
 LOSS, ZEROS = ("train/loss", "training loss"), ("train/zeros", "share of exact zeros")
@@ -91,10 +91,10 @@ def collect_costs(experiment: Experiment, done: list[Outcome], unlearned: set[Mo
 
 def measure_cost(cell: Outcome) -> dict[str, object]:
     """Return a run's main score in points, and its costs; NaN where its device counted no memory."""
-    result, task = cell.result, cell.settings.task.name
+    result, task = cell.result, load_task_of(cell)
     score = result["metrics"][result["metric"]] * get_unit(task, result["metric"])
     costs = {name: FIELDS[name][0](result) if name != "peak_memory_mib" else read_memory(result) for name in COSTS}
-    return {"task": task, "score": score, **costs}
+    return {"task": task.name, "score": score, **costs}
 
 
 def read_memory(result: dict) -> float:
