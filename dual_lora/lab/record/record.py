@@ -22,12 +22,11 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import RunHeldElsewhere, UserError, get_first_line, require
@@ -364,7 +363,7 @@ class Record:
             check_owner(self.read_environment(), self.name, self.folder / "environment.json")
             self.verify_model_files(settings)
         self.write_lines("metrics.jsonl", rows)
-        self.write_file("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+        self.write_file("config.yaml", format_settings(settings))
         now = describe_environment() | {"identity": self.name, "model_files": hash_model_files(settings)}
         self.write_file("environment.json", merge_environments(self.read_environment(), now) if resumes else now)
 

@@ -23,14 +23,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import strftime
 
 import psutil
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -46,7 +44,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
 from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, get_plugin_word, import_plugin
 from dual_lora.lab.config.paths import list_choices
-from dual_lora.lab.config.recorded import load_recorded_settings
+from dual_lora.lab.config.recorded import format_settings, load_recorded_settings
 from dual_lora.lab.errors import (
     EXIT_STOPPED,
     RunHeldElsewhere,
@@ -186,7 +184,7 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=strftime("%Y-%m-%d_%H-%M-%S_"), dir=place))
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
-            (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
+            (folder / str(number) / "config.yaml").write_text(format_settings(run.settings))
             (folder / str(number) / "varies.json").write_text(json.dumps(run.differences))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
         command["plugins"] = describe_plugins()
