@@ -268,7 +268,8 @@ def test_two_analyses_are_identical_byte_for_byte(method, trained):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_agrees_with_itself_and_its_null_does_not(method, trained):
     content, rows = analysed(trained[method], f"against={trained[method]}")
-    assert content["against"] == trained[method].name
+    digest = json.loads((trained[method] / "result.json").read_text())["digest"]
+    assert content["against"] == trained[method].name and content["digests"] == {content["against"]: digest}
     for row in rows.values():
         assert row["cosine"] == pytest.approx(1) and row["sign_agreement"] == 1
         assert abs(row["cosine_null"]) < 0.2 and row["sign_agreement_null"] == pytest.approx(0.5, abs=0.1)

@@ -347,6 +347,8 @@ CASES = [
     Case("config", "a choice with +", "+method=lora", "+method: already exists"),
     Case("config", "no value at all", "rank", "rank: not of the form KEY=VALUE"),
     Case("config", "no name at all", "=3", "not of the form KEY=VALUE"),
+    Case("config", "a text that a record would take for a setting", "model=tiny-llama task=demo/restaurants task.stop=['\\${seed}']", "task.stop.0=${seed}: a record would give it back as 0; give another value"),
+    Case("config", "a text that a record could not hold", "model=tiny-llama task=demo/restaurants task.stop=['\\${b}']", "a record cannot hold these settings (task.stop[0]: Interpolation key 'b' not found)"),
     Case("config", "a line break", "study=a\\nb{_}c".replace("\\n", "{nl}"), "contains characters that are not text; remove them"),
     Case("config", "a removed group", "~method", "~method: settings cannot be removed"),
     Case("config", "an unknown option", "--config-name=x", "--config-name=x: no such option"),

@@ -9,7 +9,7 @@ import tasks
 from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins
 from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.study.launch import import_launched_plugins
+from dual_lora.lab.study.launch import restore_outside
 
 PACKAGE = "some_installed_package"
 
@@ -43,11 +43,11 @@ def test_code_that_the_module_imports_from_its_package_counts(package):
 
 
 def test_a_launchers_process_imports_it_by_its_name(package, tmp_path):
-    (tmp_path / "command.json").write_text(json.dumps({"plugins": describe_again()}))
+    (tmp_path / "command.json").write_text(json.dumps({"plugins": describe_again(), "settings": []}))
     take_outside_words([])
     for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
         del sys.modules[name]  # a new process
-    import_launched_plugins(tmp_path)
+    restore_outside(tmp_path)
     assert tasks.plugins["stars"].module.WEIGHT == 1
 
 

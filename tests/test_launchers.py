@@ -292,6 +292,18 @@ def test_what_a_process_cannot_read_is_a_failed_run(work):
     assert work()["error"] == "UserError"
 
 
+def test_a_process_that_finds_another_run_than_the_command_says_so(work):
+    """Files may have changed while a job waited in a queue, or another machine has others."""
+    file = work.folder / "0" / "run.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {"identity": "expected"}))
+    failure = work(lambda run: pytest.fail("begun"))
+    assert failure["error"] == "UserError" and "\n" not in failure["message"]
+    assert failure["message"].startswith(
+        f"{about['identity']} here, expected for the command: data, weights or settings"
+    )
+
+
 def test_before_the_time_limit_the_run_stops_and_submitit_queues_it_again(work):
     heard = []
 

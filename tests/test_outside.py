@@ -44,7 +44,7 @@ def task(subset, text="text", label="label"):
 FILES = {
     "task/stars.yaml": "name: stars\nepochs: 3\nbatch_size: 8\nmax_length: 64\noptions: {text: text, label: label}\n",
     "method/lora_mlp.yaml": "name: lora_mlp\nlr: 1e-3\nrank: 4\nalpha: 4\ndropout: 0.0\npeft: {peft_type: LORA, r: "
-    "'${method.rank}', lora_alpha: '${method.alpha}', lora_dropout: '${method.dropout}'}\n",
+    "'${method.rank}', lora_alpha: '${method.alpha}', lora_dropout: '${method.dropout}', rank_pattern: {}}\n",
     "experiment/mine.yaml": "title: My own table\ncells: {LoRA: [method=lora_mlp], Dual LoRA: [method=dual_lora]}\n"
     "columns: task.name\nrows: [model.name]\nsmoke:\n  seeds: [0]\n  run: [model=tiny-roberta, task=stars]\n",
 }
@@ -125,10 +125,12 @@ def test_a_run_of_own_code_troubles_no_other_report_of_its_study(own, runs_folde
     assert sweep_command(words) == EXIT_USER and f"not read: {run.name}" in capsys.readouterr().err
 
 
-def test_code_is_imported_in_the_processes_of_a_launcher(own, runs_folder, capfd):
-    words = [*own, *SHORT, "-m", "seed=0,1", "hydra/launcher=workstation"]
-    assert train_command(words) == 0, capfd.readouterr().err
-    assert len(list_runs(runs_folder)) == 2
+def test_code_and_settings_files_are_found_in_the_processes_of_a_launcher(own, runs_folder, capfd):
+    """An empty field that the method's own file has is no part of a run's name."""
+    words = [*own, *SHORT, "method=lora_mlp"]
+    assert train_command([*words, "-m", "seed=0,1", "hydra/launcher=workstation"]) == 0, capfd.readouterr().err
+    assert len(list_runs(runs_folder)) == 2 == len(list(runs_folder.glob("adhoc/*")))
+    assert train_command([*words, "seed=1"]) == 0 and len(list_runs(runs_folder)) == 2
 
 
 def test_a_package_and_an_installed_module_are_code_too(own, tmp_path, monkeypatch):

@@ -122,6 +122,26 @@ def test_a_rerun_without_tensorboard_leaves_no_curves_of_the_old_run(record):  #
     assert not (record.folder / "tensorboard").exists()
 
 
+def test_what_was_made_of_an_earlier_training_goes_with_its_result(record):  # noqa: F811
+    """As where the result is damaged, and the user removes it and runs the same command again, as told to."""
+    assert evaluate_command([f"run={record.folder}", "analyse=true"]) == 0 == evaluate_command([f"run={record.folder}"])
+    for name in ("truncation.json", "curvature.json", "similarity.json", "fit.json"):
+        record.write_sealed(name, {"rows": []})
+    (record.folder / "tensorboard").mkdir()
+    (record.folder / "tensorboard/events").touch()
+    run_files = {"adapter", "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json"}
+    made = {path.name for path in record.folder.iterdir()} - run_files
+    assert made >= {"analysis.json", "analysis.csv", "evaluation.json", "ranks.png", "stable_ranks.pdf"}
+    (record.folder / "notes.txt").write_text("mine")
+    (record.folder / "result.json").write_text("{cut sho")
+    with pytest.raises(UserError, match="result.json: damaged .*; remove it and run the same command again"):
+        train_run(Run.prepare(load_settings(RUN)))
+    assert made <= {path.name for path in record.folder.iterdir()}
+    (record.folder / "result.json").unlink()
+    train_run(Run.prepare(load_settings(RUN)))
+    assert {path.name for path in record.folder.iterdir()} == {*run_files, "notes.txt"}
+
+
 def test_a_renamed_checkpoint_is_refused_and_not_removed(tmp_path):
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()

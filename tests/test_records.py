@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_report import GLUE, finish
@@ -17,6 +18,7 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.errors import RunHeldElsewhere, UserError
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.report.analyses.kinds import is_up_to_date, list_redone_runs
 from dual_lora.lab.report.write import FIGURES_FILE, remove_stale_figures
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_damaged_records
@@ -147,6 +149,17 @@ def test_an_analysis_is_sealed_since_version_2(record):
     edit(record.folder / "analysis.json", identity="other")
     with pytest.raises(UserError, match="analysis.json: belongs to run other"):
         record.read_sealed("analysis.json")
+
+
+def test_an_analysis_knows_which_runs_were_done_again_since(record):
+    other = Record(shutil.copytree(record.folder, record.folder.with_name("best")))
+    content = {"digests": {"best": other.read_digest(), "elsewhere": "0", "older": None}}
+    assert not list_redone_runs(record, content) and not list_redone_runs(record, {})
+    result = {key: value for key, value in other.read_result().items() if key != "digest"}
+    other.write_result(result | {"train_seconds": 9.0})
+    assert list_redone_runs(record, content) == ["best"]
+    record.write_sealed("analysis.json", {"rows": [], "labels": {}, **content})
+    assert not is_up_to_date(SimpleNamespace(analyse="ranks"), SimpleNamespace(record=record), [])
 
 
 def test_committed_records_still_read():

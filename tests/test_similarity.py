@@ -10,9 +10,11 @@ from analysed_runs import check_report_without_weights, copy_runs, read_contents
 from safetensors.numpy import load_file
 
 from dual_lora.analysis import measure_decomposition
+from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config import paths
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_USER, UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
+from dual_lora.lab.record.record import Record
 from dual_lora.lab.report.analyses.fit import FittedRun, tabulate_differences, tabulate_unexplained
 from dual_lora.lab.report.analyses.kinds import OTHER_SEED, SAME_SEED, find_references, is_up_to_date
 from dual_lora.lab.report.analyses.similarity import ComparedRun, correlate_changes, tabulate_similarity
@@ -57,6 +59,12 @@ def test_a_run_is_compared_with_the_references_of_its_seed_and_of_the_next():
         find("Full", 1)
 
 
+def make_analysed(cell: SimpleNamespace, content: dict) -> SimpleNamespace:
+    """Return a cell whose record holds an analysis."""
+    cell.record = SimpleNamespace(read_sealed=lambda *_: content)
+    return cell
+
+
 def test_a_comparison_with_other_runs_than_asked_for_is_made_again():
     experiment = SimpleNamespace(analyse="similarity", reference="Full")
     done = [make_cell("Full", seed) for seed in (0, 1)]
@@ -65,9 +73,8 @@ def test_a_comparison_with_other_runs_than_asked_for_is_made_again():
     lora = make_cell("LoRA", 0)
     for stored, current in (("full_s1", True), (None, False), ("full_s2", False)):
         content = {"references": {SAME_SEED: "full_s0", OTHER_SEED: stored}}
-        lora.record = SimpleNamespace(read_sealed=lambda *_, content=content: content)
-        assert is_up_to_date(experiment, lora, done) == current
-    assert is_up_to_date(SimpleNamespace(analyse="ranks"), lora, done)
+        assert is_up_to_date(experiment, make_analysed(lora, content), done) == current
+    assert is_up_to_date(SimpleNamespace(analyse="ranks"), make_analysed(lora, {}), done)
 
 
 @pytest.mark.parametrize("words", [{"reference": "Nobody"}, {"reference": ""}, {"analyse": "ranks"}])
@@ -163,6 +170,41 @@ def test_one_weight_of_every_role_of_full_tuning_is_fitted_by_every_form(finishe
         }
         assert svd == pytest.approx(energy[4:].sum() / energy.sum(), rel=1e-3)
         assert {r["cell"]["method"] for r in content["rows"]} == set(content["labels"])
+
+
+def test_a_reference_that_was_done_again_is_compared_with_again(finished, tmp_path, monkeypatch, capsys):
+    runs = copy_runs(monkeypatch, finished, tmp_path / "runs")
+    before = read_contents(runs, "similarity.json")
+    assert all(digest for content in before.values() for digest in content["digests"].values())
+    name = next(name for name in before if "_full_s0" in name)
+    reference = Record(runs / "verdict_smoke" / name)
+    result = reference.read_result()
+    reference.write_result({key: value for key, value in result.items() if key != "digest"} | {"train_seconds": 9.0})
+    compared = {other for other, content in before.items() if name in content["digests"]}
+    words = ["experiment=similarity", "scale=smoke", "wandb.mode=disabled"]
+    assert len(compared) == 9 and sweep_command([*words, "run=false"]) == EXIT_USER
+    told = capsys.readouterr().err
+    for other in before:
+        line = f"{other}/similarity.json: compares with {name}, done again since; sweep.py without run=false analyses"
+        assert (line in told) == (other in compared)
+    assert sweep_command(words) == 0
+    after = read_contents(runs, "similarity.json")
+    changed = {other for other, content in after.items() if content != before[other]}
+    assert changed == compared and capsys.readouterr().out.count("analysing ") == 9
+    assert {content["digests"].get(name) for content in after.values()} == {None, reference.read_digest()}
+
+
+def test_comparisons_of_earlier_versions_name_no_digests_and_stay(finished, tmp_path, monkeypatch, capsys):
+    runs = copy_runs(monkeypatch, finished, tmp_path / "runs")
+    contents = read_contents(runs, "similarity.json")
+    for name, content in contents.items():
+        kept = {key: value for key, value in content.items() if key not in ("digests", "digest")}
+        Record(runs / "verdict_smoke" / name).write_sealed("similarity.json", kept)
+    before = read_contents(runs, "similarity.json")
+    report = {path.name: path.read_bytes() for path in (runs / "similarity_smoke/report").iterdir()}
+    assert sweep_command(["experiment=similarity", "scale=smoke", "wandb.mode=disabled"]) == 0
+    assert "analysing" not in capsys.readouterr().out and read_contents(runs, "similarity.json") == before
+    assert {path.name: path.read_bytes() for path in (runs / "similarity_smoke/report").iterdir()} == report
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -2,10 +2,8 @@
 
 import sys
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
-
-import yaml
 
 import tasks
 from dual_lora.lab.config import paths
@@ -13,6 +11,7 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.models import found_models, print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_override, parse_overrides
+from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, describe_machine_error, get_first_line, require
@@ -111,7 +110,7 @@ def show_hydra(argv: list[str]) -> None:
     flags, shown, words = split_hydra_options(argv)
     settings = load_settings([word for word in words if not select_launcher_words([word])])
     if shown == "job":
-        print(yaml.safe_dump(asdict(settings), sort_keys=False), end="")
+        print(format_settings(settings), end="")
         return
     outside = paths.own_folders or tasks.plugins or found_models
     require(not outside, f"{min(flags)}: Hydra does not know what lies outside of conf/; take --cfg job")

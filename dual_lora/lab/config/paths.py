@@ -126,6 +126,27 @@ def build_yaml_loader() -> type:
     return Loader
 
 
+def format_yaml(content: Any) -> str:
+    """Return plain values as YAML that `parse_yaml` reads back as they are."""
+    import yaml
+
+    return yaml.dump(content, Dumper=build_yaml_dumper(), sort_keys=False)
+
+
+@cache
+def build_yaml_dumper() -> type:
+    """Return PyYAML's dumper, made to quote also text like 1e3, which OmegaConf's loader alone reads as a number."""
+    from yaml import SafeDumper
+
+    class Dumper(SafeDumper):
+        pass
+
+    known = Dumper.yaml_implicit_resolvers
+    read = build_yaml_loader().yaml_implicit_resolvers
+    Dumper.yaml_implicit_resolvers = {key: known.get(key, []) + read.get(key, []) for key in known | read}
+    return Dumper
+
+
 def count_yaml_values(node: Any, known: dict[int, int]) -> int:
     """Return how many values a YAML node holds once its aliases are written out. `known` are those counted before."""
     if node is None or isinstance(node.value, str):

@@ -1,7 +1,7 @@
-"""Reading the settings of a run's record, replacing settings by full name, and finding how runs differ."""
+"""The settings of a run's record as text and back, replacing settings by full name, and finding how runs differ."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from yaml import YAMLError
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import SCHEMA, build_settings, describe_config_error
 from dual_lora.lab.config.overrides import check_text
-from dual_lora.lab.config.paths import load_yaml, parse_yaml
+from dual_lora.lab.config.paths import format_yaml, load_yaml, parse_yaml
 from dual_lora.lab.config.schema import Settings, get_setting, iterate_leaves
 from dual_lora.lab.errors import UserError, require
 
@@ -51,6 +51,8 @@ OLD_VALUES = {"train": {"save_minutes": None}}
 MIRRORS = ("wandb.", "tensorboard")  # where the log is copied to
 NAMES = ("model.name", "task.name", "method.name")
 DERIVED = {"method.lr", "task.epochs", "task.batch_size"}  # train.* has the values that a run takes
+# What is raised where a file holds no settings.
+READ_ERRORS = (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError)
 
 
 @cache
@@ -73,10 +75,27 @@ def load_recorded_settings(run: Path, key: str = "run") -> Settings:
     require(path.is_file(), f"{key}={run}: no config.yaml there; give the folder of a run, runs/STUDY/ID")
     try:
         return parse_recorded_settings(path, path.read_text(encoding="utf-8"), paths.CONF)
-    except (UserError, OmegaConfBaseException, OSError, YAMLError, TypeError, ValueError) as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"{path}: not settings that this version can read ({describe_config_error(error)}); restore the file"
         ) from error
+
+
+def format_settings(settings: Settings) -> str:
+    """Return the text of a record's config.yaml.
+
+    Raises:
+        UserError: it would be read as other settings, or not at all: a text `${seed}` stands for the seed there.
+    """
+    text = format_yaml(asdict(settings))
+    try:
+        found = dict(iterate_leaves(parse_recorded_settings(Path("config.yaml"), text, paths.CONF)))
+    except READ_ERRORS as error:
+        raise UserError(f"a record cannot hold these settings ({describe_config_error(error)}); change them") from error
+    for key, value in iterate_leaves(settings):
+        other = found.get(key)
+        require(other == value, f"{key}={str(value)[:80]}: a record would give it back as {other}; give another value")
+    return text
 
 
 @lru_cache(maxsize=4096)  # a report asks for a record's settings several times

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import yaml
-
+from dual_lora.lab.config.paths import format_yaml
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.present.document import escape_markdown_cell
@@ -137,7 +136,7 @@ def format_header(settings: Settings, task: Task, library: str, tags: list[str])
     header = {"library_name": library, "pipeline_tag": PIPELINES[task.form]}
     header |= {"tags": list(dict.fromkeys([settings.method.name, *tags]))}
     header |= {"base_model": settings.model.hub} if settings.model.hub else {}
-    return yaml.safe_dump(header, sort_keys=False)
+    return format_yaml(header)
 
 
 def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, Any]:

@@ -22,12 +22,11 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import RunHeldElsewhere, UserError, get_first_line, require
@@ -64,7 +63,7 @@ RERUN_FOLDER, TRAINED_FILE = ".again", "trained.json"
 # Files that are written while the lock is held, so partial copies of them are leftovers.
 LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json")
 LOCKED_FILES += (TRAINED_FILE,)
-# Files of a finished run that become invalid when it is run again.
+# Files that become invalid when a run is trained again.
 OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json", "tensorboard")
 ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
 SIMILARITY_FILE, FIT_FILE = "similarity.json", "fit.json"
@@ -128,13 +127,21 @@ class Record:
         if not self.is_rerun_whole():
             return
         again.remove_leftovers()
-        for name in OUTDATED_FILES:
-            remove_path(self.folder / name)
+        self.remove_outdated_files()
         for path in sorted(again.folder.iterdir(), key=lambda path: path.name == "result.json"):
             if path.is_dir():
                 remove_path(self.folder / path.name)
             path.replace(self.folder / path.name)
         again.folder.rmdir()
+
+    def remove_outdated_files(self) -> None:
+        """Remove what an earlier training left, and what was made of it since.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        for name in OUTDATED_FILES:
+            remove_path(self.folder / name)
 
     def finish_cleanup(self) -> None:
         """Finish the cleanup of a run that was killed right after it wrote its result. A run that another process
@@ -182,6 +189,15 @@ class Record:
         mine = identity == self.name or not self.is_named_by_run
         require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
+
+    def read_digest(self) -> str | None:
+        """Return the digest of the result, by which one training of a run is told from the next; None while there is no
+        result, and of one from before digests existed.
+
+        Raises:
+            UserError: see `read_result`.
+        """
+        return (self.read_result() or {}).get("digest")
 
     def holds_result(self) -> bool:
         """Return whether there is a result, and it is this run's and as it was written."""
@@ -344,7 +360,8 @@ class Record:
 
     def prepare_folder(self, settings: Settings) -> None:
         """Prepare the folder for a run: write config and environment, and cut metrics.jsonl back to the newest
-        checkpoint, or to the end of training, of an interrupted attempt.
+        checkpoint, or to the end of training, of an interrupted attempt. Without such an attempt, what was made of an
+        earlier training goes, as its result did.
 
         Raises:
             UserError: it cannot be written, or what it holds so far is another run's.
@@ -363,8 +380,11 @@ class Record:
         if resumes:
             check_owner(self.read_environment(), self.name, self.folder / "environment.json")
             self.verify_model_files(settings)
+        if not (trained or checkpoint):
+            with translate_write_errors(self.folder):
+                self.remove_outdated_files()
         self.write_lines("metrics.jsonl", rows)
-        self.write_file("config.yaml", yaml.safe_dump(asdict(settings), sort_keys=False))
+        self.write_file("config.yaml", format_settings(settings))
         now = describe_environment() | {"identity": self.name, "model_files": hash_model_files(settings)}
         self.write_file("environment.json", merge_environments(self.read_environment(), now) if resumes else now)
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.overrides import parse_override
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import NOT_IDENTITY, serialize_identity_settings
 
 # Setting a value may change others that follow from it, so differences are looked for again, at most so often.
 MAX_ROUNDS = 4
-PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is
+PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is, unless it looks like a number, true or null
 # What a command leaves out: where files are, and what changes neither the result nor the log.
 LEFT_OUT = {"wandb", "seed", "study", "data_dir", "init_from", "force", "plan"}
 LEFT_OUT |= {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys if not key.startswith("log_")}
@@ -90,6 +91,6 @@ def format_override(value: object) -> str:
         return f"[{','.join(map(format_override, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{format_override(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, str) and not PLAIN.fullmatch(value):
+    if isinstance(value, str) and not (PLAIN.fullmatch(value) and parse_override(f"key={value}").value() == value):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return str(value)

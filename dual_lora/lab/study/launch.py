@@ -4,9 +4,10 @@ Every launch has a folder of its own, removed when all its runs finished:
 
     runs/.multirun/WHEN_XXXX/
         N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
-        N/varies.json   those that distinguish it from the others, which its process prints
+        N/run.json      its identity, and the settings that distinguish it from the others, which its process prints
         .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
-        command.json    which process the command is: its runs on this machine stop when it is gone
+        command.json    which process the command is, because its runs on this machine stop when it is gone, and the
+                        code and the folders of settings files that it named
         stop            made when the command is stopped: all runs of the launch then stop, wherever they are
 """
 
@@ -23,14 +24,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import strftime
 
 import psutil
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -46,7 +45,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
 from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, get_plugin_word, import_plugin
 from dual_lora.lab.config.paths import list_choices
-from dual_lora.lab.config.recorded import load_recorded_settings
+from dual_lora.lab.config.recorded import format_settings, load_recorded_settings
 from dual_lora.lab.errors import (
     EXIT_STOPPED,
     RunHeldElsewhere,
@@ -186,10 +185,11 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=strftime("%Y-%m-%d_%H-%M-%S_"), dir=place))
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
-            (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(asdict(run.settings), sort_keys=False))
-            (folder / str(number) / "varies.json").write_text(json.dumps(run.differences))
+            (folder / str(number) / "config.yaml").write_text(format_settings(run.settings))
+            about = {"identity": run.identity, "differences": run.differences}
+            (folder / str(number) / "run.json").write_text(json.dumps(about))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
-        command["plugins"] = describe_plugins()
+        command |= {"plugins": describe_plugins(), "settings": list(map(str, paths.own_folders))}
         (folder / "command.json").write_text(json.dumps(command))
     return folder
 
@@ -285,11 +285,9 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
     hide_foreign_warnings()
     try:
         isolate_environment()
-        import_launched_plugins(folder)
-        place = folder / str(HydraConfig.get().job.num)
-        settings, differences = load_recorded_settings(place), json.loads((place / "varies.json").read_text())
+        restore_outside(folder)
         with run_in_progress, listen_in_process(), stop_on_file(folder / "stop"):
-            return execute_run(Run.prepare(settings, differences))
+            return execute_run(prepare_launched_run(folder / str(HydraConfig.get().job.num)))
     except Stopped as stopped:
         if str(stopped) == REQUEUE.name:
             with suppress(Exception):
@@ -300,17 +298,36 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
         return describe_error(error)
 
 
-def import_launched_plugins(folder: Path) -> None:
-    """Import the code that the command of a launch named, as it was then.
+def restore_outside(folder: Path) -> None:
+    """Use what the command of a launch named from outside of the repository: folders of settings files, and code, which
+    is imported as it was then.
 
     Raises:
-        UserError: it is gone or changed.
+        UserError: the code is gone or changed.
     """
-    named = json.loads((folder / "command.json").read_text())["plugins"]
+    command = json.loads((folder / "command.json").read_text())
+    paths.own_folders[:] = map(Path, command["settings"])
+    named = command["plugins"]
     for name, about in named.items():
         if name not in tasks.plugins:  # a launcher may use the command's own process
             import_plugin(get_plugin_word(about))
     check_plugins(named, "the command")
+
+
+def prepare_launched_run(place: Path) -> Run:
+    """Return the run whose settings are in a folder of a launch.
+
+    Raises:
+        UserError: it is another run than it was for the command, or see `Run.prepare`.
+    """
+    about = json.loads((place / "run.json").read_text())
+    run, expected = Run.prepare(load_recorded_settings(place), about["differences"]), about["identity"]
+    require(
+        run.identity == expected,
+        f"{run.identity} here, {expected} for the command: data, weights or settings files have changed since, or are "
+        "others on this machine; run the command again",
+    )
+    return run
 
 
 def listen_in_process() -> AbstractContextManager:

@@ -42,6 +42,7 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
     """
     silence_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    digests = {other[1].name: other[1].read_digest()} if other else {}
     mine = load_updates(settings, record)
     check_changed(mine, settings, record)
     theirs = {update.module: update for update in load_updates(*other)} if other else {}
@@ -53,6 +54,7 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
     content = {
         "run": record.name,
         "against": other[1].name if other else None,
+        "digests": digests,
         "model": settings.model.name,
         "method": settings.method.name,
         "seed": settings.seed,

@@ -29,6 +29,7 @@ def measure_similarity(
     silence_libraries()
     where = f"run={record.format_path()}"
     require(any(references.values()), f"{where}: no other run to compare it with; add a seed to the experiment")
+    digests = {other[1].name: other[1].read_digest() for other in references.values() if other}
     mine = load_updates(settings, record)
     check_changed(mine, settings, record)
     others = {name: other and load_changes(*other) for name, other in references.items()}
@@ -38,6 +39,7 @@ def measure_similarity(
     content = {
         "run": record.name,
         "references": {name: other and other[1].name for name, other in references.items()},
+        "digests": digests,
         "rows": [describe_similarity(update, others, settings) for update in mine],
     }
     record.write_sealed(SIMILARITY_FILE, content)

@@ -74,18 +74,32 @@ def analyse_missing(experiment: Experiment, cell: Outcome, done: list[Outcome]) 
 
 def is_up_to_date(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> bool:
     """Whether an analysis that is there is the one that this experiment makes: a comparison may be with the runs of
-    other seeds, where fewer were asked for. A damaged one counts as such: the report names it.
+    other seeds, where fewer were asked for, or with runs that were done again since. A damaged one counts as such: the
+    report names it.
 
     Raises:
         UserError: as `find_references`.
     """
-    if experiment.analyse != "similarity":
-        return True
-    wanted = {name: other and other[1].name for name, other in find_references(experiment, cell, done).items()}
+    kind, compares = KINDS[experiment.analyse], experiment.analyse == "similarity"
+    found = find_references(experiment, cell, done) if compares else {}
+    wanted = {name: other and other[1].name for name, other in found.items()}
     try:
-        return cell.record.read_sealed(SIMILARITY_FILE, "references")["references"] == wanted
+        content = cell.record.read_sealed(kind.file, *kind.keys)
+        return content.get("references", {}) == wanted and not list_redone_runs(cell.record, content)
     except UserError:
         return True
+
+
+def list_redone_runs(record: Record, content: dict) -> list[str]:
+    """Return the runs that an analysis compares its own with and that were done again since. Analyses of earlier
+    versions do not hold the digests by which that is known.
+
+    Raises:
+        UserError: the result of one is damaged.
+    """
+    known = content.get("digests", {})
+    now = {name: Record(record.folder.with_name(name)).read_digest() for name in known}
+    return [name for name, digest in known.items() if now[name] and now[name] != digest]
 
 
 def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> Callable[[Settings, Record], object]:
@@ -132,7 +146,7 @@ def find_references(
 
 
 def check_analysis(experiment: Experiment, cell: Outcome) -> None:
-    """Refuse an analysis that is missing or damaged.
+    """Refuse an analysis that is missing, damaged, or older than a run that it compares with.
 
     Raises:
         UserError: with the run and the file.
@@ -141,7 +155,9 @@ def check_analysis(experiment: Experiment, cell: Outcome) -> None:
         kind = KINDS[experiment.analyse]
         path = cell.record.folder / kind.file
         require(path.exists(), f"{path}: missing; sweep.py without run=false analyses the run")
-        cell.record.read_sealed(kind.file, *kind.keys)
+        redone = list_redone_runs(cell.record, cell.record.read_sealed(kind.file, *kind.keys))
+        remedy = "sweep.py without run=false analyses the run again"
+        require(not redone, f"{path}: compares with {', '.join(redone)}, done again since; {remedy}")
 
 
 def iterate_analysis_blocks(
