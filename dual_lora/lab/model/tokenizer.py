@@ -15,15 +15,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
-from transformers.utils import cached_file
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, is_out_of_memory, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
-from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, find_model
+from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, translate_model_errors
 from dual_lora.lab.model.encode import apply_chat_template
-from dual_lora.lab.model.source import find_gguf_file, get_config_fields, locate_model, translate_model_errors
+from dual_lora.lab.model.source import find_gguf_file, find_links, get_config_fields, locate_model
 from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.lab.system.files import read_json_object
 
@@ -86,13 +85,8 @@ def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     file says, the file is used as it is, and a warning printed."""
     place = locate_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(**place, **USE)
-    file = cached_file(
-        place["pretrained_model_name_or_path"],
-        "tokenizer.json",
-        revision=place.get("revision"),
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if type(tokenizer) is TokenizersBackend or file is None or splits_as_file(tokenizer, file):
+    file = find_links(settings) / "tokenizer.json"
+    if type(tokenizer) is TokenizersBackend or not file.is_file() or splits_as_file(tokenizer, str(file)):
         return tokenizer
     if is_first_process():
         where = f"model={settings.model.name}: its tokenizer's class, {type(tokenizer).__name__},"
@@ -132,8 +126,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
     pads = ends or tokenizer.pad_token_id is not None
     require(pads, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
-    path = find_model(settings)
-    words = read_ordinary_words(path / "tokenizer.json") if path and path.is_dir() else frozenset()
+    words = read_ordinary_words(find_links(settings) / "tokenizer.json")
     added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     turned = sorted(words & (added | set(tokenizer.all_special_tokens)))
     require(
