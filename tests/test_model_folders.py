@@ -186,6 +186,10 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
         ("{{ 'x' * 10 ** 18 }}", "fails on a single prompt (it fills the memory); take model.chat=false"),
         ("{{ messages[7].content }}", "fails on a single prompt"),
         ("{% if %}", "fails on a single prompt"),
+        ("{{ messages[0].content }}{{ ['a'] | random }}", "fails on a single prompt (it draws at random)"),
+        ("{{ messages[0].content }}{{ [['a']] | map('random') | join }}", "fails on a single prompt (it draws at ra"),
+        ("{{ messages[0].content }}{{ lipsum(1) }}", "fails on a single prompt (it draws at random)"),
+        ("{{ messages[0].content }}{{ messages[0].content.strip }}", "chat template prints an address in memory; take"),
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_refused(template, said, tmp_path, monkeypatch):

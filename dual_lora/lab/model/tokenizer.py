@@ -4,6 +4,7 @@ Without a tokenizer.json its class decides which special tokens stand around a t
 `add_eos_token` of tokenizer_config.json); with one, that file does. Around prompts only those in front are kept.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
 SPLIT_PROBE = "The Café's 3rd oak (since 1987) serves 1,250 guests a week.\nIs it open?"
 PROBE_WORDS = 300
 PROBE = "What does the oak serve?"  # a prompt that every chat template must reproduce
+ADDRESS = re.compile(r" at 0x[0-9a-f]+>")  # how Python prints a function that a template forgot to call
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -155,7 +157,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     """Refuse a chat template that cannot be used for a task's prompts.
 
     Raises:
-        UserError: there is none, it fails on a prompt, does not end, or leaves the prompt out.
+        UserError: there is none, it fails on a prompt, does not end, draws at random, or leaves the prompt out.
     """
     where, remedy = f"model.chat=true: {settings.model.name}", "take model.chat=false"
     require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; {remedy}")
@@ -166,6 +168,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     except MemoryError as error:  # the template's fault, not the machine's
         raise UserError(f"{fails} (it fills the memory); {remedy}") from error
     require(PROBE in text, f"{where}'s chat template leaves the prompt out; {remedy}")
+    require(not ADDRESS.search(text), f"{where}'s chat template prints an address in memory; {remedy}")
 
 
 @contextmanager
