@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import export as evaluate_export
 from dual_lora.lab.record.run import Run
@@ -60,6 +61,20 @@ def test_an_export_has_a_card_that_says_what_it_is_and_how_to_load_it(trained, t
     os.umask(mask)
     assert out.stat().st_mode & 0o777 == 0o777 & ~mask
     assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o666 & ~mask}
+
+
+def test_the_card_of_a_chat_says_which_date_its_template_printed(runs_folder, tmp_path):
+    folder = Path(shutil.copytree(BUNDLED / "tiny-llama", tmp_path / "model"))
+    template = "{{ strftime_now('%Y') }}: {{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    words = ["model=tiny-llama", f"model.path={folder}", "model.chat=true", "task=demo/restaurants", *SHORT]
+    run = Run.prepare(load_settings([*words, "task.max_new_tokens=4", "wandb.mode=disabled"]))
+    train_run(run)
+    assert export(run.record.folder, tmp_path / "out") == 0
+    assert (tmp_path / "out/chat_template.jinja").read_text() == template
+    line = "| prompts | in the tokenizer's chat template; its date, if it prints one, is 26 July 2024 |"
+    for card in ("README.md", "adapter/README.md"):
+        assert line in (tmp_path / "out" / card).read_text().splitlines()
 
 
 def test_the_loser_of_two_exports_leaves_the_winners_alone(trained, tmp_path, monkeypatch):

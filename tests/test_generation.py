@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import attach_method
 from dual_lora.lab.model.encode import IGNORED_LABEL, encode_prompt, encode_rows
 from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.identity import compute_identity, select_identity_settings
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
@@ -237,6 +239,18 @@ def test_a_chat_is_answered_alike_at_any_batch_size(talker):
         given[size] = compute_outputs(base, tokenizer, task, rows, sized, "test")
     plainly = replace(chosen, model=replace(chosen.model, chat=False))
     assert given[1] == given[8] != compute_outputs(base, tokenizer, task, rows, plainly, "test")
+
+
+DATED = "{% macro today(form) %}{{ strftime_now(form) if strftime_now is defined }}{% endmacro %}"
+DATED += "{{ today('%d %b %Y') }} {{ strftime_now('%-d/%m %H:%M%z') }}: {{ messages[0].content }}"
+
+
+def test_a_chat_template_that_prints_the_date_prints_the_same_one_every_day(talker):
+    chosen = load_settings(["model=tiny-llama", "task=demo/restaurants", *talker])
+    (Path(chosen.model.path) / "chat_template.jinja").write_text(DATED)
+    tokenizer = load_tokenizer(chosen)
+    prompt = encode_prompt(tokenizer, {"id": "1", "prompt": "The oak"}, chosen)
+    assert tokenizer.decode(prompt) == "26 Jul 2024 26/07 00:00: The oak"
 
 
 def test_only_a_chat_is_named(talker):

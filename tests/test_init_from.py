@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_training import attached, settings
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.inputs import adapter_files
 from dual_lora.lab.inputs.adapter_files import find_differing_fields
 from dual_lora.lab.model.load import build_target_pattern, unwrap_adapter
 from dual_lora.lab.record.run import Run
@@ -78,9 +78,9 @@ def hub(tmp_path, monkeypatch):
     (place / "refs").mkdir()
     (place / "refs/main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    adapter_files.fetch_adapter.cache_clear()
+    fetch_files.cache_clear()
     yield place / "snapshots" / commit
-    adapter_files.fetch_adapter.cache_clear()
+    fetch_files.cache_clear()
 
 
 def test_an_adapter_of_the_hub_is_the_same_as_its_folder(hub, runs_folder):

@@ -11,15 +11,18 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
@@ -41,6 +44,7 @@ PAIRS = {
 }
 WRITERS = ("tiny-llama", "tiny-gpt2")
 CONFIG, DECODING, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+SPECIAL, WEIGHTS, INDEX = "special_tokens_map.json", "model.safetensors", "model.safetensors.index.json"
 
 
 def choose(model: str, task: str, folder: Path, *overrides: str):
@@ -182,6 +186,10 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
         ("{{ 'x' * 10 ** 18 }}", "fails on a single prompt (it fills the memory); take model.chat=false"),
         ("{{ messages[7].content }}", "fails on a single prompt"),
         ("{% if %}", "fails on a single prompt"),
+        ("{{ messages[0].content }}{{ ['a'] | random }}", "fails on a single prompt (it draws at random)"),
+        ("{{ messages[0].content }}{{ [['a']] | map('random') | join }}", "fails on a single prompt (it draws at ra"),
+        ("{{ messages[0].content }}{{ lipsum(1) }}", "fails on a single prompt (it draws at random)"),
+        ("{{ messages[0].content }}{{ messages[0].content.strip }}", "chat template prints an address in memory; take"),
     ],
 )
 def test_a_chat_template_that_cannot_be_used_is_refused(template, said, tmp_path, monkeypatch):
@@ -242,12 +250,16 @@ def split(folder: Path, index: dict[str, str], **files: dict[str, torch.Tensor])
     return change(folder, "model.safetensors.index.json", metadata={}, weight_map=index)
 
 
-def test_shards_are_read_as_one_file_is(plain, tmp_path):
-    weights = load_file(BUNDLED / "tiny-roberta/model.safetensors")
+def halve(folder: Path) -> Path:
+    """Give a folder its weights in two shards, a and b."""
+    weights = load_file(folder / WEIGHTS)
     names = sorted(weights)
     halves = {"a": {n: weights[n] for n in names[::2]}, "b": {n: weights[n] for n in names[1::2]}}
-    index = {n: f"{file}.safetensors" for file, part in halves.items() for n in part}
-    folder = split(copy("tiny-roberta", tmp_path), index, **halves)
+    return split(folder, {n: f"{file}.safetensors" for file, part in halves.items() for n in part}, **halves)
+
+
+def test_shards_are_read_as_one_file_is(plain, tmp_path):
+    folder = halve(copy("tiny-roberta", tmp_path))
     compare(plain, "tiny-roberta", "demo/sentiment", folder)
     settings = choose("tiny-roberta", "demo/sentiment", folder)
     assert "model.safetensors.index.json" not in hash_model_files(settings)  # the shards say all that it says
@@ -316,22 +328,128 @@ def test_a_model_is_read_from_the_listed_files_alone(plain, tmp_path):
     compare(plain, "tiny-llama", "demo/restaurants", folder)
 
 
-def test_a_model_of_the_hub_is_read_by_the_same_rules(plain, tmp_path, monkeypatch):
-    """The hub's cache, as a download leaves it, with a field and a side that do not count, and then an adapter."""
-    commit = "0" * 40
-    place = tmp_path / "hub/models--some--model"
-    snapshot = place / "snapshots" / commit
-    shutil.copytree(BUNDLED / "tiny-gpt2", snapshot)
-    (place / "refs").mkdir()
-    (place / "refs/main").write_text(commit)
-    change(snapshot, CONFIG, problem_type="regression", pad_token_id=5)
-    change(snapshot, TOKENIZER, padding_side="left")
+# The hub.
+
+HUB = ["model.bundled=false", "model.path=null", "model.hub=some/model", "model.revision=main"]
+COMMIT, LATER = "0" * 40, "1" * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """What puts a bundled model into the hub's cache, as a download leaves it, and returns its folder there."""
+
+    def put(model: str, commit: str = COMMIT) -> Path:
+        place = tmp_path / "hub/models--some--model"
+        shutil.copytree(BUNDLED / model, place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs/main").write_text(commit)
+        return place / "snapshots" / commit
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub = ["model.bundled=false", "model.path=null", "model.hub=some/model", "model.revision=main"]
-    if ("tiny-gpt2", "demo/sentiment", ()) not in plain:
-        plain["tiny-gpt2", "demo/sentiment", ()] = compute("tiny-gpt2", "demo/sentiment", BUNDLED / "tiny-gpt2")
-    found = compute("tiny-gpt2", "demo/sentiment", snapshot, *hub)
+    fetch_files.cache_clear()
+    yield put
+    fetch_files.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("tiny-gpt2", {CONFIG: {"problem_type": "regression", "pad_token_id": 5}, TOKENIZER: {"padding_side": "left"}}),
+        ("tiny-gpt2", {SPECIAL: {"add_eos_token": True}}),
+        ("tiny-deberta", {SPECIAL: {"add_bos_token": False, "model_max_length": 5}}),
+    ],
+)
+def test_what_does_not_count_in_a_folder_does_not_count_on_the_hub(model, fields, plain, hub):
+    folder = hub(model)
+    for name, values in fields.items():
+        change(folder, name, **values)
+    compare(plain, model, PAIRS[model], folder)
+    assert is_equal(compute(model, PAIRS[model], folder, *HUB), plain[model, PAIRS[model], ()])
+
+
+def repeat_tensor(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    name = next(name for name in weights if name.startswith("transformer."))
+    save_file(weights | {name.removeprefix("transformer."): weights[name].clone()}, folder / WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda folder: change(folder, TOKENIZER, extra_special_tokens=["the"]), "special tokens of ordinary words"),
+        (lambda folder: change(folder, SPECIAL, mask_token="the"), "special tokens of ordinary words"),
+        (lambda folder: change(folder, SPECIAL, eos_token="the"), "special_tokens_map.json: eos_token is 'the', but"),
+        (lambda folder: (folder / CONFIG).write_text('{"model_type": 1, "model_type": 2}'), "config.json: damaged"),
+        (lambda folder: change(folder, "adapter_config.json"), "holds an adapter beside the model"),
+        (lambda folder: (folder / CONFIG).unlink(), "some/model@main: no config.json there"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor"),
+        (repeat_tensor, "hold one parameter under two names"),
+    ],
+)
+def test_what_a_folder_is_refused_for_a_model_of_the_hub_is_refused_for(edit, said, hub):
+    folder = hub("tiny-gpt2")
+    edit(folder)
+    assert said in refused(folder, "tiny-gpt2", *HUB)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> tuple[Path, list]:
+    """A repository of the hub, and what is fetched from it: revision and name of every file."""
+    folder, fetched, cache = copy("tiny-gpt2", tmp_path), [], tmp_path / "cache"
+
+    def snapshot_download(name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: str) -> str:
+        place = cache / (revision if revision in (COMMIT, LATER) else (folder / "main").read_text())
+        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+        for file in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            fetched.append((revision, file))
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file, place / file)
+        return str(place)
+
+    (folder / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    fetch_files.cache_clear()
+    yield folder, fetched
+    fetch_files.cache_clear()
+
+
+def test_of_the_hub_the_listed_files_of_one_commit_are_fetched_once(repository, plain):
+    folder, fetched = repository
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "generation_config.json", "onnx/x.model"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("junk")
+    halve(folder)
+    settings = choose("tiny-gpt2", "demo/sentiment", folder, *HUB)
+    load_tokenizer(settings)
+    assert sorted(fetched) == [("main", name) for name in (CONFIG, "tokenizer.json", TOKENIZER)]
+    (folder / "main").write_text(LATER)
+    found = compute("tiny-gpt2", "demo/sentiment", folder, *HUB)
+    assert sorted(fetched[3:]) == [(COMMIT, name) for name in ("a.safetensors", "b.safetensors", INDEX)]
+    compare(plain, "tiny-gpt2", "demo/sentiment", folder)
     assert is_equal(found, plain["tiny-gpt2", "demo/sentiment", ()])
+
+
+def test_a_tokenizer_of_the_hub_is_refused_before_the_weights_are_fetched(repository):
+    folder, fetched = repository
+    change(folder, TOKENIZER, extra_special_tokens=["the"])
+    assert "special tokens of ordinary words" in refused(folder, "tiny-gpt2", *HUB)
+    assert fetched and WEIGHTS not in {name for _, name in fetched}
+
+
+def test_a_run_records_the_commit_of_a_named_revision_and_keeps_to_it(hub, runs_folder, capsys):
+    hub("tiny-gpt2")
+    short = ["train.max_steps=1", "train.max_examples=8", "eval.max_examples=4", "wandb.mode=disabled"]
+    settings = load_settings(["model=tiny-gpt2", "task=demo/sentiment", "eval.before=false", *HUB, *short])
+    run = Run.prepare(settings)
+    train_run(run)
+    assert run.record.read_environment()["model_files"] == {"commit": COMMIT}
+    assert evaluate_command([f"run={run.record.folder}"]) == 0
+    hub("tiny-gpt2", LATER)
+    fetch_files.cache_clear()
+    with pytest.raises(UserError, match="started with a different commit of model=tiny-gpt2"):
+        evaluate_command([f"run={run.record.folder}"])
+    pinned = replace(settings, model=replace(settings.model, revision=COMMIT))
+    assert hash_model_files(pinned) == {}
 
 
 # Any field.

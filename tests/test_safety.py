@@ -17,6 +17,7 @@ from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model import source
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.source import NO_CODE, locate_model
 from dual_lora.lab.record.record import Record
@@ -88,7 +89,8 @@ def test_the_rule_bites(line):
     assert unsafe(name, given)
 
 
-def test_places_and_options_never_trust_code():
+def test_places_and_options_never_trust_code(monkeypatch):
+    monkeypatch.setattr(source, "fetch_model", lambda settings, weights: BUNDLED / "tiny-llama")
     assert NO_CODE == {"trust_remote_code": False}
     for model in list_choices("model"):
         chosen = load_settings([f"model={model}", "task=glue/rte"])

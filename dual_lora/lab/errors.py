@@ -152,11 +152,15 @@ def translate_machine_errors() -> Iterator[None]:
         raise
 
 
-# What errors from transformers mean here, by a word they contain.
+# What errors from transformers and from the hub mean here, by words they contain.
 READ_FAILURES = {
     "trust_remote_code": "it needs code of its own, which is never run",
     "Unrecognized configuration class": "transformers has no model of this architecture for this form of task",
     "ignore_mismatched_sizes": "the shapes of its weights differ from its config.json",
+    "snapshot folder": "it is not in the hub's cache, and the hub is out of reach or turned off",
+    "Repository Not Found": "the hub has no such repository, or a private one: hf auth login",
+    "Revision Not Found": "its repository has no such revision",
+    "gated repo": "it is gated: accept its licence on the hub, then hf auth login",
 }
 
 

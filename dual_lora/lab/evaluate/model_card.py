@@ -4,6 +4,7 @@ from typing import Any
 
 from dual_lora.lab.config.paths import format_yaml
 from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.model.encode import TEMPLATE_DATE
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
@@ -27,7 +28,7 @@ CARD = """---
 |---|---|
 | base model | {base} |
 | method | {method}{rank}; {trained:,} of {parameters:,} parameters trained |
-| data | {data} |
+| data | {data} |{prompts}
 | steps, learning rate, seed | {steps}, {lr:g}, {seed} |
 | weights | {dtype}, merged: plain transformers loads them |
 | run | {run} |
@@ -71,7 +72,7 @@ ADAPTER_CARD = """---
 | base model | {base} |
 | method | {method}{rank}; {trained:,} of {parameters:,} parameters trained |
 | settings | {settings} |
-| data | {data} |
+| data | {data} |{prompts}
 | steps, learning rate, seed | {steps}, {lr:g}, {seed} |
 | made with | PEFT {peft} |
 | run | {run} |
@@ -143,6 +144,7 @@ def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, A
     """Return what both cards say of a run."""
     result, method = record.read_result(), settings.method
     base = settings.model.hub or settings.model.name
+    chat = f"\n| prompts | in the tokenizer's chat template; its date, if it prints one, is {TEMPLATE_DATE:%d %B %Y} |"
     return {
         "model": settings.model.name,
         "task": task.name,
@@ -152,6 +154,7 @@ def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, A
         "trained": result["trainable_parameters"],
         "parameters": result["parameters"],
         "data": "; ".join(f"{name}: {facts['rows']} rows" for name, facts in result["data"].items()),
+        "prompts": chat if settings.model.chat else "",
         "steps": result["steps"],
         "lr": settings.train.lr,
         "seed": settings.seed,

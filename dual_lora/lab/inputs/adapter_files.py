@@ -1,11 +1,10 @@
 """Adapters saved by PEFT that a run starts from: in a folder, or on the hub. Only safetensors and JSON are read."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
+from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.config.paths import resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require, translate_read_errors
@@ -58,19 +57,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / ADAPTER_CONFIG, "save the adapter again", "peft_type")
 
 
-@functools.cache
 def fetch_adapter(name: str) -> Path:
     """Return the folder in the cache with an adapter's files from the hub; offline, those of an earlier download.
 
     Raises:
         UserError: there is no such repository, or it cannot be reached and was not fetched before.
     """
-    from huggingface_hub import snapshot_download
-
-    use_cache_if_unreachable(models=True)
     remedy = "give the folder of a run, runs/STUDY/ID, of a saved adapter, or its name on the hub"
     with translate_read_errors(f"init_from={name}: neither a folder here nor an adapter that can be fetched", remedy):
-        folder = Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+        folder = fetch_files(name, None, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     require((folder / ADAPTER_CONFIG).is_file(), f"init_from={name}: no {ADAPTER_CONFIG} there; {remedy}")
     return folder
 

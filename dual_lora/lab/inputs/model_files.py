@@ -1,23 +1,28 @@
 """The files a model is read from: which they are, a folder that holds these alone, and hashes that identify them.
 
 transformers follows what lies in a model's folder: an adapter, an index that names other weights, a file with decoding
-settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json.
+settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json. Of a
+model of the hub, that is the folder in the cache, where these files alone are fetched to.
 """
 
 import atexit
 import hashlib
 import json
 import os
+import re
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.config.outside.models import explain_no_model, list_lacking_files
 from dual_lora.lab.config.paths import BUNDLED, resolve_path
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.errors import UserError, get_first_line, require, translate_read_errors
+from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
 from dual_lora.lab.inputs.gguf import is_gguf_file, link_alone, read_gguf_header
 from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
 from dual_lora.lab.system.files import read_json_object
@@ -35,6 +40,7 @@ RARE_TOKENIZER_FILES += ("normalizer.json", "entity_vocab.json", "target_vocab.j
 # Files of a model's folder that a record hashes. generation_config.json is no longer read, but old records contain it.
 RECORDED_FILES = ("*.safetensors", "config.json", "generation_config.json", *TOKENIZER_FILES)
 RESAVE_REMEDY = "save the model again"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def find_model(settings: Settings) -> Path | None:
@@ -57,6 +63,37 @@ def find_model(settings: Settings) -> Path | None:
     return path or None
 
 
+def translate_model_errors(settings: Settings) -> AbstractContextManager[None]:
+    """Turn a failure to find, fetch or read a model into one line."""
+    where = find_model(settings) or settings.model.hub
+    return translate_read_errors(
+        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model"
+    )
+
+
+def fetch_model(settings: Settings, weights: bool = False) -> Path:
+    """Return the folder in the hub's cache with a model's config.json and tokenizer, and with its weights if they are
+    asked for. All of them are of one commit, whatever a revision such as main names meanwhile.
+
+    Raises:
+        UserError: they cannot be fetched, or the repository holds no config.json, an adapter, or no safetensors.
+    """
+    hub, revision = settings.model.hub, settings.model.revision
+    where = f"model={settings.model.name}: {hub}@{revision}"
+    with translate_model_errors(settings):
+        folder = fetch_files(hub, revision, "config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *RARE_TOKENIZER_FILES)
+        require((folder / "config.json").is_file(), f"{where}: no config.json there; give the repository of a model")
+        adapter = (folder / ADAPTER_CONFIG).exists()
+        require(not adapter, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
+        if weights:
+            fetch_files(hub, folder.name, WEIGHTS, INDEX)
+            whole, remedy = (folder / WEIGHTS).is_file(), "take a revision that has them, or give model.path=DIR"
+            require(whole or (folder / INDEX).is_file(), f"{where}: neither {WEIGHTS} nor {INDEX} there; {remedy}")
+            if not whole:
+                fetch_files(hub, folder.name, *list_shards(folder / INDEX))
+    return folder
+
+
 def check_model_folder(path: Path) -> None:
     """Refuse a folder that holds no model, or more than one.
 
@@ -66,7 +103,7 @@ def check_model_folder(path: Path) -> None:
     lacking = list_lacking_files(path)
     if any("tokenizer" not in what for what in lacking):  # a tuned model's folder has none, nor does a plan need it
         raise UserError(f"model.path={path}: {explain_no_model(path, lacking, 'model.path')}")
-    adapter = path / "adapter_config.json"
+    adapter = path / ADAPTER_CONFIG
     require(
         not adapter.exists(),
         f"{adapter}: an adapter beside the model, which may be merged already; move it away, or merge it first",
@@ -74,8 +111,9 @@ def check_model_folder(path: Path) -> None:
     read_config_fields(path)
 
 
-def read_config_fields(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config.json that decide what the model is.
+def read_config_fields(folder: Path, weights: bool = True) -> dict[str, Any]:
+    """Return the fields of a folder's config.json that decide what the model is. weights: whether the folder holds
+    them; the number of layers is then compared with theirs.
 
     Raises:
         UserError: the file is damaged, or a field cannot be honoured.
@@ -84,7 +122,8 @@ def read_config_fields(folder: Path) -> dict[str, Any]:
     values = read_json_object(file, RESAVE_REMEDY)
     kind = values.get("model_type")
     require(isinstance(kind, str), f"{file}: names no model_type; give a saved Hugging Face model")
-    return clean_config(values, str(file), sum(len(list_tensors(weights)) for weights in list_weight_files(folder)))
+    tensors = sum(len(list_tensors(found)) for found in list_weight_files(folder)) if weights else None
+    return clean_config(values, str(file), tensors)
 
 
 def list_weight_files(folder: Path) -> list[Path]:
@@ -97,6 +136,18 @@ def list_weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     index = folder / INDEX
     require(index.is_file(), f"model.path={folder}: neither {WEIGHTS} nor {INDEX} there; {RESAVE_REMEDY}")
+    names = list_shards(index)
+    for name in names:
+        require((folder / name).is_file(), f"{index}: names {name}, which is not there; get the whole model")
+    return [folder / name for name in names]
+
+
+def list_shards(index: Path) -> list[str]:
+    """Return the names of the files that an index of weights names.
+
+    Raises:
+        UserError: the index is damaged, or names files that cannot be shards in the same folder.
+    """
     shards = read_json_object(index, RESAVE_REMEDY, "weight_map")["weight_map"]
     named = shards and isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
     require(bool(named), f"{index}: damaged (weight_map names no files); {RESAVE_REMEDY}")
@@ -104,8 +155,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     for name in names:
         here = Path(name).name == name and name.endswith(".safetensors")
         require(here, f"{index}: names {name[:80]!r}; weights are read from *.safetensors in the same folder only")
-        require((folder / name).is_file(), f"{index}: names {name}, which is not there; get the whole model")
-    return [folder / name for name in names]
+    return names
 
 
 def list_tensors(file: Path) -> list[str]:
@@ -190,15 +240,17 @@ def read_file_ends(file: Path, first: int) -> bytes:
 
 
 def hash_model_files(settings: Settings) -> dict[str, str]:
-    """Return the SHA-256 of every file in the model's folder that can change a digit; empty for a model from the hub,
-    which its revision identifies. A run's identity uses fewer files, so that it stays the same between versions.
+    """Return the SHA-256 of every file in the model's folder that can change a digit. A model of the hub is identified
+    by its revision: empty for a commit; for a name such as main, the commit that it stands for. A run's identity uses
+    fewer files, so that it stays the same between versions.
 
     Raises:
         UserError: the model cannot be read.
     """
     path = find_model(settings)
     if path is None:
-        return {}
+        pinned = COMMIT.fullmatch(settings.model.revision or "")
+        return {} if pinned else {"commit": fetch_model(settings).name}
     found = {"gguf": path}  # whatever the file is called
     if path.is_dir():
         files = list_matching_files(path, RECORDED_FILES + RARE_TOKENIZER_FILES)
@@ -230,33 +282,36 @@ def hash_unchanged_file(path: Path, *stamp: int) -> str:
     return hash_file(path)
 
 
-def link_model(path: Path) -> Path:
-    """Return a folder, kept while Python runs, that holds links to the files a model is read from, and nothing else.
+def link_model(path: Path, weights: bool = True) -> Path:
+    """Return a folder, kept while Python runs, that holds links to the files a model is read from, with or without its
+    weights, and nothing else.
 
     Raises:
         UserError: the model cannot be read, or its config.json not be honoured.
     """
     if is_gguf_file(path):
         return Path(link_alone(path).name)
-    weights = list_weight_files(path)
-    index = [] if weights == [path / WEIGHTS] else [path / INDEX]
-    files = [*weights, *index, *list_matching_files(path, TOKENIZER_FILES + RARE_TOKENIZER_FILES)]
+    held = list_weight_files(path) if weights else []
+    index = [path / INDEX] if held and held != [path / WEIGHTS] else []
+    files = [*held, *index, *list_matching_files(path, TOKENIZER_FILES + RARE_TOKENIZER_FILES)]
     stamps = tuple((file, *get_file_stamp(file)) for file in [path / "config.json", *files])
-    folder = Path(link_files(path, stamps).name)
+    folder = Path(link_files(path, stamps, weights).name)
     if not folder.is_dir():  # a process that was forked from this one removed it at its end
         link_files.cache_clear()
-        folder = Path(link_files(path, stamps).name)
+        folder = Path(link_files(path, stamps, weights).name)
     return folder
 
 
 @cache
-def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...]) -> TemporaryDirectory:
+def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...], weights: bool) -> TemporaryDirectory:
     """Link the files named in `stamps`, beside a cleaned copy of config.json.
 
     Raises:
         UserError: config.json cannot be honoured.
     """
-    folder = write_config(fit_class_fields(read_config_fields(path), str(path / "config.json")))
+    folder = TemporaryDirectory(prefix="model-")
+    fields = fit_class_fields(read_config_fields(path, weights), str(path / "config.json"))
+    (Path(folder.name) / "config.json").write_text(json.dumps(fields))
     atexit.register(folder.cleanup)  # Python would do it with a warning
     for file, *_ in stamps[1:]:
         link = Path(folder.name) / file.name
@@ -290,10 +345,3 @@ def read_special_tokens(file: Path) -> dict[str, Any]:
 def get_token_text(token: Any) -> Any:
     """Return the text of a special token, which may stand in an object with more about it."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def write_config(values: dict[str, Any]) -> TemporaryDirectory:
-    """Return a new folder that holds this config.json; it is removed with the object."""
-    folder = TemporaryDirectory(prefix="model-")
-    (Path(folder.name) / "config.json").write_text(json.dumps(values))
-    return folder

@@ -1,9 +1,11 @@
 """From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require, translate_read_errors
@@ -14,6 +16,8 @@ if TYPE_CHECKING:  # a plan needs no rows
     from datasets import Dataset
 
 IGNORED_LABEL = -100  # label of a token without loss
+# The present, as chat templates see it: outputs must not depend on the day. LLaMA 3's names this date without a clock.
+TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 def encode_rows(rows: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> "Dataset":
@@ -109,8 +113,29 @@ def check_chats(tokenizer: PreTrainedTokenizerBase, rows: "Dataset", settings: S
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """Return what a model reads before it answers `messages`, each a role and a content."""
+    """Return what a model reads before it answers `messages`, each a role and a content; on any day the same.
+
+    Whatever a template raises passes, also that it draws at random.
+    """
+    fix_template_functions(tokenizer.get_chat_template())
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def fix_template_functions(template: str) -> None:
+    """Stop the clock that transformers gives a chat template, and take from it what draws at random. Arguments of
+    `apply_chat_template` cannot do it: transformers makes text of functions among them."""
+    environment = _compile_jinja_template(template).environment  # cached: transformers renders with the same
+    environment.globals.update(strftime_now=TEMPLATE_DATE.strftime, lipsum=refuse_chance)
+    environment.filters["random"] = refuse_chance
+
+
+def refuse_chance(*values: Any, **options: Any) -> NoReturn:
+    """Stand in for a function of templates that draws at random.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("it draws at random")
 
 
 def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:

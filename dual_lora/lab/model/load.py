@@ -24,24 +24,24 @@ import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any
 from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
-from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, is_gguf_file, read_gguf_header
+from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
 from dual_lora.lab.inputs.model_files import (
     RESAVE_REMEDY,
     check_model_folder,
-    find_model,
     link_model,
     list_tensors,
     list_weight_files,
+    translate_model_errors,
 )
 from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
 from dual_lora.lab.model.source import (
     NO_CODE,
     find_gguf_file,
+    find_links,
     get_head_options,
     load_config,
     locate_model,
     name_model,
-    translate_model_errors,
 )
 from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
@@ -89,16 +89,16 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     set_own_padding(config, tokenizer)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
     options |= get_quantisation_options(settings) | get_decoding_default(task)
-    # Only a head may have another size: `check_loaded_weights` refuses any other mismatch.
-    options["ignore_mismatched_sizes"] = has_stored_head(settings)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     draws = RandomState.save()
     with translate_model_errors(settings):
         options |= get_shard_options(settings, task)
+        # Only a head may have another size: `check_loaded_weights` refuses any other mismatch.
+        options["ignore_mismatched_sizes"] = has_stored_head(settings)
         model, found = get_head_class(task).from_pretrained(
-            **locate_model(settings), **options, output_loading_info=True
+            **locate_model(settings, weights=True), **options, output_loading_info=True
         )
     keep_as_loaded(model)
     check_loaded_weights(model, found, tokenizer, settings)
@@ -112,12 +112,19 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
 
 
 def has_stored_head(settings: Settings) -> bool:
-    """Return whether a model's weights hold a head, as far as is known before a download."""
-    path = find_model(settings)
-    if path is None or is_gguf_file(path):
-        return path is None
-    names = (name for file in list_weight_files(path) for name in list_tensors(file))
-    return any(name.split(".")[0] in settings.model.heads for name in names)
+    """Return whether a model's weights hold a head."""
+    return any(name.split(".")[0] in settings.model.heads for name in list_held_tensors(settings))
+
+
+def list_held_tensors(settings: Settings) -> list[str]:
+    """Return the names of the tensors in a model's weights; none of a GGUF file.
+
+    Raises:
+        UserError: the weights cannot be fetched, or are damaged.
+    """
+    if find_gguf_file(settings):
+        return []
+    return [name for file in list_weight_files(find_links(settings, weights=True)) for name in list_tensors(file)]
 
 
 def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -213,11 +220,8 @@ def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings:
         f"{where} hold {parts[:1]}, a part of quantised weights or of an adapter, which would be left out; take the "
         "plain model, with the adapter merged",
     )
-    path = find_model(settings)
-    if path is not None and path.is_dir():
-        names = [name for file in list_weight_files(path) for name in list_tensors(file)]
-        twice = find_duplicate_tensor(names, model.base_model_prefix)
-        require(twice is None, f"{where} hold one parameter under two names, first {twice!r}; {RESAVE_REMEDY}")
+    twice = find_duplicate_tensor(list_held_tensors(settings), model.base_model_prefix)
+    require(twice is None, f"{where} hold one parameter under two names, first {twice!r}; {RESAVE_REMEDY}")
 
 
 def find_duplicate_tensor(names: list[str], prefix: str) -> str | None:

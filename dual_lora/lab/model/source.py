@@ -1,40 +1,45 @@
 """Where transformers reads a model from, and its configuration: the architecture of the weights and the task's head."""
 
 import copy
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import translate_task_errors
-from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import is_gguf_file
-from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
-from dual_lora.lab.inputs.model_files import find_model, link_model, read_config_fields, write_config
+from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, fetch_model, find_model, link_model, translate_model_errors
+from dual_lora.lab.system.files import read_json_object
 from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
 HEAD_WORDS = {"classifier", "classif", "cls", "summary", "pooler", "qa"}  # in the names of a head's dropout
 
 
-def locate_model(settings: Settings) -> dict[str, Any]:
-    """Return where `from_pretrained` finds the model: a folder of links to its files (with the name of a GGUF file, if
-    it is one), or a hub id with its revision.
+def locate_model(settings: Settings, weights: bool = False) -> dict[str, Any]:
+    """Return where `from_pretrained` finds the model: the folder of `find_links`, and the name of a GGUF file, if it is
+    one.
 
     Raises:
-        UserError: `model.path` holds no model, or what lies there cannot be honoured.
+        UserError: see `find_links`.
     """
-    path, file = find_model(settings), find_gguf_file(settings)
-    if path:
-        gguf = {"gguf_file": file.name} if file else {}
-        return {"pretrained_model_name_or_path": str(link_model(path)), **gguf, **NO_CODE}
-    use_cache_if_unreachable(models=True)
-    return {"pretrained_model_name_or_path": settings.model.hub, "revision": settings.model.revision, **NO_CODE}
+    file = find_gguf_file(settings)
+    gguf = {"gguf_file": file.name} if file else {}
+    return {"pretrained_model_name_or_path": str(find_links(settings, weights)), **gguf, **NO_CODE}
+
+
+def find_links(settings: Settings, weights: bool = False) -> Path:
+    """Return the folder of links to a model's files, wherever they come from. Weights of the hub are fetched and linked
+    only if they are asked for: a tokenizer is refused without them.
+
+    Raises:
+        UserError: there is no model at `model.path` or on the hub, or what lies there cannot be honoured.
+    """
+    path = find_model(settings)
+    return link_model(path) if path else link_model(fetch_model(settings, weights), weights)
 
 
 def name_model(settings: Settings) -> str:
@@ -43,14 +48,6 @@ def name_model(settings: Settings) -> str:
     if find_gguf_file(settings):
         return ""
     return str(find_model(settings) or settings.model.hub)
-
-
-def translate_model_errors(settings: Settings) -> AbstractContextManager[None]:
-    """Turn a failure to find, fetch or read a model into one line."""
-    where = find_model(settings) or settings.model.hub
-    return translate_read_errors(
-        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model"
-    )
 
 
 def find_gguf_file(settings: Settings) -> Path | None:
@@ -65,11 +62,8 @@ def get_config_fields(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be found, read or honoured.
     """
-    path = find_model(settings)
-    if path:
-        return {} if is_gguf_file(path) else read_config_fields(path)
-    where = locate_model(settings)
-    return read_hub_config(where["pretrained_model_name_or_path"], where["revision"])
+    file = find_links(settings) / "config.json"
+    return read_json_object(file, RESAVE_REMEDY) if file.is_file() else {}
 
 
 def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
@@ -122,29 +116,9 @@ def is_dropout(name: str) -> bool:
 
 
 @cache
-def read_config(pretrained_model_name_or_path: str, revision: str | None = None, **options: Any) -> PreTrainedConfig:
-    """Return the configuration of a located model, read once: a GGUF file's takes seconds.
-
-    Raises:
-        UserError: a field cannot be honoured.
-    """
-    if Path(pretrained_model_name_or_path).is_dir():
-        return AutoConfig.from_pretrained(pretrained_model_name_or_path, **(NO_CODE | options))
-    with write_config(read_hub_config(pretrained_model_name_or_path, revision)) as folder:
-        return AutoConfig.from_pretrained(folder, **(NO_CODE | options))
-
-
-@cache
-def read_hub_config(hub: str, revision: str | None) -> dict:
-    """Return the cleaned fields of a hub model's config.json.
-
-    Raises:
-        UserError: a field cannot be honoured, or the repository holds an adapter.
-    """
-    adapter = find_adapter_config_file(hub, revision=revision)
-    require(adapter is None, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
-    values, _ = PreTrainedConfig.get_config_dict(hub, revision=revision)
-    return clean_config(fit_class_fields(values, f"{hub}/config.json"), f"{hub}/config.json")
+def read_config(pretrained_model_name_or_path: str, **options: Any) -> PreTrainedConfig:
+    """Return the configuration of a located model, read once: a GGUF file's takes seconds."""
+    return AutoConfig.from_pretrained(pretrained_model_name_or_path, **(NO_CODE | options))
 
 
 def get_head_options(task: Task) -> dict:

@@ -4,6 +4,7 @@ Without a tokenizer.json its class decides which special tokens stand around a t
 `add_eos_token` of tokenizer_config.json); with one, that file does. Around prompts only those in front are kept.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,15 +16,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
-from transformers.utils import cached_file
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, is_out_of_memory, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
-from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, find_model
+from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, translate_model_errors
 from dual_lora.lab.model.encode import apply_chat_template
-from dual_lora.lab.model.source import find_gguf_file, get_config_fields, locate_model, translate_model_errors
+from dual_lora.lab.model.source import find_gguf_file, find_links, get_config_fields, locate_model
 from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.lab.system.files import read_json_object
 
@@ -36,6 +36,7 @@ TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
 SPLIT_PROBE = "The Café's 3rd oak (since 1987) serves 1,250 guests a week.\nIs it open?"
 PROBE_WORDS = 300
 PROBE = "What does the oak serve?"  # a prompt that every chat template must reproduce
+ADDRESS = re.compile(r" at 0x[0-9a-f]+>")  # how Python prints a function that a template forgot to call
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
@@ -86,13 +87,8 @@ def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     file says, the file is used as it is, and a warning printed."""
     place = locate_model(settings)
     tokenizer = AutoTokenizer.from_pretrained(**place, **USE)
-    file = cached_file(
-        place["pretrained_model_name_or_path"],
-        "tokenizer.json",
-        revision=place.get("revision"),
-        _raise_exceptions_for_missing_entries=False,
-    )
-    if type(tokenizer) is TokenizersBackend or file is None or splits_as_file(tokenizer, file):
+    file = find_links(settings) / "tokenizer.json"
+    if type(tokenizer) is TokenizersBackend or not file.is_file() or splits_as_file(tokenizer, str(file)):
         return tokenizer
     if is_first_process():
         where = f"model={settings.model.name}: its tokenizer's class, {type(tokenizer).__name__},"
@@ -132,8 +128,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
     pads = ends or tokenizer.pad_token_id is not None
     require(pads, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
-    path = find_model(settings)
-    words = read_ordinary_words(path / "tokenizer.json") if path and path.is_dir() else frozenset()
+    words = read_ordinary_words(find_links(settings) / "tokenizer.json")
     added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     turned = sorted(words & (added | set(tokenizer.all_special_tokens)))
     require(
@@ -162,7 +157,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     """Refuse a chat template that cannot be used for a task's prompts.
 
     Raises:
-        UserError: there is none, it fails on a prompt, does not end, or leaves the prompt out.
+        UserError: there is none, it fails on a prompt, does not end, draws at random, or leaves the prompt out.
     """
     where, remedy = f"model.chat=true: {settings.model.name}", "take model.chat=false"
     require(bool(tokenizer.chat_template), f"{where}'s tokenizer has no chat template; {remedy}")
@@ -173,6 +168,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     except MemoryError as error:  # the template's fault, not the machine's
         raise UserError(f"{fails} (it fills the memory); {remedy}") from error
     require(PROBE in text, f"{where}'s chat template leaves the prompt out; {remedy}")
+    require(not ADDRESS.search(text), f"{where}'s chat template prints an address in memory; {remedy}")
 
 
 @contextmanager

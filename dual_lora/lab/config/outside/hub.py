@@ -1,9 +1,11 @@
-"""Whether the Hugging Face hub can be reached. If not, the cache is used at once, not after the libraries' retries."""
+"""The Hugging Face hub: files fetched from it, and whether it can be reached. If not, the cache is used at once, not
+after the libraries' retries."""
 
 import functools
 import socket
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
@@ -47,3 +49,14 @@ def use_cache_if_unreachable(models: bool = False, data: bool = False) -> None:
         import datasets  # a second
 
         datasets.config.HF_HUB_OFFLINE = True
+
+
+@functools.cache
+def fetch_files(name: str, revision: str | None, *patterns: str) -> Path:
+    """Return the folder in the cache with those files of a model's repository that match one of the patterns, fetched
+    if they are not there; offline, with those of an earlier download. The folder is called like the commit."""
+    from huggingface_hub import snapshot_download
+
+    use_cache_if_unreachable(models=True)
+    below = "*/*"  # the patterns would match files in its folders, too
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=below))
