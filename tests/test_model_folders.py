@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -390,6 +392,27 @@ def test_what_a_folder_is_refused_for_a_model_of_the_hub_is_refused_for(edit, sa
     folder = hub("tiny-gpt2")
     edit(folder)
     assert said in refused(folder, "tiny-gpt2", *HUB)
+
+
+@pytest.mark.parametrize(
+    ("found", "remedy"),
+    [(["refs/pr/6", "refs/pr/2"], "model.revision=refs/pr/6, the hub's conversion"), ([], "a revision that has one")],
+)
+def test_the_hubs_conversion_to_safetensors_is_named_and_not_taken(found, remedy, hub, monkeypatch):
+    asked = []
+
+    def get_repo_discussions(self, name: str, **wanted: str) -> Iterator[SimpleNamespace]:
+        asked.append((name, wanted["author"], wanted["discussion_type"], wanted["discussion_status"]))
+        return iter([SimpleNamespace(git_reference=reference) for reference in found])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.get_repo_discussions", get_repo_discussions)
+    folder = hub("tiny-gpt2")
+    (folder / WEIGHTS).unlink()
+    assert (
+        f"neither {WEIGHTS} nor model.safetensors.index.json there; take {remedy}, or give model.path=DIR"
+        in refused(folder, "tiny-gpt2", *HUB)
+    )
+    assert asked == [("some/model", "SFconvertbot", "pull_request", "open")]
 
 
 @pytest.fixture

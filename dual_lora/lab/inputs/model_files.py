@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dual_lora.lab.config.outside.hub import fetch_files
+from dual_lora.lab.config.outside.hub import fetch_files, find_conversion
 from dual_lora.lab.config.outside.models import explain_no_model, list_lacking_files
 from dual_lora.lab.config.paths import BUNDLED, resolve_path
 from dual_lora.lab.config.schema import Settings
@@ -87,8 +87,11 @@ def fetch_model(settings: Settings, weights: bool = False) -> Path:
         require(not adapter, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
         if weights:
             fetch_files(hub, folder.name, WEIGHTS, INDEX)
-            whole, remedy = (folder / WEIGHTS).is_file(), "take a revision that has them, or give model.path=DIR"
-            require(whole or (folder / INDEX).is_file(), f"{where}: neither {WEIGHTS} nor {INDEX} there; {remedy}")
+            whole = (folder / WEIGHTS).is_file()
+            if not whole and not (folder / INDEX).is_file():
+                found = find_conversion(hub)
+                remedy = f"model.revision={found}, the hub's conversion" if found else "a revision that has one"
+                raise UserError(f"{where}: neither {WEIGHTS} nor {INDEX} there; take {remedy}, or give model.path=DIR")
             if not whole:
                 fetch_files(hub, folder.name, *list_shards(folder / INDEX))
     return folder

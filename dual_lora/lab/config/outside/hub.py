@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from dual_lora.lab.errors import UserError
 
 CONNECT_SECONDS = 5.0  # for the hub to accept a connection
+CONVERTER = "SFconvertbot"  # the hub's bot that converts weights to safetensors
 
 
 def parse_hub_address() -> tuple[str, int]:
@@ -60,3 +61,14 @@ def fetch_files(name: str, revision: str | None, *patterns: str) -> Path:
     use_cache_if_unreachable(models=True)
     below = "*/*"  # the patterns would match files in its folders, too
     return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=below))
+
+
+def find_conversion(name: str) -> str | None:
+    """Return the revision in which the hub's own bot has converted a model to safetensors, an open pull request; None if
+    there is none, or the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    wanted = {"author": CONVERTER, "discussion_type": "pull_request", "discussion_status": "open"}
+    with suppress(Exception):  # all of it only serves a remedy
+        return next((request.git_reference for request in HfApi().get_repo_discussions(name, **wanted)), None)
+    return None
