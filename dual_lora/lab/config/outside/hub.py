@@ -64,8 +64,8 @@ def fetch_files(name: str, revision: str | None, *patterns: str) -> Path:
 
 
 def find_conversion(name: str) -> str | None:
-    """Return the revision in which the hub's own bot has converted a model to safetensors, an open pull request; None if
-    there is none, or the hub cannot be asked."""
+    """Return the revision in which the hub's own bot has converted a model to safetensors, an open pull request; None
+    if there is none, or the hub cannot be asked."""
     from huggingface_hub import HfApi
 
     wanted = {"author": CONVERTER, "discussion_type": "pull_request", "discussion_status": "open"}
