@@ -43,7 +43,15 @@ from dual_lora.lab.errors import (
     translate_read_errors,
 )
 from dual_lora.lab.inputs.adapter_files import find_differing_fields, read_adapter_config
-from dual_lora.lab.model.load import build_module_pattern, build_target_pattern, is_sharded, load_model, unwrap_adapter
+from dual_lora.lab.model.load import (
+    autocast_products,
+    build_module_pattern,
+    build_target_pattern,
+    cast_trained_to_float32,
+    is_sharded,
+    load_model,
+    unwrap_adapter,
+)
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.system.distributed import is_first_process
@@ -205,7 +213,8 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
         adapter.init_lora_weights = True  # a start made from the base weights needs their values; shapes are the same
     with translate_method_errors(settings):
         adapted = get_peft_model(model, adapter)
-        check_forward(adapted, getattr(torch, settings.model.dtype))
+        cast_trained_to_float32(adapted)
+        check_forward(adapted, settings, form)
     trains = any(weight.requires_grad for weight in adapted.parameters())
     require(
         trains or settings.method.peft.get("modules_to_save") == [],  # which says that nothing is to train
@@ -299,20 +308,21 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_forward(model: PeftModel, dtype: torch.dtype) -> None:
-    """Run one short text, so that a method that needs unusual inputs fails here and not in training. Skipped for models
-    that are sharded, on the meta device, or in float16, which CPUs support only in part.
-
-    dtype: what products are taken in, as in training.
+def check_forward(model: PeftModel, settings: Settings, form: str) -> None:
+    """Run one short text, with products as training takes them and as evaluation does, so that a method that needs
+    unusual inputs fails here and not later. Skipped for models that are sharded, on the meta device, or in float16,
+    which CPUs support only in part.
     """
     if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    mixed = torch.autocast(model.device.type, dtype, enabled=dtype.itemsize < 4)
-    with torch.random.fork_rng(devices), mixed:  # dropout draws random numbers
-        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    kind = getattr(torch, settings.model.dtype)
+    in_training = torch.autocast(model.device.type, kind, enabled=kind.itemsize < 4)
+    for products in (in_training, autocast_products(model, settings, form)):
+        with torch.random.fork_rng(devices), products:  # dropout draws random numbers
+            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(training)
 
 

@@ -105,7 +105,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     if task.form != "generation":
         draw_head(model, found["missing_keys"], draws, settings)
     split_layers(model, settings)
-    cast_trained_to_float32(model, settings, task)
+    cast_heads_to_float32(model, settings, task)
     model.name_or_path = model.config.name_or_path = name_model(settings)
     set_token_ids(model, tokenizer)
     return model, tokenizer
@@ -250,19 +250,39 @@ def get_weight_dtype(settings: Settings) -> torch.dtype:
     return torch.float32 if settings.method.peft is None else getattr(torch, settings.model.dtype)
 
 
-def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Task) -> None:
-    """Cast to float32 what an adapter method trains of the base model: heads, and the modules it names."""
+def cast_heads_to_float32(model: PreTrainedModel, settings: Settings, task: Task) -> None:
+    """Cast a task's heads to float32."""
     heads = settings.model.heads if task.form != "generation" else set()
-    names = heads | set((settings.method.peft or {}).get("modules_to_save") or ())
     for name, weight in model.named_parameters():
-        if names & set(name.split(".")) and weight.dtype.itemsize < 4:
-            weight.data = weight.data.float()
+        if heads & set(name.split(".")):
+            cast_to_float32(weight)
 
 
-def autocast_products(model: torch.nn.Module, settings: Settings, task: Task) -> AbstractContextManager[None]:
+def cast_trained_to_float32(model: torch.nn.Module) -> None:
+    """Cast to float32 what trains in 16 bits once a method is attached: modules of the base model that it names, biases
+    and norms. Adapters are in float32 already, and PEFT casts their inputs. It does not for these, so the model needs
+    `autocast_products` from here on."""
+    model.mixes_dtypes = False
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(weight.requires_grad and weight.dtype.itemsize < 4 for weight in own):
+            model.mixes_dtypes = True
+            for weight in own:
+                if weight.requires_grad or weight.ndim == 1:  # a norm takes its weight and its bias in one dtype only
+                    cast_to_float32(weight)
+
+
+def cast_to_float32(weight: torch.nn.Parameter) -> None:
+    """Cast a weight in place, so that it stays tied to what it is tied to, unless it has four bytes or more."""
+    if weight.dtype.itemsize < 4:
+        weight.data = weight.data.float()
+
+
+def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> AbstractContextManager[None]:
     """Return a context that computes products in `model.dtype`, as the Trainer does in training. It is active only if
-    the model mixes dtypes: it has a head, or was trained in full."""
-    kind, mixed = getattr(torch, settings.model.dtype), task.form != "generation" or settings.method.peft is None
+    the model mixes dtypes: it has a head, was trained in full, or trains weights of the base beside an adapter."""
+    kind = getattr(torch, settings.model.dtype)
+    mixed = form != "generation" or settings.method.peft is None or getattr(model, "mixes_dtypes", False)
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 
 
