@@ -1,6 +1,7 @@
 """Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 import re
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_o
 from dual_lora.lab.model.source import (
     NO_CODE,
     find_gguf_file,
+    find_head_dropout_field,
     get_head_options,
     load_config,
     locate_model,
@@ -45,7 +47,7 @@ from dual_lora.lab.model.source import (
 )
 from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
-from dual_lora.lab.system.distributed import count_processes, has_several_processes
+from dual_lora.lab.system.distributed import count_processes, has_several_processes, is_first_process
 from tasks import Task
 
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
@@ -81,7 +83,8 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     differently.
 
     Raises:
-        UserError: the model is neither at `model.path` nor on the hub, or what is there is refused.
+        UserError: the model is neither at `model.path` nor on the hub, or what is there is refused, or its head has no
+            dropout of its own to set.
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
@@ -103,6 +106,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     keep_as_loaded(model)
     check_loaded_weights(model, found, tokenizer, settings)
     if task.form != "generation":
+        check_head_dropout(model, settings)
         draw_head(model, found["missing_keys"], draws, settings)
     split_layers(model, settings)
     cast_heads_to_float32(model, settings, task)
@@ -131,6 +135,22 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
     """Return the option that stops `from_pretrained` from reading decoding settings beside the weights."""
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
+
+
+def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse a `task.head_dropout` that the head does not have. Print a warning where the head takes `model.dropout`.
+
+    Raises:
+        UserError: there is no dropout before the head, or it is the base model's.
+    """
+    kind, chosen, base = model.config.model_type, settings.task.head_dropout, set(model.base_model.modules())
+    found = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout) and part not in base]
+    where, follows = f"task.head_dropout={chosen}", f"the head of a {kind} has the dropout of the base model"
+    require(chosen is None or found, f"{where}: a {kind} has no dropout before its head; drop it")
+    require(chosen is None or chosen in found, f"{where}: {follows}; drop it, or take model.dropout={chosen} for both")
+    shared = found and settings.model.dropout is not None and not find_head_dropout_field(model.config)
+    if shared and is_first_process():
+        print(f"warning: model.dropout={settings.model.dropout}: {follows}", file=sys.stderr)
 
 
 def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:
