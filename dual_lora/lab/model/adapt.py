@@ -25,7 +25,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
@@ -415,13 +415,20 @@ def count_stacked_weights(module: torch.nn.Module) -> int:
 def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:
     """Return the group a trained weight belongs to, and that group's learning rate: heads train at `train.head_lr`, the
     B matrices of LoRA+ at `method.lr_ratio` times the rate of the rest (arXiv 2402.12354), everything else at
-    `train.lr`."""
-    rate, parts = settings.train.lr, set(name.split("."))
-    if "modules_to_save" in parts or settings.model.heads & parts:
+    `train.lr`: the adapter, and weights of the base model."""
+    rate, parts, method = settings.train.lr, set(name.split(".")), settings.method
+    if settings.model.heads & parts:
         return "head", settings.train.head_lr or rate
-    if settings.method.lr_ratio is not None and "lora_B" in parts:
-        return "B", rate * settings.method.lr_ratio
-    return ("weights" if settings.method.peft is None else "adapter"), rate
+    if method.lr_ratio is not None and "lora_B" in parts:
+        return "B", rate * method.lr_ratio
+    return ("weights" if method.peft is None or is_base_weight(name, method.peft["peft_type"]) else "adapter"), rate
+
+
+def is_base_weight(name: str, kind: str) -> bool:
+    """Return whether a weight that a PEFT type trains is one of the base model, in a copied module or a bias, and not
+    the adapter's."""
+    parts, prefix = name.split("."), PEFT_TYPE_TO_PREFIX_MAPPING[kind]
+    return "modules_to_save" in parts or (parts[-1] == "bias" and not any(part.startswith(prefix) for part in parts))
 
 
 def split_by_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, settings: Settings) -> None:
