@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import shutil
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -459,18 +461,54 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, runs_folder, tm
         assert "\n" not in str(caught.value)
 
 
+def check_saved_updates(run: Path, model: str, tmp_path: Path) -> dict[str, np.ndarray]:
+    """Hold the saved updates of a run against exported minus original weights, all of them; return them."""
+    file, folder = tmp_path / "new/updates.safetensors", tmp_path / "export"
+    for words in (f"save_updates={file}", f"export={folder}"):
+        assert evaluate_command([f"run={run}", words]) == 0
+    bundled = ROOT / f"dual_lora/lab/model/bundled/{model}/model.safetensors"
+    exported, base, saved = load_file(folder / "model.safetensors"), load_file(bundled), load_file(file)
+    changed = {name for name, weight in base.items() if name in exported and (exported[name] != weight).any()}
+    assert {name if name in base else f"{name}.weight" for name in saved} == changed
+    for name, change in saved.items():
+        weight = name if name in base else f"{name}.weight"
+        difference = exported[weight] - base[weight].astype(np.float32)
+        turned = difference.T if re.search(r"embed|wte|wpe|c_attn|c_proj|c_fc", name) else difference
+        assert np.allclose(change, turned, atol=1e-6), name
+    return saved
+
+
 @pytest.mark.parametrize("method", ["dual_lora", "lora", "full"])
 def test_saved_updates_are_what_an_export_adds_to_the_base(trained, tmp_path, method, capsys):
-    file, folder = tmp_path / "new/updates.safetensors", tmp_path / "export"
-    assert evaluate_command([f"run={trained[method]}", f"save_updates={file}"]) == 0
+    saved = check_saved_updates(trained[method], "tiny-llama", tmp_path)
+    file = tmp_path / "new/updates.safetensors"
     assert str(file) in capsys.readouterr().out
-    assert evaluate_command([f"run={trained[method]}", f"export={folder}"]) == 0
-    bundled = ROOT / "dual_lora/lab/model/bundled/tiny-llama/model.safetensors"
-    exported, base, saved = load_file(folder / "model.safetensors"), load_file(bundled), load_file(file)
-    assert saved
-    for name, change in saved.items():
-        weight = f"{name}.weight"
-        assert np.allclose(change, exported[weight] - base[weight].astype(np.float32), atol=1e-6), name
-        assert change.any()
+    vectors = {name for name, change in saved.items() if change.ndim == 1}
+    assert bool(vectors) == (method == "full") and all(name.endswith("norm") for name in vectors)
     with pytest.raises(UserError, match="exists; give a new name"):
         evaluate_command([f"run={trained[method]}", f"save_updates={file}"])
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "more", "beside"),
+    [
+        (
+            "tiny-llama",
+            "lora",
+            "+method.peft.modules_to_save=[embed_tokens,norm]",
+            {"model.embed_tokens", "model.norm"},
+        ),
+        (
+            "tiny-gpt2",
+            "dual_lora",
+            "+method.peft.modules_to_save=[ln_f]",
+            {"transformer.ln_f", "transformer.ln_f.bias"},
+        ),
+        ("tiny-gpt2", "lora", "+method.peft.bias=all", {"transformer.ln_f.bias", "transformer.h.0.attn.c_proj.bias"}),
+    ],
+)
+def test_what_trains_beside_an_adapter_is_among_the_saved_updates(model, method, more, beside, runs_folder, tmp_path):
+    run = train(f"model={model}", f"method={method}", "train.lr=0.01", more)
+    assert beside <= check_saved_updates(run, model, tmp_path).keys()
+    rates = json.loads((run / "result.json").read_text())["learning_rates"]
+    assert rates == {"adapter": 0.01, "weights": 0.01}

@@ -28,8 +28,9 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.models import load_families, name_folder
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.load import build_target_pattern
+from dual_lora.lab.model.load import build_target_pattern, load_model
 from dual_lora.lab.record.identity import compute_identity
 
 SHORT = ["train.max_steps=2", "train.max_examples=8", "eval.max_examples=4", "wandb.mode=disabled"]
@@ -96,6 +97,49 @@ def test_all_linear_layers_but_the_head_are_adapted_in_an_unknown_type(tmp_path,
     (adapter,) = runs_folder.glob("adhoc/*/adapter/adapter_model.safetensors")
     adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in load_file(adapter) if ".lora_" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+# The dropout before the head.
+
+
+def list_dropouts(folder: Path, *words: str) -> tuple[set[float], set[float]]:
+    """Return the dropouts of a model within its base and before its head."""
+    settings = load_settings([f"model={folder}", "task=demo/sentiment", *words])
+    model, _ = load_model(settings, load_task(settings))
+    base = set(model.base_model.modules())
+    found = [(module in base, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    return tuple({p for inside, p in found if inside is within} for within in (True, False))
+
+
+@pytest.mark.parametrize("kind", ["bert", "electra", "deberta-v2", "albert"])
+def test_the_dropouts_of_base_and_head_are_set_apart(kind, tmp_path, capfd):
+    folder = save_model(tmp_path / "own", kind, AutoModel, embedding_size=32)
+    _, own = list_dropouts(folder)
+    kept = own - {max(own)}  # of a pooler
+    assert max(own) == 0.1 and not kept & {0.3, 0.4}
+    base, head = list_dropouts(folder, "model.dropout=0.4")
+    assert base - {0.0} == {0.4} and head == own
+    base, head = list_dropouts(folder, "model.dropout=0.4", "task.head_dropout=0.3")
+    assert base - {0.0} == {0.4} and head == kept | {0.3}
+    assert "warning: model.dropout" not in capfd.readouterr().err
+
+
+def test_a_head_with_the_dropout_of_its_base_is_told(tmp_path, capfd):
+    folder = save_model(tmp_path / "own", "mpnet", AutoModel)
+    assert list_dropouts(folder, "model.dropout=0.4") == ({0.4}, {0.4})
+    follows = "the head of a mpnet has the dropout of the base model"
+    assert f"warning: model.dropout=0.4: {follows}\n" in capfd.readouterr().err
+    with pytest.raises(
+        UserError, match=f"^task.head_dropout=0.3: {follows}; drop it, or take model.dropout=0.3 for both$"
+    ):
+        list_dropouts(folder, "task.head_dropout=0.3")
+    assert list_dropouts(folder, "task.head_dropout=0.3", "model.dropout=0.3") == ({0.3}, {0.3})
+
+
+def test_a_field_that_only_another_head_reads_is_no_dropout_before_the_head(tmp_path):
+    folder = save_model(tmp_path / "own", "gpt_neox", AutoModel)
+    with pytest.raises(UserError, match="^task.head_dropout=0.3: a gpt_neox has no dropout before its head; drop it$"):
+        list_dropouts(folder, "task.head_dropout=0.3")
 
 
 # Runs.

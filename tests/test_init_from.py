@@ -148,6 +148,25 @@ def test_what_another_version_of_peft_does_not_know_is_no_difference():
     }
 
 
+def test_a_set_of_pefts_equals_the_list_that_its_file_holds():
+    own = {"feedforward_modules": {"up", "down"}}
+    assert find_differing_fields({"feedforward_modules": ["down", "up"]}, own) == {}
+    differing = {"feedforward_modules": (["up"], {"up", "down"})}
+    assert find_differing_fields({"feedforward_modules": ["up"]}, own) == differing
+
+
+def test_a_start_drawn_from_another_seed_is_refused(tmp_path, runs_folder):
+    """Another randomised SVD leaves other base weights, which the trained factors do not fit."""
+    words = ["method=pissa", "method.peft.init_lora_weights=pissa_niter_4", "eval.before=false"]
+    run = runs_folder / "adhoc" / train_run(Run.prepare(settings(MODEL, *words)))["identity"]
+    assert train_run(Run.prepare(settings(MODEL, *words, f"init_from={run}")))["steps"] == 4
+    message = f"^init_from={run}: init_lora_weights=pissa_niter_4 draws the base .* 0 there and 1 here; take seed=0"
+    with pytest.raises(UserError, match=message):
+        Run.prepare(settings(MODEL, *words, f"init_from={run}", "seed=1"))
+    with pytest.raises(UserError, match="draws the base weights from the seed, which an adapter does not say"):
+        Run.prepare(settings(MODEL, *words, f"init_from={run / 'adapter'}"))
+
+
 def test_an_adapter_made_with_peft_alone_is_taken(tmp_path, runs_folder):
     """With ranks given outright, which this run's settings give by their sum and ratio."""
     chosen, _, model, _ = attached(MODEL, "none")

@@ -135,6 +135,14 @@ def test_a_method_of_peft_needs_its_yaml_and_nothing_else(model, kind, outcome, 
     assert walk(model, kind, add_method, tmp_path) == outcome
 
 
+def test_norms_that_train_are_held_in_float32(add_method):
+    record, _ = train("tiny-llama", add_method(peft_type="LN_TUNING"), "model.dtype=bfloat16", "train.lr=1e-5")
+    weights = load_file(record.folder / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all((weight != weight.bfloat16()).any() for weight in weights.values()), "rounded on the way"
+    assert try_command(f"run={record.folder}") is None, "scores are not reproduced"
+
+
 @pytest.mark.parametrize("form", ["classification", "generation"])
 def test_a_method_that_needs_a_task_for_each_row_says_so(form, add_method):
     settings = load_settings([add_method("planted", peft_type="POLY")])

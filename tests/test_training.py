@@ -195,12 +195,25 @@ def test_rows_that_memory_does_not_hold_at_once_are_evaluated_by_parts(fit, monk
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("tiny-roberta", "full"), ("tiny-llama", "full"), ("tiny-deberta", "lora")]
+    ("model", "method", "more"),
+    [
+        ("tiny-roberta", "full", []),
+        ("tiny-llama", "full", []),
+        ("tiny-deberta", "lora", []),
+        ("tiny-llama", "lora", ["+method.peft.modules_to_save=[embed_tokens]"]),
+        ("tiny-llama", "lora", ["+method.peft.modules_to_save=[model.embed_tokens,lm_head]"]),
+        ("tiny-llama", "lora", ["+method.peft.modules_to_save=[norm]"]),
+        ("tiny-gpt2", "lora", ["+method.peft.bias=all"]),
+    ],
 )
-def test_what_trains_is_held_in_float32_whatever_the_model_is_in(model, method, runs_folder, capsys):
-    chosen, _, adapted, _ = attached(model, method, "model.dtype=bfloat16", "train.lr=1e-5")
+def test_what_trains_is_held_in_float32_whatever_the_model_is_in(model, method, more, runs_folder, capsys):
+    chosen, _, adapted, _ = attached(model, method, "model.dtype=bfloat16", "train.lr=1e-5", *more)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
-    frozen = {p.dtype for n, p in adapted.named_parameters() if not p.requires_grad and ".original_module." not in n}
+    frozen = {
+        p.dtype
+        for n, p in adapted.named_parameters()
+        if not p.requires_grad and p.ndim > 1 and ".original_module." not in n
+    }
     assert frozen == (set() if method == "full" else {torch.bfloat16})
     result = train_run(Run.prepare(chosen))
     record = Record(runs_folder / "adhoc" / result["identity"])

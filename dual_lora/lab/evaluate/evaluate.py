@@ -109,7 +109,7 @@ def compute_outputs(
     mine = batches[get_process_index() :: count_processes()] if alone else batches
     found: list[tuple[int, Output]] = []
     no_gradients = torch.inference_mode() if alone else torch.no_grad()  # training reuses the gathered weights
-    with no_gradients, autocast_products(model, settings, task), closing(show_progress(mine, title)) as shown:
+    with no_gradients, autocast_products(model, settings, task.form), closing(show_progress(mine, title)) as shown:
         for batch in shown:
             found += zip(batch, split_until_fits(predict_batch, [rows[i] for i in batch], halve=alone), strict=True)
     for module in () if alone else model.modules():

@@ -1,10 +1,11 @@
 """A finished run evaluated again, from its record alone."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import set_seed
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedModel, set_seed
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
@@ -12,6 +13,7 @@ from dual_lora.lab.errors import require, translate_memory_errors, translate_rea
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.load import (
+    cast_trained_to_float32,
     is_sharded,
     load_dequantised_model,
     load_model,
@@ -96,9 +98,16 @@ def load_trained_model(
     require(whole, f"{folder}: cannot be loaded (no {file.name}, the only format that is read); {RERUN_REMEDY}")
     with translate_read_errors(f"{folder}: cannot be loaded", RERUN_REMEDY):
         set_seed(settings.seed)
-        if tuned:
-            model = load_tuned_model(folder, settings, task, tokenizer)
-        else:
-            model = PeftModel.from_pretrained(base, folder)
+        model = load_tuned_model(folder, settings, task, tokenizer) if tuned else load_trained_adapter(base, folder)
     record.verify_files(folder.name)
     return model, tokenizer
+
+
+def load_trained_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Return a base model with the adapter that training saved in a folder, all of it frozen, in the dtypes it trained
+    in."""
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True)  # else PEFT does not say what trained
+    cast_trained_to_float32(model)
+    if model.mixes_dtypes:  # what was loaded was rounded to 16 bits
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    return model.requires_grad_(False).eval()

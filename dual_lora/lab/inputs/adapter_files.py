@@ -28,7 +28,8 @@ def find_adapter(settings: Settings) -> Path | None:
     names a run or nothing.
 
     Raises:
-        UserError: it holds no safetensors, another method's or rank's adapter, or cannot be fetched.
+        UserError: it holds no safetensors, another method's or rank's adapter, one whose base weights cannot be known,
+            or cannot be fetched.
     """
     if not settings.init_from or settings.method.peft is None:
         return None
@@ -45,7 +46,20 @@ def find_adapter(settings: Settings) -> Path | None:
         theirs, ours = saved.get(field), own.get(field)
         same = None in (theirs, ours) or theirs == ours
         require(same, f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
+    start = get_random_start(settings)
+    require(
+        start is None,
+        f"{where}: {start} draws the base weights from the seed, which an adapter does not say; take the run that "
+        "trained it, with its seed, or pissa for both",
+    )
     return folder
+
+
+def get_random_start(settings: Settings) -> str | None:
+    """Return the setting of a start that changes the base weights by random numbers (PiSSA by a randomised SVD): an
+    adapter trained on them fits no others. None for all other starts."""
+    start = (settings.method.peft or {}).get("init_lora_weights")
+    return f"init_lora_weights={start}" if "_niter_" in str(start) else None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -78,6 +92,8 @@ def find_differing_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[st
         values = [config.get(field) or None for config in (saved, own)]
         if field == "init_lora_weights":
             values = [None if value in PLAIN_STARTS else value for value in values]
+        if any(isinstance(value, set) for value in values):  # JSON holds one as a list
+            values = [set(value) if isinstance(value, list) else value for value in values]
         if field not in HARMLESS_FIELDS and values[0] != values[1]:
             found[field] = (saved.get(field), own.get(field))
     return found

@@ -25,7 +25,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
@@ -43,7 +43,15 @@ from dual_lora.lab.errors import (
     translate_read_errors,
 )
 from dual_lora.lab.inputs.adapter_files import find_differing_fields, read_adapter_config
-from dual_lora.lab.model.load import build_module_pattern, build_target_pattern, is_sharded, load_model, unwrap_adapter
+from dual_lora.lab.model.load import (
+    autocast_products,
+    build_module_pattern,
+    build_target_pattern,
+    cast_trained_to_float32,
+    is_sharded,
+    load_model,
+    unwrap_adapter,
+)
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.identity import find_init_weights
 from dual_lora.lab.system.distributed import is_first_process
@@ -205,7 +213,8 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
         adapter.init_lora_weights = True  # a start made from the base weights needs their values; shapes are the same
     with translate_method_errors(settings):
         adapted = get_peft_model(model, adapter)
-        check_forward(adapted, getattr(torch, settings.model.dtype))
+        cast_trained_to_float32(adapted)
+        check_forward(adapted, settings, form)
     trains = any(weight.requires_grad for weight in adapted.parameters())
     require(
         trains or settings.method.peft.get("modules_to_save") == [],  # which says that nothing is to train
@@ -299,20 +308,21 @@ def translate_method_errors(settings: Settings) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_forward(model: PeftModel, dtype: torch.dtype) -> None:
-    """Run one short text, so that a method that needs unusual inputs fails here and not in training. Skipped for models
-    that are sharded, on the meta device, or in float16, which CPUs support only in part.
-
-    dtype: what products are taken in, as in training.
+def check_forward(model: PeftModel, settings: Settings, form: str) -> None:
+    """Run one short text, with products as training takes them and as evaluation does, so that a method that needs
+    unusual inputs fails here and not later. Skipped for models that are sharded, on the meta device, or in float16,
+    which CPUs support only in part.
     """
     if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    mixed = torch.autocast(model.device.type, dtype, enabled=dtype.itemsize < 4)
-    with torch.random.fork_rng(devices), mixed:  # dropout draws random numbers
-        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    kind = getattr(torch, settings.model.dtype)
+    in_training = torch.autocast(model.device.type, kind, enabled=kind.itemsize < 4)
+    for products in (in_training, autocast_products(model, settings, form)):
+        with torch.random.fork_rng(devices), products:  # dropout draws random numbers
+            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(training)
 
 
@@ -405,13 +415,20 @@ def count_stacked_weights(module: torch.nn.Module) -> int:
 def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:
     """Return the group a trained weight belongs to, and that group's learning rate: heads train at `train.head_lr`, the
     B matrices of LoRA+ at `method.lr_ratio` times the rate of the rest (arXiv 2402.12354), everything else at
-    `train.lr`."""
-    rate, parts = settings.train.lr, set(name.split("."))
-    if "modules_to_save" in parts or settings.model.heads & parts:
+    `train.lr`: the adapter, and weights of the base model."""
+    rate, parts, method = settings.train.lr, set(name.split(".")), settings.method
+    if settings.model.heads & parts:
         return "head", settings.train.head_lr or rate
-    if settings.method.lr_ratio is not None and "lora_B" in parts:
-        return "B", rate * settings.method.lr_ratio
-    return ("weights" if settings.method.peft is None else "adapter"), rate
+    if method.lr_ratio is not None and "lora_B" in parts:
+        return "B", rate * method.lr_ratio
+    return ("weights" if method.peft is None or is_base_weight(name, method.peft["peft_type"]) else "adapter"), rate
+
+
+def is_base_weight(name: str, kind: str) -> bool:
+    """Return whether a weight that a PEFT type trains is one of the base model, in a copied module or a bias, and not
+    the adapter's."""
+    parts, prefix = name.split("."), PEFT_TYPE_TO_PREFIX_MAPPING[kind]
+    return "modules_to_save" in parts or (parts[-1] == "bias" and not any(part.startswith(prefix) for part in parts))
 
 
 def split_by_rate(optimizer: torch.optim.Optimizer, model: torch.nn.Module, settings: Settings) -> None:

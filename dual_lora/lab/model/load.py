@@ -1,6 +1,7 @@
 """Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 import re
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_o
 from dual_lora.lab.model.source import (
     NO_CODE,
     find_gguf_file,
+    find_head_dropout_field,
     find_links,
     get_head_options,
     load_config,
@@ -45,7 +47,7 @@ from dual_lora.lab.model.source import (
 )
 from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
-from dual_lora.lab.system.distributed import count_processes, has_several_processes
+from dual_lora.lab.system.distributed import count_processes, has_several_processes, is_first_process
 from tasks import Task
 
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
@@ -81,7 +83,8 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     differently.
 
     Raises:
-        UserError: the model is neither at `model.path` nor on the hub, or what is there is refused.
+        UserError: the model is neither at `model.path` nor on the hub, or what is there is refused, or its head has no
+            dropout of its own to set.
     """
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
@@ -103,9 +106,10 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     keep_as_loaded(model)
     check_loaded_weights(model, found, tokenizer, settings)
     if task.form != "generation":
+        check_head_dropout(model, settings)
         draw_head(model, found["missing_keys"], draws, settings)
     split_layers(model, settings)
-    cast_trained_to_float32(model, settings, task)
+    cast_heads_to_float32(model, settings, task)
     model.name_or_path = model.config.name_or_path = name_model(settings)
     set_token_ids(model, tokenizer)
     return model, tokenizer
@@ -138,6 +142,22 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
     """Return the option that stops `from_pretrained` from reading decoding settings beside the weights."""
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
+
+
+def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse a `task.head_dropout` that the head does not have. Print a warning where the head takes `model.dropout`.
+
+    Raises:
+        UserError: there is no dropout before the head, or it is the base model's.
+    """
+    kind, chosen, base = model.config.model_type, settings.task.head_dropout, set(model.base_model.modules())
+    found = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout) and part not in base]
+    where, follows = f"task.head_dropout={chosen}", f"the head of a {kind} has the dropout of the base model"
+    require(chosen is None or found, f"{where}: a {kind} has no dropout before its head; drop it")
+    require(chosen is None or chosen in found, f"{where}: {follows}; drop it, or take model.dropout={chosen} for both")
+    shared = found and settings.model.dropout is not None and not find_head_dropout_field(model.config)
+    if shared and is_first_process():
+        print(f"warning: model.dropout={settings.model.dropout}: {follows}", file=sys.stderr)
 
 
 def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:
@@ -254,19 +274,39 @@ def get_weight_dtype(settings: Settings) -> torch.dtype:
     return torch.float32 if settings.method.peft is None else getattr(torch, settings.model.dtype)
 
 
-def cast_trained_to_float32(model: PreTrainedModel, settings: Settings, task: Task) -> None:
-    """Cast to float32 what an adapter method trains of the base model: heads, and the modules it names."""
+def cast_heads_to_float32(model: PreTrainedModel, settings: Settings, task: Task) -> None:
+    """Cast a task's heads to float32."""
     heads = settings.model.heads if task.form != "generation" else set()
-    names = heads | set((settings.method.peft or {}).get("modules_to_save") or ())
     for name, weight in model.named_parameters():
-        if names & set(name.split(".")) and weight.dtype.itemsize < 4:
-            weight.data = weight.data.float()
+        if heads & set(name.split(".")):
+            cast_to_float32(weight)
 
 
-def autocast_products(model: torch.nn.Module, settings: Settings, task: Task) -> AbstractContextManager[None]:
+def cast_trained_to_float32(model: torch.nn.Module) -> None:
+    """Cast to float32 what trains in 16 bits once a method is attached: modules of the base model that it names, biases
+    and norms. Adapters are in float32 already, and PEFT casts their inputs. It does not for these, so the model needs
+    `autocast_products` from here on."""
+    model.mixes_dtypes = False
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(weight.requires_grad and weight.dtype.itemsize < 4 for weight in own):
+            model.mixes_dtypes = True
+            for weight in own:
+                if weight.requires_grad or weight.ndim == 1:  # a norm takes its weight and its bias in one dtype only
+                    cast_to_float32(weight)
+
+
+def cast_to_float32(weight: torch.nn.Parameter) -> None:
+    """Cast a weight in place, so that it stays tied to what it is tied to, unless it has four bytes or more."""
+    if weight.dtype.itemsize < 4:
+        weight.data = weight.data.float()
+
+
+def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> AbstractContextManager[None]:
     """Return a context that computes products in `model.dtype`, as the Trainer does in training. It is active only if
-    the model mixes dtypes: it has a head, or was trained in full."""
-    kind, mixed = getattr(torch, settings.model.dtype), task.form != "generation" or settings.method.peft is None
+    the model mixes dtypes: it has a head, was trained in full, or trains weights of the base beside an adapter."""
+    kind = getattr(torch, settings.model.dtype)
+    mixed = form != "generation" or settings.method.peft is None or getattr(model, "mixes_dtypes", False)
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 
 

@@ -5,6 +5,7 @@ first and its outputs are compared, so that the model itself is never left half 
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 
@@ -125,14 +126,29 @@ def draw_inputs(base: nn.Module) -> Tensor | None:
 
 
 def merge_and_unload(model: PeftModel) -> PreTrainedModel:
-    """Return the base model with the adapter merged and the trained heads in place, without a trace of PEFT.
+    """Return the base model with the adapter merged and the trained heads in place, without a trace of PEFT."""
+    place_trained_modules(model)
+    return model.merge_and_unload()
 
-    Most methods' own unloading looks for a `weight` in every trained module and crashes on a head of several layers, so
-    the heads are put in place first.
+
+def unload_adapter(model: nn.Module) -> nn.Module:
+    """Return a trained model without PEFT's wrapper, with whatever else trained in place. The adapter is merged, if
+    that is possible: some are no more than other values of a norm."""
+    if not isinstance(model, PeftModel):
+        return model
+    merges = explain_unmergeable(model) is None
+    place_trained_modules(model)
+    with warnings.catch_warnings(action="ignore"):  # of a ramp that has not ended, or of updates rounded in 16 bits
+        return model.merge_and_unload() if merges else model.unload()
+
+
+def place_trained_modules(model: PeftModel) -> None:
+    """Put trained heads and other modules that PEFT copied in place of the originals.
+
+    Most methods' own unloading looks for a `weight` in every trained module and crashes on a head of several layers.
     """
     adapter = model.active_adapter
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], module.modules_to_save[adapter])
-    return model.merge_and_unload()

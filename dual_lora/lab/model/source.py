@@ -16,6 +16,9 @@ from dual_lora.lab.system.files import read_json_object
 from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
+# Fields for the dropout before a head. A kind of model may have several; its task's head reads the first.
+HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout")
+HEAD_DROPOUTS += ("summary_last_dropout", "summary_first_dropout")
 HEAD_WORDS = {"classifier", "classif", "cls", "summary", "pooler", "qa"}  # in the names of a head's dropout
 
 
@@ -76,26 +79,22 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
         config = copy.deepcopy(read_config(**locate_model(settings)))
         config.update(get_head_options(task))
         set_dropout(config, settings)
-    if settings.task.head_dropout is not None:
-        config.update({find_head_dropout_field(config, settings): settings.task.head_dropout})
+    field = find_head_dropout_field(config)
+    if settings.task.head_dropout is not None and field:  # `check_head_dropout` refuses what has no effect
+        config.update({field: settings.task.head_dropout})
     return config
 
 
-def find_head_dropout_field(config: PreTrainedConfig, settings: Settings) -> str:
-    """Return the field of a configuration that holds the dropout before the head.
-
-    Raises:
-        UserError: models of this kind have none.
-    """
+def find_head_dropout_field(config: PreTrainedConfig) -> str | None:
+    """Return the field of a configuration that holds the dropout before the head, if the kind of model reads one; None
+    if there is no such field. Some kinds have it for another head than a task's."""
     named = {"deberta": "cls_dropout", "deberta-v2": "cls_dropout"}.get(config.model_type)  # read, but no field
-    found = [name for name in ("classifier_dropout", "seq_classif_dropout") if hasattr(config, name)]
-    where = f"task.head_dropout={settings.task.head_dropout}"
-    require(named or found, f"{where}: a {config.model_type} has no dropout before its head; drop it")
-    return named or found[0]
+    return named or next((name for name in HEAD_DROPOUTS if hasattr(config, name)), None)
 
 
 def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
-    """Set every dropout within the base model to `model.dropout`, if that is given. The head keeps its own.
+    """Set every dropout within the base model to `model.dropout`, if that is given. The head keeps its own, where the
+    configuration has a field for it.
 
     Raises:
         UserError: the model has none.
@@ -105,6 +104,9 @@ def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
         return
     names = [name for name, value in config.to_dict().items() if is_dropout(name) and isinstance(value, int | float)]
     require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
+    field = find_head_dropout_field(config)
+    if field and getattr(config, field, None) is None:  # then the head would take the base model's
+        config.update({field: getattr(config, "hidden_dropout_prob", None)})
     config.update(dict.fromkeys(names, chosen))
 
 

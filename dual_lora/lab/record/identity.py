@@ -18,7 +18,7 @@ from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
 from dual_lora.lab.config.schema import FILLED_FIELDS, MAX_NAME, Method, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter
+from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter, get_random_start
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
 
@@ -39,7 +39,8 @@ def find_init_weights(settings: Settings) -> Path:
     """Return the weights file of the adapter or the run that `init_from` names.
 
     Raises:
-        UserError: there is none, it is damaged, or another method, rank or model trained it.
+        UserError: there is none, it is damaged, another method, rank or model trained it, or another seed gives other
+            base weights.
     """
     if adapter := find_adapter(settings):
         return adapter / ADAPTER_WEIGHTS
@@ -52,6 +53,10 @@ def find_init_weights(settings: Settings) -> Path:
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
             raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
+    start, seed = get_random_start(settings), result["seed"]
+    if start and seed != settings.seed:
+        what = f"{start} draws the base weights from the seed, {seed} there and {settings.seed} here"
+        raise UserError(f"init_from={folder}: {what}; take seed={seed}, or pissa for both")
     Record(folder).verify_files(file.parent.name)
     return file
 

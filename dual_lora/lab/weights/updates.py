@@ -8,7 +8,7 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
@@ -251,7 +251,7 @@ def load_updates(settings: Settings, record: Record) -> list[Update]:
     return list_updates(trained, base, settings)
 
 
-def check_changed(updates: list[Update], settings: Settings, record: Record) -> None:
+def check_changed(updates: Collection, settings: Settings, record: Record) -> None:
     """Refuse a run that left every weight as it was.
 
     Raises:
