@@ -12,13 +12,15 @@ from transformers import (
 )
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.beam_search import search_beams
-from dual_lora.lab.evaluate.cache import expand_cache, read_prompts
+from dual_lora.lab.evaluate.cache import expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.model.encode import build_sentence_encoder, check_positions, encode_prompt
-from dual_lora.lab.model.load import unwrap_adapter
+from dual_lora.lab.model.load import autocast_products, unwrap_adapter
 from tasks import Task
 from tasks.base import Row
+
+PROBE_ROWS = 8  # of `check_batches`
 
 
 def classify_rows(
@@ -31,6 +33,25 @@ def classify_rows(
     logits = model(**batch).logits.float()
     check_finite(logits)
     return logits.squeeze(-1).tolist() if task.form == "regression" else logits.argmax(-1).tolist()
+
+
+def check_batches(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> None:
+    """Refuse a model, before it is trained, whose outputs for a row depend on the rows beside it. Some rows will do.
+
+    Raises:
+        UserError: with the model and its class.
+    """
+    base = unwrap_adapter(model)
+    where = f"model={settings.model.name}: {type(base).__name__}"
+    with autocast_products(model, settings, task):
+        if task.form == "generation":
+            require(
+                probe_prompts(base, tokenizer.pad_token_id) is not None,
+                f"{where} does not read the prompts of a batch, through a key-value cache, as it reads each alone; "
+                "take another model",
+            )
 
 
 def check_finite(scores: torch.Tensor) -> None:
@@ -61,7 +82,7 @@ def generate_texts(
     protocol = settings.task
     check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = unwrap_adapter(model)
-    inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
+    inputs = read_prompts(base, prompts, tokenizer.pad_token_id, protocol.max_new_tokens)
     if protocol.num_beams > 1:
         inputs |= {"custom_generate": search_beams, "gpt2_beam": protocol.search == "gpt2_beam"}
     else:
@@ -118,7 +139,7 @@ def score_choices(
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
     check_positions(model, max(map(len, prompts)) + longest, settings)
     base = unwrap_adapter(model)
-    inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
+    inputs = read_prompts(base, prompts, tokenizer.pad_token_id, longest)
     expand_cache(inputs["past_key_values"], many, longest + 1)
     texts = [ids for options in choices for ids in (options + options[:1] * many)[:many]]
     ids = torch.tensor([text + [tokenizer.pad_token_id] * (longest - len(text)) for text in texts], device=base.device)
