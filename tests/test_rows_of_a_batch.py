@@ -1,16 +1,21 @@
 """What a row gets does not depend on the rows beside it, whatever the model's architecture; a model that mixes rows is
 refused before it is trained."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BloomConfig,
+    ConvBertConfig,
     CTRLConfig,
     FalconConfig,
+    FNetConfig,
     Gemma2Config,
     GPT2Config,
     GPTJConfig,
@@ -21,12 +26,14 @@ from transformers import (
     MistralConfig,
     ModernBertDecoderConfig,
     MptConfig,
+    NystromformerConfig,
     OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     RwkvConfig,
+    XLNetConfig,
 )
 
 from dual_lora.lab.commands.train import train_command
@@ -36,8 +43,9 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.evaluate.beam_search import search_beams
 from dual_lora.lab.evaluate.cache import compute_next_logits, expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.evaluate.evaluate import compute_outputs
-from dual_lora.lab.evaluate.predict import score_choices
+from dual_lora.lab.evaluate.predict import probe_padding, score_choices
 from dual_lora.lab.inputs.splits import load_split
+from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.load import load_model
 
 SHORT = ["eval.max_examples=8", "train.max_examples=8", "train.max_steps=2", "eval.before=false", "wandb.mode=disabled"]
@@ -91,6 +99,19 @@ WITHOUT_CACHE = {
     "mamba": lambda v: MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=v, state_size=4),
     "lfm2": lambda v: build_gqa(Lfm2Config, vocab_size=v, layer_types=["conv", "full_attention"]),
     "openai": lambda v: OpenAIGPTConfig(**GPT, vocab_size=v, n_positions=256),
+}
+MIX_PADDING = {
+    "fnet": lambda v: FNetConfig(
+        vocab_size=v, hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=300
+    ),
+    "convbert": lambda v: ConvBertConfig(**SIZES, vocab_size=v, embedding_size=32),
+    "nystromformer": lambda v: NystromformerConfig(**SIZES, vocab_size=v),
+    "xlnet": lambda v: XLNetConfig(vocab_size=v, d_model=32, n_layer=2, n_head=4, d_inner=64),
+}
+MASK_PADDING = {
+    "bert": lambda v: BertConfig(**SIZES, vocab_size=v),
+    "gpt2": lambda v: GPT2Config(**GPT, vocab_size=v),
+    "llama": lambda v: build_gqa(LlamaConfig, vocab_size=v),
 }
 
 
@@ -188,3 +209,40 @@ def test_the_probe_of_prompts_draws_no_random_numbers_and_keeps_the_mode(trainin
     assert probe_prompts(model, PAD) is True
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training == training for module in model.modules())
+
+
+def find_padding_difference(model: PreTrainedModel, tokenizer) -> float:
+    texts = ["a film", "a film that is long and cold, and a soup"]
+    with torch.inference_mode():
+        together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[0]
+        return measure_difference(together, model(**tokenizer(texts[:1], return_tensors="pt")).logits[0])
+
+
+@pytest.mark.parametrize("kind", [*MIX_PADDING, *MASK_PADDING])
+def test_the_probe_of_padding_tells_models_that_mask_it_from_others(kind):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "tiny-roberta", padding_side="right")
+    config = (MIX_PADDING | MASK_PADDING)[kind](len(tokenizer) + 8)
+    config.pad_token_id = tokenizer.pad_token_id
+    model = build_model(config, AutoModelForSequenceClassification)
+    rows = [dict(tokenizer(text)) for text in ("the soup was cold, and the film too long for me", "a film")]
+    masks = kind in MASK_PADDING
+    assert probe_padding(model, tokenizer, rows) == masks == (find_padding_difference(model, tokenizer) < 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "head"), [("fnet", "[]"), ("xlnet", "[sequence_summary,logits_proj]")])
+def test_a_model_that_does_not_mask_padding_takes_one_row_at_a_time(kind, head, tmp_path, runs_folder, capsys):
+    folder = save_random_model(tmp_path / kind, MIX_PADDING[kind], AutoModelForSequenceClassification)
+    words = [folder, f"model.head={head}", "task=demo/sentiment", "method=full", *SHORT]
+    assert train_command(words) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"model={kind}: " in said and "lets padding change its outputs, so they depend on the rows of a batch" in said
+    )
+    assert train_command([*words, "train.batch_size=1", "eval.batch_size=1"]) == 0
+    (finished,) = runs_folder.glob("adhoc/*/result.json")
+    assert json.loads(finished.read_text())["steps"] == 2
+
+
+def test_a_model_without_a_limit_of_positions_has_none():
+    model = AutoModelForSequenceClassification.from_config(MIX_PADDING["xlnet"](100))
+    assert model.config.max_position_embeddings == -1 and get_position_limit(model) is None
