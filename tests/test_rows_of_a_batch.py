@@ -43,7 +43,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.evaluate.beam_search import search_beams
 from dual_lora.lab.evaluate.cache import compute_next_logits, expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.evaluate.evaluate import compute_outputs
-from dual_lora.lab.evaluate.predict import probe_padding, score_choices
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, probe_padding, score_choices
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.load import load_model
@@ -202,15 +202,6 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused_before_training(k
     assert not list(runs_folder.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_probe_of_prompts_draws_no_random_numbers_and_keeps_the_mode(training):
-    model = build_model(GPT2Config(**GPT, vocab_size=100)).train(training)
-    state = torch.get_rng_state()
-    assert probe_prompts(model, PAD) is True
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training == training for module in model.modules())
-
-
 def find_padding_difference(model: PreTrainedModel, tokenizer) -> float:
     texts = ["a film", "a film that is long and cold, and a soup"]
     with torch.inference_mode():
@@ -241,6 +232,18 @@ def test_a_model_that_does_not_mask_padding_takes_one_row_at_a_time(kind, head, 
     assert train_command([*words, "train.batch_size=1", "eval.batch_size=1"]) == 0
     (finished,) = runs_folder.glob("adhoc/*/result.json")
     assert json.loads(finished.read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny-roberta", "demo/sentiment"), ("tiny-llama", "demo/restaurants")])
+def test_the_check_of_batches_leaves_random_numbers_as_they_are(model, task):
+    chosen = load_settings([f"model={model}", f"task={task}"])
+    task = load_task(chosen)
+    base, tokenizer = load_model(chosen, task)
+    draws = []
+    base.get_input_embeddings().register_forward_hook(lambda *_: draws.append(torch.rand(1)))
+    state = torch.get_rng_state()
+    check_batches(base.train(), tokenizer, task, list(load_split(task, "train", chosen).rows)[:PROBE_ROWS], chosen)
+    assert draws and base.training and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_without_a_limit_of_positions_has_none():

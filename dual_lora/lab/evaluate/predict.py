@@ -76,7 +76,8 @@ def check_batches(
     """
     base, alone = unwrap_adapter(model), settings.train.batch_size == settings.eval.batch_size == 1
     where = f"model={settings.model.name}: {type(base).__name__}"
-    with autocast_products(model, settings, task):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), autocast_products(model, settings, task):  # hashed attention draws numbers
         if task.form == "generation":
             require(
                 probe_prompts(base, tokenizer.pad_token_id) is not None,
