@@ -217,7 +217,7 @@ def test_a_chat_is_the_same_in_training_and_evaluation(talker, monkeypatch):
     seen = []
     read = read_prompts
     monkeypatch.setattr(
-        predict, "read_prompts", lambda model, prompts, pad: seen.extend(prompts) or read(model, prompts, pad)
+        predict, "read_prompts", lambda model, prompts, *rest: seen.extend(prompts) or read(model, prompts, *rest)
     )
     compute_outputs(base, tokenizer, task, rows, chosen, "test")
     for row, example in zip(rows, examples, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from dual_lora.lab.evaluate.cache import expand_cache
+from dual_lora.lab.evaluate.cache import compute_next_logits, expand_cache
 
 IMPOSSIBLE = -1e9  # the score of a beam that must not continue
 
@@ -88,21 +88,6 @@ def search_beams(
         attention_mask = pad(attention_mask[rows], (0, 1), value=1)
         tokens, scores, found, best, prompt_indices = (t[~done] for t in (tokens, scores, found, best, prompt_indices))
     return results
-
-
-def compute_next_logits(model: PreTrainedModel, rows: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
-    """Return the logits of the token after each row, rows x vocabulary, in float32.
-
-    rows, attention_mask: rows x tokens. cache: holds all tokens but the last, which it gets.
-    """
-    found = model(
-        input_ids=rows[:, -1:],
-        attention_mask=attention_mask,
-        position_ids=attention_mask.sum(-1, keepdim=True) - 1,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return found.logits[:, -1].float()
 
 
 def keep_best_texts(best: Tensor, found: Tensor, scores: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

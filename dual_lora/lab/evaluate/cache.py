@@ -1,11 +1,22 @@
 """The keys and values of decoding: prompts are read once, not once per beam, and growing copies nothing."""
 
+from itertools import cycle, islice
 from os.path import commonprefix
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn.functional import pad as pad_tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from dual_lora.lab.errors import is_out_of_memory
+from dual_lora.lab.model.load import differ_by_rounding, is_sharded
+
+PROBE_START, PROBE_ENDS = 4, (2, 12)  # tokens that the two prompts of `probe_prompts` share, and that follow them
+PROBE_BEAMS = 2
+# What `probe_prompts` found. It depends on the architecture alone, so once for each model is enough.
+PROBED: WeakKeyDictionary[PreTrainedModel, bool | None] = WeakKeyDictionary()
 
 
 class BeamLayer(DynamicLayer):
@@ -61,13 +72,34 @@ def expand_cache(cache: DynamicCache, beams: int, room: int) -> None:
             layer.batch_repeat_interleave(beams)
 
 
-def read_prompts(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> dict:
+def read_prompts(model: PreTrainedModel, prompts: list[list[int]], pad: int, room: int = 0) -> dict:
     """Return token ids and mask (prompts x tokens), and the cache of all tokens but the last, one row per prompt.
 
-    A prefix that all prompts share is read once. Padding goes between the prefix and the rest.
+    A prefix that all prompts share is read once, and padding goes between the prefix and the rest. A model that counts
+    columns, padding included, reads the whole prompts, padded on the left: one with ALiBi by column, or with a window
+    too narrow for the prompts and `room` more tokens.
     """
-    width = max(map(len, prompts))
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    longest = max(map(len, prompts)) + room
+    if shared and (longest > get_window(model, longest) or not probe_prompts(model, pad)):
+        shared = 0
+    return read_behind_prefix(model, prompts, pad, shared)
+
+
+def get_window(model: PreTrainedModel, longest: int) -> int:
+    """Return how many columns a model's narrowest layer looks back, at most `longest`. Caches know the windows of their
+    layers, except for GPT-Neo's."""
+    layers = DynamicCache(config=model.config).layers
+    windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+    config = model.config.get_text_config(decoder=True)
+    if "local" in getattr(config, "attention_layers", ()):
+        windows.append(config.window_size)
+    return min([longest, *windows])
+
+
+def read_behind_prefix(model: PreTrainedModel, prompts: list[list[int]], pad: int, shared: int) -> dict:
+    """Return what `read_prompts` does, where the first `shared` tokens of all prompts are read once."""
+    width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -84,3 +116,60 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> 
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:-1]
         model(input_ids=ids[:, shared:-1], attention_mask=mask[:, :-1], position_ids=places, **into)
     return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+
+
+def compute_next_logits(model: PreTrainedModel, rows: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
+    """Return the logits of the token after each row, rows x vocabulary, in float32.
+
+    rows, attention_mask: rows x tokens. cache: holds all tokens but the last, which it gets.
+    """
+    found = model(
+        input_ids=rows[:, -1:],
+        attention_mask=attention_mask,
+        position_ids=attention_mask.sum(-1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return found.logits[:, -1].float()
+
+
+@torch.no_grad()
+def probe_prompts(model: PreTrainedModel, pad: int) -> bool | None:
+    """Return whether a batch of prompts, read through a cache, gets the logits of each prompt alone: True even if the
+    prefix they share is read once, False only if each is read whole, None in neither case. Two short prompts are tried,
+    once for each model. A sharded model is not tried.
+    """
+    if is_sharded(model):
+        return True
+    if model not in PROBED:
+        training = model.training
+        model.eval()
+        PROBED[model] = next((bool(n) for n in (PROBE_START, 0) if reads_as_alone(model, pad, n)), None)
+        model.train(training)
+    return PROBED[model]
+
+
+def reads_as_alone(model: PreTrainedModel, pad: int, shared: int) -> bool:
+    """Return whether two short prompts of different lengths get the logits of each alone, for the token after them and
+    for the next one. The first `shared` tokens are read once."""
+    known = [token for token in range(min(model.config.get_text_config().vocab_size, 64)) if token != pad]
+    tokens = islice(cycle(known), PROBE_START + sum(PROBE_ENDS) + 1)
+    start, following, *ends = (list(islice(tokens, count)) for count in (PROBE_START, 1, *PROBE_ENDS))
+    prompts = [start + end for end in ends]
+    texts = [torch.tensor([prompt + following], device=model.device) for prompt in prompts]
+    alone = torch.cat([model(input_ids=text, use_cache=False).logits[0, -2:] for text in texts])
+    try:
+        inputs = read_behind_prefix(model, prompts, pad, shared)
+        cache = inputs["past_key_values"]
+        expand_cache(cache, PROBE_BEAMS, 2)
+        rows, mask = (inputs[name].repeat_interleave(PROBE_BEAMS, 0) for name in ("input_ids", "attention_mask"))
+        first = compute_next_logits(model, rows, mask, cache)
+        cache.reorder_cache(torch.arange(len(rows), device=model.device))
+        rows, mask = pad_tensor(rows, (0, 1), value=following[0]), pad_tensor(mask, (0, 1), value=1)
+        second = compute_next_logits(model, rows, mask, cache)
+    except Exception as error:  # of any kind: the model has another kind of cache, or takes none
+        if is_out_of_memory(error):
+            raise
+        return False
+    beside = torch.stack([first, second], 1)[::PROBE_BEAMS].flatten(0, 1)
+    return differ_by_rounding(beside, alone, model)

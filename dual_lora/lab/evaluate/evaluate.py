@@ -2,7 +2,8 @@
 
 The outputs depend on the batch size by rounding alone: padding is masked, and rows are put back into their own order,
 but how much padding there is changes the order of sums. In float32 that hardly ever changes an output; in 16 bits it
-may where two tokens or classes are nearly tied.
+may where two tokens or classes are nearly tied. A model of which more depends on the batch is refused before training
+(`check_batches`).
 """
 
 import math

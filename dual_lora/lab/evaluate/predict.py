@@ -1,5 +1,6 @@
 """A model's output for a batch of rows: a class, a number, a text, or the likelihood of given texts."""
 
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -12,25 +13,83 @@ from transformers import (
 )
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.beam_search import search_beams
-from dual_lora.lab.evaluate.cache import expand_cache, read_prompts
+from dual_lora.lab.evaluate.cache import expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.model.encode import build_sentence_encoder, check_positions, encode_prompt
-from dual_lora.lab.model.load import unwrap_adapter
+from dual_lora.lab.model.load import autocast_products, differ_by_rounding, unwrap_adapter
 from tasks import Task
 from tasks.base import Row
+
+PROBE_ROWS = 8  # of `probe_padding`; of a few classes, the logits of one row may all be nearly 0
 
 
 def classify_rows(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[int] | list[float]:
     """Return the index of each row's class, or, for regression, its number. Rows are truncated to `task.max_length`."""
-    columns = build_sentence_encoder(tokenizer, settings)
-    features = [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
-    batch = tokenizer.pad(features, return_tensors="pt").to(model.device)
-    logits = model(**batch).logits.float()
+    logits = compute_class_logits(model, tokenizer, encode_sentences(tokenizer, rows, settings)).float()
     check_finite(logits)
     return logits.squeeze(-1).tolist() if task.form == "regression" else logits.argmax(-1).tolist()
+
+
+def encode_sentences(
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], settings: Settings
+) -> list[dict[str, list[int]]]:
+    """Return the rows as model inputs, without labels or padding."""
+    columns = build_sentence_encoder(tokenizer, settings)
+    return [{k: v for k, v in columns(row).items() if k != "labels"} for row in rows]
+
+
+def compute_class_logits(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features: list[dict[str, list[int]]]
+) -> torch.Tensor:
+    """Return the logits of encoded rows, rows x classes, which are padded to the longest."""
+    return model(**tokenizer.pad(features, return_tensors="pt").to(model.device)).logits
+
+
+@torch.no_grad()
+def probe_padding(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features: list[dict[str, list[int]]]
+) -> bool:
+    """Return whether rows get the logits of each alone in a batch where they are padded. The first tokens of encoded
+    rows are tried, of each row two more than of the one before it."""
+    texts = [
+        {name: values[: 2 * count] for name, values in row.items()}
+        for count, row in enumerate(islice(cycle(features), PROBE_ROWS), 1)
+    ]
+    training = model.training
+    model.eval()
+    beside = compute_class_logits(model, tokenizer, texts)
+    alone = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
+    model.train(training)
+    return differ_by_rounding(beside, alone, model)
+
+
+def check_batches(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
+) -> None:
+    """Refuse a model, before it is trained, whose outputs for a row depend on the rows beside it. Some rows will do.
+
+    Raises:
+        UserError: with the model and its class.
+    """
+    base, alone = unwrap_adapter(model), settings.train.batch_size == settings.eval.batch_size == 1
+    where = f"model={settings.model.name}: {type(base).__name__}"
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), autocast_products(model, settings, task.form):  # hashed attention draws numbers
+        if task.form == "generation":
+            require(
+                probe_prompts(base, tokenizer.pad_token_id) is not None,
+                f"{where} does not read the prompts of a batch, through a key-value cache, as it reads each alone; "
+                "take another model",
+            )
+        elif not alone:
+            require(
+                probe_padding(model, tokenizer, encode_sentences(tokenizer, rows, settings)),
+                f"{where} lets padding change its outputs, so they depend on the rows of a batch; take another model, "
+                "or train.batch_size=1 and eval.batch_size=1",
+            )
 
 
 def check_finite(scores: torch.Tensor) -> None:
@@ -61,7 +120,7 @@ def generate_texts(
     protocol = settings.task
     check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
     base = unwrap_adapter(model)
-    inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
+    inputs = read_prompts(base, prompts, tokenizer.pad_token_id, protocol.max_new_tokens)
     if protocol.num_beams > 1:
         inputs |= {"custom_generate": search_beams, "gpt2_beam": protocol.search == "gpt2_beam"}
     else:
@@ -118,7 +177,7 @@ def score_choices(
     many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
     check_positions(model, max(map(len, prompts)) + longest, settings)
     base = unwrap_adapter(model)
-    inputs = read_prompts(base, prompts, tokenizer.pad_token_id)
+    inputs = read_prompts(base, prompts, tokenizer.pad_token_id, longest)
     expand_cache(inputs["past_key_values"], many, longest + 1)
     texts = [ids for options in choices for ids in (options + options[:1] * many)[:many]]
     ids = torch.tensor([text + [tokenizer.pad_token_id] * (longest - len(text)) for text in texts], device=base.device)

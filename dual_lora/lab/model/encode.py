@@ -47,12 +47,14 @@ def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> 
 
 
 def get_position_limit(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model has positions for; None if there is no such limit. In RoBERTa, positions start
-    after the padding index."""
+    """Return how many tokens a model has positions for; None if there is no such limit, which XLNet calls -1. In
+    RoBERTa, positions start after the padding index."""
     limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or limit < 1:
+        return None
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(places, "padding_idx", None)
-    return limit and limit - (0 if padding is None else padding + 1)
+    return limit - (0 if padding is None else padding + 1)
 
 
 def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:

@@ -51,6 +51,8 @@ from dual_lora.lab.system.distributed import count_processes, has_several_proces
 from tasks import Task
 
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
+# Relative difference that rounding can make in a model's logits: in float32, and in 16 bits or TF32.
+ROUNDING, COARSE_ROUNDING = 1e-4, 5e-2
 # Names of tensors beside a weight that quantised weights and adapters consist of.
 PACKED = re.compile(
     r"\.(lora_\w+|base_layer|original_module|modules_to_save|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|"
@@ -308,6 +310,15 @@ def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> 
     kind = getattr(torch, settings.model.dtype)
     mixed = form != "generation" or settings.method.peft is None or getattr(model, "mixes_dtypes", False)
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
+
+
+def differ_by_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
+    """Return whether a model's logits differ from expected ones by no more than rounding can make. If those are not all
+    finite, nothing can be said, which counts as yes."""
+    exact = min(model.dtype.itemsize, expected.dtype.itemsize) >= 4 and not torch.backends.cuda.matmul.allow_tf32
+    found, expected = found.float(), expected.float()
+    near = (found - expected).norm() <= (ROUNDING if exact else COARSE_ROUNDING) * expected.norm()
+    return bool(near) or not bool(expected.isfinite().all())
 
 
 def explain_unshardable(settings: Settings, task: Task, kind: type) -> str | None:

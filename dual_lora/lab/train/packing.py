@@ -13,10 +13,9 @@ from torch import Tensor
 
 from dual_lora.lab.errors import require
 from dual_lora.lab.model.encode import IGNORED_LABEL
-from dual_lora.lab.model.load import is_sharded, unwrap_adapter
+from dual_lora.lab.model.load import differ_by_rounding, is_sharded, unwrap_adapter
 
 PROBE_LENGTHS = (5, 4)  # tokens of the two texts on which `check_packing` tries a model
-PROBE_TOLERANCE = {4: 1e-3, 2: 5e-2}  # by bytes of a number: relative difference that rounding alone can make
 
 
 def assign_rows(lengths: list[int], limit: int) -> list[list[int]]:
@@ -90,6 +89,6 @@ def check_packing(model: torch.nn.Module) -> None:
     packed = model(input_ids=ids[None], **inputs, use_cache=False).logits[0]
     alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
     model.train(training)
-    error, reason = (packed - alone).norm() / alone.norm(), "does not keep packed examples apart; drop it"
-    name = type(unwrap_adapter(model)).__name__
-    require(error <= PROBE_TOLERANCE.get(alone.dtype.itemsize, 0), f"train.packing=true: {name} {reason}")
+    kind = type(unwrap_adapter(model)).__name__
+    apart = differ_by_rounding(packed, alone, model)
+    require(apart, f"train.packing=true: {kind} does not keep packed examples apart; drop it")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches
 from dual_lora.lab.inputs.splits import (
     load_development_split,
     load_scored_splits,
@@ -206,6 +208,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
             return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
     trainer = build_trainer(model, tokenizer, task, rows, score_model, log, settings)
+    check_batches(model, tokenizer, task, list(islice(rows.train.rows, PROBE_ROWS)), settings)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
         before = score_model("before")[0]
