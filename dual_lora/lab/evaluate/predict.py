@@ -76,8 +76,8 @@ def check_batches(
     """
     base, alone = unwrap_adapter(model), settings.train.batch_size == settings.eval.batch_size == 1
     where = f"model={settings.model.name}: {type(base).__name__}"
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), autocast_products(model, settings, task.form):  # hashed attention draws numbers
+    devices = [model.device] if model.device.type == "cuda" else []  # hashed attention draws random numbers
+    with torch.random.fork_rng(devices), autocast_products(model, settings, task.form):
         if task.form == "generation":
             require(
                 probe_prompts(base, tokenizer.pad_token_id) is not None,
