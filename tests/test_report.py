@@ -190,6 +190,31 @@ def test_equal_methods_are_equivalent_within_the_margin_and_undecided_without_on
     assert "equivalent: never, as the experiment gives no margin" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("missing", "verdicts"),
+    [
+        (("glue/rte", 3), ["better", "undecided: 4 of 5 seeds", "undecided: 4 of 5 seeds"]),
+        (("glue/rte", None), ["better"]),  # and no mean
+        (("glue/cola", None), ["better", "better", "undecided: 2 of 3 tasks"]),
+    ],
+)
+def test_a_planned_comparison_is_not_tested_before_all_its_runs_are_there(study, tmp_path, missing, verdicts):
+    tasks = ["glue/sst2", "glue/rte", *(["glue/cola"] if missing[0] == "glue/cola" else [])]
+    spec = PLANNED | {"full": PLANNED["full"] | {"blocks": [[f"task={task}"] for task in tasks]}}
+
+    def right(label, settings):
+        lacks = settings.task.name == missing[0] and missing[1] in (None, settings.seed)
+        return None if lacks else 60 + settings.seed + (20 + settings.seed % 2) * (label == "Dual LoRA")
+
+    experiment, done = study(spec, right)
+    text = write_report(experiment, done, tmp_path)
+    lines = rows_of(text)[1 : len(verdicts) + 1]
+    assert [line[-2] for line in lines] == verdicts
+    assert all((line[8] == "–") == ("of" in line[-2]) for line in lines)  # p, corrected
+    listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
+    assert listed["p"].isna().tolist() == ["of" in verdict for verdict in verdicts]
+
+
 def test_what_is_not_planned_is_exploratory_and_not_corrected(study, tmp_path):
     experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
     text = write_report(experiment, done, tmp_path)

@@ -77,7 +77,10 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
         if known
         else "equivalent: never, as the experiment gives no margin"
     )
-    yield "undecided: neither"
+    unfinished = (
+        ", or not tested, since seeds or tasks of the plan are missing" if any(c.unfinished for c in found) else ""
+    )
+    yield f"undecided: neither{unfinished}"
     yield (
         "could find: the smallest true difference that as many seeds would find in four of five studies by the t-test "
         "at the strictest step of the correction, given the spread of the seeds' differences (pooled over the "
@@ -141,12 +144,14 @@ def format_comparisons(found: list[Comparison]) -> pd.DataFrame:
 
 
 def format_verdict(comparison: Comparison) -> str:
-    """Return a verdict with what it depends on: the margin, or that seeds are missing."""
+    """Return a verdict with what it depends on: the margin, or that seeds or tasks are missing."""
     verdict, difference = comparison.verdict, comparison.difference
     if np.isnan(difference.mean):
         return f"cannot be compared ({difference.test})"
     if verdict == EQUIVALENT:
         return f"{verdict} within {comparison.margin:g}"
+    if comparison.unfinished:
+        return f"{verdict}: {comparison.unfinished}"
     if verdict == UNDECIDED and difference.seeds < MIN_SEEDS:
         return f"{verdict}: under {MIN_SEEDS} seeds"
     if verdict == UNDECIDED and difference.p is None:

@@ -50,6 +50,8 @@ class Comparison:
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
         family: how many comparisons they are corrected for.
+        unfinished: of a planned one, how much of its seeds or tasks there is, unless it is all. It has no p: whoever
+            looks several times, and stops at what he likes, finds differences that are none.
         contrast: whether it sets several runs of one row against each other.
         spread: standard deviation of the seeds' differences in points, pooled over the comparisons of its `pool`,
             since that of a few seeds is hardly known.
@@ -68,6 +70,7 @@ class Comparison:
     p: float | None = None
     p_equivalent: float | None = None
     family: int = 1
+    unfinished: str = ""
     spread: float | None = None
     contrast: bool = False
 
@@ -125,22 +128,49 @@ def compare_cells(
     """Return every comparison. unlearned: models and tasks that are left out of means."""
     matches = [*iterate_matches(experiment, done), *iterate_contrasts(experiment, done)]
     means = list_mean_groups(matches, unlearned)
-    family = count_planned(experiment, done, unlearned)
+    plan = list_planned(experiment, done, unlearned)
+    family = len(plan)
     tested = {match: list(test_match(experiment, done, match, predictions, family)) for match in matches}
-    found = [comparison for some in tested.values() for comparison in some[:1]]
-    found += [average_over_tasks(experiment, {m: tested[m][0] for m in group}) for group in means.values()]
+    found = [mark_unfinished(some[0], plan.get(get_key(match)), 1) for match, some in tested.items()]
+    for key, group in means.items():
+        mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
+        found.append(mark_unfinished(mean, plan.get(key), len(group)))
     found = pool_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
     main, further = found[: len(tested) + len(means)], found[len(tested) + len(means) :]
     planned = correct_family([c for c in main if c.planned], family)
     return Comparisons(planned, [c for c in main if not c.planned], further, family)
 
 
-def count_planned(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> int:
-    """Return how many comparisons the experiment plans on these cells, whether or not their runs are finished."""
+def list_planned(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> dict[Key, tuple[int, int]]:
+    """Return the comparisons that the experiment plans on these cells, whether or not their runs are finished: of how
+    many tasks and seeds each is, by `get_key` or, for means, `get_row_key`."""
     whole = [cell if cell.result else pretend_finished(cell) for cell in done]
     matches = [*iterate_matches(experiment, whole), *iterate_contrasts(experiment, whole)]
-    means = [group[0] for group in list_mean_groups(matches, unlearned).values()]
-    return sum(is_planned(experiment, match) for match in [*matches, *means])
+    planned = [match for match in matches if is_planned(experiment, match)]
+    found = {get_key(match): (1, len(match.seeds)) for match in planned}
+    for key, group in list_mean_groups(planned, unlearned).items():
+        found[key] = len(group), len(set.intersection(*(set(match.seeds) for match in group)))
+    return found
+
+
+def get_row_key(match: Match | Contrast) -> Key:
+    """Return what the means over tasks have in common that a match belongs to: row, baseline and place."""
+    return match.label, match.baseline, tuple(match.place.items())
+
+
+def get_key(match: Match | Contrast) -> Key:
+    """Return what tells a match from the others."""
+    return *get_row_key(match), match.task.name
+
+
+def mark_unfinished(comparison: Comparison, plan: tuple[int, int] | None, tasks: int) -> Comparison:
+    """Return a planned comparison without its p-values if it is of fewer tasks or seeds than planned; any other one as
+    it is. plan: how many tasks and seeds are planned."""
+    if plan is None or not comparison.difference.by_seed:
+        return comparison
+    here = {"tasks": (tasks, plan[0]), "seeds": (len(comparison.difference.by_seed), plan[1])}
+    lacking = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
+    return replace(comparison, unfinished=", ".join(lacking), p=None, p_equivalent=None) if lacking else comparison
 
 
 def pretend_finished(cell: Outcome) -> Outcome:
@@ -267,8 +297,7 @@ def list_mean_groups(matches: list[Match | Contrast], unlearned: set[ModelTask])
     groups: dict[Key, list[Match | Contrast]] = {}
     for match in matches:
         if get_model_task(match.first) not in unlearned:
-            key = (match.label, match.baseline, tuple(match.place.items()))
-            groups.setdefault(key, []).append(match)
+            groups.setdefault(get_row_key(match), []).append(match)
     agreed = {key: some for key, some in groups.items() if len({match.task.is_lower_better() for match in some}) == 1}
     return {key: some for key, some in agreed.items() if len(some) > 1}
 
