@@ -1,6 +1,7 @@
 """The adapted layers against functional.delta_weight applied by hand in float64."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -108,10 +109,11 @@ def test_what_is_written_to_a_merged_weight_outlives_further_merges_and_copies()
         torch.testing.assert_close(layer_of(some).base_layer.weight.detach(), expected)
 
 
-def test_a_compiled_adapter_can_be_copied():
+@pytest.mark.parametrize("part", [factors_of, layer_of])
+def test_a_compiled_adapter_can_be_pickled(part):
     model = adapted(nn.Linear(IN, OUT), F_NOW).eval()
-    factors_of(model).compile(backend="eager")
-    twin, x = copy.deepcopy(model), torch.randn(2, IN)
+    part(model).compile(backend="eager")
+    twin, x = pickle.loads(pickle.dumps(model)), torch.randn(2, IN)
     assert torch.equal(twin(x), model(x))
 
 

@@ -318,9 +318,10 @@ def check_forward(model: PeftModel, settings: Settings, form: str) -> None:
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
     training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    kind = getattr(torch, settings.model.dtype)
-    in_training = torch.autocast(model.device.type, kind, enabled=kind.itemsize < 4)
-    for products in (in_training, autocast_products(model, settings, form)):
+    kind, ways = getattr(torch, settings.model.dtype), [autocast_products(model, settings, form)]
+    if kind.itemsize < 4:  # in float32 both are the same
+        ways.append(torch.autocast(model.device.type, kind))
+    for products in ways:
         with torch.random.fork_rng(devices), products:  # dropout draws random numbers
             model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
     model.train(training)
