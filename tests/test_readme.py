@@ -180,7 +180,6 @@ def list_rows(text: str) -> list[list[str]]:
         ("## The ratio of the two ranks", "ratio", 4),
         ("## Is each part worth", "frozen_groups", 12),
         ("## Gradients in bfloat16", "gradient_dtype", 2),
-        ("### On text generation", "gradient_dtype_e2e", 2),
         ("## Appendix: Figure 2", "rank_allocation_small", 12),
     ],
 )
