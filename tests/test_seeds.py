@@ -7,6 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
+from dual_lora.lab.present.document import Table
+from dual_lora.lab.report.comparison.blocks import iterate_power_blocks
+from dual_lora.lab.report.comparison.comparisons import Comparison, Comparisons, estimate_spreads
 from dual_lora.lab.statistics import calibration
 from dual_lora.lab.statistics.calibration import Scenario, calibrate_verdicts, find_misses, summarize_worst_cases
 from dual_lora.lab.statistics.compare import Difference
@@ -159,3 +162,18 @@ def test_what_breaks_a_promise_is_named():
     assert "called equivalent in 7.0%" in find_misses(pd.DataFrame([apart]))[0]
     summary = summarize_worst_cases(pd.DataFrame([row, apart]))
     assert summary.startswith("worst cases: equal methods called different 5.0%")
+
+
+def test_one_method_whose_runs_fail_does_not_widen_the_spread_of_another():
+    def compare(baseline: str, points: list[float]) -> Comparison:
+        return Comparison("ours", baseline, "glue/stsb", "pearson", {}, compared([p / 100 for p in points]), 100)
+
+    steady, failing = [0.5, -0.5, 0.5, -0.5, 0.0], [0.5, -0.5, 0.5, -0.5, 70.0]
+    found = estimate_spreads([compare("steady", steady), compare("failing", failing)])
+    assert [c.spread for c in found] == pytest.approx([0.5, np.std(failing, ddof=1)])
+    assert found[0].detectable < 1.5 < 50 < found[1].detectable
+    (table,) = (block for block in iterate_power_blocks(Comparisons(found, [], [], 2)) if isinstance(block, Table))
+    assert list(table.cells["comparison"]) == ["ours - steady", "ours - failing"]
+
+    few = estimate_spreads([compare("one", [0.0, 2.0]), compare("other", [0.0, 0.0]), *found])  # one task's, pooled
+    assert [c.spread for c in few[:2]] == pytest.approx([1.0, 1.0]) and few[2:] == found

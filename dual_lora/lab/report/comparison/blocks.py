@@ -83,8 +83,8 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
     yield f"undecided: neither{unfinished}"
     yield (
         "could find: the smallest true difference that as many seeds would find in four of five studies by the t-test "
-        "at the strictest step of the correction, given the spread of the seeds' differences (pooled over the "
-        "comparisons on a task), and by an interval over examples and seeds as wide as the one seen"
+        "at the strictest step of the correction, given the spread of the seeds' differences, and by an interval over "
+        "examples and seeds as wide as the one seen"
     )
     yield (
         "a mean over tasks, or over several sets that one training is scored on, is one observation a seed; means over "
@@ -121,7 +121,7 @@ def format_comparisons(found: list[Comparison]) -> pd.DataFrame:
         table[get_heading(key).replace("_", " ")] = frame[key].map(
             lambda value: format_value(None if pd.isna(value) else value)
         )
-    table["comparison"] = frame["method"] + " - " + frame["baseline"]
+    table["comparison"] = [c.name for c in found]
     table["difference"], low, high = (
         list(map(format_number, frame[key], styles)) for key in ("difference", "low", "high")
     )
@@ -192,24 +192,26 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
 
 
 def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
-    """Yield what smallest differences more seeds would find, by task, from the spread that was seen."""
-    pools: dict[Key, list[Comparison]] = {}
-    for c in [*found.planned, *found.exploratory]:
+    """Yield what smallest differences more seeds would find, from the spread that was seen: that of a comparison, or of
+    all that were pooled."""
+    pools: dict[tuple[Key, float], list[Comparison]] = {}
+    for c in found.planned or found.exploratory:
         if c.spread is not None:
-            pools.setdefault(c.pool, []).append(c)
+            pools.setdefault((c.pool, c.spread), []).append(c)
     lines = []
-    for (model, task, score), some in pools.items():
+    for ((model, task, score), spread), some in pools.items():
         ahead = sorted({max(MIN_SEEDS, *(c.difference.seeds for c in some)), *PLANNED_SEEDS})
         family = max(c.family for c in some)
-        known = {f"{n} seeds": f"{compute_detectable_difference(some[0].spread, n, family):.1f}" for n in ahead}
+        known = {f"{n} seeds": f"{compute_detectable_difference(spread, n, family):.1f}" for n in ahead}
         where = ({"model": model} if model else {}) | {"task": task, "score": score}
-        lines.append(where | {"corrected for": family, "spread": f"{some[0].spread:.2f}"} | known)
+        where |= {"comparison": some[0].name if len(some) == 1 else f"{len(some)} pooled"}
+        lines.append(where | {"corrected for": family, "spread": f"{spread:.2f}"} | known)
     if lines:
         yield Text("Power", heading=True)
         yield Table(
             pd.DataFrame(lines).fillna(MISSING),
             "The smallest difference, in points, that a paired t-test over so many seeds finds in four of five studies "
             "(two-sided, 0.05, at the strictest step of Holm's correction). The test on the predictions may ask for "
-            "more. Spread: standard deviation of the seeds' differences, pooled over the comparisons. Under "
-            f"{MIN_SEEDS} seeds no verdict is given.",
+            "more. Spread: standard deviation of the seeds' differences, pooled over a task's comparisons of fewer than "
+            f"{MIN_SEEDS} seeds, under which no verdict is given.",
         )

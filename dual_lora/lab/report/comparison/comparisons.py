@@ -53,8 +53,8 @@ class Comparison:
         unfinished: of a planned one, how much of its seeds or tasks there is, unless it is all. It has no p: whoever
             looks several times, and stops at what he likes, finds differences that are none.
         contrast: whether it sets several runs of one row against each other.
-        spread: standard deviation of the seeds' differences in points, pooled over the comparisons of its `pool`,
-            since that of a few seeds is hardly known.
+        spread: standard deviation of the seeds' differences in points. That of fewer than MIN_SEEDS seeds is hardly
+            known, so it is pooled over the comparisons of its `pool` with as few.
     """
 
     label: str
@@ -73,6 +73,11 @@ class Comparison:
     unfinished: str = ""
     spread: float | None = None
     contrast: bool = False
+
+    @property
+    def name(self) -> str:
+        """The two rows."""
+        return f"{self.label} - {self.baseline}"
 
     @functools.cached_property
     def seed_test(self) -> SeedTest | None:
@@ -135,7 +140,7 @@ def compare_cells(
     for key, group in means.items():
         mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
         found.append(mark_unfinished(mean, plan.get(key), len(group)))
-    found = pool_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
+    found = estimate_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
     main, further = found[: len(tested) + len(means)], found[len(tested) + len(means) :]
     planned = correct_family([c for c in main if c.planned], family)
     return Comparisons(planned, [c for c in main if not c.planned], further, family)
@@ -184,14 +189,18 @@ def is_planned(experiment: Experiment, match: Match | Contrast) -> bool:
     return isinstance(match, Contrast) or match.label in experiment.planned
 
 
-def pool_spreads(found: list[Comparison]) -> list[Comparison]:
-    """Return comparisons with their pooled spread."""
+def estimate_spreads(found: list[Comparison]) -> list[Comparison]:
+    """Return comparisons with their spread: methods differ in how often a run fails, so each has its own if it can."""
+    deviations = [c.seed_test.deviation if c.seed_test else None for c in found]
     variances: dict[Key, list[float]] = {}
-    for c in found:
-        if c.seed_test and c.seed_test.deviation is not None:
-            variances.setdefault(c.pool, []).append(c.seed_test.deviation**2)
-    spreads = {key: float(np.sqrt(np.mean(some))) for key, some in variances.items()}
-    return [replace(c, spread=spreads.get(c.pool)) for c in found]
+    for c, deviation in zip(found, deviations, strict=True):
+        if deviation is not None and c.difference.seeds < MIN_SEEDS:
+            variances.setdefault(c.pool, []).append(deviation**2)
+    pooled = {key: float(np.sqrt(np.mean(some))) for key, some in variances.items()}
+    return [
+        replace(c, spread=pooled.get(c.pool) if c.difference.seeds < MIN_SEEDS else deviation)
+        for c, deviation in zip(found, deviations, strict=True)
+    ]
 
 
 def test_match(

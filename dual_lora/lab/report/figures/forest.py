@@ -55,7 +55,7 @@ def find_reach(rows: list[Comparison]) -> float:
 def name_comparison(comparison: Comparison) -> str:
     """Return a comparison's name with its place in the table."""
     where = "".join(f", {get_heading(k).replace('_', ' ')} {format_value(v)}" for k, v in comparison.place.items())
-    return f"{comparison.label} - {comparison.baseline}{where}"
+    return f"{comparison.name}{where}"
 
 
 def draw_row(axes: Axes, comparison: Comparison, place: float, reach: float) -> None:
