@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         # The weight from before the first merge and the version of the merged one; in a list, since a parameter
         # assigned to an attribute would be registered.
         self._unmerged: list[tuple[Tensor, int | None]] = []
+        self._merged_factors: dict[str, DualLoraFactors] = {}  # as they were merged; in no module, so not trained
         self.has_plain_forward = quantization_backend is not None or has_plain_forward(self.get_base_layer())
 
     def update_layer(
@@ -113,12 +115,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
         Warns if ReLU(B A) has no positive entry left: such a layer no longer gets a gradient.
         """
-        factors = self.dual_lora_factors[adapter]
+        return self._compute_delta_weight(self.dual_lora_factors[adapter], adapter)
+
+    def _compute_delta_weight(self, factors: DualLoraFactors, adapter: str) -> Tensor:
         dW = factors.delta_weight()
         if factors.update_scale > 0 and not dW.any():
             warnings.warn(
                 "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it no longer gets a gradient.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return self._reshape_like_base_weight(dW, adapter)
 
@@ -143,12 +147,19 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Raise if merging would have no effect, or another than dW, on the layer's output.
 
         Raises:
-            ValueError: the base weight is computed from other tensors at every use, or has 8 bits an entry.
+            ValueError: the base weight is computed from other tensors at every use, has 8 bits an entry, or is
+                quantised in a way that PEFT cannot write.
         """
         base = self.get_base_layer()
-        if self._is_quantised():
+        if self._is_quantised() and self.quantization_backend.supports_merge:
             return
         weight = base._parameters.get("weight")
+        if self._is_quantised() or (weight is not None and not weight.is_floating_point()):
+            kind = self.quantization_backend.backend_name if self._is_quantised() else weight.dtype
+            raise ValueError(
+                f"cannot merge into {type(base).__name__}: PEFT {peft.__version__} cannot write a weight in {kind}; "
+                "leave the adapter unmerged, or load the base model without quantisation"
+            )
         if weight is not None and weight.is_floating_point() and weight.itemsize == 1:  # a scale lies elsewhere
             raise ValueError(
                 f"cannot merge into {type(base).__name__}: its weight is {weight.dtype}, scaled when it is used; "
@@ -182,7 +193,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         for factors in self.dual_lora_factors.values():
             factors.clear_cache()
         before = self._base_weight()
-        delta = self._sum_delta_weights(names, before.device)
+        factors = {name: self.dual_lora_factors[name] for name in names}
+        delta = self._sum_delta_weights(factors, before.device)
         target = self._apply_max_norm(before.to(delta.dtype)) + delta
         merged = target.to(before.dtype)
         if safe_merge:
@@ -194,6 +206,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
         self._set_base_weight(merged, replace=self.tied)
         self._unmerged.append((kept, self._weight_version()))
+        self._merged_factors |= {name: some.copy_values() for name, some in factors.items()}
         self.merged_adapters.extend(names)
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
             kind = "quantised" if self._is_quantised() else before.dtype
@@ -206,8 +219,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the weight from before the first merge.
 
-        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW is
-        subtracted instead.
+        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW, as it was
+        merged, is subtracted instead.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -215,6 +228,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         kept = self._pop_unmerged_weight()
         self._set_base_weight(kept, replace=isinstance(kept, nn.Parameter))
         self.merged_adapters.clear()
+        self._merged_factors.clear()
 
     def _pop_unmerged_weight(self) -> Tensor:
         """Return the weight from before the first merge, with what has been written to the merged one since."""
@@ -222,11 +236,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if version is None or version == self._weight_version():
             return kept
         weight = self._base_weight()
-        delta = self._sum_delta_weights(self.merged_adapters, weight.device)
+        delta = self._sum_delta_weights(self._merged_factors, weight.device)
         return (weight.to(delta.dtype) - delta).to(weight.dtype)
 
-    def _sum_delta_weights(self, names: list[str], device: torch.device) -> Tensor:
-        return sum(self.get_delta_weight(name).to(device) for name in names)
+    @torch.no_grad()
+    def _sum_delta_weights(self, factors: dict[str, DualLoraFactors], device: torch.device) -> Tensor:
+        return sum(self._compute_delta_weight(some, name).to(device) for name, some in factors.items())
 
     def _apply_max_norm(self, weight: Tensor) -> Tensor:
         """The base weight as the base layer's forward uses it."""
@@ -250,10 +265,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _base_weight(self) -> Tensor:
         if self._is_quantised():
             return self.quantization_backend.get_base_weight(self.get_base_layer())
-        weight = self.get_base_layer().weight
-        if not weight.is_floating_point():
-            raise NotImplementedError("merging into a quantised base layer needs peft >= 0.20")
-        return weight.data
+        return self.get_base_layer().weight.data
 
     def _set_base_weight(self, weight: Tensor, replace: bool) -> None:
         """Write into the base layer's parameter, or, with `replace`, put another in its place."""
@@ -282,7 +294,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict) -> None:
         """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
-        super().__setstate__({"uses": None, **state})
+        super().__setstate__({"uses": None, "_merged_factors": {}, **state})
         self._unmerged = [(kept, self._weight_version() if whole else WRITTEN) for kept, whole in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .bypass import find_use, watch_uses
 from .config import DualLoraConfig
+from .factors import TENSORS
 from .layer import DualLoraLayer, find_layer_class
 from .register import NAME
 from .warmup import describe_unfinished_ramp
@@ -100,7 +101,8 @@ class DualLoraModel(BaseTuner):
         """Check every layer before the first is merged, and warn about layers that will not be merged.
 
         Raises:
-            ValueError: a layer's weight is computed from other tensors, so that merging into it would have no effect.
+            ValueError: a layer's weight is computed from other tensors, so that merging into it would have no effect,
+                or cannot be written.
         """
         super()._check_merge_allowed()
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DualLoraLayer)}
@@ -204,8 +206,10 @@ class DualLoraModel(BaseTuner):
         """As in PEFT; warns of a pattern of ranks or alphas that matches nothing.
 
         Raises:
-            ValueError: fused_slices names a layer that is not adapted.
+            ValueError: the adapter has the name of a factor, or fused_slices names a layer that is not adapted.
         """
+        if adapter_name in TENSORS:  # saving another adapter, PEFT would leave out its factors of this name
+            raise ValueError(f"adapter_name={adapter_name!r}: every adapter has a tensor of that name; take another")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for field in ("fused_slices", "rank_pattern", "alpha_pattern"):
             for pattern in filter(self._matches_nothing, getattr(self.peft_config[adapter_name], field)):

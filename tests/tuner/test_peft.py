@@ -112,6 +112,17 @@ def test_save_and_load(tmp_path):
         assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("name", ["A", "D", "step"])
+def test_an_adapter_with_the_name_of_a_factor_is_refused(name):
+    """PEFT would leave the factors of that name out of every other adapter that it saves."""
+    model = adapted(llama())
+    with pytest.raises(ValueError, match=f"adapter_name='{name}': .* take another"):
+        model.add_adapter(name, DualLoraConfig())
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="take another"):
+        get_peft_model(llama(), DualLoraConfig(), adapter_name=name)
+
+
 def test_the_model_card_says_how_to_load(tmp_path):
     model = adapted(llama())
     model.add_adapter("second", DualLoraConfig(r=4))

@@ -88,3 +88,15 @@ def test_4_bit_merge_of_a_usual_dW_warns_that_it_is_rounded_away():
     before = copy.deepcopy(layer_of(model).get_base_layer().weight.data)
     model.unmerge_adapter()
     assert not torch.equal(layer_of(model).get_base_layer().weight.data, before)
+
+
+@pytest.mark.parametrize("kind", [bnb.nn.Embedding8bit, bnb.nn.Embedding4bit])
+def test_a_quantised_embedding_is_adapted_and_merging_into_it_refused(kind):
+    base, ids = kind(WIDTH, WIDTH), torch.arange(4)
+    base.load_state_dict(nn.Embedding(WIDTH, WIDTH).state_dict())
+    model = adapted(base.to("cpu"), f=0.8).eval()
+    with model.disable_adapter():
+        y = model(ids)
+    torch.testing.assert_close(model(ids), y + layer_of(model).get_delta_weight("default")[ids])
+    with pytest.raises(ValueError, match=f"layer: cannot merge into {kind.__name__}: PEFT .* cannot write"):
+        model.merge_adapter()
