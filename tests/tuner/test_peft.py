@@ -112,6 +112,29 @@ def test_save_and_load(tmp_path):
         assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_tokens_train_along(tied, tmp_path):
+    base = llama(tie_word_embeddings=tied)
+    model = adapted(copy.deepcopy(base), target_modules=["q_proj"], trainable_token_indices=[int(IDS[0, 0])])
+    without = logits(model)
+    (delta,) = (p for n, p in model.named_parameters() if "trainable_tokens_delta" in n and p.requires_grad)
+    with torch.no_grad():
+        delta.add_(0.5)
+    expected = logits(model)
+    assert not torch.allclose(expected[0], without[0], atol=1e-3)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(again), expected)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(base))
+    torch.testing.assert_close(logits(again.merge_and_unload()), expected)
+
+
+def test_single_tokens_of_an_adapted_embedding_are_refused():
+    with pytest.raises(TypeError, match="trainable_token_indices cannot be applied"):
+        adapted(llama(), target_modules=["embed_tokens"], trainable_token_indices=[1])
+
+
 @pytest.mark.parametrize("name", ["A", "D", "step"])
 def test_an_adapter_with_the_name_of_a_factor_is_refused(name):
     """PEFT would leave the factors of that name out of every other adapter that it saves."""
