@@ -15,6 +15,8 @@ from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
 
 # A merge that rounds away more of dW than this warns.
 MAX_ROUNDING = 0.1
+# As bitsandbytes does on CPUs with AVX512-BF16; `DualLoraModel._prepare_model` prevents it.
+PACKED = "its 4-bit weight was packed for this CPU in an evaluation without an adapter"
 WRITTEN = -1  # in place of a weight's version: it was written to since it was merged
 
 
@@ -148,9 +150,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: the base weight is computed from other tensors at every use, has 8 bits an entry, or is
-                quantised in a way that PEFT cannot write.
+                quantised in a way that PEFT cannot read or write.
         """
         base = self.get_base_layer()
+        if is_packed(base):
+            raise ValueError(f"cannot merge into {type(base).__name__}: {PACKED}; load the base model anew to merge")
         if self._is_quantised() and self.quantization_backend.supports_merge:
             return
         weight = base._parameters.get("weight")
@@ -314,7 +318,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         adapter_names: one for each row of x, "__base__" for none; set by the model for a batch of mixed adapters.
 
         Raises:
-            ValueError: adapter_names has another length than x, or adapters are merged.
+            ValueError: adapter_names has another length than x, adapters are merged, or x needs a gradient through a
+                4-bit weight that gives none.
         """
         self._note_call()
         if adapter_names is not None:
@@ -328,6 +333,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
         if not self.has_plain_forward and names:
             return self._forward_whole_weight(x, names, *args, **kwargs)
+        trains = self._is_quantised() and torch.is_grad_enabled() and x.requires_grad
+        if trains and is_packed(self.get_base_layer()):
+            raise ValueError(f"{PACKED}, and gives no gradient; load the base model anew to train on it")
         result = self.base_layer(x, *args, **kwargs)
         if self._is_quantised():
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -545,6 +553,12 @@ def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLo
     if quantization_backend is not None:
         return Linear if quantization_backend.layer_type == "linear" else None
     return next((cls for kind, cls in ADAPTED.items() if isinstance(base_layer, kind)), None)
+
+
+def is_packed(base_layer: nn.Module) -> bool:
+    """Whether bitsandbytes has put a 4-bit weight in an order in which PEFT cannot read it and it gives no gradient."""
+    quant_state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    return getattr(quant_state, "packing_format_for_cpu", False)
 
 
 def has_plain_forward(base_layer: nn.Module) -> bool:

@@ -53,6 +53,9 @@ class DualLoraModel(BaseTuner):
         self._tied_embeddings = _find_shared_weights(m for m in model.modules() if isinstance(m, nn.Embedding))
         self._partly_called: list[str] = []
         self._reused = _find_reused_modules(model)
+        for module in model.modules():  # bitsandbytes' 4-bit layers: see `layer.is_packed`
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         self._unwatched = {True, False}  # modes (training or not) in which no forward has been watched yet
 
     def _check_target_module_compatiblity(self, peft_config: DualLoraConfig, model: nn.Module, target_name: str):
