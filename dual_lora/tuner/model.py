@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from .bypass import find_use, watch_uses
@@ -90,6 +90,19 @@ class DualLoraModel(BaseTuner):
             if ramp is not None:
                 warned.add((name, occasion))
                 warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, *args, **kwargs):
+        """As in PEFT, which also saves the base weight of an adapted embedding: warns if adapters are merged there."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and m.merged}
+        embeddings = [name for name in layers if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        if embeddings:
+            warnings.warn(
+                f"Dual LoRA: {_list_names(embeddings)} merged while saving. Loaded with this base weight, the adapter "
+                "counts twice: call unmerge_adapter() before saving, or save with save_embedding_layers=False.",
+                stacklevel=4,
+            )
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

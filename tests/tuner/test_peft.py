@@ -4,12 +4,14 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -110,6 +112,21 @@ def test_save_and_load(tmp_path):
         again.load_adapter(tmp_path, "twice", low_cpu_mem_usage=low_cpu_mem_usage)
         again.set_adapter("twice")
         assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="asks the method since peft 0.21")
+def test_saving_a_merged_embedding_is_told_of(tmp_path):
+    base = llama()
+    model = adapted(copy.deepcopy(base), target_modules=["embed_tokens", "q_proj"])
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="embed_tokens is merged while saving"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*merged while saving")
+        model.unmerge_adapter()
+        model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
