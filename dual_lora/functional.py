@@ -84,15 +84,6 @@ class _Sign(torch.autograd.Function):
         x, ctx.ste = inputs
         if ctx.ste == "hardtanh":
             ctx.save_for_backward(x)
-            ctx.save_for_forward(x)
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, _):
-        # "clip" clips the gradient that arrives from the loss. Forward mode has none, so the tangent passes unchanged.
-        if ctx.ste == "hardtanh":
-            (x,) = ctx.saved_tensors
-            return tangent * (x.abs() <= 1)
-        return tangent.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -103,6 +94,24 @@ class _Sign(torch.autograd.Function):
             (x,) = ctx.saved_tensors
             grad = grad * (x.abs() <= 1)
         return grad, None
+
+
+class _SignWithTangent(_Sign):
+    """`_Sign` in forward mode too, which torch.compile cannot trace."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Sign.setup_context(ctx, inputs, output)
+        if ctx.ste == "hardtanh":
+            ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _):
+        # "clip" clips the gradient that arrives from the loss. Forward mode has none, so the tangent passes unchanged.
+        if ctx.ste == "hardtanh":
+            (x,) = ctx.saved_tensors
+            return tangent * (x.abs() <= 1)
+        return tangent.clone()
 
 
 STRAIGHT_THROUGH = ("clip", "identity", "hardtanh")
@@ -137,7 +146,7 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
         ValueError: another ste.
     """
     check_ste(ste)
-    return _Sign.apply(x, ste)
+    return (_Sign if torch.compiler.is_dynamo_compiling() else _SignWithTangent).apply(x, ste)
 
 
 def is_autocast_on(device_type: str) -> bool:

@@ -30,6 +30,8 @@ def test_size_and_direction_of_rows_are_told_apart():
     turned = torch.tensor([[4.0, -3.0], [0.0, 1.0]]) - W0
     found = measure_decomposition(W0, turned)
     assert found["magnitude_change"] == pytest.approx(0, abs=1e-12) and found["direction_change"] == pytest.approx(1)
+    empty = torch.zeros(2, 2)
+    assert measure_decomposition(empty, empty) == {"magnitude_change": 0.0, "direction_change": 0.0}
     with pytest.raises(ValueError, match="expected matrices of one shape"):
         measure_decomposition(W0, torch.ones(2, 3))
 

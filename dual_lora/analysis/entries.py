@@ -115,6 +115,7 @@ def measure_decomposition(W0: Tensor, dW: Tensor) -> dict[str, float]:
     before, after = W0.double(), W0.double() + dW.double()
     size = (after.norm(dim=1) - before.norm(dim=1)).abs()
     turn = 1 - torch.nn.functional.cosine_similarity(after, before, dim=1)
+    turn = torch.where(dW.bool().any(1), turn, 0.0)  # a row of zeros that stays one has not turned either
     return {"magnitude_change": size.mean().item(), "direction_change": turn.mean().item()}
 
 

@@ -69,13 +69,13 @@ def dual_linear(
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
     weight, out x in, and bias, out. ops: None for plain torch. dW: what `rebuild` gave for these factors and this
     scale, if the caller has it; it is read instead of rebuilt, to the same bits. Differentiable once, in reverse mode;
-    inside a transform of torch.func, which does not support such functions, plain autograd computes it.
+    inside a transform of torch.func or torch.export, which do not support such functions, plain autograd computes it.
 
     Raises:
         ValueError: unknown ste.
     """
     check_ste(ste)
-    if _is_transformed(x, A, B, C, D):
+    if _needs_autograd(x, A, B, C, D):
         return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
     types = gradient_types or GradientTypes()
     dW = None if ste == "hardtanh" else dW  # hardtanh's mask needs D C itself, not only its sign
@@ -87,13 +87,13 @@ def delta_weight(
 ) -> Tensor:
     """dW, out x in, as `dual_lora.functional.delta_weight` has it, keeping the factors only. Differentiable once.
 
-    Shapes, and what holds inside torch.func, as in `dual_linear`.
+    Shapes, and what holds inside torch.func and torch.export, as in `dual_linear`.
 
     Raises:
         ValueError: unknown ste.
     """
     check_ste(ste)
-    if _is_transformed(A, B, C, D):
+    if _needs_autograd(A, B, C, D):
         return functional.delta_weight(A, B, C, D, scale, ste=ste)
     return _DeltaWeight.apply(A, B, C, D, scale, ste, ops or TORCH)
 
@@ -242,10 +242,12 @@ class _DeltaWeight(torch.autograd.Function):
         return *ctx.ops.project(grad, *ctx.saved_tensors, ctx.ste), None, None, None
 
 
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Return whether a transform of torch.func (vmap, grad, jvp, ...) has wrapped one of the tensors."""
-    compiling = torch.compiler.is_compiling()
-    return not compiling and any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+def _needs_autograd(*tensors: Tensor) -> bool:
+    """Return whether only plain autograd can compute here: inside a transform of torch.func (vmap, grad, jvp, ...),
+    which wraps the tensors, or in torch.export, which unlike Dynamo looks into our functions."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_dynamo_compiling()
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
 
 def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

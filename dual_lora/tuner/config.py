@@ -76,6 +76,8 @@ class DualLoraConfig(PeftConfig):
         alpha_pattern: {module name or regex: lora_alpha}.
         layers_to_transform, layers_pattern: restrict target_modules to these layer indexes, as in LoRA.
         modules_to_save: further modules to train and save in full.
+        trainable_token_indices: ids of tokens whose embeddings to train and save, as in LoRA; a list is of the input
+            embedding, a dictionary of the modules it names. Such an embedding cannot be adapted as well.
 
     Raises:
         ValueError: on impossible or contradictory values.
@@ -109,6 +111,9 @@ class DualLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indexes to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings to train."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -154,6 +159,9 @@ class DualLoraConfig(PeftConfig):
         for name in ("fused_slices", "rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             _require(pattern is None or isinstance(pattern, Mapping), name, pattern, "a dictionary of modules")
+        tokens = self.trainable_token_indices
+        known = tokens is None or isinstance(tokens, list | Mapping)
+        _require(known, "trainable_token_indices", tokens, "None, a list of ids or a dictionary of such lists")
 
     def _resolve_ranks(self) -> None:
         if self.r is None:

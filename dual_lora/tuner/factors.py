@@ -4,6 +4,7 @@ One leaf module per adapter whose forward does the work, so that FSDP, which gat
 forward, sees every use of them.
 """
 
+import copy
 import math
 import weakref
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
 from .config import GROUPS, DualLoraConfig
 
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_dtype": "float32"}  # with any ste
+TENSORS = ("A", "B", "C", "D", "step", "update_scale")  # of one adapter on one layer
 MAX_DRAWS = 100  # attempts at initial factors that can train
 # All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
 ALL_FACTORS: weakref.WeakSet = weakref.WeakSet()
@@ -108,6 +110,15 @@ class DualLoraFactors(nn.Module):
     def weight(self) -> Tensor:
         """The tensor that PEFT's FSDP wrapping policy inspects to see whether a leaf module trains."""
         return self.C if "A" in self.frozen else self.A
+
+    def copy_values(self) -> "DualLoraFactors":
+        """Return factors of the present values, which nobody trains. Unlike a deep copy, they share all else, such as
+        hooks that hold offloaded weights."""
+        twin = copy.copy(self)
+        values = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        twin._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+        twin._buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return twin
 
     def freeze_group(self) -> None:
         """Stop the gradients of the group that does not train; PEFT starts those of all factors of an adapter."""
@@ -264,7 +275,8 @@ class DualLoraFactors(nn.Module):
         of an evaluation until one of the tensors it is computed from changes."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
-        replayed = torch.compiler.is_compiling() or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        replayed = traced or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
         keepable = self.caches_update and not replayed and not any(_is_untrackable(t) for t in parts)
         cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
         cache = self._cache  # read once: another thread may clear it

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
 
 # A merge that rounds away more of dW than this warns.
 MAX_ROUNDING = 0.1
+# As bitsandbytes does on CPUs with AVX512-BF16; `DualLoraModel._prepare_model` prevents it.
+PACKED = "its 4-bit weight was packed for this CPU in an evaluation without an adapter"
 WRITTEN = -1  # in place of a weight's version: it was written to since it was merged
 
 
@@ -51,6 +54,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         # The weight from before the first merge and the version of the merged one; in a list, since a parameter
         # assigned to an attribute would be registered.
         self._unmerged: list[tuple[Tensor, int | None]] = []
+        self._merged_factors: dict[str, DualLoraFactors] = {}  # as they were merged; in no module, so not trained
         self.has_plain_forward = quantization_backend is not None or has_plain_forward(self.get_base_layer())
 
     def update_layer(
@@ -113,12 +117,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
         Warns if ReLU(B A) has no positive entry left: such a layer no longer gets a gradient.
         """
-        factors = self.dual_lora_factors[adapter]
+        return self._compute_delta_weight(self.dual_lora_factors[adapter], adapter)
+
+    def _compute_delta_weight(self, factors: DualLoraFactors, adapter: str) -> Tensor:
         dW = factors.delta_weight()
         if factors.update_scale > 0 and not dW.any():
             warnings.warn(
                 "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it no longer gets a gradient.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return self._reshape_like_base_weight(dW, adapter)
 
@@ -143,12 +149,21 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Raise if merging would have no effect, or another than dW, on the layer's output.
 
         Raises:
-            ValueError: the base weight is computed from other tensors at every use, or has 8 bits an entry.
+            ValueError: the base weight is computed from other tensors at every use, has 8 bits an entry, or is
+                quantised in a way that PEFT cannot read or write.
         """
         base = self.get_base_layer()
-        if self._is_quantised():
+        if is_packed(base):
+            raise ValueError(f"cannot merge into {type(base).__name__}: {PACKED}; load the base model anew to merge")
+        if self._is_quantised() and self.quantization_backend.supports_merge:
             return
         weight = base._parameters.get("weight")
+        if self._is_quantised() or (weight is not None and not weight.is_floating_point()):
+            kind = self.quantization_backend.backend_name if self._is_quantised() else weight.dtype
+            raise ValueError(
+                f"cannot merge into {type(base).__name__}: PEFT {peft.__version__} cannot write a weight in {kind}; "
+                "leave the adapter unmerged, or load the base model without quantisation"
+            )
         if weight is not None and weight.is_floating_point() and weight.itemsize == 1:  # a scale lies elsewhere
             raise ValueError(
                 f"cannot merge into {type(base).__name__}: its weight is {weight.dtype}, scaled when it is used; "
@@ -182,7 +197,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         for factors in self.dual_lora_factors.values():
             factors.clear_cache()
         before = self._base_weight()
-        delta = self._sum_delta_weights(names, before.device)
+        factors = {name: self.dual_lora_factors[name] for name in names}
+        delta = self._sum_delta_weights(factors, before.device)
         target = self._apply_max_norm(before.to(delta.dtype)) + delta
         merged = target.to(before.dtype)
         if safe_merge:
@@ -194,6 +210,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
         self._set_base_weight(merged, replace=self.tied)
         self._unmerged.append((kept, self._weight_version()))
+        self._merged_factors |= {name: some.copy_values() for name, some in factors.items()}
         self.merged_adapters.extend(names)
         if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
             kind = "quantised" if self._is_quantised() else before.dtype
@@ -206,8 +223,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the weight from before the first merge.
 
-        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW is
-        subtracted instead.
+        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW, as it was
+        merged, is subtracted instead.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -215,6 +232,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         kept = self._pop_unmerged_weight()
         self._set_base_weight(kept, replace=isinstance(kept, nn.Parameter))
         self.merged_adapters.clear()
+        self._merged_factors.clear()
 
     def _pop_unmerged_weight(self) -> Tensor:
         """Return the weight from before the first merge, with what has been written to the merged one since."""
@@ -222,11 +240,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if version is None or version == self._weight_version():
             return kept
         weight = self._base_weight()
-        delta = self._sum_delta_weights(self.merged_adapters, weight.device)
+        delta = self._sum_delta_weights(self._merged_factors, weight.device)
         return (weight.to(delta.dtype) - delta).to(weight.dtype)
 
-    def _sum_delta_weights(self, names: list[str], device: torch.device) -> Tensor:
-        return sum(self.get_delta_weight(name).to(device) for name in names)
+    @torch.no_grad()
+    def _sum_delta_weights(self, factors: dict[str, DualLoraFactors], device: torch.device) -> Tensor:
+        return sum(self._compute_delta_weight(some, name).to(device) for name, some in factors.items())
 
     def _apply_max_norm(self, weight: Tensor) -> Tensor:
         """The base weight as the base layer's forward uses it."""
@@ -250,10 +269,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _base_weight(self) -> Tensor:
         if self._is_quantised():
             return self.quantization_backend.get_base_weight(self.get_base_layer())
-        weight = self.get_base_layer().weight
-        if not weight.is_floating_point():
-            raise NotImplementedError("merging into a quantised base layer needs peft >= 0.20")
-        return weight.data
+        return self.get_base_layer().weight.data
 
     def _set_base_weight(self, weight: Tensor, replace: bool) -> None:
         """Write into the base layer's parameter, or, with `replace`, put another in its place."""
@@ -282,7 +298,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict) -> None:
         """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
-        super().__setstate__({"uses": None, **state})
+        super().__setstate__({"uses": None, "_merged_factors": {}, **state})
         self._unmerged = [(kept, self._weight_version() if whole else WRITTEN) for kept, whole in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:
@@ -302,7 +318,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         adapter_names: one for each row of x, "__base__" for none; set by the model for a batch of mixed adapters.
 
         Raises:
-            ValueError: adapter_names has another length than x, or adapters are merged.
+            ValueError: adapter_names has another length than x, adapters are merged, or x needs a gradient through a
+                4-bit weight that gives none.
         """
         self._note_call()
         if adapter_names is not None:
@@ -316,6 +333,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
         if not self.has_plain_forward and names:
             return self._forward_whole_weight(x, names, *args, **kwargs)
+        trains = self._is_quantised() and torch.is_grad_enabled() and x.requires_grad
+        if trains and is_packed(self.get_base_layer()):
+            raise ValueError(f"{PACKED}, and gives no gradient; load the base model anew to train on it")
         result = self.base_layer(x, *args, **kwargs)
         if self._is_quantised():
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -533,6 +553,12 @@ def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLo
     if quantization_backend is not None:
         return Linear if quantization_backend.layer_type == "linear" else None
     return next((cls for kind, cls in ADAPTED.items() if isinstance(base_layer, kind)), None)
+
+
+def is_packed(base_layer: nn.Module) -> bool:
+    """Whether bitsandbytes has put a 4-bit weight in an order in which PEFT cannot read it and it gives no gradient."""
+    quant_state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    return getattr(quant_state, "packing_format_for_cpu", False)
 
 
 def has_plain_forward(base_layer: nn.Module) -> bool:

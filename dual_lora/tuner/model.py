@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from .bypass import find_use, watch_uses
 from .config import DualLoraConfig
+from .factors import TENSORS
 from .layer import DualLoraLayer, find_layer_class
 from .register import NAME
 from .warmup import describe_unfinished_ramp
@@ -52,6 +53,9 @@ class DualLoraModel(BaseTuner):
         self._tied_embeddings = _find_shared_weights(m for m in model.modules() if isinstance(m, nn.Embedding))
         self._partly_called: list[str] = []
         self._reused = _find_reused_modules(model)
+        for module in model.modules():  # bitsandbytes' 4-bit layers: see `layer.is_packed`
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         self._unwatched = {True, False}  # modes (training or not) in which no forward has been watched yet
 
     def _check_target_module_compatiblity(self, peft_config: DualLoraConfig, model: nn.Module, target_name: str):
@@ -88,6 +92,19 @@ class DualLoraModel(BaseTuner):
                 warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, *args, **kwargs):
+        """As in PEFT, which also saves the base weight of an adapted embedding: warns if adapters are merged there."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and m.merged}
+        embeddings = [name for name in layers if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        if embeddings:
+            warnings.warn(
+                f"Dual LoRA: {_list_names(embeddings)} merged while saving. Loaded with this base weight, the adapter "
+                "counts twice: call unmerge_adapter() before saving, or save with save_embedding_layers=False.",
+                stacklevel=4,
+            )
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Give a layer that stands under several names what was saved under one of them. PEFT 0.21 saves it under the
         first, and its warning of missing keys would name the others."""
@@ -100,7 +117,8 @@ class DualLoraModel(BaseTuner):
         """Check every layer before the first is merged, and warn about layers that will not be merged.
 
         Raises:
-            ValueError: a layer's weight is computed from other tensors, so that merging into it would have no effect.
+            ValueError: a layer's weight is computed from other tensors, so that merging into it would have no effect,
+                or cannot be written.
         """
         super()._check_merge_allowed()
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DualLoraLayer)}
@@ -204,8 +222,10 @@ class DualLoraModel(BaseTuner):
         """As in PEFT; warns of a pattern of ranks or alphas that matches nothing.
 
         Raises:
-            ValueError: fused_slices names a layer that is not adapted.
+            ValueError: the adapter has the name of a factor, or fused_slices names a layer that is not adapted.
         """
+        if adapter_name in TENSORS:  # saving another adapter, PEFT would leave out its factors of this name
+            raise ValueError(f"adapter_name={adapter_name!r}: every adapter has a tensor of that name; take another")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for field in ("fused_slices", "rank_pattern", "alpha_pattern"):
             for pattern in filter(self._matches_nothing, getattr(self.peft_config[adapter_name], field)):

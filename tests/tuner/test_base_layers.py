@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -498,3 +499,13 @@ def test_one_layer_that_cannot_merge_leaves_the_others_alone():
     with pytest.raises(ValueError, match="layer: cannot merge"):
         model.merge_adapter()
     assert torch.equal(first.weight, before) and not first.merged
+
+
+def test_one_layer_of_a_quantisation_that_peft_only_reads_leaves_the_others_alone():
+    model = get_peft_model(Both(), config(target_modules=["before", "layer"]))
+    first = model.base_model.model.before
+    layer_of(model).quantization_backend = SimpleNamespace(supports_merge=False, backend_name="gptq")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="layer: cannot merge into Linear: PEFT .* cannot write a weight in gptq"):
+            merge()
+    assert not first.merged

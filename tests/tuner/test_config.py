@@ -79,6 +79,7 @@ def test_rank_pattern_is_split_by_the_ratio_of_r1_and_r2():
         ({"alpha_pattern": {"q": "1"}}, r"^alpha_pattern\['q'\]='1'"),
         *(({"init_weights": value}, "^init_weights=.*: expected True or False") for value in ("pissa", None, 1)),
         ({"keep_update": "no"}, "^keep_update='no': expected True or False"),
+        ({"trainable_token_indices": 3}, "^trainable_token_indices=3: expected None, a list of ids"),
         ({"magnitude": ["relu"]}, r"^magnitude=\['relu'\]: expected one of relu"),
     ],
 )
@@ -113,6 +114,7 @@ EVERY_FIELD = {
     "layers_to_transform": [0, 2],
     "layers_pattern": ["h"],
     "modules_to_save": ["score"],
+    "trainable_token_indices": {"embed_tokens": [3, 5]},
 }
 
 

@@ -147,3 +147,12 @@ def test_batches_of_signs_clip_each_gradient():
 def test_the_rule_for_sigma_wants_positive_numbers(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
         init_std(**{"fan_in": 8, "r1": 2, "r2": 2, "alpha": 16, name: value})
+
+
+@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh"])
+def test_plain_autograd_compiles_to_one_graph(ste):
+    torch._dynamo.reset()
+    factors = [torch.randn(*shape, requires_grad=True) for shape in ((2, 6), (5, 2), (3, 6), (5, 3))]
+    compiled = torch.compile(delta_weight, backend="aot_eager", fullgraph=True)
+    found = [torch.autograd.grad(f(*factors, 0.7, ste=ste).square().sum(), factors) for f in (compiled, delta_weight)]
+    torch.testing.assert_close(*found)

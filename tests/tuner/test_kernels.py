@@ -190,3 +190,24 @@ def test_merged_and_functional_updates_agree():
     f = factors_of(model)
     expected = functional.delta_weight(f.A, f.B, f.C, f.D, f.scale)
     assert relative_error(layer_of(model).get_delta_weight("default"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+def test_the_adapted_layer_can_be_exported_with_gradients(kind):
+    model, x = adapted(KINDS[kind].base()).base_model.model, KINDS[kind].inputs()
+    exported = torch.export.export(model, (x,), strict=False).module()
+    for some in (model, exported):
+        some(x).square().sum().backward()
+    torch.testing.assert_close(exported(x), model(x))
+    of_exported = dict(exported.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(of_exported[name].grad, parameter.grad)
+
+
+def test_the_adapted_layer_can_be_traced():
+    model = adapted(nn.Linear(IN, OUT)).base_model.model.eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(3, IN))
+        x = torch.randn(5, IN)
+        torch.testing.assert_close(traced(x), model(x))

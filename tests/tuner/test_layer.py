@@ -109,6 +109,20 @@ def test_what_is_written_to_a_merged_weight_outlives_further_merges_and_copies()
         torch.testing.assert_close(layer_of(some).base_layer.weight.detach(), expected)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_is_subtracted_from_a_written_weight_is_what_was_merged(copied):
+    model = adapted(nn.Linear(IN, OUT), F_NOW)
+    expected = layer_of(model).base_layer.weight.detach() + 1
+    model.merge_adapter()
+    with torch.no_grad():
+        layer_of(model).base_layer.weight.add_(1)
+        factors_of(model).D.neg_()
+    set_update_scale(model, 0.3)
+    model = copy.deepcopy(model) if copied else model
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer_of(model).base_layer.weight.detach(), expected)
+
+
 @pytest.mark.parametrize("part", [factors_of, layer_of])
 def test_a_compiled_adapter_can_be_pickled(part):
     model = adapted(nn.Linear(IN, OUT), F_NOW).eval()

@@ -4,12 +4,14 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -110,6 +112,55 @@ def test_save_and_load(tmp_path):
         again.load_adapter(tmp_path, "twice", low_cpu_mem_usage=low_cpu_mem_usage)
         again.set_adapter("twice")
         assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.skipif(not hasattr(BaseTuner, "_get_adapter_state_dict"), reason="asks the method since peft 0.21")
+def test_saving_a_merged_embedding_is_told_of(tmp_path):
+    base = llama()
+    model = adapted(copy.deepcopy(base), target_modules=["embed_tokens", "q_proj"])
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="embed_tokens is merged while saving"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*merged while saving")
+        model.unmerge_adapter()
+        model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_tokens_train_along(tied, tmp_path):
+    base = llama(tie_word_embeddings=tied)
+    model = adapted(copy.deepcopy(base), target_modules=["q_proj"], trainable_token_indices=[int(IDS[0, 0])])
+    without = logits(model)
+    (delta,) = (p for n, p in model.named_parameters() if "trainable_tokens_delta" in n and p.requires_grad)
+    with torch.no_grad():
+        delta.add_(0.5)
+    expected = logits(model)
+    assert not torch.allclose(expected[0], without[0], atol=1e-3)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(again), expected)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(base))
+    torch.testing.assert_close(logits(again.merge_and_unload()), expected)
+
+
+def test_single_tokens_of_an_adapted_embedding_are_refused():
+    with pytest.raises(TypeError, match="trainable_token_indices cannot be applied"):
+        adapted(llama(), target_modules=["embed_tokens"], trainable_token_indices=[1])
+
+
+@pytest.mark.parametrize("name", ["A", "D", "step"])
+def test_an_adapter_with_the_name_of_a_factor_is_refused(name):
+    """PEFT would leave the factors of that name out of every other adapter that it saves."""
+    model = adapted(llama())
+    with pytest.raises(ValueError, match=f"adapter_name='{name}': .* take another"):
+        model.add_adapter(name, DualLoraConfig())
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="take another"):
+        get_peft_model(llama(), DualLoraConfig(), adapter_name=name)
 
 
 def test_the_model_card_says_how_to_load(tmp_path):

@@ -27,8 +27,9 @@ def eight_bit(linear):
     return layer.to("cpu")
 
 
-def four_bit(linear):
-    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+def four_bit(linear, compress_statistics=True):
+    options = {"compute_dtype": torch.float32, "quant_type": "nf4", "compress_statistics": compress_statistics}
+    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, **options)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")
 
@@ -36,9 +37,9 @@ def four_bit(linear):
 KINDS = {"8bit": eight_bit, "4bit": four_bit}
 
 
-def quantized_model(kind, **fields):
+def quantized_model(kind, options=(), **fields):
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    model = adapted(KINDS[kind](linear), f=0.8, **fields).eval()
+    model = adapted(KINDS[kind](linear, **dict(options)), f=0.8, **fields).eval()
     return model, torch.randn(8, WIDTH)
 
 
@@ -88,3 +89,55 @@ def test_4_bit_merge_of_a_usual_dW_warns_that_it_is_rounded_away():
     before = copy.deepcopy(layer_of(model).get_base_layer().weight.data)
     model.unmerge_adapter()
     assert not torch.equal(layer_of(model).get_base_layer().weight.data, before)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """A CPU on which bitsandbytes packs 4-bit weights at the first evaluation."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_4_bits_are_merged_and_give_a_gradient_after_an_evaluation(double, packs):
+    model, x = quantized_model("4bit", {"compress_statistics": double})
+    grads = []
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        model.train()(leaf).sum().backward()
+        grads.append(leaf.grad)
+        with torch.no_grad():
+            y = model.eval()(x)
+    assert torch.equal(*grads)
+    with torch.no_grad():
+        model.merge_adapter()
+        assert relative_error(model(x), y) < 0.2
+        model.unmerge_adapter()
+        assert relative_error(model(x), y) < 1e-3
+
+
+def test_4_bits_that_were_evaluated_without_an_adapter_are_for_evaluation_alone():
+    base, x = four_bit(nn.Linear(WIDTH, WIDTH, bias=False)).eval(), torch.randn(8, WIDTH)
+    state = base.weight.quant_state
+    with torch.no_grad():
+        y = base(x)
+    if not getattr(state, "packing_format_for_cpu", False):
+        pytest.skip("needs a CPU with AVX512-BF16")
+    model = adapted(base, f=0.8).eval()
+    with torch.no_grad():
+        assert relative_error(model(x) - y, x @ layer_of(model).get_delta_weight("default").T) < 1e-3
+    with pytest.raises(ValueError, match="layer: cannot merge into Linear4bit: its 4-bit weight was packed"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="gives no gradient; load the base model anew"):
+        model.train()(x.requires_grad_())
+
+
+@pytest.mark.parametrize("kind", [bnb.nn.Embedding8bit, bnb.nn.Embedding4bit])
+def test_a_quantised_embedding_is_adapted_and_merging_into_it_refused(kind):
+    base, ids = kind(WIDTH, WIDTH), torch.arange(4)
+    base.load_state_dict(nn.Embedding(WIDTH, WIDTH).state_dict())
+    model = adapted(base.to("cpu"), f=0.8).eval()
+    with model.disable_adapter():
+        y = model(ids)
+    torch.testing.assert_close(model(ids), y + layer_of(model).get_delta_weight("default")[ids])
+    with pytest.raises(ValueError, match=f"layer: cannot merge into {kind.__name__}: PEFT .* cannot write"):
+        model.merge_adapter()
