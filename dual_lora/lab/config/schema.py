@@ -29,6 +29,8 @@ GROUPS = ("model", "task", "method", "hardware")
 METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
 # Fields of method.peft that model/adapt.py fills in where they are null, as where they are not given.
 FILLED_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
+# Values of PEFT's `init_lora_weights` that change no base weight.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")
 # Defaults of task.checkpoint=best_loss, those of LLM-Adapters' and DoRA's scripts.
 VALIDATION_ROWS, VALIDATION_STEPS = 120, 80
 WANDB_MODES = ("online", "offline", "disabled")

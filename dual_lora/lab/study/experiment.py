@@ -231,7 +231,7 @@ class Experiment:
             for label, job in jobs:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
                     self.check_replaced(label, job | rest, rest)
-                    settings = load_settings(list(map("=".join, (job | rest).items())))
+                    settings = load_settings(list(map("=".join, (job | rest).items())), shared=True)
                     found += [
                         cell
                         for cell in self.create_seeded_cells(label, settings, "seed" in job | rest)
