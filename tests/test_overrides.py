@@ -226,6 +226,12 @@ IDLE = {
         "+method.peft.target_modules=[query]",
         "model.adapt=[q,v]",
     ): "model.adapt=['q', 'v']: method.peft.target_modules is used instead; drop one",
+    (
+        *ENCODER,
+        "method=lora",
+        "method.peft.peft_type=LN_TUNING",
+        "model.adapt=[q,v]",
+    ): "model.adapt=['q', 'v']: LN_TUNING adapts other modules; drop it",
     (*ENCODER, "method=full", "model.adapt=[q]"): "model.adapt=['q']: method full trains every weight",
     (*ENCODER, "method=full", "model.roles.q=x"): "model.roles.q=x: method full trains every weight",
     (*ENCODER, "model.revision=abc"): "model.revision=abc: tiny-roberta is read from this repository; drop it",

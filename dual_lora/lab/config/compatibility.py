@@ -11,7 +11,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dual_lora.lab.config.paths import find_choices, load_yaml
-from dual_lora.lab.config.schema import METHOD_SETTINGS, PLAIN_STARTS, Method, Settings, get_setting
+from dual_lora.lab.config.schema import (
+    METHOD_SETTINGS,
+    PLAIN_STARTS,
+    TYPES_OF_OTHER_MODULES,
+    Method,
+    Settings,
+    get_setting,
+)
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
@@ -253,6 +260,8 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
+    if key == "model.adapt" and (method.peft or {}).get("peft_type") in TYPES_OF_OTHER_MODULES:
+        return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as method.peft.target_modules"
     if key == "model.adapt" and (method.peft or {}).get("target_modules"):
         return "method.peft.target_modules is used instead; drop one"
     if key.startswith("task.options.") and settings.data_dir:

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.lab.config.outside.models import ALL_LINEAR
-from dual_lora.lab.config.schema import FILLED_FIELDS, Settings
+from dual_lora.lab.config.schema import FILLED_FIELDS, TYPES_OF_OTHER_MODULES, Settings
 from dual_lora.lab.errors import (
     UserError,
     get_first_line,
@@ -63,9 +63,6 @@ TASK_TYPES = {
     "regression": TaskType.SEQ_CLS,
     "generation": TaskType.CAUSAL_LM,
 }
-# PEFT types that adapt norms, embedding rows or whole blocks instead of linear layers. Unless the YAML names modules,
-# PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
-TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
 # Starts that PEFT computes from activations or gradients on training data. Without those it silently starts as plain
 # LoRA.
 DATA_STARTS = {"eva": "activations", "lora_ga": "gradients"}

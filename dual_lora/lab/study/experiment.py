@@ -8,7 +8,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
 (`run` is added to):
 
     title     heading of the report
-    run       overrides that every run shares; those of the scale come after
+    run       overrides that every run shares; those of the scale come after. Settings of training are left out of rows
+              in which nothing trains, epochs where there is train.max_steps
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
     cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
