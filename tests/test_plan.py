@@ -186,6 +186,25 @@ def test_what_cannot_be_planned_is_one_line(overrides, message, runs_folder):
         plan_run(Run.prepare(load_settings([*overrides, "plan=true"])))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=demo/sentiment", "task.head_dropout=0.3"], "task.head_dropout=0.3: a llama has no dropout before its"),
+        (["method=lora", "+method.peft.bias=all"], "method.peft.bias=all: tiny-llama has no such bias; drop it"),
+        (["method=lora", "+method.peft.target_parameters=[nothing.weight]"], "method.peft.target_parameters: 'nothing"),
+        (["task=commonsense", "eval.holdout=170420"], "plan: 170,420 rows are to be set apart, commonsense has 170,42"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(overrides, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        planned("model=tiny-llama", *overrides)
+
+
+@pytest.mark.parametrize("given", ["0.25", "null"])
+def test_a_plan_takes_a_dropout_that_the_head_has(given):
+    assert planned("model=tiny-roberta", "task=demo/sentiment", f"task.head_dropout={given}")["steps"] > 0
+
+
 def test_plans_and_runs_are_not_mixed(runs_folder):
     jobs = [load_settings([f"seed={seed}", "plan=true"]) for seed in (0, 1)]
     with pytest.raises(UserError, match="plan: true for all runs or for none"):

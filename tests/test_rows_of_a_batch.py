@@ -36,6 +36,7 @@ from transformers import (
     XLNetConfig,
 )
 
+from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.paths import BUNDLED
@@ -232,6 +233,30 @@ def test_a_model_that_does_not_mask_padding_takes_one_row_at_a_time(kind, head, 
     assert train_command([*words, "train.batch_size=1", "eval.batch_size=1"]) == 0
     (finished,) = runs_folder.glob("adhoc/*/result.json")
     assert json.loads(finished.read_text())["steps"] == 2
+
+
+def test_a_run_of_such_a_model_from_before_the_check_is_evaluated_with_a_warning(
+    tmp_path, runs_folder, monkeypatch, capsys
+):
+    folder = save_random_model(tmp_path / "fnet", MIX_PADDING["fnet"], AutoModelForSequenceClassification)
+    monkeypatch.setattr("dual_lora.lab.train.run.check_batches", lambda *_: None)
+    assert train_command([folder, "task=demo/sentiment", "method=full", *SHORT]) == 0
+    (run,) = runs_folder.glob("adhoc/*")
+    capsys.readouterr()
+    assert evaluate_command([f"run={run}"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: model=fnet: FNetForSequenceClassification lets padding change its outputs" in said
+    assert "take another model, or eval.batch_size=1\n" in said
+    evaluate_command([f"run={run}", "eval.batch_size=1"])
+    assert "warning: model=fnet" not in capsys.readouterr().err
+
+
+def test_a_model_of_which_nothing_trains_needs_single_rows_only_where_it_is_scored(tmp_path, runs_folder, capsys):
+    folder = save_random_model(tmp_path / "fnet", MIX_PADDING["fnet"], AutoModelForSequenceClassification)
+    words = [folder, "task=demo/sentiment", "method=none", "eval.max_examples=4", "wandb.mode=disabled"]
+    assert train_command(words) == 2
+    assert capsys.readouterr().err.endswith("take another model, or eval.batch_size=1\n")
+    assert train_command([*words, "eval.batch_size=1"]) == 0
 
 
 @pytest.mark.parametrize(("model", "task"), [("tiny-roberta", "demo/sentiment"), ("tiny-llama", "demo/restaurants")])

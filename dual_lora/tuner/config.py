@@ -56,7 +56,8 @@ class DualLoraConfig(PeftConfig):
             ablations: what a trained group adds to a random one. Frozen magnitudes keep dW at its initial size.
         kernel: how dW is computed; all give the same result. "eager" is plain autograd, "recompute" rebuilds dW in
             backward instead of storing it, "triton" does so with Triton kernels (plain torch if Triton is missing),
-            "auto" is the best one measured, now "recompute". Variants of magnitude and direction always use "eager".
+            "auto" is the best one measured, now "recompute". Variants of magnitude, direction and direction_dtype
+            always use "eager".
         weight_gradient_dtype: "bfloat16" takes G = dL/ddW, the product that the gradients of all four factors are
             computed from, in bfloat16 with float32 sums, where a linear layer computes in float32. None takes it in
             the layer's own dtype. Faster, not in the paper, and training on a processor or GPU without bfloat16 units
@@ -206,14 +207,14 @@ class DualLoraConfig(PeftConfig):
             _require(_is_positive(alpha), name, alpha, "a finite number above 0")
 
     def _check_kernel_options(self) -> None:
-        plain = self.kernel == "eager" or self.magnitude != "relu" or self.direction != "sign"
+        variant = (self.magnitude, self.direction, self.direction_dtype) != ("relu", "sign", "float32")
+        plain = self.kernel == "eager" or variant
+        variants = "kernel='eager' or another magnitude, direction or direction_dtype, which plain autograd computes"
         for name in ("weight_gradient_dtype", "input_gradient_dtype"):
             value = getattr(self, name)
             _require(value in GRADIENT_DTYPES, name, value, "None or 'bfloat16'")
-            without = "None with kernel='eager' or another magnitude or direction, which plain autograd computes"
-            _require(value is None or not plain, name, value, without)
-        without = "False with kernel='eager' or another magnitude or direction, which plain autograd computes"
-        _require(not (self.keep_update and plain), "keep_update", self.keep_update, without)
+            _require(value is None or not plain, name, value, f"None with {variants}")
+        _require(not (self.keep_update and plain), "keep_update", self.keep_update, f"False with {variants}")
 
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:

@@ -109,7 +109,9 @@ def test_which_devices_are_fast(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel": "eager"}, {"magnitude": "abs"}, {"direction": "tanh"}], ids=lambda o: next(iter(o))
+    "options",
+    [{"kernel": "eager"}, {"magnitude": "abs"}, {"direction": "tanh"}, {"direction_dtype": "bfloat16"}],
+    ids=lambda o: next(iter(o)),
 )
 def test_plain_autograd_has_no_such_products(options):
     with pytest.raises(ValueError, match="weight_gradient_dtype='bfloat16': expected None with kernel='eager'"):

@@ -60,6 +60,8 @@ def evaluate_command(argv: list[str]) -> int:
     asked = {"analyse=true": analyse == "true", "export=DIR": folder, "save_updates=FILE": updates_file}
     asked_names = [name for name, given in asked.items() if given]
     require(len(asked_names) < 2, f"{' and '.join(asked_names)}: one at a time")
+    scores = not asked_names or "eval.batch_size" not in values
+    require(scores, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
     check_plugins(Record(run).read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:

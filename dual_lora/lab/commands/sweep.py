@@ -87,10 +87,10 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     run: true: also analyse the runs that are not analysed yet, and mirror the report.
     """
     from dual_lora.lab.report.table import find_unreadable
-    from dual_lora.lab.report.write import mirror_report, write_report
+    from dual_lora.lab.report.write import choose_folder, mirror_report, write_report
 
     study = cells[0].settings.study
-    folder = paths.RUNS / experiment.find_report_study(study) / "report"
+    folder = choose_folder(experiment, cells, paths.RUNS / experiment.find_report_study(study))
     lost = experiment.analyse and run and not analyse_outcomes(experiment, find_outcomes(cells, study))
     # Without the lock, the older of two reports could be written last.
     with hold_lock(folder, wait=True), translate_write_errors(folder):

@@ -6,11 +6,19 @@ When a record is read, ineffective settings are not refused.
 
 import re
 from collections.abc import Collection
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dual_lora.lab.config.paths import find_choices, load_yaml
-from dual_lora.lab.config.schema import METHOD_SETTINGS, Method, Settings, get_setting
+from dual_lora.lab.config.schema import (
+    METHOD_SETTINGS,
+    PLAIN_STARTS,
+    TYPES_OF_OTHER_MODULES,
+    Method,
+    Settings,
+    get_setting,
+)
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 
@@ -19,6 +27,39 @@ GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "search", "length_penalty"
 GENERATION_SETTINGS |= {"loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
+# PEFT's name for no module at all: what an adapter has beside its modules (a head, biases) is all that may train.
+NO_MODULES = "dummy-target-modules"
+# Fields of PEFT's that have an effect where no module is adapted.
+MODULE_FREE_FIELDS = {"peft_type", "task_type", "inference_mode", "target_modules", "target_parameters"}
+MODULE_FREE_FIELDS |= {"modules_to_save", "bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
+# Fields of a method that trains a task's head at most.
+HEAD_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
+# What only training uses, beside all of `train`.
+TRAINING_SETTINGS = {"task.epochs", "task.batch_size", "task.warmup_ratio", "task.warmup_steps", "task.checkpoint"}
+TRAINING_SETTINGS |= {"task.validation_rows", "task.validation_steps", "task.loss_on_prompt", "task.label_smoothing"}
+TRAINING_SETTINGS |= {"task.head_dropout", "model.dropout", "eval.development_rows", "method.lr"}
+# The map that Dual LoRA's kernels compute.
+PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
+# Fields of PEFT's that no adapter here reads, and why.
+UNREAD_FIELDS = {
+    "fan_in_fan_out": "PEFT sets it by the class of each layer",
+    "use_qalora": "only layers quantised by GPTQ read it, which are not trained here",
+    "qalora_group_size": "only layers quantised by GPTQ read it, which are not trained here",
+    "megatron_config": "only layers of Megatron read it",
+    "megatron_core": "only layers of Megatron read it",
+    "use_effective_conv2d": "only convolutions read it, and layers here are linear",
+}
+# Fields of PEFT's that are read only where another one has a certain value: that field, the value, and what it is
+# where a method's file does not say.
+SWITCHES = {
+    "loftq_config": ("init_lora_weights", "loftq", True),
+    "corda_config": ("init_lora_weights", "corda", True),
+    "eva_config": ("init_lora_weights", "eva", True),
+    "lora_ga_config": ("init_lora_weights", "lora_ga", True),
+    "eps": ("coft", True, False),
+    "num_cayley_neumann_terms": ("use_cayley_neumann", True, True),
+    "sparse": ("very_sparse", False, False),
+}
 # What an adapter is drawn with and ramped up by: without effect where `init_from` brings a trained one at full scale.
 START_SETTINGS = {"ramp_share", "peft.init_weights", "peft.init_std", "peft.direction_init_std"}
 START_SETTINGS |= {"peft.scale_warmup_steps", "peft.scale_warmup_shape"}
@@ -62,11 +103,34 @@ def check_unused(settings: Settings, given: Collection[str], composed: DictConfi
     if settings.data_dir:
         check_data_dir(settings)
     for key in sorted(given):
-        reason = explain_unused_method(settings, key, composed) or explain_unused(settings, key, given)
+        reason = explain_replaced(settings, key) or explain_unused_method(settings, key, composed)
+        reason = reason or explain_unused(settings, key, given)
         if not reason:
             continue
         value, default = get_setting(settings, key), OmegaConf.select(composed, key)
         require(value in (None, default), f"{key}={value}: {reason}")
+
+
+def explain_replaced(settings: Settings, key: str) -> str | None:
+    """Return why a setting that the rows of a table may share has no effect on this run; None where it has one. Nothing
+    trains in some rows, and a few steps may replace the epochs of all."""
+    method, steps = settings.method, settings.train.max_steps
+    headless = adapts_nothing(method) and method.peft.get("modules_to_save") == []
+    if headless and (key.startswith("train.") or key in TRAINING_SETTINGS):
+        return f"nothing trains with method={method.name}; drop it"
+    if key in ("train.epochs", "task.epochs") and steps is not None:
+        return f"train.max_steps={steps} is used instead; drop one"
+    return None
+
+
+def adapts_no_module(method: Method) -> bool:
+    """Return whether a method is an adapter on no module."""
+    return (method.peft or {}).get("target_modules") == NO_MODULES
+
+
+def adapts_nothing(method: Method) -> bool:
+    """Return whether a method trains nothing but a task's head (`head_only`), or not even that (`none`)."""
+    return adapts_no_module(method) and method.peft.keys() <= HEAD_FIELDS
 
 
 def explain_unused_method(settings: Settings, key: str, composed: DictConfig) -> str | None:
@@ -77,6 +141,8 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
     own = OmegaConf.to_container(composed.method.peft, resolve=False) if composed.method.peft else {}
     if name == "name":
         return "it names what the method's file sets, not another method; take method=NAME"
+    if name in ("dropout", "peft.module_dropout") and (method.peft or {}).get("peft_type") == "OFT":
+        return "PEFT's OFT takes a dropout and applies none; drop it"
     if name in METHOD_SETTINGS and method.peft is not None:
         used = any(f"${{{key}}}" in str(value) for value in own.values())
         return None if used else f"method {method.name} has no {name}; drop it"
@@ -90,16 +156,67 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
         return "method.peft.scale_warmup_steps is used instead; drop one"
     if name == "lr" and settings.train.lr != method.lr:
         return f"train.lr={settings.train.lr} is used instead; drop one"
-    if name in START_SETTINGS and settings.init_from and method.peft is not None:
+    if name == "lr" and trains_head_alone(settings):
+        return f"only the head trains, at train.head_lr={settings.train.head_lr}; drop one"
+    starts = [fields.get("init_lora_weights") for fields in (own, method.peft or {})]
+    plain = name == "peft.init_lora_weights" and all(start in PLAIN_STARTS for start in starts)
+    if (name in START_SETTINGS or plain) and settings.init_from and method.peft is not None:
         return "init_from brings a trained adapter, which starts at full scale; drop it"
+    return explain_unread_field(settings, name)
+
+
+def trains_head_alone(settings: Settings) -> bool:
+    """Return whether nothing trains but the task's head, at a rate of its own."""
+    alone = adapts_nothing(settings.method) and not settings.method.peft.get("modules_to_save")
+    return alone and settings.train.head_lr is not None
+
+
+def explain_unread_field(settings: Settings, name: str) -> str | None:
+    """Return why an adapter of this run does not read a setting of the method, such as "peft.eps"; None if it does."""
+    method, field = settings.method, name.removeprefix("peft.").partition(".")[0]
+    peft = method.peft or {}
+    adapter_only = name.startswith("peft.") and field not in MODULE_FREE_FIELDS or name == "lr_ratio"
+    if adapter_only and adapts_no_module(method):
+        return f"method {method.name} adapts no module; drop it"
+    if not name.startswith("peft."):
+        return explain_idle_ramp(peft) if name == "ramp_share" else None
+    if field in UNREAD_FIELDS:
+        return f"{UNREAD_FIELDS[field]}; drop it"
+    switch, needed, default = SWITCHES.get(field, (field, None, None))
+    if needed is not None and peft.get(switch, default) != needed:
+        return f"only read with method.peft.{switch}={str(needed).lower()}; drop it, or set that"
+    if field in ("weight_gradient_dtype", "input_gradient_dtype") and settings.model.dtype != "float32":
+        return f"with model.dtype={settings.model.dtype} gradients are in 16 bits anyway; drop it"
+    return explain_unread_dual_lora(method, field)
+
+
+def explain_unread_dual_lora(method: Method, field: str) -> str | None:
+    """Return why Dual LoRA does not read a field of its configuration; None where it does, and for other methods."""
     peft = method.peft or {}
     ramp = method.ramp_share if peft.get("scale_warmup_steps") is None else peft["scale_warmup_steps"]
-    if name == "peft.scale_warmup_shape" and ramp == 0:
+    if field in ("scale_warmup_steps", "scale_warmup_shape") and (why := explain_idle_ramp(peft)):
+        return why
+    if field == "scale_warmup_shape" and ramp == 0:
         return "there is no ramp for it to shape; drop it, or give a ramp"
-    if name == "peft.direction_init_std" and peft.get("freeze") == "direction":
+    signs = peft.get("direction") in (None, "sign")
+    if field == "direction_init_std" and peft.get("freeze") == "direction" and signs:
         return "the size of C and D, which do not train, changes no sign; drop it"
+    if field == "kernel" and peft["kernel"] not in ("auto", "eager") and (variant := find_variant(peft)):
+        return f"method.peft.{variant}={peft[variant]} is computed by plain autograd; drop one"
     idle_sign = explain_idle_sign(method)
-    return f"only the gradient of Sign uses it, and {idle_sign}; drop one" if name == "peft.ste" and idle_sign else None
+    return f"only the gradient of Sign uses it, and {idle_sign}; drop one" if field == "ste" and idle_sign else None
+
+
+def explain_idle_ramp(peft: dict[str, Any]) -> str | None:
+    """Return why an update of Dual LoRA is not ramped up; None where it is."""
+    starts_full = peft.get("init_weights") is False
+    return "method.peft.init_weights=false starts at full scale; drop one" if starts_full else None
+
+
+def find_variant(peft: dict[str, Any]) -> str | None:
+    """Return the field that makes Dual LoRA another map than the paper's, which the kernels compute; None if none
+    does."""
+    return next((field for field, value in PAPERS_MAP.items() if peft.get(field, value) != value), None)
 
 
 def explain_idle_sign(method: Method) -> str | None:
@@ -115,6 +232,8 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
     model, task, train, method = settings.model, settings.task, settings.train, settings.method
     form, (group, _, name) = load_task(settings).form, key.partition(".")
     writes = form == "generation"
+    if key == "task.name":
+        return "it names what the task's file sets, not another task; take task=NAME"
     if group == "task" and name in GENERATION_SETTINGS and not writes:
         return f"{task.name} writes no text; drop it"
     if key in ("task.length_penalty", "task.search") and task.num_beams == 1:
@@ -131,12 +250,18 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"train.{name} is used instead; drop one"
     if key in ("model.hub", "model.revision") and (model.path or model.bundled):
         return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
+    if key in ("hardware.accelerator", "task.train_rows") and not settings.plan:
+        return "only a plan uses it; drop it, or add plan=true"
+    if key == "train.lr" and trains_head_alone(settings):
+        return f"only the head trains, at train.head_lr={train.head_lr}; drop one"
     if key.startswith("model.architecture") and not settings.plan:
         return "only a plan uses it, a run takes what the model's own folder says; drop it, or add plan=true"
     if key in ("model.head", "train.head_lr", "task.head_dropout") and writes:
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
+    if key == "model.adapt" and (method.peft or {}).get("peft_type") in TYPES_OF_OTHER_MODULES:
+        return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as method.peft.target_modules"
     if key == "model.adapt" and (method.peft or {}).get("target_modules"):
         return "method.peft.target_modules is used instead; drop one"
     if key.startswith("task.options.") and settings.data_dir:

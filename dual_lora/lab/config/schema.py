@@ -29,6 +29,11 @@ GROUPS = ("model", "task", "method", "hardware")
 METHOD_SETTINGS = ("rank", "alpha", "dropout", "magnitude_ratio", "r1", "r2")
 # Fields of method.peft that model/adapt.py fills in where they are null, as where they are not given.
 FILLED_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
+# PEFT types that adapt norms, embedding rows or whole blocks instead of linear layers. Unless the YAML names modules,
+# PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
+TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
+# Values of PEFT's `init_lora_weights` that change no base weight.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")
 # Defaults of task.checkpoint=best_loss, those of LLM-Adapters' and DoRA's scripts.
 VALIDATION_ROWS, VALIDATION_STEPS = 120, 80
 WANDB_MODES = ("online", "offline", "disabled")

@@ -69,12 +69,15 @@ def probe_padding(
 def check_batches(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> None:
-    """Refuse a model, before it is trained, whose outputs for a row depend on the rows beside it. Some rows will do.
+    """Refuse a model whose outputs for a row depend on the rows beside it, before it is trained, or scored if nothing
+    of it trains. Some rows will do.
 
     Raises:
         UserError: with the model and its class.
     """
-    base, alone = unwrap_adapter(model), settings.train.batch_size == settings.eval.batch_size == 1
+    trains = any(weight.requires_grad for weight in model.parameters())
+    base, sizes = unwrap_adapter(model), {"train.batch_size": settings.train.batch_size} if trains else {}
+    sizes |= {"eval.batch_size": settings.eval.batch_size}
     where = f"model={settings.model.name}: {type(base).__name__}"
     devices = [model.device] if model.device.type == "cuda" else []  # hashed attention draws random numbers
     with torch.random.fork_rng(devices), autocast_products(model, settings, task.form):
@@ -84,11 +87,11 @@ def check_batches(
                 f"{where} does not read the prompts of a batch, through a key-value cache, as it reads each alone; "
                 "take another model",
             )
-        elif not alone:
+        elif max(sizes.values()) > 1:
             require(
                 probe_padding(model, tokenizer, encode_sentences(tokenizer, rows, settings)),
                 f"{where} lets padding change its outputs, so they depend on the rows of a batch; take another model, "
-                "or train.batch_size=1 and eval.batch_size=1",
+                f"or {' and '.join(f'{name}=1' for name in sizes)}",
             )
 
 

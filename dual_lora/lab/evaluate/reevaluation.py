@@ -1,5 +1,7 @@
 """A finished run evaluated again, from its record alone."""
 
+import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ from transformers import PreTrainedModel, set_seed
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import require, translate_memory_errors, translate_read_errors
+from dual_lora.lab.errors import UserError, require, translate_memory_errors, translate_read_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.load import (
     cast_trained_to_float32,
@@ -24,7 +27,7 @@ from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import RERUN_REMEDY, Record
 from dual_lora.lab.record.summary import format_comparison
-from dual_lora.lab.system.distributed import join_processes, share_from_first
+from dual_lora.lab.system.distributed import is_first_process, join_processes, share_from_first
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.memory import suggest_fewer_rows
 from tasks import Split, Task
@@ -32,7 +35,8 @@ from tasks import Split, Task
 
 def reevaluate_run(settings: Settings, record: Record) -> int:
     """Evaluate a run again and print the scores beside the recorded ones, also into evaluation.json. Return 0 if every
-    digit is equal, else 1.
+    digit is equal, else 1. Print a warning where the scores depend on the rows of a batch: training refuses such a
+    model today, but did not always.
 
     Raises:
         UserError: the run is not finished, cannot be loaded, or the rows are not those it was evaluated on.
@@ -46,6 +50,12 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     move_to_device(model)
     if stored.get("merged"):
         merge_adapter(model)
+    model.requires_grad_(False)  # of a run, only its evaluation is done again
+    try:
+        check_batches(model, tokenizer, task, list(islice(next(iter(splits.values())).rows, PROBE_ROWS)), settings)
+    except UserError as error:
+        if is_first_process():
+            print(f"warning: {error}", file=sys.stderr)
     with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
         metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
     print(format_comparison(task, stored, metrics, record))

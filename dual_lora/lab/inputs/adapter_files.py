@@ -6,7 +6,7 @@ from typing import Any
 
 from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.config.paths import resolve_path
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import PLAIN_STARTS, Settings
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.system.files import read_json_object
 
@@ -19,8 +19,6 @@ HARMLESS_FIELDS |= {"target_modules", "exclude_modules", "modules_to_save", "tar
 HARMLESS_FIELDS |= {"layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2", "magnitude_ratio"}
 HARMLESS_FIELDS |= {"lora_dropout", "module_dropout", "vera_dropout", "randlora_dropout", "rank_dropout"}
 HARMLESS_FIELDS |= {"scale_warmup_steps", "kernel", "ste", "init_std", "direction_init_std", "init_weights"}
-# Values of `init_lora_weights` that change no base weight.
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")
 
 
 def find_adapter(settings: Settings) -> Path | None:

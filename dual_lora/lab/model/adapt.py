@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.lab.config.outside.models import ALL_LINEAR
-from dual_lora.lab.config.schema import FILLED_FIELDS, Settings
+from dual_lora.lab.config.schema import FILLED_FIELDS, TYPES_OF_OTHER_MODULES, Settings
 from dual_lora.lab.errors import (
     UserError,
     get_first_line,
@@ -63,9 +63,6 @@ TASK_TYPES = {
     "regression": TaskType.SEQ_CLS,
     "generation": TaskType.CAUSAL_LM,
 }
-# PEFT types that adapt norms, embedding rows or whole blocks instead of linear layers. Unless the YAML names modules,
-# PEFT chooses them: on the linear layers of `model.adapt` these types would not be the method that their name says.
-TYPES_OF_OTHER_MODULES = {"LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW"}
 # Starts that PEFT computes from activations or gradients on training data. Without those it silently starts as plain
 # LoRA.
 DATA_STARTS = {"eva": "activations", "lora_ga": "gradients"}
@@ -229,8 +226,8 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
 
 
 def check_named_modules(model: torch.nn.Module, settings: Settings, form: str) -> None:
-    """Refuse names and patterns of modules in the settings that match nothing in the model with its method: they would
-    have no effect, which neither transformers nor PEFT reports.
+    """Refuse names and patterns of modules in the settings that match nothing in the model with its method, and biases
+    to train that it does not have: they would have no effect, which neither transformers nor PEFT reports.
 
     Raises:
         UserError: with the name, and those that there are.
@@ -243,8 +240,11 @@ def check_named_modules(model: torch.nn.Module, settings: Settings, form: str) -
     adapted = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
     if adapted:
         check_adapted_roles(model, settings)
+    if isinstance(model, PeftModel):
+        check_trained_biases(model, settings)
     for key, value in (settings.method.peft or {}).items() if adapted else ():
         known = modules if key in ("exclude_modules", "modules_to_save") else adapted
+        known = model.base_model.targeted_parameter_names if key == "target_parameters" else known
         for pattern in list_patterns(key, value):
             found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in known)
             require(found, f"method.peft.{key}: {pattern!r} matches no module; {suggest_modules(pattern, known)}")
@@ -269,15 +269,29 @@ def check_adapted_roles(model: PeftModel, settings: Settings) -> None:
         require(found, f"model.roles.{role}: {pattern!r} matches no module; {suggest_modules(pattern, named)}")
 
 
+def check_trained_biases(model: PeftModel, settings: Settings) -> None:
+    """Refuse to train biases beside an adapter where the model, or the layers that are adapted, have none.
+
+    Raises:
+        UserError: with the setting.
+    """
+    kind, asked = settings.method.peft["peft_type"], settings.method.peft.get("bias") or "none"
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad and name.endswith(".bias")]
+    found = any(is_base_weight(name, kind) and "modules_to_save" not in name.split(".") for name in trained)
+    require(found or asked == "none", f"method.peft.bias={asked}: {settings.model.name} has no such bias; drop it")
+
+
 def list_patterns(key: str, value: Any) -> list[str]:
-    """Return the names and regular expressions of modules that a field of PEFT's holds; [] for other fields."""
+    """Return the names and regular expressions of modules, or weights, that a field of PEFT's holds; [] for other
+    fields."""
     if key.endswith("_pattern") and isinstance(value, dict):
         return list(value)
     if key == "layers_to_transform" and value is not None:
         return [rf"{layer}\..*" for layer in (value if isinstance(value, list) else [value])]
     if key == "exclude_modules" and isinstance(value, str):
         return [value]
-    return value if isinstance(value, list) and (key.endswith("_modules") or key == "modules_to_save") else []
+    named = key.endswith("_modules") or key in ("modules_to_save", "target_parameters")
+    return value if isinstance(value, list) and named else []
 
 
 def suggest_modules(name: str, modules: list[str]) -> str:

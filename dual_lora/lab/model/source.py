@@ -79,9 +79,6 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
         config = copy.deepcopy(read_config(**locate_model(settings)))
         config.update(get_head_options(task))
         set_dropout(config, settings)
-    field = find_head_dropout_field(config)
-    if settings.task.head_dropout is not None and field:  # `check_head_dropout` refuses what has no effect
-        config.update({field: settings.task.head_dropout})
     return config
 
 
@@ -93,21 +90,22 @@ def find_head_dropout_field(config: PreTrainedConfig) -> str | None:
 
 
 def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
-    """Set every dropout within the base model to `model.dropout`, if that is given. The head keeps its own, where the
-    configuration has a field for it.
+    """Set every dropout within the base model to `model.dropout`, and that before the head to `task.head_dropout`, if
+    they are given. Otherwise the head keeps its own, where the configuration has a field for it.
 
     Raises:
-        UserError: the model has none.
+        UserError: the base model has none.
     """
-    chosen = settings.model.dropout
-    if chosen is None:
-        return
-    names = [name for name, value in config.to_dict().items() if is_dropout(name) and isinstance(value, int | float)]
-    require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
-    field = find_head_dropout_field(config)
-    if field and getattr(config, field, None) is None:  # then the head would take the base model's
-        config.update({field: getattr(config, "hidden_dropout_prob", None)})
-    config.update(dict.fromkeys(names, chosen))
+    chosen, field = settings.model.dropout, find_head_dropout_field(config)
+    if chosen is not None:
+        values = config.to_dict().items()
+        names = [name for name, value in values if is_dropout(name) and isinstance(value, int | float)]
+        require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
+        if field and getattr(config, field, None) is None:  # then the head would take the base model's
+            config.update({field: getattr(config, "hidden_dropout_prob", None)})
+        config.update(dict.fromkeys(names, chosen))
+    if settings.task.head_dropout is not None and field:  # `check_head_dropout` refuses what has no effect
+        config.update({field: settings.task.head_dropout})
 
 
 def is_dropout(name: str) -> bool:

@@ -22,7 +22,7 @@ from dual_lora.lab.record.identity import NOT_IDENTITY, serialize_identity_setti
 MAX_ROUNDS = 4
 PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is, unless it looks like a number, true or null
 # What a command leaves out: where files are, and what changes neither the result nor the log.
-LEFT_OUT = {"wandb", "seed", "study", "data_dir", "init_from", "force", "plan"}
+LEFT_OUT = {"wandb", "seed", "study", "data_dir", "init_from", "force", "plan", "hardware.accelerator"}
 LEFT_OUT |= {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys if not key.startswith("log_")}
 
 

@@ -1,6 +1,6 @@
 """The report of an experiment, from run records alone. The same records give the same bytes.
 
-runs/STUDY/report/
+runs/STUDY/report/ (or beside it, see `choose_folder`)
     table.md         verdicts, the table, further differences, published figures
     table.tex        its tables for LaTeX, with booktabs
     table.csv        every value of every run, with the command that makes it
@@ -10,7 +10,9 @@ runs/STUDY/report/
     .figures.json    which figures the report wrote, with their SHA-256; other files are left alone
 """
 
+import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +43,14 @@ from dual_lora.lab.report.protocol import iterate_protocol_blocks
 from dual_lora.lab.report.published import iterate_published_blocks, tabulate_published
 from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons, tabulate_adapters
 from dual_lora.lab.report.values import build_frame
-from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import Outcome
 from dual_lora.lab.system.files import read_json_object, write_text
 from dual_lora.lab.system.sealed import hash_file
 
+TABLE_FILE, VALUES_FILE = "table.md", "table.csv"
 DIFFERENCES_FILE, FIGURES_FILE = "differences.csv", ".figures.json"
+TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: whose it is
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,53 @@ class Findings:
         return cls(build_frame(experiment, done, unlearned), floors, unlearned, comparisons)
 
 
+def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Path:
+    """Return the folder that a report is written to: `report` in a study's folder. Another experiment's report there is
+    left alone, and so is one with runs that this one leaves out, because the command line chose some: then it is
+    `report_NAME_SCALE`, or `report_selection`."""
+    folder = study / "report"
+    if find_owner(folder) not in (None, (experiment.name, experiment.scale)):
+        folder = study / f"report_{experiment.name}_{experiment.scale}"
+    left_out = list_shown_places(experiment, folder) - list_places(experiment, cells)
+    return folder.with_name(f"{folder.name}_selection") if left_out else folder
+
+
+def find_owner(folder: Path) -> tuple[str, str] | None:
+    """Return the name and the scale of the experiment that a folder holds the report of; None if it holds none."""
+    try:
+        first = (folder / TABLE_FILE).read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, ValueError):
+        return None
+    found = TITLE_END.search(first)
+    return found and found.groups()
+
+
+def list_places(experiment: Experiment, cells: list[Cell]) -> set[tuple[str, ...]]:
+    """Return where in a table the values of cells stand, as text: what heads their row, label, column and seed."""
+    unknown = [Outcome(cell, None, None, None) for cell in cells]
+    return read_places(experiment, build_frame(experiment, unknown).to_csv(index=False))
+
+
+def list_shown_places(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
+    """Return where in a written report values of finished runs stand, as `list_places`; nowhere if it cannot be read,
+    or has other headings."""
+    try:
+        return read_places(experiment, (folder / VALUES_FILE).read_text(encoding="utf-8"), finished=True)
+    except (OSError, ValueError, KeyError):
+        return set()
+
+
+def read_places(experiment: Experiment, text: str, finished: bool = False) -> set[tuple[str, ...]]:
+    """Return the places of the runs in the text of a report's table.csv. finished: of those alone that have values.
+
+    Raises:
+        ValueError, KeyError: it is another file.
+    """
+    values = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    values = values[(values["run"] != "") & (values["value"] != "")] if finished else values
+    return set(values[[*experiment.rows, "label", "column", "seed"]].itertuples(index=False, name=None))
+
+
 def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> str:
     """Write the report below `folder` and return its Markdown.
 
@@ -79,12 +130,12 @@ def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> s
     blocks = list(iterate_blocks_of_report(experiment, done, folder, findings))
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = render_markdown([Text(title, heading=True), *blocks])
-    write_text(folder / "table.md", text)
+    write_text(folder / TABLE_FILE, text)
     write_text(folder / "table.tex", render_latex(blocks, experiment.study))
     write_text(folder / "report.html", render_html(blocks, title))
     commands = [build_command([done[i].settings]) if i >= 0 else "" for i in findings.values["cell"]]
     values = findings.values.drop(columns="cell").assign(command=commands)
-    write_text(folder / "table.csv", values.to_csv(index=False))
+    write_text(folder / VALUES_FILE, values.to_csv(index=False))
     write_text(folder / DIFFERENCES_FILE, tabulate_comparisons(findings.comparisons.all).to_csv(index=False))
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
@@ -156,13 +207,13 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
     wandb = done[0].settings.wandb
     if wandb.mode == "disabled":
         return
-    study = folder.parent.name
+    study, report = folder.parent.name, folder.name
     mirror = open_mirror(
         wandb.mode,
         project=wandb.project,
         entity=wandb.entity,
-        run_id=f"{study}-report",
-        name=f"{study} report",
+        run_id=f"{study}-{report}",
+        name=f"{study} {report}",
         group=study,
         job_type="report",
         tags=[experiment.name, experiment.scale],
@@ -173,7 +224,7 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
     tables = {"table": build_main_table(experiment, done, values, letter_reasons(values)).cells}
     tables |= {f"published/{name}": tabulate_published(paper.load_table(name)) for name in experiment.published}
     tables = {name: cells.astype(str) for name, cells in tables.items()}  # W&B takes one type a column
-    files = {"values": "table.csv", "differences": DIFFERENCES_FILE}
+    files = {"values": VALUES_FILE, "differences": DIFFERENCES_FILE}
     tables |= {name: pd.read_csv(folder / file) for name, file in files.items() if (folder / file).stat().st_size > 1}
     mirror.send_report(tables, {path.stem: path for path in sorted(folder.glob("*.png"))})
     mirror.finish()

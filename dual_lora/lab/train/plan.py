@@ -22,7 +22,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import check_named_modules, count_parameters
-from dual_lora.lab.model.load import explain_unshardable, unwrap_adapter
+from dual_lora.lab.model.load import check_head_dropout, explain_unshardable, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
 from dual_lora.lab.model.source import find_gguf_file
 from dual_lora.lab.record.record import Record
@@ -77,10 +77,16 @@ def make_plan(run: Run) -> dict[str, Any]:
 
 def compute_plan(settings: Settings) -> dict[str, Any]:
     """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
-    included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`."""
+    included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`.
+
+    Raises:
+        UserError: what a run would refuse of model, method and task, as far as no weight and no data is needed for it.
+    """
     task = load_task(settings)
     model = attach_to_meta_model(settings, task)
     check_named_modules(model, settings, task.form)
+    if task.form != "generation":
+        check_head_dropout(unwrap_adapter(model), settings)
     unshardable_reason = explain_unshardable(settings, task, type(unwrap_adapter(model)))
     train, hardware = settings.train, settings.hardware
     device = ACCELERATORS[hardware.accelerator]
@@ -153,12 +159,18 @@ def count_adapted_modules(model: torch.nn.Module) -> dict[str, int]:
 
 
 def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
-    """Return how many examples training sees an epoch, and whether they were counted in the data."""
+    """Return how many examples training sees an epoch, and whether they were counted in the data.
+
+    Raises:
+        UserError: more rows are set apart than there are.
+    """
     limit, known = settings.train.max_examples, settings.task.train_rows
     counted = known is None or settings.data_dir is not None
     if counted:
         return len(load_split(task, "train", settings).rows), counted
-    rest = known - settings.eval.reserved_rows - settings.task.validation_size
+    apart = settings.eval.reserved_rows + settings.task.validation_size
+    require(apart < known, f"plan: {apart:,} rows are to be set apart, {task.name} has {known:,}; set fewer apart")
+    rest = known - apart
     return min(rest, limit or rest), counted
 
 
