@@ -32,8 +32,7 @@ def trained(folder) -> dict[str, torch.Tensor]:
 def twice(model: str, *overrides: str) -> None:
     """Run the same twice, with draws and a changed number of draws before the second, and compare all that was made."""
     chosen = load_settings(
-        [f"model={model}", f"task={FAMILIES[model]}", *FEW, "wandb.mode=disabled", "force=true", *overrides],
-        shared=True,  # with method=none nothing trains
+        [f"model={model}", f"task={FAMILIES[model]}", *FEW, "wandb.mode=disabled", "force=true", *overrides]
     )
     record, found = Run.prepare(chosen).record, []
     for _ in range(2):

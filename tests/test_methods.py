@@ -58,8 +58,7 @@ def add_method(tmp_path, monkeypatch, runs_folder):
 
 
 def train(model: str, *overrides: str) -> tuple[Record, dict]:
-    words = [f"model={model}", f"task={TASKS[model]}", *SHORT, *WRITES[model], *overrides]
-    run = Run.prepare(load_settings(words, shared=True))  # with method=none nothing trains
+    run = Run.prepare(load_settings([f"model={model}", f"task={TASKS[model]}", *SHORT, *WRITES[model], *overrides]))
     return run.record, train_run(run)
 
 

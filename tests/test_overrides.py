@@ -288,12 +288,6 @@ IDLE = {
         "method.lr=1",
         "train.head_lr=2",
     ): "method.lr=1.0: only the head trains, at train.he",
-    (*ENCODER, "method=none", "train.lr=1"): "train.lr=1.0: nothing trains with method=none; drop it",
-    (*ENCODER, "method=none", "train={max_steps:5}"): "train.max_steps=5: nothing trains with method=none; drop it",
-    (*ENCODER, "method=none", "task.warmup_ratio=0.5"): "task.warmup_ratio=0.5: nothing trains with method=none",
-    (*ENCODER, "method=none", "model.dropout=0.5"): "model.dropout=0.5: nothing trains with method=none",
-    (*ENCODER, "train.epochs=5", "train.max_steps=3"): "train.epochs=5.0: train.max_steps=3 is used instead; drop one",
-    (*ENCODER, "task.epochs=5", "train.max_steps=3"): "task.epochs=5.0: train.max_steps=3 is used instead; drop one",
     (
         *ENCODER,
         "hardware.accelerator=h100-80gb",
@@ -353,11 +347,8 @@ def test_a_setting_without_effect_is_refused(words):
         [*ENCODER, "method=oft", "+method.peft.coft=true", "+method.peft.eps=1e-3"],
         [*ENCODER, "method=oft", "+method.peft.num_cayley_neumann_terms=3"],
         [*ENCODER, "method=loha", "method.dropout=0.1"],
-        [*ENCODER, "method=none", "eval.batch_size=4", "seed=3", "train.lr=1e-3"],  # the last as it is anyway
-        [*ENCODER, "method=none", "+method.peft.bias=all", "train.lr=1"],  # then the biases train
         [*ENCODER, "method=head_only", "train.lr=1"],
         [*ENCODER, "method=head_only", "+method.peft.bias=all", "train.lr=1", "train.head_lr=2"],
-        [*ENCODER, "train.epochs=5", "train.max_steps=null"],
         [*ENCODER, "+method.peft.freeze=direction", "+method.peft.direction=tanh", "+method.peft.direction_init_std=1"],
         [*ENCODER, "+method.peft.kernel=triton"],
         [*ENCODER, "+method.peft.kernel=eager", "+method.peft.direction=tanh"],

@@ -52,7 +52,7 @@ SHORT = ["train.max_steps=4", "eval.max_examples=8", "train.log_steps=1", "wandb
 
 
 def settings(model: str, *overrides: str):
-    return load_settings([f"model={model}", f"task={FAMILIES[model]}", *SHORT, *overrides], shared=True)
+    return load_settings([f"model={model}", f"task={FAMILIES[model]}", *SHORT, *overrides])
 
 
 def attached(model: str, method: str, *overrides: str):

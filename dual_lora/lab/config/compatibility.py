@@ -34,10 +34,6 @@ MODULE_FREE_FIELDS = {"peft_type", "task_type", "inference_mode", "target_module
 MODULE_FREE_FIELDS |= {"modules_to_save", "bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
 # Fields of a method that trains a task's head at most.
 HEAD_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
-# What only training uses, beside all of `train`.
-TRAINING_SETTINGS = {"task.epochs", "task.batch_size", "task.warmup_ratio", "task.warmup_steps", "task.checkpoint"}
-TRAINING_SETTINGS |= {"task.validation_rows", "task.validation_steps", "task.loss_on_prompt", "task.label_smoothing"}
-TRAINING_SETTINGS |= {"task.head_dropout", "model.dropout", "eval.development_rows", "method.lr"}
 # The map that Dual LoRA's kernels compute.
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 # Fields of PEFT's that no adapter here reads, and why.
@@ -103,24 +99,11 @@ def check_unused(settings: Settings, given: Collection[str], composed: DictConfi
     if settings.data_dir:
         check_data_dir(settings)
     for key in sorted(given):
-        reason = explain_replaced(settings, key) or explain_unused_method(settings, key, composed)
-        reason = reason or explain_unused(settings, key, given)
+        reason = explain_unused_method(settings, key, composed) or explain_unused(settings, key, given)
         if not reason:
             continue
         value, default = get_setting(settings, key), OmegaConf.select(composed, key)
         require(value in (None, default), f"{key}={value}: {reason}")
-
-
-def explain_replaced(settings: Settings, key: str) -> str | None:
-    """Return why a setting that the rows of a table may share has no effect on this run; None where it has one. Nothing
-    trains in some rows, and a few steps may replace the epochs of all."""
-    method, steps = settings.method, settings.train.max_steps
-    headless = adapts_nothing(method) and method.peft.get("modules_to_save") == []
-    if headless and (key.startswith("train.") or key in TRAINING_SETTINGS):
-        return f"nothing trains with method={method.name}; drop it"
-    if key in ("train.epochs", "task.epochs") and steps is not None:
-        return f"train.max_steps={steps} is used instead; drop one"
-    return None
 
 
 def adapts_no_module(method: Method) -> bool:

@@ -23,7 +23,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compatibility import check_compatibility, check_unused, explain_replaced
+from dual_lora.lab.config.compatibility import check_compatibility, check_unused
 from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
 from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
@@ -203,11 +203,8 @@ def choose_files(parsed: list[Override]) -> tuple[dict[str, str], list[Override]
     return chosen, [o for o in rest if o not in revisions]
 
 
-def load_settings(words: list[str], shared: bool = False) -> Settings:
+def load_settings(words: list[str]) -> Settings:
     """Compose and check one run's settings from its overrides.
-
-    shared: the overrides are those of a table's row, which shares some with all rows; where another setting of this row
-    replaces one (`explain_replaced`), it is left out.
 
     Raises:
         UserError: a value is missing, of the wrong type, impossible, or would have no effect.
@@ -226,8 +223,6 @@ def load_settings(words: list[str], shared: bool = False) -> Settings:
         settings = build_settings(config, given)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
-    if shared and any(explain_replaced(settings, o.key_or_group) for o in rest):
-        return load_settings([w for w in words if not explain_replaced(settings, parse_override(w).key_or_group)])
     check_unused(settings, given, composed)
     return settings
 

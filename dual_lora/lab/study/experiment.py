@@ -8,8 +8,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
 (`run` is added to):
 
     title     heading of the report
-    run       overrides that every run shares; those of the scale come after. Settings of training are left out of rows
-              in which nothing trains, epochs where there is train.max_steps
+    run       overrides that every run shares; those of the scale come after
     seeds     the seeds every cell is run with that names none itself
     blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
     cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
@@ -51,7 +50,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
-from dual_lora.lab.config.compatibility import explain_replaced
 from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
 from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
@@ -225,7 +223,6 @@ class Experiment:
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
-        reasons: dict[str, list[str | None]] = {}  # why an extra override has no effect, over all rows
         for more in (dict(map(split_override, words)) for words in parse_overrides(extra)):
             chosen = {key: value for key, value in more.items() if value in has.get(key, ())}
             rest = {key: value for key, value in more.items() if key not in chosen}
@@ -234,17 +231,13 @@ class Experiment:
             for label, job in jobs:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
                     self.check_replaced(label, job | rest, rest)
-                    settings = load_settings(list(map("=".join, (job | rest).items())), shared=True)
-                    for key, value in rest.items():
-                        reasons.setdefault(f"{key}={value}", []).append(explain_replaced(settings, key))
+                    settings = load_settings(list(map("=".join, (job | rest).items())))
                     found += [
                         cell
                         for cell in self.create_seeded_cells(label, settings, "seed" in job | rest)
                         if cell not in found
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
-        for word, known in reasons.items():
-            require(None in known, f"experiment={self.name} {word}: {known[0]}")
         self.check_places(found, extra)
         return self.add_sources(found, jobs, extra) if self.starts else found
 
