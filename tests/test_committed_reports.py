@@ -12,10 +12,10 @@ from dual_lora.lab.config import paths
 
 REPORTS = {
     "verdict": ["experiment=verdict", "scale=small"],
-    "similarity": ["experiment=similarity", "scale=small", "task=glue/sst2"],
+    "similarity": ["experiment=similarity", "scale=small"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "ratio": ["experiment=ratio", "scale=small"],
-    "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2"],
+    "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2,glue/stsb"],
     "frozen_groups": ["experiment=frozen_groups", "scale=small"],
     "gradient_dtype": ["experiment=gradient_dtype", "scale=small"],
     "rank_allocation_small": ["experiment=rank_allocation", "scale=small"],

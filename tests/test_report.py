@@ -255,6 +255,17 @@ def test_a_floor_row_raises_the_floor_and_is_compared_with_nothing(study, tmp_pa
     assert "head only - LoRA" not in text and "mean of" not in "".join(line[0] for line in rows_of(text))
 
 
+def test_runs_that_learned_nothing_are_told_by_row_task_and_seed(study, tmp_path):
+    def right(label, settings):
+        fails = label == "LoRA" and settings.task.name == "glue/rte" and settings.seed in (1, 4)
+        return 50 - settings.seed if fails else 80  # the most frequent class gives 50
+
+    experiment, done = study(PLANNED, right)
+    text = write_report(experiment, done, tmp_path)
+    told = [line for line in text.splitlines() if "score no better than" in line]
+    assert told == ["- LoRA on glue/rte: 2 of 5 runs score no better than majority class (seeds 1, 4)"]
+
+
 def test_one_seed_decides_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
     one = PLANNED | {"full": GLUE["full"] | {"seeds": [0]}}
     experiment, done = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))

@@ -35,7 +35,13 @@ from dual_lora.lab.report.comparison.blocks import (
     tabulate_comparisons,
 )
 from dual_lora.lab.report.comparison.comparisons import Comparisons, compare_cells
-from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_floors, find_unlearned
+from dual_lora.lab.report.comparison.floors import (
+    Floor,
+    ModelTask,
+    describe_failed_runs,
+    find_floors,
+    find_unlearned,
+)
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.draw import draw_figures
 from dual_lora.lab.report.learning_rates import tabulate_learning_rates
@@ -181,6 +187,8 @@ def iterate_blocks_of_report(
     yield build_main_table(experiment, done, values, reasons)
     yield Text(items=tuple(iterate_notes(experiment, done, values, reasons, findings.unlearned)))
     yield from iterate_floor_blocks(findings.floors, findings.unlearned)
+    if failed := tuple(describe_failed_runs(experiment, done, findings.floors)):
+        yield Text(items=failed)
     yield from draw_figures(experiment, done, values, comparisons, findings.floors, folder)
     yield from iterate_exploratory_blocks(comparisons)
     yield from iterate_power_blocks(comparisons)

@@ -134,3 +134,27 @@ def find_unlearned(floors: list[Floor]) -> set[ModelTask]:
         if floor.best is not None:
             beaten.setdefault(floor.place, []).append(floor.beaten_by)
     return {place for place, labels in beaten.items() if not frozenset.intersection(*labels)}
+
+
+def describe_failed_runs(experiment: Experiment, done: list[Outcome], floors: list[Floor]) -> Iterator[str]:
+    """Yield the rows of which some runs, but not the task as a whole, learned nothing: they score no better than the
+    floor. A mean and its interval do not show that."""
+    unlearned = find_unlearned(floors)
+    scores: dict[tuple[ModelTask, str], list[tuple[int, float]]] = {}
+    for cell in done:
+        place, task = get_model_task(cell), load_task_of(cell)
+        if cell.result and place not in unlearned and cell.cell.label not in experiment.floors:
+            score = cell.result["metrics"][task.metric] * get_unit(task, task.metric)
+            scores.setdefault((place, cell.cell.label), []).append((cell.settings.seed, score))
+    for (place, label), found in scores.items():
+        here = [floor for floor in floors if floor.place == place]
+        if not here:
+            continue
+        floor = find_hardest(here)
+        sign = -1 if floor.lower_is_better else 1
+        seeds = sorted(seed for seed, score in found if sign * score <= sign * floor.score)
+        if seeds:
+            yield (
+                f"{label} on {place[1]}: {len(seeds)} of {len(found)} runs score no better than {floor.name} (seeds "
+                f"{', '.join(map(str, seeds))})"
+            )
