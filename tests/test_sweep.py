@@ -287,20 +287,6 @@ def test_a_missing_run_is_a_dash_with_its_reason(experiment, runs_folder):
             assert re.search(why, line) and f"- – [{'b' if second else 'a'}]: {reason}\n" in table.read_text()
 
 
-def test_settings_that_rows_share_are_left_out_of_rows_where_they_have_no_effect():
-    known = Experiment.load("baselines", "smoke")
-    lora, none = (cell.settings for cell in known.compose_cells(["method=lora,none", "train.weight_decay=0.1"]))
-    assert (lora.train.weight_decay, lora.train.max_steps, lora.train.batch_size) == (0.1, 2, 4)
-    alone = load_settings(["model=tiny-roberta", "task=demo/sentiment", "method=none"])
-    assert none.train == alone.train and none.eval.max_examples == 12
-    for words, reason in (
-        (["train.epochs=9"], "train.epochs=9: train.max_steps=2 is used instead"),
-        (["method=none", "train.weight_decay=0.1"], "train.weight_decay=0.1: nothing trains with method=none"),
-    ):
-        with pytest.raises(UserError, match=f"^experiment=baselines {reason}; drop"):
-            known.compose_cells(words)
-
-
 def test_a_report_is_not_replaced_by_one_that_leaves_out_runs_of_it(experiment, runs_folder, capsys):
     name, report = experiment(), runs_folder / "small" / "report"
     assert sweep_command([name, *SMALL]) == 0
