@@ -212,6 +212,6 @@ def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
             pd.DataFrame(lines).fillna(MISSING),
             "The smallest difference, in points, that a paired t-test over so many seeds finds in four of five studies "
             "(two-sided, 0.05, at the strictest step of Holm's correction). The test on the predictions may ask for "
-            "more. Spread: standard deviation of the seeds' differences, pooled over a task's comparisons of fewer than "
-            f"{MIN_SEEDS} seeds, under which no verdict is given.",
+            "more. Spread: standard deviation of the seeds' differences, pooled over a task's comparisons of fewer "
+            f"than {MIN_SEEDS} seeds, under which no verdict is given.",
         )
