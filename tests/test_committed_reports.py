@@ -12,6 +12,7 @@ from dual_lora.lab.config import paths
 
 REPORTS = {
     "verdict": ["experiment=verdict", "scale=small"],
+    "half_rates": ["experiment=half_rates", "scale=small"],
     "similarity": ["experiment=similarity", "scale=small"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "ratio": ["experiment=ratio", "scale=small"],
