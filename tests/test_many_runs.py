@@ -53,8 +53,7 @@ def test_a_run_is_named_by_what_varies(words, expected, runs_folder):
 
 def test_what_tells_runs_apart_does():
     jobs = [
-        load_settings(job)
-        for job in parse_overrides([*TINY, "method=lora,dual_lora", "seed=0,1", "train.accumulation=1,2"])
+        load_settings(job) for job in parse_overrides([*TINY, "method=lora,dual_lora", "seed=0,1", "train.epochs=1,2"])
     ]
     found = [tuple(values.items()) for values in find_differences(jobs)]
     assert len(set(found)) == len(jobs) == 8

@@ -13,7 +13,7 @@ from test_glue import write_official
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import asks_hydra, check_command, train_command
-from dual_lora.lab.config import paths
+from dual_lora.lab.config import compatibility, paths
 from dual_lora.lab.config.compose import GROUPS, compose_choices, load_settings
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
@@ -21,6 +21,7 @@ from dual_lora.lab.config.recorded import ADDED_SETTINGS, load_old_defaults, loa
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study.experiment import drop_replaced_overrides
+from dual_lora.tuner import factors
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 WRITER = ["model=tiny-llama", "task=demo/restaurants"]
@@ -348,6 +349,7 @@ def test_a_setting_without_effect_is_refused(words):
         [*ENCODER, "method=oft", "+method.peft.num_cayley_neumann_terms=3"],
         [*ENCODER, "method=loha", "method.dropout=0.1"],
         [*ENCODER, "method=head_only", "train.lr=1"],
+        [*ENCODER, "method=none", "train.lr=1", "train.head_lr=2"],  # words that all methods share
         [*ENCODER, "method=head_only", "+method.peft.bias=all", "train.lr=1", "train.head_lr=2"],
         [*ENCODER, "+method.peft.freeze=direction", "+method.peft.direction=tanh", "+method.peft.direction_init_std=1"],
         [*ENCODER, "+method.peft.kernel=triton"],
@@ -360,6 +362,10 @@ def test_a_setting_without_effect_is_refused(words):
 )
 def test_a_setting_with_an_effect_is_taken(words):
     load_settings(words)
+
+
+def test_the_map_of_the_kernels_is_that_of_the_method():
+    assert compatibility.PAPERS_MAP | {"ste": None} == factors.PAPERS_MAP
 
 
 def test_a_setting_that_a_method_does_not_name_is_refused_for_any_method(tmp_path, monkeypatch):

@@ -162,11 +162,10 @@ def test_the_benchmark_runs_as_written(command, tmp_path, monkeypatch):
 
 
 def list_rows(text: str) -> list[list[str]]:
-    """Return the cells of every line below the head of Markdown tables, without emphasis and letters of reasons."""
+    """Return the cells of every line below the head of Markdown tables, without emphasis."""
     table = re.compile(r"^\|[^\n]*\n\|[-:| ]+\n((?:\|[^\n]*\n?)*)", re.MULTILINE)
     lines = [line for body in table.findall(text) for line in body.splitlines()]
-    cells = [[cell.strip().strip("*") for cell in line.split("|")[1:-1]] for line in lines]
-    return [[re.sub(r" \[[a-z](, [a-z])*\]$", "", cell) for cell in line] for line in cells]
+    return [[cell.strip().strip("*") for cell in line.split("|")[1:-1]] for line in lines]
 
 
 @pytest.mark.parametrize(

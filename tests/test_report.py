@@ -266,6 +266,11 @@ def test_runs_that_learned_nothing_are_told_by_row_task_and_seed(study, tmp_path
     assert told == ["- LoRA on glue/rte: 2 of 5 runs score no better than majority class (seeds 1, 4)"]
 
 
+def test_runs_of_a_version_with_another_score_are_reported(study, tmp_path):
+    experiment, done = study(PLANNED, lambda label, s: 80, metric="f1", metrics={"f1": 0.8}, task_version=0)
+    assert "score no better than" not in write_report(experiment, done, tmp_path)
+
+
 def test_one_seed_decides_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
     one = PLANNED | {"full": GLUE["full"] | {"seeds": [0]}}
     experiment, done = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))

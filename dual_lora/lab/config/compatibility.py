@@ -34,7 +34,7 @@ MODULE_FREE_FIELDS = {"peft_type", "task_type", "inference_mode", "target_module
 MODULE_FREE_FIELDS |= {"modules_to_save", "bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
 # Fields of a method that trains a task's head at most.
 HEAD_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
-# The map that Dual LoRA's kernels compute.
+# The map that Dual LoRA's kernels compute: that of dual_lora.tuner.factors, which takes seconds to import.
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 # Fields of PEFT's that no adapter here reads, and why.
 UNREAD_FIELDS = {
@@ -111,11 +111,6 @@ def adapts_no_module(method: Method) -> bool:
     return (method.peft or {}).get("target_modules") == NO_MODULES
 
 
-def adapts_nothing(method: Method) -> bool:
-    """Return whether a method trains nothing but a task's head (`head_only`), or not even that (`none`)."""
-    return adapts_no_module(method) and method.peft.keys() <= HEAD_FIELDS
-
-
 def explain_unused_method(settings: Settings, key: str, composed: DictConfig) -> str | None:
     """Return why a setting of the method has no effect on this run; None where it has one."""
     method, (group, _, name) = settings.method, key.partition(".")
@@ -139,8 +134,6 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
         return "method.peft.scale_warmup_steps is used instead; drop one"
     if name == "lr" and settings.train.lr != method.lr:
         return f"train.lr={settings.train.lr} is used instead; drop one"
-    if name == "lr" and trains_head_alone(settings):
-        return f"only the head trains, at train.head_lr={settings.train.head_lr}; drop one"
     starts = [fields.get("init_lora_weights") for fields in (own, method.peft or {})]
     plain = name == "peft.init_lora_weights" and all(start in PLAIN_STARTS for start in starts)
     if (name in START_SETTINGS or plain) and settings.init_from and method.peft is not None:
@@ -150,7 +143,8 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
 
 def trains_head_alone(settings: Settings) -> bool:
     """Return whether nothing trains but the task's head, at a rate of its own."""
-    alone = adapts_nothing(settings.method) and not settings.method.peft.get("modules_to_save")
+    peft = settings.method.peft or {}
+    alone = adapts_no_module(settings.method) and peft.keys() <= HEAD_FIELDS and peft.get("modules_to_save") is None
     return alone and settings.train.head_lr is not None
 
 
@@ -235,7 +229,7 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
     if key in ("hardware.accelerator", "task.train_rows") and not settings.plan:
         return "only a plan uses it; drop it, or add plan=true"
-    if key == "train.lr" and trains_head_alone(settings):
+    if key in ("train.lr", "method.lr") and trains_head_alone(settings):
         return f"only the head trains, at train.head_lr={train.head_lr}; drop one"
     if key.startswith("model.architecture") and not settings.plan:
         return "only a plan uses it, a run takes what the model's own folder says; drop it, or add plan=true"

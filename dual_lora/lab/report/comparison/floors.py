@@ -139,22 +139,21 @@ def find_unlearned(floors: list[Floor]) -> set[ModelTask]:
 def describe_failed_runs(experiment: Experiment, done: list[Outcome], floors: list[Floor]) -> Iterator[str]:
     """Yield the rows of which some runs, but not the task as a whole, learned nothing: they score no better than the
     floor. A mean and its interval do not show that."""
-    unlearned = find_unlearned(floors)
-    scores: dict[tuple[ModelTask, str], list[tuple[int, float]]] = {}
+    learned = {floor.place for floor in floors} - find_unlearned(floors)
+    hardest = {place: find_hardest([floor for floor in floors if floor.place == place]) for place in learned}
+    runs: dict[tuple[ModelTask, str], list[tuple[int, bool]]] = {}
     for cell in done:
         place, task = get_model_task(cell), load_task_of(cell)
-        if cell.result and place not in unlearned and cell.cell.label not in experiment.floors:
-            score = cell.result["metrics"][task.metric] * get_unit(task, task.metric)
-            scores.setdefault((place, cell.cell.label), []).append((cell.settings.seed, score))
-    for (place, label), found in scores.items():
-        here = [floor for floor in floors if floor.place == place]
-        if not here:
+        score = cell.result["metrics"].get(task.metric) if cell.result else None  # older versions had other scores
+        if score is None or place not in learned or cell.cell.label in experiment.floors:
             continue
-        floor = find_hardest(here)
-        sign = -1 if floor.lower_is_better else 1
-        seeds = sorted(seed for seed, score in found if sign * score <= sign * floor.score)
+        sign = -1 if task.is_lower_better() else 1
+        failed = sign * score * get_unit(task, task.metric) <= sign * hardest[place].score
+        runs.setdefault((place, cell.cell.label), []).append((cell.settings.seed, failed))
+    for (place, label), found in runs.items():
+        seeds = [seed for seed, failed in found if failed]
         if seeds:
             yield (
-                f"{label} on {place[1]}: {len(seeds)} of {len(found)} runs score no better than {floor.name} (seeds "
-                f"{', '.join(map(str, seeds))})"
+                f"{label} on {place[1]}: {len(seeds)} of {len(found)} runs score no better than {hardest[place].name} "
+                f"(seeds {', '.join(map(str, sorted(set(seeds))))})"
             )
