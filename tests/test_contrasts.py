@@ -10,6 +10,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.comparisons import compare_cells
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.write import DIFFERENCES_FILE, write_report
+from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.study.experiment import Experiment
 
 SPEC = {
@@ -42,13 +43,31 @@ def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):  # 
         ("Dual LoRA, magnitude ratio 0.5", "mean of 0.25 and 0.75", task)
         for task in ("glue/rte", "glue/sst2", "mean of 2 tasks")
     ]  # the other row lacks a column
-    for c in found.planned:
+    corrected = adjust_holm([max(c.difference.p, c.seed_test.p) for c in found.planned])
+    for c, p in zip(found.planned, corrected, strict=True):
         expected = [5 - luck / 2 for luck in LUCK]
         assert np.array(c.difference.by_seed) * c.unit == pytest.approx(expected)
-        raw = stats.ttest_1samp(expected, 0)
-        assert c.difference.p == pytest.approx(raw.pvalue)
-        assert c.p == pytest.approx(min(1, 3 * raw.pvalue)) and c.verdict == "better"
+        assert c.seed_test.p == pytest.approx(stats.ttest_1samp(expected, 0).pvalue)
+        assert c.p == pytest.approx(p) and c.verdict == "better"
         assert c.margin == (0.5 if c.unit == 1 else 1.0)
+
+
+def test_a_contrast_is_tested_on_predictions_too(study):  # noqa: F811
+    """One example tells the columns apart with every seed: the seeds all agree, other examples might not."""
+    spec = SPEC | {"full": {"seeds": [0, 1, 2, 3, 4], "run": ["model=roberta-base", "task=glue/sst2"]}}
+    experiment, done = study(spec, lambda label, s: 70 + (s.method.magnitude_ratio == 0.5))
+    (found,) = compare_cells(experiment, done, Predictions(), set()).planned
+    assert found.seed_test.p == 0 and found.difference.test == "paired permutation" and found.difference.p == 1
+    assert found.verdict == "undecided"
+
+
+def test_runs_of_other_data_make_no_contrast(study):  # noqa: F811
+    experiment, done = study(SPEC, lambda label, s: None if s.method.magnitude_ratio == 0.25 else right(label, s))
+    other = {"data": {"validation": {"origin": "dev.tsv", "rows": 100, "sha256": "1"}}}
+    experiment, done = study(SPEC, right, **other)
+    for c in compare_cells(experiment, done, Predictions(), set()).planned:
+        assert c.p is None and c.verdict == "undecided"
+        assert c.task.startswith("mean") or "different scored rows" in c.difference.test
 
 
 def test_the_report_tells_contrasts_from_other_differences(study, tmp_path):  # noqa: F811

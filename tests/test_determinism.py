@@ -64,7 +64,8 @@ def test_twice_for_longer(model, method, runs_folder):
 
 def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled"])
+    words = ["model=tiny-roberta", "task=demo/sentiment", *FEW, "wandb.mode=disabled", "model.dropout=0.1"]
+    chosen = load_settings(words)
     result = train_run(Run.prepare(chosen))
     folder = Run.prepare(chosen).record.folder
     found = json.loads((folder / "environment.json").read_text())
@@ -76,6 +77,8 @@ def test_the_record_names_what_can_change_a_digit(runs_folder, monkeypatch):
     assert found["instructions"] and found["processor"]
     assert {"accelerator", "cuda", "cudnn", "python", "platform", "commit", "uncommitted_changes"} <= found.keys()
     assert result["kernels"] == ["recompute"]
+    base = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1)
+    assert result["dropouts"] == base | {"classifier_dropout": 0.0}
     assert load_recorded_settings(folder).model.dtype == "float32" and load_recorded_settings(folder).deterministic
 
 

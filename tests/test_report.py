@@ -320,6 +320,14 @@ def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
     assert (f"with {said}, which do not compare" in text) == (said is not None)
 
 
+def test_that_runs_on_two_kinds_of_processor_differ_by_more_than_the_seed_is_said(study, tmp_path):
+    alone = write_report(*study(GLUE, lambda label, s: None if s.seed else 80), tmp_path)
+    assert "between the runs of a row is the seed alone" in alone
+    both = write_report(*study(GLUE, lambda label, s: 80, environment={"processor": "slide rule"}), tmp_path)
+    assert "is the seed and, on 2 kinds of machine, the rounding" in both
+    assert "machines: abacus, 1 thread; slide rule, 1 thread" in both
+
+
 def test_that_the_best_epoch_is_reported_is_said(study, tmp_path):
     for rule in ("last", "best"):
         spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], f"task.checkpoint={rule}"]}}
@@ -339,10 +347,39 @@ def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
             finish(trial, 50 + 9 * (number == (trial.method.rank == 8)))
     done = find_outcomes(cells, "made")
     text = write_report(experiment, done, tmp_path)
-    assert "LoRA: 0.001, 0.004; chosen from 1, 2 times the rate of its protocol (4 runs, 2 a point)" in text
+    assert "LoRA: 0.001, 0.004; chosen from 1, 2 times the rate of its protocol by the main score" in text
     lines = [line for line in rows_of(text) if line[:2] == ["roberta-base", "glue/rte"]]
     rates = (("4", "0.001 (edge)"), ("8", "0.004 (edge)"))
     assert lines == [["roberta-base", "glue/rte", rank, rate, rate] for rank, rate in rates]
+
+
+def test_a_tie_of_rates_and_unfinished_trials_are_told(study, tmp_path):
+    tune = {"holdout": 9, "grid": {label: [1e-3, 2e-3, 4e-3] for label in ("LoRA", "Dual LoRA")}}
+    spec = GLUE | {"tune": tune, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    experiment = Experiment.from_content("made", spec)
+    cells = experiment.compose_cells([])
+    for trial in {repr(t): t for cell in cells for t in cell.tuning}.values():
+        if trial.method.name == "dual_lora":
+            finish(trial, {1e-3: 60, 2e-3: 70, 4e-3: 70}[trial.train.lr])
+    text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
+    assert "0.002 (tied with 0.004)" in text and "seed 1000; of equals the lowest" in text
+    assert "6 more runs choose learning rates, 3 of which count so far" in text
+
+
+@pytest.mark.parametrize(
+    ("dropouts", "said"),
+    [
+        ({}, "0"),
+        ({"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}, "0.1"),
+        ({"resid_pdrop": 0.1, "attn_pdrop": 0.0}, "resid_pdrop 0.1, attn_pdrop 0"),
+        (None, None),
+    ],
+)
+def test_the_dropout_of_the_model_is_told_where_it_is_recorded(dropouts, said, study, tmp_path):
+    known = {} if dropouts is None else {"dropouts": dropouts}
+    ran = write_report(*study(GLUE, lambda label, s: 80, **known), tmp_path).partition("## As it ran")[2]
+    assert ("dropout of the model" in ran) == (said is not None)
+    assert {line[-1] for line in rows_of(ran)[1:]} == {said or "–"}
 
 
 def test_published_points_of_two_printings_are_two_lines():

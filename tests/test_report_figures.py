@@ -57,6 +57,14 @@ def test_an_interval_that_leaves_the_frame_ends_in_an_arrow_and_two_seeds_have_n
     assert draw_forest([]) is None and draw_forest([compare([1.0])]) is None
 
 
+def test_a_row_far_from_all_others_does_not_hide_them():
+    near = [compare([1.0, -1.0, 0.5, 0.2, 0.1], name) for name in ("Full", "LoRA", "LoRA+")]
+    (axes,) = draw_forest([*near, compare([83.0, 72.0, 9.0, 0.0, 0.0], "DoRA")]).axes
+    assert axes.get_xlim()[1] < 5  # 3 times the middle row's furthest seed
+    assert [text.get_text() for text in axes.texts] == ["+32.8"]
+    assert [line.get_marker() for line in axes.get_lines()].count(">") == 1
+
+
 @pytest.mark.parametrize("lower", [False, True])
 def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # noqa: F811
     tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3, 4e-3], "Dual LoRA": [1e-3, 2e-3, 4e-3]}}

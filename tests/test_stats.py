@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_structure import imported
 
 import tasks
-from dual_lora.lab.statistics.compare import compare_runs, count_resamples
+from dual_lora.lab.statistics.compare import compare_means, compare_runs, count_resamples
 from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.statistics.resampling import average_over_seeds, draw_swaps, group_equal_examples
 from tasks import measures, metrics
@@ -287,6 +287,39 @@ def test_p_is_that_of_scipys_permutation_test(metric):
     found = compare_runs(ours, theirs, tasks.load("glue/cola"), metric, resamples=8000)
     assert found.test == "paired permutation" and found.mean == pytest.approx(expected.statistic)
     assert 0 < expected.pvalue < 0.3 and found.p == pytest.approx(expected.pvalue, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "metric"), [("glue/sst2", "accuracy"), ("glue/stsb", "pearson")])
+def test_several_methods_of_a_side_are_averaged_and_swapped_together(name, metric):
+    rng, shared = np.random.default_rng(8), metric == "accuracy"
+    gold = rng.integers(0, 2, size=9) if shared else np.round(rng.uniform(0, 5, size=9), 1)
+    measure = accuracy_score if shared else lambda gold, answers: pearsonr(gold, answers)[0]
+    noise = (0.9, 0.5, 0.3) if shared else (0.4, 3.0, 2.0)
+    draw = labels if shared else numbers
+    one, *others = ({seed: np.array(draw(rng, gold, n)) for seed in range(2)} for n in noise)
+
+    def subtract(one, others):
+        return measure(gold, one) - np.mean([measure(gold, other) for other in others])
+
+    by_seed = [subtract(one[seed], [other[seed] for other in others]) for seed in range(2)]
+    by_loop = []
+    for mask in itertools.product([True, False], repeat=9):
+        pairs = [(one[seed], other[seed]) for seed in range(2) for other in others]
+        swapped = [(np.where(mask, a, b), np.where(mask, b, a)) for a, b in pairs]
+        by_loop.append(np.mean([measure(gold, a) - measure(gold, b) for a, b in swapped]))
+    p = np.mean(np.abs(by_loop) >= abs(by_loop[0]) - 1e-9)
+    sides = [[{s: judged(a[s].tolist(), gold.tolist()) for s in a} for a in side] for side in ([one], others)]
+    found = compare_means(*sides, tasks.load(name), metric, resamples=8000)
+    assert found.by_seed == pytest.approx(by_seed) and found.mean == pytest.approx(np.mean(by_seed))
+    assert found.seeds == 2 and found.low < found.mean < found.high
+    assert 0 < p < 0.5 and found.p == pytest.approx(p, abs=0.02)
+
+
+def test_a_method_that_is_on_a_side_twice_changes_nothing():
+    ours, theirs, _ = pair(4, 60, 3)
+    task = tasks.load("glue/cola")
+    once = compare_runs(ours, theirs, task, "matthews")
+    assert compare_means([ours], [theirs, theirs], task, "matthews") == once
 
 
 def test_a_share_needs_no_more_than_mean_differences():

@@ -326,7 +326,7 @@ def test_a_rate_is_chosen_on_rows_that_are_not_reported(experiment, runs_folder,
     assert sweep_command([name, "train.max_steps=20", "train.max_examples=null", "eval.max_examples=64", *steps]) == 0
     shown = capsys.readouterr().out
     assert "4 runs to choose learning rates, 0 finished" in shown and "4 runs, 0 finished" in shown
-    assert "chosen from 1e-05, 0.005 (2 runs, 2 a point) by the main score on 32 training examples set apart" in shown
+    assert "chosen from 1e-05, 0.005 by the main score on 32 training examples set apart" in shown
     results = [json.loads(path.read_text()) for path in runs_folder.glob("small/*/result.json")]
     trials = [r for r in results if r["seed"] == 1000]
     assert len(trials) == 4 and all(r["data"]["validation"]["rows"] == 32 for r in trials)

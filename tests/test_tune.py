@@ -65,6 +65,7 @@ def test_a_task_without_seeds_of_its_own_has_those_of_all():
     [
         ([0.5, 0.9, 0.8, 0.7], 2e-3),  # the mean decides, not the best single seed
         ([0.9, 0.9, 0.1, 0.2], 1e-3),
+        ([0.1, 0.7, 0.4, 0.4], 1e-3),  # equal, though 0.1 + 0.7 < 0.4 + 0.4 in floats
         ([0.5, float("-inf"), 0.1, 0.2], 2e-3),  # a rate that diverged with one seed is the worst
         ([0.5, 0.6, 0.7, float("nan")], None),  # one is missing
     ],

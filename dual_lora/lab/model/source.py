@@ -19,6 +19,7 @@ NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would o
 # Fields for the dropout before a head. A kind of model may have several; its task's head reads the first.
 HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout")
 HEAD_DROPOUTS += ("summary_last_dropout", "summary_first_dropout")
+DROPOUT_WORDS = {"dropout", "pdrop", "layerdrop"}
 HEAD_WORDS = {"classifier", "classif", "cls", "summary", "pooler", "qa"}  # in the names of a head's dropout
 
 
@@ -98,8 +99,7 @@ def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
     """
     chosen, field = settings.model.dropout, find_head_dropout_field(config)
     if chosen is not None:
-        values = config.to_dict().items()
-        names = [name for name, value in values if is_dropout(name) and isinstance(value, int | float)]
+        names = [name for name in list_dropouts(config) if is_dropout(name)]
         require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
         if field and getattr(config, field, None) is None:  # then the head would take the base model's
             config.update({field: getattr(config, "hidden_dropout_prob", None)})
@@ -108,11 +108,17 @@ def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
         config.update({field: settings.task.head_dropout})
 
 
+def list_dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """Return every dropout of a configuration: also the head's and that of whole layers."""
+    values = config.to_dict().items()
+    return {n: v for n, v in values if DROPOUT_WORDS & set(n.split("_")) and type(v) in (int, float)}
+
+
 def is_dropout(name: str) -> bool:
     """Return whether a field of a configuration is a dropout within the base model: hidden_dropout_prob, resid_pdrop,
     but not classifier_dropout or encoder_layerdrop."""
     words = set(name.split("_"))
-    return bool(words & {"dropout", "pdrop"}) and not words & HEAD_WORDS
+    return bool(words & DROPOUT_WORDS - {"layerdrop"}) and not words & HEAD_WORDS
 
 
 @cache

@@ -114,6 +114,11 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
+def get_machine(environment: dict) -> str | None:
+    """Return the accelerator or, without one, the processor of a run, from its recorded environment."""
+    return environment.get("accelerator") or environment.get("processor")
+
+
 def get_processor_name() -> str:
     """Return the processor's name from Linux's /proc/cpuinfo, or Python's name for it elsewhere."""
     info = Path("/proc/cpuinfo")

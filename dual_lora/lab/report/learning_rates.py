@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pandas as pd
 
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.report.values import format_value, get_heading, get_place
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
@@ -24,7 +23,6 @@ def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iter
         if tune and label in tune.grid:
             grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
             grid += " times the rate of its protocol" if tune.relative else ""
-            trials = {trial for cell in cells for trial in map(serialize_identity_settings, cell.cell.tuning)}
             diverged = sorted({rate for cell in cells for rate in cell.diverged})
             lost = f"; training diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
             edge = (
@@ -33,8 +31,8 @@ def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iter
                 else ""
             )
             yield (
-                f"learning rate, {label}: {text}; chosen from {grid} ({len(trials)} runs, {len(tune.grid[label])} a "
-                f"point) by the main score on {tune.describe_rows()}, {describe_seeds(cells)}{lost}{edge}"
+                f"learning rate, {label}: {text}; chosen from {grid} by the main score on {tune.describe_rows()}, "
+                f"{describe_seeds(cells)}; of equals the lowest{lost}{edge}"
             )
         else:
             yield f"learning rate, {label}: {text}; given, not tuned here"
@@ -44,6 +42,12 @@ def describe_seeds(cells: list[Outcome]) -> str:
     """Return the seeds of the runs that chose rates."""
     seeds = sorted({trial.seed for cell in cells for trial in cell.cell.tuning})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def describe_rate(cell: Outcome) -> str:
+    """Return a cell's rate, with those whose trials scored the same and whether it is at an edge of its grid."""
+    tied = f" (tied with {', '.join(f'{rate:g}' for rate in cell.tied)})" if cell.tied else ""
+    return f"{cell.rate:g}{tied}{f' {EDGE}' if is_at_edge(cell) else ''}"
 
 
 def is_at_edge(cell: Outcome) -> bool:
@@ -58,7 +62,7 @@ def tabulate_learning_rates(experiment: Experiment, done: list[Outcome]) -> Tabl
     for cell in done:
         where = {"model": cell.settings.model.name, "task": cell.settings.task.name}
         where |= {get_heading(key): format_value(value) for key, value in get_place(experiment, cell).items()}
-        text = MISSING if cell.rate is None else f"{cell.rate:g}{f' {EDGE}' if is_at_edge(cell) else ''}"
+        text = MISSING if cell.rate is None else describe_rate(cell)
         lines.setdefault(tuple(where.items()), {}).setdefault(cell.cell.label, []).append(text)
     rows = [
         {**dict(where), **{label: ", ".join(dict.fromkeys(t)) for label, t in texts.items()}}

@@ -6,7 +6,7 @@ import pandas as pd
 
 from dual_lora.lab.config.schema import iterate_leaves
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
-from dual_lora.lab.record.provenance import is_committed
+from dual_lora.lab.record.provenance import get_machine, is_committed
 from dual_lora.lab.report.values import format_value
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current
@@ -86,7 +86,9 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
     yield f"runs: {len(finished)} of {len(done)} finished; seeds {', '.join(map(str, seeds))}"
     hours = sum(cell.result["train_seconds"] for cell in finished) / 3600
     trials = len({trial for cell in done for trial in map(repr, cell.cell.tuning)})
-    yield f"compute: {hours:.1f} hours of training for the runs above; {trials} more runs choose learning rates"
+    scored = len({repr(trial) for cell in done for trial in cell.cell.tuning if trial.train.lr in cell.scored_rates})
+    so_far = f", {scored} of which count so far" if scored < trials else ""
+    yield f"compute: {hours:.1f} hours of training for the runs above; {trials} more runs choose learning rates{so_far}"
     per_label = {len(rates) for rates in experiment.tune.grid.values()} if experiment.tune else set()
     if per_label:
         untuned = [label for label in experiment.cells if label not in experiment.tune.grid]
@@ -96,11 +98,12 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
         )
     else:
         yield "tuning: none; one given rate for each row"
-    asked = sum(cell.settings.deterministic for cell in finished)
+    asked, kinds = sum(cell.settings.deterministic for cell in finished), {get_machine(place) for place in places}
     yield (
         f"determinism: deterministic=true in {asked} of {len(finished)} runs. The seed sets data order, initial "
         "adapter and dropout. Where runs are deterministic, the same settings on the same machine give the same bits: "
-        "what varies between the runs of a row is the seed alone"
+        "what varies between the runs of a row is the seed "
+        + ("alone" if len(kinds) < 2 else f"and, on {len(kinds)} kinds of machine, the rounding")
     )
     clean = sum(map(is_committed, places))
     yield f"code: {clean} of {len(finished)} runs are of committed code; records hold commands and package versions"

@@ -11,6 +11,7 @@ import pandas as pd
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
+from dual_lora.lab.record.provenance import get_machine
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
 from dual_lora.lab.report.commands import build_command
@@ -34,6 +35,7 @@ from dual_lora.lab.study.outcome import Outcome, find_damaged_records, load_task
 from tasks import Task
 
 MIN_FOR_MEDIAN = 3  # runs; of two it is their mean
+DROPOUT = "dropout of the model"
 NOT_OFFICIAL = "not the official file"  # what a task says of a file that stands in for it
 # How many runs with other records the notes name.
 MAX_NAMED_RUNS = 5
@@ -134,12 +136,25 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
             "trained": f"{cell.result['trainable_parameters']:,}",
             "of them the adapter's": MISSING if own is None else f"{own:,}",
             "learning rates": rates or MISSING,  # older records lack both
+            DROPOUT: describe_dropouts(cell.result),
         }
         lines[tuple(line.values())] = line
+    cells = pd.DataFrame(lines.values())
+    known = (cells[DROPOUT] != MISSING).any()
     return Table(
-        pd.DataFrame(lines.values()),
-        "The adapter of every row, its trained weights, and the rate of every group of them.",
+        cells if known else cells.drop(columns=DROPOUT),
+        "The adapter of every row, its trained weights, and the rate of every group of them"
+        + (", and the dropout of the model that carries it." if known else "."),
     )
+
+
+def describe_dropouts(result: dict) -> str:
+    """Return the model's dropouts of a run, each value once where all its fields have it; a dash for older records."""
+    known = result.get("dropouts")
+    if known is None:
+        return MISSING
+    values = {f"{value:g}" for value in known.values()} or {"0"}
+    return values.pop() if len(values) == 1 else ", ".join(f"{name} {value:g}" for name, value in known.items())
 
 
 def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
@@ -338,10 +353,7 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
     places = [cell.record.read_environment() for cell in done if cell.result]
     known = [place for place in places if place]
     if known:
-        machines = {
-            f"{p.get('accelerator') or p.get('processor')}, {p['threads']} thread{'s' * (p['threads'] != 1)}"
-            for p in known
-        }
+        machines = {f"{get_machine(p)}, {p['threads']} thread{'s' * (p['threads'] != 1)}" for p in known}
         yield f"machines: {'; '.join(sorted(machines))}"
     if places:
         commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}

@@ -19,13 +19,17 @@ how often each example occurs, a swap is a weight that moves from one method's o
 the same outputs in all runs form one group, whose weight is drawn at once (multinomial, binomial): the distribution of
 the result is the same.
 
-    M  methods, ours and theirs       N  examples, or outputs       R  resamples
+A contrast sets the mean over several methods against that over others. The difference of such means is the mean over
+all pairs of one of ours and one of theirs, and a swap of an example's outputs is made in all pairs together.
+
+    M  sides, ours and theirs         N  examples, or outputs       R  resamples
     S  seeds                          G  groups of equal examples   C  numbers that stand for one output
-    K  classes
+    P  pairs of runs of one seed      K  classes
 
 A task declares which of its scores are resampled, and how (tasks/measures.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -72,7 +76,21 @@ class Difference:
 def compare_runs(
     ours: Runs, theirs: Runs, task: Task, metric: str, resamples: int = RESAMPLES, seed: int = 0, comparisons: int = 1
 ) -> Difference:
-    """Return the difference in `metric`, a key of `task.score`, over the seeds and examples of both methods.
+    """Return the difference of two methods, as `compare_means` does of several."""
+    return compare_means([ours], [theirs], task, metric, resamples, seed, comparisons)
+
+
+def compare_means(
+    ours: Sequence[Runs],
+    theirs: Sequence[Runs],
+    task: Task,
+    metric: str,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    comparisons: int = 1,
+) -> Difference:
+    """Return the mean over our methods minus that over theirs in `metric`, a key of `task.score`, over the seeds and
+    examples that all have.
 
     A p of at most 0.05 is estimated again, from as many resamples as its correction for `comparisons` p-values needs. A
     metric that is not resampled is computed by `task.score`, once for every run.
@@ -80,18 +98,18 @@ def compare_runs(
     Raises:
         ValueError: no seed in common, runs on other examples or with other gold, or the task gives no such score.
     """
-    runs = pair_rows(ours, theirs)
+    runs, pairs = pair_rows(ours, theirs), len(ours) * len(theirs)
     score = task.declare_scores(runs[0][0][0]).get(metric)
     if not score:
-        return subtract_scores(runs, task, metric)
-    strata = build_strata(runs, score, metric)
+        return subtract_scores(runs, pairs, task, metric)
+    strata = build_strata(runs, score, metric, pairs)
     rng = np.random.default_rng(seed)
-    by_seed = np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None])[0] for s in strata], axis=0)
-    mean = float(np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None]) for s in strata]))
+    by_seed = np.mean([subtract_measures(score.measure, s, s.sizes[None])[0] for s in strata], axis=0)
+    mean = float(np.mean([subtract_measures(score.measure, s, s.sizes[None]) for s in strata]))
     low, high = np.percentile(bootstrap_difference(strata, score.measure, resamples, rng), (2.5, 97.5))
-    examples, seeds = int(sum(s.sizes.sum() for s in strata)), len(runs[0])
+    examples, seeds = int(sum(s.sizes.sum() for s in strata)), len(by_seed)
     known = {"examples": examples, "seeds": seeds, "by_seed": tuple(by_seed.tolist())}
-    if seeds == 1 and is_share(strata, score.measure):
+    if seeds == pairs == 1 and is_share(strata, score.measure):
         return Difference(mean, float(low), float(high), test_by_mcnemar(strata[0]), "McNemar", **known)
     p = test_by_permutation(strata, score.measure, mean, resamples, rng)
     if p <= LEVEL and count_resamples(comparisons) > resamples:
@@ -112,12 +130,12 @@ def estimate_difference(
     Raises:
         ValueError: as `compare_runs`.
     """
-    runs = pair_rows(ours, theirs)
+    runs = pair_rows([ours], [theirs])
     score = task.declare_scores(runs[0][0][0]).get(metric)
     if not score:
         return None
     strata = build_strata(runs, score, metric)
-    mean = np.mean([subtract_measures(score.measure, s.outputs, s.sizes[None]) for s in strata])
+    mean = np.mean([subtract_measures(score.measure, s, s.sizes[None]) for s in strata])
     redrawn = bootstrap_difference(strata, score.measure, resamples, np.random.default_rng(seed))
     return float(mean), float(redrawn.std(ddof=1))
 
@@ -132,13 +150,14 @@ def is_resampled(task: Task, metric: str, example: Row) -> bool:
     return metric in task.declare_scores(example)
 
 
-def subtract_scores(runs: list[list[list[Row]]], task: Task, metric: str) -> Difference:
-    """Return the difference in a score that is not resampled: without interval and p. runs: [method][seed][example]."""
-    ours, theirs = ([compute_score(rows, task, metric) for rows in method] for method in runs)
+def subtract_scores(runs: list[list[list[Row]]], pairs: int, task: Task, metric: str) -> Difference:
+    """Return the difference in a score that is not resampled: without interval and p. runs: [side][pair][example];
+    pairs: how many of them a seed has."""
+    scores_MP = np.array([[compute_score(rows, task, metric) for rows in side] for side in runs])
+    by_seed = (scores_MP[0] - scores_MP[1]).reshape(-1, pairs).mean(axis=1)
     reason = f"no test: {metric} is not resampled"
-    by_seed = tuple(one - other for one, other in zip(ours, theirs, strict=True))
-    mean = float(np.mean(ours) - np.mean(theirs))
-    return Difference(mean, None, None, None, reason, len(runs[0][0]), len(ours), by_seed)
+    mean, values = float(by_seed.mean()), tuple(by_seed.tolist())
+    return Difference(mean, None, None, None, reason, len(runs[0][0]), len(values), values)
 
 
 def compute_score(rows: list[Row], task: Task, metric: str) -> float:

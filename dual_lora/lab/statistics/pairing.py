@@ -1,26 +1,38 @@
-"""Predictions of two methods on the same seeds and examples."""
+"""Predictions of two sides, each of one method or several, on the same seeds and examples."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from tasks.base import Row
 
 Runs = Mapping[int, Sequence[Row]]  # the judged rows of each seed
 
 
-def pair_rows(ours: Runs, theirs: Runs) -> list[list[list[Row]]]:
-    """Return the rows of both methods, [method][seed][example], for the seeds of both, in one order of examples.
+def pair_rows(ours: Sequence[Runs], theirs: Sequence[Runs]) -> list[list[list[Row]]]:
+    """Return the rows of pairs of runs, [side][pair][example], in one order of examples: seed by seed, for the seeds
+    that all have, every one of ours with every one of theirs.
 
     Raises:
         ValueError: no seed in common, an example twice or not at all, or different examples or gold.
     """
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(set.intersection(*(set(runs) for runs in (*ours, *theirs))))
     if not seeds:
-        raise ValueError(f"no seed in common: {sorted(ours)} against {sorted(theirs)}")
-    runs = [[index_rows(method[seed]) for seed in seeds] for method in (ours, theirs)]
-    first = runs[0][0]
-    for run in runs[0] + runs[1]:
-        check_same_data(first, run)
-    return [[[run[key] for key in first] for run in method] for method in runs]
+        raise ValueError(f"no seed in common: {' against '.join(str(sorted(runs)) for runs in (*ours, *theirs))}")
+    first = index_rows(ours[0][seeds[0]])
+    sides = [[[order_rows(runs[seed], first) for runs in side] for seed in seeds] for side in (ours, theirs)]
+    pairs = [pair for one, other in zip(*sides, strict=True) for pair in product(one, other)]
+    return [list(side) for side in zip(*pairs, strict=True)]
+
+
+def order_rows(rows: Sequence[Row], first: Mapping[tuple[str, str], Row]) -> list[Row]:
+    """Return a run's rows in the order of `first`, the indexed rows of another run.
+
+    Raises:
+        ValueError: as `index_rows` and `check_same_data`.
+    """
+    run = index_rows(rows)
+    check_same_data(first, run)
+    return [run[key] for key in first]
 
 
 def index_rows(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
@@ -35,7 +47,7 @@ def index_rows(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
     return found
 
 
-def check_same_data(first: dict[tuple[str, str], Row], other: dict[tuple[str, str], Row]) -> None:
+def check_same_data(first: Mapping[tuple[str, str], Row], other: Mapping[tuple[str, str], Row]) -> None:
     """Refuse runs that were scored on different examples.
 
     Raises:

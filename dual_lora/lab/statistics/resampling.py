@@ -14,14 +14,18 @@ BLOCK = 250  # resamples drawn at once, which bounds memory
 
 @dataclass(frozen=True)
 class Stratum:
-    """The outputs of all runs on examples that are resampled together: `outputs_MSGC`, how many each is, `sizes_G`."""
+    """The outputs of all runs on examples that are resampled together, `outputs_MPGC`, and how many each is, `sizes_G`.
+
+    pairs: the pairs of runs a seed, P / S. Their mean is the seed's difference.
+    """
 
     outputs: np.ndarray
     sizes: np.ndarray
+    pairs: int = 1
 
 
-def build_strata(runs: list[list[list[Row]]], score: Score, metric: str) -> list[Stratum]:
-    """Return the outputs of each stratum as numbers.
+def build_strata(runs: list[list[list[Row]]], score: Score, metric: str, pairs: int = 1) -> list[Stratum]:
+    """Return the outputs of each stratum as numbers. runs: [side][pair][example]; pairs: how many of them a seed has.
 
     Raises:
         ValueError: no example belongs to the metric, or one lacks what the metric is made of.
@@ -36,31 +40,32 @@ def build_strata(runs: list[list[list[Row]]], score: Score, metric: str) -> list
         outputs = np.array([[[score.columns(row) for row in rows] for rows in method] for method in runs], dtype=float)
     except KeyError as lack:
         raise ValueError(f"{metric}: the predictions of a run have no {lack}") from lack
-    return [group_equal_examples(outputs[:, :, chosen]) for chosen in places.values()]
+    return [group_equal_examples(outputs[:, :, chosen], pairs) for chosen in places.values()]
 
 
-def group_equal_examples(outputs_MSNC: np.ndarray) -> Stratum:
+def group_equal_examples(outputs_MPNC: np.ndarray, pairs: int = 1) -> Stratum:
     """Return equal examples as one, in the order of their first, so that no name of a method or run decides it."""
-    flat = np.moveaxis(outputs_MSNC, 2, 0).reshape(outputs_MSNC.shape[2], -1)
+    flat = np.moveaxis(outputs_MPNC, 2, 0).reshape(outputs_MPNC.shape[2], -1)
     _, first, sizes = np.unique(flat, axis=0, return_index=True, return_counts=True)
     order = np.argsort(first)
-    return Stratum(outputs_MSNC[:, :, first[order]], sizes[order].astype(float))
+    return Stratum(outputs_MPNC[:, :, first[order]], sizes[order].astype(float), pairs)
 
 
-def subtract_measures(measure: Measure, outputs_MSGC: np.ndarray, weights_RG: np.ndarray) -> np.ndarray:
-    """Return ours - theirs on weighted examples, of shape (R, S)."""
-    pairs = zip(*outputs_MSGC, strict=True)
-    return np.stack([measure(ours, weights_RG) - measure(theirs, weights_RG) for ours, theirs in pairs], axis=1)
+def subtract_measures(measure: Measure, stratum: Stratum, weights_RG: np.ndarray) -> np.ndarray:
+    """Return each seed's ours - theirs on weighted examples, of shape (R, S)."""
+    both = zip(*stratum.outputs, strict=True)
+    found_RP = np.stack([measure(ours, weights_RG) - measure(theirs, weights_RG) for ours, theirs in both], axis=1)
+    return found_RP.reshape(len(found_RP), -1, stratum.pairs).mean(axis=2)
 
 
 def bootstrap_difference(
     strata: list[Stratum], measure: Measure, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Return the difference on R draws of examples and of seeds."""
-    seeds, found = strata[0].outputs.shape[1], []
+    seeds, found = strata[0].outputs.shape[1] // strata[0].pairs, []
     for count in iterate_blocks(resamples):
         drawn = [rng.multinomial(int(s.sizes.sum()), s.sizes / s.sizes.sum(), size=count) for s in strata]
-        parts = [subtract_measures(measure, s.outputs, w.astype(float)) for s, w in zip(strata, drawn, strict=True)]
+        parts = [subtract_measures(measure, s, w.astype(float)) for s, w in zip(strata, drawn, strict=True)]
         often_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count)
         found.append((np.mean(parts, axis=0) * often_RS).sum(axis=1) / seeds)
     return np.concatenate(found)
@@ -69,15 +74,14 @@ def bootstrap_difference(
 def test_by_permutation(
     strata: list[Stratum], measure: Measure, difference: float, resamples: int, rng: np.random.Generator
 ) -> float:
-    """Return the p of a difference among those that swapping the methods' outputs gives."""
+    """Return the p of a difference among those that swapping the sides' outputs gives."""
     strata = [average_over_seeds(stratum) for stratum in strata] if measure is mean else strata
     others = draw_swaps(strata, measure, resamples, rng)
     return float((1 + np.count_nonzero(np.abs(others) >= abs(difference) - TINY)) / (1 + resamples))
 
 
 def average_over_seeds(stratum: Stratum) -> Stratum:
-    """Return a stratum as one run of the size of each example's mean difference over seeds, all that swaps of a share
-    depend on."""
+    """Return a stratum as one pair of runs with each example's mean difference, all that swaps of a share depend on."""
     differences_GC = np.abs((stratum.outputs[0] - stratum.outputs[1]).mean(axis=0))
     values_GC, groups = np.unique(differences_GC.round(12), axis=0, return_inverse=True)
     sizes = np.bincount(groups.ravel(), weights=stratum.sizes)
@@ -85,7 +89,7 @@ def average_over_seeds(stratum: Stratum) -> Stratum:
 
 
 def draw_swaps(strata: list[Stratum], measure: Measure, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the difference after R times swapping the methods' outputs of every example with probability 1/2."""
+    """Return the difference after R times swapping the sides' outputs of every example with probability 1/2."""
     found = []
     for count in iterate_blocks(resamples):
         moved = [rng.binomial(s.sizes.astype(int), 0.5, size=(count, len(s.sizes))) for s in strata]
@@ -95,7 +99,7 @@ def draw_swaps(strata: list[Stratum], measure: Measure, resamples: int, rng: np.
 
 
 def swap_outputs(stratum: Stratum, measure: Measure, moved_RG: np.ndarray) -> np.ndarray:
-    """Return the difference, a mean over seeds, when `moved_RG` examples of every group are the other method's."""
+    """Return the difference, a mean over pairs, when `moved_RG` examples of every group are the other side's."""
     stays_RG = stratum.sizes - moved_RG
     one, other = np.hstack([stays_RG, moved_RG]), np.hstack([moved_RG, stays_RG])
     both = [np.concatenate(pair) for pair in zip(*stratum.outputs, strict=True)]

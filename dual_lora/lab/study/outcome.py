@@ -18,6 +18,8 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.study.experiment import Cell
 from tasks import Task
 
+DECIMALS = 12  # up to which scores of trials are equal
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -43,6 +45,17 @@ class Outcome:
     def settings(self) -> Settings:
         """The settings of the cell's run."""
         return self.cell.settings
+
+    @property
+    def scored_rates(self) -> frozenset[float]:
+        """The rates of which all trials are finished."""
+        return frozenset(rate for rate, score in self.trials if not isnan(score))
+
+    @property
+    def tied(self) -> tuple[float, ...]:
+        """The other rates whose trials scored the same as those of the chosen one, which is the lowest of them."""
+        chosen = dict(self.trials).get(self.rate)
+        return tuple(rate for rate, score in self.trials if score == chosen and rate != self.rate)
 
     @property
     def diverged(self) -> tuple[float, ...]:
@@ -157,7 +170,8 @@ def average_trials(cell: Cell, study: dict[str, list[Record]]) -> list[tuple[flo
     scores: dict[float, list[float]] = {}
     for trial in cell.tuning:
         scores.setdefault(trial.train.lr, []).append(get_trial_score(trial, study))
-    return [(rate, sum(some) / len(some)) for rate, some in scores.items()]
+    # rounded: sums of floats are not exact, and a difference of 1e-17 would choose a rate
+    return [(rate, round(sum(some) / len(some), DECIMALS)) for rate, some in scores.items()]
 
 
 def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:

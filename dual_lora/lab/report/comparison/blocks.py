@@ -91,10 +91,7 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
         "tasks are tested over seeds alone"
     )
     if any(c.contrast for c in found):
-        yield (
-            "a contrast sets the mean over some columns of a row against that over others; it is tested over seeds "
-            "alone"
-        )
+        yield "a contrast sets the mean over some columns of a row against that over others"
     yield "the interval is the t-interval over seeds; it speaks of these test examples"
 
 
@@ -186,7 +183,8 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
     yield Table(
         pd.DataFrame(lines),
         f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "
-        "examples and seeds). A task that is not learned ranks no methods and is left out of means over tasks."
+        "examples and the seeds of both). Furthest above is the row that does so by most. A task that is not learned "
+        "ranks no methods and is left out of means over tasks."
         + (f" Of {', '.join(turned)} lower is better: above means below." if turned else ""),
     )
 
@@ -204,7 +202,7 @@ def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
         family = max(c.family for c in some)
         known = {f"{n} seeds": f"{compute_detectable_difference(spread, n, family):.1f}" for n in ahead}
         where = ({"model": model} if model else {}) | {"task": task, "score": score}
-        where |= {"comparison": some[0].name if len(some) == 1 else f"{len(some)} pooled"}
+        where |= {"comparison": some[0].name if len(some) == 1 else f"all {len(some)}"}
         lines.append(where | {"corrected for": family, "spread": f"{spread:.2f}"} | known)
     if lines:
         yield Text("Power", heading=True)
@@ -212,6 +210,6 @@ def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
             pd.DataFrame(lines).fillna(MISSING),
             "The smallest difference, in points, that a paired t-test over so many seeds finds in four of five studies "
             "(two-sided, 0.05, at the strictest step of Holm's correction). The test on the predictions may ask for "
-            "more. Spread: standard deviation of the seeds' differences, pooled over a task's comparisons of fewer "
-            f"than {MIN_SEEDS} seeds, under which no verdict is given.",
+            "more. Spread: standard deviation of the seeds' differences, pooled over a task's comparisons, planned "
+            f"or not, of fewer than {MIN_SEEDS} seeds, under which no verdict is given.",
         )

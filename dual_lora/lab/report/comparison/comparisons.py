@@ -16,7 +16,7 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.report.comparison.contrasts import Contrast, iterate_contrasts
+from dual_lora.lab.report.comparison.contrasts import iterate_contrasts
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import (
     Key,
@@ -27,13 +27,13 @@ from dual_lora.lab.report.comparison.matches import (
     iterate_matches,
 )
 from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
-from dual_lora.lab.statistics.compare import Difference, compare_runs, is_resampled
+from dual_lora.lab.statistics.compare import Difference, compare_means, is_resampled
 from dual_lora.lab.statistics.multiple import adjust_holm
+from dual_lora.lab.statistics.pairing import Runs
 from dual_lora.lab.statistics.seeds import MIN_SEEDS, SeedTest, compute_detectable_difference, compute_seed_test
 from dual_lora.lab.statistics.verdict import combine_p, find_equivalence_p, reach_verdict
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
-from tasks.base import Row
 
 OVER_SEEDS = "t-test over seeds"
 MODEL_SETTING = "model.name"
@@ -158,12 +158,12 @@ def list_planned(experiment: Experiment, done: list[Outcome], unlearned: set[Mod
     return found
 
 
-def get_row_key(match: Match | Contrast) -> Key:
+def get_row_key(match: Match) -> Key:
     """Return what the means over tasks have in common that a match belongs to: row, baseline and place."""
     return match.label, match.baseline, tuple(match.place.items())
 
 
-def get_key(match: Match | Contrast) -> Key:
+def get_key(match: Match) -> Key:
     """Return what tells a match from the others."""
     return *get_row_key(match), match.task.name
 
@@ -184,9 +184,9 @@ def pretend_finished(cell: Outcome) -> Outcome:
     return replace(cell, record=Record(Path(name)), result={"metrics": {}})
 
 
-def is_planned(experiment: Experiment, match: Match | Contrast) -> bool:
+def is_planned(experiment: Experiment, match: Match) -> bool:
     """Whether the main score of a match belongs to the planned family."""
-    return isinstance(match, Contrast) or match.label in experiment.planned
+    return match.contrast or match.label in experiment.planned
 
 
 def estimate_spreads(found: list[Comparison]) -> list[Comparison]:
@@ -204,24 +204,21 @@ def estimate_spreads(found: list[Comparison]) -> list[Comparison]:
 
 
 def test_match(
-    experiment: Experiment, done: list[Outcome], match: Match | Contrast, predictions: Predictions, family: int
+    experiment: Experiment, done: list[Outcome], match: Match, predictions: Predictions, family: int
 ) -> Iterator[Comparison]:
-    """Yield a match by its task's main score, and by further ones. family: how many comparisons are planned."""
-    if isinstance(match, Contrast):
-        yield test_contrast(experiment, match)
-        return
+    """Yield a match by its task's main score, and a row by further ones. family: how many comparisons are planned."""
     planned, task = is_planned(experiment, match), match.task
-    metrics = [task.metric, *list_further_scores(experiment, done, match)]
-    runs, error = None, None
+    metrics = [task.metric, *(() if match.contrast else list_further_scores(experiment, done, match))]
+    sides, error = None, None
     try:
         check_same_inputs(match)
-        runs = [predictions.read_runs(cells) for cells in (match.ours, match.theirs)]
+        sides = [[predictions.read_runs(cells) for cells in side] for side in (match.ours, match.theirs)]
     except UserError as found:
         error = found
     for metric in metrics:
         main = metric == task.metric
         count = family if planned and main else 1
-        difference = compare_scores(match, runs, metric, count) if runs else describe_unknown(error)
+        difference = compare_scores(match, sides, metric, count) if sides else describe_unknown(error)
         unit = get_unit(task, metric)
         yield add_tests(
             Comparison(
@@ -235,30 +232,9 @@ def test_match(
                 margin=experiment.margin.get("task") if unit == 100 else None,
                 lower_is_better=task.is_lower_better(metric),
                 planned=planned and main,
+                contrast=match.contrast,
             )
         )
-
-
-def test_contrast(experiment: Experiment, contrast: Contrast) -> Comparison:
-    """Return a contrast by its task's main score: one observation a seed, tested over seeds alone."""
-    task = contrast.task
-    unit = get_unit(task, task.metric)
-    examples = sum(split["rows"] for name, split in contrast.first.result["data"].items() if name != "train")
-    return add_tests(
-        Comparison(
-            label=contrast.label,
-            baseline=contrast.baseline,
-            task=task.name,
-            score=task.metric,
-            place=contrast.place,
-            difference=describe_over_seeds(contrast.subtract_recorded(task.metric), examples),
-            unit=unit,
-            margin=experiment.margin.get("task") if unit == 100 else None,
-            lower_is_better=task.is_lower_better(),
-            planned=True,
-            contrast=True,
-        )
-    )
 
 
 def describe_over_seeds(by_seed: tuple[float, ...], examples: int) -> Difference:
@@ -280,12 +256,12 @@ def list_further_scores(experiment: Experiment, done: list[Outcome], match: Matc
     return [field for field in here if field not in FIELDS and field != match.task.metric]
 
 
-def compare_scores(match: Match, runs: list[dict[int, list[Row]]], metric: str, family: int) -> Difference:
+def compare_scores(match: Match, sides: list[list[Runs]], metric: str, family: int) -> Difference:
     """Return the difference in a score, tested where it can be."""
-    rows = next(iter(runs[0].values()))
+    rows = next(iter(sides[0][0].values()))
     try:
         if metric == match.task.metric or is_resampled(match.task, metric, rows[0]):
-            return compare_runs(*runs, match.task, metric, comparisons=family)
+            return compare_means(*sides, match.task, metric, comparisons=family)
     except ValueError as error:
         return describe_unknown(error)
     by_seed = match.subtract_recorded(metric)
@@ -300,10 +276,10 @@ def describe_unknown(reason: object) -> Difference:
     return Difference(float("nan"), None, None, None, str(reason), 0, 0)
 
 
-def list_mean_groups(matches: list[Match | Contrast], unlearned: set[ModelTask]) -> dict[Key, list[Match | Contrast]]:
+def list_mean_groups(matches: list[Match], unlearned: set[ModelTask]) -> dict[Key, list[Match]]:
     """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks. Where
     lower is better on some of these alone, a higher mean would be neither better nor worse, and none is compared."""
-    groups: dict[Key, list[Match | Contrast]] = {}
+    groups: dict[Key, list[Match]] = {}
     for match in matches:
         if get_model_task(match.first) not in unlearned:
             groups.setdefault(get_row_key(match), []).append(match)
@@ -311,7 +287,7 @@ def list_mean_groups(matches: list[Match | Contrast], unlearned: set[ModelTask])
     return {key: some for key, some in agreed.items() if len(some) > 1}
 
 
-def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Comparison]) -> Comparison:
+def average_over_tasks(experiment: Experiment, parts: dict[Match, Comparison]) -> Comparison:
     """Return the comparison of the means over tasks, in points: a seed's mean over its tasks is one observation. Lower
     is better on all of them or on none."""
     one, first = next(iter(parts.items()))
@@ -339,7 +315,7 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match | Contrast, Com
             margin=margin,
             lower_is_better=first.lower_is_better,
             planned=is_planned(experiment, one),
-            contrast=isinstance(one, Contrast),
+            contrast=one.contrast,
         )
     )
 

@@ -1,7 +1,7 @@
 """Which runs are compared with which, and their predictions."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +19,25 @@ Key = tuple[object, ...]
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """The runs of a row and of a baseline on one task in one place (the settings that head rows and columns)."""
+    """Two sides whose runs are compared, on one task in one place (the settings that head rows and columns).
+
+    Attributes:
+        label, baseline: what each side is, as it is printed.
+        ours, theirs: the runs of each side, a list for each column; a row and a baseline have one column each.
+        contrast: whether the sides are columns of one row.
+    """
 
     label: str
     baseline: str
     place: dict[str, object]
-    ours: list[Outcome]
-    theirs: list[Outcome]
+    ours: list[list[Outcome]]
+    theirs: list[list[Outcome]]
+    contrast: bool = False
 
     @property
     def first(self) -> Outcome:
         """One of the runs; all are of one model and task."""
-        return self.ours[0]
+        return self.ours[0][0]
 
     @property
     def task(self) -> Task:
@@ -38,18 +45,25 @@ class Match:
         return load_task_of(self.first)
 
     @property
+    def runs(self) -> list[Outcome]:
+        """The runs of both sides."""
+        return [cell for cells in (*self.ours, *self.theirs) for cell in cells]
+
+    @property
     def seeds(self) -> list[int]:
-        """The seeds of both, sorted."""
-        ours, theirs = ({cell.settings.seed for cell in cells} for cells in (self.ours, self.theirs))
-        return sorted(ours & theirs)
+        """The seeds with which every column has a run, sorted."""
+        return sorted(set.intersection(*({c.settings.seed for c in cells} for cells in (*self.ours, *self.theirs))))
 
     def subtract_recorded(self, metric: str) -> tuple[float, ...]:
-        """Return the difference of the recorded scores of each seed of both; nothing where one is missing."""
-        ours, theirs = (
-            {c.settings.seed: c.result["metrics"].get(metric) for c in cells} for cells in (self.ours, self.theirs)
-        )
-        pairs = [(ours[seed], theirs[seed]) for seed in self.seeds]
-        return () if None in sum(pairs, ()) else tuple(one - other for one, other in pairs)
+        """Return, for each seed, the mean of our recorded scores minus that of theirs; nothing where one is missing."""
+        known = [
+            [{cell.settings.seed: cell.result["metrics"].get(metric) for cell in cells} for cells in side]
+            for side in (self.ours, self.theirs)
+        ]
+        scores = [[[column[seed] for column in side] for side in known] for seed in self.seeds]
+        if any(None in side for sides in scores for side in sides):
+            return ()
+        return tuple(compute_mean(one) - compute_mean(other) for one, other in scores)
 
 
 def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Match]:
@@ -66,8 +80,10 @@ def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Mat
             for where, ours in runs[label].items():
                 theirs = known.get(where) or known.get((*where[:-1], None), [])
                 same = tuple(frozenset(cell.record.name for cell in cells) for cells in (ours, theirs))
-                match = Match(label, baseline, get_place(experiment, ours[0]), ours, theirs)
-                if match.seeds and same[0] != same[1] and same not in seen:
+                if not theirs or same[0] == same[1] or same in seen:
+                    continue
+                match = Match(label, baseline, get_place(experiment, ours[0]), [ours], [theirs])
+                if match.seeds:
                     seen.add(same)
                     yield match
 
@@ -88,7 +104,7 @@ def check_same_inputs(match: Match) -> None:
     Raises:
         UserError: with two of them.
     """
-    for _, what, (one, other, *_) in group_by_inputs(match.ours + match.theirs):
+    for _, what, (one, other, *_) in group_by_inputs(match.runs):
         raise UserError(f"{one[0]} and {other[0]}: {what}")
 
 
@@ -181,6 +197,6 @@ def read_predictions(cell: Outcome) -> list[Row]:
     return rows
 
 
-def compute_mean(values: tuple[float, ...]) -> float:
+def compute_mean(values: Sequence[float]) -> float:
     """Return the mean, NaN of nothing."""
     return float(np.mean(values)) if values else float("nan")

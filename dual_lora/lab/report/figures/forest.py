@@ -1,5 +1,6 @@
 """Differences at a glance: a row for each comparison, its seeds, mean and interval, over the band of equivalence."""
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -10,6 +11,7 @@ from dual_lora.lab.statistics.verdict import BETTER, EQUIVALENT, WORSE
 
 ROW_HEIGHT = 0.19  # inches
 MIN_REACH = 2.0  # points to each side that are shown at least
+BULK = 3.0  # times the reach of the middle row are shown: one row of failed runs must not shrink all others
 VERDICT_COLORS = {BETTER: COLORS[2], WORSE: COLORS[4], EQUIVALENT: COLORS[0]}
 
 
@@ -44,9 +46,10 @@ def draw_forest(found: list[Comparison]) -> Figure | None:
 
 
 def find_reach(rows: list[Comparison]) -> float:
-    """Return how many points to each side are shown: every seed, every band, and the intervals as far as they do not
-    dwarf these."""
-    seeds = max(abs(value * c.unit) for c in rows for value in c.difference.by_seed)
+    """Return how many points to each side are shown: every band, and seeds and intervals as far as they do not dwarf
+    those of the other rows."""
+    furthest = [max(abs(value * c.unit) for value in c.difference.by_seed) for c in rows]
+    seeds = min(max(furthest), BULK * float(np.median(furthest)))
     ends = [max(abs(c.seed_test.low), abs(c.seed_test.high)) for c in rows if c.seed_test.low is not None]
     intervals = min(max(ends, default=0.0), 1.5 * seeds)
     return 1.1 * max(MIN_REACH, seeds, intervals, *(1.5 * (c.margin or 0) for c in rows))
@@ -59,16 +62,22 @@ def name_comparison(comparison: Comparison) -> str:
 
 
 def draw_row(axes: Axes, comparison: Comparison, place: float, reach: float) -> None:
-    """Draw one comparison: its band, its seeds, its mean and interval, with an arrow where that leaves the frame."""
+    """Draw one comparison: its band, its seeds, its mean and interval; an arrow where one leaves the frame, and a
+    number where the mean does."""
     test, color = comparison.seed_test, VERDICT_COLORS.get(comparison.verdict, GREY)
+    seeds = [value * comparison.unit for value in comparison.difference.by_seed]
+    drawn = [*seeds, test.mean]
     if comparison.margin:
         axes.barh(place, 2 * comparison.margin, left=-comparison.margin, height=1, color="#56B4E9", alpha=0.25)
     if test.low is not None and test.seeds >= MIN_INTERVAL_SEEDS:
         axes.plot([test.low, test.high], [place, place], color=color, linewidth=1.5, solid_capstyle="butt")
-        for end, marker in ((test.low, "<"), (test.high, ">")):
-            if abs(end) > reach:
-                axes.plot(0.985 * reach * (1 if end > 0 else -1), place, marker, color=color, markersize=4)
-    seeds = [value * comparison.unit for value in comparison.difference.by_seed]
+        drawn += [test.low, test.high]
+    for side, marker in ((-1, "<"), (1, ">")):
+        if max(side * value for value in drawn) > reach:
+            axes.plot(side * 0.985 * reach, place, marker, color=color, markersize=4)
+    if abs(test.mean) > reach:
+        ends = {"x": 0.95 * reach, "ha": "right"} if test.mean > 0 else {"x": -0.95 * reach, "ha": "left"}
+        axes.text(**ends, y=place, s=f"{test.mean:+.1f}", va="center", fontsize="small", backgroundcolor="white")
     axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=3, alpha=0.7, markeredgewidth=0)
     axes.plot(test.mean, place, "D", color=color, markersize=4)
 
@@ -87,5 +96,5 @@ def describe_forest(found: list[Comparison], planned: bool) -> str:
     return (
         f"{kind} differences on learned tasks. Diamond: mean; dots: seeds; line: 95 % t-interval over seeds"
         f"{' (none with two seeds)' if few else ''}; band: the margin of equivalence; green: better, orange: worse, "
-        "blue: equivalent, grey: undecided"
+        "blue: equivalent, grey: undecided; arrow: some of it lies beyond the frame"
     )
