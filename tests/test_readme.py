@@ -173,6 +173,7 @@ def list_rows(text: str) -> list[list[str]]:
     [
         ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 14),
         ("### At half the rates", "half_rates", 9),
+        ("## What training can fit", "fit", 9),
         ("The same for seven weights of a real full tuning", "fit_full_tuning", 7),
         ("## How similar updates are", "similarity", 10),
         ("## How much rank the score needs", "truncation", 3),
