@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -77,7 +78,7 @@ class Split:
     origin: str
 
     def describe(self) -> dict[str, Any]:
-        """Return origin, number of rows and a hash of their content; equal examples from any source hash the same."""
+        """Return origin, number of rows and a hash of their content, the same from any source in the same order."""
         digest = hashlib.sha256()
         for row in self.rows.to_list():
             digest.update(repr(sorted(row.items())).encode())
@@ -317,7 +318,7 @@ def parse_number(word: str) -> float:
     Raises:
         ValueError: it is no such number.
     """
-    if not NUMBER.fullmatch(word.strip()):
+    if not NUMBER.fullmatch(word.strip()) or math.isinf(float(word)):
         raise ValueError(f"{quote(word)} is not a finite number")
     return float(word)
 
@@ -393,7 +394,7 @@ def fetch_file(repository: str, commit: str, path: str) -> Path:
     try:
         return Path(DownloadManager().download(url))
     except OSError as error:
-        reason = "nobody answers there, or it is gone" if isinstance(error, FileNotFoundError) else error
+        reason = "no response, or no such file" if isinstance(error, FileNotFoundError) else error
         raise TaskError(f"{url}: cannot be fetched ({reason}); give data_dir=DIR") from error
 
 
@@ -461,7 +462,7 @@ def refuse_constant(name: str) -> None:
     Raises:
         ValueError: always.
     """
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a valid JSON number")
 
 
 def text_sha256(text: str) -> str:

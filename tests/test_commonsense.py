@@ -265,7 +265,7 @@ def test_predictions_hold_both_answers_and_scores_are_unweighted(files):
         ("[]", "piqa/test.json: no rows"),
         ('[{"question": "a"}]', "piqa/test.json: KeyError.'instruction'"),
         ('[{"answer": "solution1", "answer": "solution2"}]', "not JSON .the key 'answer' occurs twice in one object"),
-        ("[NaN]", "not JSON .NaN is no number of JSON"),
+        ("[NaN]", "not JSON .NaN is not a valid JSON number"),
     ],
 )
 def test_a_missing_or_damaged_file_names_itself(content, message, files):

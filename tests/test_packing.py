@@ -93,6 +93,13 @@ def test_a_run_learns_the_same_in_fewer_rows(model, runs_folder):
     assert speeds[0] == speeds[2] and speeds[0][0] != speeds[1][0] and speeds[0][1] == speeds[1][1]
 
 
+def test_the_validation_loss_is_that_of_unpacked_examples(runs_folder):
+    words = ["model=tiny-llama", "task=demo/restaurants", "train.max_steps=1", "train.lr=1e-9", "train.max_examples=32"]
+    words += ["task.validation_rows=16", "eval.max_examples=2", "eval.before=false", "wandb.mode=disabled"]
+    packed, padded = (train_run(Run.prepare(load_settings([*words, *more])))["validation_loss"] for more in ([ON], []))
+    assert packed == pytest.approx(padded, rel=1e-5)
+
+
 def test_a_model_that_mixes_packed_examples_is_refused(monkeypatch):
     _, _, adapted, _ = attached("tiny-gpt2", "lora")
     check_packing(adapted)

@@ -609,6 +609,14 @@ def test_one_difference_of_120_can_be_found(runs_folder, tmp_path):
     assert found["method.magnitude_ratio"].tolist() == [0.5] and found["difference"].tolist() == pytest.approx([20])
 
 
+def test_a_run_is_not_compared_with_a_baseline_of_another_column_while_its_own_is_missing(study):
+    spec = RATIOS | {"columns": "train.max_examples", "published": []}
+    sizes = ["train.max_examples=50,null"]
+    spec |= {"cells": {"LoRA": ["method=lora", *sizes], "Dual LoRA": ["method=dual_lora", *sizes]}}
+    experiment, done = study(spec, lambda label, s: None if label == "LoRA" and s.train.max_examples else 70)
+    assert [match.place for match in iterate_matches(experiment, done)] == [{"train.max_examples": None}]
+
+
 def test_rows_that_are_the_same_runs_are_compared_once(study, tmp_path):
     held = RATIOS["cells"] | {"held": ["method=dual_lora", "method.alpha=16", "method.magnitude_ratio=0.5"]}
     experiment, done = study(RATIOS | {"cells": held}, lambda label, s: 70)
@@ -664,7 +672,7 @@ def list_further(experiment, done):
 
 
 def test_a_score_that_is_not_resampled_has_no_verdict_and_one_not_measured_is_said_so(study, tmp_path):
-    spec = GLUE | {"columns": {"accuracy": "accuracy", "slow": "slow"}, "mean": None}
+    spec = GLUE | {"rows": ["task.name"], "columns": {"accuracy": "accuracy", "slow": "slow"}, "mean": None}
     spec |= {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3, 4]}}
     experiment, done = study(spec, lambda label, s: 80, metrics={"accuracy": 0.8, "slow": 0.5})
     further = list_further(experiment, done)

@@ -108,6 +108,8 @@ def test_a_value_of_the_table_chooses_among_its_runs(name, extra, labels, same):
 def test_different_runs_in_one_place_of_the_table_are_refused():
     with pytest.raises(UserError, match="^experiment=rank_sweep method.rank=17: LoRA would hold .* method.alpha 4"):
         Experiment.load("rank_sweep").compose_cells(["method.rank=17"])
+    with pytest.raises(UserError, match="LoRA would hold runs with task.name glue/sst2 and glue/mrpc in one place"):
+        Experiment.load("rank_sweep", "small").compose_cells(["task=glue/sst2,glue/mrpc"])
     pairs = [["model=tiny-roberta", "task=demo/sentiment"], ["model=tiny-llama", "task=demo/choice"]]
     two = Experiment.from_content("two", SPEC | {"smoke": SPEC["smoke"] | {"blocks": pairs, "run": []}})
     with pytest.raises(UserError, match="^experiment=two: no cell of it has model=tiny-llama task=demo/sentiment;"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import tasks
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.study import outcome
 from dual_lora.lab.study.experiment import Experiment
@@ -50,6 +51,16 @@ def test_trials_have_seeds_and_a_length_of_their_own(cells):
 def test_a_cell_that_names_its_seeds_is_run_with_those(cells):
     assert [cell.settings.seed for cell in cells if cell.label == "Head only"] == [7, 8]
     assert [cell.settings.seed for cell in cells if cell.label == "LoRA"] == [0, 1, 2]
+
+
+def test_rates_are_not_chosen_by_runs_that_train_on_rows_held_out():
+    spec = json.loads(json.dumps(SPEC))
+    spec["smoke"]["blocks"] = [["task=commonsense", "model=tiny-llama"]]
+    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}}
+    made = Experiment.from_content("made", spec)
+    with pytest.raises(UserError, match="^eval.holdout=5: rates of experiment=made are chosen on other rows"):
+        made.compose_cells(["eval.holdout=5"])
+    assert made.compose_cells([])[0].tuning
 
 
 def test_a_task_without_seeds_of_its_own_has_those_of_all():

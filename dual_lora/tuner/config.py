@@ -35,7 +35,8 @@ class DualLoraConfig(PeftConfig):
         init_std: sigma of the Gaussian all four factors are drawn from. None chooses it for each layer so that dW at
             f = 1 has a root mean square of 0.02 / sqrt(fan_in), 2 % of a typical pretrained weight, whatever the width,
             ranks and alpha: sigma^2 = 0.02 * sqrt(2 * r2 / fan_in) / lora_alpha (`dual_lora.init_std`). fan_in is
-            in_features, or in_channels / groups * kernel size, or embedding_dim.
+            in_features, or in_channels / groups * kernel size, or embedding_dim. With `direction_init_std` and a
+            direction other than the sign, dW has another size, as it depends on C and D.
         direction_init_std: sigma of C and D if it is to differ from that of A and B; None means the same. Sign(D C)
             does not depend on it, but training does: the gradients of C and D are proportional to it. A larger sigma
             keeps them well above Adam's epsilon, but Adam's steps, whose size is the learning rate, then take longer to
@@ -148,7 +149,7 @@ class DualLoraConfig(PeftConfig):
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
 
     def _check_types(self) -> None:
-        """Refuse values of another type where they would be computed with, or taken by their truth."""
+        """Refuse values of another type where they would be computed with, or tested for truth."""
         for name in ("r", "r1", "r2"):
             rank = getattr(self, name)
             whole = isinstance(rank, int) and not isinstance(rank, bool)

@@ -154,7 +154,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """
         base = self.get_base_layer()
         if is_packed(base):
-            raise ValueError(f"cannot merge into {type(base).__name__}: {PACKED}; load the base model anew to merge")
+            raise ValueError(f"cannot merge into {type(base).__name__}: {PACKED}; reload the base model to merge")
         if self._is_quantised() and self.quantization_backend.supports_merge:
             return
         weight = base._parameters.get("weight")
@@ -188,7 +188,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             adapter_names: the adapters; None takes the active ones.
 
         Raises:
-            ValueError: NaN or infinite values with safe_merge, or a weight that is computed from other tensors.
+            ValueError: NaN or infinite values with safe_merge, or a weight that `check_merge_allowed` refuses.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.dual_lora_factors]
         if not names or self.bypassed:
@@ -335,7 +335,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return self._forward_whole_weight(x, names, *args, **kwargs)
         trains = self._is_quantised() and torch.is_grad_enabled() and x.requires_grad
         if trains and is_packed(self.get_base_layer()):
-            raise ValueError(f"{PACKED}, and gives no gradient; load the base model anew to train on it")
+            raise ValueError(f"{PACKED}, and gives no gradient; reload the base model to train on it")
         result = self.base_layer(x, *args, **kwargs)
         if self._is_quantised():
             result = self.quantization_backend.maybe_clone_base_result(result)

@@ -139,7 +139,7 @@ class DualLoraModel(BaseTuner):
         """As in PEFT; warns, once, of an adapter that is not at full scale yet.
 
         Raises:
-            ValueError: a layer's weight is computed from other tensors, or NaN or infinite values with safe_merge.
+            ValueError: NaN or infinite values with safe_merge, or a weight that `check_merge_allowed` refuses.
         """
         self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
         super().merge_adapter(adapter_names, safe_merge)

@@ -63,7 +63,7 @@ def describe_unfinished_ramp(states: Iterable[tuple[Tensor | int, Tensor | float
 
 
 def find_first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
-    """The first of the factors that has requires_grad."""
+    """The first of the factors that has requires_grad; `default` if none has."""
     return next((p for p in factors.parameters() if p.requires_grad), default)
 
 

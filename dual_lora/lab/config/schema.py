@@ -305,7 +305,7 @@ class Train:
     max_steps: int | None = setting("optimizer steps, instead of epochs")
     batch_size: int = setting("examples per device and batch")
     accumulation: int = setting("batches per optimizer step (gradient accumulation)")
-    weight_decay: float = setting("AdamW's weight decay")
+    weight_decay: float = setting("AdamW's weight decay; biases and norms have none")
     schedule: str = setting("learning rate over time: linear, cosine, constant or constant_with_warmup")
     max_grad_norm: float = setting("gradients are clipped to this norm; 0: no clipping")
     log_zeros: bool | None = setting("true: also log the share of exact zeros in the update (train/zeros)")

@@ -24,7 +24,7 @@ all pairs of one of ours and one of theirs, and a swap of an example's outputs i
 
     M  sides, ours and theirs         N  examples, or outputs       R  resamples
     S  seeds                          G  groups of equal examples   C  numbers that stand for one output
-    P  pairs of runs of one seed      K  classes
+    P  pairs of runs of equal seeds   K  classes
 
 A task declares which of its scores are resampled, and how (tasks/measures.py).
 """

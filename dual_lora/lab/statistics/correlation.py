@@ -14,11 +14,11 @@ PERMUTATIONS = 9999  # as many at most; of up to seven points every one is taken
 @dataclass(frozen=True)
 class RankCorrelation:
     """Spearman's rho of so many points, its 95 % interval and the two-sided p of no correlation. Both take the points
-    for independent."""
+    for independent. A rho of 1 or -1 has no interval: that of few points would seem to be certain."""
 
     rho: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     points: int
 
@@ -45,7 +45,7 @@ def correlate_ranks(xs: Sequence[float], ys: Sequence[float], tolerance: float =
     )
     p = float(test.pvalue)
     if abs(rho) >= 1 - 1e-12:
-        return RankCorrelation(rho, rho, rho, p, n)
+        return RankCorrelation(rho, None, None, p, n)
     half = norm.ppf(0.975) * sqrt((1 + rho**2 / 2) / (n - 3))
     return RankCorrelation(rho, tanh(atanh(rho) - half), tanh(atanh(rho) + half), p, n)
 

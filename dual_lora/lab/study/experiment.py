@@ -365,7 +365,8 @@ class Experiment:
         known: dict[tuple, Settings] = {}
         for cell in cells:
             mine = cell.settings
-            where = (cell.label, mine.seed, mine.task.name, *(get_setting(mine, key) for key in self.list_heads()))
+            task = mine.task.name if self.columns == "published" else None  # whose columns are of tasks
+            where = (cell.label, mine.seed, task, *(get_setting(mine, key) for key in self.list_heads()))
             other = known.setdefault(where, mine)
             for key in (
                 dict.fromkeys((*iterate_setting_names(asdict(mine)), *iterate_setting_names(asdict(other))))
@@ -386,12 +387,21 @@ class Experiment:
         return [Cell(label, replace(settings, seed=seed), self.list_trials(label, settings)) for seed in seeds]
 
     def list_trials(self, label: str, settings: Settings) -> tuple[Settings, ...]:
-        """Return the runs by which a cell's learning rate is chosen."""
+        """Return the runs by which a cell's learning rate is chosen.
+
+        Raises:
+            UserError: they would train on rows that the cell's runs are scored on.
+        """
         if self.tune is None or label not in self.tune.grid:
             return ()
         # Rows that the reported runs are scored on are neither trained nor chosen on.
-        skip = settings.eval.holdout if self.tune.holdout else None
-        scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=skip, before=False)
+        held = settings.eval.holdout
+        require(
+            self.tune.holdout or not held,
+            f"eval.holdout={held}: rates of experiment={self.name} are chosen on other rows than training rows, so "
+            "that its trials would train on those held out; drop it",
+        )
+        scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=held, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
         marked = replace(settings.wandb, job_type="tune")
         alone = replace(settings, eval=scored, task=task, wandb=marked)

@@ -26,12 +26,12 @@ def format_results(runs: list[Run]) -> str:
         seconds = f"{result['train_seconds']:.1f}" if result else MISSING
         shown = [format_score(score, name in unscaled) for score, name in zip(scores, metrics, strict=True)]
         rows.append([run.label, format_score(before, result.get("metric") in unscaled), *shown, trained, seconds])
-    rows += summarise_seeds(runs, results, metrics, unscaled)
+    rows += summarize_seeds(runs, results, metrics, unscaled)
     heads = [name if name in unscaled else f"{name} %" for name in metrics]
     return format_rows(rows, ["run", "before", *heads, "trained", "seconds"])
 
 
-def summarise_seeds(
+def summarize_seeds(
     runs: list[Run], results: list[dict[str, Any]], metrics: list[str], unscaled: set[str]
 ) -> list[list[str]]:
     """Return a row of `format_results` for each group of finished runs that differ in their seed alone: mean ± SD."""

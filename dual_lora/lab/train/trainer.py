@@ -121,14 +121,18 @@ class RunTrainer(Trainer):
 
     @torch.no_grad()
     def measure_loss(self, examples: Dataset) -> float:
-        """Return the mean loss of these examples, without dropout. Draws no random numbers: training continues as if it
-        had not been taken."""
+        """Return the loss of these examples, without dropout: as the Trainer's, that of each batch of LOSS_BATCH (of
+        tokens, a mean over them), averaged by its examples. Draws no random numbers: training continues as if it had
+        not been measured."""
         training, found = self.model.training, 0.0
         self.model.eval()
         for start in range(0, len(examples), LOSS_BATCH):
             rows = [examples[i] for i in range(start, min(start + LOSS_BATCH, len(examples)))]
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            if self.settings.train.packing:
+                unmask_packed_batch(inputs)
             with self.compute_loss_context_manager():
-                loss = super().compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
+                loss = super().compute_loss(self.model, inputs)
             found += float(loss) * len(rows)
         for module in self.model.modules() if is_sharded(self.model) else ():
             if isinstance(module, FSDPModule):

@@ -98,7 +98,7 @@ def iterate_correlations(points: list[Point]) -> Iterator[dict[str, object]]:
 
 def format_correlation(found: RankCorrelation) -> dict[str, str]:
     """Return a correlation, its interval and its p as cells of a table."""
-    interval = f"{found.low:+.2f} to {found.high:+.2f}"
+    interval = MISSING if found.low is None else f"{found.low:+.2f} to {found.high:+.2f}"
     return {"rank correlation": f"{found.rho:+.2f}", "95 % interval": interval, "p": f"{found.p:.3f}"}
 
 

@@ -31,7 +31,7 @@ class FittedRun:
         for row in content["rows"]:
             key = row["cell"]["target"], row["cell"]["method"]
             found = row["result"]["unexplained"]
-            shares[key] = min(shares.get(key, np.inf), np.inf if np.isnan(found) else found)
+            shares[key] = min(shares.get(key, np.inf), found)
             if row["result"]["svd"] is not None:
                 optima[key] = row["result"]["svd"]
         return cls(get_model_task(cell), cell.cell.label, shares, optima)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.report.values import get_place
 from dual_lora.lab.study.experiment import Experiment
@@ -69,16 +70,17 @@ class Match:
 def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Match]:
     """Yield every row that is neither baseline nor floor with every baseline on each task, as far as runs are finished.
 
-    A baseline that has no value of the columns' setting stands against all columns. Rows that are the same runs are
-    compared once.
+    A baseline none of whose runs, finished or not, has a value of the columns' setting stands against all columns. Rows
+    that are the same runs are compared once.
     """
     runs = group_by_place(experiment, done)
     apart, seen = {*experiment.baselines, *experiment.floors}, set()
+    without = [label for label in experiment.baselines if not has_column_values(experiment, done, label)]
     for label in [label for label in runs if label not in apart]:
         for baseline in experiment.baselines:
             known = runs.get(baseline, {})
             for where, ours in runs[label].items():
-                theirs = known.get(where) or known.get((*where[:-1], None), [])
+                theirs = known.get((*where[:-1], None) if baseline in without else where, [])
                 same = tuple(frozenset(cell.record.name for cell in cells) for cells in (ours, theirs))
                 if not theirs or same[0] == same[1] or same in seen:
                     continue
@@ -86,6 +88,14 @@ def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Mat
                 if match.seeds:
                     seen.add(same)
                     yield match
+
+
+def has_column_values(experiment: Experiment, done: list[Outcome], label: str) -> bool:
+    """Whether a row has a value of the columns' setting; also where these are of published scores or other fields."""
+    if experiment.columns not in experiment.list_heads():
+        return True
+    settings = [cell.settings for cell in done if cell.cell.label == label]
+    return any(get_setting(one, experiment.columns) is not None for one in settings)
 
 
 def group_by_place(experiment: Experiment, done: list[Outcome]) -> dict[str, dict[Key, list[Outcome]]]:
