@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_training import attached, settings
+from test_training import FAMILIES, SHORT, attached, settings
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.adapter_files import find_differing_fields
@@ -30,9 +32,8 @@ def save_adapter(folder, method: str = "dual_lora", *overrides: str):
     return folder
 
 
-def edit_weights(folder):
-    file = folder / "adapter_model.safetensors"
-    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+def edit_weights(folder, name="adapter_model.safetensors"):
+    save_file({key: 2 * tensor for key, tensor in load_file(folder / name).items()}, folder / name, {"format": "pt"})
 
 
 def edit_config(folder, **fields):
@@ -61,6 +62,27 @@ def test_identity_is_of_the_files_wherever_they_are(tmp_path, runs_folder):
     edit_weights(folder)
     (other,) = {Run.prepare(settings(MODEL, f"init_from={folder}")).identity}
     assert other not in names | {Run.prepare(settings(MODEL)).identity}
+
+
+def test_an_adapter_of_other_base_weights_is_refused(tmp_path, runs_folder):
+    bundled = ROOT / "dual_lora/lab/model/bundled" / MODEL
+    one, other = (shutil.copytree(bundled, tmp_path / name / MODEL) for name in ("one", "other"))
+    edit_weights(other, "model.safetensors")
+
+    def train(path, *words):
+        chosen = ["model=llama-7b", f"model.path={path}", f"task={FAMILIES[MODEL]}", *SHORT, *words]
+        return train_run(Run.prepare(load_settings(chosen)))
+
+    first = train(one)
+    assert "model.path is no llama-7b: hidden_size 128, not 4096, num_hidden_layers" in first["warnings"][0]
+    folder = runs_folder / "adhoc" / first["identity"]
+    for place in (folder, folder / "adapter"):
+        said = (
+            f"^init_from={place}: trained on other base weights .model.safetensors. of model=llama-7b; give the folder"
+        )
+        with pytest.raises(UserError, match=said):
+            train(other, f"init_from={place}")
+    assert train(one.rename(tmp_path / "moved"), f"init_from={folder}")["steps"] == 4
 
 
 def test_a_run_and_its_adapter_alone_start_alike(runs_folder):

@@ -105,6 +105,13 @@ def test_a_value_of_the_table_chooses_among_its_runs(name, extra, labels, same):
         assert {get_setting(cell.settings, key) for cell in cells} == values
 
 
+def test_one_folder_is_not_taken_for_several_models(tmp_path):
+    said = f"^model.path={tmp_path}: one folder for model=gpt2-medium and model=gpt2-large; choose one of them"
+    with pytest.raises(UserError, match=said):
+        Experiment.load("nlg").compose_cells([f"model.path={tmp_path}"])
+    assert Experiment.load("nlg").compose_cells([f"model.path={tmp_path}", "model=gpt2-large"])
+
+
 def test_different_runs_in_one_place_of_the_table_are_refused():
     with pytest.raises(UserError, match="^experiment=rank_sweep method.rank=17: LoRA would hold .* method.alpha 4"):
         Experiment.load("rank_sweep").compose_cells(["method.rank=17"])

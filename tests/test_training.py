@@ -723,6 +723,13 @@ def test_an_update_that_never_reached_its_full_scale_is_a_warning(runs_folder):
     assert "0.25 of its full scale" in warning  # one step before the first optimizer step, and four after
 
 
+def test_a_ratio_that_the_ranks_cannot_have_and_a_stop_of_two_tokens_are_warnings(runs_folder):
+    words = ["method.rank=8", "method.magnitude_ratio=0.3", "task.stop=[a,Solution2]", "eval.before=false"]
+    warnings = train_run(Run.prepare(settings("tiny-llama", *words)))["warnings"]
+    assert "method.magnitude_ratio=0.3: the ranks are 2 and 6, a ratio of 0.25" in warnings
+    assert [w for w in warnings if "task.stop" in w] == ["task.stop: 'Solution2' is 2 tokens here and ends no output"]
+
+
 def test_the_first_optimizer_step_trains_every_factor(runs_folder, monkeypatch):
     moved = {}
 

@@ -5,7 +5,7 @@ When a record is read, ineffective settings are not refused.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -139,6 +139,19 @@ def explain_unused_method(settings: Settings, key: str, composed: DictConfig) ->
     if (name in START_SETTINGS or plain) and settings.init_from and method.peft is not None:
         return "init_from brings a trained adapter, which starts at full scale; drop it"
     return explain_unread_field(settings, name)
+
+
+def check_model_paths(runs: Iterable[Settings]) -> None:
+    """Refuse one folder for several models: their runs would be those of one model under several names.
+
+    Raises:
+        UserError: with the folder and two of the models.
+    """
+    names: dict[str, str] = {}
+    for settings in runs:
+        path, name = settings.model.path, settings.model.name
+        other = names.setdefault(path, name) if path else name
+        require(other == name, f"model.path={path}: one folder for model={other} and model={name}; choose one of them")
 
 
 def trains_head_alone(settings: Settings) -> bool:

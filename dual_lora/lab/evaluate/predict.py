@@ -170,6 +170,12 @@ def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settin
     )
 
 
+def find_idle_stops(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
+    """Return a warning for every string of `task.stop` that this tokenizer has no single token for."""
+    lengths = {text: len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in settings.task.stop}
+    return [f"task.stop: {text!r} is {n} tokens here and ends no output" for text, n in lengths.items() if n != 1]
+
+
 def score_choices(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[list[tuple[float, int]]]:

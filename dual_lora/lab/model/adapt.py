@@ -58,6 +58,7 @@ from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.tuner.warmup import list_factors
 from tasks import Task
 
+RATIO_TOLERANCE = 0.005  # up to which a ratio of ranks is the one asked for
 TASK_TYPES = {
     "classification": TaskType.SEQ_CLS,
     "regression": TaskType.SEQ_CLS,
@@ -400,6 +401,18 @@ def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     if reached >= 1:
         return []
     return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
+
+
+def find_rounded_ratio(model: torch.nn.Module, settings: Settings) -> list[str]:
+    """Return a warning where Dual LoRA's ranks have another ratio than was asked for, so that runs of several ratios
+    are the same; none otherwise."""
+    asked = settings.method.magnitude_ratio
+    if asked is None or not list_factors(model):
+        return []
+    rank = model.active_peft_config.r
+    r1, r2 = model.active_peft_config.split(rank)
+    told = f"method.magnitude_ratio={asked:g}: the ranks are {r1} and {r2}, a ratio of {r1 / rank:.3g}"
+    return [told] if abs(r1 / rank - asked) > RATIO_TOLERANCE else []
 
 
 def find_untouched_experts(model: torch.nn.Module, settings: Settings) -> list[str]:

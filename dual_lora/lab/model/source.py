@@ -19,6 +19,8 @@ NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would o
 # Fields for the dropout before a head. A kind of model may have several; its task's head reads the first.
 HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout")
 HEAD_DROPOUTS += ("summary_last_dropout", "summary_first_dropout")
+# What tells models apart in their configurations. Vocabularies are padded, and positions extended.
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "n_embd", "n_layer")
 DROPOUT_WORDS = {"dropout", "pdrop", "layerdrop"}
 HEAD_WORDS = {"classifier", "classif", "cls", "summary", "pooler", "qa"}  # in the names of a head's dropout
 
@@ -81,6 +83,17 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
         config.update(get_head_options(task))
         set_dropout(config, settings)
     return config
+
+
+def find_other_architecture(settings: Settings) -> list[str]:
+    """Return a warning where the folder given as `model.path` holds a model of another kind or size than the one that
+    the run names; none otherwise."""
+    known = {key: value for key, value in settings.model.architecture.items() if key in SIZES}
+    if not settings.model.path or not known:
+        return []
+    config = read_config(**locate_model(settings))
+    other = [f"{key} {found}, not {known[key]}" for key in known if (found := getattr(config, key)) != known[key]]
+    return [f"model.path is no {settings.model.name}: {', '.join(other)}"] if other else []
 
 
 def find_head_dropout_field(config: PreTrainedConfig) -> str | None:

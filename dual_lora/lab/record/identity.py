@@ -17,9 +17,9 @@ import tasks
 from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
 from dual_lora.lab.config.schema import FILLED_FIELDS, MAX_NAME, Method, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter, get_random_start
-from dual_lora.lab.inputs.model_files import identify_weights
+from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
 from dual_lora.lab.record.record import Record
 
 # Settings that cannot change the result, by group. method.lr is only the default of train.lr.
@@ -59,6 +59,23 @@ def find_init_weights(settings: Settings) -> Path:
         raise UserError(f"init_from={folder}: {what}; take seed={seed}, or pissa for both")
     Record(folder).verify_files(file.parent.name)
     return file
+
+
+def check_base_weights(settings: Settings) -> None:
+    """Refuse an adapter to start from that was trained on other base weights, as far as its run recorded them.
+
+    Raises:
+        UserError: with a file of the weights.
+    """
+    if not settings.init_from or settings.method.peft is None:
+        return
+    folder = find_init_weights(settings).parent.parent
+    known = Record(folder).read_environment().get("model_files") or {}
+    now = hash_model_files(settings) if known else {}
+    for name in sorted(known.keys() & now.keys()):
+        weights = name.endswith(".safetensors") or name in ("gguf", "commit")
+        told = f"init_from={settings.init_from}: trained on other base weights ({name}) of model={settings.model.name}"
+        require(known[name] == now[name] or not weights, f"{told}; give the folder it was trained on as model.path=DIR")
 
 
 def select_identity_settings(settings: Settings) -> dict[str, Any]:

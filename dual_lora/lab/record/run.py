@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.compatibility import check_model_paths
 from dual_lora.lab.config.paths import check_writable
 from dual_lora.lab.config.recorded import find_differences
 from dual_lora.lab.config.schema import Settings
@@ -81,6 +82,7 @@ def prepare_runs(all_settings: list[Settings]) -> list[Run]:
     Raises:
         UserError: see `Run.prepare`.
     """
+    check_model_paths(all_settings)
     distinct = list({repr(settings): settings for settings in all_settings}.values())
     prepared = [Run.prepare(*pair) for pair in zip(distinct, find_differences(distinct), strict=True)]
     return list({run.record.folder: run for run in reversed(prepared)}.values())[::-1]

@@ -50,6 +50,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dual_lora import paper
+from dual_lora.lab.config.compatibility import check_model_paths
 from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
 from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
@@ -239,6 +240,7 @@ class Experiment:
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
         self.check_places(found, extra)
+        check_model_paths(cell.settings for cell in found)
         return self.add_sources(found, jobs, extra) if self.starts else found
 
     def check_replaced(self, label: str, job: dict[str, str], extra: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, find_idle_stops
 from dual_lora.lab.inputs.splits import (
     load_development_split,
     load_scored_splits,
@@ -28,6 +28,7 @@ from dual_lora.lab.model.adapt import (
     count_parameters,
     describe_adapter,
     draw_initial_model,
+    find_rounded_ratio,
     find_unfinished_ramp,
     find_untouched_experts,
     list_kernels,
@@ -36,9 +37,9 @@ from dual_lora.lab.model.adapt import (
 from dual_lora.lab.model.encode import build_collator, check_chats, check_positions, count_cut_rows, encode_rows
 from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
-from dual_lora.lab.model.source import list_dropouts
+from dual_lora.lab.model.source import find_other_architecture, list_dropouts
 from dual_lora.lab.model.tokenizer import load_tokenizer
-from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.record.identity import check_base_weights, find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
@@ -188,12 +189,14 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     """Do everything between an empty record and its result, which is written last.
 
     Raises:
-        UserError: model.dtype=float16 without a GPU, or data, model, method and training refuse what they are given.
+        UserError: model.dtype=float16 without a GPU, an adapter of other base weights to start from, or data, model,
+            method and training refuse what they are given.
         Stopped: a stop was requested.
     """
     task = load_task(settings)
     able = settings.model.dtype != "float16" or torch.cuda.is_available()
     require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
+    check_base_weights(settings)
     rows = load_run_rows(task, settings)
     if settings.model.chat:  # before the weights are loaded, and the rows to be scored before hours of training
         tokenizer = load_tokenizer(settings)
@@ -220,7 +223,14 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
-    warnings = find_warnings(task, predictions) + find_unfinished_ramp(model) + find_untouched_experts(model, settings)
+    warnings = [
+        *find_other_architecture(settings),
+        *find_warnings(task, predictions),
+        *find_rounded_ratio(model, settings),
+        *find_unfinished_ramp(model),
+        *find_untouched_experts(model, settings),
+        *find_idle_stops(tokenizer, settings),
+    ]
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     if task.form == "generation" and (cut := count_cut_rows(trainer.train_dataset, tokenizer)):
         result["data"]["train"]["cut"] = cut
