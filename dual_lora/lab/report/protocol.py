@@ -84,25 +84,25 @@ def list_hyperparameters(cell: Outcome) -> dict[str, object]:
     named = {
         name: value
         for group in LISTED_GROUPS
-        for name, value in iterate_settings(group, asdict(getattr(settings, group)))
+        for name, value in iterate_listed_settings(group, asdict(getattr(settings, group)))
     }
     named["train.lr"] = get_rate(cell)
     known = {name: value for name, value in named.items() if value not in (None, [], {}, "")}
-    return {name: format_setting(value) for name, value in known.items() if has_effect(settings, name, known)}
+    return {name: format_listed_value(value) for name, value in known.items() if has_effect(settings, name, known)}
 
 
-def iterate_settings(name: str, value: object) -> Iterator[tuple[str, object]]:
+def iterate_listed_settings(name: str, value: object) -> Iterator[tuple[str, object]]:
     """Yield full name and value of a setting that is listed, or of all that it holds; a list is one value."""
     if name in NOT_LISTED:
         return
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from iterate_settings(f"{name}.{key}", part)
+            yield from iterate_listed_settings(f"{name}.{key}", part)
     else:
         yield name, value
 
 
-def format_setting(value: object) -> str:
+def format_listed_value(value: object) -> str:
     """Return a value as it is listed."""
     return " ".join(map(str, value)) if isinstance(value, list) else format_value(value)
 
