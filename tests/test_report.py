@@ -21,9 +21,9 @@ from dual_lora.lab.present.document import Table, Text, escape_latex, render_htm
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report import write as report_write
-from dual_lora.lab.report.comparison.blocks import format_verdict
+from dual_lora.lab.report.comparison.blocks import format_verdict, iterate_floor_blocks
 from dual_lora.lab.report.comparison.comparisons import compare_cells
-from dual_lora.lab.report.comparison.floors import Floor
+from dual_lora.lab.report.comparison.floors import Floor, describe_failed_runs, find_floors, find_unlearned
 from dual_lora.lab.report.comparison.matches import Predictions, iterate_matches
 from dual_lora.lab.report.figures.layout import compute_half_interval
 from dual_lora.lab.report.figures.results import (
@@ -255,6 +255,35 @@ def test_a_floor_row_raises_the_floor_and_is_compared_with_nothing(study, tmp_pa
     assert "head only - LoRA" not in text and "mean of" not in "".join(line[0] for line in rows_of(text))
 
 
+def test_floors_stand_for_the_rows_of_their_column_and_the_clearest_row_is_named_by_its_place(study, tmp_path):
+    ratios = "method.magnitude_ratio=0.25,0.5"
+    cells = {
+        "LoRA": ["method=lora"],
+        "Dual LoRA": ["method=dual_lora", ratios],
+        "Frozen": ["method=dual_lora", ratios, "+method.peft.freeze=direction"],
+        "Head only": ["method=head_only"],
+    }
+    spec = RATIOS | {"cells": cells, "floors": ["Frozen", "Head only"], "full": RATIOS["full"] | {"seeds": [0, 1]}}
+    scores = {("Frozen", 0.25): 60, ("Frozen", 0.5): 75, ("Dual LoRA", 0.25): 90, ("Dual LoRA", 0.5): 80}
+    scores |= {("LoRA", None): 70, ("Head only", None): 55}
+    experiment, done = study(spec, lambda label, s: scores[label, s.method.magnitude_ratio])
+    floors = {floor.name: floor for floor in find_floors(experiment, done, Predictions())}
+    assert {name: (round(floor.score), floor.best) for name, floor in floors.items()} == {
+        "Frozen, magnitude ratio 0.25": (60, "Dual LoRA, magnitude ratio 0.25"),
+        "Frozen, magnitude ratio 0.5": (75, "Dual LoRA, magnitude ratio 0.5"),
+        "Head only": (55, "Dual LoRA, magnitude ratio 0.25"),
+        "majority class": (50, "Dual LoRA, magnitude ratio 0.25"),
+    }
+    assert floors["Frozen, magnitude ratio 0.5"].above == pytest.approx(5)
+    assert not find_unlearned(list(floors.values()))  # the row at 0.25 beats the floors that stand for it
+    high, low = floors["Frozen, magnitude ratio 0.5"], floors["Head only"]
+    assert find_unlearned([high, replace(low, beaten_by=high.beaten_by)]) == {("roberta-base", "glue/rte")}
+    (note,) = [n for n in describe_failed_runs(experiment, done, [replace(high, score=85), low]) if "Dual LoRA" in n]
+    assert note == "Dual LoRA on glue/rte: 2 of 2 runs score no better than Frozen, magnitude ratio 0.5 (seeds 0, 1)"
+    table, *_ = iterate_floor_blocks(list(floors.values()), set())
+    assert "clearest above" in table.cells and "by most standard errors" in table.caption
+
+
 def test_runs_that_learned_nothing_are_told_by_row_task_and_seed(study, tmp_path):
     def right(label, settings):
         fails = label == "LoRA" and settings.task.name == "glue/rte" and settings.seed in (1, 4)
@@ -322,17 +351,60 @@ def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
 
 def test_that_runs_on_two_kinds_of_processor_differ_by_more_than_the_seed_is_said(study, tmp_path):
     alone = write_report(*study(GLUE, lambda label, s: None if s.seed else 80), tmp_path)
-    assert "between the runs of a row is the seed alone" in alone
+    assert "the seed alone" not in alone and "kinds of machine" not in alone
     both = write_report(*study(GLUE, lambda label, s: 80, environment={"processor": "slide rule"}), tmp_path)
-    assert "is the seed and, on 2 kinds of machine, the rounding" in both
+    assert "Runs are of 2 kinds of machine, which round differently" in both
     assert "machines: abacus, 1 thread; slide rule, 1 thread" in both
 
 
-def test_that_the_best_epoch_is_reported_is_said(study, tmp_path):
-    for rule in ("last", "best"):
-        spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], f"task.checkpoint={rule}"]}}
-        text = write_report(*study(spec, lambda label, s: 80), tmp_path)
-        assert ("the epoch that did best on the reported rows" in text) == (rule == "best")
+def test_that_seeds_alone_differ_is_said_of_deterministic_runs_alone(study, tmp_path):
+    spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], "deterministic=true"]}}
+    text = write_report(*study(spec, lambda label, s: 80), tmp_path)
+    assert "deterministic=true in 8 of 8 runs" in text and "the runs of a row differ by the seed alone" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "rule", "caveat"),
+    [
+        (["task.checkpoint=last"], "last step", False),
+        (["task.checkpoint=last", "train.max_steps=7"], "last step", False),
+        (["task.checkpoint=best"], "best epoch by the reported rows", True),
+        (["task.checkpoint=best", "eval.development_rows=9"], "best epoch by 9 training rows set apart", False),
+        (
+            ["task.checkpoint=last", "eval.development_rows=9", "train.early_stopping=2"],
+            "best epoch by 9 training rows set apart",
+            False,
+        ),
+        (
+            ["task.checkpoint=best_loss", "task.validation_rows=12"],
+            "step of the lowest loss on 12 training rows set apart, taken every 80 steps",
+            False,
+        ),
+    ],
+    ids=str,
+)
+def test_which_weights_were_scored_is_said(study, tmp_path, words, rule, caveat):
+    spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], *words]}}
+    text = write_report(*study(spec, lambda label, s: 80, metrics_last_epoch={"accuracy": 0.7}), tmp_path)
+    assert f"- scores: on validation, after the {rule}\n" in text
+    assert (f"- checkpoint: of glue/rte, glue/sst2 the {rule}" in text) == (rule != "last step")
+    assert ("scores, intervals and p do not account for that choice" in text) == caveat
+
+
+def test_scores_after_the_last_step_stand_by_task(study, tmp_path):
+    run = [*GLUE["full"]["run"], "task.checkpoint=best_loss", "task.validation_rows=12"]
+    experiment, done = study(
+        GLUE | {"full": GLUE["full"] | {"run": run}},
+        lambda label, s: 80,
+        clipped_share=0.0,
+        metrics_last_epoch={"accuracy": 0.7},
+    )
+    for cell in done:
+        cell.result["metrics_last_epoch"] = {"accuracy": 0.6 if cell.settings.task.name == "glue/rte" else 0.9}
+    text = write_report(experiment, done, tmp_path)
+    assert "- after the last step instead, glue/sst2: LoRA 90.0 (2), Dual LoRA 90.0 (2)\n" in text
+    assert "- after the last step instead, glue/rte: LoRA 60.0 (2), Dual LoRA 60.0 (2)\n" in text
+    assert "; where it is 0, nothing was clipped at the logged steps\n" in text
 
 
 def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
@@ -362,7 +434,7 @@ def test_a_tie_of_rates_and_unfinished_trials_are_told(study, tmp_path):
         if trial.method.name == "dual_lora":
             finish(trial, {1e-3: 60, 2e-3: 70, 4e-3: 70}[trial.train.lr])
     text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
-    assert "0.002 (tied with 0.004)" in text and "seed 1000; of equals the lowest" in text
+    assert "0.002 (tied with 0.004)" in text and "seed 1000; ties go to the lowest rate" in text
     assert "6 more runs choose learning rates, 3 of which count so far" in text
 
 
@@ -514,6 +586,49 @@ def test_hyper_parameters_stand_by_method(study, tmp_path):
     lines = {line[0]: line[1:] for line in rows_of(write_report(experiment, done, tmp_path))}
     assert lines["method.magnitude_ratio"] == ["–", "0.25, 0.5"]
     assert lines["train.schedule"] == ["linear"] and "method.name" not in lines
+    assert lines["model.dtype"] == ["float32"] and lines["model.adapt"] == [" ".join(done[0].settings.model.adapt)]
+    assert lines["train.epochs"] == ["3"] and lines["hardware.devices"] == ["1"]
+    generation = {"task.num_beams", "task.max_new_tokens", "task.length_penalty", "task.loss_on_prompt", "model.chat"}
+    idle = generation | {"task.epochs", "task.batch_size", "hardware.sharding", "model.dropout", "model.hub"}
+    assert not idle & lines.keys()
+
+
+def test_hyper_parameters_without_effect_are_not_listed(study, tmp_path):
+    cells = GLUE["cells"] | {"Full": ["method=full"], "Head only": ["method=head_only"]}
+    run = ["model=roberta-base", "task=glue/rte", "eval.before=false", "train.max_steps=7", "train.head_lr=1e-3"]
+    spec = GLUE | {"cells": cells, "floors": ["Head only"], "full": {"seeds": [0], "run": [*run, "model.dropout=0.2"]}}
+    text = write_report(*study(spec, lambda label, s: 80), tmp_path)
+    lines = {line[0]: line[1:] for line in rows_of(text.partition("## Hyper-parameters")[2])}
+    assert lines["train.max_steps"] == ["7"] and "train.epochs" not in lines and lines["model.dropout"] == ["0.2"]
+    assert lines["model.adapt"] == ["q v", "q v", "–", "–"] and lines["train.head_lr"] == ["0.001"]
+    assert lines["train.lr"][:3] == ["0.002", "0.002", "0.0001"] and lines["train.lr"][3] == "–"
+
+
+def test_the_rate_of_a_head_that_trains_alone_is_its_own(study, tmp_path):
+    cells = GLUE["cells"] | {"Head only": ["method=head_only"], "Untrained": ["method=none"]}
+    run = ["model=roberta-base", "eval.before=false", "train.head_lr=1e-3"]
+    tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3], "Dual LoRA": [1e-3, 2e-3]}}
+    spec = GLUE | {"cells": cells, "tune": tune, "full": {"seeds": [0], "run": run, "blocks": [["task=glue/rte"]]}}
+    rates = {"Head only": {"head": 1e-3}, "Untrained": {}}
+    experiment = Experiment.from_content("made", spec)
+    for cell in experiment.compose_cells([]):
+        if cell.label in rates:
+            finish(cell.settings, 60, learning_rates=rates[cell.label])
+    done = find_outcomes(experiment.compose_cells(["method=head_only,none"]), "made")
+    text = write_report(experiment, done, tmp_path)
+    assert "learning rate, Head only: 0.001, of the head, which alone trains; given, not tuned here" in text
+    assert "learning rate, Untrained: none, nothing trains" in text
+    assert "learning rate, LoRA" not in text and "not tuned: Head only, Untrained\n" in text
+    assert ["roberta-base", "glue/rte", "0.001", "–"] in rows_of(text)
+    values = pd.read_csv(tmp_path / "table.csv").set_index("label")["lr"].dropna()
+    assert values.to_dict() == {"Head only": 1e-3}
+
+
+def test_rows_that_were_not_asked_for_have_no_learning_rate(study, tmp_path):
+    experiment, _ = study(GLUE, lambda label, s: 80)
+    done = find_outcomes(experiment.compose_cells(["method=lora"]), "made")
+    text = write_report(experiment, done, tmp_path)
+    assert "learning rate, LoRA: " in text and "learning rate, Dual LoRA" not in text
 
 
 def test_the_checklist_is_counted_from_the_records(study, tmp_path):
@@ -521,7 +636,7 @@ def test_the_checklist_is_counted_from_the_records(study, tmp_path):
     text = write_report(experiment, done, tmp_path)
     assert "- runs: 4 of 8 finished; seeds 0, 1" in text and "- tuning: none; one given rate for each row" in text
     assert "- code: 4 of 4 runs are of committed code" in text
-    assert "deterministic=true in 0 of 4 runs" in text and "- scores: on validation, after the last epoch" in text
+    assert "deterministic=true in 0 of 4 runs" in text and "- scores: on validation, after the last step" in text
 
 
 @pytest.mark.parametrize(("score", "lines", "title"), [(50, [], "glue/rte (floor: 50.0)"), (69, [69], "glue/rte")])
@@ -531,7 +646,7 @@ def test_a_floor_far_below_does_not_stretch_the_axis(study, score, lines, title)
         RATIOS | {"cells": cells, "floors": ["head only"]},
         lambda label, s: score if label == "head only" else 70 + s.seed,
     )
-    floor = Floor(("roberta-base", "glue/rte"), "head only", score, "LoRA", 1.0, 0.1, frozenset({"LoRA"}))
+    floor = Floor(("roberta-base", "glue/rte"), "head only", score, "LoRA", 1.0, 0.1, frozenset({("LoRA", ())}))
     axes = draw_results(experiment, build_frame(experiment, done), done, [floor]).axes[0]
     assert axes.get_ylim()[1] - axes.get_ylim()[0] < 10
     assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_label() == "floor"] == lines
@@ -689,6 +804,12 @@ def test_a_score_that_is_no_fraction_is_not_printed_in_percent(study, tmp_path, 
     lines = rows_of(write_report(experiment, done, tmp_path))
     (line,) = [line for line in lines if line[:2] == ["glue/rte", "accuracy"] and line[3] == "Dual LoRA - LoRA"]
     assert line[4] == "+0.200"
+    floors = [line for line in lines if line[:2] == ["glue/rte", "majority class"]]
+    assert [line[2:5] for line in floors] == [["0.50", "Dual LoRA", "+0.31"]]
+    (power,) = [line for line in lines if line[1:4] == ["glue/rte", "accuracy", "Dual LoRA - LoRA"]]
+    assert power[5] == "0.0000" and all(re.fullmatch(r"\d+\.\d{3}", text) for text in power[6:])
+    (mean,) = [line for line in lines if line[0] == "mean of 2 tasks"]
+    assert mean[4] == "+0.200"
 
 
 # Several records of the same settings, trials that failed, files that are damaged
@@ -824,6 +945,26 @@ def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_pat
     assert "The rest of the analyses is missing: " in capsys.readouterr().out
 
 
+def test_a_report_computes_what_it_says_once(study, monkeypatch):
+    experiment, done = study(GLUE, lambda label, s: 80)
+    counts = {"compare_cells": 0, "find_unreadable": 0}
+
+    def count(name):
+        original = getattr(report_write, name)
+
+        def counted(*given):
+            counts[name] += 1
+            return original(*given)
+
+        monkeypatch.setattr(report_write, name, counted)
+
+    for name in counts:
+        count(name)
+    monkeypatch.setattr("dual_lora.lab.commands.sweep.run_cells", lambda *_: 0)
+    assert run_experiment(experiment, [cell.cell for cell in done], []) == 0  # with its mirror
+    assert counts == {"compare_cells": 1, "find_unreadable": 1}
+
+
 def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatch):
     experiment, done = study(GLUE, lambda label, s: 80)
     whole = write_report
@@ -918,7 +1059,7 @@ def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path,
     experiment, done = study(RATIOS, lambda label, s: 80 + s.seed)
     assert {tag for cell in done for tag in cell.settings.wandb.tags} == {"made", "full"}
     write_report(experiment, done, tmp_path / "report")
-    mirror_report(experiment, done, tmp_path / "report")
+    mirror_report(experiment, done, tmp_path / "report", build_frame(experiment, done))
     assert "W&B" not in capsys.readouterr().out
     media = next(tmp_path.glob("wandb/*/files/media"))
     found = {re.sub(r"_\d+_\w+\.table\.json$", "", path.name): path for path in media.glob("table/**/*.json")}

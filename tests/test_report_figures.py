@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -12,11 +13,18 @@ from conftest import ROOT
 from matplotlib.colors import to_hex
 from test_report import GLUE, RATIOS, finish, study  # noqa: F401 (a fixture)
 
-from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests
+import tasks
+from dual_lora.lab.report.comparison.blocks import explain_verdicts
+from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests, compare_cells
+from dual_lora.lab.report.comparison.floors import Floor
+from dual_lora.lab.report.comparison.matches import Predictions
+from dual_lora.lab.report.figures.draw import select_learned
 from dual_lora.lab.report.figures.forest import VERDICT_COLORS, draw_forest
 from dual_lora.lab.report.figures.layout import GREY, WIDTH, equalize_spans
 from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
+from dual_lora.lab.report.figures.results import draw_results
 from dual_lora.lab.report.figures.training import collect_costs, draw_costs, draw_curves
+from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.report.write import write_report
 from dual_lora.lab.statistics.compare import Difference
 from dual_lora.lab.study.experiment import Experiment
@@ -46,6 +54,12 @@ def test_the_forest_plot_has_a_row_a_comparison_with_seeds_mean_interval_and_ban
     bands = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
     assert bands == [(-1, 2)] * 3 and figure.get_size_inches()[0] == WIDTH
     assert max(abs(end) for end in axes.get_xlim()) > 3
+
+
+def test_equal_margins_of_one_task_and_of_a_mean_are_both_told():
+    single = compare([0.1, 0.2])
+    text = "; ".join(explain_verdicts([single, replace(single, unit=1)]))
+    assert "a difference of 1 (one task) or 1 (mean over tasks) points" in text
 
 
 def test_an_interval_that_leaves_the_frame_ends_in_an_arrow_and_two_seeds_have_none():
@@ -80,7 +94,8 @@ def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # 
     assert rates == (1e-3, 2e-3, 4e-3)
     frame = pd.DataFrame(
         [
-            {"place": "rte", "label": "LoRA", "rate": rate, "score": score, "lower": lower, "chosen": rate == 2e-3}
+            {"place": "rte", "label": "LoRA", "rate": rate, "score": score, "lower": lower, "decimals": 0}
+            | {"chosen": rate == 2e-3}
             for rate, score in ((1e-3, 65.0), (2e-3, 70.0), (4e-3, np.nan))
         ]
     )
@@ -128,6 +143,42 @@ def test_costs_stand_against_the_mean_score_of_learned_tasks(study):  # noqa: F8
     one = collect_costs(experiment, done, {("roberta-base", "glue/rte")})
     assert set(one["score"]) == {80, 85}
     assert draw_costs(frame.reset_index()[:1]) is None  # nothing to compare
+
+
+def test_a_task_that_one_model_failed_to_learn_is_left_out_for_this_model_alone(study):  # noqa: F811
+    run = ["model=roberta-base,roberta-large", "method.rank=8", "eval.before=false"]
+    spec = GLUE | {"full": GLUE["full"] | {"seeds": [0], "run": run}}
+    experiment, done = study(spec, lambda label, s: 80 if s.model.name == "roberta-base" else 60)
+    lost = ("roberta-large", "glue/rte")
+    found = select_learned(compare_cells(experiment, done, Predictions(), {lost}), {lost})
+    learned = {(c.place["model.name"], c.task) for c in found if not c.task.startswith("mean")}
+    assert learned == {("roberta-base", "glue/rte"), ("roberta-base", "glue/sst2"), ("roberta-large", "glue/sst2")}
+    frame = collect_costs(experiment, done, {lost})
+    assert sorted(frame["score"]) == [60, 60, 80, 80]
+
+
+def test_memory_that_no_device_counted_is_missing_everywhere(study):  # noqa: F811
+    columns = {"memory": "peak_memory_mib", "seconds": "seconds_per_step"}
+    experiment, done = study(GLUE | {"columns": columns, "mean": None}, lambda label, s: 80, peak_memory_bytes=0)
+    values = build_frame(experiment, done)
+    missing = values[values["value"].isna()]
+    assert set(missing["column"]) == {"memory"} and set(missing["reason"]) == {"peak_memory_mib not measured"}
+    assert collect_costs(experiment, done, set())["peak_memory_mib"].isna().all()
+
+
+def test_rates_of_a_score_that_is_no_fraction_are_told_apart(study, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
+    experiment, done = study(GLUE, lambda label, s: 80)
+    object.__setattr__(done[0], "trials", ((1e-3, 0.61), (2e-3, 0.64)))
+    (axes,) = draw_rates(collect_rates(experiment, done[:1])).axes
+    assert [text.get_text() for text in axes.texts] == ["0.61", "0.64"]
+
+
+def test_the_floor_in_a_title_has_the_decimals_of_its_score(study):  # noqa: F811
+    experiment, done = study(RATIOS, lambda label, s: 70 + s.seed)
+    floor = Floor(("roberta-base", "glue/rte"), "head only", 0.125, "LoRA", 1.0, 0.1, frozenset({("LoRA", ())}), unit=1)
+    (axes, *_) = draw_results(experiment, build_frame(experiment, done), done, [floor]).axes
+    assert axes.get_title() == "glue/rte (floor: 0.12)"
 
 
 def test_related_panels_have_one_span(study):  # noqa: F811

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.report.analyses.ranks import read_analyses
 from dual_lora.lab.report.table import describe_missing_rows, iterate_start_notes
 
 GLUE = ["model=tiny-roberta", "task=glue/mnli", "method=lora"]
@@ -41,3 +42,31 @@ def test_the_run_that_a_row_starts_from_is_named():
     assert note == "start: glue/mnli from the row's own best run of glue/qnli, without its head (LoRA best_s3)"
     (note,) = iterate_start_notes(experiment, [make_cell()])
     assert note.endswith("without its head")
+
+
+# Analyses of several models and tasks
+
+
+def analyse(model: str, task: str, seed: int = 0, label: str = "LoRA", name: str = "run"):
+    """Return an analysed run whose analysis says which one it is."""
+    settings = SimpleNamespace(model=SimpleNamespace(name=model), task=SimpleNamespace(name=task), seed=seed)
+    record = SimpleNamespace(name=name, read_sealed=lambda *_: {"of": (model, task, seed, name)})
+    return SimpleNamespace(cell=SimpleNamespace(label=label), settings=settings, record=record)
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        ([("a", "t"), ("b", "t")], ["LoRA, a", "LoRA, b"]),
+        ([("a", "t"), ("a", "u")], ["LoRA, t", "LoRA, u"]),
+        ([("a", "t", 0), ("b", "t", 1)], ["LoRA, a, seed 0", "LoRA, b, seed 1"]),
+        ([("a", "t", 0), ("a", "t", 0, "DoRA")], ["LoRA", "DoRA"]),
+        ([("a", "t", 0, "LoRA", "r4"), ("a", "t", 0, "LoRA", "r8")], ["LoRA, r4", "LoRA, r8"]),
+    ],
+    ids=str,
+)
+def test_no_analysis_stands_in_the_place_of_another(runs, names):
+    done = [analyse(*run) for run in runs]
+    found = read_analyses(done)
+    assert list(found) == names
+    assert [content["of"] for content in found.values()] == [cell.record.read_sealed()["of"] for cell in done]

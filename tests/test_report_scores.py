@@ -10,7 +10,7 @@ from dual_lora.lab.report.comparison.comparisons import compare_cells
 from dual_lora.lab.report.comparison.floors import Floor, find_floors, find_unlearned, predict_majority
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.forest import describe_difference_axis
-from dual_lora.lab.report.figures.layout import find_floor_score
+from dual_lora.lab.report.figures.layout import find_floor
 from dual_lora.lab.report.figures.rates import collect_rates
 from dual_lora.lab.report.figures.results import draw_results
 from dual_lora.lab.report.figures.training import collect_costs
@@ -69,8 +69,8 @@ def test_the_majority_class_is_the_one_that_scores_best(low_glue):
 def test_the_hardest_floor_is_drawn(study, lower, score):  # noqa: F811
     _, done = study(RATIOS, lambda label, s: 70)
     place = ("roberta-base", "glue/rte")
-    floors = [Floor(place, str(s), s, "LoRA", 9.0, 1.0, frozenset({"LoRA"}), lower) for s in (50, 60)]
-    assert find_floor_score(done, floors) == score
+    floors = [Floor(place, str(s), s, "LoRA", 9.0, 1.0, frozenset({("LoRA", ())}), lower) for s in (50, 60)]
+    assert find_floor(done, floors).score == score
 
 
 def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, monkeypatch, tmp_path):  # noqa: F811

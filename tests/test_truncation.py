@@ -1,6 +1,7 @@
 """Updates cut to a lower rank: the cut, the weights it is written into, the scores of runs; curvature; the reports."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,11 +105,25 @@ def test_a_score_that_a_cut_does_not_have_is_a_dash():
     assert line["0"] == "–" and line["1"] == "-10.0"
 
 
+def test_seeds_whose_updates_have_other_full_ranks_stand_together():
+    low, high = curve("Full", {0: 50, 256: 70, 383: 80}), curve("Full", {0: 50, 256: 72, 384: 82})
+    assert (high.get_score(383), low.get_score(384), low.get_kept(384)) == (72, 80, low.kept[383])
+    (axes,) = draw_curves_by_rank([low, high], []).axes
+    assert list(axes.get_lines()[0].get_ydata()) == [50, 71, 76, 81]
+    assert set(tabulate_kept([low, high])) == {"task", "method", "0", "256"}
+
+
+def test_a_score_that_is_no_fraction_has_decimals_enough():
+    run = replace(curve("LoRA", {0: 0.25, 1: 0.5, 2: 0.75}), decimals=2)
+    (line,) = tabulate_losses([run]).to_dict("records")
+    assert (line["0"], line["full"]) == ("-0.50", "0.75 (2)")
+
+
 def test_the_share_of_the_gain_is_told_where_the_floors_are_beaten():
     curves = [curve("Dual LoRA", {0: 50, 1: 65, 2: 80}), curve("LoRA", {0: 50, 1: 55, 2: 58})]
     floors = [
-        Floor(PLACE, "majority class", 50, "Dual LoRA", 30, 1, frozenset({"Dual LoRA", "LoRA"})),
-        Floor(PLACE, "Head only", 60, "Dual LoRA", 20, 1, frozenset({"Dual LoRA"})),
+        Floor(PLACE, "majority class", 50, "Dual LoRA", 30, 1, frozenset({("Dual LoRA", ()), ("LoRA", ())})),
+        Floor(PLACE, "Head only", 60, "Dual LoRA", 20, 1, frozenset({("Dual LoRA", ())})),
     ]
     dual, lora = tabulate_shares(curves, floors).to_dict("records")
     assert (dual["0"], dual["1"], dual["floor"]) == ("-50%", "25%", "60.0 (Head only)")
@@ -118,7 +133,9 @@ def test_the_share_of_the_gain_is_told_where_the_floors_are_beaten():
 
 def test_of_scores_that_should_be_low_the_share_is_of_the_way_below_the_lowest_floor():
     curves = [curve("LoRA", {0: 50, 1: 35, 2: 20})]
-    floors = [Floor(PLACE, str(s), s, "LoRA", s - 20, 1, frozenset({"LoRA"}), lower_is_better=True) for s in (50, 40)]
+    floors = [
+        Floor(PLACE, str(s), s, "LoRA", s - 20, 1, frozenset({("LoRA", ())}), lower_is_better=True) for s in (50, 40)
+    ]
     (line,) = tabulate_shares(curves, floors).to_dict("records")
     assert (line["1"], line["floor"]) == ("25%", "40.0 (40)")
 

@@ -86,8 +86,7 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
 
     run: true: also analyse the runs that are not analysed yet, and mirror the report.
     """
-    from dual_lora.lab.report.table import find_unreadable
-    from dual_lora.lab.report.write import choose_folder, mirror_report, write_report
+    from dual_lora.lab.report.write import Findings, choose_folder, mirror_report, write_report
 
     study = cells[0].settings.study
     folder = choose_folder(experiment, cells, paths.RUNS / experiment.find_report_study(study))
@@ -96,13 +95,14 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     with hold_lock(folder, wait=True), translate_write_errors(folder):
         remove_temporary_files(folder)
         done = find_outcomes(cells, study)
-        print(write_report(experiment, done, folder))
-    for trouble in (troubles := find_unreadable(experiment, done)):
+        findings = Findings.compute(experiment, done)
+        print(write_report(experiment, done, folder, findings))
+    for trouble in findings.unreadable:
         print(f"not read: {trouble}", file=sys.stderr)
     if run:
-        mirror_report(experiment, done, folder)
+        mirror_report(experiment, done, folder, findings.values)
     missing = run and any(cell.result is None for cell in done)
-    return EXIT_USER if missing or troubles or lost else EXIT_OK
+    return EXIT_USER if missing or findings.unreadable or lost else EXIT_OK
 
 
 def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from dual_lora.lab.config.compatibility import trains_head_alone
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.report.values import format_value, get_heading, get_place
+from dual_lora.lab.report.values import format_value, get_heading, get_place, get_rate
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
@@ -16,9 +17,9 @@ EDGE = "(edge)"
 def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:
     """Yield how each row came by its learning rate."""
     tune = experiment.tune
-    for label in experiment.cells:
+    for label in list_labels(experiment, done):
         cells = [cell for cell in done if cell.cell.label == label]
-        used = sorted({cell.rate for cell in cells} - {None})
+        used = sorted({get_rate(cell) for cell in cells} - {None})
         text = ", ".join(f"{rate:g}" for rate in used) or "not chosen yet"
         if tune and label in tune.grid:
             grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
@@ -32,10 +33,19 @@ def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iter
             )
             yield (
                 f"learning rate, {label}: {text}; chosen from {grid} by the main score on {tune.describe_rows()}, "
-                f"{describe_seeds(cells)}; of equals the lowest{lost}{edge}"
+                f"{describe_seeds(cells)}; ties go to the lowest rate{lost}{edge}"
             )
+        elif not used and all(cell.result for cell in cells):
+            yield f"learning rate, {label}: none, nothing trains"
         else:
-            yield f"learning rate, {label}: {text}; given, not tuned here"
+            alone = ", of the head, which alone trains" if all(trains_head_alone(c.settings) for c in cells) else ""
+            yield f"learning rate, {label}: {text}{alone}; given, not tuned here"
+
+
+def list_labels(experiment: Experiment, done: list[Outcome]) -> list[str]:
+    """Return the labels that have cells, in the experiment's order: a command may ask for some of its rows."""
+    asked = {cell.cell.label for cell in done}
+    return [label for label in experiment.cells if label in asked]
 
 
 def describe_seeds(cells: list[Outcome]) -> str:
@@ -45,9 +55,13 @@ def describe_seeds(cells: list[Outcome]) -> str:
 
 
 def describe_rate(cell: Outcome) -> str:
-    """Return a cell's rate, with those whose trials scored the same and whether it is at an edge of its grid."""
+    """Return a cell's rate, with those whose trials scored the same and whether it is at an edge of its grid; a dash
+    where it has none."""
+    rate = get_rate(cell)
+    if rate is None:
+        return MISSING
     tied = f" (tied with {', '.join(f'{rate:g}' for rate in cell.tied)})" if cell.tied else ""
-    return f"{cell.rate:g}{tied}{f' {EDGE}' if is_at_edge(cell) else ''}"
+    return f"{rate:g}{tied}{f' {EDGE}' if is_at_edge(cell) else ''}"
 
 
 def is_at_edge(cell: Outcome) -> bool:
@@ -62,8 +76,7 @@ def tabulate_learning_rates(experiment: Experiment, done: list[Outcome]) -> Tabl
     for cell in done:
         where = {"model": cell.settings.model.name, "task": cell.settings.task.name}
         where |= {get_heading(key): format_value(value) for key, value in get_place(experiment, cell).items()}
-        text = MISSING if cell.rate is None else describe_rate(cell)
-        lines.setdefault(tuple(where.items()), {}).setdefault(cell.cell.label, []).append(text)
+        lines.setdefault(tuple(where.items()), {}).setdefault(cell.cell.label, []).append(describe_rate(cell))
     rows = [
         {**dict(where), **{label: ", ".join(dict.fromkeys(t)) for label, t in texts.items()}}
         for where, texts in lines.items()

@@ -1,19 +1,32 @@
-"""How the runs of a report were done: every hyper-parameter by method, and what a reader needs to repeat them."""
+"""How the runs of a report were done: every hyper-parameter that had an effect, by method, and what a reader needs to
+repeat them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
 
 import pandas as pd
 
-from dual_lora.lab.config.schema import iterate_leaves
+from dual_lora.lab.config.compatibility import START_SETTINGS, explain_unread_field, explain_unused
+from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
 from dual_lora.lab.record.provenance import get_machine, is_committed
-from dual_lora.lab.report.values import format_value
+from dual_lora.lab.report.learning_rates import list_labels
+from dual_lora.lab.report.values import format_value, get_rate
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current
 
-GROUPS = ("method", "train", "task", "eval")
-# What does not change a number, stands elsewhere in the report, or is PEFT's name of what `method` says.
+LISTED_GROUPS = ("model", "method", "train", "task", "eval", "hardware")
+# What does not change a number, stands elsewhere in the report, or is PEFT's name of what `method` says. `task` holds
+# the defaults of `train`.
 NOT_LISTED = {
+    "model.name",
+    "model.hub",
+    "model.revision",
+    "model.path",
+    "model.bundled",
+    "model.generates",
+    "model.roles",
+    "model.architecture",
     "method.peft.peft_type",
     "method.peft.r",
     "method.peft.lora_alpha",
@@ -22,12 +35,18 @@ NOT_LISTED = {
     "method.name",
     "method.lr",
     "task.name",
+    "task.epochs",
+    "task.batch_size",
     "task.train_rows",
     "train.save_steps",
     "train.save_minutes",
     "train.log_steps",
+    "train.log_zeros",
     "eval.before",
+    "hardware.name",
+    "hardware.accelerator",
 }
+LAST_STEP, BY_REPORTED_ROWS = "last step", "best epoch by the reported rows"  # rules of which weights are scored
 MAX_VALUES = 5  # of one setting that are listed one by one
 
 
@@ -59,15 +78,47 @@ def iterate_hyperparameter_tables(done: list[Outcome]) -> Iterator[Block]:
 
 
 def list_hyperparameters(cell: Outcome) -> dict[str, object]:
-    """Return the settings of a run that can change a number, by their full names; what is not set is left out."""
+    """Return the settings of a run that can change a number of it, by their full names; what is not set, or has no
+    effect on this run, is left out."""
+    settings = replace(cell.settings, data_dir=None)  # the user's files may be gone
     named = {
         name: value
-        for group in GROUPS
-        for name, value in iterate_leaves(getattr(cell.settings, group), group)
-        if name not in NOT_LISTED
+        for group in LISTED_GROUPS
+        for name, value in iterate_listed_settings(group, asdict(getattr(settings, group)))
     }
-    named["train.lr"] = cell.rate
-    return {name: format_value(value) for name, value in named.items() if value not in (None, [], {}, "")}
+    named["train.lr"] = get_rate(cell)
+    known = {name: value for name, value in named.items() if value not in (None, [], {}, "")}
+    return {name: format_listed_value(value) for name, value in known.items() if has_effect(settings, name, known)}
+
+
+def iterate_listed_settings(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield full name and value of a setting that is listed, or of all that it holds; a list is one value."""
+    if name in NOT_LISTED:
+        return
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from iterate_listed_settings(f"{name}.{key}", part)
+    else:
+        yield name, value
+
+
+def format_listed_value(value: object) -> str:
+    """Return a value as it is listed."""
+    return " ".join(map(str, value)) if isinstance(value, list) else format_value(value)
+
+
+def has_effect(settings: Settings, name: str, given: Collection[str]) -> bool:
+    """Whether a setting changes anything in a run. given: the names of all that are set."""
+    group, _, own = name.partition(".")
+    if name == "train.epochs":
+        return settings.train.max_steps is None
+    if name == "model.chat":
+        return settings.model.chat
+    if name == "hardware.sharding":
+        return settings.hardware.devices > 1
+    if group == "method" and (explain_unread_field(settings, own) or settings.init_from and own in START_SETTINGS):
+        return False
+    return explain_unused(settings, name, given) is None
 
 
 def summarize_values(values: list[object]) -> str:
@@ -91,7 +142,7 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
     yield f"compute: {hours:.1f} hours of training for the runs above; {trials} more runs choose learning rates{so_far}"
     per_label = {len(rates) for rates in experiment.tune.grid.values()} if experiment.tune else set()
     if per_label:
-        untuned = [label for label in experiment.cells if label not in experiment.tune.grid]
+        untuned = [label for label in list_labels(experiment, done) if label not in experiment.tune.grid]
         budget = f"{per_label.pop()} learning rates a point for every tuned row"
         yield f"tuning: {budget}, chosen on {experiment.tune.describe_rows()}" + (
             f"; not tuned: {', '.join(untuned)}" if untuned else ""
@@ -99,25 +150,37 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
     else:
         yield "tuning: none; one given rate for each row"
     asked, kinds = sum(cell.settings.deterministic for cell in finished), {get_machine(place) for place in places}
-    yield (
-        f"determinism: deterministic=true in {asked} of {len(finished)} runs. The seed sets data order, initial "
-        "adapter and dropout. Where runs are deterministic, the same settings on the same machine give the same bits: "
-        "what varies between the runs of a row is the seed "
-        + ("alone" if len(kinds) < 2 else f"and, on {len(kinds)} kinds of machine, the rounding")
-    )
+    said = [
+        f"determinism: deterministic=true in {asked} of {len(finished)} runs",
+        "The seed sets data order, initial adapter and dropout",
+    ]
+    if asked:
+        said.append(
+            "Where runs are deterministic, the same settings on the same machine give the same bits, so that on one "
+            "machine the runs of a row differ by the seed alone"
+        )
+    if len(kinds) > 1:
+        said.append(f"Runs are of {len(kinds)} kinds of machine, which round differently")
+    yield ". ".join(said)
     clean = sum(map(is_committed, places))
     yield f"code: {clean} of {len(finished)} runs are of committed code; records hold commands and package versions"
     current = sum(is_current(cell.result, cell.settings) for cell in finished)
-    yield f"task version: {current} of {len(finished)} runs are of the tasks as they are now"
+    yield f"task version: {current} of {len(finished)} runs used the current task versions"
     hashed = sum(bool(cell.result.get("sha256")) for cell in finished)
     yield f"integrity: {hashed} of {len(finished)} runs sealed their files by SHA-256; data and weights are hashed, too"
     if not finished:
         return
     splits = sorted({name for cell in finished for name in cell.result["data"] if name != "train"})
-    yield f"scores: on {', '.join(splits)}, after the {describe_checkpoint_rule(done)}"
+    rules = dict.fromkeys(describe_checkpoint(cell.settings) for cell in done)
+    yield f"scores: on {', '.join(splits)}, after the {' or the '.join(rules)}"
 
 
-def describe_checkpoint_rule(done: list[Outcome]) -> str:
-    """Return at which point of training runs are scored."""
-    words = {"last": "last epoch", "best": "best epoch", "best_loss": "step of the lowest loss on rows set apart"}
-    return " or ".join(words[rule] for rule in sorted({cell.settings.task.checkpoint for cell in done}))
+def describe_checkpoint(settings: Settings) -> str:
+    """Return at which point of training a run is scored."""
+    task, development = settings.task, settings.eval.development_rows
+    if task.checkpoint == "best_loss":
+        rows, steps = task.validation_size, task.validation_interval
+        return f"step of the lowest loss on {rows} training rows set apart, taken every {steps} steps"
+    if task.checkpoint == "best" or settings.train.early_stopping:
+        return f"best epoch by {development} training rows set apart" if development else BY_REPORTED_ROWS
+    return LAST_STEP

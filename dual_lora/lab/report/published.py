@@ -82,8 +82,8 @@ def has_same_rate(row: Row, runs: list[Outcome]) -> bool:
 
 
 def quote_row(experiment: Experiment, row: Row, runs: list[Outcome], found: list[Column]) -> Cells:
-    """Return what a row prints by the heads of our columns, with the status of a value that has another than its
-    table."""
+    """Return the published values of a row by the heads of our columns. A value whose status is not that of its table
+    has it behind it."""
     table, cells = paper.load_table(row.table), {}
     for column in found:
         called = {get_published_name(experiment, column, run) for run in runs} - {None}

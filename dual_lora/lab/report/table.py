@@ -18,6 +18,7 @@ from dual_lora.lab.report.commands import build_command
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import group_by_inputs, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
+from dual_lora.lab.report.protocol import BY_REPORTED_ROWS, LAST_STEP, describe_checkpoint
 from dual_lora.lab.report.published import find_published_lines
 from dual_lora.lab.report.values import (
     FIELDS,
@@ -25,6 +26,7 @@ from dual_lora.lab.report.values import (
     SCORE_FORMATS,
     Column,
     get_heading,
+    get_score,
     get_unit,
     list_cells,
     list_columns,
@@ -256,8 +258,10 @@ def iterate_notes(
     values: pd.DataFrame,
     reasons: dict[str, str],
     unlearned: set[ModelTask],
+    unreadable: list[str],
 ) -> Iterator[str]:
-    """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code."""
+    """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code. unreadable:
+    of `find_unreadable`."""
     for reason, letter in reasons.items():
         yield f"{MISSING} [{letter}]: {reason}"
     for mark in sorted(set("".join(values["marks"].dropna()))):
@@ -269,13 +273,7 @@ def iterate_notes(
     yield from describe_learning_rates(experiment, done)
     yield from iterate_start_notes(experiment, done)
     yield from iterate_clipped_notes(done)
-    best = sorted({cell.settings.task.name for cell in done if cell.settings.task.checkpoint == "best"})
-    if best:
-        yield (
-            f"checkpoint: of {', '.join(best)} the epoch that did best on the reported rows, as LoRA reports it; "
-            "scores, intervals and p know nothing of that choice"
-        )
-    yield from iterate_loss_notes(done)
+    yield from iterate_checkpoint_notes(done)
     files = {
         f"{name} {facts['origin']}, {facts['rows']:,} rows"
         for cell in done
@@ -285,7 +283,7 @@ def iterate_notes(
         yield f"data: {'; '.join(sorted(files))}"
     yield from dict.fromkeys(note for cell in done if (note := describe_missing_rows(cell)))
     yield from iterate_origin_notes(done)
-    yield from (f"not read: {trouble}" for trouble in find_unreadable(experiment, done))
+    yield from (f"not read: {trouble}" for trouble in unreadable)
 
 
 def iterate_direction_notes(learned: list[Outcome]) -> Iterator[str]:
@@ -320,20 +318,34 @@ def describe_missing_rows(cell: Outcome) -> str | None:
     )
 
 
-def iterate_loss_notes(done: list[Outcome]) -> Iterator[str]:
-    """Yield that the checkpoint was chosen by a loss, and the main scores after the last step, by row."""
-    chosen = [cell for cell in done if cell.settings.task.checkpoint == "best_loss"]
-    if not chosen:
-        return
-    rules = {(cell.settings.task.validation_size, cell.settings.task.validation_interval) for cell in chosen}
-    said = " or ".join(f"{rows} training rows set apart, taken every {steps} steps" for rows, steps in sorted(rules))
-    yield f"checkpoint: the one of the lowest loss on {said}"
-    last: dict[str, list[float]] = {}
-    for cell in (cell for cell in chosen if cell.result):
-        score, metric = cell.result["metrics_last_epoch"], cell.result["metric"]
-        last.setdefault(cell.cell.label, []).append(score[metric] * get_unit(load_task_of(cell), metric))
-    if last:
-        yield f"after the last step instead: {', '.join(f'{k} {np.mean(v):.1f} ({len(v)})' for k, v in last.items())}"
+def iterate_checkpoint_notes(done: list[Outcome]) -> Iterator[str]:
+    """Yield by which rule weights were chosen that are not the last ones, of which tasks. Where a loss chose them, also
+    the main scores after the last step."""
+    rules: dict[str, set[str]] = {}
+    for cell in done:
+        rules.setdefault(describe_checkpoint(cell.settings), set()).add(cell.settings.task.name)
+    rules.pop(LAST_STEP, None)
+    for rule, names in rules.items():
+        caveat = ", as LoRA reports it; scores, intervals and p do not account for that choice"
+        yield f"checkpoint: of {', '.join(sorted(names))} the {rule}{caveat if rule == BY_REPORTED_ROWS else ''}"
+    yield from iterate_last_scores(
+        [cell for cell in done if cell.result and cell.settings.task.checkpoint == "best_loss"]
+    )
+
+
+def iterate_last_scores(finished: list[Outcome]) -> Iterator[str]:
+    """Yield the mean main scores after the last step by row, a line for each model and task."""
+    models = {cell.settings.model.name for cell in finished}
+    places: dict[ModelTask, list[Outcome]] = {}
+    for cell in finished:
+        places.setdefault(get_model_task(cell), []).append(cell)
+    for (model, name), cells in places.items():
+        task, last = load_task_of(cells[0]), {}
+        for cell in cells:
+            last.setdefault(cell.cell.label, []).append(get_score(task, cell.result, of="metrics_last_epoch"))
+        style = SCORE_FORMATS[get_unit(task, task.metric)]
+        listed = ", ".join(f"{label} {style.format(np.mean(some))} ({len(some)})" for label, some in last.items())
+        yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
 
 
 def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
@@ -344,7 +356,7 @@ def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
             shares[cell.cell.label] = max(share, shares.get(cell.cell.label, 0.0))
     if shares:
         listed = ", ".join(f"{label} {share:.2g}" for label, share in shares.items())
-        none = "; where it is 0, clip is identity" if 0 in shares.values() else ""
+        none = "; where it is 0, nothing was clipped at the logged steps" if 0 in shares.values() else ""
         yield f"share of Sign's gradient that was clipped, the largest at a logged step: {listed}{none}"
 
 
@@ -372,8 +384,6 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
 
 def describe_rivals(task: Task, records: tuple[Record, ...]) -> str:
     """Return the run that counts and those that do not, with their main scores."""
-    unit = get_unit(task, task.metric)
-    results = {record.name: record.read_result() for record in records}
-    shown = {name: SCORE_FORMATS[unit].format(r["metrics"][r["metric"]] * unit) for name, r in results.items()}
-    scores = [f"{name} ({score})" for name, score in shown.items()]
+    style = SCORE_FORMATS[get_unit(task, task.metric)]
+    scores = [f"{record.name} ({style.format(get_score(task, record.read_result()))})" for record in records]
     return f"{scores[0]}, not {', '.join(scores[1:])}"

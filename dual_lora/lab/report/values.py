@@ -1,12 +1,15 @@
 """The runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
 
 import pandas as pd
 
 from dual_lora import paper
+from dual_lora.lab.config.compatibility import trains_head_alone
 from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.record.provenance import is_committed
 from dual_lora.lab.study.experiment import Experiment
@@ -15,14 +18,15 @@ from dual_lora.paper import Table
 from tasks import Task
 
 MEAN = "mean"
-# What can be asked of a run's result beside its scores: the value, how it is printed.
+# What can be asked of a run's result beside its scores: the value, NaN where it was not measured; how it is printed.
 FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "seconds_per_step": (lambda result: result["train_seconds"] / (result["steps"] or 1), "{:.3f}"),
     "tokens_per_second": (lambda result: result["tokens_per_second"], "{:,.0f}"),
-    "peak_memory_mib": (lambda result: result["peak_memory_bytes"] / 2**20, "{:,.0f}"),
+    "peak_memory_mib": (lambda result: (result.get("peak_memory_bytes") or nan) / 2**20, "{:,.0f}"),
     "trainable_parameters": (lambda result: result["trainable_parameters"], "{:,.0f}"),
 }
-SCORE_FORMATS = {100: "{:.1f}", 1: "{:.2f}"}  # by `get_unit`
+DECIMALS = {100: 1, 1: 2}  # of a printed score, by `get_unit`
+SCORE_FORMATS = {unit: f"{{:.{number}f}}" for unit, number in DECIMALS.items()}
 MARKS = {
     "‡": "the code had changes that no commit holds, or is not known",
     "†": "done with an older version of the task, or one that was not recorded",
@@ -50,8 +54,18 @@ class Column:
         """
         if self.field in FIELDS:
             return FIELDS[self.field][0](cell.result)
-        metric = self.field or cell.result["metric"]
-        return cell.result["metrics"][metric] * get_unit(load_task_of(cell), metric)
+        return get_score(load_task_of(cell), cell.result, self.field)
+
+
+def get_score(task: Task, result: dict, metric: str | None = None, of: str = "metrics") -> float:
+    """Return a score of a result in the unit that is printed. metric: its name; None: the main one. of: the scores of
+    the weights that count, or `metrics_last_epoch`.
+
+    Raises:
+        KeyError: there is no such score.
+    """
+    metric = metric or result["metric"]
+    return result[of][metric] * get_unit(task, metric)
 
 
 def get_unit(task: Task, metric: str) -> int:
@@ -131,17 +145,25 @@ def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -
     """Yield the values one run gives."""
     heads = {key: get_row_value(cell, key) for key in experiment.rows}
     common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": get_marks(cell)}
-    common |= {"run": cell.record.name if cell.record else None, "lr": cell.rate}
+    common |= {"run": cell.record.name if cell.record else None, "lr": get_rate(cell)}
     for column in found:
         if not belongs_to_column(experiment, cell, column):
             continue
         value, reason = None, cell.reason
         if cell.result:
-            try:
+            with suppress(KeyError):
                 value = column.get_value(cell)
-            except KeyError:
-                reason = f"{column.field} not measured"
+            if value is None or isnan(value):
+                value, reason = None, f"{column.field} not measured"
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
+
+
+def get_rate(cell: Outcome) -> float | None:
+    """Return the learning rate of a cell: the head's where nothing else trains; None where nothing trains, or while it
+    is not chosen."""
+    if cell.result and cell.result.get("learning_rates") == {}:
+        return None
+    return cell.settings.train.head_lr if trains_head_alone(cell.settings) else cell.rate
 
 
 def get_row_value(cell: Outcome, key: str) -> Any:

@@ -47,7 +47,13 @@ from dual_lora.lab.report.figures.draw import draw_figures
 from dual_lora.lab.report.learning_rates import tabulate_learning_rates
 from dual_lora.lab.report.protocol import iterate_protocol_blocks
 from dual_lora.lab.report.published import iterate_published_blocks, tabulate_published
-from dual_lora.lab.report.table import build_main_table, iterate_notes, letter_reasons, tabulate_adapters
+from dual_lora.lab.report.table import (
+    build_main_table,
+    find_unreadable,
+    iterate_notes,
+    letter_reasons,
+    tabulate_adapters,
+)
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import Outcome
@@ -61,12 +67,14 @@ TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report is made of: every value, the floors, the tasks that were not learned, and the comparisons."""
+    """What a report is made of: every value, the floors, the tasks that were not learned, the comparisons, and what of
+    the records cannot be read."""
 
     values: pd.DataFrame
     floors: list[Floor]
     unlearned: set[ModelTask]
     comparisons: Comparisons
+    unreadable: list[str]
 
     @classmethod
     def compute(cls, experiment: Experiment, done: list[Outcome]) -> "Findings":
@@ -75,7 +83,8 @@ class Findings:
         floors = find_floors(experiment, done, predictions)
         unlearned = find_unlearned(floors)
         comparisons = compare_cells(experiment, done, predictions, unlearned)
-        return cls(build_frame(experiment, done, unlearned), floors, unlearned, comparisons)
+        unreadable = find_unreadable(experiment, done)
+        return cls(build_frame(experiment, done, unlearned), floors, unlearned, comparisons, unreadable)
 
 
 def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Path:
@@ -125,14 +134,15 @@ def read_places(experiment: Experiment, text: str, finished: bool = False) -> se
     return set(values[[*experiment.rows, "label", "column", "seed"]].itertuples(index=False, name=None))
 
 
-def write_report(experiment: Experiment, done: list[Outcome], folder: Path) -> str:
-    """Write the report below `folder` and return its Markdown.
+def write_report(experiment: Experiment, done: list[Outcome], folder: Path, findings: Findings | None = None) -> str:
+    """Write the report below `folder` and return its Markdown. findings: what `Findings.compute` gives, where it is
+    known.
 
     Raises:
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    findings = Findings.compute(experiment, done)
+    findings = findings or Findings.compute(experiment, done)
     blocks = list(iterate_blocks_of_report(experiment, done, folder, findings))
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = render_markdown([Text(title, heading=True), *blocks])
@@ -185,7 +195,8 @@ def iterate_blocks_of_report(
         yield from iterate_until_error(blocks, "the analyses")
     yield Text("Runs", heading=True)
     yield build_main_table(experiment, done, values, reasons)
-    yield Text(items=tuple(iterate_notes(experiment, done, values, reasons, findings.unlearned)))
+    notes = iterate_notes(experiment, done, values, reasons, findings.unlearned, findings.unreadable)
+    yield Text(items=tuple(notes))
     yield from iterate_floor_blocks(findings.floors, findings.unlearned)
     if failed := tuple(describe_failed_runs(experiment, done, findings.floors)):
         yield Text(items=failed)
@@ -209,9 +220,9 @@ def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:
         yield Text(f"The rest of {what} is missing: {error}")
 
 
-def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> None:
+def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path, values: pd.DataFrame) -> None:
     """Send a written report to W&B, unless it is disabled, as a run of its own in the study's group: its tables, all
-    values, every figure."""
+    values, every figure. values: those of its findings."""
     wandb = done[0].settings.wandb
     if wandb.mode == "disabled":
         return
@@ -228,7 +239,6 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path) -> 
         config={"experiment": experiment.name, "scale": experiment.scale},
         folder=folder.parent,
     )
-    values = Findings.compute(experiment, done).values
     tables = {"table": build_main_table(experiment, done, values, letter_reasons(values)).cells}
     tables |= {f"published/{name}": tabulate_published(paper.load_table(name)) for name in experiment.published}
     tables = {name: cells.astype(str) for name, cells in tables.items()}  # W&B takes one type a column

@@ -16,14 +16,15 @@ from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import CURVATURE_FILE
 from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.figures.layout import COLORS, GREY, MARKERS, STYLE, WIDTH
+from dual_lora.lab.report.learning_rates import EDGE, is_at_edge
 from dual_lora.lab.statistics.correlation import RankCorrelation, correlate_ranks
 from dual_lora.lab.study.outcome import Outcome
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run: its row and task, the largest eigenvalue at its start, the rate that was chosen for it and whether that
-    is an edge of the grid."""
+    """One run: its row, its task, with its model where there are several, the largest eigenvalue at its start, the rate
+    that was chosen for it and whether that is an edge of the grid."""
 
     label: str
     task: str
@@ -35,7 +36,8 @@ class Point:
 
 def iterate_curvature_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
     """Yield the eigenvalues, their figure and their rank correlation with the chosen rates. floors: not used."""
-    points = [read_point(cell) for cell in done]
+    several = len({cell.settings.model.name for cell in done}) > 1
+    points = [read_point(cell, several) for cell in done]
     one = points[0].content
     yield Text("Curvature and the best rate", heading=True)
     yield Text(
@@ -61,24 +63,22 @@ def iterate_curvature_blocks(done: list[Outcome], floors: list[Floor], folder: P
         yield Text("No rank correlation: under five points, or all rates or eigenvalues are equal.")
 
 
-def read_point(cell: Outcome) -> Point:
-    """Return the point of an analysed run.
+def read_point(cell: Outcome, several: bool) -> Point:
+    """Return the point of an analysed run. several: whether there are runs of several models.
 
     Raises:
         UserError: its file is damaged.
     """
     content = cell.record.read_sealed(CURVATURE_FILE, "eigenvalue", "rows", "tolerance")
-    rates = [rate for rate, _ in cell.trials]
-    at_edge = bool(rates) and cell.rate in (min(rates), max(rates))
-    return Point(cell.cell.label, cell.settings.task.name, content["eigenvalue"], cell.rate, at_edge, content)
+    task = cell.settings.task.name + (f" ({cell.settings.model.name})" if several else "")
+    return Point(cell.cell.label, task, content["eigenvalue"], cell.rate, is_at_edge(cell), content)
 
 
 def tabulate_points(points: list[Point]) -> pd.DataFrame:
     """Return a row for each label, a column for each task."""
     lines: dict[str, dict[str, str]] = {}
     for point in points:
-        edge = " (edge)" if point.at_edge else ""
-        text = f"{point.eigenvalue:.3g} | {point.rate:g}{edge}"
+        text = f"{point.eigenvalue:.3g} | {point.rate:g}{f' {EDGE}' if point.at_edge else ''}"
         line = lines.setdefault(point.label, {"method": point.label})
         line[point.task] = f"{line[point.task]}; {text}" if point.task in line else text
     return pd.DataFrame(lines.values()).fillna(MISSING)

@@ -1,6 +1,7 @@
 """What runs did to their weights, as part of a report: Figure 3 of arXiv 2512.03402 beside its null."""
 
 from collections.abc import Callable, Iterator
+from itertools import compress
 from pathlib import Path
 
 import pandas as pd
@@ -44,11 +45,15 @@ def iterate_rank_blocks(done: list[Outcome], floors: list[Floor], folder: Path) 
 
 
 def read_analyses(done: list[Outcome]) -> dict[str, dict]:
-    """Return the analyses of runs by label, and seed where there are several."""
-    several, found = len({cell.settings.seed for cell in done}) > 1, {}
-    for cell in done:
-        name = f"{cell.cell.label}, seed {cell.settings.seed}" if several else cell.cell.label
-        found[name] = cell.record.read_sealed(ANALYSIS_FILE)
+    """Return the analyses of runs by label, and by model, task and seed where there are several; runs that differ in
+    another setting have the name of their record, too."""
+    places = [(c.settings.model.name, c.settings.task.name, f"seed {c.settings.seed}") for c in done]
+    several = [len(set(values)) > 1 for values in zip(*places, strict=True)]
+    names = [", ".join([c.cell.label, *compress(place, several)]) for c, place in zip(done, places, strict=True)]
+    found = {}
+    for name, cell in zip(names, done, strict=True):
+        unique = name if names.count(name) == 1 else f"{name}, {cell.record.name}"
+        found[unique] = cell.record.read_sealed(ANALYSIS_FILE)
     return found
 
 

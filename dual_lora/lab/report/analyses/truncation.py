@@ -23,7 +23,7 @@ from dual_lora.lab.report.figures.layout import (
     create_panels,
     get_style,
 )
-from dual_lora.lab.report.values import get_unit
+from dual_lora.lab.report.values import DECIMALS, get_unit
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 FULL = "full"  # the column of the whole update
@@ -34,7 +34,7 @@ SAME = 0.1  # points by which a score may differ from the recorded one
 class Curve:
     """One run's scores in points by rank, NaN where the outputs had none; `kept`: the share of ||dW||^2, by rank.
 
-    recorded: the run's own score; `metric`: which one it is.
+    recorded: the run's own score; `metric`: which one it is; `decimals`: with how many it is printed.
     """
 
     place: tuple[str, str]
@@ -43,6 +43,7 @@ class Curve:
     kept: dict[int, float]
     recorded: float
     metric: str
+    decimals: int = DECIMALS[100]
 
     @property
     def whole(self) -> float:
@@ -50,8 +51,17 @@ class Curve:
         return self.scores[max(self.scores)]
 
     def get_score(self, rank: int) -> float:
-        """Return the score at a rank; beyond the update's own, nothing is cut."""
-        return self.scores[min(rank, max(self.scores))]
+        """Return the score at a rank, or at the next lower one where the update was not cut to it; beyond the update's
+        own, nothing is cut."""
+        return self.scores[self.find_cut(rank)]
+
+    def get_kept(self, rank: int) -> float:
+        """Return the share of the squared norm that is kept at a rank, as `get_score`."""
+        return self.kept[self.find_cut(rank)]
+
+    def find_cut(self, rank: int) -> int:
+        """Return the largest rank up to this one that the update was cut to; rank 0 always is."""
+        return max(known for known in self.scores if known <= rank)
 
 
 def iterate_truncation_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
@@ -100,6 +110,7 @@ def read_curve(cell: Outcome) -> Curve:
         dict(zip(ranks, content["kept"], strict=True)),
         content["recorded"] * unit,
         content["metric"],
+        DECIMALS[unit],
     )
 
 
@@ -112,11 +123,11 @@ def tabulate_losses(curves: list[Curve]) -> pd.DataFrame:
     """Return what every cut costs, a row for each method and task."""
     lines = []
     for (place, label), some in group_runs(curves).items():
-        line = name_place(place, curves) | {"method": label}
+        line, style = name_place(place, curves) | {"method": label}, f".{some[0].decimals}f"
         for rank in list_ranks(curves):
-            line[str(rank)] = format_mean([curve.get_score(rank) - curve.whole for curve in some], "+.1f")
+            line[str(rank)] = format_mean([curve.get_score(rank) - curve.whole for curve in some], f"+{style}")
         ranks = sorted({max(curve.scores) for curve in some})
-        line[FULL] = f"{format_mean([curve.whole for curve in some], '.1f')} ({ranks[-1]})"
+        line[FULL] = f"{format_mean([curve.whole for curve in some], style)} ({ranks[-1]})"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -131,7 +142,7 @@ def tabulate_shares(curves: list[Curve], floors: list[Floor]) -> pd.DataFrame:
             left = np.mean([curve.get_score(rank) for curve in some])
             if floor is not None and not np.isnan(left):
                 line[str(rank)] = f"{(left - floor.score) / (np.mean([c.whole for c in some]) - floor.score):.0%}"
-        line["floor"] = MISSING if floor is None else f"{floor.score:.1f} ({floor.name})"
+        line["floor"] = MISSING if floor is None else f"{floor.score:.{floor.decimals}f} ({floor.name})"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -139,7 +150,7 @@ def tabulate_shares(curves: list[Curve], floors: list[Floor]) -> pd.DataFrame:
 def find_beaten_floor(place: tuple[str, str], label: str, floors: list[Floor]) -> Floor | None:
     """Return the hardest floor of a task if a row beats every floor of it; else None."""
     here = [floor for floor in floors if floor.place == place]
-    if not here or any(label not in floor.beaten_by for floor in here):
+    if not here or not all(floor.is_beaten_by(label) for floor in here):
         return None
     return find_hardest(here)
 
@@ -148,9 +159,7 @@ def tabulate_kept(curves: list[Curve]) -> pd.DataFrame:
     """Return the share of the squared norm that every cut keeps."""
     lines = []
     for (place, label), some in group_runs(curves).items():
-        kept = {
-            str(rank): f"{np.mean([curve.kept.get(rank, 1.0) for curve in some]):.2f}" for rank in list_ranks(curves)
-        }
+        kept = {str(rank): f"{np.mean([curve.get_kept(rank) for curve in some]):.2f}" for rank in list_ranks(curves)}
         lines.append(name_place(place, curves) | {"method": label} | kept)
     return pd.DataFrame(lines)
 
@@ -169,7 +178,7 @@ def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
             if floor.place == place:
                 axes.axhline(floor.score, color=GREY, linestyle=":", linewidth=1)
         metrics = " or ".join(dict.fromkeys(curve.metric for curve in curves if curve.place == place))
-        axes.set(title=", ".join(dict.fromkeys(place[1:])), xlabel="rank kept", ylabel=f"{metrics}, points")
+        axes.set(title=", ".join(name_place(place, curves).values()), xlabel="rank kept", ylabel=f"{metrics}, points")
         axes.set_xticks(range(len(ticks)), list(map(str, ticks)))
         axes.grid(alpha=0.3)
     add_legend(figure, panels)

@@ -69,11 +69,11 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
         "predictions, paired by example (exact McNemar or permutation), whose interval over examples and seeds must "
         "exclude zero, too; one of the seeds (paired t)"
     )
-    margins = {c.margin: c.unit == 1 for c in found if c.margin}
-    known = " or ".join(f"{m:g} ({'mean over tasks' if mean else 'one task'})" for m, mean in margins.items())
+    margins = dict.fromkeys((c.margin, c.unit == 1) for c in found if c.margin)
+    known = " or ".join(f"{m:g} ({'mean over tasks' if mean else 'one task'})" for m, mean in margins)
     yield (
-        f"equivalent: two one-sided t-tests over seeds reject a difference of {known} points, corrected likewise; a "
-        "single one does so where the 90 % interval lies within the margin. It speaks of these test examples"
+        f"equivalent: two one-sided t-tests over seeds reject a difference of {known} points, corrected likewise; for "
+        "one comparison this is the same as a 90 % interval inside the margin; it holds for these test examples only"
         if known
         else "equivalent: never, as the experiment gives no margin"
     )
@@ -92,7 +92,7 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
     )
     if any(c.contrast for c in found):
         yield "a contrast sets the mean over some columns of a row against that over others"
-    yield "the interval is the t-interval over seeds; it speaks of these test examples"
+    yield "the interval is the t-interval over seeds; it holds for these test examples only"
 
 
 def iterate_exploratory_blocks(found: Comparisons) -> Iterator[Block]:
@@ -112,7 +112,7 @@ def iterate_exploratory_blocks(found: Comparisons) -> Iterator[Block]:
 def format_comparisons(found: list[Comparison]) -> pd.DataFrame:
     """Return comparisons as they are printed."""
     frame = tabulate_comparisons(found)
-    styles = ["+.1f" if c.unit == 100 or c.difference.test == OVER_SEEDS else "+.3f" for c in found]
+    styles = [f"+.{c.decimals}f" for c in found]
     table = frame[["task", "score"]].copy()
     for key in dict.fromkeys(key for c in found for key in c.place):
         table[get_heading(key).replace("_", " ")] = frame[key].map(
@@ -174,8 +174,8 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
     several = len({floor.place[0] for floor in known}) > 1
     lines = [
         ({"model": f.place[0]} if several else {})
-        | {"task": f.place[1], "floor": f.name, "score": f"{f.score:.1f}", "furthest above": f.best}
-        | {"by": f"{f.above:+.1f}", "standard error": f"{f.error:.1f}"}
+        | {"task": f.place[1], "floor": f.name, "score": f"{f.score:.{f.decimals}f}", "clearest above": f.best}
+        | {"by": f"{f.above:+.{f.decimals}f}", "standard error": f"{f.error:.{f.decimals}f}"}
         | {"task learned": "not learned" if f.place in unlearned else "learned"}
         for f in known
     ]
@@ -183,8 +183,8 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
     yield Table(
         pd.DataFrame(lines),
         f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "
-        "examples and the seeds of both). Furthest above is the row that does so by most. A task that is not learned "
-        "ranks no methods and is left out of means over tasks."
+        "examples and the seeds of both). Clearest above is the row that lies above by most standard errors. A task "
+        "that is not learned ranks no methods and is left out of means over tasks."
         + (f" Of {', '.join(turned)} lower is better: above means below." if turned else ""),
     )
 
@@ -200,10 +200,11 @@ def iterate_power_blocks(found: Comparisons) -> Iterator[Block]:
     for ((model, task, score), spread), some in pools.items():
         ahead = sorted({max(MIN_SEEDS, *(c.difference.seeds for c in some)), *PLANNED_SEEDS})
         family = max(c.family for c in some)
-        known = {f"{n} seeds": f"{compute_detectable_difference(spread, n, family):.1f}" for n in ahead}
+        decimals = some[0].decimals
+        known = {f"{n} seeds": f"{compute_detectable_difference(spread, n, family):.{decimals}f}" for n in ahead}
         where = ({"model": model} if model else {}) | {"task": task, "score": score}
         where |= {"comparison": some[0].name if len(some) == 1 else f"all {len(some)}"}
-        lines.append(where | {"corrected for": family, "spread": f"{spread:.2f}"} | known)
+        lines.append(where | {"corrected for": family, "spread": f"{spread:.{decimals + 1}f}"} | known)
     if lines:
         yield Text("Power", heading=True)
         yield Table(

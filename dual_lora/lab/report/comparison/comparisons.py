@@ -37,6 +37,7 @@ from dual_lora.lab.study.outcome import Outcome
 
 OVER_SEEDS = "t-test over seeds"
 MODEL_SETTING = "model.name"
+DIFFERENCE_DECIMALS = {100: 1, 1: 3}  # of a printed difference, by `get_unit`
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ class Comparison:
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
         family: how many comparisons they are corrected for.
-        unfinished: of a planned one, how much of its seeds or tasks there is, unless it is all. It has no p: whoever
-            looks several times, and stops at what he likes, finds differences that are none.
+        unfinished: of a planned one, how much of its seeds or tasks there is, unless it is all. It has no p: looking
+            repeatedly and stopping at a pleasing result produces false positives.
         contrast: whether it sets several runs of one row against each other.
+        model: the name of its model.
+        decimals: with how many a difference is printed.
         spread: standard deviation of the seeds' differences in points. That of fewer than MIN_SEEDS seeds is hardly
             known, so it is pooled over the comparisons of its `pool` with as few.
     """
@@ -73,6 +76,8 @@ class Comparison:
     unfinished: str = ""
     spread: float | None = None
     contrast: bool = False
+    model: str = ""
+    decimals: int = DIFFERENCE_DECIMALS[100]
 
     @property
     def name(self) -> str:
@@ -233,6 +238,8 @@ def test_match(
                 lower_is_better=task.is_lower_better(metric),
                 planned=planned and main,
                 contrast=match.contrast,
+                model=match.first.settings.model.name,
+                decimals=DIFFERENCE_DECIMALS[unit],
             )
         )
 
@@ -316,6 +323,8 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match, Comparison]) -
             lower_is_better=first.lower_is_better,
             planned=is_planned(experiment, one),
             contrast=one.contrast,
+            model=one.first.settings.model.name,
+            decimals=max(part.decimals for part in parts.values()),
         )
     )
 

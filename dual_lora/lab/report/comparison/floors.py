@@ -1,17 +1,19 @@
 """What a row must beat to have learned anything: the most frequent class, and rows that train next to nothing.
 
 On a task where no row beats every floor by three standard errors, differences between methods say nothing. Such a task
-is marked "not learned" and is left out of means over tasks.
+is marked "not learned" and is left out of means over tasks. A floor that has a value of the setting that heads columns
+stands for the rows with this value, and one without for all.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import nan
 
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.report.comparison.matches import Predictions, group_by_place
-from dual_lora.lab.report.values import get_unit
+from dual_lora.lab.report.comparison.matches import Key, Predictions, group_by_place
+from dual_lora.lab.report.values import DECIMALS, format_value, get_heading, get_place, get_score, get_unit
 from dual_lora.lab.statistics.compare import compute_score, estimate_difference
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
@@ -21,6 +23,7 @@ from tasks.base import Row
 MAJORITY = "majority class"
 STANDARD_ERRORS = 3
 ModelTask = tuple[str, str]  # names of a model and a task
+RowKey = tuple[str, Key]  # a row's label and where it stands, as `group_by_place`
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,12 @@ class Floor:
     """One floor of one task, in points, and the row that beats it most, in standard errors.
 
     Attributes:
-        best: the label of that row; None where none can be compared.
+        best: the name of that row; None where none can be compared.
         above, error: by how much it is better than the floor, and the standard error of that over examples and seeds.
-        beaten_by: the labels of rows that beat it by three standard errors.
+        beaten_by: the rows that beat it by three standard errors.
         lower_is_better: of the task's main score; `above` then is how far the row lies below.
+        unit: of the task's main score, as `get_unit`.
+        where: where it stands, as `group_by_place`; None: it stands for all rows.
     """
 
     place: ModelTask
@@ -40,8 +45,23 @@ class Floor:
     best: str | None
     above: float
     error: float
-    beaten_by: frozenset[str]
+    beaten_by: frozenset[RowKey]
     lower_is_better: bool = False
+    unit: int = 100
+    where: Key | None = None
+
+    @property
+    def decimals(self) -> int:
+        """With how many decimals its score is printed."""
+        return DECIMALS[self.unit]
+
+    def stands_for(self, where: Key) -> bool:
+        """Whether rows in a place should beat it: it has the same values of the settings there, or none."""
+        return self.where is None or all(own in (None, value) for own, value in zip(self.where, where, strict=True))
+
+    def is_beaten_by(self, label: str) -> bool:
+        """Whether some row of a label beats it by three standard errors."""
+        return any(label == row[0] for row in self.beaten_by)
 
 
 def find_floors(experiment: Experiment, done: list[Outcome], predictions: Predictions) -> list[Floor]:
@@ -63,19 +83,39 @@ def iterate_floors(
 ) -> Iterator[Floor]:
     """Yield the floors of one model and task. cells: its finished runs."""
     task, groups = load_task_of(cells[0]), group_by_place(experiment, cells)
-    rows = {
-        (label, *where): runs
+    known = {
+        (label, where): runs
         for label, some in groups.items()
         for where, cells in some.items()
-        if label not in experiment.floors and (runs := read_or_skip(predictions, cells))
+        if (runs := read_or_skip(predictions, cells))
     }
-    floors = [(label, next(iter(groups[label].values()))) for label in experiment.floors if label in groups]
-    known = {label: runs for label, cells in floors if (runs := read_or_skip(predictions, cells))}
+    names = name_rows(known, list(get_place(experiment, cells[0])))
+    rows = {row: runs for row, runs in known.items() if row[0] not in experiment.floors}
+    own = [row for label in experiment.floors for row in known if row[0] == label]
+    floors = [(names[row], row[1], known[row]) for row in own]
     if task.form == "classification" and rows:
         every = {seed: run for runs in rows.values() for seed, run in runs.items()}
-        known[MAJORITY] = predict_majority(task, every)
-    for name, floor in known.items():
-        yield measure_floor(place, name, floor, rows, task)
+        floors.append((MAJORITY, None, predict_majority(task, every)))
+    for name, where, floor in floors:
+        yield measure_floor(Floor(place, name, nan, None, nan, nan, frozenset(), where=where), floor, rows, names, task)
+
+
+def name_rows(rows: Iterable[RowKey], heads: list[str]) -> dict[RowKey, str]:
+    """Return the names of rows: their labels, with the values of the settings `heads` in which rows of one label
+    differ."""
+    places: dict[str, list[Key]] = {}
+    for label, where in rows:
+        places.setdefault(label, []).append(where[1:])  # without the task
+    names = {}
+    for label, where in rows:
+        different = [len(set(values)) > 1 for values in zip(*places[label], strict=True)]
+        said = [
+            f"{get_heading(head).replace('_', ' ')} {format_value(value)}"
+            for head, value, several in zip(heads, where[1:], different, strict=True)
+            if several
+        ]
+        names[label, where] = ", ".join([label, *said])
+    return names
 
 
 def read_or_skip(predictions: Predictions, cells: list[Outcome]) -> dict[int, list[Row]]:
@@ -98,28 +138,30 @@ def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[R
 
 
 def measure_floor(
-    place: ModelTask,
-    name: str,
+    empty: Floor,
     floor: dict[int, list[Row]],
-    rows: dict[tuple[object, ...], dict[int, list[Row]]],
+    rows: dict[RowKey, dict[int, list[Row]]],
+    names: dict[RowKey, str],
     task: Task,
 ) -> Floor:
-    """Return by how much rows beat a floor. floor, rows: predictions by seed."""
+    """Return by how much rows beat a floor. empty: its place and name. floor, rows: predictions by seed."""
     unit, lower = get_unit(task, task.metric), task.is_lower_better()
     score = float(np.mean([compute_score(run, task, task.metric) for run in floor.values()])) * unit
-    found = []
-    for (label, *_), runs in rows.items():
+    known, found = replace(empty, score=score, lower_is_better=lower, unit=unit), []
+    for row, runs in rows.items():
+        if not empty.stands_for(row[1]):
+            continue
         try:
             estimate = estimate_difference(runs, floor, task, task.metric)
         except ValueError:  # other examples, or no seed in common
             continue
         if estimate:
-            found.append((label, estimate[0] * (-unit if lower else unit), estimate[1] * unit))
+            found.append((row, estimate[0] * (-unit if lower else unit), estimate[1] * unit))
     if not found:
-        return Floor(place, name, score, None, float("nan"), float("nan"), frozenset(), lower)
-    beaten = frozenset(label for label, above, error in found if above > STANDARD_ERRORS * error)
-    label, above, error = max(found, key=lambda row: row[1] / row[2] if row[2] else 0.0)
-    return Floor(place, name, score, label, above, error, beaten, lower)
+        return known
+    beaten = frozenset(row for row, above, error in found if above > STANDARD_ERRORS * error)
+    row, above, error = max(found, key=lambda one: one[1] / one[2] if one[2] else 0.0)
+    return replace(known, best=names[row], above=above, error=error, beaten_by=beaten)
 
 
 def find_hardest(floors: list[Floor]) -> Floor:
@@ -128,32 +170,41 @@ def find_hardest(floors: list[Floor]) -> Floor:
 
 
 def find_unlearned(floors: list[Floor]) -> set[ModelTask]:
-    """Return the models and tasks of which no row beats every floor; a floor without a comparison does not count."""
-    beaten: dict[ModelTask, list[frozenset[str]]] = {}
+    """Return the models and tasks of which no row beats every floor that stands for it; a floor without a comparison
+    does not count."""
+    groups: dict[ModelTask, list[Floor]] = {}
     for floor in floors:
         if floor.best is not None:
-            beaten.setdefault(floor.place, []).append(floor.beaten_by)
-    return {place for place, labels in beaten.items() if not frozenset.intersection(*labels)}
+            groups.setdefault(floor.place, []).append(floor)
+    return {place for place, some in groups.items() if not find_best_rows(some)}
+
+
+def find_best_rows(floors: list[Floor]) -> set[RowKey]:
+    """Return the rows that beat every floor of one model and task that stands for them."""
+    rows = frozenset().union(*(floor.beaten_by for floor in floors))
+    return {row for row in rows if all(row in floor.beaten_by for floor in floors if floor.stands_for(row[1]))}
 
 
 def describe_failed_runs(experiment: Experiment, done: list[Outcome], floors: list[Floor]) -> Iterator[str]:
     """Yield the rows of which some runs, but not the task as a whole, learned nothing: they score no better than the
     floor. A mean and its interval do not show that."""
-    learned = {floor.place for floor in floors} - find_unlearned(floors)
-    hardest = {place: find_hardest([floor for floor in floors if floor.place == place]) for place in learned}
-    runs: dict[tuple[ModelTask, str], list[tuple[int, bool]]] = {}
+    unlearned, several = find_unlearned(floors), len({floor.place[0] for floor in floors}) > 1
+    runs: dict[tuple[ModelTask, str, str], list[tuple[int, bool]]] = {}
     for cell in done:
         place, task = get_model_task(cell), load_task_of(cell)
-        score = cell.result["metrics"].get(task.metric) if cell.result else None  # older versions had other scores
-        if score is None or place not in learned or cell.cell.label in experiment.floors:
+        where = (task.name, *get_place(experiment, cell).values())
+        faced = [floor for floor in floors if floor.place == place and floor.stands_for(where)]
+        known = cell.result and task.metric in cell.result["metrics"]  # older versions had other scores
+        if not known or not faced or place in unlearned or cell.cell.label in experiment.floors:
             continue
-        sign = -1 if task.is_lower_better() else 1
-        failed = sign * score * get_unit(task, task.metric) <= sign * hardest[place].score
-        runs.setdefault((place, cell.cell.label), []).append((cell.settings.seed, failed))
-    for (place, label), found in runs.items():
+        sign, hardest = -1 if task.is_lower_better() else 1, find_hardest(faced)
+        failed = sign * get_score(task, cell.result, task.metric) <= sign * hardest.score
+        runs.setdefault((place, cell.cell.label, hardest.name), []).append((cell.settings.seed, failed))
+    for (place, label, floor), found in runs.items():
         seeds = [seed for seed, failed in found if failed]
         if seeds:
+            where = f"{place[1]} ({place[0]})" if several else place[1]
             yield (
-                f"{label} on {place[1]}: {len(seeds)} of {len(found)} runs score no better than {hardest[place].name} "
+                f"{label} on {where}: {len(seeds)} of {len(found)} runs score no better than {floor} "
                 f"(seeds {', '.join(map(str, sorted(set(seeds))))})"
             )

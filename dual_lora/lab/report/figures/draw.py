@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from dual_lora.lab.present.document import Image
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.report.comparison.comparisons import Comparison, Comparisons
-from dual_lora.lab.report.comparison.floors import Floor, find_unlearned
+from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_unlearned
 from dual_lora.lab.report.figures.forest import describe_forest, draw_forest
 from dual_lora.lab.report.figures.layout import STYLE
 from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
@@ -46,7 +46,7 @@ def iterate_figures(
 ) -> Iterator[Drawn]:
     """Yield every figure with its caption."""
     unlearned = find_unlearned(floors)
-    found = select_learned(comparisons, {task for _, task in unlearned})
+    found = select_learned(comparisons, unlearned)
     yield "forest", draw_forest(found), describe_forest(found, bool(comparisons.planned))
     if not experiment.analyse:
         caption = f"{experiment.title}; {describe_spread(experiment, values)}" if values["value"].notna().any() else ""
@@ -66,7 +66,8 @@ def iterate_figures(
     )
 
 
-def select_learned(comparisons: Comparisons, unlearned: set[str]) -> list[Comparison]:
-    """Return the planned comparisons on learned tasks; where none are planned, the exploratory ones by main score."""
+def select_learned(comparisons: Comparisons, unlearned: set[ModelTask]) -> list[Comparison]:
+    """Return the planned comparisons on tasks that their model learned; where none are planned, the exploratory ones by
+    main score."""
     found = comparisons.planned or comparisons.exploratory
-    return [comparison for comparison in found if comparison.task not in unlearned]
+    return [comparison for comparison in found if (comparison.model, comparison.task) not in unlearned]

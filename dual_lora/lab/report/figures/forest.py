@@ -77,7 +77,8 @@ def draw_row(axes: Axes, comparison: Comparison, place: float, reach: float) -> 
             axes.plot(side * 0.985 * reach, place, marker, color=color, markersize=4)
     if abs(test.mean) > reach:
         ends = {"x": 0.95 * reach, "ha": "right"} if test.mean > 0 else {"x": -0.95 * reach, "ha": "left"}
-        axes.text(**ends, y=place, s=f"{test.mean:+.1f}", va="center", fontsize="small", backgroundcolor="white")
+        text = f"{test.mean:+.{comparison.decimals}f}"
+        axes.text(**ends, y=place, s=text, va="center", fontsize="small", backgroundcolor="white")
     axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=3, alpha=0.7, markeredgewidth=0)
     axes.plot(test.mean, place, "D", color=color, markersize=4)
 

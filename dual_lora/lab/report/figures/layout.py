@@ -69,11 +69,11 @@ def equalize_spans(panels: Iterable[Axes]) -> None:
         axes.set_ylim(middle - span / 2, middle + span / 2)
 
 
-def find_floor_score(cells: list[Outcome], floors: list[Floor]) -> float | None:
-    """Return the hardest floor of the runs' one model and task, in points; None where there are several or none."""
+def find_floor(cells: list[Outcome], floors: list[Floor]) -> Floor | None:
+    """Return the hardest floor of the runs' one model and task; None where there are several or none."""
     places = {get_model_task(cell) for cell in cells}
     here = [floor for floor in floors if floor.place in places]
-    return find_hardest(here).score if len(places) == 1 and here else None
+    return find_hardest(here) if len(places) == 1 and here else None
 
 
 def is_unlearned(cells: list[Outcome], floors: list[Floor]) -> bool:

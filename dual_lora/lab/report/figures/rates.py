@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dual_lora.lab.report.figures.layout import create_panels
-from dual_lora.lab.report.values import format_value, get_place, get_unit
+from dual_lora.lab.report.values import DECIMALS, format_value, get_place, get_score, get_unit
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
@@ -18,8 +18,8 @@ MAX_PANELS = 9
 
 
 def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
-    """Return a row for each place, label and rate: its mean score in points, whether lower is better, and whether it
-    was chosen.
+    """Return a row for each place, label and rate: its mean score in points, with how many decimals it is printed,
+    whether lower is better, and whether it was chosen.
 
     From the trials that chose rates, else from the runs of an experiment whose columns are rates. A rate with which
     training diverged has no score; one whose trials are not all finished has no row.
@@ -31,14 +31,15 @@ def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
         task = load_task_of(cell)
         line = {"place": ", ".join(names), "label": cell.cell.label, "lower": task.is_lower_better()}
         unit = get_unit(task, task.metric)
+        line["decimals"] = 0 if unit == 100 else DECIMALS[unit]  # points of percent: a dot has room for two digits
         lines += [line | {"rate": r, "score": score * unit, "chosen": r == cell.rate} for r, score in cell.trials]
         if experiment.columns == RATE_SETTING and cell.result:
-            score = cell.result["metrics"][cell.result["metric"]] * unit
-            lines.append(line | {"rate": cell.rate, "score": score, "chosen": False})
-    frame = pd.DataFrame(lines, columns=["place", "label", "rate", "score", "lower", "chosen"]).dropna(subset="score")
+            lines.append(line | {"rate": cell.rate, "score": get_score(task, cell.result), "chosen": False})
+    columns = ["place", "label", "rate", "score", "lower", "decimals", "chosen"]
+    frame = pd.DataFrame(lines, columns=columns).dropna(subset="score")
     frame["score"] = frame["score"].where(frame["score"].map(isfinite))
-    groups = frame.groupby(["place", "label", "rate"], sort=False)
-    return groups.agg(score=("score", "mean"), lower=("lower", "any"), chosen=("chosen", "any")).reset_index()
+    groups = frame.groupby(["place", "label", "rate", "lower", "decimals"], sort=False)
+    return groups.agg(score=("score", "mean"), chosen=("chosen", "any")).reset_index()
 
 
 def draw_rates(frame: pd.DataFrame) -> Figure | None:
@@ -64,7 +65,8 @@ def draw_rate_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
     axes.scatter(known["rate"], heights, c=merit, cmap="cividis", norm=norm, s=90, edgecolors=edges, linewidths=2)
     for row, height, light in zip(known.itertuples(), heights, norm(merit), strict=True):
         color = "black" if light > 0.5 else "white"
-        axes.annotate(f"{row.score:.0f}", (row.rate, height), ha="center", va="center", fontsize=5.5, color=color)
+        text = f"{row.score:.{row.decimals}f}"
+        axes.annotate(text, (row.rate, height), ha="center", va="center", fontsize=5.5, color=color)
     axes.plot(lost["rate"], lost["label"].map(labels.index), "x", color="#D55E00", markersize=6)
     axes.set(xscale="log", xlabel="learning rate", yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6))
     axes.set_yticklabels(labels)

@@ -16,7 +16,7 @@ from dual_lora.lab.report.figures.layout import (
     compute_half_interval,
     create_panels,
     equalize_spans,
-    find_floor_score,
+    find_floor,
     get_style,
     is_unlearned,
 )
@@ -80,7 +80,7 @@ def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome]
         equalize_spans([axes])
         axes.set_title(f"{axes.get_title()} (not learned)")
     for axes, cells in drawn:
-        draw_floor(axes, find_floor_score(cells, floors))
+        draw_floor(axes, find_floor(cells, floors))
     if known:
         draw_published_points(panels[-1], known, len(labels))
         panels[-1].set(title="published" if experiment.scale == "full" else "published: other model and tasks")
@@ -90,15 +90,15 @@ def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome]
     return figure
 
 
-def draw_floor(axes: Axes, score: float | None) -> None:
+def draw_floor(axes: Axes, floor: Floor | None) -> None:
     """Draw the floor of a panel where its range holds it; else the title says it."""
-    if score is None:
+    if floor is None:
         return
     low, high = axes.get_ylim()
-    if low <= score <= high:
-        axes.axhline(score, color=GREY, linestyle=":", linewidth=1, label="floor")
+    if low <= floor.score <= high:
+        axes.axhline(floor.score, color=GREY, linestyle=":", linewidth=1, label="floor")
     else:
-        axes.set_title(f"{axes.get_title()} (floor: {score:.1f})")
+        axes.set_title(f"{axes.get_title()} (floor: {floor.score:.{floor.decimals}f})")
 
 
 def draw_labels(axes: Axes, group: pd.DataFrame, labels: list[str]) -> None:
@@ -115,7 +115,8 @@ def draw_labels(axes: Axes, group: pd.DataFrame, labels: list[str]) -> None:
 
 
 def set_setting_axis(axes: Axes, setting: str, numbers: pd.Series) -> None:
-    """Make the setting's axis: logarithmic where its values span more than a decade, ticks at whole numbers."""
+    """Make the setting's axis: logarithmic where its largest value is more than 20 times the smallest, ticks at whole
+    numbers."""
     logarithmic = numbers.max() > 20 * numbers.min() > 0
     axes.set(xlabel=get_heading(setting).replace("_", " "), xscale="log" if logarithmic else "linear")
     if (numbers % 1 == 0).all():
@@ -199,9 +200,9 @@ def draw_points(experiment: Experiment, values: pd.DataFrame, done: list[Outcome
         unit = describe_axis(part, done) if found[head].field is None else get_column_unit(found[head], cells)
         if unit.endswith("%"):
             widen_axis(axes)
-            floor = find_floor_score(cells, floors) if found[head].field is None else None
-            if floor is not None and axes.get_xlim()[0] <= floor <= axes.get_xlim()[1]:
-                axes.axvline(floor, color=GREY, linestyle=":", linewidth=1)
+            floor = find_floor(cells, floors) if found[head].field is None else None
+            if floor is not None and axes.get_xlim()[0] <= floor.score <= axes.get_xlim()[1]:
+                axes.axvline(floor.score, color=GREY, linestyle=":", linewidth=1)
         axes.set(title=str(head), xlabel=unit, yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
         axes.set_yticklabels(order if axes in panels[::PANELS] else [])
         axes.grid(alpha=0.3)

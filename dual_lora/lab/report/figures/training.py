@@ -12,7 +12,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import Key
 from dual_lora.lab.report.figures.layout import add_legend, create_panels, equalize_spans, get_style
-from dual_lora.lab.report.values import FIELDS, get_place, get_unit
+from dual_lora.lab.report.values import FIELDS, get_place, get_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
@@ -71,35 +71,28 @@ def draw_curve_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
 
 
 def collect_costs(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> pd.DataFrame:
-    """Return a row for each label and place with runs on every learned task: its mean score and its costs, each a mean
-    over tasks of means over seeds. Where no task was learned, all count."""
+    """Return a row for each label and place with runs on every task that its model learned: its mean score and its
+    costs, each a mean over tasks of means over seeds. Where no task was learned, all count."""
     finished = [cell for cell in done if cell.result]
     learned = [cell for cell in finished if get_model_task(cell) not in unlearned] or finished
     groups: dict[Key, list[dict[str, object]]] = {}
     for cell in learned:
-        key = (cell.cell.label, *(str(value) for value in get_place(experiment, cell).values()))
-        groups.setdefault(key, []).append(measure_cost(cell))
+        place = (str(value) for value in get_place(experiment, cell).values())
+        groups.setdefault((cell.cell.label, cell.settings.model.name, *place), []).append(measure_cost(cell))
     wanted = {get_model_task(cell) for cell in learned}
-    names = {task for _, task in wanted}
     lines = []
-    for (label, *_), some in groups.items():
+    for (label, model, *_), some in groups.items():
         by_task = pd.DataFrame(some).groupby("task").mean()
-        if set(by_task.index) == names:
+        if {(model, task) for task in by_task.index} == {place for place in wanted if place[0] == model}:
             lines.append({"label": label, **by_task.mean().to_dict()})
     return pd.DataFrame(lines, columns=["label", "score", *COSTS])
 
 
 def measure_cost(cell: Outcome) -> dict[str, object]:
-    """Return a run's main score in points, and its costs; NaN where its device counted no memory."""
-    result, task = cell.result, load_task_of(cell)
-    score = result["metrics"][result["metric"]] * get_unit(task, result["metric"])
-    costs = {name: FIELDS[name][0](result) if name != "peak_memory_mib" else read_memory(result) for name in COSTS}
-    return {"task": task.name, "score": score, **costs}
-
-
-def read_memory(result: dict) -> float:
-    """Return a run's peak memory in MiB; NaN if its device counted none."""
-    return result["peak_memory_bytes"] / 2**20 if result.get("peak_memory_bytes") else float("nan")
+    """Return a run's main score in points, and its costs; NaN where one was not measured."""
+    task = load_task_of(cell)
+    costs = {name: FIELDS[name][0](cell.result) for name in COSTS}
+    return {"task": task.name, "score": get_score(task, cell.result), **costs}
 
 
 def draw_costs(frame: pd.DataFrame) -> Figure | None:
