@@ -23,6 +23,7 @@ ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid",
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
 # How content begins that is no text: what it is, the ending it is read by, and the remedy where it has another one.
 MAGIC = {
@@ -216,8 +217,61 @@ def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
         remedy += (
             ", in quotation marks where one holds a separator; where marks are text, take task.options.quotes=false"
         )
-    for number, row in base.read_table(path, delimiter, quotes, remedy=remedy):
+    found = list(base.read_table(path, delimiter, quotes, remedy=remedy))
+    check_swallowed_rows(path, found, delimiter)
+    for number, row in found:
         yield Place(path, number, "line"), row
+
+
+def check_swallowed_rows(path: Path, rows: list[tuple[int, Row]], delimiter: str) -> None:
+    """Refuse a field with line breaks that holds whole rows: two quotation marks without partners, which are text,
+    make one field of all rows between them. rows: with the numbers of their first lines.
+
+    Raises:
+        TaskError: with the lines.
+    """
+    broken = [(number, row) for number, row in rows if any(map(LINE_BREAK.search, row.values()))]
+    if not broken:
+        return
+    plain = [row for _, row in rows if not any(map(LINE_BREAK.search, row.values()))]
+    known = {name: [row[name] for row in plain] for name in rows[0][1]}
+    for number, row in broken:
+        for name in row:
+            if holds_rows(row, name, delimiter, known):
+                last = number + sum(len(LINE_BREAK.findall(value)) for value in row.values())
+                raise TaskError(
+                    f"{path}: lines {number} to {last} are one field {name!r} in quotation marks that holds whole rows; "
+                    "where marks are text, double them or take task.options.quotes=false; where these are no rows, "
+                    "save the table as .jsonl"
+                )
+
+
+def holds_rows(row: Row, name: str, delimiter: str, known: dict[str, list[str]]) -> bool:
+    """Return whether a line within a field reads as a row of the table, or the field's first and last line do."""
+    columns = list(known)
+    place = columns.index(name)
+    first, *middle = (line.split(delimiter) for line in LINE_BREAK.split(row[name]))
+    if not middle or len(columns) < 2:
+        return False
+    values = list(row.values())
+    *middle, last = middle
+    ends = [*values[:place], *first], [*last, *values[place + 1 :]]
+
+    def reads_as_row(fields: list[str]) -> bool:
+        # a comma of a text has a blank after it, one between columns has none
+        return len(fields) == len(columns) and all(
+            column == name or not (position and value.startswith(" ")) and fits_column(value, known[column])
+            for position, (column, value) in enumerate(zip(columns, fields, strict=True))
+        )
+
+    return any(map(reads_as_row, middle)) or all(map(reads_as_row, ends))
+
+
+def fits_column(value: str, known: list[str]) -> bool:
+    """Return whether a value is of the kind of a column's `known` ones: a number, one of a few words, or any text."""
+    if known and all(map(base.NUMBER.fullmatch, known)):
+        return bool(base.NUMBER.fullmatch(value))
+    return value in known or len(set(known)) > len(known) / 2
 
 
 def read_objects(path: Path) -> Iterator[Placed]:
