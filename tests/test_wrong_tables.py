@@ -237,3 +237,28 @@ def test_texts_of_several_lines_are_texts(order, text, tmp_path):
     table = "".join(",".join(row[i] for i in order) + "\n" for row in rows)
     _, found, _ = rows_of(tmp_path, GOOD | {"train.csv": table})
     assert len(found) == 7 and found[6]["text"] == text.replace('""', '"')
+
+
+LEFT_OUT = {
+    "an input": ({"prompt": "a", "input": "b", "response": "c"}, "'input'", "prompt", {}),
+    "a system turn": ({"prompt": "a", "System": "b", "response": "c"}, "'System'", "prompt", {}),
+    "a context": ({"instruction": "a", "context": "b", "output": "c"}, "'context'", "instruction", {}),
+    "a history": ({"instruction": "a", "input": "", "output": "c", "history": [["d", "e"]]}, "'history'", "instruction", {}),
+    "Dolly's context": ({"instruction": "a", "context": "b", "response": "c"}, "'context'", "instruction", {"prompt": "instruction"}),
+    "tools": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": "f"}]}, "'tools'", "messages", {}),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_a_column_that_a_prompt_would_leave_out_is_refused(what, tmp_path):
+    row, column, into, options = LEFT_OUT[what]
+    with pytest.raises(tasks.TaskError) as caught:
+        rows_of(tmp_path, {"data.jsonl": line(**row) * 2}, N, options)
+    said = f"HERE/data.jsonl: line 1, column {column}: is not part of a prompt made of {into}; merge it into '{into}', or"
+    check_line(caught, tmp_path, said)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], {}])
+def test_an_empty_column_is_not_missed(empty, tmp_path):
+    rows = [line(prompt=f"a{n}", response="b", input=empty, system=empty, note="kept out") for n in range(9)]
+    assert len(rows_of(tmp_path, {"data.jsonl": "".join(rows)}, N)[1]) == 8
