@@ -32,6 +32,7 @@ MAGIC = {
     b"PK\x03\x04": ("a zip archive or a spreadsheet", "", "unpack it, or export it as CSV"),
 }
 
+NO_CLASS = -1
 LIST_START = 100  # characters in which the first object of a list begins
 LEAVE_OUT = "task.options.scored=validation leaves the test file out"
 
@@ -317,7 +318,8 @@ def require_object(value: Any, place: Place) -> Row:
 
 
 def read_parquet(path: Path) -> Iterator[Placed]:
-    """Yield rows; class indices are written as the names the file has for them.
+    """Yield rows; class indices are written as the names the file has for them, and -1, by which `datasets` marks a row
+    without a class, as the gap that it is.
 
     Raises:
         TaskError: it cannot be read as Parquet, or a column occurs twice.
@@ -334,7 +336,8 @@ def read_parquet(path: Path) -> Iterator[Placed]:
     named = {name: kind for name, kind in table.features.items() if isinstance(kind, ClassLabel) and kind.names}
     for number, row in enumerate(table.to_list(), start=1):
         words = {name: kind.int2str(row[name]) for name, kind in named.items() if row[name] in range(len(kind.names))}
-        yield Place(path, number, "row"), row | words
+        gaps = {name: None for name in named if row[name] == NO_CLASS}
+        yield Place(path, number, "row"), row | words | gaps
 
 
 def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remedy: str) -> None:
@@ -356,7 +359,8 @@ def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
     """
     value = row[column]
     if value is None or isinstance(value, str) and not value.strip() and not empty:
-        raise TaskError(f"{place}, column {column!r}: empty; fill it in or remove the row")
+        remedy = "fill it in or remove the row" + (f"; {LEAVE_OUT}" if find_split(place.path) == "test" else "")
+        raise TaskError(f"{place}, column {column!r}: empty; {remedy}")
     if not isinstance(value, str):
         number = isinstance(value, (bool, int, float))
         remedy = "write it in quotation marks" if number else "write one text, or name another column"

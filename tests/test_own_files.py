@@ -95,6 +95,26 @@ def test_class_indices_of_a_parquet_file_are_its_names(tmp_path):
     assert [row["label"] for row in rows_of(tmp_path, **listed)] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ([0, 1, -1], [0, 1, 0], "train.parquet: row 3, column 'label': empty; fill it in or remove the row"),
+        ([0, 1, 0], [-1, -1, -1], "test.parquet: row 1, column 'label': empty; .*; task.options.scored=validation leaves"),
+        ([0, 1, -1], [0, 1, -1], "row 3, column 'label': empty"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"metric": "pearson"}, {"labels": ["pos", "neg", "-1"]}])
+def test_no_class_in_a_parquet_file_is_a_gap(train, test, said, options, tmp_path):
+    """datasets writes -1 for it; the rows of a test set whose labels are hidden all have it."""
+    names = ["0", "1"] if "metric" in options else ["pos", "neg"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    for split, labels in (("train", train), ("test", test)):
+        texts = [f"{split} {i}" for i in range(3)]
+        Dataset.from_dict({"text": texts, "label": labels}, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(TaskError, match=said):
+        rows_of(tmp_path, **options)
+
+
 def test_pairs_numbers_and_columns_by_name(tmp_path):
     for split, start in (("train", 0), ("valid", 5)):
         rows = [(f"q{i}", f"a{i}", i / 2) for i in range(start, start + 3)]
