@@ -22,7 +22,7 @@ from tasks.base import Row, Split, Task, TaskError
 ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
 # How content begins that is no text: what it is, the ending it is read by, and the remedy where it has another one.
@@ -79,6 +79,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
     for path in paths:
         check_content(path)
     if len(paths) == 1 and find_split(paths[0]) is None:
+        check_shards(paths)
         return {"train": (paths[0],)}
     found: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -145,8 +146,14 @@ def check_shards(files: list[Path]) -> None:
         return
     if None in shards:
         raise TaskError(f"{files[0]} and {files[1].name}: both are the {find_split(files[0])} split; keep one of them")
-    if {int(shard[1]) for shard in shards} != set(range(int(shards[0][2]))) or len({s[2] for s in shards}) > 1:
-        raise TaskError(f"{files[0]}: {len(files)} of its {int(shards[0][2])} parts are there; fetch the others")
+    numbers, count = sorted(int(shard[1]) for shard in shards), int(shards[0][2])
+    if twice := base.find_duplicate(map(str, numbers)):
+        same = zip(files, shards, strict=True)
+        several = " and ".join(path.name for path, shard in same if int(shard[1]) == int(twice))
+        raise TaskError(f"{files[0].parent}: {several} are the same part; keep one of them")
+    counted_from = numbers[0] if len(numbers) == count and numbers[-1] - numbers[0] == count - 1 else None
+    if counted_from not in (0, 1) or len({int(shard[2]) for shard in shards}) > 1:
+        raise TaskError(f"{files[0]}: {len(files)} of its {count} parts are there; fetch the others")
 
 
 def describe_folder(root: Path) -> str:

@@ -179,6 +179,29 @@ def test_the_parts_of_a_split_are_read_in_order(tmp_path):
         rows_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["train-0000{}-of-00002-a09b74b3ef9c3b56", "train_0000{}_of_00002", "train-{}-of-2", "reviews-0000{}-of-00002"]
+)
+def test_half_of_a_split_is_refused_by_whatever_name(name, tmp_path):
+    rows = [(f"t{i}", str(i % 2)) for i in range(20)]
+    path = write_table(tmp_path / f"{name.format(0)}.parquet", ("text", "label"), rows)
+    with pytest.raises(TaskError, match=f"{path.name}: 1 of its 2 parts are there; fetch the others"):
+        rows_of(tmp_path)
+    if name.startswith("train"):
+        write_table(tmp_path / f"{name.format(1)}.parquet", ("text", "label"), [(f"u{i}", str(i % 2)) for i in range(20)])
+        assert len(rows_of(tmp_path)) == 36
+
+
+def test_a_part_may_be_there_once_and_parts_may_be_counted_from_one(tmp_path):
+    for part in (1, 2):
+        rows = [(f"{part} {i}", str(i % 2)) for i in range(20)]
+        write_table(tmp_path / f"train-{part}-of-2.csv", ("text", "label"), rows)
+    assert len(rows_of(tmp_path)) == 36
+    shutil.copy(tmp_path / "train-1-of-2.csv", tmp_path / "train-00001-of-00002.csv")
+    with pytest.raises(TaskError, match=": train-00001-of-00002.csv and train-1-of-2.csv are the same part; keep one of"):
+        rows_of(tmp_path)
+
+
 def test_rows_of_a_single_file_are_set_apart_as_the_settings_say(tmp_path):
     """Of every class the same share, equal texts on one side, the same rows for every run, said in the origin."""
     rows = [(f"text {i // 2}", "rare" if i < 20 else "common") for i in range(200)]
