@@ -20,6 +20,7 @@ from tasks import base
 from tasks.base import Row, Split, Task, TaskError
 
 ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
 SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
@@ -358,6 +359,21 @@ def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remed
         base.check_header(path if one_header else place, row, needed, remedy)
 
 
+def check_split_column(path: Path, rows: list[Placed]) -> None:
+    """Refuse rows to train on that a column calls validation or test.
+
+    Raises:
+        TaskError: with the first such row.
+    """
+    apart = {word for split, words in ALIASES.items() if split != "train" for word in words}
+    for place, row in rows if find_split(path) in (None, "train") else ():
+        for name, value in row.items():
+            if name.strip().casefold() in SPLIT_COLUMNS and str(value).strip().casefold() in apart:
+                what = f"{place}, column {base.quote(name)}: {base.quote(value)} is not for training"
+                remedy = "give one file a split, such as train.csv and test.csv, or remove or rename the column"
+                raise TaskError(f"{what}; {remedy}")
+
+
 def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
     """Return a text column of a row.
 
@@ -505,6 +521,7 @@ class OwnFiles(Task):
         if find_split(path) == "test":
             remedy += f"; {LEAVE_OUT}"
         check_columns(path, placed, self.needed(placed[0][1]), remedy)
+        check_split_column(path, placed)
         return [(place, self.parse((place, row))) for place, row in placed]
 
     def check_overlap(self, found: dict[str, list[Placed]]) -> None:

@@ -262,3 +262,18 @@ def test_a_column_that_a_prompt_would_leave_out_is_refused(what, tmp_path):
 def test_an_empty_column_is_not_missed(empty, tmp_path):
     rows = [line(prompt=f"a{n}", response="b", input=empty, system=empty, note="kept out") for n in range(9)]
     assert len(rows_of(tmp_path, {"data.jsonl": "".join(rows)}, N)[1]) == 8
+
+
+@pytest.mark.parametrize(("column", "word"), [("split", "test"), ("Split", "Dev"), ("set", "valid"), ("split", "validation")])
+@pytest.mark.parametrize("file", ["reviews.csv", "train.csv"])
+def test_rows_that_a_column_calls_test_are_not_trained_on(file, column, word, tmp_path):
+    table = f"text,label,{column}\n" + "".join(f"t{n},{n % 2},{'train' if n < 20 else word}\n" for n in range(30))
+    with pytest.raises(tasks.TaskError) as caught:
+        rows_of(tmp_path, {file: table})
+    said = f"HERE/{file}: line 22, column {column!r}: {word!r} is not for training; give one file a split, such as train.csv"
+    check_line(caught, tmp_path, said)
+
+
+def test_a_split_column_that_agrees_with_the_file_is_taken(tmp_path):
+    files = {f"{split}.csv": f"text,label,split\n{split}1,x,{split}\n{split}2,y,{split}\n" for split in ("train", "test")}
+    assert len(rows_of(tmp_path, files)[1]) == 2
