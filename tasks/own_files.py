@@ -249,8 +249,8 @@ def check_swallowed_rows(path: Path, rows: list[tuple[int, Row]], delimiter: str
             if holds_rows(row, name, delimiter, known):
                 last = number + sum(len(LINE_BREAK.findall(value)) for value in row.values())
                 raise TaskError(
-                    f"{path}: lines {number} to {last} are one field {name!r} in quotation marks that holds whole rows; "
-                    "where marks are text, double them or take task.options.quotes=false; where these are no rows, "
+                    f"{path}: lines {number} to {last} are one field {name!r} in quotation marks that holds whole rows"
+                    "; where marks are text, double them or take task.options.quotes=false; where these are no rows, "
                     "save the table as .jsonl"
                 )
 

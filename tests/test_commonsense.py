@@ -397,7 +397,7 @@ def test_rows_held_out_are_asked_as_in_evaluation_and_trained_on_by_nobody(train
 
 
 def test_copies_of_rows_held_out_are_not_trained_on(training_file):
-    """The rows held out are drawn by number, as before; a copy may be among them. By default all rows are trained on."""
+    """The rows held out are drawn by number, as before; a copy may be among them. By default all train."""
     folder, items = training_file
     place = folder / "ft-training_set/commonsense_170k.json"
     items = [item for item in items for _ in range(3)] + [dict(items[0])]

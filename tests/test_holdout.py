@@ -52,7 +52,9 @@ def test_too_many_rows_set_apart_are_refused_and_rows_to_skip_need_rows_to_use()
         load_settings([*BASE, "eval.holdout_skip=9"])
 
 
-@pytest.mark.parametrize(("name", "load"), [("holdout", load_scored_splits), ("development_rows", load_development_split)])
+@pytest.mark.parametrize(
+    ("name", "load"), [("holdout", load_scored_splits), ("development_rows", load_development_split)]
+)
 def test_rows_set_apart_that_stand_among_the_training_rows_are_counted(name, load, tmp_path, capfd):
     """Copies with another label are none; of a sample of the training rows, only those in it count."""
     rows = [f"text {n // 2},{n // 2 % 2}" for n in range(40)] + [f"lone {n},{n % 2}" for n in range(40)]

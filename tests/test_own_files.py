@@ -99,7 +99,11 @@ def test_class_indices_of_a_parquet_file_are_its_names(tmp_path):
     ("train", "test", "said"),
     [
         ([0, 1, -1], [0, 1, 0], "train.parquet: row 3, column 'label': empty; fill it in or remove the row"),
-        ([0, 1, 0], [-1, -1, -1], "test.parquet: row 1, column 'label': empty; .*; task.options.scored=validation leaves"),
+        (
+            [0, 1, 0],
+            [-1, -1, -1],
+            "test.parquet: row 1, column 'label': empty; .*; task.options.scored=validation leaves",
+        ),
         ([0, 1, -1], [0, 1, -1], "row 3, column 'label': empty"),
     ],
 )
@@ -180,7 +184,8 @@ def test_the_parts_of_a_split_are_read_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["train-0000{}-of-00002-a09b74b3ef9c3b56", "train_0000{}_of_00002", "train-{}-of-2", "reviews-0000{}-of-00002"]
+    "name",
+    ["train-0000{}-of-00002-a09b74b3ef9c3b56", "train_0000{}_of_00002", "train-{}-of-2", "reviews-0000{}-of-00002"],
 )
 def test_half_of_a_split_is_refused_by_whatever_name(name, tmp_path):
     rows = [(f"t{i}", str(i % 2)) for i in range(20)]
@@ -188,7 +193,9 @@ def test_half_of_a_split_is_refused_by_whatever_name(name, tmp_path):
     with pytest.raises(TaskError, match=f"{path.name}: 1 of its 2 parts are there; fetch the others"):
         rows_of(tmp_path)
     if name.startswith("train"):
-        write_table(tmp_path / f"{name.format(1)}.parquet", ("text", "label"), [(f"u{i}", str(i % 2)) for i in range(20)])
+        write_table(
+            tmp_path / f"{name.format(1)}.parquet", ("text", "label"), [(f"u{i}", str(i % 2)) for i in range(20)]
+        )
         assert len(rows_of(tmp_path)) == 36
 
 
@@ -198,7 +205,9 @@ def test_a_part_may_be_there_once_and_parts_may_be_counted_from_one(tmp_path):
         write_table(tmp_path / f"train-{part}-of-2.csv", ("text", "label"), rows)
     assert len(rows_of(tmp_path)) == 36
     shutil.copy(tmp_path / "train-1-of-2.csv", tmp_path / "train-00001-of-00002.csv")
-    with pytest.raises(TaskError, match=": train-00001-of-00002.csv and train-1-of-2.csv are the same part; keep one of"):
+    with pytest.raises(
+        TaskError, match=": train-00001-of-00002.csv and train-1-of-2.csv are the same part; keep one of"
+    ):
         rows_of(tmp_path)
 
 

@@ -228,7 +228,7 @@ def test_prompts_swallowed_by_quotation_marks_are_refused(tmp_path):
         "Dear all,\ngood food, bad service\nbye",
         "one\n\nf(a,b)\n1,000 people",
         "a,b\nc",
-        "he said: \"\"no\"\"\r\nand, well, left",
+        'he said: ""no""\r\nand, well, left',
     ],
 )
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -243,9 +243,27 @@ LEFT_OUT = {
     "an input": ({"prompt": "a", "input": "b", "response": "c"}, "'input'", "prompt", {}),
     "a system turn": ({"prompt": "a", "System": "b", "response": "c"}, "'System'", "prompt", {}),
     "a context": ({"instruction": "a", "context": "b", "output": "c"}, "'context'", "instruction", {}),
-    "a history": ({"instruction": "a", "input": "", "output": "c", "history": [["d", "e"]]}, "'history'", "instruction", {}),
-    "Dolly's context": ({"instruction": "a", "context": "b", "response": "c"}, "'context'", "instruction", {"prompt": "instruction"}),
-    "tools": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"name": "f"}]}, "'tools'", "messages", {}),
+    "a history": (
+        {"instruction": "a", "input": "", "output": "c", "history": [["d", "e"]]},
+        "'history'",
+        "instruction",
+        {},
+    ),
+    "Dolly's context": (
+        {"instruction": "a", "context": "b", "response": "c"},
+        "'context'",
+        "instruction",
+        {"prompt": "instruction"},
+    ),
+    "tools": (
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "tools": [{"name": "f"}],
+        },
+        "'tools'",
+        "messages",
+        {},
+    ),
 }
 
 
@@ -254,7 +272,9 @@ def test_a_column_that_a_prompt_would_leave_out_is_refused(what, tmp_path):
     row, column, into, options = LEFT_OUT[what]
     with pytest.raises(tasks.TaskError) as caught:
         rows_of(tmp_path, {"data.jsonl": line(**row) * 2}, N, options)
-    said = f"HERE/data.jsonl: line 1, column {column}: is not part of a prompt made of {into}; merge it into '{into}', or"
+    said = (
+        f"HERE/data.jsonl: line 1, column {column}: is not part of a prompt made of {into}; merge it into '{into}', or"
+    )
     check_line(caught, tmp_path, said)
 
 
@@ -264,7 +284,9 @@ def test_an_empty_column_is_not_missed(empty, tmp_path):
     assert len(rows_of(tmp_path, {"data.jsonl": "".join(rows)}, N)[1]) == 8
 
 
-@pytest.mark.parametrize(("column", "word"), [("split", "test"), ("Split", "Dev"), ("set", "valid"), ("split", "validation")])
+@pytest.mark.parametrize(
+    ("column", "word"), [("split", "test"), ("Split", "Dev"), ("set", "valid"), ("split", "validation")]
+)
 @pytest.mark.parametrize("file", ["reviews.csv", "train.csv"])
 def test_rows_that_a_column_calls_test_are_not_trained_on(file, column, word, tmp_path):
     table = f"text,label,{column}\n" + "".join(f"t{n},{n % 2},{'train' if n < 20 else word}\n" for n in range(30))
@@ -275,5 +297,7 @@ def test_rows_that_a_column_calls_test_are_not_trained_on(file, column, word, tm
 
 
 def test_a_split_column_that_agrees_with_the_file_is_taken(tmp_path):
-    files = {f"{split}.csv": f"text,label,split\n{split}1,x,{split}\n{split}2,y,{split}\n" for split in ("train", "test")}
+    files = {
+        f"{split}.csv": f"text,label,split\n{split}1,x,{split}\n{split}2,y,{split}\n" for split in ("train", "test")
+    }
     assert len(rows_of(tmp_path, files)[1]) == 2
