@@ -72,17 +72,21 @@ def translate_shape_errors(what: str, source: object) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split and where they came from (`origin` names a file or a hub revision, for the run's record)."""
+    """Rows of one split and where they came from (`origin` names a file or a hub revision, for the run's record).
+    `in_training` is how many of them, set apart from training's, are known to stand among the rest, too."""
 
     rows: "Dataset"
     origin: str
+    in_training: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """Return origin, number of rows and a hash of their content, the same from any source in the same order."""
+        """Return origin, number of rows and a hash of their content, the same from any source in the same order, and
+        `in_training` if there are any."""
         digest = hashlib.sha256()
         for row in self.rows.to_list():
             digest.update(repr(sorted(row.items())).encode())
-        return {"origin": self.origin, "rows": len(self.rows), "sha256": digest.hexdigest()}
+        found = {"origin": self.origin, "rows": len(self.rows), "sha256": digest.hexdigest()}
+        return found | ({"in_training": self.in_training} if self.in_training else {})
 
 
 class Task:

@@ -19,7 +19,7 @@ for ARC and OpenBookQA.
 With `scored=held_out`, HELD_OUT_ROWS training rows for each set are kept from training and scored instead, with the
 prompt of evaluation, so that a learning rate can be chosen by the average over eight sets without a look at their test
 rows. The training file does not name sets. Their answer formats do, except for ARC and OpenBookQA, which share one: the
-three get different rows of it.
+three get different rows of it. Rows equal to one held out, of which WinoGrande's have many, are not trained on either.
 
 LLM-Adapters' and DoRA's checkpoint of the lowest loss on 120 training rows is `task.checkpoint=best_loss`.
 """
@@ -277,8 +277,12 @@ class Commonsense(Task):
         scored = () if self.holds_out else self.eval_splits
         if data_dir is None:
             training = f"github.com/{REPOSITORY}@{COMMIT}/ft-training_set/commonsense_{self.train}.json"
-            return {"train": training} | {name: f"{SPECS[name].hub}@{SPECS[name].revision}" for name in scored}
-        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *scored)}
+            found = {"train": training} | {name: f"{SPECS[name].hub}@{SPECS[name].revision}" for name in scored}
+        else:
+            found = {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *scored)}
+        if self.holds_out:  # runs from before that have another identity
+            found["train"] += " without copies of the rows held out"
+        return found
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
         self.check(name)
@@ -298,13 +302,14 @@ class Commonsense(Task):
         )
 
     def split_training_file(self, name: str, data_dir: str | None) -> Split:
-        """Return the training rows that are not held out, or those held out for a set, with evaluation's prompt."""
+        """Return the training rows that equal none held out, or those held out for a set, with evaluation's prompt."""
         path = self.path("train", data_dir)
         items = base.read_json(path)
         with base.translate_shape_errors("a list of LLM-Adapters' items", path):
             held_out = draw_held_out(items, path)
-        apart = {number for numbers in held_out.values() for number in numbers}
-        numbers = held_out[name] if name in SPECS else [n for n in range(len(items)) if n not in apart]
+            apart = {get_content(items[number]) for numbers in held_out.values() for number in numbers}
+            rest = [number for number, item in enumerate(items) if get_content(item) not in apart]
+        numbers = held_out[name] if name in SPECS else rest
         prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
         said = "" if name == "train" else " (held out)"
         origin = f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else said}"
@@ -437,6 +442,11 @@ def draw_held_out(items: list[Item], source: Any) -> dict[str, list[int]]:
             raise TaskError(f"task.options.scored=held_out: {source} has {more}; take task.options.scored=test")
         found[name], by_format[kind] = sorted(rest[:HELD_OUT_ROWS]), rest[HELD_OUT_ROWS:]
     return found
+
+
+def get_content(item: Item) -> tuple[str, str]:
+    """Return what makes two items the same: what is asked and what is to be answered."""
+    return item["instruction"], item["output"]
 
 
 def find_stratum(split: str | None, row: Row) -> str | None:

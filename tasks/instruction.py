@@ -28,6 +28,9 @@ VERSION = 1
 METRICS = ("rouge_l", "chrf", "exact_match")
 ALPACA = ("instruction", "output")
 BELOW = "Below is an instruction that describes a task"
+# Columns of which others make a part of the prompt; without it the response answers something unseen.
+CONTEXT = ("input", "context", "system", "history", "tools")
+EMPTY = ("", "[]", "{}", "null", "None", "nan")
 RESPOND = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 PREAMBLES = {
     True: f"{BELOW}, paired with an input that provides further context. {RESPOND}",
@@ -103,18 +106,21 @@ class Instruction(OwnFiles):
         place, row = placed
         if set(self.columns) <= row.keys():
             prompt, target = (get_text(place, row, name) for name in self.columns)
-            messages, prompt = [said(prompt)], prompt + self.separator
+            used, messages, prompt = self.columns, [said(prompt)], prompt + self.separator
         elif set(ALPACA) <= row.keys():
+            used = (*ALPACA, "input")
             instruction, target = (get_text(place, row, name) for name in ALPACA)
             given = get_input(place, row)
             messages = [said(f"{instruction}\n\n{given}" if given else instruction)]
             context = f"\n\n### Input:\n{given}" if given else ""
             prompt = f"{PREAMBLES[bool(given)]}{instruction}{context}\n\n### Response:\n"
         else:
+            used = ("messages",)
             *messages, answer = checked_messages(place, row["messages"])
             target = answer["content"]
             turns = [*(f"{ROLES[m['role']]}\n{m['content']}" for m in messages), f"{ROLES['assistant']}\n"]
             prompt = "\n\n".join(turns)
+        check_other_columns(place, row, used)
         return {"prompt": prompt, "target": target, "references": [target], "messages": messages}
 
     def choices(self, row: Row) -> list[str]:
@@ -165,6 +171,18 @@ def get_input(place: Place, row: Row) -> str:
     if row.get("input") is None:
         return ""
     return get_text(place, row, "input", empty=True).strip()
+
+
+def check_other_columns(place: Place, row: Row, used: tuple[str, ...]) -> None:
+    """Refuse a column that belongs to the prompt, but is not `used` for it.
+
+    Raises:
+        TaskError: with the column.
+    """
+    for name, value in row.items():
+        if name.strip().casefold() in CONTEXT and name not in used and str(value or "").strip() not in EMPTY:
+            what = f"{place}, column {base.quote(name)}: is not part of a prompt made of {used[0]}"
+            raise TaskError(f"{what}; merge it into {used[0]!r}, or remove or rename the column")
 
 
 def said(text: str) -> Row:

@@ -20,9 +20,11 @@ from tasks import base
 from tasks.base import Row, Split, Task, TaskError
 
 ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
+LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
 # How content begins that is no text: what it is, the ending it is read by, and the remedy where it has another one.
 MAGIC = {
@@ -31,6 +33,7 @@ MAGIC = {
     b"PK\x03\x04": ("a zip archive or a spreadsheet", "", "unpack it, or export it as CSV"),
 }
 
+NO_CLASS = -1
 LIST_START = 100  # characters in which the first object of a list begins
 LEAVE_OUT = "task.options.scored=validation leaves the test file out"
 
@@ -77,6 +80,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
     for path in paths:
         check_content(path)
     if len(paths) == 1 and find_split(paths[0]) is None:
+        check_shards(paths)
         return {"train": (paths[0],)}
     found: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -143,8 +147,14 @@ def check_shards(files: list[Path]) -> None:
         return
     if None in shards:
         raise TaskError(f"{files[0]} and {files[1].name}: both are the {find_split(files[0])} split; keep one of them")
-    if {int(shard[1]) for shard in shards} != set(range(int(shards[0][2]))) or len({s[2] for s in shards}) > 1:
-        raise TaskError(f"{files[0]}: {len(files)} of its {int(shards[0][2])} parts are there; fetch the others")
+    numbers, count = sorted(int(shard[1]) for shard in shards), int(shards[0][2])
+    if twice := base.find_duplicate(map(str, numbers)):
+        same = zip(files, shards, strict=True)
+        several = " and ".join(path.name for path, shard in same if int(shard[1]) == int(twice))
+        raise TaskError(f"{files[0].parent}: {several} are the same part; keep one of them")
+    counted_from = numbers[0] if len(numbers) == count and numbers[-1] - numbers[0] == count - 1 else None
+    if counted_from not in (0, 1) or len({int(shard[2]) for shard in shards}) > 1:
+        raise TaskError(f"{files[0]}: {len(files)} of its {count} parts are there; fetch the others")
 
 
 def describe_folder(root: Path) -> str:
@@ -216,8 +226,61 @@ def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
         remedy += (
             ", in quotation marks where one holds a separator; where marks are text, take task.options.quotes=false"
         )
-    for number, row in base.read_table(path, delimiter, quotes, remedy=remedy):
+    found = list(base.read_table(path, delimiter, quotes, remedy=remedy))
+    check_swallowed_rows(path, found, delimiter)
+    for number, row in found:
         yield Place(path, number, "line"), row
+
+
+def check_swallowed_rows(path: Path, rows: list[tuple[int, Row]], delimiter: str) -> None:
+    """Refuse a field with line breaks that holds whole rows: two quotation marks without partners, which are text,
+    make one field of all rows between them. rows: with the numbers of their first lines.
+
+    Raises:
+        TaskError: with the lines.
+    """
+    broken = [(number, row) for number, row in rows if any(map(LINE_BREAK.search, row.values()))]
+    if not broken:
+        return
+    plain = [row for _, row in rows if not any(map(LINE_BREAK.search, row.values()))]
+    known = {name: [row[name] for row in plain] for name in rows[0][1]}
+    for number, row in broken:
+        for name in row:
+            if holds_rows(row, name, delimiter, known):
+                last = number + sum(len(LINE_BREAK.findall(value)) for value in row.values())
+                raise TaskError(
+                    f"{path}: lines {number} to {last} are one field {name!r} in quotation marks that holds whole rows"
+                    "; where marks are text, double them or take task.options.quotes=false; where these are no rows, "
+                    "save the table as .jsonl"
+                )
+
+
+def holds_rows(row: Row, name: str, delimiter: str, known: dict[str, list[str]]) -> bool:
+    """Return whether a line within a field reads as a row of the table, or the field's first and last line do."""
+    columns = list(known)
+    place = columns.index(name)
+    first, *middle = (line.split(delimiter) for line in LINE_BREAK.split(row[name]))
+    if not middle or len(columns) < 2:
+        return False
+    values = list(row.values())
+    *middle, last = middle
+    ends = [*values[:place], *first], [*last, *values[place + 1 :]]
+
+    def reads_as_row(fields: list[str]) -> bool:
+        # a comma of a text has a blank after it, one between columns has none
+        return len(fields) == len(columns) and all(
+            column == name or not (position and value.startswith(" ")) and fits_column(value, known[column])
+            for position, (column, value) in enumerate(zip(columns, fields, strict=True))
+        )
+
+    return any(map(reads_as_row, middle)) or all(map(reads_as_row, ends))
+
+
+def fits_column(value: str, known: list[str]) -> bool:
+    """Return whether a value is of the kind of a column's `known` ones: a number, one of a few words, or any text."""
+    if known and all(map(base.NUMBER.fullmatch, known)):
+        return bool(base.NUMBER.fullmatch(value))
+    return value in known or len(set(known)) > len(known) / 2
 
 
 def read_objects(path: Path) -> Iterator[Placed]:
@@ -263,7 +326,8 @@ def require_object(value: Any, place: Place) -> Row:
 
 
 def read_parquet(path: Path) -> Iterator[Placed]:
-    """Yield rows; class indices are written as the names the file has for them.
+    """Yield rows; class indices are written as the names the file has for them, and -1, by which `datasets` marks a row
+    without a class, as the gap that it is.
 
     Raises:
         TaskError: it cannot be read as Parquet, or a column occurs twice.
@@ -280,7 +344,8 @@ def read_parquet(path: Path) -> Iterator[Placed]:
     named = {name: kind for name, kind in table.features.items() if isinstance(kind, ClassLabel) and kind.names}
     for number, row in enumerate(table.to_list(), start=1):
         words = {name: kind.int2str(row[name]) for name, kind in named.items() if row[name] in range(len(kind.names))}
-        yield Place(path, number, "row"), row | words
+        gaps = {name: None for name in named if row[name] == NO_CLASS}
+        yield Place(path, number, "row"), row | words | gaps
 
 
 def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remedy: str) -> None:
@@ -294,6 +359,21 @@ def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remed
         base.check_header(path if one_header else place, row, needed, remedy)
 
 
+def check_split_column(path: Path, rows: list[Placed]) -> None:
+    """Refuse rows to train on that a column calls validation or test.
+
+    Raises:
+        TaskError: with the first such row.
+    """
+    apart = {word for split, words in ALIASES.items() if split != "train" for word in words}
+    for place, row in rows if find_split(path) in (None, "train") else ():
+        for name, value in row.items():
+            if name.strip().casefold() in SPLIT_COLUMNS and str(value).strip().casefold() in apart:
+                what = f"{place}, column {base.quote(name)}: {base.quote(value)} is not for training"
+                remedy = "give one file a split, such as train.csv and test.csv, or remove or rename the column"
+                raise TaskError(f"{what}; {remedy}")
+
+
 def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
     """Return a text column of a row.
 
@@ -302,7 +382,8 @@ def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
     """
     value = row[column]
     if value is None or isinstance(value, str) and not value.strip() and not empty:
-        raise TaskError(f"{place}, column {column!r}: empty; fill it in or remove the row")
+        remedy = "fill it in or remove the row" + (f"; {LEAVE_OUT}" if find_split(place.path) == "test" else "")
+        raise TaskError(f"{place}, column {column!r}: empty; {remedy}")
     if not isinstance(value, str):
         number = isinstance(value, (bool, int, float))
         remedy = "write it in quotation marks" if number else "write one text, or name another column"
@@ -440,6 +521,7 @@ class OwnFiles(Task):
         if find_split(path) == "test":
             remedy += f"; {LEAVE_OUT}"
         check_columns(path, placed, self.needed(placed[0][1]), remedy)
+        check_split_column(path, placed)
         return [(place, self.parse((place, row))) for place, row in placed]
 
     def check_overlap(self, found: dict[str, list[Placed]]) -> None:

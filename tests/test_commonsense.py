@@ -396,6 +396,28 @@ def test_rows_held_out_are_asked_as_in_evaluation_and_trained_on_by_nobody(train
     assert list(again["id"]) == list(parts["boolq"]["id"])
 
 
+def test_copies_of_rows_held_out_are_not_trained_on(training_file):
+    """The rows held out are drawn by number, as before; a copy may be among them. By default all train."""
+    folder, items = training_file
+    place = folder / "ft-training_set/commonsense_170k.json"
+    items = [item for item in items for _ in range(3)] + [dict(items[0])]
+    items[-1]["answer"] = "false" if items[0]["answer"] == "true" else "true"  # of the same question
+    items[-1]["output"] = commonsense.TARGET.format(items[-1]["answer"])
+    place.write_text(json.dumps(items))
+    task = tasks.load("commonsense", {"scored": "held_out"})
+    drawn = commonsense.draw_held_out(items, place)
+    held = {name: [items[n] for n in numbers] for name, numbers in drawn.items()}
+    train = task.split("train", str(folder)).rows
+    apart = {(item["instruction"], item["answer"]) for found in held.values() for item in found}
+    trained = [items[int(row["id"].partition("-")[2])] for row in train]
+    assert not apart & {(item["instruction"], item["answer"]) for item in trained}
+    assert len(trained) == sum((item["instruction"], item["answer"]) not in apart for item in items)
+    assert [row["id"] for row in task.split("piqa", str(folder)).rows] == [f"train-{n}" for n in drawn["piqa"]]
+    whole = tasks.load("commonsense")
+    assert len(whole.split("train", str(folder)).rows) == len(items)
+    assert "held out" in task.source(str(folder))["train"]  # the runs from before are others
+
+
 def test_a_training_file_without_a_set_cannot_hold_it_out(training_file):
     folder, items = training_file
     rest = [item for item in items if not item["answer"].startswith("ending")]

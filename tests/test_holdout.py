@@ -4,8 +4,9 @@ import pytest
 
 import tasks
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.inputs.splits import load_scored_splits, load_split
+from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.study.experiment import Experiment
 
@@ -49,3 +50,33 @@ def test_too_many_rows_set_apart_are_refused_and_rows_to_skip_need_rows_to_use()
         load_split(tasks.load("demo/sentiment"), "train", settings)
     with pytest.raises(UserError, match="eval.holdout_skip=9: needs eval.holdout"):
         load_settings([*BASE, "eval.holdout_skip=9"])
+
+
+@pytest.mark.parametrize(
+    ("name", "load"), [("holdout", load_scored_splits), ("development_rows", load_development_split)]
+)
+def test_rows_set_apart_that_stand_among_the_training_rows_are_counted(name, load, tmp_path, capfd):
+    """Copies with another label are none; of a sample of the training rows, only those in it count."""
+    rows = [f"text {n // 2},{n // 2 % 2}" for n in range(40)] + [f"lone {n},{n % 2}" for n in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows, "lone 1,0", ""]))
+    (tmp_path / "test.csv").write_text("text,label\na,0\nb,1\n")
+    words = ["model=tiny-roberta", "task=classification", f"data_dir={tmp_path}", f"eval.{name}=30"]
+    words += ["train.early_stopping=3"] if name == "development_rows" else []
+
+    def count(*more: str) -> int:
+        settings = load_settings([*words, *more])
+        task = load_task(settings)
+        (apart,) = load(task, settings).values()
+        train = [(row["text"], row["label"]) for row in load_split(task, "train", settings).rows]
+        found = sum((row["text"], row["label"]) in train for row in apart.rows)
+        said = f"train.csv (set apart): {found} of 30 rows set apart stand among the training rows, too\n"
+        assert apart.describe().get("in_training", 0) == found and (said in capfd.readouterr().err) == bool(found)
+        return found
+
+    assert 0 < count("train.max_examples=9") < count()
+
+
+def test_rows_that_are_all_different_give_no_warning(capfd):
+    settings = load_settings([*BASE, "eval.holdout=50"])
+    (apart,) = load_scored_splits(tasks.load("demo/sentiment"), settings).values()
+    assert "in_training" not in apart.describe() and "set apart" not in capfd.readouterr().err

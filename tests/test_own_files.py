@@ -95,6 +95,30 @@ def test_class_indices_of_a_parquet_file_are_its_names(tmp_path):
     assert [row["label"] for row in rows_of(tmp_path, **listed)] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ([0, 1, -1], [0, 1, 0], "train.parquet: row 3, column 'label': empty; fill it in or remove the row"),
+        (
+            [0, 1, 0],
+            [-1, -1, -1],
+            "test.parquet: row 1, column 'label': empty; .*; task.options.scored=validation leaves",
+        ),
+        ([0, 1, -1], [0, 1, -1], "row 3, column 'label': empty"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"metric": "pearson"}, {"labels": ["pos", "neg", "-1"]}])
+def test_no_class_in_a_parquet_file_is_a_gap(train, test, said, options, tmp_path):
+    """datasets writes -1 for it; the rows of a test set whose labels are hidden all have it."""
+    names = ["0", "1"] if "metric" in options else ["pos", "neg"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    for split, labels in (("train", train), ("test", test)):
+        texts = [f"{split} {i}" for i in range(3)]
+        Dataset.from_dict({"text": texts, "label": labels}, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(TaskError, match=said):
+        rows_of(tmp_path, **options)
+
+
 def test_pairs_numbers_and_columns_by_name(tmp_path):
     for split, start in (("train", 0), ("valid", 5)):
         rows = [(f"q{i}", f"a{i}", i / 2) for i in range(start, start + 3)]
@@ -156,6 +180,34 @@ def test_the_parts_of_a_split_are_read_in_order(tmp_path):
     assert [row["text"] for row in rows_of(tmp_path)] == [text for text, _ in ROWS]
     (tmp_path / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(TaskError, match="1 of its 2 parts are there; fetch the others"):
+        rows_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train-0000{}-of-00002-a09b74b3ef9c3b56", "train_0000{}_of_00002", "train-{}-of-2", "reviews-0000{}-of-00002"],
+)
+def test_half_of_a_split_is_refused_by_whatever_name(name, tmp_path):
+    rows = [(f"t{i}", str(i % 2)) for i in range(20)]
+    path = write_table(tmp_path / f"{name.format(0)}.parquet", ("text", "label"), rows)
+    with pytest.raises(TaskError, match=f"{path.name}: 1 of its 2 parts are there; fetch the others"):
+        rows_of(tmp_path)
+    if name.startswith("train"):
+        write_table(
+            tmp_path / f"{name.format(1)}.parquet", ("text", "label"), [(f"u{i}", str(i % 2)) for i in range(20)]
+        )
+        assert len(rows_of(tmp_path)) == 36
+
+
+def test_a_part_may_be_there_once_and_parts_may_be_counted_from_one(tmp_path):
+    for part in (1, 2):
+        rows = [(f"{part} {i}", str(i % 2)) for i in range(20)]
+        write_table(tmp_path / f"train-{part}-of-2.csv", ("text", "label"), rows)
+    assert len(rows_of(tmp_path)) == 36
+    shutil.copy(tmp_path / "train-1-of-2.csv", tmp_path / "train-00001-of-00002.csv")
+    with pytest.raises(
+        TaskError, match=": train-00001-of-00002.csv and train-1-of-2.csv are the same part; keep one of"
+    ):
         rows_of(tmp_path)
 
 

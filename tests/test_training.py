@@ -259,6 +259,21 @@ def test_rows_that_are_cut_are_counted(runs_folder):
     assert "cut" not in whole["data"]["train"]
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "pearson"])
+def test_classified_texts_that_are_cut_are_counted_in_training_and_in_what_is_scored(
+    metric, tmp_path, runs_folder, capfd
+):
+    """A text that fills task.max_length to the last token is whole."""
+    (tmp_path / "train.csv").write_text(f"text,label\n{'a ' * 9}a,0\na,1\n{'b ' * 50}b,1\nb,0\n")
+    (tmp_path / "test.csv").write_text(f"text,label\n{'c ' * 50}c,0\n{'d ' * 60}d,1\nd,1\n")
+    words = ["task=classification", f"data_dir={tmp_path}", f"task.options.metric={metric}", "train.max_steps=1"]
+    words += ["train.max_examples=null", "eval.max_examples=null"]
+    result = train_run(Run.prepare(load_settings(["model=tiny-roberta", *SHORT, *words, "task.max_length=12"])))
+    assert {name: facts.get("cut") for name, facts in result["data"].items()} == {"train": 1, "test": 2}
+    assert describe_data(result["data"]).startswith("4 rows to train on (1 of them cut at task.max_length), ")
+    assert "test: 2 of 3 rows are cut at task.max_length=12\n" in capfd.readouterr().err
+
+
 def test_the_best_epoch_is_kept_where_the_protocol_says_so(runs_folder, monkeypatch):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.9])  # before, three epochs, after
     kept = []

@@ -192,3 +192,112 @@ def test_a_quoted_value_is_short_and_on_one_line():
     assert quote("a\nb") == r"'a\nb'" and quote(5) == "5"
     assert quote("a" * 60) == repr("a" * 60) and quote("a" * 61) == repr("a" * 60) + "..."
     assert len(quote(["a" * 999])) < 70
+
+
+def lone_marks(delimiter: str, order: tuple[int, ...], apart: int) -> str:
+    """Return a table of 20 rows; the text of the fourth begins with a quotation mark, one `apart` rows below ends so."""
+    texts = [f"a film {n}" for n in range(20)]
+    texts[3], texts[3 + apart] = '"Wonderful he said', 'waste of time"'
+    rows = [("text", "label"), *((text, str(n % 2)) for n, text in enumerate(texts))]
+    return "".join(delimiter.join(row[i] for i in order) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("apart", [1, 2, 7])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("delimiter", "name"), [("\t", "train.tsv"), (",", "train.csv")])
+def test_quotation_marks_that_swallow_rows_are_refused(delimiter, name, order, apart, tmp_path):
+    files = {name: lone_marks(delimiter, order, apart), "test.csv": ZEROS["test.csv"]}
+    with pytest.raises(tasks.TaskError) as caught:
+        rows_of(tmp_path, files)
+    check_line(caught, tmp_path, f"HERE/{name}: lines 5 to {5 + apart} are one field 'text' in quotation marks that ")
+    assert "task.options.quotes=false" in str(caught.value)
+    assert len(rows_of(tmp_path, files, options={"quotes": False})[1]) == 20
+
+
+def test_prompts_swallowed_by_quotation_marks_are_refused(tmp_path):
+    rows = [f"ask {n}\tsay {n}" for n in range(9)]
+    rows[2], rows[6] = '"' + rows[2], 'ask\tsay"'
+    with pytest.raises(tasks.TaskError, match="data.tsv: lines 4 to 8 are one field 'prompt'"):
+        rows_of(tmp_path, {"data.tsv": "\n".join(["prompt\tresponse", *rows[:6], 'ask 6"\tsay', *rows[7:], ""])}, N)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "good food, bad service\nthe rest, too",
+        "Dear all,\ngood food, bad service\nbye",
+        "one\n\nf(a,b)\n1,000 people",
+        "a,b\nc",
+        'he said: ""no""\r\nand, well, left',
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_texts_of_several_lines_are_texts(order, text, tmp_path):
+    rows = [("text", "label"), *((f"plain {n}", "xy"[n % 2]) for n in range(6)), (f'"{text}"', "x")]
+    table = "".join(",".join(row[i] for i in order) + "\n" for row in rows)
+    _, found, _ = rows_of(tmp_path, GOOD | {"train.csv": table})
+    assert len(found) == 7 and found[6]["text"] == text.replace('""', '"')
+
+
+LEFT_OUT = {
+    "an input": ({"prompt": "a", "input": "b", "response": "c"}, "'input'", "prompt", {}),
+    "a system turn": ({"prompt": "a", "System": "b", "response": "c"}, "'System'", "prompt", {}),
+    "a context": ({"instruction": "a", "context": "b", "output": "c"}, "'context'", "instruction", {}),
+    "a history": (
+        {"instruction": "a", "input": "", "output": "c", "history": [["d", "e"]]},
+        "'history'",
+        "instruction",
+        {},
+    ),
+    "Dolly's context": (
+        {"instruction": "a", "context": "b", "response": "c"},
+        "'context'",
+        "instruction",
+        {"prompt": "instruction"},
+    ),
+    "tools": (
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "tools": [{"name": "f"}],
+        },
+        "'tools'",
+        "messages",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_a_column_that_a_prompt_would_leave_out_is_refused(what, tmp_path):
+    row, column, into, options = LEFT_OUT[what]
+    with pytest.raises(tasks.TaskError) as caught:
+        rows_of(tmp_path, {"data.jsonl": line(**row) * 2}, N, options)
+    said = (
+        f"HERE/data.jsonl: line 1, column {column}: is not part of a prompt made of {into}; merge it into '{into}', or"
+    )
+    check_line(caught, tmp_path, said)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], {}])
+def test_an_empty_column_is_not_missed(empty, tmp_path):
+    rows = [line(prompt=f"a{n}", response="b", input=empty, system=empty, note="kept out") for n in range(9)]
+    assert len(rows_of(tmp_path, {"data.jsonl": "".join(rows)}, N)[1]) == 8
+
+
+@pytest.mark.parametrize(
+    ("column", "word"), [("split", "test"), ("Split", "Dev"), ("set", "valid"), ("split", "validation")]
+)
+@pytest.mark.parametrize("file", ["reviews.csv", "train.csv"])
+def test_rows_that_a_column_calls_test_are_not_trained_on(file, column, word, tmp_path):
+    table = f"text,label,{column}\n" + "".join(f"t{n},{n % 2},{'train' if n < 20 else word}\n" for n in range(30))
+    with pytest.raises(tasks.TaskError) as caught:
+        rows_of(tmp_path, {file: table})
+    said = f"HERE/{file}: line 22, column {column!r}: {word!r} is not for training; give one file a split, such as train.csv"
+    check_line(caught, tmp_path, said)
+
+
+def test_a_split_column_that_agrees_with_the_file_is_taken(tmp_path):
+    files = {
+        f"{split}.csv": f"text,label,split\n{split}1,x,{split}\n{split}2,y,{split}\n" for split in ("train", "test")
+    }
+    assert len(rows_of(tmp_path, files)[1]) == 2

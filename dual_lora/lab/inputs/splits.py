@@ -1,11 +1,14 @@
 """Rows of a task: its own splits, and training rows held out for evaluation."""
 
 import itertools
+import sys
+from dataclasses import replace
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Evaluate, Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.system.distributed import is_first_process
 from tasks import Split, Task
 
 # Seed of the draw of the training rows that `eval.holdout` holds out.
@@ -21,15 +24,29 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     Raises:
         UserError: the data is missing, damaged, cannot be fetched, or has too few rows to hold some out.
     """
-    train = name == "train"
-    split = read_training_split(task, settings)[0] if train else read_split(task, name, settings)
-    if train and settings.eval.reserved_rows:
+    if name == "train":
+        return select_training_rows(read_training_split(task, settings)[0], settings)
+    split, limit = read_split(task, name, settings), settings.eval.max_examples
+    return split if limit is None else select_rows(split, limit)
+
+
+def select_training_rows(split: Split, settings: Settings) -> Split:
+    """Return the rows of training's split that a run trains on.
+
+    Raises:
+        UserError: there are too few rows to set some apart.
+    """
+    if settings.eval.reserved_rows:
         split = split_training_rows(split, settings.eval)[0]
-    limit = (settings.train if train else settings.eval).max_examples
+    limit = settings.train.max_examples
     if limit is None or limit >= len(split.rows):
         return split
-    rows = split.rows.shuffle(seed=settings.seed) if train else split.rows
-    return Split(rows.select(range(limit)), split.origin)
+    return select_rows(Split(split.rows.shuffle(seed=settings.seed), split.origin), limit)
+
+
+def select_rows(split: Split, limit: int) -> Split:
+    """Return the first rows of a split."""
+    return Split(split.rows.select(range(min(limit, len(split.rows)))), split.origin)
 
 
 def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
@@ -43,7 +60,7 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
             names = task.eval_splits  # with the user's own files, the folder decides
         return {name: load_split(task, name, settings) for name in names}
     train = read_training_split(task, settings)[0]
-    return label_as_first_split(task, split_training_rows(train, settings.eval)[1], settings)
+    return label_as_first_split(task, train, split_training_rows(train, settings.eval)[1], settings)
 
 
 def load_development_split(task: Task, settings: Settings) -> dict[str, Split] | None:
@@ -56,15 +73,31 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
     if not settings.eval.development_rows:
         return None
     train = read_training_split(task, settings)[0]
-    return label_as_first_split(task, split_training_rows(train, settings.eval)[2], settings)
+    return label_as_first_split(task, train, split_training_rows(train, settings.eval)[2], settings)
 
 
-def label_as_first_split(task: Task, apart: Split, settings: Settings) -> dict[str, Split]:
-    """Return rows that were set apart (at most `eval.max_examples`) under the name of the task's first split."""
-    limit = min(len(apart.rows), settings.eval.max_examples or len(apart.rows))
+def label_as_first_split(task: Task, train: Split, apart: Split, settings: Settings) -> dict[str, Split]:
+    """Return rows that were set apart (at most `eval.max_examples`) from `train` under the name of the task's first
+    split. A warning says how many of them the run trains on, too, because the file has them more than once."""
     with translate_task_errors():
         name = task.eval_splits[0]
-    return {name: Split(apart.rows.select(range(limit)), apart.origin)}
+    chosen = select_rows(apart, settings.eval.max_examples or len(apart.rows))
+    copies = count_copies(chosen, select_training_rows(train, settings))
+    if copies and is_first_process():
+        said = f"{copies:,} of {len(chosen.rows):,} rows set apart stand among the training rows, too"
+        print(f"warning: {chosen.origin}: {said}", file=sys.stderr)
+    return {name: replace(chosen, in_training=copies)}
+
+
+def count_copies(split: Split, train: Split) -> int:
+    """Return how many rows of a split equal a row of training in all but the id."""
+
+    def list_contents(split: Split) -> list[str]:
+        columns = [name for name in split.rows.column_names if name != "id"]
+        return [repr([row[name] for name in columns]) for row in split.rows.to_list()]
+
+    known = set(list_contents(train))
+    return sum(content in known for content in list_contents(split))
 
 
 def read_training_split(task: Task, settings: Settings) -> tuple[Split, Split | None]:

@@ -64,8 +64,7 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
     """
 
     def columns(row: Row) -> dict:
-        pair = (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
-        found = tokenizer(*pair, truncation=True, max_length=settings.task.max_length)
+        found = tokenizer(*list_texts(row), truncation=True, max_length=settings.task.max_length)
         where = f"task={settings.task.name}: {row['id']} is empty"
         require(found["input_ids"], f"{where}, and {settings.model.name} adds no special tokens; remove the row")
         return {**found, "labels": row["label"]}
@@ -161,9 +160,20 @@ def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setti
     return columns
 
 
-def count_cut_rows(examples: "Dataset", tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many encoded texts are cut at `task.max_length`, so that part of the target is not trained on."""
-    return sum(ids[-1] != tokenizer.eos_token_id for ids in examples["input_ids"])
+def count_cut_rows(
+    rows: "Dataset", examples: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> int:
+    """Return how many of the rows, which `encode_rows` made `examples`, are cut at `task.max_length`."""
+    if task.form == "generation":
+        return sum(ids[-1] != tokenizer.eos_token_id for ids in examples["input_ids"])
+    limit = settings.task.max_length
+    full = [rows[i] for i, ids in enumerate(examples["input_ids"]) if len(ids) >= limit]
+    return sum(len(tokenizer(*list_texts(row), verbose=False)["input_ids"]) > limit for row in full)
+
+
+def list_texts(row: Row) -> tuple[str, ...]:
+    """Return a row's text, and the second one of a pair."""
+    return (row["text"], row["text_pair"]) if row["text_pair"] else (row["text"],)
 
 
 def build_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable:

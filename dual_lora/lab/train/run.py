@@ -1,6 +1,7 @@
 """One run, from its settings to its record: load, evaluate, train, evaluate again, write the result."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -212,6 +213,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
             return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
     trainer = build_trainer(model, tokenizer, task, rows, score_model, log, settings)
+    cut = count_cut_splits(rows, trainer.train_dataset, task, tokenizer, settings)
     check_batches(model, tokenizer, task, list(islice(rows.train.rows, PROBE_ROWS)), settings)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
@@ -232,9 +234,29 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         *find_idle_stops(tokenizer, settings),
     ]
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
-    if task.form == "generation" and (cut := count_cut_rows(trainer.train_dataset, tokenizer)):
-        result["data"]["train"]["cut"] = cut
+    for name, count in cut.items():
+        result["data"][name]["cut"] = count
     return share_from_first(lambda: record.write_result(result))
+
+
+def count_cut_splits(
+    rows: RunRows, examples: Any, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, int]:
+    """Return how many rows of each split are cut at `task.max_length`, without splits in which none is, and say so of
+    those that are scored; the summary does of training. `examples` are the training rows, encoded. A prompt that is
+    scored is never cut.
+
+    Raises:
+        UserError: a scored row has no tokens.
+    """
+    found = {"train": count_cut_rows(rows.train.rows, examples, task, tokenizer, settings)}
+    for name, split in rows.scored.items() if task.form != "generation" else ():
+        encoded = encode_rows(split.rows, task, tokenizer, settings)
+        found[name] = count_cut_rows(split.rows, encoded, task, tokenizer, settings)
+        if found[name] and is_first_process():
+            said = f"{found[name]:,} of {len(split.rows):,} rows are cut at task.max_length={settings.task.max_length}"
+            print(f"{name}: {said}", file=sys.stderr)
+    return {name: count for name, count in found.items() if count}
 
 
 def build_trainer(
