@@ -159,7 +159,8 @@ def test_a_task_that_one_model_failed_to_learn_is_left_out_for_this_model_alone(
 
 def test_memory_that_no_device_counted_is_missing_everywhere(study):  # noqa: F811
     columns = {"memory": "peak_memory_mib", "seconds": "seconds_per_step"}
-    experiment, done = study(GLUE | {"columns": columns, "mean": None}, lambda label, s: 80, peak_memory_bytes=0)
+    spec = GLUE | {"rows": ["task.name"], "columns": columns, "mean": None}
+    experiment, done = study(spec, lambda label, s: 80, peak_memory_bytes=0)
     values = build_frame(experiment, done)
     missing = values[values["value"].isna()]
     assert set(missing["column"]) == {"memory"} and set(missing["reason"]) == {"peak_memory_mib not measured"}

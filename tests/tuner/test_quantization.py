@@ -127,7 +127,7 @@ def test_4_bits_that_were_evaluated_without_an_adapter_are_for_evaluation_alone(
         assert relative_error(model(x) - y, x @ layer_of(model).get_delta_weight("default").T) < 1e-3
     with pytest.raises(ValueError, match="layer: cannot merge into Linear4bit: its 4-bit weight was packed"):
         model.merge_adapter()
-    with pytest.raises(ValueError, match="gives no gradient; load the base model anew"):
+    with pytest.raises(ValueError, match="gives no gradient; reload the base model"):
         model.train()(x.requires_grad_())
 
 
