@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: env  ## adapt a bundled model to a demo task, about a minute
 	$(PY) train.py
 
-test: env  ## the test suite, about 12 minutes on 2 cores
+test: env  ## the test suite, 12 to 20 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 25 --durations-min 5
 
 # Without the harness: what a change of the method, its kernels, the statistics or the settings can break.
