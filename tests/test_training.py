@@ -745,6 +745,13 @@ def test_a_ratio_that_the_ranks_cannot_have_and_a_stop_of_two_tokens_are_warning
     assert [w for w in warnings if "task.stop" in w] == ["task.stop: 'Solution2' is 2 tokens here and ends no output"]
 
 
+def test_a_folder_of_another_kind_of_model_is_a_warning_and_costs_no_result(runs_folder):
+    folder = ROOT / "dual_lora/lab/model/bundled/tiny-llama"
+    words = ["model=gpt2-medium", f"model.path={folder}", "model.roles={q: q_proj, v: v_proj}", "model.adapt=[q,v]"]
+    chosen = load_settings([*words, f"task={FAMILIES['tiny-llama']}", *SHORT, "eval.before=false"])
+    assert "model.path is no gpt2-medium: model_type llama, not gpt2" in train_run(Run.prepare(chosen))["warnings"]
+
+
 def test_the_first_optimizer_step_trains_every_factor(runs_folder, monkeypatch):
     moved = {}
 

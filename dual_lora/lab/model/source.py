@@ -92,7 +92,8 @@ def find_other_architecture(settings: Settings) -> list[str]:
     if not settings.model.path or not known:
         return []
     config = read_config(**locate_model(settings))
-    other = [f"{key} {found}, not {known[key]}" for key in known if (found := getattr(config, key)) != known[key]]
+    fields = {key: getattr(config, key, None) for key in known}  # other kinds lack some
+    other = [f"{key} {found}, not {known[key]}" for key, found in fields.items() if found not in (None, known[key])]
     return [f"model.path is no {settings.model.name}: {', '.join(other)}"] if other else []
 
 

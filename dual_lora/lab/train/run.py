@@ -206,6 +206,12 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
+    warnings = [
+        *find_other_architecture(settings),
+        *find_rounded_ratio(model, settings),
+        *find_untouched_experts(model, settings),
+        *find_idle_stops(tokenizer, settings),
+    ]
     log = LogCallback(record, mirror, bool(settings.train.log_zeros))
 
     def score_model(title: str, splits: dict[str, Split] = rows.scored) -> tuple[dict, list]:
@@ -225,14 +231,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
-    warnings = [
-        *find_other_architecture(settings),
-        *find_warnings(task, predictions),
-        *find_rounded_ratio(model, settings),
-        *find_unfinished_ramp(model),
-        *find_untouched_experts(model, settings),
-        *find_idle_stops(tokenizer, settings),
-    ]
+    warnings += find_warnings(task, predictions) + find_unfinished_ramp(model)
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     for name, count in cut.items():
         result["data"][name]["cut"] = count
