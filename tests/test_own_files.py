@@ -30,7 +30,7 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.statistics.compare import compare_runs, is_resampled
 from dual_lora.lab.train.run import train_run
-from tasks import TaskError, measures, metrics, own_files
+from tasks import TaskError, base, measures, metrics, own_files
 
 ROWS = [("soup, cold", "bad"), ('a "fine" film', "good"), ("N/A", "bad"), ("line\nbreak", "good")]
 OTHER = [("null", "good"), ("none", "bad")]
@@ -93,6 +93,12 @@ def test_class_indices_of_a_parquet_file_are_its_names(tmp_path):
     listed = {"labels": ["pos", "neg"]}
     assert tasks.load("classification", listed, str(tmp_path)).labels == ("pos", "neg")
     assert [row["label"] for row in rows_of(tmp_path, **listed)] == [0, 1]
+
+
+@pytest.mark.parametrize("word", ["1e999", "-1e999", "nan", "1_0"])
+def test_a_number_is_finite_and_plain(word):
+    with pytest.raises(ValueError, match=f"^'{word}' is not a finite number$"):
+        base.parse_number(word)
 
 
 @pytest.mark.parametrize(
