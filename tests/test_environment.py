@@ -18,7 +18,7 @@ from dual_lora.lab.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError, de
 from dual_lora.lab.record.provenance import run_git
 from dual_lora.lab.study import launch
 from dual_lora.lab.system.environment import describe_variables, isolate_environment
-from dual_lora.lab.system.libraries import hide_foreign_warnings
+from dual_lora.lab.system.libraries import hide_foreign_warnings, import_heavy_libraries
 from dual_lora.lab.system.signals import STOP
 
 PROCESSES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -242,11 +242,13 @@ def test_help_needs_no_reader(tmp_path):
 
 
 @pytest.mark.parametrize("moment", [0.05, 0.3, 1.0])
-def test_ctrl_c_during_imports_is_one_line(moment):
+def test_ctrl_c_during_imports_ends_the_command(moment):
     """The command has only just begun, or imports torch, when it is stopped."""
     code = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from dual_lora.lab.commands.guard import run_command\nprint('ready', flush=True)\n"
-    code += "def main():\n import time, torch, transformers, peft\n time.sleep(60)\n"
+    code += "from dual_lora.lab.commands.guard import run_command\n"
+    code += "from dual_lora.lab.system.libraries import import_heavy_libraries\nprint('ready', flush=True)\n"
+    code += "def main():\n with import_heavy_libraries():\n  import torch, transformers, peft\n"
+    code += " import time; time.sleep(60)\n"
     code += "sys.argv = ['train.py']\nrun_command(main)"
     command = [sys.executable, "-c", code]
     env = os.environ | {"DUAL_LORA_LAZY": "1", "PYTHONPATH": str(ROOT)}
@@ -257,7 +259,19 @@ def test_ctrl_c_during_imports_is_one_line(moment):
     child.send_signal(signal.SIGINT)
     _, said = child.communicate()
     assert child.returncode == EXIT_STOPPED
-    assert said == "train.py: stopped by SIGINT; the same command resumes from here\n"
+    assert said.endswith("train.py: stopped by SIGINT; the same command resumes from here\n")
+
+
+def test_a_stop_waits_until_libraries_are_imported(capfd):
+    """While they import, an exception may be lost: https://docs.python.org/3/c-api/dict.html of PyDict_GetItem."""
+    done = []
+    with pytest.raises(Stopped, match="SIGINT"), STOP.listen():
+        with import_heavy_libraries():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("imported")
+        done.append("went on")
+    assert done == ["imported"]
+    assert capfd.readouterr().err == "\nSIGINT: stopping as soon as the libraries are imported; once more ends at once\n"
 
 
 def test_no_file_of_the_machine_is_left_open_for_the_screen(tmp_path):

@@ -14,13 +14,26 @@ from pathlib import Path
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.errors import UserError, get_first_line
+from dual_lora.lab.system.signals import STOP
 
 
 @contextmanager
 def import_heavy_libraries() -> Iterator[None]:
-    """A context for importing torch, transformers and PEFT with garbage collection off. They create half a million
-    permanent objects; collecting them would take a fifth of the import time, and half a second after each run and
-    plan."""
+    """A context for importing torch, transformers and PEFT. A stop waits until they are imported: an exception raised
+    in the middle is lost where C code looks up a name, and ends the process where it crosses C++.
+
+    Raises:
+        Stopped: a stop was requested.
+    """
+    with STOP.defer(safe_point="as soon as the libraries are imported"), disable_first_collection():
+        yield
+    STOP.raise_if_asked()
+
+
+@contextmanager
+def disable_first_collection() -> Iterator[None]:
+    """Turn garbage collection off if torch is not imported yet. It and the others create half a million permanent
+    objects; collecting them would take a fifth of the import time, and half a second after each run and plan."""
     if "torch" in sys.modules:
         yield
         return

@@ -15,15 +15,15 @@ REQUEUE = signal.SIGUSR2
 class StopRequest:
     """A stop requested by a signal.
 
-    asked: the signal's name, or None. waits: whether work may continue to a safe point first. next_action: what the
-    same command does next. raised: whether `Stopped` was raised at once; an interrupted library may turn it into its
-    own error.
+    asked: the signal's name, or None. waits: whether work may continue to a safe point first. safe_point: when that is
+    reached, in words, if it is not the end of a training step. next_action: what the same command does next. raised:
+    whether `Stopped` was raised at once; an interrupted library may turn it into its own error.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self.raised = False
-        self.waits, self.next_action = False, RESUMES
+        self.waits, self.safe_point, self.next_action = False, None, RESUMES
         self.before: dict[int, object] = {}
 
     def handle_signal(self, number: int, frame: object) -> None:
@@ -37,8 +37,9 @@ class StopRequest:
             self.raised = True
             raise Stopped(self.asked, self.next_action)
         kept = "with a checkpoint" if self.next_action == RESUMES else "without a checkpoint"
+        safe_point = self.safe_point or f"after this step, {kept}"
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{self.asked}: stopping after this step, {kept}; once more ends at once\n".encode())
+            os.write(2, f"\n{self.asked}: stopping {safe_point}; once more ends at once\n".encode())
 
     def restore_handlers(self) -> None:
         """Restore the signal handlers from before `listen`."""
@@ -53,7 +54,7 @@ class StopRequest:
         Raises:
             Stopped: a stop was requested.
         """
-        self.asked, self.raised, self.waits, self.next_action = None, False, False, RESUMES
+        self.asked, self.raised, self.waits, self.safe_point, self.next_action = None, False, False, None, RESUMES
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
@@ -64,18 +65,20 @@ class StopRequest:
             self.asked = None
 
     @contextmanager
-    def defer(self, wait: bool = True, next_action: str | None = None) -> Iterator[None]:
+    def defer(
+        self, wait: bool = True, next_action: str | None = None, safe_point: str | None = None
+    ) -> Iterator[None]:
         """Within this context, remember a requested stop and continue (wait=True), or stop at once (wait=False).
 
         Raises:
             Stopped: a second stop was requested.
         """
-        before = self.waits, self.next_action
-        self.waits, self.next_action = wait, next_action or self.next_action
+        before = self.waits, self.next_action, self.safe_point
+        self.waits, self.next_action, self.safe_point = wait, next_action or self.next_action, safe_point
         try:
             yield
         finally:
-            self.waits, self.next_action = before
+            self.waits, self.next_action, self.safe_point = before
 
     def raise_if_asked(self) -> None:
         """End here if a stop was requested.

@@ -395,7 +395,7 @@ def train_and_save(trainer: RunTrainer, record: Record, settings: Settings) -> d
         done = trainer.fit_run(share_from_first(record.find_checkpoint))
     if best:
         best.score_last()
-    with STOP.defer():  # a stop waits until the trained weights are saved
+    with STOP.defer(safe_point="as soon as the trained weights are saved"):
         if best:
             best.restore_best(trainer.model)
         trainer.check_weights()
