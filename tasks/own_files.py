@@ -460,10 +460,13 @@ class OwnFiles(Task):
         self.rows()
 
     def explain_unused_option(self, name: str) -> str | None:
-        files = self.used(None)
-        if name in ("held_out", "split_seed") and len(files) > 1:
-            _, (scored, *_) = files.values()
-            return f"{scored.name} is scored, so no rows of training are set apart; drop it"
+        train, *scored = self.used(None).values()
+        if name in ("held_out", "split_seed") and scored:
+            return f"{scored[0][0].name} is scored, so no rows of training are set apart; drop it"
+        if name in ("scored", "overlap") and not scored:
+            return f"{train[0].name} is the only file, and rows set apart from it are scored; drop it"
+        if name == "quotes" and all(find_ending(path) not in (".csv", ".tsv") for path in sum(scored, train)):
+            return f"it is about .csv and .tsv files, and {train[0].name} is neither; drop it"
         return None
 
     def used(self, data_dir: str | None) -> Files:

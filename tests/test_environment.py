@@ -271,7 +271,7 @@ def test_a_stop_waits_until_libraries_are_imported(capfd):
             done.append("imported")
         done.append("went on")
     assert done == ["imported"]
-    assert capfd.readouterr().err == "\nSIGINT: stopping as soon as the libraries are imported; once more ends at once\n"
+    assert "SIGINT: stopping as soon as the libraries are imported; once more ends at once" in capfd.readouterr().err
 
 
 def test_no_file_of_the_machine_is_left_open_for_the_screen(tmp_path):

@@ -517,6 +517,21 @@ def test_options_are_checked(name, options, message):
         ),
         (N, {"a.csv": "instruction,output\na,b\nc,d\n"}, "prompt=q", "has instruction, output; drop it"),
         (N, {"a.csv": "q,response\na,b\nc,d\n"}, "prompt=q", None),
+        (
+            N,
+            CHAT,
+            "quotes=false",
+            "task.options.quotes=False: it is about .csv and .tsv files, and train.jsonl is neither",
+        ),
+        (C, GOOD, "quotes=false", None),
+        (C, GOOD, "overlap=true", None),
+        (
+            C,
+            {"data.csv": "text,label\n" + "a,x\nb,y\nc,x\nd,y\n"},
+            "overlap=true",
+            "overlap=True: data.csv is the only",
+        ),
+        (C, {"data.csv": "text,label\n" + "a,x\nb,y\nc,x\nd,y\n"}, "scored=validation", "data.csv is the only file"),
     ],
 )
 def test_an_option_without_effect_on_the_files_is_refused(name, files, option, said, tmp_path):

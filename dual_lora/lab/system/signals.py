@@ -65,9 +65,7 @@ class StopRequest:
             self.asked = None
 
     @contextmanager
-    def defer(
-        self, wait: bool = True, next_action: str | None = None, safe_point: str | None = None
-    ) -> Iterator[None]:
+    def defer(self, wait: bool = True, next_action: str | None = None, safe_point: str | None = None) -> Iterator[None]:
         """Within this context, remember a requested stop and continue (wait=True), or stop at once (wait=False).
 
         Raises:
