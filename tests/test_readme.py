@@ -174,13 +174,11 @@ def list_rows(text: str) -> list[list[str]]:
         ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 14),
         ("### At half the rates", "half_rates", 9),
         ("## What training can fit", "fit", 9),
-        ("The same for seven weights of a real full tuning", "fit_full_tuning", 7),
         ("## How similar updates are", "similarity", 10),
         ("## How much rank the score needs", "truncation", 3),
         ("## The ratio of the two ranks", "ratio", 4),
         ("## Do trained signs", "frozen_groups", 12),
         ("## Gradients in bfloat16", "gradient_dtype", 2),
-        ("## Appendix: Figure 2", "rank_allocation_small", 12),
     ],
 )
 def test_the_results_are_those_of_the_reports(section, report, rows):
