@@ -125,7 +125,8 @@ def score_webnlg(hypotheses: Texts, references: References, groups: Sequence[str
     if len(groups) not in (0, len(hypotheses)):
         raise ValueError(f"{len(groups)} groups for {len(hypotheses)} outputs; every one needs a group")
     outputs, accepted = [split_words(h) for h in hypotheses], [[split_words(r) for r in rs[:6]] for rs in references]
-    parts = {"": range(len(outputs))} | {f"{g}_": [i for i, x in enumerate(groups) if x == g] for g in set(groups)}
+    named = {f"{group}_": [i for i, x in enumerate(groups) if x == group] for group in sorted(set(groups))}
+    parts = {"": range(len(outputs))} | named
     scores = {f"{p}BLEU": bleu([outputs[i] for i in part], [accepted[i] for i in part]) for p, part in parts.items()}
     outputs, accepted = [split_penn_words(h) for h in outputs], [[split_penn_words(r) for r in rs] for rs in accepted]
     try:

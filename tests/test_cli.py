@@ -39,6 +39,7 @@ MISTAKES = {
     "method.r1=4": "method.r1 and method.r2: give both or neither",
     "method.peft.zzz=1": "method.peft.zzz: not among the method's; write +method.peft.zzz=VALUE to add it",
     "~method": "~method: settings cannot be removed",
+    "train={epochs:3,max_steps:2}": "train.epochs=3: train.max_steps=2 is used instead; drop one",
     "experiment=demo": "experiment: experiments are run by sweep.py",
     "rank": "rank: not of the form KEY=VALUE",
 }

@@ -76,6 +76,19 @@ def test_rows_set_apart_that_stand_among_the_training_rows_are_counted(name, loa
     assert 0 < count("train.max_examples=9") < count()
 
 
+def test_rows_with_a_prompt_that_is_trained_on_are_counted(tmp_path, capfd):
+    """The texts may differ: what is scored is what a model writes to the prompt."""
+    rows = [f"question {n // 2},answer {n}" for n in range(40)] + [f"another {n},answer" for n in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["prompt,response", *rows, ""]))
+    (tmp_path / "test.csv").write_text("prompt,response\na,0\nb,1\n")
+    settings = load_settings(["model=tiny-llama", "task=instruction", f"data_dir={tmp_path}", "eval.holdout=30"])
+    task = load_task(settings)
+    (apart,) = load_scored_splits(task, settings).values()
+    known = {row["prompt"] for row in load_split(task, "train", settings).rows}
+    found = sum(row["prompt"] in known for row in apart.rows)
+    assert 0 < found == apart.describe()["in_training"] and f"{found} of 30 rows set apart" in capfd.readouterr().err
+
+
 def test_rows_that_are_all_different_give_no_warning(capfd):
     settings = load_settings([*BASE, "eval.holdout=50"])
     (apart,) = load_scored_splits(tasks.load("demo/sentiment"), settings).values()

@@ -738,6 +738,24 @@ def test_an_update_that_never_reached_its_full_scale_is_a_warning(runs_folder):
     assert "0.25 of its full scale" in warning  # one step before the first optimizer step, and four after
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["task.warmup_steps=9"],
+            ["the learning rate only rose for 7 of 9 steps; train longer or lower task.warmup_steps"],
+        ),
+        (["task.warmup_steps=7"], []),
+        (["task.warmup_steps=9", "train.schedule=constant_with_warmup"], 1),
+    ],
+)
+def test_a_learning_rate_that_was_never_reached_is_a_warning(words, said, runs_folder):
+    chosen = settings("tiny-roberta", "train.max_steps=7", *words, "eval.before=false")
+    warnings = train_run(Run.prepare(chosen))["warnings"]
+    found = [warning for warning in warnings if "learning rate" in warning]
+    assert found == said if isinstance(said, list) else len(found) == said
+
+
 def test_a_ratio_that_the_ranks_cannot_have_and_a_stop_of_two_tokens_are_warnings(runs_folder):
     words = ["method.rank=8", "method.magnitude_ratio=0.3", "task.stop=[a,Solution2]", "eval.before=false"]
     warnings = train_run(Run.prepare(settings("tiny-llama", *words)))["warnings"]

@@ -80,6 +80,13 @@ def test_text_is_split_as_lora_and_nltk_split_it():
     assert metrics.split_penn_words('he " cannot " gonna cannots') == "he `` can not `` gon na cannots"
 
 
+def test_scores_of_groups_stand_in_the_same_order_in_every_process(monkeypatch):
+    monkeypatch.setattr(metrics, "meteor", lambda hypotheses, references, parts: {})
+    groups = ["unseen", "seen", "other", "more", "less", "none", "any"]
+    names = [name for name in metrics.score_webnlg(["a"] * 7, [["a"]] * 7, groups) if name.endswith("BLEU")]
+    assert names == ["BLEU", *(f"{group}_BLEU" for group in sorted(groups))]
+
+
 def test_only_six_references_count_and_a_perfect_output_scores_perfectly(monkeypatch):
     monkeypatch.setattr(metrics, "meteor", lambda hypotheses, references, parts: {})
     six = [f"wrong answer number {n} entirely" for n in range(6)]

@@ -10,7 +10,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.models import found_models, print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
-from dual_lora.lab.config.overrides import parse_override, parse_overrides
+from dual_lora.lab.config.overrides import iterate_given_keys, parse_override, parse_overrides
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
@@ -47,7 +47,8 @@ def check_command(argv: list[str]) -> list[Run]:
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load_settings([word for word in job if not select_launcher_words([word])]) for job in jobs]
     require(len({settings.plan for settings in found}) == 1, "plan: true for all runs or for none")
-    for settings in found:
+    for settings, job in zip(found, jobs, strict=True):
+        check_length(settings, job)
         if not settings.plan:
             check_process_count(settings)
             settings.check_installed()
@@ -58,6 +59,19 @@ def check_command(argv: list[str]) -> list[Run]:
         if not run.settings.force:
             run.record.read_finished()  # a damaged one is refused before the first run
     return runs
+
+
+def check_length(settings: Settings, words: list[str]) -> None:
+    """Refuse a command line that gives a number of steps and one of epochs. Experiments may: their scales shorten runs
+    whose cells give epochs.
+
+    Raises:
+        UserError: with the epochs.
+    """
+    given = {key for o in map(parse_override, words) for key in iterate_given_keys(o.key_or_group, o.value())}
+    for key in sorted(given & {"task.epochs", "train.epochs"}):
+        said = f"train.max_steps={settings.train.max_steps} is used instead; drop one"
+        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {said}")
 
 
 def select_named_settings(settings: Settings, words: list[str]) -> dict[str, Any]:

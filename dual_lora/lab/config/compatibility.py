@@ -254,6 +254,8 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as method.peft.target_modules"
     if key == "model.adapt" and (method.peft or {}).get("target_modules"):
         return "method.peft.target_modules is used instead; drop one"
+    if key == "task.options.separator" and model.chat:
+        return "with model.chat=true the chat template stands between prompt and response; drop one"
     if key.startswith("task.options.") and settings.data_dir:
         return load_task(settings).explain_unused_option(key.removeprefix("task.options."))
     if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:

@@ -90,11 +90,13 @@ def label_as_first_split(task: Task, train: Split, apart: Split, settings: Setti
 
 
 def count_copies(split: Split, train: Split) -> int:
-    """Return how many rows of a split equal a row of training in all but the id."""
+    """Return how many rows of a split equal a row of training: have its prompt if they have one, since many texts may
+    be right for it, else all of its columns but the id."""
 
     def list_contents(split: Split) -> list[str]:
-        columns = [name for name in split.rows.column_names if name != "id"]
-        return [repr([row[name] for name in columns]) for row in split.rows.to_list()]
+        names = split.rows.column_names
+        columns = ["prompt"] if "prompt" in names else [name for name in names if name != "id"]
+        return [repr([row[name] for name in columns]) for row in split.rows.select_columns(columns)]
 
     known = set(list_contents(train))
     return sum(content in known for content in list_contents(split))

@@ -1,5 +1,6 @@
 """One run, from its settings to its record: load, evaluate, train, evaluate again, write the result."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -232,10 +233,22 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
     warnings += find_warnings(task, predictions) + find_unfinished_ramp(model)
+    warnings += find_unfinished_warmup(settings, trained["steps"], settings.count_steps(len(rows.train.rows)))
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     for name, count in cut.items():
         result["data"][name]["cut"] = count
     return share_from_first(lambda: record.write_result(result))
+
+
+def find_unfinished_warmup(settings: Settings, steps: int, planned: int) -> list[str]:
+    """Return a warning where training ended before the learning rate had reached train.lr; none otherwise, and where
+    nothing trained. steps: those done. planned: those of a run that does not stop early."""
+    task = settings.task
+    warmup = math.ceil(task.warmup_ratio * planned) if task.warmup_steps is None else task.warmup_steps
+    if settings.train.schedule == "constant" or not 0 < steps < warmup:
+        return []
+    named = "task.warmup_ratio" if task.warmup_steps is None else "task.warmup_steps"
+    return [f"the learning rate only rose for {steps} of {warmup} steps; train longer or lower {named}"]
 
 
 def count_cut_splits(
