@@ -77,6 +77,8 @@ class DualLoraConfig(PeftConfig):
         rank_pattern: {module name or regex: budget r}, split by magnitude_ratio.
         alpha_pattern: {module name or regex: lora_alpha}.
         layers_to_transform, layers_pattern: restrict target_modules to these layer indexes, as in LoRA.
+        bias: biases of the base model to train and save: "none", "all", or "dual_lora_only", those of adapted layers.
+            With the adapter disabled such a model does not compute what its base did, as with LoRA.
         modules_to_save: further modules to train and save in full.
         trainable_token_indices: ids of tokens whose embeddings to train and save, as in LoRA; a list is of the input
             embedding, a dictionary of the modules it names. Such an embedding cannot be adapted as well.
@@ -112,6 +114,7 @@ class DualLoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Alphas of single modules."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indexes to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: none, all or dual_lora_only."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings to train."}
@@ -191,6 +194,7 @@ class DualLoraConfig(PeftConfig):
             ("scale_warmup_shape", RAMPS),
             ("kernel", KERNELS),
             ("freeze", (None, *GROUPS)),
+            ("bias", ("none", "all", "dual_lora_only")),
         ):
             known = list(kinds)  # a value that cannot be hashed is no error of its own
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(map(str, known))}")

@@ -80,6 +80,7 @@ def test_rank_pattern_is_split_by_the_ratio_of_r1_and_r2():
         *(({"init_weights": value}, "^init_weights=.*: expected True or False") for value in ("pissa", None, 1)),
         ({"keep_update": "no"}, "^keep_update='no': expected True or False"),
         ({"trainable_token_indices": 3}, "^trainable_token_indices=3: expected None, a list of ids"),
+        ({"bias": "lora_only"}, "^bias='lora_only': expected one of none, all, dual_lora_only"),
         ({"magnitude": ["relu"]}, r"^magnitude=\['relu'\]: expected one of relu"),
     ],
 )
@@ -113,6 +114,7 @@ EVERY_FIELD = {
     "alpha_pattern": {"v_proj": 2.0},
     "layers_to_transform": [0, 2],
     "layers_pattern": ["h"],
+    "bias": "dual_lora_only",
     "modules_to_save": ["score"],
     "trainable_token_indices": {"embed_tokens": [3, 5]},
 }

@@ -147,6 +147,24 @@ def test_single_tokens_train_along(tied, tmp_path):
     torch.testing.assert_close(logits(again.merge_and_unload()), expected)
 
 
+@pytest.mark.parametrize("asked", ["none", "all", "dual_lora_only"])
+def test_biases_train_and_are_saved_as_with_lora(asked, tmp_path):
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=16)).eval()
+    model = adapted(copy.deepcopy(base), target_modules=["c_proj"], bias=asked)
+    like = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["c_proj"], bias=asked.replace("dual_", "")))
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad}
+    assert biases.keys() == {n for n, p in like.named_parameters() if n.endswith(".bias") and p.requires_grad}
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.sub_(0.1 * bias.grad.sign())
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(logits(again), expected)
+    torch.testing.assert_close(logits(again.merge_and_unload()), expected)
+
+
 def test_single_tokens_of_an_adapted_embedding_are_refused():
     with pytest.raises(TypeError, match="trainable_token_indices cannot be applied"):
         adapted(llama(), target_modules=["embed_tokens"], trainable_token_indices=[1])
