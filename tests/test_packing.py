@@ -1,5 +1,8 @@
 """Packed batches: the same logits, loss and gradients as one example a row, in fewer rows."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from test_training import attached, settings
@@ -7,9 +10,11 @@ from test_training import attached, settings
 import tasks
 from dual_lora import set_update_scale
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import IGNORED_LABEL, build_collator, encode_rows
+from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.packing import PackingCollator, assign_rows, check_packing, unmask_packed_batch
@@ -91,6 +96,23 @@ def test_a_run_learns_the_same_in_fewer_rows(model, runs_folder):
         speeds.append((result["identity"], round(result["tokens_per_second"] * result["train_seconds"])))
     assert len(logs[0]) == 4 and logs[1] == pytest.approx(logs[0], rel=1e-4)
     assert speeds[0] == speeds[2] and speeds[0][0] != speeds[1][0] and speeds[0][1] == speeds[1][1]
+
+
+def test_tokens_are_counted_where_padding_is_the_end_of_text(runs_folder, tmp_path):
+    """As many as the rows have, each row's end of text counted."""
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED / "tiny-gpt2", folder)
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    del content["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    few = ["train.max_examples=16", "train.batch_size=8", "train.max_steps=2", "eval.before=false"]
+    chosen = settings("tiny-gpt2", f"model.path={folder}", *few, ON)
+    result = train_run(Run.prepare(chosen))
+    task, tokenizer = tasks.load(chosen.task.name), load_tokenizer(chosen)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    rows = encode_rows(load_split(task, "train", chosen).rows.select(range(16)), task, tokenizer, chosen)["input_ids"]
+    assert any(tokenizer.eos_token_id in row for row in rows)
+    assert round(result["tokens_per_second"] * result["train_seconds"]) == sum(map(len, rows))
 
 
 def test_the_validation_loss_is_that_of_unpacked_examples(runs_folder):

@@ -164,6 +164,7 @@ class RunTrainer(Trainer):
 
         Clipped entries are counted only in steps that are logged, because counting takes another pass over dL/dSign.
         """
+        inputs = dict(inputs)  # the Trainer counts tokens by the mask of its own afterwards
         rows = inputs.pop(ROW_COLUMN)
         if self.settings.train.packing:
             unmask_packed_batch(inputs)
