@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 from dual_lora.lab.commands import guard as commands_guard
 from dual_lora.lab.commands.evaluate import evaluate_command
@@ -37,7 +39,7 @@ from dual_lora.lab.train import trainer as train_trainer
 from dual_lora.lab.train.callbacks import BestEpoch
 from dual_lora.lab.train.optimizer_state import OPTIMIZER_FILE, load_random_state, save_random_state
 from dual_lora.lab.train.run import train_run
-from dual_lora.lab.train.trainer import RunTrainer, StopAndResume
+from dual_lora.lab.train.trainer import LengthSampler, RunTrainer, StopAndResume
 
 # 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
 SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
@@ -122,6 +124,57 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(method, steps, runs_folder, ref
     train_run(Run.prepare(settings))
     assert kept(record.folder) == whole
     assert not (record.folder / "checkpoints").exists() and not (record.folder / TRAINED_FILE).exists()
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, [4, 5, 6]), (2, [3, 4, 5])])
+def test_batches_of_like_length_go_on_to_the_same_bytes(processes, steps, runs_folder, reference, monkeypatch):
+    """Stopped in the middle of the second epoch and at its end; also with the batches that the first of two has."""
+    real = RunTrainer.get_train_dataloader
+
+    def share(self):
+        return prepare_data_loader(real(self).base_dataloader, num_processes=processes, process_index=0)
+
+    monkeypatch.setattr(RunTrainer, "get_train_dataloader", share)
+    settings = chosen("method=lora", "method.dropout=0.1", "train.group_by_length=true", "train.max_steps=8")
+    whole = reference(settings)
+    for step in steps:
+        record = stopped(settings, step)
+    train_run(Run.prepare(settings))
+    assert kept(record.folder) == whole
+
+
+def test_batches_of_like_length_hold_every_row_once_an_epoch(runs_folder, monkeypatch):
+    seen, real = [], RunTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        seen.append(inputs["row"].tolist())
+        return real(self, model, inputs, *args)
+
+    monkeypatch.setattr(RunTrainer, "training_step", training_step)
+    train_run(Run.prepare(chosen("train.group_by_length=true", "train.max_steps=null", "train.epochs=3")))
+    epochs = [[row for batch in seen[start : start + 5] for row in batch] for start in (0, 5, 10)]
+    assert len(seen) == 15 and all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_of_like_length_follow_from_seed_and_epoch_alone(processes):
+    """Whatever was drawn before, in each process, and after batches that are skipped."""
+
+    def list_batches(seed: int, epoch: int, process: int, skipped: int = 0) -> list[list[int]]:
+        torch.rand(1 + 7 * process + epoch)
+        sampler = LengthSampler([1 + i * i % 13 for i in range(40)], 8, seed)
+        loader = DataLoader(list(range(40)), batch_size=4, sampler=sampler, collate_fn=list)
+        loader = prepare_data_loader(loader, num_processes=processes, process_index=process)
+        loader.set_epoch(epoch)
+        return list(skip_first_batches(loader, skipped) if skipped else loader)
+
+    whole = [list_batches(3, 1, process) for process in range(processes)]
+    assert sorted(row for batches in whole for batch in batches for row in batch) == list(range(40))
+    for process, batches in enumerate(whole):
+        assert list_batches(3, 1, process) == batches
+        assert list_batches(3, 1, process, skipped=2) == batches[2:]
+        assert batches not in (list_batches(3, 2, process), list_batches(4, 1, process), list_batches(4, 0, process))
 
 
 @pytest.mark.parametrize("method", ["dual_lora", "full"])

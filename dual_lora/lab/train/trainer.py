@@ -10,12 +10,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from dual_lora.functional import CLIPPED
 from dual_lora.lab.config.schema import Settings
@@ -51,6 +54,30 @@ def translate_compile_errors(settings: Settings) -> Iterator[None]:
             raise
         reason = get_first_line(error)
         raise UserError(f"train.compile=true: torch cannot compile this model here ({reason}); drop it") from error
+
+
+class LengthSampler(Sampler[int]):
+    """Puts rows of similar length together, as transformers' LengthGroupedSampler does, in an order that follows from
+    the seed and the epoch alone: a resumed run and every process know it, whatever random numbers they have drawn.
+
+    lengths: tokens of each row. step_rows: rows of one optimizer step, of all processes. seed: the run's, not negative.
+    """
+
+    def __init__(self, lengths: list[int], step_rows: int, seed: int) -> None:
+        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        # not seed + epoch, by which the second epoch of one seed would have the order of the first of the next
+        (state,) = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state))
+        return iter(get_length_grouped_indices(self.lengths, self.step_rows, generator=generator))
 
 
 class RunTrainer(Trainer):
@@ -144,9 +171,20 @@ class RunTrainer(Trainer):
         """Give the model the weights saved in a folder."""
         self._load_from_checkpoint(str(folder))
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """As the Trainer's, but rows grouped by length come in the order of a `LengthSampler`, in groups that count the
+        rows of all processes: several of them see the batches of one with their summed batch size."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return LengthSampler(sampler.lengths, sampler.batch_size * self.args.world_size, self.args.seed)
+        return sampler
+
     def _run_epoch(self, **kwargs: Any) -> None:
         """As the Trainer's, except that nothing is trained after resuming from a checkpoint of the last step."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            # Of a resumed run the Trainer tells the epoch to a loader that skips batches. With several processes this
+            # one does not pass it on to a sampler of another class than accelerate's own.
+            kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
             super()._run_epoch(**kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
