@@ -483,6 +483,7 @@ CASES = [
     Case("data", "the same id twice", "model=tiny-llama task=webnlg data_dir={here}", "KeyError('2') where WebNLG 2017", changed("webnlg_challenge_2017/train.json", lambda c: c.replace(b'"2"', b'"1"'), webnlg_files)),
     Case("data", "a fact of two parts", "model=tiny-llama task=dart data_dir={here}", "where DART 1.1.1 was expected", changed("dart/dart-v1.1.1-full-train.json", lambda c: c.replace(b'"SERVES", ', b""), dart_files)),
     Case("data", "a number for a relation", "model=tiny-llama task=dart data_dir={here}", "where DART 1.1.1 was expected", changed("dart/dart-v1.1.1-full-train.json", lambda c: c.replace(b'"SERVES"', b"5"), dart_files)),
+    Case("data", "a prompt that leaves no room for its output", "model=tiny-gpt2 task=demo/choice task.max_new_tokens=250", "tiny-gpt2 takes 256 tokens, and the prompt of"),
     # adapter
     Case("adapter", "weights damaged", "run={here}/run", "adapter: cannot be loaded", changed("run/adapter/adapter_model.safetensors", lambda c: c[:200], finished), EVAL),
     Case("adapter", "no weights", "run={here}/run", "no adapter_model.safetensors", without("run/adapter/adapter_model.safetensors", finished), EVAL),

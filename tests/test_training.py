@@ -389,7 +389,9 @@ def test_a_method_that_does_not_fit_is_told_in_one_line(override, message):
 
 
 def test_inputs_longer_than_the_model_are_refused_with_its_limit(runs_folder):
-    with pytest.raises(UserError, match="tiny-gpt2 takes 256 tokens, the data needs .* lower task.max_length"):
+    with pytest.raises(
+        UserError, match="tiny-gpt2 takes 256 tokens, and the prompt of .* alone has .* take task.max_new_tokens="
+    ):
         train_run(Run.prepare(settings("tiny-gpt2", "task.max_new_tokens=250")))
 
 

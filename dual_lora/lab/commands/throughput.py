@@ -58,10 +58,15 @@ def generate_one_by_one(model: Any, tokenizer: Any, rows: list[dict[str, Any]], 
 
 
 def measure_throughput(settings: Settings, record: Record, name: str) -> dict[str, Any]:
-    """Return both times in seconds, their ratio and how many of the outputs are equal."""
+    """Return both times in seconds, their ratio and how many of the outputs are equal.
+
+    Raises:
+        UserError: the model has too few positions for a row.
+    """
     import torch
 
     from dual_lora.lab.evaluate.evaluate import compute_outputs
+    from dual_lora.lab.evaluate.predict import encode_scored_rows
     from dual_lora.lab.evaluate.reevaluation import load_trained_model
     from dual_lora.lab.inputs.splits import load_split
     from dual_lora.lab.model.load import move_to_device
@@ -70,8 +75,10 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
 
     silence_libraries()
     task, protocol = load_task(settings), settings.task
-    rows = list(load_split(task, name, settings).rows)
+    split = load_split(task, name, settings)
+    rows = list(split.rows)
     model, tokenizer = load_trained_model(settings, record, task)
+    encode_scored_rows(model, tokenizer, task, name, split.rows, settings)
     move_to_device(model)
     model.eval()
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """A model's output for a batch of rows: a class, a number, a text, or the likelihood of given texts."""
 
 from itertools import cycle, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -16,12 +16,52 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.beam_search import search_beams
 from dual_lora.lab.evaluate.cache import expand_cache, probe_prompts, read_prompts
-from dual_lora.lab.model.encode import build_sentence_encoder, check_positions, encode_prompt
+from dual_lora.lab.model.encode import (
+    build_sentence_encoder,
+    check_choices,
+    check_examples,
+    check_prompts,
+    count_longest,
+    encode_choices,
+    encode_prompts,
+    encode_rows,
+    get_position_limit,
+)
 from dual_lora.lab.model.load import autocast_products, differ_by_rounding, unwrap_adapter
 from tasks import Task
 from tasks.base import Row
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 PROBE_ROWS = 8  # of `probe_padding`; of a few classes, the logits of one row may all be nearly 0
+
+
+def encode_scored_rows(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    split: str,
+    rows: "Dataset",
+    settings: Settings,
+) -> "Dataset | None":
+    """Refuse rows that the model cannot be scored on, before hours of training. Return the inputs that classes or
+    numbers are read from, as `encode_rows`; None where text is generated.
+
+    Raises:
+        UserError: a row has no tokens or needs more positions than the model has, or its chat template fails on it.
+    """
+    base = unwrap_adapter(model)
+    if task.form != "generation":
+        examples = encode_rows(rows, task, tokenizer, settings)
+        check_examples(base, split, rows, examples, settings)
+        return examples
+    found = rows.to_list()
+    prompts = encode_prompts(tokenizer, found, settings)
+    check_prompts(base, split, found, prompts, settings)
+    if task.choices(found[0]):
+        check_choices(base, split, found, prompts, encode_choices(tokenizer, task, found), settings)
+    return None
 
 
 def classify_rows(
@@ -119,9 +159,7 @@ def generate_texts(
 ) -> list[str]:
     """Return the text after each prompt, decoded as the task's protocol says, without sampling. Prompts are never
     truncated."""
-    prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
-    protocol = settings.task
-    check_positions(model, max(map(len, prompts)) + protocol.max_new_tokens, settings)
+    prompts, protocol = encode_prompts(tokenizer, rows, settings), settings.task
     base = unwrap_adapter(model)
     inputs = read_prompts(base, prompts, tokenizer.pad_token_id, protocol.max_new_tokens)
     if protocol.num_beams > 1:
@@ -180,12 +218,16 @@ def score_choices(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> list[list[tuple[float, int]]]:
     """Return, for each row and each of its `task.choices`, the choice's log-likelihood given the prompt (nats, summed
-    over its tokens) and its number of tokens."""
-    prompts = [encode_prompt(tokenizer, row, settings) for row in rows]
-    choices = [tokenizer(task.choices(row), add_special_tokens=False)["input_ids"] for row in rows]
-    many, longest = max(map(len, choices)), max(len(ids) for options in choices for ids in options)
-    check_positions(model, max(map(len, prompts)) + longest, settings)
+    over its tokens) and its number of tokens. A batch whose longest prompt and longest choice are of different rows,
+    and together longer than the model has positions for, is scored in parts."""
+    prompts, choices = encode_prompts(tokenizer, rows, settings), encode_choices(tokenizer, task, rows)
+    many, longest = max(map(len, choices)), max(count_longest(choices))
     base = unwrap_adapter(model)
+    limit = get_position_limit(base)
+    if limit is not None and len(rows) > 1 and max(map(len, prompts)) + longest > limit:
+        middle = len(rows) // 2
+        parts = (rows[:middle], rows[middle:])
+        return [found for part in parts for found in score_choices(model, tokenizer, task, part, settings)]
     inputs = read_prompts(base, prompts, tokenizer.pad_token_id, longest)
     expand_cache(inputs["past_key_values"], many, longest + 1)
     texts = [ids for options in choices for ids in (options + options[:1] * many)[:many]]

@@ -8,7 +8,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.errors import UserError, require, translate_read_errors
 from tasks import Task
 from tasks.base import Row
 
@@ -32,18 +32,79 @@ def encode_rows(rows: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase,
     return Dataset.from_list([columns(row) for row in rows.to_list()])
 
 
-def check_positions(model: PreTrainedModel, tokens: int, settings: Settings) -> None:
-    """Refuse inputs longer than the model has positions for.
+def check_examples(
+    model: PreTrainedModel, split: str, rows: "Dataset", examples: "Dataset", settings: Settings
+) -> None:
+    """Refuse rows, which `encode_rows` made `examples`, that are longer than the model has positions for. split: how
+    the message calls them.
 
     Raises:
-        UserError: with the model's limit.
+        UserError: with the longest row and the model's limit.
     """
-    limit = get_position_limit(model) or tokens
-    require(
-        tokens <= limit,
-        f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, the data needs "
-        f"{tokens} with task.max_new_tokens; lower task.max_length or task.max_new_tokens, or take another model",
-    )
+    lengths, limit = [len(ids) for ids in examples["input_ids"]], get_position_limit(model)
+    longest = max(lengths)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, and "
+            f"{rows[lengths.index(longest)]['id']} of {split} has {longest}; take task.max_length={limit} or less, or "
+            "another model"
+        )
+
+
+def check_prompts(
+    model: PreTrainedModel, split: str, rows: list[Row], prompts: list[list[int]], settings: Settings
+) -> None:
+    """Refuse prompts without any token, and those after which the model has no positions for `task.max_new_tokens`.
+
+    Raises:
+        UserError: with the first empty row, or with that of the longest prompt and the model's limit.
+    """
+    for row, ids in zip(rows, prompts, strict=True):
+        where = f"task={settings.task.name}: the prompt of {row['id']} of {split} is empty"
+        require(bool(ids), f"{where}, and {settings.model.name} adds no special tokens; remove the row")
+    limit, new, name = get_position_limit(model), settings.task.max_new_tokens, settings.model.name
+    tokens, row = max(((len(ids), row) for ids, row in zip(prompts, rows, strict=True)), key=lambda pair: pair[0])
+    if limit is not None and tokens + new > limit:
+        what = f"task.max_new_tokens={new}: {name} takes {limit} tokens, and the prompt of {row['id']} of {split}"
+        many = sum(len(ids) + new > limit for ids in prompts)
+        fewer = f"take task.max_new_tokens={limit - tokens} or less, " if tokens < limit else ""
+        raise UserError(f"{what} alone has {tokens}; {fewer}remove {count_such_rows(many)}, or take another model")
+
+
+def check_choices(
+    model: PreTrainedModel,
+    split: str,
+    rows: list[Row],
+    prompts: list[list[int]],
+    choices: list[list[list[int]]],
+    settings: Settings,
+) -> None:
+    """Refuse rows whose prompt and longest choice together are longer than the model has positions for.
+
+    Raises:
+        UserError: with the longest of these rows, and the model's limit.
+    """
+    limit, lengths = get_position_limit(model), count_longest(choices)
+    totals = [len(ids) + length for ids, length in zip(prompts, lengths, strict=True)]
+    longest = max(totals)
+    if limit is not None and longest > limit:
+        place = totals.index(longest)
+        what = f"{settings.model.name} takes {limit} tokens, and {rows[place]['id']} of {split} has {longest}"
+        parts = f"{len(prompts[place])} of the prompt and {lengths[place]} of a text whose likelihood is scored"
+        many = sum(total > limit for total in totals)
+        without = "take task.options.loss=false, " if settings.task.options.get("loss") else ""
+        remedy = f"{without}remove {count_such_rows(many)}, or take another model"
+        raise UserError(f"task={settings.task.name}: {what}, {parts}; {remedy}")
+
+
+def count_such_rows(many: int) -> str:
+    """Return how a message names the rows that are too long, of which it has named one."""
+    return "the row" if many == 1 else f"the {many:,} such rows"
+
+
+def count_longest(choices: list[list[list[int]]]) -> list[int]:
+    """Return the number of tokens of each row's longest choice."""
+    return [max(map(len, options)) for options in choices]
 
 
 def get_position_limit(model: PreTrainedModel) -> int | None:
@@ -73,19 +134,38 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> list[int]:
-    """Return a row's prompt as token ids, with the special tokens that the model expects in front but without an added
-    end of text. With model.chat, the row's messages (or the prompt as a user turn) go through the tokenizer's chat
-    template, which adds the special tokens itself.
+    """Return a row's prompt as token ids, see `encode_prompts`.
 
     Raises:
         UserError: the template fails on the row.
     """
-    prompt = row["prompt"]
+    return encode_prompts(tokenizer, [row], settings)[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[Row], settings: Settings) -> list[list[int]]:
+    """Return the rows' prompts as token ids, with the special tokens that the model expects in front but without an
+    added end of text. With model.chat, a row's messages (or the prompt as a user turn) go through the tokenizer's chat
+    template, which adds the special tokens itself.
+
+    Raises:
+        UserError: the template fails on a row.
+    """
     if settings.model.chat:
-        return tokenizer(format_chat(tokenizer, row, settings), add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
-    added = ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
-    return ids[:-1] if added else ids
+        texts = [format_chat(tokenizer, row, settings) for row in rows]
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts, end = [row["prompt"] for row in rows], tokenizer.eos_token_id
+    return [
+        ids[:-1] if ids and ids[-1] == end and not prompt.endswith(tokenizer.eos_token) else ids
+        for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)
+    ]
+
+
+def encode_choices(tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row]) -> list[list[list[int]]]:
+    """Return the token ids of each row's `task.choices`. A text that rows share is encoded once."""
+    choices = [task.choices(row) for row in rows]
+    texts = list(dict.fromkeys(text for options in choices for text in options))
+    known = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+    return [[known[text] for text in options] for options in choices]
 
 
 def format_chat(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> str:

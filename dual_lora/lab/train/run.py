@@ -18,7 +18,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
-from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, find_idle_stops
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, encode_scored_rows, find_idle_stops
 from dual_lora.lab.inputs.splits import (
     load_development_split,
     load_scored_splits,
@@ -36,7 +36,7 @@ from dual_lora.lab.model.adapt import (
     list_kernels,
     list_rates,
 )
-from dual_lora.lab.model.encode import build_collator, check_chats, check_positions, count_cut_rows, encode_rows
+from dual_lora.lab.model.encode import build_collator, check_chats, check_examples, count_cut_rows, encode_rows
 from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.source import find_other_architecture, list_dropouts
@@ -171,6 +171,10 @@ class RunRows:
     development: dict[str, Split] | None
     validation: Split | None
 
+    def list_development(self) -> list[Split]:
+        """Return the rows that epochs are compared on, as a list of one split or none."""
+        return list((self.development or {}).values())
+
 
 def load_run_rows(task: Task, settings: Settings) -> RunRows:
     """Return the rows of a run. One process fetches and prepares them before the others read them.
@@ -202,7 +206,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     rows = load_run_rows(task, settings)
     if settings.model.chat:  # before the weights are loaded, and the rows to be scored before hours of training
         tokenizer = load_tokenizer(settings)
-        for split in (rows.train, *rows.scored.values()):
+        for split in (rows.train, *rows.scored.values(), *rows.list_development()):
             check_chats(tokenizer, split.rows, settings)
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
@@ -220,7 +224,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
             return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
     trainer = build_trainer(model, tokenizer, task, rows, score_model, log, settings)
-    cut = count_cut_splits(rows, trainer.train_dataset, task, tokenizer, settings)
+    cut = count_cut_splits(rows, trainer.train_dataset, model, task, tokenizer, settings)
     check_batches(model, tokenizer, task, list(islice(rows.train.rows, PROBE_ROWS)), settings)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
@@ -252,18 +256,27 @@ def find_unfinished_warmup(settings: Settings, steps: int, planned: int) -> list
 
 
 def count_cut_splits(
-    rows: RunRows, examples: Any, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    rows: RunRows,
+    examples: Any,
+    model: torch.nn.Module,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
 ) -> dict[str, int]:
     """Return how many rows of each split are cut at `task.max_length`, without splits in which none is, and say so of
     those that are scored; the summary does of training. `examples` are the training rows, encoded. A prompt that is
     scored is never cut.
 
     Raises:
-        UserError: a scored row has no tokens.
+        UserError: the model cannot be scored on a row: it has no tokens, or more than the model has positions for.
     """
     found = {"train": count_cut_rows(rows.train.rows, examples, task, tokenizer, settings)}
-    for name, split in rows.scored.items() if task.form != "generation" else ():
-        encoded = encode_rows(split.rows, task, tokenizer, settings)
+    for split in rows.list_development():
+        encode_scored_rows(model, tokenizer, task, "the development rows", split.rows, settings)
+    for name, split in rows.scored.items():
+        encoded = encode_scored_rows(model, tokenizer, task, name, split.rows, settings)
+        if encoded is None:
+            continue
         found[name] = count_cut_rows(split.rows, encoded, task, tokenizer, settings)
         if found[name] and is_first_process():
             said = f"{found[name]:,} of {len(split.rows):,} rows are cut at task.max_length={settings.task.max_length}"
@@ -286,7 +299,7 @@ def build_trainer(
         UserError: the model cannot take the rows: they are too long, or packed.
     """
     examples = encode_rows(rows.train.rows, task, tokenizer, settings)
-    check_positions(unwrap_adapter(model), max(map(len, examples["input_ids"])), settings)
+    check_examples(unwrap_adapter(model), "train", rows.train.rows, examples, settings)
     collate = build_collator(task, tokenizer)
     if settings.train.packing:
         check_packing(model)
@@ -294,6 +307,7 @@ def build_trainer(
     best = build_best_epoch(settings, task, log, partial(score_model, splits=rows.development or rows.scored))
     if rows.validation:
         encoded, keeps = encode_rows(rows.validation.rows, task, tokenizer, settings), keeps_best_loss(settings)
+        check_examples(unwrap_adapter(model), "the validation rows", rows.validation.rows, encoded, settings)
         every = settings.task.validation_interval
         best = BestLoss(score_model, lambda: trainer.measure_loss(encoded), every, keeps, log)
     trainer = RunTrainer(
