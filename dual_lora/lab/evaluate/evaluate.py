@@ -10,17 +10,20 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import is_out_of_memory, require
-from dual_lora.lab.evaluate.predict import classify_rows, generate_texts, score_choices
+from dual_lora.lab.errors import UserError, is_out_of_memory, require, suggest_name
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, generate_texts, score_choices
 from dual_lora.lab.model.load import autocast_products, is_sharded
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
@@ -43,26 +46,116 @@ def evaluate_splits(
     """Return the task's scores (fractions) and one row per example: split, id, output, and how it was judged.
 
     Raises:
-        UserError: a score is NaN or infinite.
+        UserError: a score is no finite number or missing, or a judged row holds something that JSON has not.
     """
     judged: dict[str, list[Row]] = {}
     predictions: list[Row] = []
     for name, split in splits.items():
-        rows = split.rows
-        outputs = compute_outputs(model, tokenizer, task, list(rows), settings, title)
-        judged[name] = [task.judge(row, output) for row, output in zip(rows, outputs, strict=True)]
+        rows = list(split.rows)
+        outputs = compute_outputs(model, tokenizer, task, rows, settings, title)
+        likelihoods = None
         if task.choices(rows[0]):
-            ranked = compute_outputs(
-                model, tokenizer, task, list(rows), settings, f"{title}, likelihoods", score_choices
+            likelihoods = compute_outputs(
+                model, tokenizer, task, rows, settings, f"{title}, likelihoods", score_choices
             )
-            for verdict, row, found in zip(judged[name], rows, ranked, strict=True):
-                verdict |= task.judge_choice(row, *map(list, zip(*found, strict=True)))
+        judged[name] = judge_rows(task, rows, outputs, likelihoods)
         for row, output, verdict in zip(rows, outputs, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
-    scores = task.score(judged)
+    scores = collect_scores(task, judged)
     for name, score in scores.items():
         require(math.isfinite(score), f"{title}: {name} is {score}; the outputs cannot be scored")
     return scores, predictions
+
+
+def judge_rows(
+    task: Task, rows: list[Row], outputs: list[Output], likelihoods: list[list[tuple[float, int]]] | None
+) -> list[Row]:
+    """Return the task's columns for each output, as JSON has them: numbers of NumPy become Python's. likelihoods: as
+    `score_choices` returns them; None if the task ranks nothing.
+
+    Raises:
+        UserError: a column holds something that JSON has not.
+    """
+    judged = []
+    for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        verdict, where = task.judge(row, output), f"task={task.name}: the judged row of {row['id']}"
+        kind = type(verdict).__name__
+        require(isinstance(verdict, dict), f"{where} is a {kind}; return a dictionary of columns from judge()")
+        if likelihoods:
+            verdict |= task.judge_choice(row, *map(list, zip(*likelihoods[number], strict=True)))
+        judged.append(convert_to_json(verdict, where))
+    return judged
+
+
+def convert_to_json(value: Any, where: str) -> Any:
+    """Return a value as JSON has it, with Python's numbers in place of NumPy's. where: says whose value it is.
+
+    Raises:
+        UserError: there is no such value in JSON.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [convert_to_json(part, where) for part in value]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: convert_to_json(part, f"{where}, column {name!r},") for name, part in value.items()}
+    remedy = "return texts, numbers, and lists of them or dictionaries of them by name"
+    raise UserError(f"{where} is a {type(value).__name__}, which no record can hold; {remedy}")
+
+
+def collect_scores(task: Task, judged: dict[str, list[Row]]) -> dict[str, float]:
+    """Return the task's scores of judged rows, by split, as Python's numbers; they may be NaN or infinite.
+
+    Raises:
+        UserError: a score is no number, or the main one is not among them.
+    """
+    where, scores = f"task={task.name}: score() returns", task.score(judged)
+    require(isinstance(scores, dict), f"{where} a {type(scores).__name__}; return a dictionary of numbers by name")
+    found = {}
+    for name, score in scores.items():
+        try:
+            found[name] = float(None if isinstance(score, str | bytes) else score)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise UserError(f"{where} a {type(score).__name__} for {name}; return a number") from error
+    if task.metric not in found:
+        known, close = ", ".join(map(str, found)) or "nothing", suggest_name(task.metric, map(str, found))
+        remedy = "set metric to one of them, or return it"
+        raise UserError(f"{where} no {task.metric!r}, the task's metric, but {known}; {remedy}.{close}")
+    return found
+
+
+def check_scoring(task: Task, splits: dict[str, Split]) -> None:
+    """Refuse a task whose scores or judged rows have another form than a record takes, before anything is loaded or
+    trained: targets are judged in place of outputs. A few of the rows will do, unless they lack a score.
+
+    Raises:
+        UserError: as `evaluate_splits`, but a score may be no number here: that of so few rows may be undefined.
+    """
+    for count in (PROBE_ROWS, None):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # such as scikit-learn's of undefined scores
+                judged = {name: judge_targets(task, split, count) for name, split in splits.items()}
+                collect_scores(task, judged)
+            return
+        except UserError:
+            if count is None:
+                raise
+        except Exception:  # of any kind: a task may fail on a few rows, or on right answers alone
+            continue
+
+
+def judge_targets(task: Task, split: Split, count: int | None) -> list[Row]:
+    """Return how the first rows of a split are judged (None: all) if their targets are the outputs.
+
+    Raises:
+        UserError: as `judge_rows`.
+    """
+    rows = split.rows.select(range(min(count or len(split.rows), len(split.rows)))).to_list()
+    outputs = [row["target" if task.form == "generation" else "label"] for row in rows]
+    likelihoods = [[(-1.0, 1) for _ in task.choices(row)] for row in rows] if task.choices(rows[0]) else None
+    return judge_rows(task, rows, outputs, likelihoods)
 
 
 def find_warnings(task: Task, predictions: list[Row]) -> list[str]:
@@ -101,7 +194,7 @@ def compute_outputs(
     def predict_batch(rows: list[Row]) -> list[Output]:
         return predict(model, tokenizer, task, rows, settings)
 
-    texts = [row.get("prompt") or row["text"] + row["text_pair"] for row in rows]
+    texts = [row["prompt"] if "prompt" in row else row["text"] + row["text_pair"] for row in rows]
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     size = settings.eval.batch_size

@@ -17,7 +17,7 @@ from transformers.trainer_utils import enable_full_determinism
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
-from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
+from dual_lora.lab.evaluate.evaluate import check_scoring, evaluate_splits, find_warnings
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, encode_scored_rows, find_idle_stops
 from dual_lora.lab.inputs.splits import (
     load_development_split,
@@ -208,6 +208,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         tokenizer = load_tokenizer(settings)
         for split in (rows.train, *rows.scored.values(), *rows.list_development()):
             check_chats(tokenizer, split.rows, settings)
+    check_scoring(task, rows.scored)
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
