@@ -208,7 +208,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         tokenizer = load_tokenizer(settings)
         for split in (rows.train, *rows.scored.values(), *rows.list_development()):
             check_chats(tokenizer, split.rows, settings)
-    check_scoring(task, rows.scored)
+    if not type(task).__module__.startswith("tasks."):  # those here are tested, and some start Java
+        check_scoring(task, rows.scored)
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
