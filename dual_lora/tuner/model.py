@@ -16,7 +16,7 @@ from torch import nn
 from .bypass import find_use, watch_uses
 from .config import DualLoraConfig
 from .factors import TENSORS
-from .layer import DualLoraLayer, find_layer_class
+from .layer import DualLoraLayer, Embedding, find_layer_class
 from .register import NAME
 from .warmup import describe_unfinished_ramp
 
@@ -31,6 +31,7 @@ except ImportError:  # peft < 0.20 has no quantisation backends
         return None
 
 
+EMBEDDINGS = (nn.Embedding, Embedding)
 # Rows of a mixed batch that no adapter acts on.
 BASE_ADAPTER_NAME = "__base__"
 
@@ -50,7 +51,7 @@ class DualLoraModel(BaseTuner):
     def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         self._tied = _find_shared_weights(model.modules())
-        self._tied_embeddings = _find_shared_weights(m for m in model.modules() if isinstance(m, nn.Embedding))
+        self._tied_embeddings = _find_shared_weights(m for m in model.modules() if isinstance(m, EMBEDDINGS))
         self._partly_called: list[str] = []
         self._reused = _find_reused_modules(model)
         for module in model.modules():  # bitsandbytes' 4-bit layers: see `layer.is_packed`
@@ -334,10 +335,17 @@ def _find_reused_modules(model: nn.Module) -> set[int]:
 
 
 def _find_shared_weights(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of parameters that share memory across modules, as one parameter or as several."""
-    held = [p for module in modules for p in module._parameters.values() if p is not None]
+    """Return the ids of parameters that share memory across modules, as one parameter or as several. A merged layer
+    also holds the weight it has set aside: unmerging, which PEFT does after adding an adapter, restores it."""
+    held = [p for module in modules for p in (*module._parameters.values(), *_list_set_aside(module)) if p is not None]
     holders = Counter(_locate(p) for p in held)
     return {id(p) for p in held if holders[_locate(p)] > 1}
+
+
+def _list_set_aside(module: nn.Module) -> list[nn.Parameter]:
+    """Return the tied weight that a merged layer has replaced by its own, if any; other layers write in place."""
+    kept = [weight for weight, _ in module._unmerged] if isinstance(module, DualLoraLayer) else []
+    return [weight for weight in kept if isinstance(weight, nn.Parameter)]
 
 
 def _locate(parameter: nn.Parameter) -> int:

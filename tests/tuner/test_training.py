@@ -188,3 +188,20 @@ def test_tied_embeddings_merge_exactly():
         inner = peft_model.base_model.model
         assert inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
         torch.testing.assert_close(peft_model.merge_and_unload()(input_ids=ids).logits, y)
+
+
+def test_a_layer_adapted_while_its_tied_partner_is_merged_merges_exactly(tmp_path):
+    """Merged, the partner has a weight of its own; the tie shows only in the weight that it has set aside."""
+    fields = {"scale_warmup_steps": 0, "init_std": 0.2}
+    head = adapted(llama(tie_word_embeddings=True), target_modules=["lm_head"], **fields)
+    head.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = adapted(llama(tie_word_embeddings=True), target_modules=["embed_tokens"], **fields)
+    inner, ids = model.base_model.model, batches(1)[0]
+    model.merge_adapter()
+    model.load_adapter(tmp_path, "b")
+    model.set_adapter("b")
+    y = model.eval()(input_ids=ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=ids).logits, y)
+    model.unmerge_adapter()
+    assert inner.lm_head.weight is inner.model.embed_tokens.weight
