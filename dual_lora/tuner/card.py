@@ -1,4 +1,4 @@
-"""What `save_pretrained` says about a saved adapter: on the model card, and while the ramp has not ended."""
+"""What `save_pretrained` says about a saved adapter: on the model card, while the ramp has not ended, of 16 bits."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from .warmup import describe_unfinished_ramp
 
+FACTORS = (".A", ".B", ".C", ".D")
 TAGS = ("dual-lora", "peft")
 HEADING = "## Loading this adapter"
 SECTION = f"""{HEADING}
@@ -60,3 +61,19 @@ def find_saved_ramp(folder: Path, steps: int) -> str | None:
         names = [name.removesuffix("update_scale") for name in saved.keys() if name.endswith(".update_scale")]  # noqa: SIM118
         states = [(saved.get_tensor(f"{n}step"), saved.get_tensor(f"{n}update_scale"), steps) for n in names]
     return describe_unfinished_ramp(states)
+
+
+def find_low_precision(folder: Path) -> str | None:
+    """Return the end of a sentence about the factors saved in this folder; None if they have more than 16 bits."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as saved:
+        names = [name for name in saved.keys() if "dual_lora_factors" in name and name.endswith(FACTORS)]  # noqa: SIM118
+        low = sorted({saved.get_slice(name).get_dtype() for name in names} & {"BF16", "F16"})
+    if not low:
+        return None
+    return (
+        f"with factors in {', '.join(low)}. If they were trained in float32, rounding has flipped signs of D C, and "
+        "the adapter computes another function: save it before the model is cast to 16 bits."
+    )

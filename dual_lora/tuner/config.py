@@ -141,8 +141,8 @@ class DualLoraConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As in PEFT, which has already written the adapter's weights. Also extends the model card, and warns once if
-        the ramp of f has not ended."""
-        from .card import extend_card, find_saved_ramp  # here, because they import this module
+        the ramp of f has not ended, and once if the factors are in 16 bits."""
+        from .card import extend_card, find_low_precision, find_saved_ramp  # here, because they import this module
 
         super().save_pretrained(save_directory, **kwargs)
         extend_card(Path(save_directory))
@@ -150,6 +150,10 @@ class DualLoraConfig(PeftConfig):
         if ramp is not None:
             self._warned = True  # no field, so it is not saved
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
+        low = None if hasattr(self, "_warned_of_low") else find_low_precision(Path(save_directory))
+        if low is not None:
+            self._warned_of_low = True
+            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {low}", stacklevel=3)
 
     def _check_types(self) -> None:
         """Refuse values of another type where they would be computed with, or tested for truth."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
 from .config import GROUPS, DualLoraConfig
+from .precision import warn_of_cast
 
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_dtype": "float32"}  # with any ste
 TENSORS = ("A", "B", "C", "D", "step", "update_scale")  # of one adapter on one layer
@@ -297,10 +298,12 @@ class DualLoraFactors(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs."""
+        """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs. Factors are cast as
+        asked (DeepSpeed and FSDP need one dtype); a cast to 16 bits warns."""
         self.clear_cache()
-        before = self.update_scale
+        before, dtype = self.update_scale, self.A.dtype
         super()._apply(fn, recurse)
+        warn_of_cast(dtype, self.A.dtype, fn)
         if self.update_scale.dtype != before.dtype:
             self.update_scale = before.to(self.update_scale.device)
         return self

@@ -6,7 +6,6 @@ two buffers of its factors (`step`, `update_scale`) and saved with them.
 """
 
 import math
-import warnings
 import weakref
 from collections.abc import Iterable
 
@@ -16,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from .factors import ALL_FACTORS, DualLoraFactors
+from .precision import warn_of_low_precision
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -74,21 +74,9 @@ def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
     if known is None or known[0] != held:
         ids = set(held)
         found = [f for f in ALL_FACTORS if id(find_first_trained(f, f.A)) in ids]
-        _warn_of_low_precision(found)
+        warn_of_low_precision(found)
         known = _FACTORS_BY_OPTIMIZER[optimizer] = held, [weakref.ref(f) for f in found]
     return known[1]
-
-
-def _warn_of_low_precision(factors: list[DualLoraFactors]) -> None:
-    """Warn that 16-bit factors are trained, which is never this package's doing: a model was cast as a whole, or a
-    trainer casts what it trains."""
-    low = {f.A.dtype for f in factors if f.A.dtype.itemsize < 4}
-    if low:
-        warnings.warn(
-            f"Dual LoRA trains factors in {', '.join(map(str, low))}: rounding flips signs of D C. Cast them back "
-            "before training: p.data = p.data.float() for every parameter p that requires a gradient.",
-            stacklevel=6,
-        )
 
 
 @torch.no_grad()

@@ -1,29 +1,47 @@
-"""Factors that others have cast to 16 bits are trained with a warning."""
+"""What rounds the factors to fewer bits than float32's: others do it, and each way warns once."""
 
 import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from dual_lora import DualLoraConfig
+
+
+def build_base(dtype=torch.float32):
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).to(dtype)
+
+
+def adapted(dtype=torch.float32, autocast_adapter_dtype=True, **fields):
+    config = DualLoraConfig(target_modules=["0", "1"], scale_warmup_steps=0, **{"r": 4, **fields})
+    return get_peft_model(build_base(dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def collect(act) -> list[str]:
+    """Return the warnings of an action, all of which name the line of this file that acts."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    assert {warning.filename for warning in caught} <= {__file__}
+    return [str(warning.message) for warning in caught]
 
 
 def train(model: torch.nn.Module, steps: int) -> list[str]:
     """Return the warnings of a short training."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+
+    def take_steps():
         for _ in range(steps):
             model(torch.ones(2, 8)).float().sum().backward()
             optimizer.step()
-    assert {warning.filename for warning in caught} <= {__file__}  # the line that steps
-    return [str(warning.message) for warning in caught]
+
+    return collect(take_steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_factors_are_warned_about_once_and_not_after_the_remedy(dtype):
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), DualLoraConfig(r=4, target_modules=["0"]))
+    model = adapted()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert train(model, 2) == []
     for p in trained:
@@ -33,3 +51,49 @@ def test_16_bit_factors_are_warned_about_once_and_not_after_the_remedy(dtype):
     for p in trained:
         p.data, p.grad = p.data.float(), None
     assert train(model, 2) == []
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "to"])
+def test_a_cast_of_the_model_to_16_bits_is_warned_about_once(cast):
+    model = adapted()
+    arguments = [torch.bfloat16] if cast == "to" else []
+    (message,) = collect(lambda: getattr(model, cast)(*arguments))
+    dtype = torch.float16 if cast == "half" else torch.bfloat16
+    assert f"this cast rounds the factors to {dtype}" in message and "reloading the adapter does" in message
+    assert {p.dtype for p in model.parameters()} == {dtype}  # as the caller asked
+    assert collect(lambda: getattr(model, cast)(*arguments)) == []
+    assert collect(model.float) == []
+    assert len(collect(lambda: getattr(model, cast)(*arguments))) == 1
+
+
+def test_other_casts_and_moves_say_nothing():
+    model = adapted()
+    for act in (model.double, model.float, model.cpu, lambda: model.to("cpu", torch.float32), lambda: model.to("meta")):
+        assert collect(act) == []
+
+
+@pytest.mark.parametrize("how", ["cast", "asked for"])
+def test_factors_in_16_bits_are_saved_with_one_warning(how, tmp_path):
+    if how == "cast":
+        model = adapted()
+        collect(model.bfloat16)
+    else:
+        models = []
+        assert collect(lambda: models.append(adapted(dtype=torch.bfloat16, autocast_adapter_dtype=False))) == []
+        (model,) = models
+    (message,) = save(model, tmp_path)
+    assert "is saved with factors in BF16. If they were trained in float32" in message
+    assert save(model, tmp_path) == []
+
+
+def save(model, folder) -> list[str]:
+    """Return our warnings of a save, which name PEFT's line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(folder)
+    return [str(warning.message) for warning in caught if "Dual LoRA" in str(warning.message)]
+
+
+def test_factors_in_float32_are_saved_and_loaded_without_a_warning(tmp_path):
+    assert save(adapted(dtype=torch.bfloat16), tmp_path) == []
+    assert collect(lambda: PeftModel.from_pretrained(build_base(), tmp_path)) == []
