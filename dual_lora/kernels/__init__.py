@@ -6,10 +6,19 @@ import os
 import warnings
 
 import torch
+from torch import Tensor
 
 from .recompute import TORCH, GradientTypes, Ops, delta_weight, dual_linear
 
-__all__ = ["GradientTypes", "Ops", "choose_ops", "delta_weight", "dual_linear", "explain_slow_bfloat16"]
+__all__ = [
+    "GradientTypes",
+    "Ops",
+    "choose_ops",
+    "delta_weight",
+    "dual_linear",
+    "explain_slow_bfloat16",
+    "takes_ieee_products",
+]
 
 
 def choose_ops(kernel: str, device: torch.device) -> Ops:
@@ -25,6 +34,18 @@ def choose_ops(kernel: str, device: torch.device) -> Ops:
     from .triton import TRITON
 
     return TRITON
+
+
+def takes_ieee_products(ops: Ops, A: Tensor, C: Tensor) -> bool:
+    """Return whether an implementation takes B A and D C in IEEE float32, whatever torch is set to do (TF32, say).
+
+    A: (leading dimensions x) r1 x in, C: (leading dimensions x) r2 x in.
+    """
+    if ops is TORCH:
+        return False
+    from .triton import fits_shared_memory
+
+    return fits_shared_memory(A, C)
 
 
 @functools.cache

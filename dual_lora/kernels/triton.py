@@ -99,9 +99,12 @@ def _list_strides(*matrices: Tensor) -> list[int]:
     return [step for matrix in matrices for step in matrix.stride()]
 
 
-def _fits_shared_memory(A: Tensor, C: Tensor) -> bool:
-    """Return whether tiles of these ranks fit in shared memory and the dtype is the kernels'."""
-    return A.dtype == torch.float32 and max(A.shape[0], C.shape[0]) <= MAX_RANK
+def fits_shared_memory(A: Tensor, C: Tensor) -> bool:
+    """Return whether tiles of these ranks fit in shared memory and the dtype is the kernels'.
+
+    A: (leading dimensions x) r1 x in, C: (leading dimensions x) r2 x in.
+    """
+    return A.dtype == torch.float32 and max(A.shape[-2], C.shape[-2]) <= MAX_RANK
 
 
 def rebuild(
@@ -116,7 +119,7 @@ def rebuild(
     dW: Tensor | None = None,
 ) -> Tensor:
     """As `recompute.rebuild`; float64 factors, ranks above `MAX_RANK` and a known dW are left to it."""
-    if dW is not None or not _fits_shared_memory(A, C):
+    if dW is not None or not fits_shared_memory(A, C):
         return recompute.rebuild(A, B, C, D, scale, weight, dtype, out, dW)
     n_out, n_in = B.shape[0], A.shape[1]
     W = A.new_empty(n_out, n_in, dtype=dtype or A.dtype) if out is None else out
@@ -144,7 +147,7 @@ def project(
     dW: Tensor | None = None,
 ) -> Factors:
     """As `recompute.project`; float64 factors, ranks above `MAX_RANK` and a known dW are left to it."""
-    if dW is not None or not _fits_shared_memory(A, C):
+    if dW is not None or not fits_shared_memory(A, C):
         return recompute.project(G, A, B, C, D, scale, ste, weight, rebuilt, dW)
     dB, dD = _project_out_side(G, A, B, C, D, scale, ste)
     dAt, dCt = _project_out_side(G.T, B.T, A.T, D.T, C.T, scale, ste)

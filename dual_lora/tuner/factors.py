@@ -175,6 +175,15 @@ class DualLoraFactors(nn.Module):
             return "eager"
         return "recompute" if self._kernel_options["ops"] is kernels.TORCH else "triton"
 
+    @property
+    def follows_float32_setting(self) -> bool:
+        """Whether signs of D C depend on torch's setting for float32 products, such as TF32."""
+        signs = self.variants["direction"] == "sign" and self.variants["direction_dtype"] == "float32"
+        if not signs or self.C.dtype != torch.float32:
+            return False
+        ops = kernels.choose_ops(self.kernel, self.A.device)
+        return not (self.recomputes and kernels.takes_ieee_products(ops, self.A, self.C))
+
     def delta_weight(self) -> Tensor:
         """dW at the present f, (blocks x) fan_out x fan_in, float32 or float64."""
         return self._delta_weight(self.A, self.B, self.C, self.D)

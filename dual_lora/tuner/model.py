@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -15,8 +15,9 @@ from torch import nn
 
 from .bypass import find_use, watch_uses
 from .config import DualLoraConfig
-from .factors import TENSORS
+from .factors import TENSORS, DualLoraFactors
 from .layer import DualLoraLayer, Embedding, find_layer_class
+from .precision import warn_of_rounded_products
 from .register import NAME
 from .warmup import describe_unfinished_ramp
 
@@ -81,6 +82,15 @@ class DualLoraModel(BaseTuner):
     def _layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
 
+    def _factors(self) -> Iterator[DualLoraFactors]:
+        for layer in self._layers():
+            yield from layer.dual_lora_factors.values()
+
+    def train(self, mode: bool = True):
+        """As in torch; warns, once, where torch is set to take float32 products in fewer bits."""
+        warn_of_rounded_products(self._factors())
+        return super().train(mode)
+
     def _warn_of_ramp(self, adapters: list[str], occasion: str, loaded: bool | None = None) -> None:
         """Warn, once per occasion ("loaded", "merged"), that an adapter is not at full scale yet."""
         warned = self.__dict__.setdefault("_warned", set())
@@ -137,12 +147,14 @@ class DualLoraModel(BaseTuner):
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT; warns, once, of an adapter that is not at full scale yet.
+        """As in PEFT; warns, once, of an adapter that is not at full scale yet, and of products in fewer bits than
+        float32's.
 
         Raises:
             ValueError: NaN or infinite values with safe_merge, or a weight that `check_merge_allowed` refuses.
         """
         self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
+        warn_of_rounded_products(self._factors())
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -150,6 +162,7 @@ class DualLoraModel(BaseTuner):
     ) -> nn.Module:
         """As in PEFT; warns and raises as `merge_adapter`."""
         self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
+        warn_of_rounded_products(self._factors())
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     @contextmanager

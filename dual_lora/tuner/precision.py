@@ -1,5 +1,9 @@
-"""Warnings of what rounds the factors to fewer bits than float32's, which flips signs of D C."""
+"""Warnings of what rounds the factors or their products to fewer bits than float32's, which flips signs of D C.
 
+All of it runs between the steps, never in compiled code.
+"""
+
+import functools
 import sys
 import warnings
 import weakref
@@ -8,10 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..functional import suspend_autocast
+
 if TYPE_CHECKING:
     from .factors import DualLoraFactors
 
 LIBRARIES = ("torch", "peft", "transformers", "accelerate", "dual_lora")  # a warning names the line that called them
+EXACT = ("none", "ieee", "highest")  # torch's names for float32 products in float32
+PROBE_SIZE = 256  # rows and columns of a product that tells what a device does; some do otherwise with small ones
 # What `nn.Module._apply` was called with in the casts that a warning has named; it is one object for the whole model.
 _NAMED_CASTS: weakref.WeakSet = weakref.WeakSet()
 
@@ -40,6 +48,55 @@ def warn_of_cast(before: torch.dtype, after: torch.dtype, fn: Callable) -> None:
         f"Dual LoRA: this cast rounds the factors to {after}, which flips signs of D C for good: casting back does not "
         "restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its adapter, or use "
         "autocast (the Trainer's bf16 or fp16, not bf16_full_eval or fp16_full_eval).",
+        stacklevel=_find_stacklevel(),
+    )
+
+
+def warn_of_rounded_products(factors: Iterable["DualLoraFactors"]) -> None:
+    """Warn, once per kind of device, where torch's setting makes it take D C of these factors in fewer bits.
+
+    As long as the setting is torch's default, this only reads it. Otherwise each device takes one product to show
+    whether it heeds the setting.
+    """
+    if torch.compiler.is_compiling():
+        return
+    setting = _read_setting()
+    if all(name in EXACT for name in setting):
+        return
+    products = {(f.C.device, f.C.shape[-2]) for f in factors if f.follows_float32_setting}
+    for device, rank in products:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if device.type != "meta" and not capturing and _rounds_product(device, rank, setting):
+            _warn_of_device(device.type)
+
+
+def _read_setting() -> tuple[str, ...]:
+    """Return the precision in which torch is to take float32 products, by its several names. From torch 2.9 on,
+    `torch.get_float32_matmul_precision` raises if devices have settings of their own."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return (torch.get_float32_matmul_precision(),)
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+
+@functools.cache
+def _rounds_product(device: torch.device, rank: int, setting: tuple[str, ...]) -> bool:
+    """Return whether a device, under this setting, rounds the factors of an out x rank by rank x in product."""
+    entry = 1 + 2.0**-20  # float32 holds it; TF32, bfloat16 and two bfloat16 do not
+    D = torch.zeros(PROBE_SIZE, rank, dtype=torch.float32, device=device)
+    C = torch.zeros(rank, PROBE_SIZE, dtype=torch.float32, device=device)
+    D[:, 0], C[0] = entry, 1.0
+    with torch.no_grad(), suspend_autocast(device.type):
+        return bool((D @ C).ne(entry).any())
+
+
+@functools.cache
+def _warn_of_device(device_type: str) -> None:
+    triton = ', or kernel="triton", whose products are always float32' if device_type == "cuda" else ""
+    warnings.warn(
+        f"Dual LoRA: torch is set to take float32 products on {device_type} in fewer bits (TF32 or bfloat16), which "
+        "flips signs of D C: computed or merged elsewhere or with another setting, the adapter is another function. "
+        f'Use torch.set_float32_matmul_precision("highest"){triton}. tf32=True and torch_compile=True of '
+        "TrainingArguments change that setting.",
         stacklevel=_find_stacklevel(),
     )
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from .factors import ALL_FACTORS, DualLoraFactors
-from .precision import warn_of_low_precision
+from .precision import warn_of_low_precision, warn_of_rounded_products
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -75,6 +75,7 @@ def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
         ids = set(held)
         found = [f for f in ALL_FACTORS if id(find_first_trained(f, f.A)) in ids]
         warn_of_low_precision(found)
+        warn_of_rounded_products(found)
         known = _FACTORS_BY_OPTIMIZER[optimizer] = held, [weakref.ref(f) for f in found]
     return known[1]
 

@@ -1,4 +1,4 @@
-"""What rounds the factors to fewer bits than float32's: others do it, and each way warns once."""
+"""What rounds the factors or their products to fewer bits than float32's: others do it, and each way warns once."""
 
 import warnings
 
@@ -7,6 +7,19 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from dual_lora import DualLoraConfig
+from dual_lora.functional import delta_weight
+from dual_lora.tuner import precision
+
+RANK = 64  # CPUs that can round take small products in float32 all the same
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process():
+    before = torch.get_float32_matmul_precision()
+    for cached in (precision._rounds_product, precision._warn_of_device):
+        cached.cache_clear()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def build_base(dtype=torch.float32):
@@ -97,3 +110,78 @@ def save(model, folder) -> list[str]:
 def test_factors_in_float32_are_saved_and_loaded_without_a_warning(tmp_path):
     assert save(adapted(dtype=torch.bfloat16), tmp_path) == []
     assert collect(lambda: PeftModel.from_pretrained(build_base(), tmp_path)) == []
+
+
+OCCASIONS = {
+    "train": lambda model: collect(model.train),
+    "eval": lambda model: collect(model.eval),
+    "step": lambda model: train(model, 2),
+    "merge": lambda model: collect(model.merge_adapter),
+    "unload": lambda model: collect(lambda: model.merge_and_unload()),
+}
+
+
+@pytest.mark.parametrize("occasion", OCCASIONS)
+def test_products_that_the_device_rounds_are_warned_about_once(occasion, monkeypatch):
+    monkeypatch.setattr(precision, "_rounds_product", lambda device, rank, setting: rank == RANK)
+    small, model = adapted(), adapted(r1=2, r2=RANK, r=None, init_std=0.1)
+    torch.set_float32_matmul_precision("high")
+    assert OCCASIONS["train"](small) == []
+    (message,) = OCCASIONS[occasion](model)
+    assert "float32 products on cpu in fewer bits" in message and 'set_float32_matmul_precision("highest")' in message
+    assert OCCASIONS["eval"](model) == []
+
+
+@pytest.mark.parametrize("fields", [{"direction": "tanh"}, {"direction_dtype": "bfloat16"}], ids=["tanh", "16 bits"])
+def test_maps_without_exact_signs_say_nothing_of_rounded_products(fields, monkeypatch):
+    monkeypatch.setattr(precision, "_rounds_product", lambda device, rank, setting: True)
+    torch.set_float32_matmul_precision("high")
+    model = adapted(**fields)
+    assert OCCASIONS["train"](model) == [] and OCCASIONS["train"](adapted().double()) == []
+
+
+def test_the_default_setting_takes_no_product(monkeypatch):
+    def refuse(device, rank, setting):
+        raise AssertionError("multiplied")
+
+    monkeypatch.setattr(precision, "_rounds_product", refuse)
+    assert all(act(adapted()) == [] for act in OCCASIONS.values())
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="before torch 2.9")
+def test_a_setting_of_one_device_alone_is_read():
+    """torch.get_float32_matmul_precision raises then."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert any(name not in precision.EXACT for name in precision._read_setting())
+    assert len(OCCASIONS["train"](adapted(r=2 * RANK))) == precision._rounds_product(
+        torch.device("cpu"), RANK, precision._read_setting()
+    )
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("rank", [4, RANK])
+def test_the_warning_comes_where_this_processor_flips_signs(setting, rank):
+    draw = torch.Generator().manual_seed(0)
+    factors = [torch.randn(shape, generator=draw) for shape in ((rank, 512), (512, rank)) * 2]
+    exact = delta_weight(*factors, 1.0)
+    torch.set_float32_matmul_precision(setting)
+    flipped = not torch.equal(delta_weight(*factors, 1.0).sign(), exact.sign())
+    assert len(OCCASIONS["eval"](adapted(r=2 * rank))) == flipped
+
+
+def test_a_compiled_model_stays_one_graph_under_such_a_setting(monkeypatch):
+    monkeypatch.setattr(precision, "_rounds_product", lambda device, rank, setting: True)
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.reset()
+    model = adapted(r=8)
+    compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def take_step():
+        model.train()
+        compiled(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+
+    assert len(collect(take_step)) == 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert collect(take_step) == []
