@@ -1,23 +1,33 @@
 """The ramp of f: one optimizer step, one step of the ramp, in any training loop.
 
-A global hook of torch's optimizers advances the adapters whose factors that optimizer trains. Nothing happens in
+Global hooks of torch's optimizers advance the adapters whose factors that optimizer trains. Nothing happens in
 forward, so gradient accumulation and activation checkpointing do not affect the count. Each adapter's state is held in
 two buffers of its factors (`step`, `update_scale`) and saved with them.
+
+Several optimizers may train parts of one layer, one after the other or one within the step of another (as in
+ZeroRedundancyOptimizer); each round of them counts once (`_count_step`).
 """
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
 from .factors import ALL_FACTORS, DualLoraFactors
 from .precision import warn_of_low_precision, warn_of_rounded_products
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# Numbers in the order of events: when an optimizer's step began, when its latest one ended, and when a layer's factors
+# were last counted, with whether that optimizer held their first trained one.
+_CLOCK = itertools.count(1)
+_BEGUN: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_ENDED: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_COUNTED: weakref.WeakKeyDictionary[DualLoraFactors, tuple[int, bool]] = weakref.WeakKeyDictionary()
 
 
 def list_factors(model: nn.Module) -> list[DualLoraFactors]:
@@ -62,32 +72,61 @@ def describe_unfinished_ramp(states: Iterable[tuple[Tensor | int, Tensor | float
     )
 
 
-def find_first_trained(factors: DualLoraFactors, default: nn.Parameter | None = None) -> nn.Parameter | None:
-    """The first of the factors that has requires_grad; `default` if none has."""
-    return next((p for p in factors.parameters() if p.requires_grad), default)
+def is_trained(factors: DualLoraFactors) -> bool:
+    """Return whether any of the factors has requires_grad."""
+    return any(p.requires_grad for p in factors.parameters())
 
 
-def _find_trained(optimizer: Optimizer) -> list[weakref.ref]:
-    """The factors whose first trained parameter this optimizer holds, so that exactly one optimizer advances each."""
+def _find_held(optimizer: Optimizer) -> tuple[set[int], list[weakref.ref]]:
+    """The ids of the optimizer's parameters, and the factors of which it holds at least one."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     known = _FACTORS_BY_OPTIMIZER.get(optimizer)
     if known is None or known[0] != held:
         ids = set(held)
-        found = [f for f in ALL_FACTORS if id(find_first_trained(f, f.A)) in ids]
+        found = [f for f in ALL_FACTORS if any(id(p) in ids for p in f.parameters())]
         warn_of_low_precision(found)
         warn_of_rounded_products(found)
-        known = _FACTORS_BY_OPTIMIZER[optimizer] = held, [weakref.ref(f) for f in found]
-    return known[1]
+        known = _FACTORS_BY_OPTIMIZER[optimizer] = held, ids, [weakref.ref(f) for f in found]
+    return known[1:]
+
+
+def _note_begin(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    """Note when the step began; where it raises and never ends, the next one overwrites this."""
+    _BEGUN[optimizer] = next(_CLOCK)
 
 
 @torch.no_grad()
 def _advance_ramps(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for ref in _find_trained(optimizer):
-        factors = ref()
-        if factors is not None and find_first_trained(factors) is not None:
-            factors.advance_ramp()
+    held, references = _find_held(optimizer)
+    begun, ended = _BEGUN.get(optimizer, next(_CLOCK)), _ENDED.get(optimizer, 0)
+    for factors in (reference() for reference in references):
+        if factors is not None:
+            _count_step(factors, held, begun, ended)
+    _ENDED[optimizer] = next(_CLOCK)
 
 
+def _count_step(factors: DualLoraFactors, held: set[int], begun: int, ended: int) -> None:
+    """Advance the ramp, unless another optimizer has counted this round.
+
+    The optimizer that holds the first trained factor leads: its steps count. One that holds later factors only counts
+    where no other has since its own previous step, and then the leader's next step does not. A step within which
+    another was counted does not count either.
+
+    held: ids of the optimizer's parameters. begun, ended: when its step began, and when its previous one ended.
+    """
+    trained = [id(p) for p in factors.parameters() if p.requires_grad]
+    if held.isdisjoint(trained):
+        return
+    leads = trained[0] in held
+    counted, by_leader = _COUNTED.get(factors, (0, True))
+    counts = counted <= (begun if leads and by_leader else min(begun, ended))
+    if counts:
+        factors.advance_ramp()
+    if counts or leads:
+        _COUNTED[factors] = next(_CLOCK), leads
+
+
+register_optimizer_step_pre_hook(_note_begin)
 register_optimizer_step_post_hook(_advance_ramps)
 
 
@@ -98,7 +137,7 @@ class DualLoraWarmupCallback(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self._before = [(f, int(f.step)) for f in list_factors(model) if find_first_trained(f) is not None]
+        self._before = [(f, int(f.step)) for f in list_factors(model) if is_trained(f)]
 
     def on_step_end(self, args, state, control, **kwargs):
         for factors, step in self._before:

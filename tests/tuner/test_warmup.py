@@ -7,8 +7,10 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dual_lora import DualLoraConfig, DualLoraWarmupCallback, set_update_scale
 
@@ -88,6 +90,124 @@ def test_two_optimizers_on_one_adapter_advance_it_once_per_round():
     magnitude.step()
     direction.step()
     assert f_of(model) == 0.25
+
+
+@pytest.mark.parametrize("held", ["CD", "B", "ABCD"])
+def test_an_optimizer_of_some_factors_advances(held):
+    model = ramping()
+    optimizer = torch.optim.SGD([getattr(factors_of(model), name) for name in held], lr=1e-3)
+    seen = []
+    for _ in range(STEPS + 1):
+        train_step(model, optimizer)
+        seen.append(f_of(model))
+    assert seen == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("order", [("AB", "CD"), ("CD", "AB"), ("D", "C", "B", "A"), ("D", "B"), ("CD", "A")], ids=str)
+def test_optimizers_in_any_order_advance_once_per_round(order):
+    model = ramping()
+    optimizers = [torch.optim.SGD([getattr(factors_of(model), n) for n in names], lr=1e-3) for names in order]
+    seen = []
+    for _ in range(STEPS):
+        model(torch.randn(3, IN)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        seen.append(f_of(model))
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_new_optimizer_goes_on_at_once():
+    model = ramping()
+    for _ in range(3):
+        kept = torch.optim.SGD(trained(model), lr=1e-3)
+        train_step(model, kept)
+    assert f_of(model) == 0.75
+
+
+def test_where_one_of_two_optimizers_stops_the_other_goes_on():
+    model = ramping(scale_warmup_steps=8)
+    magnitude, direction = (
+        torch.optim.SGD([getattr(factors_of(model), name) for name in names], lr=1e-3) for names in ("AB", "CD")
+    )
+    for optimizer in (magnitude, direction, direction, direction, magnitude, direction, magnitude, magnitude):
+        train_step(model, optimizer)
+    # Counted: the first step, the direction's alone, and the magnitude's from its second after those.
+    assert factors_of(model).step == 5
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps another optimizer within its own step, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, inner, params):
+        super().__init__(params, {})
+        self.inner = inner
+        self.broken = False
+
+    def step(self, closure=None):
+        if self.broken:
+            raise RuntimeError("no step")
+        self.inner.step()
+        if self.broken is None:
+            raise RuntimeError("no end")
+
+
+class Derived(torch.optim.SGD):
+    """Its step calls that of a class of which there are optimizers of their own, so the hooks fire for both."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def wrap(parameters):
+    return Wrapping(torch.optim.SGD(parameters, lr=1e-3), parameters)
+
+
+def wrap_part(parameters):
+    return Wrapping(torch.optim.SGD(parameters[2:], lr=1e-3), parameters)
+
+
+def derive(parameters):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    return Derived(parameters, lr=1e-3)
+
+
+@pytest.mark.parametrize("make", [wrap, wrap_part, lambda p: wrap(p[2:]), derive, lambda p: derive(p[2:])])
+def test_a_step_within_a_step_counts_once(make):
+    model = ramping()
+    optimizer = make(trained(model))
+    seen = []
+    for _ in range(STEPS):
+        train_step(model, optimizer)
+        seen.append(f_of(model))
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("broken, counted", [(True, 0.0), (None, 0.25)])
+def test_steps_that_raise_leave_the_count_right(broken, counted):
+    model = ramping()
+    optimizer = wrap(trained(model))
+    optimizer.broken = broken
+    model(torch.randn(3, IN)).sum().backward()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert f_of(model) == counted
+    train_step(model, torch.optim.SGD(trained(model), lr=1e-3))
+    optimizer.broken = False
+    train_step(model, optimizer)
+    assert f_of(model) == counted + 0.5
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_torch_s_sharded_optimizer_counts_each_step_once():
+    model = ramping()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        optimizer = ZeroRedundancyOptimizer(trained(model), torch.optim.AdamW, lr=1e-3)
+        for _ in range(3):
+            train_step(model, optimizer)
+    finally:
+        dist.destroy_process_group()
+    assert factors_of(model).step == 3
 
 
 def test_training_only_the_direction_group_advances():
