@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from transformers import TrainerCallback
 
 from .factors import ALL_FACTORS, DualLoraFactors
+from .layer import DualLoraLayer
 from .precision import warn_of_low_precision, warn_of_rounded_products
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -43,7 +44,8 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
     from the step nearest to f.
 
     Raises:
-        ValueError: the model has no Dual LoRA adapter, or factor is NaN, infinite or, with ramp=True, outside [0, 1].
+        ValueError: the model has no Dual LoRA adapter, an adapter is merged, whose dW would keep the f of the merge, or
+            factor is NaN, infinite or, with ramp=True, outside [0, 1].
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor={factor}: expected a finite number")
@@ -52,6 +54,8 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
         raise ValueError("the model has no Dual LoRA adapter")
     if ramp and not 0 <= factor <= 1:
         raise ValueError(f"factor={factor}: a ramp can only continue from a value in [0, 1]")
+    if any(module.merged for module in model.modules() if isinstance(module, DualLoraLayer)):
+        raise ValueError("an adapter is merged, with the f of that time; call unmerge_adapter() before setting f")
     for f in factors:
         f.set_update_scale(factor, ramp)
 
@@ -68,7 +72,7 @@ def describe_unfinished_ramp(states: Iterable[tuple[Tensor | int, Tensor | float
     return (
         f"at f = {f:.3g}, {step} of {steps} steps into its ramp, so it computes only that fraction of dW. Train "
         "longer, set scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
-        "dual_lora.set_update_scale(model, 1.0)."
+        "dual_lora.set_update_scale(model, 1.0), after unmerge_adapter() if it is merged."
     )
 
 

@@ -117,7 +117,7 @@ def test_what_is_subtracted_from_a_written_weight_is_what_was_merged(copied):
     with torch.no_grad():
         layer_of(model).base_layer.weight.add_(1)
         factors_of(model).D.neg_()
-    set_update_scale(model, 0.3)
+    factors_of(model).set_update_scale(0.3, ramp=False)
     model = copy.deepcopy(model) if copied else model
     model.unmerge_adapter()
     torch.testing.assert_close(layer_of(model).base_layer.weight.detach(), expected)

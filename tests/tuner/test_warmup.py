@@ -287,6 +287,20 @@ def test_setting_f_needs_an_adapter_and_a_place_on_the_ramp():
         set_update_scale(ramping(), 1.5, ramp=True)
 
 
+def test_f_of_a_merged_model_is_not_set():
+    model = ramping()
+    for name in ("default", "other"):
+        if name == "other":
+            model.add_adapter("other", config(scale_warmup_steps=2))
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"an adapter is merged.*call unmerge_adapter\(\) before"):
+            set_update_scale(model, 1.0)
+        assert f_of(model, name) == 0.0
+        model.unmerge_adapter()
+    set_update_scale(model, 1.0)
+    assert f_of(model) == 1.0
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 @pytest.mark.parametrize("ramp", [True, False])
 def test_f_is_a_finite_number(factor, ramp):
@@ -294,7 +308,7 @@ def test_f_is_a_finite_number(factor, ramp):
         set_update_scale(ramping(), factor, ramp)
 
 
-TOLD = r"at f = 0.25, 1 of 4 steps into its ramp.*dual_lora.set_update_scale\(model, 1.0\)"
+TOLD = r"at f = 0.25, 1 of 4 steps into its ramp.*dual_lora.set_update_scale\(model, 1.0\), after unmerge_adapter\(\)"
 
 
 def quarter(**fields):
