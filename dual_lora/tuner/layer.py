@@ -359,7 +359,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             )
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-        """The base layer on the whole batch, and each adapter's term on its own rows."""
+        """The base layer on the whole batch, and each adapter's term on its own rows.
+
+        No dW stays cached, since those of N adapters would take the memory of N models.
+        """
         result = self.base_layer(x, *args, **kwargs).clone()
         for name in dict.fromkeys(adapter_names):
             if name not in self.dual_lora_factors:
@@ -369,6 +372,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
                 result[rows] = self._add_terms(result[rows], x[rows], [name])
             else:
                 result[rows] = self._forward_whole_weight(x[rows], [name], *args, **kwargs)
+            self.dual_lora_factors[name].clear_cache()
         return result
 
     def _forward_whole_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from dual_lora import DualLoraConfig, set_update_scale
+from dual_lora.tuner.warmup import list_factors
 
 from .layers import IN, KINDS, OUT, Net, adapted, config, layer_of
 from .tiny_llama import llama
@@ -114,6 +115,18 @@ def test_a_trained_head_goes_by_row_too():
     mixed = model(x, adapter_names=ROWS)
     for row, name in enumerate(ROWS):
         torch.testing.assert_close(mixed[row], alone[name][row])
+
+
+@pytest.mark.parametrize("fields", [{}, {"keep_update": True}], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_adapter_s_matrices_stay_in_memory(grad, fields):
+    model = two(llama(), target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **fields)
+    with torch.set_grad_enabled(grad):
+        model(input_ids=IDS, adapter_names=ROWS)
+    assert [f for f in list_factors(model) if f._cache is not None] == []
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert sum(f._cache is not None for f in list_factors(model)) == 4  # of the active adapter
 
 
 def test_16_bits_keep_their_dtype():
