@@ -90,7 +90,8 @@ class DualLoraFactors(nn.Module):
         fan = self.choose_fan(fan_in, fan_out)
         std = config.init_std or init_std(fan, r1, r2, alpha, config.magnitude, config.direction)
         self.reset_parameters(std, config.direction_init_std)
-        self.caches_update = True  # whether evaluation may keep dW, which is as large as the weight
+        # Whether evaluation may keep dW, which is as large as the weight; not where a device holds the weight in part.
+        self.caches_update = True
         self._cache: _Cache | None = None
         self.loaded = False  # whether the values come from a file; read by `DualLoraModel._warn_of_ramp`
         ALL_FACTORS.add(self)
@@ -254,10 +255,16 @@ class DualLoraFactors(nn.Module):
         terms = [kernels.dual_linear(x, *block, **options) for block in zip(*factors, strict=True)]
         return torch.cat(terms, -1)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP divides the factors among devices. FSDP1 puts tensors in place of the parameters."""
+        return not isinstance(self.A, nn.Parameter) or is_sharded(self)
+
     def _keep_update(self) -> Tensor | None:
         """Return dW, kept from an earlier forward if no factor has changed since; None where it may not be kept."""
         with torch.no_grad():
-            return self._cached_matrix(None, self._product_dtype) if self.caches_update else None
+            keep = self.caches_update and not self.is_sharded
+            return self._cached_matrix(None, self._product_dtype, keep) if keep else None
 
     def _check_gradient_types(self, x: Tensor) -> kernels.GradientTypes:
         """Return the types of the gradients' products. Out of training, a device without fast ones takes none.
@@ -277,17 +284,17 @@ class DualLoraFactors(nn.Module):
         if weight is not None and x.dtype != self._product_dtype:
             # Rounding weight + dW to 16 bits would lose dW.
             base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            return base + F.linear(x, self._cached_matrix(None, x.dtype))
-        return F.linear(x, self._cached_matrix(weight, x.dtype), bias)
+            return base + F.linear(x, self._cached_matrix(None, x.dtype, self.caches_update))
+        return F.linear(x, self._cached_matrix(weight, x.dtype, self.caches_update), bias)
 
-    def _cached_matrix(self, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return dW, or weight + dW, (blocks * fan_out) x fan_in. If `caches_update`, it is cached between the calls
-        of an evaluation until one of the tensors it is computed from changes."""
+    def _cached_matrix(self, weight: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
+        """Return dW, or weight + dW, (blocks * fan_out) x fan_in. With `keep`, it is cached between calls until one of
+        the tensors it is computed from changes, unless they are sharded: it is as large as the whole weight."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         replayed = traced or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
-        keepable = self.caches_update and not replayed and not any(_is_untrackable(t) for t in parts)
+        keepable = keep and not replayed and not self.is_sharded and not any(_is_untrackable(t) for t in parts)
         cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
         cache = self._cache  # read once: another thread may clear it
         if keepable and cache is not None and cache.key == cache_key and all(map(torch.equal, cache.values, factors)):
@@ -299,7 +306,7 @@ class DualLoraFactors(nn.Module):
         return matrix
 
     def clear_cache(self) -> None:
-        """Free the matrix that evaluation cached."""
+        """Free the matrix that evaluation, or `keep_update`, cached."""
         self._cache = None
 
     def train(self, mode: bool = True):
@@ -330,6 +337,17 @@ class DualLoraFactors(nn.Module):
         dropout = f", dropout={self.dropout}" if self.dropout else ""
         types = "".join(f", {name}_gradient={dtype}" for name, dtype in self.gradient_types._asdict().items() if dtype)
         return f"{ranks}, {shapes}, scale={self.scaling:.4g}, f={f}, kernel={self.kernel}{dropout}{types}"
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether the parameters that the module itself holds are divided among devices.
+
+    They are then DTensors. In a forward FSDP2 puts the gathered ones, which are plain, in their place, but it leaves a
+    hook on every module of which it divides a parameter.
+    """
+    hooks = (getattr(hook, "__module__", None) or "" for hook in module._load_state_dict_post_hooks.values())
+    divided = any(hasattr(p, "placements") for p in module._parameters.values())
+    return divided or any(name.startswith("torch.distributed.fsdp") for name in hooks)
 
 
 def _is_untrackable(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..functional import is_autocast_on, suspend_autocast
 from .config import DualLoraConfig
-from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors
+from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors, is_sharded
 
 # A merge that rounds away more of dW than this warns.
 MAX_ROUNDING = 0.1
@@ -70,8 +70,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             cls = type(self.get_base_layer()).__name__
             raise ValueError(f"lora_dropout={config.lora_dropout}: {cls} has a forward of its own; take lora_dropout=0")
         factors = self._create_factors(config, r, alpha, fused)
-        # A cached dW would take several times the memory of a quantised weight.
-        factors.caches_update = not self._is_quantised()
+        # dW takes several times the memory of a quantised weight, or of this device's part of a sharded one.
+        sharded = is_sharded(self.get_base_layer())
+        factors.caches_update = not (self._is_quantised() or sharded)
+        factors.keeps_update = config.keep_update and not sharded
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .distributed_worker import HAS_FSDP2, train
+from .distributed_worker import EVALUATED, HAS_FSDP2, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 of torch 2.7 does neither gloo nor two dtypes")
@@ -38,3 +38,9 @@ def test_fsdp2_on_a_bf16_base(two_processes):
     shared = two_processes["fsdp2-bf16"]
     assert shared["ramp"] == {(3, 1.0)} and shared["losses"][-1] < shared["losses"][0]
     assert {w.dtype for w in shared["weights"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", EVALUATED)
+def test_no_process_keeps_whole_matrices_of_sharded_weights(mode, two_processes):
+    layers = 14 if mode == "ddp" else 0
+    assert two_processes["caches"][mode] == {"evaluation": layers, "training": layers}

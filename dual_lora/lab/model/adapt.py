@@ -221,8 +221,6 @@ def attach_method(model: PreTrainedModel, settings: Settings, form: str, rows: i
     )
     if settings.init_from:
         load_init_weights(adapted, settings)
-    for factors in list_factors(adapted) if is_sharded(model) else ():
-        factors.caches_update = False  # each device would hold an update as large as the whole weight
     return adapted
 
 
