@@ -67,7 +67,8 @@ class DualLoraConfig(PeftConfig):
             `fused_slices`, only the adapter's own share of it.
         keep_update: whether linear layers keep dW between the forwards of one optimizer step (gradient accumulation,
             activation checkpointing) instead of rebuilding it. The same to the bit and faster with few tokens a
-            forward, but it takes the memory of one more float32 weight a layer.
+            forward, but it takes the memory of one more float32 weight a layer, on a quantised base too. Layers that
+            FSDP shards keep nothing. Not with ste="hardtanh", whose gradient needs D C itself.
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
             the architecture.
         exclude_modules: names, suffixes or a regex of modules to leave out.
@@ -224,6 +225,8 @@ class DualLoraConfig(PeftConfig):
             _require(value in GRADIENT_DTYPES, name, value, "None or 'bfloat16'")
             _require(value is None or not plain, name, value, f"None with {variants}")
         _require(not (self.keep_update and plain), "keep_update", self.keep_update, f"False with {variants}")
+        needs_product = self.keep_update and self.ste == "hardtanh"
+        _require(not needs_product, "keep_update", True, "False with ste='hardtanh', whose gradient needs D C itself")
 
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:

@@ -249,11 +249,12 @@ class DualLoraFactors(nn.Module):
             return F.linear(x, self.delta_weight().flatten(0, -2).to(x.dtype))
         factors, options = self._upcast(self.A, self.B, self.C, self.D), self._kernel_options
         options["gradient_types"] = self._check_gradient_types(x)
+        dW = self._keep_update() if self.keeps_update else None
         if self.A.ndim == 2:
-            options["dW"] = self._keep_update() if self.keeps_update else None
-            return kernels.dual_linear(x, *factors, **options, weight=weight, bias=bias)
-        terms = [kernels.dual_linear(x, *block, **options) for block in zip(*factors, strict=True)]
-        return torch.cat(terms, -1)
+            return kernels.dual_linear(x, *factors, **options, weight=weight, bias=bias, dW=dW)
+        kept = [None] * len(self.A) if dW is None else dW.chunk(len(self.A))
+        blocks = zip(zip(*factors, strict=True), kept, strict=True)
+        return torch.cat([kernels.dual_linear(x, *block, **options, dW=known) for block, known in blocks], -1)
 
     @property
     def is_sharded(self) -> bool:
@@ -263,8 +264,7 @@ class DualLoraFactors(nn.Module):
     def _keep_update(self) -> Tensor | None:
         """Return dW, kept from an earlier forward if no factor has changed since; None where it may not be kept."""
         with torch.no_grad():
-            keep = self.caches_update and not self.is_sharded
-            return self._cached_matrix(None, self._product_dtype, keep) if keep else None
+            return None if self.is_sharded else self._cached_matrix(None, self._product_dtype, keep=True)
 
     def _check_gradient_types(self, x: Tensor) -> kernels.GradientTypes:
         """Return the types of the gradients' products. Out of training, a device without fast ones takes none.

@@ -9,6 +9,7 @@ from dual_lora import DualLoraConfig, set_update_scale
 from dual_lora.kernels import recompute
 
 OUT, IN, ROWS = 70, 48, 12
+FUSED = {"fused_slices": {"0": [5, [1, 4]]}}
 
 
 def build_model(dtype=torch.float32, **options):
@@ -35,7 +36,7 @@ def train(model, dtype=torch.float32, steps=4, accumulation=3):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"ste": "identity"}, {"ste": "hardtanh"}, {"lora_dropout": 0.2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"ste": "identity"}, FUSED, {"lora_dropout": 0.2}], ids=str)
 def test_training_is_the_same_to_the_bit(dtype, options, monkeypatch):
     monkeypatch.setattr(recompute, "TILE", 7 * IN)
     torch.manual_seed(2)
@@ -55,7 +56,8 @@ def test_zeros_of_the_size_keep_their_sign(scale):
     assert all(map(torch.equal, found, expected))
 
 
-def test_dw_is_rebuilt_once_an_optimizer_step(monkeypatch):
+def count_rebuilds(monkeypatch):
+    """Return a list that gets, for each rebuild, whether it was of dW from the factors and in a forward."""
     counted = []
     rebuild = recompute.rebuild
 
@@ -65,6 +67,11 @@ def test_dw_is_rebuilt_once_an_optimizer_step(monkeypatch):
 
     monkeypatch.setattr(recompute, "TORCH", recompute.Ops(count, recompute.project))
     monkeypatch.setattr("dual_lora.kernels.TORCH", recompute.TORCH)
+    return counted
+
+
+def test_dw_is_rebuilt_once_an_optimizer_step(monkeypatch):
+    counted = count_rebuilds(monkeypatch)
     train(build_model(keep_update=True), steps=4, accumulation=3)
     assert sum(counted) == 4 * 2  # steps x layers
     counted.clear()
@@ -72,7 +79,18 @@ def test_dw_is_rebuilt_once_an_optimizer_step(monkeypatch):
     assert sum(counted) == 4 * 2 * 3
 
 
+def test_blocks_of_fused_layers_are_rebuilt_once_too(monkeypatch):
+    counted = count_rebuilds(monkeypatch)
+    train(build_model(keep_update=True, **FUSED), steps=4, accumulation=3)
+    assert sum(counted) == 4 * 3  # steps x blocks of both layers
+
+
 @pytest.mark.parametrize("options", [{"kernel": "eager"}, {"direction": "identity"}], ids=str)
 def test_plain_autograd_keeps_nothing(options):
     with pytest.raises(ValueError, match="keep_update=True: expected False with kernel='eager'"):
         DualLoraConfig(keep_update=True, **options)
+
+
+def test_hardtanh_cannot_use_what_is_kept():
+    with pytest.raises(ValueError, match="keep_update=True: expected False with ste='hardtanh'"):
+        DualLoraConfig(keep_update=True, ste="hardtanh")

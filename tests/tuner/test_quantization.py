@@ -69,6 +69,22 @@ def test_evaluation_keeps_no_dW_beside_a_quantised_weight(kind):
     assert factors_of(model)._cache is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dW_is_kept_beside_a_quantised_weight_if_asked_for(kind):
+    expected = None
+    for keep_update in (False, True):
+        torch.manual_seed(0)
+        model, x = quantized_model(kind, keep_update=keep_update)
+        model.train()(x).square().sum().backward()
+        gradients = [p.grad for p in factors_of(model).parameters()]
+        assert (factors_of(model)._cache is not None) == keep_update
+        assert expected is None or all(map(torch.equal, gradients, expected))
+        expected = gradients
+    with torch.no_grad():
+        model.eval()(x)
+    assert factors_of(model)._cache is None
+
+
 def test_8_bit_merge_and_unmerge():
     model, x = quantized_model("8bit")
     with model.disable_adapter():
