@@ -12,9 +12,10 @@ from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.libraries import describe_float32_products, keep_float32_products
 from dual_lora.lab.train import run as train_run_module
 from dual_lora.lab.train.run import train_run
-from dual_lora.lab.train.trainer import translate_compile_errors
+from dual_lora.lab.train.trainer import RunTrainer, translate_compile_errors
 
 ON = "train.compile=true"
 FEW = ["train.batch_size=4", "train.max_steps=3", "eval.before=false"]
@@ -46,6 +47,36 @@ def test_a_traced_run_trains_as_any_other(runs_folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *a, **k: traced.append(k.get("backend")) or real(*a, **k))
     compare_runs(runs_folder)
     assert traced == ["aot_eager"]
+
+
+def test_a_run_that_is_compiled_takes_its_products_in_float32_as_any_other(runs_folder, monkeypatch):
+    """On a GPU that has TF32, transformers and accelerate allow it where a model is compiled."""
+    seen, real, built = [], RunTrainer.training_step, []
+
+    def allow(settings, record):
+        torch.backends.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        built.append(describe_float32_products()["tf32"]["matmul"])
+        return arguments(settings, record)
+
+    def step(self, *args, **kwargs):
+        seen.append(describe_float32_products())
+        return real(self, *args, **kwargs)
+
+    arguments = train_run_module.build_training_arguments
+    monkeypatch.setattr(train_run_module, "build_training_arguments", allow)
+    monkeypatch.setattr(RunTrainer, "training_step", step)
+    before = describe_float32_products()
+    train_run(Run.prepare(settings("tiny-llama", *FEW)))
+    assert built == [True] and seen == [before] * 3 and describe_float32_products() == before
+    assert before == {"tf32": {"matmul": False, "cudnn": True}, "float32_matmul_precision": "highest"}
+
+
+def test_a_setting_of_one_part_of_torch_is_described():
+    with keep_float32_products():
+        torch.backends.fp32_precision = "tf32"
+        found = describe_float32_products()
+    assert found == {"tf32": {"matmul": True, "cudnn": True}, "float32_matmul_precision": "tf32"}
 
 
 @pytest.mark.slow

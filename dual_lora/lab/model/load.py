@@ -48,6 +48,7 @@ from dual_lora.lab.model.source import (
 from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes, is_first_process
+from dual_lora.lab.system.libraries import allows_tf32
 from tasks import Task
 
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
@@ -315,7 +316,7 @@ def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> 
 def differ_by_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
     """Return whether a model's logits differ from expected ones by no more than rounding can make. If those are not all
     finite, nothing can be said, which counts as yes."""
-    exact = min(model.dtype.itemsize, expected.dtype.itemsize) >= 4 and not torch.backends.cuda.matmul.allow_tf32
+    exact = min(model.dtype.itemsize, expected.dtype.itemsize) >= 4 and not allows_tf32()
     found, expected = found.float(), expected.float()
     near = (found - expected).norm() <= (ROUNDING if exact else COARSE_ROUNDING) * expected.norm()
     return bool(near) or not bool(expected.isfinite().all())

@@ -16,6 +16,7 @@ from dual_lora.lab.config.outside.plugins import describe_plugins
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.system.distributed import count_processes
 from dual_lora.lab.system.environment import count_available_cores, describe_variables
+from dual_lora.lab.system.libraries import describe_float32_products
 from dual_lora.lab.system.sealed import hash_file
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "triton", "numpy")
@@ -97,13 +98,12 @@ def describe_environment() -> dict[str, Any]:
         "processes": count_processes(),
         "threads": torch.get_num_threads(),
         "cores": count_available_cores(),
-        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
         "deterministic": {
             "algorithms": torch.are_deterministic_algorithms_enabled(),
             "cudnn": torch.backends.cudnn.deterministic,
             "benchmark": torch.backends.cudnn.benchmark,
         },
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **describe_float32_products(),
         "variables": describe_variables(),
         "commit": run_git("rev-parse", "HEAD"),
         "uncommitted_changes": has_uncommitted_changes(),

@@ -1,4 +1,4 @@
-"""Libraries that take seconds to import and that print messages of their own."""
+"""Libraries that take seconds to import, print messages of their own, and change how torch computes unasked."""
 
 import atexit
 import gc
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.errors import UserError, get_first_line
@@ -104,3 +105,49 @@ def check_progress_bar() -> None:
     except Exception as error:  # whatever formatting with a wrong value raises
         reason = f"no progress bar can be drawn with it ({get_first_line(error)[:200]})"
         raise UserError(f"{', '.join(named)}: {reason}; unset it") from error
+
+
+def allows_tf32(part: Any = None) -> bool:
+    """Return whether a part of torch.backends may take float32 products in TF32. part: that of matrix products if None.
+
+    From torch 2.9 on, parts may have settings of their own; then torch raises where an older name is read.
+    """
+    import torch
+
+    part = part or torch.backends.cuda.matmul
+    precision = getattr(part, "fp32_precision", None)
+    return part.allow_tf32 if precision is None else precision == "tf32"
+
+
+def describe_float32_products() -> dict[str, Any]:
+    """Return what a record says of the precision of float32 products."""
+    import torch
+
+    cudnn = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # parts have settings of their own
+        precision = torch.backends.fp32_precision
+    return {
+        "tf32": {"matmul": allows_tf32(), "cudnn": allows_tf32(cudnn)},
+        "float32_matmul_precision": precision,
+    }
+
+
+@contextmanager
+def keep_float32_products() -> Iterator[None]:
+    """Restore, at the end, the precision of float32 products. Where a model is to be compiled, transformers and
+    accelerate allow TF32 for the whole process, which no setting of a run says."""
+    import torch
+
+    parts = [torch.backends, torch.backends.cuda.matmul]
+    matmul_allowed = allows_tf32()
+    before = [getattr(part, "fp32_precision", None) for part in parts]
+    try:
+        yield
+    finally:
+        if before != [getattr(part, "fp32_precision", None) for part in parts] or matmul_allowed != allows_tf32():
+            torch.backends.cuda.matmul.allow_tf32 = matmul_allowed
+            for part, precision in zip(parts, before, strict=True):
+                if precision is not None:
+                    part.fp32_precision = precision

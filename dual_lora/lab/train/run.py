@@ -49,7 +49,7 @@ from dual_lora.lab.record.summary import format_finished, format_summary
 from dual_lora.lab.record.tensorboard import Board, open_board
 from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
 from dual_lora.lab.system.files import remove_path, translate_save_errors
-from dual_lora.lab.system.libraries import silence_libraries
+from dual_lora.lab.system.libraries import keep_float32_products, silence_libraries
 from dual_lora.lab.system.lock import hold_lock
 from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_smaller_batch, suggest_smaller_model
 from dual_lora.lab.system.sealed import hash_file, seal_folder
@@ -312,18 +312,19 @@ def build_trainer(
         check_examples(unwrap_adapter(model), "the validation rows", rows.validation.rows, encoded, settings)
         every = settings.task.validation_interval
         best = BestLoss(score_model, lambda: trainer.measure_loss(encoded), every, keeps, log)
-    trainer = RunTrainer(
-        log.record,
-        settings,
-        rows.train.rows["id"],
-        best,
-        model=model,
-        args=build_training_arguments(settings, log.record),
-        train_dataset=examples,
-        data_collator=collate,
-        processing_class=tokenizer,
-        callbacks=[log, best] if best else [log],
-    )
+    with keep_float32_products():
+        trainer = RunTrainer(
+            log.record,
+            settings,
+            rows.train.rows["id"],
+            best,
+            model=model,
+            args=build_training_arguments(settings, log.record),
+            train_dataset=examples,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=[log, best] if best else [log],
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
