@@ -74,9 +74,12 @@ def test_a_run_that_is_compiled_takes_its_products_in_float32_as_any_other(runs_
 
 def test_a_setting_of_one_part_of_torch_is_described():
     with keep_float32_products():
-        torch.backends.fp32_precision = "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
         found = describe_float32_products()
-    assert found == {"tf32": {"matmul": True, "cudnn": True}, "float32_matmul_precision": "tf32"}
+    assert found["tf32"] == {"matmul": True, "cudnn": True}
+    assert found["float32_matmul_precision"] == torch.backends.fp32_precision
 
 
 @pytest.mark.slow
