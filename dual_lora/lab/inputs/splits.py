@@ -96,7 +96,7 @@ def count_copies(split: Split, train: Split) -> int:
     def list_contents(split: Split) -> list[str]:
         names = split.rows.column_names
         columns = ["prompt"] if "prompt" in names else [name for name in names if name != "id"]
-        return [repr([row[name] for name in columns]) for row in split.rows.select_columns(columns)]
+        return [repr([row[name] for name in columns]) for row in split.rows.select_columns(columns).to_list()]
 
     known = set(list_contents(train))
     return sum(content in known for content in list_contents(split))
