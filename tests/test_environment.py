@@ -15,7 +15,7 @@ from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.screen import Screen, open_screen
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError, describe_machine_error
-from dual_lora.lab.record.provenance import run_git
+from dual_lora.lab.record.provenance import name_program, run_git
 from dual_lora.lab.study import launch
 from dual_lora.lab.system.environment import describe_variables, isolate_environment
 from dual_lora.lab.system.libraries import hide_foreign_warnings, import_heavy_libraries
@@ -291,3 +291,10 @@ def test_folders_of_caches_are_not_recorded(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
     found = describe_variables()
     assert "TORCHINDUCTOR_CACHE_DIR" not in found and found["TORCHINDUCTOR_MAX_AUTOTUNE"] == "1"
+
+
+def test_a_record_names_its_program_without_the_folders_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert name_program("train.py") == name_program(str(ROOT / "train.py")) == "train.py"
+    assert name_program(str(ROOT / "dual_lora/bench/__main__.py")) == "dual_lora/bench/__main__.py"
+    assert name_program(str(tmp_path / "queue.py")) == "queue.py"

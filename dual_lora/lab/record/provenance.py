@@ -77,6 +77,13 @@ def hash_code() -> str:
     return digest.hexdigest()
 
 
+def name_program(path: str) -> str:
+    """Return a script's path as it stands in the repository; of one from elsewhere its name alone, since where it lies
+    says nothing of the run."""
+    script = Path(path).resolve()
+    return script.relative_to(paths.ROOT).as_posix() if script.is_relative_to(paths.ROOT) else script.name
+
+
 def describe_environment() -> dict[str, Any]:
     """Return what else can change a digit of a result, beside the identity's facts: versions, machine, numerical
     settings, code."""
@@ -110,7 +117,7 @@ def describe_environment() -> dict[str, Any]:
         "code": hash_code(),
         **({"plugins": plugins} if (plugins := describe_plugins()) else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": [redact_secrets(word) for word in sys.argv],
+        "command": [name_program(sys.argv[0]), *(redact_secrets(word) for word in sys.argv[1:])],
     }
 
 
