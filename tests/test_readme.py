@@ -172,7 +172,7 @@ def list_rows(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("section", "report", "rows"),
     [
-        ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 14),
+        ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 18),
         ("### At half the rates", "half_rates", 9),
         ("## What training can fit", "fit", 9),
         ("## How similar updates are", "similarity", 10),
@@ -199,7 +199,7 @@ def test_the_verdict_of_the_readme_is_that_of_the_results():
     lines = list_rows(PAGES["README.md"].partition("## The verdict so far")[2].partition("\n#")[0])
     assert len(lines) == 6
     for label, *cells in lines:
-        name = label.removesuffix(" (floor)")
+        name = label.removeprefix("Score of ")
         known = " ".join(" ".join(row) for row in results if {name, f"Dual LoRA - {name}"} & set(row[:2]))
         for number in re.findall(r"[-+]?\d+\.\d", " ".join(cells)):
             assert number in known.split(), (label, number)
