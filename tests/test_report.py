@@ -41,7 +41,6 @@ from dual_lora.lab.study.outcome import find_outcomes
 GLUE = {
     "title": "GLUE",
     "rows": ["model.name"],
-    "mean": "task.name",
     "columns": "published",
     "published": ["lora_table2_glue"],
     "baselines": ["LoRA"],
