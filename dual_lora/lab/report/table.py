@@ -26,6 +26,7 @@ from dual_lora.lab.report.values import (
     SCORE_FORMATS,
     Column,
     get_heading,
+    format_value,
     get_score,
     get_unit,
     list_cells,
@@ -93,7 +94,7 @@ def build_main_table(
     for (name, label), part in parts.items():
         heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
         cells = {
-            format_head(c): format_cell(
+            format_value(c.head): format_cell(
                 part[part["column"] == c.head],
                 choose_format(experiment, c, found, runs[name, label] or done),
                 reasons,
@@ -103,10 +104,12 @@ def build_main_table(
         }
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
-        commands.append({format_head(c): find_command(part[part["column"] == c.head], done, experiment) for c in found})
+        commands.append(
+            {format_value(c.head): find_command(part[part["column"] == c.head], done, experiment) for c in found}
+        )
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
-            cells = {format_head(c): cells[c.head] for c in found if c.head in cells}
+            cells = {format_value(c.head): cells[c.head] for c in found if c.head in cells}
             lines.append({**heads, "method": f"{label} [{table}]", **cells})
             best.append({})
             commands.append({})
@@ -129,7 +132,7 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for cell in (cell for cell in done if cell.result):
         kind = (cell.settings.method.peft or {}).get("peft_type", "every weight")
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in cell.result.get("learning_rates", {}).items())
+        rates = [f"{name} {format_value(rate)}" for name, rate in cell.result.get("learning_rates", {}).items()]
         own = cell.result.get("adapter_parameters")
         line = {
             "model": cell.settings.model.name,
@@ -137,7 +140,7 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
             "adapter": f"{kind}: {cell.result['adapter']}" if "adapter" in cell.result else kind,
             "trained": f"{cell.result['trainable_parameters']:,}",
             "of them the adapter's": MISSING if own is None else f"{own:,}",
-            "learning rates": rates or MISSING,  # older records lack both
+            "learning rates": ", ".join(rates) or MISSING,  # older records lack both
             DROPOUT: describe_dropouts(cell.result),
         }
         lines[tuple(line.values())] = line
@@ -184,11 +187,6 @@ def describe_metrics(done: list[Outcome]) -> str:
     return f"({listed}){', %' if units == {100} else ''}"
 
 
-def format_head(column: Column) -> str:
-    """Return the heading of a column."""
-    return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
-
-
 def choose_format(experiment: Experiment, column: Column, found: list[Column], cells: list[Outcome]) -> str:
     """Return how the values that runs have in a column are printed. found: all columns."""
     if column.field in FIELDS:
@@ -231,7 +229,7 @@ def find_best(
         # A mean of scores of which some should be low and others high is not better for being higher or lower.
         if len(part) > 1 and len(lower) == 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
             best = part.min() if True in lower else part.max()
-            names = {c.head: format_head(c) for c in family}
+            names = {c.head: format_value(c.head) for c in family}
             top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
     return top
 

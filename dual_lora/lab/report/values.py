@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
 }
 DECIMALS = {100: 1, 1: 2}  # of a printed score, by `get_unit`
 SCORE_FORMATS = {unit: f"{{:.{number}f}}" for unit, number in DECIMALS.items()}
+DIGITS = (6, 12)  # significant ones of a printed setting: as a rule, and where it was given with more
 MARKS = {
     "‡": "the code had changes that no commit holds, or is not known",
     "†": "done with an older version of the task, or one that was not recorded",
@@ -224,8 +225,12 @@ def get_marks(cell: Outcome) -> str:
 
 
 def format_value(value: object) -> str:
-    """Return a setting's value as it heads a row or column."""
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a setting's value as it heads a row or column: a number with all digits it was given with, so that
+    different ones read differently; one that was computed, such as 2/3, with six."""
+    if isinstance(value, float):
+        short, whole = (f"{value:.{digits}g}" for digits in DIGITS)
+        return whole if float(short) != value == float(whole) else short
+    return "none" if value is None else str(value)
 
 
 def get_place(experiment: Experiment, cell: Outcome) -> dict[str, object]:
