@@ -1,7 +1,9 @@
 """Which score a report shows, in which unit, and which side of it is better: by what the run's own task says."""
 
+from pathlib import Path
+
 import pytest
-from test_report import GLUE, PLANNED, RATIOS, rows_of, study  # noqa: F401 (a fixture)
+from test_report import GLUE, PLANNED, RATIOS, finish, rows_of, study  # noqa: F401 (a fixture)
 
 import tasks
 from dual_lora.lab.record.run import Run
@@ -18,6 +20,7 @@ from dual_lora.lab.report.published import get_published_name
 from dual_lora.lab.report.values import Column, build_frame
 from dual_lora.lab.report.write import write_report
 from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import find_outcomes
 from tasks.classification import Classification
 
 BY_TASK = PLANNED | {"columns": "task.name", "published": []}
@@ -156,3 +159,66 @@ def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # n
     frame = build_frame(experiment, done)
     assert set(frame.loc[frame["cell"] == -1, "value"]) == {20, 25}
     assert list_bold(write_report(experiment, done, tmp_path))[("roberta-base", "Dual LoRA")] == [True] * 3
+
+
+# A task whose code has changed since the runs were done
+
+
+def test_the_score_is_the_task_s_main_one_now_and_not_that_of_the_record(study, tmp_path):  # noqa: F811
+    other = {"metric": "kappa", "metrics": {"accuracy": 0.7, "kappa": 0.4}}
+    experiment, done = study(BY_TASK, lambda label, s: 70, **other)
+    text = write_report(experiment, done, tmp_path)
+    assert "Main score (accuracy), %, by task.name:" in text and "70.0 ± 0.0 (5)" in text and "40.0" not in text
+    assert set(collect_costs(experiment, done, set())["score"].round(6)) == {70}
+
+
+def test_a_main_score_that_the_records_lack_is_not_measured(study, tmp_path):  # noqa: F811
+    experiment, done = study(BY_TASK, lambda label, s: 70, metric="kappa", metrics={"kappa": 0.4})
+    text = write_report(experiment, done, tmp_path)
+    assert text.count("| – [a]") == 4 and "– [a]: accuracy not measured" in text and "40.0" not in text
+
+
+@pytest.mark.parametrize(("known", "rate"), [(True, 2e-3), (False, None)])
+def test_rates_are_chosen_by_the_task_s_main_score(study, known, rate, runs_folder):  # noqa: F811
+    tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3]}}
+    one = {"cells": {"LoRA": ["method=lora"]}, "baselines": [], "planned": []}
+    spec = BY_TASK | one | {"tune": tune, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    cells = Experiment.from_content("made", spec).compose_cells([])
+    for trial in cells[0].tuning:
+        score = 200 * trial.train.lr  # where accuracy is high, kappa is low
+        finish(trial, 50, metric="kappa", metrics={"kappa": 1 - score} | ({"accuracy": score} if known else {}))
+    (found,) = find_outcomes(cells, "made")
+    assert found.rate == rate
+    unmeasured = f"learning rate not chosen: {Run.prepare(cells[0].tuning[0]).record.name}: accuracy not measured"
+    assert found.reason == ("not run" if known else unmeasured)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_runs_start_from_the_best_by_the_task_s_main_score(study, known):  # noqa: F811
+    spec = BY_TASK | {"starts": {"glue/rte": "glue/sst2"}, "cells": {"LoRA": ["method=lora"]}, "baselines": []}
+    experiment = Experiment.from_content("made", spec | {"planned": [], "full": GLUE["full"]})
+    cells = experiment.compose_cells([])
+    first, last = (cell for cell in cells if cell.settings.task.name == "glue/sst2")
+    for cell, kappa in ((first, 0.9), (last, 0.1)):
+        scores = {"kappa": kappa} | ({"accuracy": 1 - kappa} if known else {})
+        finish(cell.settings, 50, metric="kappa", metrics=scores)
+    (found, _) = (cell for cell in find_outcomes(cells, "made") if cell.settings.task.name == "glue/rte")
+    if known:
+        assert Path(found.settings.init_from).name == Run.prepare(last.settings).record.name
+    else:
+        assert found.reason == "its start is not there: a run of glue/sst2 is missing, or its accuracy"
+
+
+def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, tmp_path, monkeypatch):  # noqa: F811
+    def record(version: str) -> dict:
+        return {"environment": {"plugins": {"stars": {"path": "stars.py", "sha256": version}, "gone": {"sha256": "0"}}}}
+
+    monkeypatch.setitem(tasks.plugins, "stars", tasks.Plugin(tasks, Path("stars.py"), "2"))
+    experiment, done = study(BY_TASK, lambda label, s: 70 if s.seed else None, **record("2"))
+    for cell in done:
+        if not cell.result:
+            finish(cell.settings, 80, **record("1"))
+    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
+    assert "72.0 ± 4.5 (5)§‡" in text and "§: done with another version of a plugin" in text
+    values = build_frame(experiment, find_outcomes([cell.cell for cell in done], "made"))
+    assert set(values[values["seed"] == 0]["marks"]) == {"‡§"} and set(values[values["seed"] > 0]["marks"]) == {"‡"}

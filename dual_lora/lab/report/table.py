@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, product
+from math import isnan
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -25,8 +26,8 @@ from dual_lora.lab.report.values import (
     MARKS,
     SCORE_FORMATS,
     Column,
-    get_heading,
     format_value,
+    get_heading,
     get_score,
     get_unit,
     list_cells,
@@ -340,10 +341,12 @@ def iterate_last_scores(finished: list[Outcome]) -> Iterator[str]:
     for (model, name), cells in places.items():
         task, last = load_task_of(cells[0]), {}
         for cell in cells:
-            last.setdefault(cell.cell.label, []).append(get_score(task, cell.result, of="metrics_last_epoch"))
+            if not isnan(score := get_score(task, cell.result, of="metrics_last_epoch")):
+                last.setdefault(cell.cell.label, []).append(score)
         style = SCORE_FORMATS[get_unit(task, task.metric)]
         listed = ", ".join(f"{label} {style.format(np.mean(some))} ({len(some)})" for label, some in last.items())
-        yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
+        if listed:
+            yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
 
 
 def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
@@ -383,5 +386,7 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
 def describe_rivals(task: Task, records: tuple[Record, ...]) -> str:
     """Return the run that counts and those that do not, with their main scores."""
     style = SCORE_FORMATS[get_unit(task, task.metric)]
-    scores = [f"{record.name} ({style.format(get_score(task, record.read_result()))})" for record in records]
-    return f"{scores[0]}, not {', '.join(scores[1:])}"
+    scores = [get_score(task, record.read_result()) for record in records]
+    texts = [f"{task.metric} not measured" if isnan(score) else style.format(score) for score in scores]
+    named = [f"{record.name} ({text})" for record, text in zip(records, texts, strict=True)]
+    return f"{named[0]}, not {', '.join(named[1:])}"
