@@ -18,7 +18,7 @@ from dual_lora.lab.report.figures.results import draw_results
 from dual_lora.lab.report.figures.training import collect_costs
 from dual_lora.lab.report.published import get_published_name
 from dual_lora.lab.report.values import Column, build_frame
-from dual_lora.lab.report.write import write_report
+from dual_lora.lab.report.write import Findings, write_report
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
 from tasks.classification import Classification
@@ -222,3 +222,38 @@ def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, 
     assert "72.0 ± 4.5 (5)§‡" in text and "§: done with another version of a plugin" in text
     values = build_frame(experiment, find_outcomes([cell.cell for cell in done], "made"))
     assert set(values[values["seed"] == 0]["marks"]) == {"‡§"} and set(values[values["seed"] > 0]["marks"]) == {"‡"}
+
+
+@pytest.mark.parametrize("method", ["score", "declare_scores"])
+@pytest.mark.parametrize(
+    "error", [KeyError("length"), TypeError("no number"), AttributeError("x"), ZeroDivisionError()]
+)
+def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, error, tmp_path, monkeypatch):  # noqa: F811
+    def fail(*_):
+        raise error
+
+    experiment, done = study(PLANNED, lambda label, s: 70 + s.seed)
+    monkeypatch.setattr(type(tasks.load("glue/rte")), method, fail)
+    findings = Findings.compute(experiment, done)
+    said = f"glue/rte cannot score these predictions ({error!r}), which another version of it may have written"
+    (told,) = [trouble for trouble in findings.unreadable if "glue/rte" in trouble]
+    assert told.startswith("majority class, floor of glue/rte (roberta-base): ") and said in told
+    text = write_report(experiment, done, tmp_path, findings)
+    assert f"not read: {told}" in text and "72.0 ± 1.6 (5)" in text
+    if method == "declare_scores":
+        assert f"cannot be compared ({said}" in text
+
+
+def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):  # noqa: F811
+    experiment, done = study(PLANNED, lambda label, s: 70 + s.seed)
+    read = Predictions.read_runs
+
+    def drop_answers(self, cells):
+        lost = {"answer"} if cells[0].cell.label == "LoRA" else set()
+        return {
+            seed: [{k: row[k] for k in row.keys() - lost} for row in rows] for seed, rows in read(self, cells).items()
+        }
+
+    monkeypatch.setattr(Predictions, "read_runs", drop_answers)
+    for floor in find_floors(experiment, done, Predictions()):
+        assert (floor.best, floor.trouble) == ("Dual LoRA", "LoRA: accuracy: the predictions of a run have no 'answer'")
