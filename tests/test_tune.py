@@ -56,7 +56,7 @@ def test_a_cell_that_names_its_seeds_is_run_with_those(cells):
 def test_rates_are_not_chosen_by_runs_that_train_on_rows_held_out():
     spec = json.loads(json.dumps(SPEC))
     spec["smoke"]["blocks"] = [["task=commonsense", "model=tiny-llama"]]
-    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}}
+    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}, "task_seeds": {}}
     made = Experiment.from_content("made", spec)
     with pytest.raises(UserError, match="^eval.holdout=5: rates of experiment=made are chosen on other rows"):
         made.compose_cells(["eval.holdout=5"])
