@@ -1,6 +1,7 @@
 """Which score a report shows, in which unit, and which side of it is better: by what the run's own task says."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from test_report import GLUE, PLANNED, RATIOS, finish, rows_of, study  # noqa: F401 (a fixture)
@@ -19,6 +20,7 @@ from dual_lora.lab.report.figures.training import collect_costs
 from dual_lora.lab.report.published import get_published_name
 from dual_lora.lab.report.values import Column, build_frame
 from dual_lora.lab.report.write import Findings, write_report
+from dual_lora.lab.statistics.compare import compute_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
 from tasks.classification import Classification
@@ -224,24 +226,27 @@ def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, 
     assert set(values[values["seed"] == 0]["marks"]) == {"‡§"} and set(values[values["seed"] > 0]["marks"]) == {"‡"}
 
 
-@pytest.mark.parametrize("method", ["score", "declare_scores"])
 @pytest.mark.parametrize(
     "error", [KeyError("length"), TypeError("no number"), AttributeError("x"), ZeroDivisionError()]
 )
-def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, error, tmp_path, monkeypatch):  # noqa: F811
-    def fail(*_):
-        raise error
+def test_what_a_task_raises_over_old_predictions_is_one_line(error, monkeypatch):
+    monkeypatch.setattr(type(tasks.load("glue/rte")), "score", fail := Mock(side_effect=error))
+    with pytest.raises(ValueError) as caught:
+        compute_score([{"split": "validation", "id": "0", "answer": 0, "gold": 1}], tasks.load("glue/rte"), "accuracy")
+    assert fail.called and str(caught.value).startswith(f"glue/rte cannot score these predictions ({error!r}), which")
 
-    experiment, done = study(PLANNED, lambda label, s: 70 + s.seed)
-    monkeypatch.setattr(type(tasks.load("glue/rte")), method, fail)
+
+@pytest.mark.parametrize("method", ["score", "declare_scores"])
+def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, tmp_path, monkeypatch):  # noqa: F811
+    experiment, done = study(PLANNED | {"full": GLUE["full"]}, lambda label, s: 70 + s.seed)
+    monkeypatch.setattr(type(tasks.load("glue/rte")), method, Mock(side_effect=KeyError("length")))
     findings = Findings.compute(experiment, done)
-    said = f"glue/rte cannot score these predictions ({error!r}), which another version of it may have written"
+    said = "cannot score these predictions (KeyError('length')), which another version of it may have written"
     (told,) = [trouble for trouble in findings.unreadable if "glue/rte" in trouble]
-    assert told.startswith("majority class, floor of glue/rte (roberta-base): ") and said in told
+    assert told.startswith("majority class, floor of glue/rte (roberta-base): ") and f"glue/rte {said}" in told
     text = write_report(experiment, done, tmp_path, findings)
-    assert f"not read: {told}" in text and "72.0 ± 1.6 (5)" in text
-    if method == "declare_scores":
-        assert f"cannot be compared ({said}" in text
+    assert f"not read: {told}" in text and "70.5 ± 0.7 (2)" in text
+    assert (f"cannot be compared (glue/rte {said}" in text) == (method == "declare_scores")
 
 
 def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):  # noqa: F811
