@@ -117,6 +117,7 @@ def test_a_contrast_of_columns_that_no_row_has_is_refused():
         ({"contrasts": [{"plus": [0.5], "minus": []}]}, "contrasts: .* is needed"),
         ({"contrasts": [{"plus": [0.5], "minus": [1], "than": [2]}]}, "contrasts: .* is needed"),
         ({"contrasts": [{"plus": [0.5], "minus": [0.25, 0.5]}]}, "contrasts: .0.5.: on both sides"),
+        ({"contrasts": [{"plus": [0.5, 0.5], "minus": [0.25]}]}, "contrasts: plus: 0.5: given twice; drop one"),
         ({"columns": "task.name"}, "contrasts: need columns with the values of one setting"),
         ({"columns": {"score": "accuracy"}}, "contrasts: need columns"),
         ({"contrasts": [0.5]}, "contrasts: '.0.5.' has the wrong form"),

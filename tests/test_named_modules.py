@@ -61,9 +61,9 @@ def test_a_name_that_matches_nothing_is_refused(words, culprit):
     "words",
     [
         ["model.head=[classifier]"],
-        ["method=lora", "model.roles.q=foo", "model.adapt=[v]"],
+        ["method=lora", "model.adapt=[v]"],
         ["method=lora", "model.roles.q=query|foo"],
-        ["method=lora", "model.roles.q=foo", "+method.peft.target_modules=[value]"],
+        ["method=lora", "+method.peft.target_modules=[value]"],
         ["method=lora", "+method.peft.exclude_modules=[query]"],
         ["method=full"],
         ["method=dual_lora", "+method.peft.rank_pattern={layer.0.attention.self.query:4}"],

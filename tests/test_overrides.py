@@ -235,6 +235,23 @@ IDLE = {
     ): "model.adapt=['q', 'v']: LN_TUNING adapts other modules; drop it",
     (*ENCODER, "method=full", "model.adapt=[q]"): "model.adapt=['q']: method full trains every weight",
     (*ENCODER, "method=full", "model.roles.q=x"): "model.roles.q=x: method full trains every weight",
+    (*ENCODER, "method=lora", "+model.roles.x=qqq"): "model.roles.x=qqq: model.adapt does not name the role x; drop it",
+    (
+        *ENCODER,
+        "+model.roles={x:dense}",
+    ): "model.roles.x=dense: model.adapt does not name the role x; drop it, or add it",
+    (
+        *ENCODER,
+        "method=lora",
+        "model.roles.q=foo",
+        "model.adapt=[v]",
+    ): "model.roles.q=foo: model.adapt does not name the role q",
+    (
+        *ENCODER,
+        "method=lora",
+        "model.roles.q=foo",
+        "+method.peft.target_modules=[value]",
+    ): "model.roles.q=foo: method.peft.target_modules is used instead; drop one",
     (*ENCODER, "model.revision=abc"): "model.revision=abc: tiny-roberta is read from this repository; drop it",
     (*WRITER, "model.head=[x]"): "model.head=['x']: demo/restaurants trains no head",
     (*WRITER, "task.length_penalty=2"): "task.length_penalty=2.0: only beam search uses it",

@@ -32,8 +32,9 @@ from dual_lora.lab.report.figures.results import (
     find_published_points,
     set_setting_axis,
 )
+from dual_lora.lab.report.protocol import summarize_values
 from dual_lora.lab.report.table import build_main_table, letter_reasons
-from dual_lora.lab.report.values import MARKS, build_frame, list_columns
+from dual_lora.lab.report.values import MARKS, build_frame, format_value, list_columns
 from dual_lora.lab.report.write import DIFFERENCES_FILE, mirror_report, write_report
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import find_outcomes
@@ -41,7 +42,6 @@ from dual_lora.lab.study.outcome import find_outcomes
 GLUE = {
     "title": "GLUE",
     "rows": ["model.name"],
-    "mean": "task.name",
     "columns": "published",
     "published": ["lora_table2_glue"],
     "baselines": ["LoRA"],
@@ -436,6 +436,41 @@ def test_a_tie_of_rates_and_unfinished_trials_are_told(study, tmp_path):
     text = write_report(experiment, find_outcomes(cells, "made"), tmp_path)
     assert "0.002 (tied with 0.004)" in text and "seed 1000; ties go to the lowest rate" in text
     assert "6 more runs choose learning rates, 3 of which count so far" in text
+
+
+def test_values_that_differ_in_a_late_digit_head_columns_of_their_own(study, tmp_path):
+    rates = "0.00123456,0.001234561"
+    spec = RATIOS | {"columns": "train.lr", "published": [], "baselines": []}
+    experiment, done = study(
+        spec | {"cells": {"LoRA": ["method=lora", f"train.lr={rates}"]}},
+        lambda label, s: 60 + 10 * (s.train.lr > 0.0012345605),
+    )
+    head, line = rows_of(write_report(experiment, done, tmp_path))[:2]
+    assert head[2:4] == ["0.00123456", "0.001234561"] and line[2:4] == ["60.0 ± 0.0 (3)", "**70.0 ± 0.0 (3)**"]
+    text = (tmp_path / "table.md").read_text()
+    assert "learning rate, LoRA: 0.00123456, 0.001234561; given" in text
+    assert f"| train.lr | {rates.replace(',', ', ')} |" in re.sub(" +", " ", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.001, "0.001"), (1e-5, "1e-05"), (2 / 3, "0.666667"), (0.00123456789, "0.00123456789"), (2, "2")],
+)
+def test_a_setting_is_printed_with_the_digits_it_was_given_with(value, text):
+    assert format_value(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (["0.001", "0.0001", "0.003", "1e-05", "0.0003", "0.0002"], "1e-05 to 0.003 (6 values)"),
+        (["16", "4", "8"], "16, 4, 8"),
+        (list("bcadfe"), "b, c, a, d, f and 1 more"),
+        ([], "–"),
+    ],
+)
+def test_many_values_of_a_setting_are_told_by_their_ends(values, text):
+    assert summarize_values(values) == text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Which score a report shows, in which unit, and which side of it is better: by what the run's own task says."""
 
+from pathlib import Path
+from unittest.mock import Mock
+
 import pytest
-from test_report import GLUE, PLANNED, RATIOS, rows_of, study  # noqa: F401 (a fixture)
+from test_report import GLUE, PLANNED, RATIOS, finish, rows_of, study  # noqa: F401 (a fixture)
 
 import tasks
 from dual_lora.lab.record.run import Run
@@ -16,8 +19,10 @@ from dual_lora.lab.report.figures.results import draw_results
 from dual_lora.lab.report.figures.training import collect_costs
 from dual_lora.lab.report.published import get_published_name
 from dual_lora.lab.report.values import Column, build_frame
-from dual_lora.lab.report.write import write_report
+from dual_lora.lab.report.write import Findings, write_report
+from dual_lora.lab.statistics.compare import compute_score
 from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import find_outcomes
 from tasks.classification import Classification
 
 BY_TASK = PLANNED | {"columns": "task.name", "published": []}
@@ -156,3 +161,104 @@ def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # n
     frame = build_frame(experiment, done)
     assert set(frame.loc[frame["cell"] == -1, "value"]) == {20, 25}
     assert list_bold(write_report(experiment, done, tmp_path))[("roberta-base", "Dual LoRA")] == [True] * 3
+
+
+# A task whose code has changed since the runs were done
+
+
+def test_the_score_is_the_task_s_main_one_now_and_not_that_of_the_record(study, tmp_path):  # noqa: F811
+    other = {"metric": "kappa", "metrics": {"accuracy": 0.7, "kappa": 0.4}}
+    experiment, done = study(BY_TASK, lambda label, s: 70, **other)
+    text = write_report(experiment, done, tmp_path)
+    assert "Main score (accuracy), %, by task.name:" in text and "70.0 ± 0.0 (5)" in text and "40.0" not in text
+    assert set(collect_costs(experiment, done, set())["score"].round(6)) == {70}
+
+
+def test_a_main_score_that_the_records_lack_is_not_measured(study, tmp_path):  # noqa: F811
+    experiment, done = study(BY_TASK, lambda label, s: 70, metric="kappa", metrics={"kappa": 0.4})
+    text = write_report(experiment, done, tmp_path)
+    assert text.count("| – [a]") == 4 and "– [a]: accuracy not measured" in text and "40.0" not in text
+
+
+@pytest.mark.parametrize(("known", "rate"), [(True, 2e-3), (False, None)])
+def test_rates_are_chosen_by_the_task_s_main_score(study, known, rate, runs_folder):  # noqa: F811
+    tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3]}}
+    one = {"cells": {"LoRA": ["method=lora"]}, "baselines": [], "planned": []}
+    spec = BY_TASK | one | {"tune": tune, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    cells = Experiment.from_content("made", spec).compose_cells([])
+    for trial in cells[0].tuning:
+        score = 200 * trial.train.lr  # where accuracy is high, kappa is low
+        finish(trial, 50, metric="kappa", metrics={"kappa": 1 - score} | ({"accuracy": score} if known else {}))
+    (found,) = find_outcomes(cells, "made")
+    assert found.rate == rate
+    unmeasured = f"learning rate not chosen: {Run.prepare(cells[0].tuning[0]).record.name}: accuracy not measured"
+    assert found.reason == ("not run" if known else unmeasured)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_runs_start_from_the_best_by_the_task_s_main_score(study, known):  # noqa: F811
+    spec = BY_TASK | {"starts": {"glue/rte": "glue/sst2"}, "cells": {"LoRA": ["method=lora"]}, "baselines": []}
+    experiment = Experiment.from_content("made", spec | {"planned": [], "full": GLUE["full"]})
+    cells = experiment.compose_cells([])
+    first, last = (cell for cell in cells if cell.settings.task.name == "glue/sst2")
+    for cell, kappa in ((first, 0.9), (last, 0.1)):
+        scores = {"kappa": kappa} | ({"accuracy": 1 - kappa} if known else {})
+        finish(cell.settings, 50, metric="kappa", metrics=scores)
+    (found, _) = (cell for cell in find_outcomes(cells, "made") if cell.settings.task.name == "glue/rte")
+    if known:
+        assert Path(found.settings.init_from).name == Run.prepare(last.settings).record.name
+    else:
+        assert found.reason == "its start is not there: a run of glue/sst2 is missing, or its accuracy"
+
+
+def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, tmp_path, monkeypatch):  # noqa: F811
+    def record(version: str) -> dict:
+        return {"environment": {"plugins": {"stars": {"path": "stars.py", "sha256": version}, "gone": {"sha256": "0"}}}}
+
+    monkeypatch.setitem(tasks.plugins, "stars", tasks.Plugin(tasks, Path("stars.py"), "2"))
+    experiment, done = study(BY_TASK, lambda label, s: 70 if s.seed else None, **record("2"))
+    for cell in done:
+        if not cell.result:
+            finish(cell.settings, 80, **record("1"))
+    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
+    assert "72.0 ± 4.5 (5)§‡" in text and "§: done with another version of a plugin" in text
+    values = build_frame(experiment, find_outcomes([cell.cell for cell in done], "made"))
+    assert set(values[values["seed"] == 0]["marks"]) == {"‡§"} and set(values[values["seed"] > 0]["marks"]) == {"‡"}
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("length"), TypeError("no number"), AttributeError("x"), ZeroDivisionError()]
+)
+def test_what_a_task_raises_over_old_predictions_is_one_line(error, monkeypatch):
+    monkeypatch.setattr(type(tasks.load("glue/rte")), "score", fail := Mock(side_effect=error))
+    with pytest.raises(ValueError) as caught:
+        compute_score([{"split": "validation", "id": "0", "answer": 0, "gold": 1}], tasks.load("glue/rte"), "accuracy")
+    assert fail.called and str(caught.value).startswith(f"glue/rte cannot score these predictions ({error!r}), which")
+
+
+@pytest.mark.parametrize("method", ["score", "declare_scores"])
+def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, tmp_path, monkeypatch):  # noqa: F811
+    experiment, done = study(PLANNED | {"full": GLUE["full"]}, lambda label, s: 70 + s.seed)
+    monkeypatch.setattr(type(tasks.load("glue/rte")), method, Mock(side_effect=KeyError("length")))
+    findings = Findings.compute(experiment, done)
+    said = "cannot score these predictions (KeyError('length')), which another version of it may have written"
+    (told,) = [trouble for trouble in findings.unreadable if "glue/rte" in trouble]
+    assert told.startswith("majority class, floor of glue/rte (roberta-base): ") and f"glue/rte {said}" in told
+    text = write_report(experiment, done, tmp_path, findings)
+    assert f"not read: {told}" in text and "70.5 ± 0.7 (2)" in text
+    assert (f"cannot be compared (glue/rte {said}" in text) == (method == "declare_scores")
+
+
+def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):  # noqa: F811
+    experiment, done = study(PLANNED, lambda label, s: 70 + s.seed)
+    read = Predictions.read_runs
+
+    def drop_answers(self, cells):
+        lost = {"answer"} if cells[0].cell.label == "LoRA" else set()
+        return {
+            seed: [{k: row[k] for k in row.keys() - lost} for row in rows] for seed, rows in read(self, cells).items()
+        }
+
+    monkeypatch.setattr(Predictions, "read_runs", drop_answers)
+    for floor in find_floors(experiment, done, Predictions()):
+        assert (floor.best, floor.trouble) == ("Dual LoRA", "LoRA: accuracy: the predictions of a run have no 'answer'")

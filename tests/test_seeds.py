@@ -52,6 +52,18 @@ def test_seeds_that_all_agree_and_one_seed():
             compute_seed_test(nothing)
 
 
+@pytest.mark.parametrize("same", [0.01, -0.07, 1234.1])
+def test_equal_differences_decide_alike_whatever_their_number(same):
+    """The mean of ten times 0.01 is not 0.01 in floats, and what it is off by is no deviation of theirs."""
+    for seeds in range(2, 21):
+        for values in ([same] * seeds, [same * (1 + (-1) ** seed * 1e-15) for seed in range(seeds)]):
+            found = compute_seed_test(values)
+            assert (found.deviation, found.p) == (0, 0) and found.low == found.high == pytest.approx(same, rel=1e-12)
+            assert compute_equivalence_p(values, abs(same)) == 1  # a margin apart is not within the margin
+            assert compute_equivalence_p(values, abs(same) * 1.001) == 0
+            assert compute_equivalence_p(values, abs(same) * 0.999) == 1
+
+
 @pytest.mark.parametrize(("seeds", "comparisons", "least"), [(2, 1, 0), (5, 1, 0), (8, 1, 0), (8, 20, 0), (8, 4, 1.1)])
 def test_the_detectable_difference_has_the_power_it_says(seeds, comparisons, least):
     """In simulated studies. (statsmodels' TTestPower says 0.8 for two seeds where the power is 0.46.)"""

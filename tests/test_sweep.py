@@ -40,6 +40,7 @@ SPEC = {
     "smoke": {"seeds": [0, 1], "run": ["model=tiny-roberta", "task=demo/sentiment"]},
 }
 
+TUNE = {"holdout": 9, "grid": {"LoRA": [1e-3]}}
 TABLES = [name for name in list_choices("experiment") if "kind" not in load_experiment_file(name)]
 GLUE = {"MNLI": "mnli", "SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola"}
 GLUE |= {"QNLI": "qnli", "QQP": "qqp", "RTE": "rte", "STS-B": "stsb"}
@@ -374,6 +375,27 @@ def test_rows_set_apart_are_not_trained_on():
         ({"published": ["dora_table0"]}, "dora_table0: no such table"),
         ({"tune": {"holdout": 9, "grid": {"LoRA": [1], "Dual LoRA": [1, 2]}}}, "every label needs as many rates"),
         ({"tune": {"grid": {"LoRA": [1]}}}, "tune: give holdout or options"),
+        ({"tune": TUNE | {"grid": {"LoRA": []}}}, "tune.grid: every label needs as many rates, one at least, not"),
+        ({"tune": TUNE | {"grid": {"LoRA": [1e-3, 2, 0.001]}}}, "small.yaml: tune.grid: LoRA: 0.001: given twice"),
+        ({"tune": TUNE | {"seeds": []}}, "small.yaml: tune.seeds: no seed; rates are chosen by runs with one or more"),
+        ({"tune": TUNE | {"seeds": [5, 6, 5]}}, "small.yaml: tune.seeds: 5: given twice; drop one"),
+        ({"tune": TUNE | {"task_seeds": {"demo/sentiment": []}}}, "tune.task_seeds: demo/sentiment: no seed"),
+        ({"tune": TUNE | {"task_seeds": {"demo/sentiment": [5, 5]}}}, "task_seeds: demo/sentiment: 5: given twice"),
+        ({"smoke": SPEC["smoke"] | {"seeds": [0, 1, 0, 0, 1]}}, "small.yaml: seeds: 0: given twice; drop one"),
+        ({"smoke": SPEC["smoke"] | {"seeds": []}}, "small.yaml: seeds: none given; at least one is needed"),
+        ({"rows": ["task.name", "task.name"]}, "small.yaml: rows: task.name: given twice; drop one"),
+        ({"baselines": ["LoRA", "LoRA"]}, "small.yaml: baselines: LoRA: given twice; drop one"),
+        ({"mean": "task.name"}, "small.yaml: mean: task.name: not one of rows, which are none"),
+        ({"mean": "tsk.name", "rows": ["task.name"]}, "mean: tsk.name: not one of rows, which are task.name"),
+        (
+            {"columns": "method.rank", "analyse": "truncation"},
+            "analyse: truncation would average over values of method.rank as over seeds; give each value a cell",
+        ),
+        (
+            {"rows": ["task.name", "train.lr"], "analyse": "similarity", "reference": "LoRA"},
+            "analyse: similarity would average over values of train.lr as over seeds",
+        ),
+        ({"rows": ["method.alpha"], "analyse": "fit"}, "analyse: fit would average over values of method.alpha"),
     ],
 )
 def test_mistakes_in_a_file(changes, message):

@@ -56,7 +56,7 @@ def test_a_cell_that_names_its_seeds_is_run_with_those(cells):
 def test_rates_are_not_chosen_by_runs_that_train_on_rows_held_out():
     spec = json.loads(json.dumps(SPEC))
     spec["smoke"]["blocks"] = [["task=commonsense", "model=tiny-llama"]]
-    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}}
+    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}, "task_seeds": {}}
     made = Experiment.from_content("made", spec)
     with pytest.raises(UserError, match="^eval.holdout=5: rates of experiment=made are chosen on other rows"):
         made.compose_cells(["eval.holdout=5"])
@@ -66,9 +66,19 @@ def test_rates_are_not_chosen_by_runs_that_train_on_rows_held_out():
 def test_a_task_without_seeds_of_its_own_has_those_of_all():
     spec = json.loads(json.dumps(SPEC))
     spec["cells"].pop("Head only")
-    spec["smoke"]["blocks"] = [["task=demo/restaurants", "model=tiny-llama"]]
-    cell, *_ = Experiment.from_content("made", spec).compose_cells([])
-    assert [t.seed for t in cell.tuning] == [50, 50]
+    spec["smoke"]["blocks"] = [["task=demo/restaurants", "model=tiny-llama"], ["task=demo/sentiment"]]
+    cells = Experiment.from_content("made", spec).compose_cells([])
+    seeds = {cell.settings.task.name: [t.seed for t in cell.tuning] for cell in cells}
+    assert seeds == {"demo/restaurants": [50, 50], "demo/sentiment": [50, 51, 50, 51]}
+
+
+def test_seeds_of_a_task_that_no_cell_has_are_refused():
+    spec = json.loads(json.dumps(SPEC))
+    spec["smoke"]["tune"]["task_seeds"] = {"demo/sentimen": [50]}
+    with pytest.raises(UserError, match="tune.task_seeds: demo/sentimen: no cell has this .*Did you mean demo/sentime"):
+        Experiment.from_content("made", spec).compose_cells([])
+    spec["smoke"]["tune"]["task_seeds"] = {"demo/sentiment": [50]}
+    assert Experiment.from_content("made", spec).compose_cells(["task=demo/choice"])  # a selection leaves out its task
 
 
 @pytest.mark.parametrize(

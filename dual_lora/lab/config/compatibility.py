@@ -250,10 +250,14 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return f"{task.name} trains no head; drop it"
     if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
-    if key == "model.adapt" and (method.peft or {}).get("peft_type") in TYPES_OF_OTHER_MODULES:
+    role = key.removeprefix("model.roles.") if key.startswith("model.roles.") else None
+    chooses_modules = key == "model.adapt" or role is not None and role not in model.split
+    if chooses_modules and (method.peft or {}).get("peft_type") in TYPES_OF_OTHER_MODULES:
         return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as method.peft.target_modules"
-    if key == "model.adapt" and (method.peft or {}).get("target_modules"):
+    if chooses_modules and (method.peft or {}).get("target_modules"):
         return "method.peft.target_modules is used instead; drop one"
+    if chooses_modules and role not in (None, *model.adapt):
+        return f"model.adapt does not name the role {role}; drop it, or add it there"
     if key == "task.options.separator" and model.chat:
         return "with model.chat=true the chat template stands between prompt and response; drop one"
     if key.startswith("task.options.") and settings.data_dir:

@@ -137,6 +137,13 @@ def get_processor_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def has_changed_plugins(made_with: dict) -> bool:
+    """Return whether a run was done with other versions of plugins than those of this command."""
+    now = describe_plugins()
+    recorded = made_with.get("plugins") or {}
+    return any(recorded[name]["sha256"] != now[name]["sha256"] for name in recorded.keys() & now.keys())
+
+
 def is_committed(made_with: dict) -> bool:
     """Return whether a run was done with committed code alone, as far as its environment says."""
     return made_with.get("uncommitted_changes") is False and not made_with.get("plugins")

@@ -20,12 +20,12 @@ def describe_learning_rates(experiment: Experiment, done: list[Outcome]) -> Iter
     for label in list_labels(experiment, done):
         cells = [cell for cell in done if cell.cell.label == label]
         used = sorted({get_rate(cell) for cell in cells} - {None})
-        text = ", ".join(f"{rate:g}" for rate in used) or "not chosen yet"
+        text = ", ".join(map(format_value, used)) or "not chosen yet"
         if tune and label in tune.grid:
-            grid = ", ".join(f"{float(rate):g}" for rate in tune.grid[label])
+            grid = ", ".join(format_value(float(rate)) for rate in tune.grid[label])
             grid += " times the rate of its protocol" if tune.relative else ""
             diverged = sorted({rate for cell in cells for rate in cell.diverged})
-            lost = f"; training diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
+            lost = f"; training diverged at {', '.join(map(format_value, diverged))}" if diverged else ""
             edge = (
                 f"; {EDGE}: at an edge of the grid, where the best may lie beyond"
                 if any(map(is_at_edge, cells))
@@ -60,8 +60,8 @@ def describe_rate(cell: Outcome) -> str:
     rate = get_rate(cell)
     if rate is None:
         return MISSING
-    tied = f" (tied with {', '.join(f'{rate:g}' for rate in cell.tied)})" if cell.tied else ""
-    return f"{rate:g}{tied}{f' {EDGE}' if is_at_edge(cell) else ''}"
+    tied = f" (tied with {', '.join(map(format_value, cell.tied))})" if cell.tied else ""
+    return f"{format_value(rate)}{tied}{f' {EDGE}' if is_at_edge(cell) else ''}"
 
 
 def is_at_edge(cell: Outcome) -> bool:

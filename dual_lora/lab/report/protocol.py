@@ -124,9 +124,12 @@ def has_effect(settings: Settings, name: str, given: Collection[str]) -> bool:
 def summarize_values(values: list[object]) -> str:
     """Return the values of one setting in a few words."""
     texts = [str(value) for value in values]
-    if len(texts) > MAX_VALUES:
-        return f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
-    return ", ".join(texts) or MISSING
+    if len(texts) <= MAX_VALUES:
+        return ", ".join(texts) or MISSING
+    try:
+        return f"{min(texts, key=float)} to {max(texts, key=float)} ({len(texts)} values)"
+    except ValueError:  # not numbers
+        return f"{', '.join(texts[:MAX_VALUES])} and {len(texts) - MAX_VALUES} more"
 
 
 def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, product
+from math import isnan
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -25,6 +26,7 @@ from dual_lora.lab.report.values import (
     MARKS,
     SCORE_FORMATS,
     Column,
+    format_value,
     get_heading,
     get_score,
     get_unit,
@@ -93,7 +95,7 @@ def build_main_table(
     for (name, label), part in parts.items():
         heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
         cells = {
-            format_head(c): format_cell(
+            format_value(c.head): format_cell(
                 part[part["column"] == c.head],
                 choose_format(experiment, c, found, runs[name, label] or done),
                 reasons,
@@ -103,10 +105,12 @@ def build_main_table(
         }
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
-        commands.append({format_head(c): find_command(part[part["column"] == c.head], done, experiment) for c in found})
+        commands.append(
+            {format_value(c.head): find_command(part[part["column"] == c.head], done, experiment) for c in found}
+        )
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
-            cells = {format_head(c): cells[c.head] for c in found if c.head in cells}
+            cells = {format_value(c.head): cells[c.head] for c in found if c.head in cells}
             lines.append({**heads, "method": f"{label} [{table}]", **cells})
             best.append({})
             commands.append({})
@@ -129,7 +133,7 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for cell in (cell for cell in done if cell.result):
         kind = (cell.settings.method.peft or {}).get("peft_type", "every weight")
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in cell.result.get("learning_rates", {}).items())
+        rates = [f"{name} {format_value(rate)}" for name, rate in cell.result.get("learning_rates", {}).items()]
         own = cell.result.get("adapter_parameters")
         line = {
             "model": cell.settings.model.name,
@@ -137,7 +141,7 @@ def tabulate_adapters(done: list[Outcome]) -> Table:
             "adapter": f"{kind}: {cell.result['adapter']}" if "adapter" in cell.result else kind,
             "trained": f"{cell.result['trainable_parameters']:,}",
             "of them the adapter's": MISSING if own is None else f"{own:,}",
-            "learning rates": rates or MISSING,  # older records lack both
+            "learning rates": ", ".join(rates) or MISSING,  # older records lack both
             DROPOUT: describe_dropouts(cell.result),
         }
         lines[tuple(line.values())] = line
@@ -184,11 +188,6 @@ def describe_metrics(done: list[Outcome]) -> str:
     return f"({listed}){', %' if units == {100} else ''}"
 
 
-def format_head(column: Column) -> str:
-    """Return the heading of a column."""
-    return f"{column.head:g}" if isinstance(column.head, float) else str(column.head)
-
-
 def choose_format(experiment: Experiment, column: Column, found: list[Column], cells: list[Outcome]) -> str:
     """Return how the values that runs have in a column are printed. found: all columns."""
     if column.field in FIELDS:
@@ -231,7 +230,7 @@ def find_best(
         # A mean of scores of which some should be low and others high is not better for being higher or lower.
         if len(part) > 1 and len(lower) == 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
             best = part.min() if True in lower else part.max()
-            names = {c.head: format_head(c) for c in family}
+            names = {c.head: format_value(c.head) for c in family}
             top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
     return top
 
@@ -342,10 +341,12 @@ def iterate_last_scores(finished: list[Outcome]) -> Iterator[str]:
     for (model, name), cells in places.items():
         task, last = load_task_of(cells[0]), {}
         for cell in cells:
-            last.setdefault(cell.cell.label, []).append(get_score(task, cell.result, of="metrics_last_epoch"))
+            if not isnan(score := get_score(task, cell.result, of="metrics_last_epoch")):
+                last.setdefault(cell.cell.label, []).append(score)
         style = SCORE_FORMATS[get_unit(task, task.metric)]
         listed = ", ".join(f"{label} {style.format(np.mean(some))} ({len(some)})" for label, some in last.items())
-        yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
+        if listed:
+            yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
 
 
 def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
@@ -385,5 +386,7 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
 def describe_rivals(task: Task, records: tuple[Record, ...]) -> str:
     """Return the run that counts and those that do not, with their main scores."""
     style = SCORE_FORMATS[get_unit(task, task.metric)]
-    scores = [f"{record.name} ({style.format(get_score(task, record.read_result()))})" for record in records]
-    return f"{scores[0]}, not {', '.join(scores[1:])}"
+    scores = [get_score(task, record.read_result()) for record in records]
+    texts = [f"{task.metric} not measured" if isnan(score) else style.format(score) for score in scores]
+    named = [f"{record.name} ({text})" for record, text in zip(records, texts, strict=True)]
+    return f"{named[0]}, not {', '.join(named[1:])}"

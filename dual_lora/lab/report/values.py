@@ -11,7 +11,7 @@ import pandas as pd
 from dual_lora import paper
 from dual_lora.lab.config.compatibility import trains_head_alone
 from dual_lora.lab.config.schema import get_setting
-from dual_lora.lab.record.provenance import is_committed
+from dual_lora.lab.record.provenance import has_changed_plugins, is_committed
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current, load_task_of
 from dual_lora.paper import Table
@@ -27,9 +27,11 @@ FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
 }
 DECIMALS = {100: 1, 1: 2}  # of a printed score, by `get_unit`
 SCORE_FORMATS = {unit: f"{{:.{number}f}}" for unit, number in DECIMALS.items()}
+DIGITS = (6, 12)  # significant ones of a printed setting: as a rule, and where it was given with more
 MARKS = {
     "‡": "the code had changes that no commit holds, or is not known",
     "†": "done with an older version of the task, or one that was not recorded",
+    "§": "done with another version of a plugin: its code has changed since",
     "!": "the run warns: see its result.json",
 }
 
@@ -47,10 +49,10 @@ class Column:
     ours: str | None = None
 
     def get_value(self, cell: Outcome) -> float:
-        """Return the value of a finished run in the unit that is printed.
+        """Return the value of a finished run in the unit that is printed; NaN where it was not measured.
 
         Raises:
-            KeyError: the run has no such score.
+            KeyError: the run's version recorded no such value.
         """
         if self.field in FIELDS:
             return FIELDS[self.field][0](cell.result)
@@ -58,14 +60,10 @@ class Column:
 
 
 def get_score(task: Task, result: dict, metric: str | None = None, of: str = "metrics") -> float:
-    """Return a score of a result in the unit that is printed. metric: its name; None: the main one. of: the scores of
-    the weights that count, or `metrics_last_epoch`.
-
-    Raises:
-        KeyError: there is no such score.
-    """
-    metric = metric or result["metric"]
-    return result[of][metric] * get_unit(task, metric)
+    """Return a score of a result in the unit that is printed; NaN where it was not measured. metric: its name; None:
+    the main one of the task as it is now. of: the scores of the weights that count, or `metrics_last_epoch`."""
+    metric = metric or task.metric
+    return result[of].get(metric, nan) * get_unit(task, metric)
 
 
 def get_unit(task: Task, metric: str) -> int:
@@ -154,7 +152,7 @@ def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -
             with suppress(KeyError):
                 value = column.get_value(cell)
             if value is None or isnan(value):
-                value, reason = None, f"{column.field} not measured"
+                value, reason = None, f"{column.field or load_task_of(cell).metric} not measured"
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
 
 
@@ -220,12 +218,17 @@ def get_marks(cell: Outcome) -> str:
         return ""
     found = "" if is_committed(cell.record.read_environment()) else "‡"
     found += "" if is_current(cell.result, cell.settings) else "†"
+    found += "§" if has_changed_plugins(cell.record.read_environment()) else ""
     return found + ("!" if cell.result.get("warnings") else "")
 
 
 def format_value(value: object) -> str:
-    """Return a setting's value as it heads a row or column."""
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a setting's value as it heads a row or column: a number with all digits it was given with, so that
+    different ones read differently; one that was computed, such as 2/3, with six."""
+    if isinstance(value, float):
+        short, whole = (f"{value:.{digits}g}" for digits in DIGITS)
+        return whole if float(short) != value == float(whole) else short
+    return "none" if value is None else str(value)
 
 
 def get_place(experiment: Experiment, cell: Outcome) -> dict[str, object]:

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,7 @@ from dual_lora.lab.report.comparison.floors import (
     Floor,
     ModelTask,
     describe_failed_runs,
+    describe_unscored_floors,
     find_floors,
     find_unlearned,
 )
@@ -68,7 +70,7 @@ TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: 
 @dataclass(frozen=True)
 class Findings:
     """What a report is made of: every value, the floors, the tasks that were not learned, the comparisons, and what of
-    the records cannot be read."""
+    the records cannot be read or scored."""
 
     values: pd.DataFrame
     floors: list[Floor]
@@ -80,10 +82,11 @@ class Findings:
     def compute(cls, experiment: Experiment, done: list[Outcome]) -> "Findings":
         """Compute them from the records."""
         predictions = Predictions()
-        floors = find_floors(experiment, done, predictions)
+        found = find_floors(experiment, done, predictions)
+        floors = [floor for floor in found if not (floor.trouble and isnan(floor.score))]
         unlearned = find_unlearned(floors)
         comparisons = compare_cells(experiment, done, predictions, unlearned)
-        unreadable = find_unreadable(experiment, done)
+        unreadable = [*find_unreadable(experiment, done), *describe_unscored_floors(found)]
         return cls(build_frame(experiment, done, unlearned), floors, unlearned, comparisons, unreadable)
 
 

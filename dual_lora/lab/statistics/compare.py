@@ -29,13 +29,14 @@ all pairs of one of ours and one of theirs, and a swap of an example's outputs i
 A task declares which of its scores are resampled, and how (tasks/measures.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
-from dual_lora.lab.statistics.pairing import Runs, pair_rows
+from dual_lora.lab.statistics.pairing import Runs, UnscorableRows, pair_rows
 from dual_lora.lab.statistics.resampling import (
     Stratum,
     bootstrap_difference,
@@ -47,6 +48,7 @@ from dual_lora.lab.statistics.resampling import (
 from dual_lora.lab.statistics.seeds import LEVEL
 from tasks import Task, measures
 from tasks.base import Row
+from tasks.measures import Score
 
 RESAMPLES = 2000
 
@@ -99,7 +101,7 @@ def compare_means(
         ValueError: no seed in common, runs on other examples or with other gold, or the task gives no such score.
     """
     runs, pairs = pair_rows(ours, theirs), len(ours) * len(theirs)
-    score = task.declare_scores(runs[0][0][0]).get(metric)
+    score = find_score(task, metric, runs[0][0][0])
     if not score:
         return subtract_scores(runs, pairs, task, metric)
     strata = build_strata(runs, score, metric, pairs)
@@ -131,7 +133,7 @@ def estimate_difference(
         ValueError: as `compare_runs`.
     """
     runs = pair_rows([ours], [theirs])
-    score = task.declare_scores(runs[0][0][0]).get(metric)
+    score = find_score(task, metric, runs[0][0][0])
     if not score:
         return None
     strata = build_strata(runs, score, metric)
@@ -146,8 +148,37 @@ def count_resamples(comparisons: int) -> int:
 
 
 def is_resampled(task: Task, metric: str, example: Row) -> bool:
-    """Whether a metric is one that is resampled; `example` is any row of the predictions."""
-    return metric in task.declare_scores(example)
+    """Whether a metric is one that is resampled; `example` is any row of the predictions.
+
+    Raises:
+        UnscorableRows: as `find_score`.
+    """
+    return find_score(task, metric, example) is not None
+
+
+def find_score(task: Task, metric: str, example: Row) -> Score | None:
+    """Return how a metric is recomputed on resampled rows; None where it is not. example: any of these rows.
+
+    Raises:
+        UnscorableRows: the task does not say it of such rows.
+    """
+    with translate_score_errors(task):
+        return task.declare_scores(example).get(metric)
+
+
+@contextmanager
+def translate_score_errors(task: Task) -> Iterator[None]:
+    """Turn what a task's code raises over rows that lack what it reads into one line: another version of the task may
+    have written them.
+
+    Raises:
+        UnscorableRows: with the task and the error.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        why = f"cannot score these predictions ({error!r}), which another version of it may have written"
+        raise UnscorableRows(f"{task.name} {why}; do the runs again") from error
 
 
 def subtract_scores(runs: list[list[list[Row]]], pairs: int, task: Task, metric: str) -> Difference:
@@ -165,11 +196,13 @@ def compute_score(rows: list[Row], task: Task, metric: str) -> float:
 
     Raises:
         ValueError: the task has no such score, or cannot compute it here.
+        UnscorableRows: they lack what the task reads.
     """
     results: dict[str, list[Row]] = {}
     for row in rows:
         results.setdefault(row["split"], []).append(row)
-    scores = task.score(results)
+    with translate_score_errors(task):
+        scores = task.score(results)
     if metric not in scores:
         raise ValueError(f"{task.name} gives no {metric} here, only {', '.join(scores)}")
     return scores[metric]

@@ -8,6 +8,10 @@ from tasks.base import Row
 Runs = Mapping[int, Sequence[Row]]  # the judged rows of each seed
 
 
+class UnscorableRows(ValueError):
+    """Judged rows that lack what a score is made of."""
+
+
 def pair_rows(ours: Sequence[Runs], theirs: Sequence[Runs]) -> list[list[list[Row]]]:
     """Return the rows of pairs of runs, [side][pair][example], in one order of examples: seed by seed, for the seeds
     that all have, every one of ours with every one of theirs.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from statsmodels.stats.contingency_tables import mcnemar
 
+from dual_lora.lab.statistics.pairing import UnscorableRows
 from tasks.base import Row
 from tasks.measures import TINY, Measure, Score, mean
 
@@ -28,18 +29,21 @@ def build_strata(runs: list[list[list[Row]]], score: Score, metric: str, pairs: 
     """Return the outputs of each stratum as numbers. runs: [side][pair][example]; pairs: how many of them a seed has.
 
     Raises:
-        ValueError: no example belongs to the metric, or one lacks what the metric is made of.
+        ValueError: no example belongs to the metric.
+        UnscorableRows: one lacks what the metric is made of.
     """
     places: dict[str, list[int]] = {}
-    for place, row in enumerate(runs[0][0]):
-        if (name := score.stratum(row)) is not None:
-            places.setdefault(name, []).append(place)
-    if not places:
-        raise ValueError(f"{metric}: no prediction belongs to it")
     try:
+        for place, row in enumerate(runs[0][0]):
+            if (name := score.stratum(row)) is not None:
+                places.setdefault(name, []).append(place)
         outputs = np.array([[[score.columns(row) for row in rows] for rows in method] for method in runs], dtype=float)
     except KeyError as lack:
-        raise ValueError(f"{metric}: the predictions of a run have no {lack}") from lack
+        raise UnscorableRows(f"{metric}: the predictions of a run have no {lack}") from lack
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise UnscorableRows(f"{metric}: the predictions of a run do not say it ({error!r})") from error
+    if not places:
+        raise ValueError(f"{metric}: no prediction belongs to it")
     return [group_equal_examples(outputs[:, :, chosen], pairs) for chosen in places.values()]
 
 

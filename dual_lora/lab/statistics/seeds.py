@@ -9,7 +9,6 @@ Units are those of the differences given: fractions, or points of percent.
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +21,10 @@ LEVEL = 0.05
 POWER = 0.8
 # Fewer seeds than this decide nothing, whatever their p: their standard deviation is hardly known.
 MIN_SEEDS = 5
-# Differences are equal up to this: sums of floats are not exact, and a standard deviation of 1e-17 would decide a test.
+# Differences are equal up to this, in their unit and relative to their size: sums of floats are not exact, and a
+# standard deviation of 1e-17 would decide a test.
 DECIMALS = 12
+TOLERANCE = 10.0**-DECIMALS
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,12 @@ def compute_seed_test(differences: Sequence[float]) -> SeedTest:
     values_S = check_differences(differences)
     if len(values_S) == 1:
         return SeedTest(float(values_S[0]), 1)
+    if (same := find_common_value(values_S)) is not None:  # t is infinite, or nothing speaks against equality
+        return SeedTest(same, len(values_S), 0.0, same, same, float(same == 0))
     found = DescrStatsW(values_S)
-    with allow_zero_deviation():
-        low, high = found.tconfint_mean(LEVEL)
-        p = found.ttest_mean(0)[1]
+    low, high = found.tconfint_mean(LEVEL)
     mean, deviation = float(values_S.mean()), float(values_S.std(ddof=1))
-    # 0 / 0, where no seed differs: nothing speaks against equality
-    return SeedTest(mean, len(values_S), deviation, float(low), float(high), 1.0 if np.isnan(p) else float(p))
+    return SeedTest(mean, len(values_S), deviation, float(low), float(high), float(found.ttest_mean(0)[1]))
 
 
 def compute_equivalence_p(differences: Sequence[float], margin: float) -> float | None:
@@ -73,9 +73,9 @@ def compute_equivalence_p(differences: Sequence[float], margin: float) -> float 
         raise ValueError(f"margin {margin}: a positive number is needed")
     if len(values_S) == 1:
         return None
-    with allow_zero_deviation():
-        p = DescrStatsW(values_S).ttost_mean(-margin, margin)[0]
-    return 1.0 if np.isnan(p) else float(p)
+    if (same := find_common_value(values_S)) is not None:
+        return float(abs(same) >= margin * (1 - TOLERANCE))
+    return float(DescrStatsW(values_S).ttost_mean(-margin, margin)[0])
 
 
 def check_differences(differences: Sequence[float]) -> np.ndarray:
@@ -90,9 +90,10 @@ def check_differences(differences: Sequence[float]) -> np.ndarray:
     return values_S
 
 
-def allow_zero_deviation() -> warnings.catch_warnings:
-    """Return a context in which equal differences divide by zero silently, as their t is meant to be infinite."""
-    return warnings.catch_warnings(action="ignore", category=RuntimeWarning)
+def find_common_value(values_S: np.ndarray) -> float | None:
+    """Return the value of all differences where they are equal up to rounding; None where they are not."""
+    equal = np.ptp(values_S) <= TOLERANCE * np.abs(values_S).max()
+    return float(values_S[0]) if equal else None
 
 
 @functools.cache

@@ -16,7 +16,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     rows      settings whose values head rows beside the label
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
-    mean      a setting over whose values a mean is added
+    mean      one of `rows`, over whose values a mean is added
     baselines labels of the rows the others are compared to
     planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
               p is corrected for their number. All other comparisons are exploratory
@@ -33,7 +33,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     analyse   what is measured of each finished run's weights and is part of the report: `ranks` of the updates,
               `entries` (the same, and layer by layer), `truncation` (scores with each update cut to rank 1, 2, 4, ...),
               `curvature` (of the loss, at the start), `similarity` (to the updates of the row `reference`) or `fit`
-              (how well each method's form fits the updates)
+              (how well each method's form fits the updates). `truncation`, `similarity` and `fit` average over seeds:
+              beside the label only models and tasks may head rows and columns then
     reference label of the row whose updates `analyse: similarity` compares all others with
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
@@ -61,6 +62,8 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "entries", "truncation", "curvature", "similarity", "fit")
 MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
+AVERAGED = ("truncation", "similarity", "fit")  # analyses whose tables have a line for each label, model and task
+LISTS = ("seeds", "rows", "baselines", "planned", "floors", "published")  # fields whose values stand once
 CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
@@ -173,6 +176,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         where = f"conf/experiment/{self.name}.yaml"
+        for name in LISTS:
+            check_distinct(getattr(self, name), f"{where}: {name}")
+        require(bool(self.seeds), f"{where}: seeds: none given; at least one is needed")
+        rows = ", ".join(self.rows) or "none"
+        require(self.mean in (None, *self.rows), f"{where}: mean: {self.mean}: not one of rows, which are {rows}")
         for label in (label for label, override_lists in self.cells.items() if not override_lists):
             require(False, f"{where}: cells: {label}: no overrides")
         for label, override_lists in self.cells.items():
@@ -187,6 +195,12 @@ class Experiment:
         for contrast in self.contrasts:
             check_contrast(contrast, self.columns, where)
         require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
+        apart = [key for key in self.list_heads() if key not in ("model.name", "task.name")]
+        require(
+            self.analyse not in AVERAGED or not apart,
+            f"{where}: analyse: {self.analyse} would average over values of {', '.join(apart)} as over seeds; give "
+            "each value a cell with a label of its own, and head rows and columns by model.name and task.name",
+        )
         wanted = self.analyse == "similarity"
         known = self.reference in self.cells if wanted else not self.reference
         require(known, f"{where}: reference: {self.reference}: the label of a cell, with analyse: similarity alone")
@@ -195,12 +209,7 @@ class Experiment:
         for table in self.published:
             require(table in paper.list_tables(), f"{where}: {table}: no such table of dual_lora/paper")
         if self.tune:
-            sizes = {label: len(rates) for label, rates in self.tune.grid.items()}
-            require(len(set(sizes.values())) == 1, f"{where}: tune.grid: every label needs as many rates, not {sizes}")
-            require(
-                self.tune.describe_rows() != "",
-                f"{where}: tune: give holdout or options, rates need rows to be chosen on",
-            )
+            check_tune(self.tune, f"{where}: tune")
 
     def compose_cells(self, extra: list[str]) -> list[Cell]:
         """Return every cell, composed and checked.
@@ -239,6 +248,7 @@ class Experiment:
                         if cell not in found
                     ]
         require(bool(found), f"experiment={self.name}: no cell of it has {' '.join(extra)}; drop one of these")
+        self.check_task_seeds({job.get("task") for _, job in jobs} | {cell.settings.task.name for cell in found})
         self.check_places(found, extra)
         check_model_paths(cell.settings for cell in found)
         return self.add_sources(found, jobs, extra) if self.starts else found
@@ -341,6 +351,17 @@ class Experiment:
             where = f"conf/experiment/{self.name}.yaml: contrasts"
             require(known, f"{where}: no row has all of the columns {', '.join(columns)}; give them as cells do")
 
+    def check_task_seeds(self, known: set[str | None]) -> None:
+        """Refuse seeds of trials for a task that no cell has. known: the tasks that cells have.
+
+        Raises:
+            UserError: with the task.
+        """
+        for task in self.tune.task_seeds if self.tune else ():
+            hint = suggest_name(task, filter(None, known))
+            where = f"conf/experiment/{self.name}.yaml: tune.task_seeds: {task}"
+            require(task in known, f"{where}: no cell has this task; drop it, or name one that they have.{hint}")
+
     def find_run_study(self) -> str:
         """Return the folder below runs/ that the runs are in unless the command line names another.
 
@@ -408,7 +429,7 @@ class Experiment:
         marked = replace(settings.wandb, job_type="tune")
         alone = replace(settings, eval=scored, task=task, wandb=marked)
         unit = alone.train.lr if self.tune.relative else 1
-        rates = [float(f"{float(rate) * unit:.6g}") for rate in self.tune.grid[label]]
+        rates = [round_rate(float(rate) * unit) for rate in self.tune.grid[label]]
         seeds = self.tune.task_seeds.get(task.name, self.tune.seeds)
         steps = self.tune.max_steps or alone.train.max_steps
         trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
@@ -456,6 +477,38 @@ def split_override(word: str) -> tuple[str, str]:
     return key, value
 
 
+def check_distinct(values: list, where: str) -> None:
+    """Refuse a list in which a value stands twice.
+
+    Raises:
+        UserError: with `where` and the value.
+    """
+    for number, value in enumerate(values):
+        require(value not in values[:number], f"{where}: {value}: given twice; drop one")
+
+
+def check_tune(tune: Tune, where: str) -> None:
+    """Refuse a choice of learning rates among unequally many or none, by no runs, or by one that counts twice.
+
+    Raises:
+        UserError: with `where` and the field.
+    """
+    sizes = {label: len(rates) for label, rates in tune.grid.items()}
+    equal = len(set(sizes.values())) == 1 and all(sizes.values())
+    require(equal, f"{where}.grid: every label needs as many rates, one at least, not {sizes}")
+    require(tune.describe_rows() != "", f"{where}: give holdout or options, rates need rows to be chosen on")
+    for label, rates in tune.grid.items():
+        check_distinct([round_rate(rate) for rate in rates], f"{where}.grid: {label}")
+    for name, seeds in {"seeds": tune.seeds, **{f"task_seeds: {k}": v for k, v in tune.task_seeds.items()}}.items():
+        require(bool(seeds), f"{where}.{name}: no seed; rates are chosen by runs with one or more")
+        check_distinct(seeds, f"{where}.{name}")
+
+
+def round_rate(rate: float) -> float:
+    """Return a learning rate as it is tried: with six digits."""
+    return float(f"{float(rate):.6g}")
+
+
 def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], where: str) -> None:
     """Refuse a contrast that lacks a side or has a column on both, or columns that no setting heads.
 
@@ -465,6 +518,8 @@ def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], whe
     sides = [contrast.get(side) for side in CONTRAST_SIDES]
     whole = set(contrast) == set(CONTRAST_SIDES) and all(sides)
     require(whole, f"{where}: contrasts: {contrast}: {{plus: [...], minus: [...]}} with values of columns is needed")
+    for name, values in zip(CONTRAST_SIDES, sides, strict=True):
+        check_distinct(values, f"{where}: contrasts: {name}")
     both = [value for value in sides[0] if value in sides[1]]
     require(not both, f"{where}: contrasts: {both[:1]}: on both sides; give it on one")
     headed = isinstance(columns, str) and columns not in ("published", "task.name")

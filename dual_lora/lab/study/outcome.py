@@ -13,7 +13,7 @@ from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line
 from dual_lora.lab.record.identity import compute_identity, serialize_identity_settings
-from dual_lora.lab.record.provenance import is_committed
+from dual_lora.lab.record.provenance import has_changed_plugins, is_committed
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.study.experiment import Cell
 from tasks import Task
@@ -122,10 +122,10 @@ def needs_other_code(record: Record) -> bool:
 
 def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, str, str]:
     """Return the sort key of records of the same settings; the highest is shown: finished, of the task's present
-    version, of committed code, the newest."""
+    version and plugins, of committed code, the newest."""
     result, made_with = record.read_result(), record.read_environment()
     finished = result is not None
-    current = finished and is_current(result, settings)
+    current = finished and is_current(result, settings) and not has_changed_plugins(made_with)
     return finished, current, is_committed(made_with), made_with.get("started", ""), record.name
 
 
@@ -136,7 +136,7 @@ def is_current(result: dict, settings: Settings) -> bool:
 
 def resolve_start(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
     """Return the cell with the run it starts from in its settings and those of its trials: the best of `sources` by its
-    main score, the first of equals; None while one of them is missing."""
+    main score, the first of equals; None while one of them, or its score, is missing."""
     if not cell.sources:
         return cell
     chosen = [choose_learning_rate(source, study) for source in cell.sources]
@@ -144,7 +144,9 @@ def resolve_start(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
     results = [record and record.read_result() for record in records]
     if not all(results):
         return None
-    scores = [result["metrics"][result["metric"]] for result in results]
+    scores = [get_main_score(cell.sources[0].settings, result) for result in results]
+    if any(map(isnan, scores)):
+        return None
     pick = min if load_task_of(cell.sources[0]).is_lower_better() else max
     folder = str(records[scores.index(pick(scores))].folder)
     tuning = tuple(replace(trial, init_from=folder) for trial in cell.tuning)
@@ -178,8 +180,14 @@ def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
     """Return a trial's main score, -inf where training diverged, NaN while it is not known."""
     record = find_record(trial, study)
     if result := record and record.read_result():
-        return result["metrics"][result["metric"]]
+        return get_main_score(trial, result)
     return -inf if read_failure_or_empty(record).get("diverged") else nan
+
+
+def get_main_score(settings: Settings, result: dict) -> float:
+    """Return the main score of a result by its task as it is now; NaN where it was not measured: a plugin that has
+    changed since may have had another one."""
+    return result["metrics"].get(tasks.load(settings.task.name, settings.task.options).metric, nan)
 
 
 def find_record(settings: Settings, study: dict[str, list[Record]]) -> Record | None:
@@ -215,8 +223,10 @@ def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
     """Return what the records of a study say of one cell."""
     started = resolve_start(cell, study)
     if started is None:
-        source = cell.sources[0].settings.task.name
-        return Outcome(cell, None, None, f"its start is not there: a run of {source} is missing")
+        source = load_task_of(cell.sources[0])
+        return Outcome(
+            cell, None, None, f"its start is not there: a run of {source.name} is missing, or its {source.metric}"
+        )
     cell, trials = started, tuple(average_trials(started, study))
     chosen = choose_learning_rate(cell, study)
     if chosen is None:
@@ -231,8 +241,16 @@ def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
 def explain_missing_rate(cell: Cell, study: dict[str, list[Record]]) -> str:
     """Return why a cell has no learning rate: the first failure of its missing trials, or of all if all diverged."""
     missing = [trial for trial in cell.tuning if isnan(get_trial_score(trial, study))] or cell.tuning
-    failed = [why for trial in missing if (why := explain_failure(find_record(trial, study)))]
-    return f"learning rate not chosen: {failed[0]}" if failed else "learning rate not chosen yet"
+    found = [why for trial in missing if (why := explain_missing_score(trial, find_record(trial, study)))]
+    return f"learning rate not chosen: {found[0]}" if found else "learning rate not chosen yet"
+
+
+def explain_missing_score(settings: Settings, record: Record | None) -> str | None:
+    """Return why a run that was begun has no main score; None if it may still get one."""
+    if record and (result := record.read_result()) and isnan(get_main_score(settings, result)):
+        metric = tasks.load(settings.task.name, settings.task.options).metric
+        return f"{record.name}: {metric} not measured"
+    return explain_failure(record)
 
 
 def explain_failure(record: Record | None) -> str | None:

@@ -17,6 +17,7 @@ from dual_lora.lab.record.record import CURVATURE_FILE
 from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.figures.layout import COLORS, GREY, MARKERS, STYLE, WIDTH
 from dual_lora.lab.report.learning_rates import EDGE, is_at_edge
+from dual_lora.lab.report.values import format_value
 from dual_lora.lab.statistics.correlation import RankCorrelation, correlate_ranks
 from dual_lora.lab.study.outcome import Outcome
 
@@ -78,7 +79,7 @@ def tabulate_points(points: list[Point]) -> pd.DataFrame:
     """Return a row for each label, a column for each task."""
     lines: dict[str, dict[str, str]] = {}
     for point in points:
-        text = f"{point.eigenvalue:.3g} | {point.rate:g}{f' {EDGE}' if point.at_edge else ''}"
+        text = f"{point.eigenvalue:.3g} | {format_value(point.rate)}{f' {EDGE}' if point.at_edge else ''}"
         line = lines.setdefault(point.label, {"method": point.label})
         line[point.task] = f"{line[point.task]}; {text}" if point.task in line else text
     return pd.DataFrame(lines.values()).fillna(MISSING)

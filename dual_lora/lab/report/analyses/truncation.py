@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dual_lora.lab.errors import require
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import TRUNCATION_FILE
@@ -98,10 +99,16 @@ def read_curve(cell: Outcome) -> Curve:
     """Return the curve of an analysed run.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: its file is damaged, or of another score than the task's main one.
     """
     content = cell.record.read_sealed(TRUNCATION_FILE, "ranks", "scores", "kept", "metric", "recorded")
-    unit, ranks = get_unit(load_task_of(cell), content["metric"]), content["ranks"]
+    task, ranks, metric = load_task_of(cell), content["ranks"], content["metric"]
+    require(
+        metric == task.metric,
+        f"{cell.record.folder / TRUNCATION_FILE}: its scores are {metric}, the task's main one is {task.metric} now; "
+        "sweep.py without run=false does the run again",
+    )
+    unit = get_unit(task, metric)
     points = [np.nan if score is None else score * unit for score in content["scores"]]
     return Curve(
         get_model_task(cell),
@@ -109,7 +116,7 @@ def read_curve(cell: Outcome) -> Curve:
         dict(zip(ranks, points, strict=True)),
         dict(zip(ranks, content["kept"], strict=True)),
         content["recorded"] * unit,
-        content["metric"],
+        metric,
         DECIMALS[unit],
     )
 

@@ -7,6 +7,7 @@ stands for the rows with this value, and one without for all.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import nan
 
 import numpy as np
@@ -14,7 +15,8 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.matches import Key, Predictions, group_by_place
 from dual_lora.lab.report.values import DECIMALS, format_value, get_heading, get_place, get_score, get_unit
-from dual_lora.lab.statistics.compare import compute_score, estimate_difference
+from dual_lora.lab.statistics.compare import compute_score, estimate_difference, translate_score_errors
+from dual_lora.lab.statistics.pairing import UnscorableRows
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 from tasks import Task
@@ -37,6 +39,7 @@ class Floor:
         lower_is_better: of the task's main score; `above` then is how far the row lies below.
         unit: of the task's main score, as `get_unit`.
         where: where it stands, as `group_by_place`; None: it stands for all rows.
+        trouble: why its score, or some row's difference to it, cannot be computed; then the score may be NaN.
     """
 
     place: ModelTask
@@ -49,6 +52,7 @@ class Floor:
     lower_is_better: bool = False
     unit: int = 100
     where: Key | None = None
+    trouble: str = ""
 
     @property
     def decimals(self) -> int:
@@ -92,12 +96,16 @@ def iterate_floors(
     names = name_rows(known, list(get_place(experiment, cells[0])))
     rows = {row: runs for row, runs in known.items() if row[0] not in experiment.floors}
     own = [row for label in experiment.floors for row in known if row[0] == label]
-    floors = [(names[row], row[1], known[row]) for row in own]
+    floors = [(names[row], row[1], partial(known.get, row)) for row in own]
     if task.form == "classification" and rows:
         every = {seed: run for runs in rows.values() for seed, run in runs.items()}
-        floors.append((MAJORITY, None, predict_majority(task, every)))
-    for name, where, floor in floors:
-        yield measure_floor(Floor(place, name, nan, None, nan, nan, frozenset(), where=where), floor, rows, names, task)
+        floors.append((MAJORITY, None, partial(predict_majority, task, every)))
+    for name, where, predict in floors:
+        empty = Floor(place, name, nan, None, nan, nan, frozenset(), where=where)
+        try:
+            yield measure_floor(empty, predict(), rows, names, task)
+        except ValueError as error:
+            yield replace(empty, trouble=str(error))
 
 
 def name_rows(rows: Iterable[RowKey], heads: list[str]) -> dict[RowKey, str]:
@@ -128,9 +136,14 @@ def read_or_skip(predictions: Predictions, cells: list[Outcome]) -> dict[int, li
 
 def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[Row]]:
     """Return what each seed's run would have predicted with the one class that scores best. The classes are those of
-    the rows: a task on the user's own files knows its classes only where these are."""
+    the rows: a task on the user's own files knows its classes only where these are.
+
+    Raises:
+        ValueError: as `compute_score`, or the rows say no class.
+    """
     first = next(iter(runs.values()))
-    classes = sorted({row["gold"] for row in first})
+    with translate_score_errors(task):
+        classes = sorted({row["gold"] for row in first})
     constant = [[row | {"answer": label} for row in first] for label in classes]
     find_best = np.argmin if task.is_lower_better() else np.argmax
     best = classes[int(find_best([compute_score(rows, task, task.metric) for rows in constant]))]
@@ -144,7 +157,11 @@ def measure_floor(
     names: dict[RowKey, str],
     task: Task,
 ) -> Floor:
-    """Return by how much rows beat a floor. empty: its place and name. floor, rows: predictions by seed."""
+    """Return by how much rows beat a floor. empty: its place and name. floor, rows: predictions by seed.
+
+    Raises:
+        ValueError: as `compute_score`, of the floor.
+    """
     unit, lower = get_unit(task, task.metric), task.is_lower_better()
     score = float(np.mean([compute_score(run, task, task.metric) for run in floor.values()])) * unit
     known, found = replace(empty, score=score, lower_is_better=lower, unit=unit), []
@@ -153,6 +170,9 @@ def measure_floor(
             continue
         try:
             estimate = estimate_difference(runs, floor, task, task.metric)
+        except UnscorableRows as error:
+            known = replace(known, trouble=f"{names[row]}: {error}")
+            continue
         except ValueError:  # other examples, or no seed in common
             continue
         if estimate:
@@ -162,6 +182,11 @@ def measure_floor(
     beaten = frozenset(row for row, above, error in found if above > STANDARD_ERRORS * error)
     row, above, error = max(found, key=lambda one: one[1] / one[2] if one[2] else 0.0)
     return replace(known, best=names[row], above=above, error=error, beaten_by=beaten)
+
+
+def describe_unscored_floors(floors: list[Floor]) -> list[str]:
+    """Return why floors, or some row's difference to them, cannot be computed, a line each."""
+    return [f"{f.name}, floor of {f.place[1]} ({f.place[0]}): {f.trouble}" for f in floors if f.trouble]
 
 
 def find_hardest(floors: list[Floor]) -> Floor:
