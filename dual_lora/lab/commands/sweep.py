@@ -89,10 +89,13 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     from dual_lora.lab.report.write import Findings, choose_folder, mirror_report, write_report
 
     study = cells[0].settings.study
-    folder = choose_folder(experiment, cells, paths.RUNS / experiment.find_report_study(study))
+    home = paths.RUNS / experiment.find_report_study(study)
     lost = experiment.analyse and run and not analyse_outcomes(experiment, find_outcomes(cells, study))
-    # Without the lock, the older of two reports could be written last.
-    with hold_lock(folder, wait=True), translate_write_errors(folder):
+    # Without the lock, the older of two reports could be written last, or one replace another that it did not see. All
+    # reports in a study's folder have this one, because where a report is written depends on the others.
+    with hold_lock(home / "report", wait=True), translate_write_errors(home):
+        folder = choose_folder(experiment, cells, home)
+        folder.mkdir(exist_ok=True)
         remove_temporary_files(folder)
         done = find_outcomes(cells, study)
         findings = Findings.compute(experiment, done)
