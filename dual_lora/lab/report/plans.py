@@ -106,7 +106,8 @@ def plan_row(
     """Return the row of one run: where it stands, and steps, hours, device-hours, memory, or why it is refused."""
     place = {"experiment": experiment.name, "scale": experiment.scale}
     place |= {"model": settings.model.name, "task": settings.task.name, "label": label, "purpose": purpose}
-    place |= {key: get_setting(settings, key) for key in list_plan_heads(experiment)}
+    # As text: numbers of a column would be written otherwise once one of them is missing.
+    place |= {key: str(get_setting(settings, key)) for key in list_plan_heads(experiment)}
     place |= {"seed": settings.seed, "lr": settings.train.lr, "hardware": settings.hardware.name}
     found = plan_step(settings, known)
     if "refused" in found:
