@@ -35,6 +35,15 @@ def test_a_study_of_cells_runs_resumes_and_reports_from_its_rows(runs_folder, ca
     assert {path.name: path.read_bytes() for path in report.iterdir()} == first
 
 
+@pytest.mark.parametrize("word", ["force=True", "force=1", "++force=true", "force='true'"])
+def test_force_is_true_however_it_is_written(word, runs_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(CellStudy, "run", lambda self, missing, force: asked.append(force) or 0)
+    for words in ([word], [word, "wandb.mode=disabled"], ["force=false"], []):
+        assert sweep_command([*FIT, *words]) == 0
+    assert asked == [True, True, False, False]
+
+
 def test_force_runs_all_cells_again_and_keeps_those_of_another_size(runs_folder, capsys):
     assert sweep_command(FIT) == 0
     rows = runs_folder / "fit_smoke/rows.jsonl"
@@ -73,6 +82,13 @@ def test_a_study_leaves_the_number_of_threads_to_the_runs_after_it(runs_folder):
         ),
         (["experiment=fit", "scale=full"], "scale=full: experiment fit has small, smoke"),
         (["experiment=fit", "plan=true"], "experiment=fit: has no model, task or method; drop plan=true"),
+        ([*FIT, "force=maybe"], "force: Value 'maybe' is not a valid bool"),
+        ([*FIT, "force="], "force: "),
+        ([*FIT, "force=true,false"], "force=true,false: a study of cells runs once; give single values"),
+        ([*FIT, "force=true", "++force=false"], "force: given twice; drop one"),
+        ([*FIT, "forced=true"], "experiment=fit: has no model, task or method; drop forced=true"),
+        ([*FIT, "wandb.mdoe=x"], "wandb.mdoe: no such setting. Did you mean wandb.mode"),
+        ([*FIT, "wandb.mode=x"], "wandb.mode=x: not one of online, offline, disabled"),
         (["experiment=fit", "scale=smoke", "run=false"], "experiment=fit: .* 60 of 60 cells have not run"),
     ],
 )

@@ -8,7 +8,7 @@ from test_many_runs import TINY
 from test_report import GLUE, finish
 from test_sweep import SPEC
 
-from dual_lora.analysis.cells import StudyError, append_row, read_rows
+from dual_lora.analysis.cells import StudyError, append_row, hash_row, read_rows
 from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Experiment
@@ -51,8 +51,9 @@ def test_a_sweep_counts_no_run_as_finished_whose_weights_were_changed(runs_folde
 @pytest.mark.parametrize("line", ["5", "[]", "{}", '{"cell": 1, "result": {}}', "{damaged"])
 def test_a_damaged_line_of_a_study_of_cells_is_named(line, tmp_path):
     file = tmp_path / "rows.jsonl"
-    append_row(file, {"cell": {"seed": 0}, "result": {"error": 0.5}, "seconds": 1.0})
-    assert read_rows(file) == [{"cell": {"seed": 0}, "result": {"error": 0.5}, "seconds": 1.0}]
+    row = {"cell": {"seed": 0}, "result": {"error": 0.5}, "seconds": 1.0}
+    append_row(file, row | {"digest": hash_row(row)})
+    assert read_rows(file) == [row | {"digest": hash_row(row)}]
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(StudyError, match="rows.jsonl, line 2: damaged; remove the line"):
         read_rows(file)

@@ -1,5 +1,6 @@
 """Plans: parameters beside the published ones, memory and operations against a real step, refusals."""
 
+import csv
 import json
 import os
 from dataclasses import replace
@@ -216,6 +217,58 @@ def test_an_experiment_is_planned_and_not_run(runs_folder, capsys, monkeypatch):
     assert sweep_command(["experiment=cost", "scale=smoke", "plan=true"]) == 0
     said = capsys.readouterr().out
     assert "device-hours" in said and (runs_folder / "cost_smoke/plan.csv").is_file()
+
+
+@pytest.fixture
+def short_plans(monkeypatch):
+    """A step is planned at once: no model is built."""
+    step = {"hours": 1.0, "gb": 1.0, "count_rows": lambda run: 8}
+    monkeypatch.setattr("dual_lora.lab.report.plans.compute_step", lambda settings: step)
+
+
+def read_plan_rows(file: Path) -> list[dict]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_plan_replaces_none_of_more_runs(short_plans, runs_folder, capsys):
+    words, plan = ["experiment=cost", "scale=smoke", "plan=true"], runs_folder / "cost_smoke/plan.csv"
+    selection = plan.with_name("plan_selection.csv")
+    assert sweep_command([*words, "method=lora"]) == 0  # where there is nothing to lose
+    few = plan.read_bytes()
+    assert sweep_command(words) == 0
+    whole = plan.read_bytes()
+    assert whole.count(b"\n") > few.count(b"\n") and not selection.exists()
+    assert sweep_command([*words, "method=lora"]) == 0 and selection.read_bytes() == few
+    capsys.readouterr()
+    assert sweep_command([*words, "method=dora"]) == 0 and plan.read_bytes() == whole
+    shown = capsys.readouterr()
+    assert shown.out.endswith(f"written: {selection}\n")
+    assert shown.err == f"{selection}: replaces that of another selection; repeat its command to have it back\n"
+    assert sweep_command([*words, "hardware=ddp"]) == 0  # the same runs elsewhere
+    assert plan.read_bytes() != whole and {path.name for path in plan.parent.iterdir()} == {plan.name, selection.name}
+
+
+def test_a_plan_replaces_none_of_another_experiment(short_plans, runs_folder):
+    """Two that share the folder of their runs, and two that a study= puts into one."""
+    assert sweep_command(["experiment=verdict,truncation", "scale=smoke", "seed=0", "plan=true"]) == 0
+    for name in ("verdict", "truncation"):
+        rows = read_plan_rows(runs_folder / f"{name}_smoke/plan.csv")
+        assert {(row["experiment"], row["scale"]) for row in rows} == {(name, "smoke")}
+    assert sweep_command(["experiment=cost,rank_sweep", "scale=smoke", "seed=0", "study=one", "plan=true"]) == 0
+    names = ["plan.csv", "plan_rank_sweep_smoke.csv"]
+    assert sorted(path.name for path in (runs_folder / "one").iterdir()) == names
+    assert {row["experiment"] for row in read_plan_rows(runs_folder / "one/plan.csv")} == {"cost"}
+
+
+def test_rows_of_a_plan_differ_as_those_of_the_table(short_plans, runs_folder):
+    """So that a part of the columns is known for a selection."""
+    words, folder = ["experiment=rank_sweep", "scale=smoke", "plan=true"], runs_folder / "rank_sweep_smoke"
+    assert sweep_command(words) == 0
+    ranks = {row["method.rank"] for row in read_plan_rows(folder / "plan.csv")}
+    assert len(ranks) > 1
+    assert sweep_command([*words, f"method.rank={min(ranks)}"]) == 0
+    assert {row["method.rank"] for row in read_plan_rows(folder / "plan_selection.csv")} == {min(ranks)}
 
 
 def test_a_model_of_unknown_architecture_is_refused():

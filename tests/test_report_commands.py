@@ -1,5 +1,6 @@
 """The command of a cell: it composes the very run, for every experiment, and a click in the page copies it."""
 
+import random
 import shlex
 from dataclasses import replace
 
@@ -7,11 +8,12 @@ import pandas as pd
 import pytest
 
 from dual_lora.lab.config.compose import list_choices, load_settings
-from dual_lora.lab.config.overrides import parse_overrides
+from dual_lora.lab.config.outside.words import take_outside_words
+from dual_lora.lab.config.overrides import parse_override, parse_overrides
 from dual_lora.lab.evaluate.evaluate import MIN_FOR_CONSTANT, find_warnings
 from dual_lora.lab.present.document import Table, render_html, render_html_block
 from dual_lora.lab.record.identity import serialize_identity_settings
-from dual_lora.lab.report.commands import build_command
+from dual_lora.lab.report.commands import build_command, build_sweep_command, format_override
 from dual_lora.lab.study.experiment import Experiment, load_experiment_file
 from tasks import load
 
@@ -59,6 +61,67 @@ def test_folders_are_named_as_ones_to_fill_in_and_texts_are_quoted():
     assert "data_dir=DIR" in command and "secret" not in command
     assert "init_from=runs/adhoc/tiny_e2e_s0_abc" in command
     assert any(word == "task.options.separator='<|endoftext|>'" for word in shlex.split(command))
+
+
+@pytest.fixture
+def own_words(tmp_path):
+    """The words for a task and an experiment of one's own, which no later test knows."""
+    settings, code = tmp_path / "settings", tmp_path / "stars.py"
+    for name, content in (
+        ("task/stars.yaml", "name: stars\nepochs: 3\nbatch_size: 8\nmax_length: 64\noptions: {text: review}\n"),
+        ("experiment/mine.yaml", "title: Mine\n"),
+    ):
+        (settings / name).parent.mkdir(parents=True)
+        (settings / name).write_text(content)
+    code.write_text(
+        "from tasks.classification import Classification\n"
+        "def task(subset, text='text'):\n    return Classification((text, '', 'label'), 'accuracy', (), {})\n"
+    )
+    yield [f"plugins={code}", "--config-dir", str(settings)]
+    take_outside_words([])
+
+
+def test_code_and_settings_from_outside_are_part_of_a_command(own_words):
+    take_outside_words(own_words)
+    common = ["model=tiny-roberta", "method=lora"]
+    command = build_command([load_settings([*common, "task=stars"])])
+    assert command.startswith("python train.py plugins=stars.py --config-dir DIR model=tiny-roberta task=stars ")
+    assert build_command([load_settings([*common, "task=demo/sentiment"])]).startswith("python train.py plugins=stars")
+    sweep = "python sweep.py plugins=stars.py --config-dir DIR experiment=mine scale=smoke"
+    assert build_sweep_command("mine", "smoke") == sweep
+    take_outside_words(own_words[1:])  # a folder that the command chooses nothing of
+    assert build_sweep_command("cost", "smoke") == "python sweep.py experiment=cost scale=smoke"
+
+
+def test_several_pieces_of_code_are_one_word(tmp_path):
+    names = [tmp_path / "größe", tmp_path / "stars.py"]
+    names[0].mkdir()
+    (names[0] / "__init__.py").touch(), names[1].touch()
+    try:
+        take_outside_words([f"plugins=['{names[1]}','{names[0]}']"])
+        word = shlex.split(build_sweep_command("cost", "smoke"))[2]
+    finally:
+        take_outside_words([])
+    assert parse_override(word).value() == ["größe", "stars.py"]
+
+
+@pytest.mark.parametrize("text", ["Größe", "a\\", "C:\\data", "a\\'b", "\\'", "it's", "\\d+", "\\\\"])
+def test_a_text_of_any_characters_is_part_of_a_command(text):
+    settings = load_settings(["model=tiny-gpt2", "task=e2e", f"task.options.separator={format_override(text)}"])
+    assert settings.task.options["separator"] == text
+    (made,) = compose_command(build_command([settings]))
+    assert made.task.options == settings.task.options
+
+
+def test_hydra_reads_every_value_back_as_it_was():
+    draw = random.Random(0)
+    parts = [*"aB10.-+'\"\\,=[]{}() :/#$~@é%_*?&|<", "null", "true", "e5", "inf", "nan"]
+    texts = {"".join(draw.choices(parts, k=draw.randint(1, 6))) for _ in range(400)}
+    for text in sorted(texts):
+        for value in (text, [text, text], {"key": text}):
+            assert parse_override(f"key={format_override(value)}").value() == value
+            (run,) = parse_overrides([f"task.options.key={format_override(value)}"])
+            assert parse_override(run[0]).value() == value
 
 
 def test_a_click_copies_the_command_and_other_pages_have_no_script():

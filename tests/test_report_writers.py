@@ -12,8 +12,10 @@ from dual_lora.analysis.fit import plan_cells
 from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER
 from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.report.write import write_report
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.system.lock import hold_lock
+from dual_lora.lab.study.outcome import find_outcomes
+from dual_lora.lab.system.lock import LOCK_NAME, hold_lock
 
 SPEC = {**GLUE, "baselines": [], "published": [], "columns": "task.name"}
 
@@ -44,6 +46,29 @@ def test_a_report_waits_for_another_writer_and_then_knows_its_runs(runs_folder, 
     shown = capsys.readouterr().err
     assert shown.count(f"{folder}: waiting: process ") == 1
     assert {path.name for path in folder.glob(".*")} == {".mine.partial", ".figures.json"}
+
+
+def write_whole_report(folder):
+    """Write what a report of all of SPEC's runs is known by, as another process would."""
+    experiment = Experiment.from_content("made", SPEC)
+    cells = experiment.compose_cells([])
+    for cell in cells:
+        finish(cell.settings, 80)
+    write_report(experiment, find_outcomes(cells, "made"), folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK_NAME}
+
+
+def test_where_a_report_is_written_is_chosen_after_the_one_it_waits_for(runs_folder, capsys):
+    experiment, folder, codes = Experiment.from_content("made", SPEC), runs_folder / "made/report", []
+    selected = experiment.compose_cells(["method=lora"])
+    writer = threading.Thread(target=lambda: codes.append(run_experiment(experiment, selected, None)))
+    with hold_lock(folder):
+        writer.start()
+        writer.join(1)
+        whole = write_whole_report(folder)
+    writer.join(60)
+    assert codes == [EXIT_OK] and {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert capsys.readouterr().out.endswith(f"report: {folder}_selection\n")
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -95,10 +120,12 @@ def test_an_edited_row_of_a_study_of_cells_is_named(tmp_path):
     assert [row["digest"] for row in read_rows(file)] == [row["digest"] for row in rows]
     whole = file.read_text()
     file.write_text(whole.replace('"error": 0.5', '"error": 0.1', 1))
-    with pytest.raises(StudyError, match="rows.jsonl, line 1: damaged; remove the line, its cell runs again"):
+    with pytest.raises(StudyError, match="rows.jsonl, line 1: changed since it was written; remove the line, its cell"):
         read_rows(file)
     file.write_text(whole + "[" * 100_000 + "\n")
     with pytest.raises(StudyError, match="rows.jsonl, line 3: damaged"):
         read_rows(file)
-    file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "digest"}) + "\n" for row in rows))
-    assert len(read_rows(file)) == 2  # rows of earlier versions
+    edited = {key: value for key, value in rows[1].items() if key != "digest"} | {"result": {"error": 0.1}}
+    file.write_text(whole.splitlines()[0] + "\n" + json.dumps(edited) + "\n")
+    with pytest.raises(StudyError, match="rows.jsonl, line 2: its digest is missing; remove the line, its cell runs"):
+        read_rows(file)

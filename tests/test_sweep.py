@@ -303,7 +303,10 @@ def test_a_report_is_not_replaced_by_one_that_leaves_out_runs_of_it(experiment, 
     first = {p.name: p.read_bytes() for p in report.iterdir()}
     for word in ("method=lora", "seed=0"):
         assert sweep_command([name, *SMALL, word]) == 0
-        assert capsys.readouterr().out.endswith(f"report: {report}_selection\n")
+        shown = capsys.readouterr()
+        assert shown.out.endswith(f"report: {report}_selection\n")
+        said = f"{report}_selection: replaces that of another selection; repeat its command to have it back\n"
+        assert (said in shown.err) == (word == "seed=0")
         assert {p.name: p.read_bytes() for p in report.iterdir()} == first
     shutil.rmtree(report)
     assert sweep_command([name, *SMALL, "method=lora", "run=false"]) == 0  # where there is nothing to lose

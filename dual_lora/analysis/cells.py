@@ -34,17 +34,18 @@ def read_rows(path: Path) -> list[dict]:
     """Return the rows of a file, [] if there is no file. A last line that a crash cut short is left out.
 
     Raises:
-        StudyError: any other line does not hold a cell with its result, or was changed.
+        StudyError: any other line does not hold a cell with its result, has no digest, or was changed.
     """
     rows = []
     for number, line in enumerate(_read_whole_lines(path).splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
-            if row.get("digest", digest := hash_row(row)) != digest:  # earlier rows have none
-                raise ValueError("changed since it was written")
+            if row.get("digest") != hash_row(row):
+                raise StudyError("changed since it was written" if "digest" in row else "its digest is missing")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise StudyError(f"{path}, line {number}: damaged; remove the line, its cell runs again") from error
+            what = error if isinstance(error, StudyError) else "damaged"
+            raise StudyError(f"{path}, line {number}: {what}; remove the line, its cell runs again") from error
     return rows
 
 

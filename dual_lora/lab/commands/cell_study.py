@@ -10,6 +10,8 @@ from importlib import import_module
 from types import ModuleType
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.overrides import parse_override, parse_overrides
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.errors import EXIT_OK, UserError, require
 from dual_lora.lab.study.experiment import choose_scale, load_experiment_file
@@ -56,7 +58,7 @@ class CellStudy:
             UserError: with the first one.
         """
         require(not launcher, f"experiment={self.name}: its cells run in this process; drop hydra/launcher")
-        other = [word for word in words if not word.startswith(("force=", "wandb."))]
+        other = [word for word in words if not is_of_study(word)]
         require(not other, f"experiment={self.name}: has no model, task or method; drop {' '.join(other[:1])}")
 
     def run(self, missing: bool, force: bool) -> int:
@@ -100,3 +102,25 @@ class CellStudy:
             path.replace(rows)
         else:
             rewrite_report(cells, module.write_report, rows, report)
+
+
+def is_of_study(word: str) -> bool:
+    """Return whether a word of the command line is one that a study of cells takes: force or wandb.KEY.
+
+    Raises:
+        UserError: it is not of the form KEY=VALUE.
+    """
+    key = parse_override(word).key_or_group
+    return key == "force" or key.startswith("wandb.")
+
+
+def is_forced(words: list[str]) -> bool:
+    """Return whether a command line asks for all cells to run again.
+
+    Raises:
+        UserError: force or a setting of wandb is wrong, or has several values.
+    """
+    own = [word for word in words if is_of_study(word)]
+    runs = parse_overrides(own)
+    require(len(runs) == 1, f"{' '.join(own)}: a study of cells runs once; give single values")
+    return load_settings(runs[0]).force

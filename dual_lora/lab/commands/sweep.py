@@ -3,7 +3,7 @@
 import sys
 import traceback
 
-from dual_lora.lab.commands.cell_study import CellStudy
+from dual_lora.lab.commands.cell_study import CellStudy, is_forced
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.outside.models import print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
@@ -45,6 +45,7 @@ def sweep_command(argv: list[str]) -> int:
     cell_studies = {name: study for name in names if (study := CellStudy.find(name, given.get("scale")))}
     for study in cell_studies.values() if not every else ():
         study.check_words(extra, launcher)
+    force = bool(cell_studies) and is_forced(extra)
     asked_for = [Experiment.load(name, given.get("scale")) for name in names if name not in cell_studies]
     composed = [(experiment, experiment.compose_cells(extra)) for experiment in asked_for]
     print_found_models()
@@ -56,7 +57,7 @@ def sweep_command(argv: list[str]) -> int:
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
         cell.settings.check_installed()
-    codes = [study.run(run == "true", "force=true" in extra) for study in cell_studies.values()]
+    codes = [study.run(run == "true", force) for study in cell_studies.values()]
     codes += [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
     return min((code for code in codes if code), default=EXIT_OK)
 
@@ -89,10 +90,13 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     from dual_lora.lab.report.write import Findings, choose_folder, mirror_report, write_report
 
     study = cells[0].settings.study
-    folder = choose_folder(experiment, cells, paths.RUNS / experiment.find_report_study(study))
+    home = paths.RUNS / experiment.find_report_study(study)
     lost = experiment.analyse and run and not analyse_outcomes(experiment, find_outcomes(cells, study))
-    # Without the lock, the older of two reports could be written last.
-    with hold_lock(folder, wait=True), translate_write_errors(folder):
+    # Without the lock, the older of two reports could be written last, or one replace another that it did not see. All
+    # reports in a study's folder have this one, because where a report is written depends on the others.
+    with hold_lock(home / "report", wait=True), translate_write_errors(home):
+        folder = choose_folder(experiment, cells, home)
+        folder.mkdir(exist_ok=True)
         remove_temporary_files(folder)
         done = find_outcomes(cells, study)
         findings = Findings.compute(experiment, done)

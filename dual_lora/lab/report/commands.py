@@ -1,6 +1,7 @@
 """The one command that makes the runs of a cell, from their settings: what differs from the choices' own values.
 
-Files are where the reader has them: `model.path=DIR` and `data_dir=DIR` stand for the folders that the runs had.
+Files are where the reader has them: `model.path=DIR`, `data_dir=DIR` and `--config-dir DIR` stand for the folders that
+the runs had, and a plugin's file is named without its folder.
 """
 
 import re
@@ -11,8 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
+import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.outside.plugins import describe_plugin
 from dual_lora.lab.config.overrides import parse_override
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
@@ -20,7 +25,8 @@ from dual_lora.lab.record.identity import NOT_IDENTITY, serialize_identity_setti
 
 # Setting a value may change others that follow from it, so differences are looked for again, at most so often.
 MAX_ROUNDS = 4
-PLAIN = re.compile(r"[\w./+-]+")  # a text that Hydra reads as it is, unless it looks like a number, true or null
+# A text that Hydra reads as it is, unless it looks like a number, true or null.
+PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 # What a command leaves out: where files are, and what changes neither the result nor the log.
 LEFT_OUT = {"wandb", "seed", "study", "data_dir", "init_from", "force", "plan", "hardware.accelerator"}
 LEFT_OUT |= {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys if not key.startswith("log_")}
@@ -36,7 +42,29 @@ def build_command(all_settings: list[Settings]) -> str:
     more = [f"seed={seeds}", f"study={first.study}"]
     more += ["model.path=DIR"] * bool(first.model.path) + ["data_dir=DIR"] * bool(first.data_dir)
     more += [f"init_from=runs/{first.study}/{Path(first.init_from).name}"] if first.init_from else []
-    return shlex.join(["python", "train.py", *["-m"] * ("," in seeds), *words, *more])
+    outside = build_outside_words({group: getattr(first, group).name for group in GROUPS})
+    return shlex.join(["python", "train.py", *["-m"] * ("," in seeds), *outside, *words, *more])
+
+
+def build_sweep_command(experiment: str, scale: str) -> str:
+    """Return the command that makes every run of an experiment, and its report."""
+    outside = build_outside_words({"experiment": experiment, "scale": scale})
+    return shlex.join(["python", "sweep.py", *outside, f"experiment={experiment}", f"scale={scale}"])
+
+
+def build_outside_words(choices: dict[str, str]) -> list[str]:
+    """Return the words that name the code and the settings files from outside of the repository that a command needs.
+    choices: the names it chooses, by their groups."""
+    plugins = [name_plugin(plugin) for _, plugin in sorted(tasks.plugins.items())]
+    places = [f"{group}/{name}.yaml" for group, name in choices.items()]
+    own = any((folder / place).is_file() for folder in paths.own_folders for place in places)
+    words = [f"plugins={format_override(plugins if plugins[1:] else plugins[0])}"] if plugins else []
+    return [*words, *["--config-dir", "DIR"] * own]
+
+
+def name_plugin(plugin: tasks.Plugin) -> str:
+    """Return what `plugins=` names a plugin by: an installed module by its name, a file without its folder."""
+    return describe_plugin(plugin).get("module", plugin.path.name)
 
 
 def build_words(settings: Settings) -> list[str] | None:
@@ -47,7 +75,7 @@ def build_words(settings: Settings) -> list[str] | None:
     try:
         for _ in range(MAX_ROUNDS):
             found = [f"{key}={value}" for key, value in words.items() if (key, value) != ("hardware", "single")]
-            made = compose_words(paths.CONF, tuple(found))
+            made = compose_words((paths.CONF, *paths.own_folders), tuple(found))
             if serialize_identity_settings(made) == wanted:
                 return found
             words |= dict(iterate_differences(asdict(made), asdict(alone)))
@@ -57,8 +85,9 @@ def build_words(settings: Settings) -> list[str] | None:
 
 
 @cache
-def compose_words(conf: Path, words: tuple[str, ...]) -> Settings:
-    """Return the settings that these overrides compose from the files in `conf`; the rows of a report share many."""
+def compose_words(folders: tuple[Path, ...], words: tuple[str, ...]) -> Settings:
+    """Return the settings that these overrides compose from the files in `folders`, which are those in use; the rows of
+    a report share many."""
     return load_settings(list(words))
 
 
@@ -92,5 +121,5 @@ def format_override(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{format_override(part)}" for key, part in value.items()) + "}"
     if isinstance(value, str) and not (PLAIN.fullmatch(value) and parse_override(f"key={value}").value() == value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return QuotedString(value, Quote.single).with_quotes()
     return str(value)

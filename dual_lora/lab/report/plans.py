@@ -1,23 +1,28 @@
 """`sweep.py plan=true`: a plan for every run of a table, and the total for each table.
 
 Runs that differ in seed, rate or length take the same step, which is planned once (`reduce_to_cost_settings`). Every
-run, those that choose learning rates included, has a row in runs/STUDY/plan.csv.
+run, those that choose learning rates included, has a row in runs/STUDY/plan.csv, where STUDY is that of the report, or
+beside it, see `choose_plan_file`.
 """
 
 import gc
+import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, get_first_line
+from dual_lora.lab.report.write import choose_path
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.listing import format_rows
 from dual_lora.lab.system.files import translate_write_errors, write_text
 from dual_lora.lab.system.libraries import import_heavy_libraries, silence_libraries
+from dual_lora.lab.system.lock import hold_lock
 
 GB = 1e9
 REPORTED, CHOOSES = "reported", "chooses a rate"
@@ -38,13 +43,53 @@ def plan_experiments(composed: list[tuple[Experiment, list[Cell]]]) -> int:
 
 def plan_experiment(experiment: Experiment, cells: list[Cell], known: dict[str, dict[str, Any]]) -> int:
     """Plan every run of one experiment. known: the plans of a step made so far."""
-    rows = pd.DataFrame([plan_row(*job, known) for job in list_jobs(cells)])
-    file = paths.RUNS / cells[0].settings.study / "plan.csv"
-    with translate_write_errors(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, rows.to_csv(index=False))
+    rows = pd.DataFrame([plan_row(experiment, *job, known) for job in list_jobs(cells)])
+    folder = paths.RUNS / experiment.find_report_study(cells[0].settings.study)
+    with hold_lock(folder, wait=True), translate_write_errors(folder):
+        text = rows.to_csv(index=False)
+        file = choose_plan_file(experiment, folder, text)
+        write_text(file, text)
     print(f"\n{format_plan_table(experiment, rows)}\nwritten: {file}")
     return EXIT_USER if (rows["refused"] != "").any() else EXIT_OK
+
+
+def choose_plan_file(experiment: Experiment, folder: Path, text: str) -> Path:
+    """Return the file in a study's folder that a plan is written to: `plan.csv`, or `plan_NAME_SCALE.csv` where that is
+    another experiment's. A plan with runs that this one leaves out, because the command line chose some, is left alone:
+    then it is `plan_selection.csv`. text: of the new plan."""
+    places = read_planned_places(experiment, io.StringIO(text))
+    return choose_path(
+        lambda ending: folder / f"plan{ending}.csv",
+        experiment,
+        find_plan_owner,
+        lambda file: bool(read_planned_places(experiment, file) - places),
+    )
+
+
+def find_plan_owner(file: Path) -> tuple[str, str] | None:
+    """Return the name and the scale of the experiment that a file is the plan of; None if it is none."""
+    return next(iter(read_columns(file, ["experiment", "scale"])), None)
+
+
+def read_planned_places(experiment: Experiment, plan: Path | io.StringIO) -> set[tuple[str, ...]]:
+    """Return where the runs of a plan stand: what heads their row and column, and the seed. Another rate or machine is
+    the same place."""
+    return read_columns(plan, ["model", "task", "label", "purpose", "seed", *list_plan_heads(experiment)])
+
+
+def read_columns(plan: Path | io.StringIO, columns: list[str]) -> set[tuple[str, ...]]:
+    """Return the values in some columns of a plan, each combination once; none where it cannot be read, or has other
+    columns."""
+    try:
+        rows = pd.read_csv(plan, dtype=str, keep_default_na=False)
+        return set(rows[columns].itertuples(index=False, name=None))
+    except (OSError, ValueError, KeyError):
+        return set()
+
+
+def list_plan_heads(experiment: Experiment) -> list[str]:
+    """Return the settings that head the rows and columns of an experiment's table, beside model and task."""
+    return [key for key in experiment.list_heads() if key not in ("model.name", "task.name")]
 
 
 def list_jobs(cells: list[Cell]) -> list[tuple[str, str, Settings]]:
@@ -55,9 +100,14 @@ def list_jobs(cells: list[Cell]) -> list[tuple[str, str, Settings]]:
     return list({repr(job): job for job in jobs}.values())
 
 
-def plan_row(label: str, purpose: str, settings: Settings, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def plan_row(
+    experiment: Experiment, label: str, purpose: str, settings: Settings, known: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Return the row of one run: where it stands, and steps, hours, device-hours, memory, or why it is refused."""
-    place = {"model": settings.model.name, "task": settings.task.name, "label": label, "purpose": purpose}
+    place = {"experiment": experiment.name, "scale": experiment.scale}
+    place |= {"model": settings.model.name, "task": settings.task.name, "label": label, "purpose": purpose}
+    # As text: numbers of a column would be written otherwise once one of them is missing.
+    place |= {key: str(get_setting(settings, key)) for key in list_plan_heads(experiment)}
     place |= {"seed": settings.seed, "lr": settings.train.lr, "hardware": settings.hardware.name}
     found = plan_step(settings, known)
     if "refused" in found:

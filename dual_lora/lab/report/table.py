@@ -15,7 +15,7 @@ from dual_lora.lab.present.document import MISSING, Table
 from dual_lora.lab.record.provenance import get_machine
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
-from dual_lora.lab.report.commands import build_command
+from dual_lora.lab.report.commands import build_command, build_sweep_command
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import group_by_inputs, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
@@ -125,7 +125,7 @@ def find_command(part: pd.DataFrame, done: list[Outcome], experiment: Experiment
     runs = [cell.settings for cell in list_cells(part, done)]
     if runs:
         return build_command(runs)
-    return "" if part.empty else f"python sweep.py experiment={experiment.name} scale={experiment.scale}"
+    return "" if part.empty else build_sweep_command(experiment.name, experiment.scale)
 
 
 def tabulate_adapters(done: list[Outcome]) -> Table:

@@ -13,7 +13,8 @@ runs/STUDY/report/ (or beside it, see `choose_folder`)
 import io
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -94,11 +95,36 @@ def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Pat
     """Return the folder that a report is written to: `report` in a study's folder. Another experiment's report there is
     left alone, and so is one with runs that this one leaves out, because the command line chose some: then it is
     `report_NAME_SCALE`, or `report_selection`."""
-    folder = study / "report"
-    if find_owner(folder) not in (None, (experiment.name, experiment.scale)):
-        folder = study / f"report_{experiment.name}_{experiment.scale}"
-    left_out = list_shown_places(experiment, folder) - list_places(experiment, cells)
-    return folder.with_name(f"{folder.name}_selection") if left_out else folder
+    places = list_places(experiment, cells)
+    return choose_path(
+        lambda ending: study / f"report{ending}",
+        experiment,
+        find_owner,
+        lambda folder: bool(list_shown_places(experiment, folder) - places),
+    )
+
+
+def choose_path(
+    name_path: Callable[[str], Path],
+    experiment: Experiment,
+    find_owner: Callable[[Path], tuple[str, str] | None],
+    leaves_out: Callable[[Path], bool],
+) -> Path:
+    """Return where a report or plan is written to, so that it replaces neither another experiment's nor one of more
+    runs. That of a selection replaces that of another selection, which is said on the screen.
+
+    name_path: ending of the name -> path. find_owner: path -> name and scale of the experiment whose it is, None where
+    there is none. leaves_out: path -> whether it has runs that the new one leaves out.
+    """
+    ending = ""
+    if find_owner(name_path(ending)) not in (None, (experiment.name, experiment.scale)):
+        ending = f"_{experiment.name}_{experiment.scale}"
+    if not leaves_out(name_path(ending)):
+        return name_path(ending)
+    path = name_path(f"{ending}_selection")
+    if leaves_out(path):
+        print(f"{path}: replaces that of another selection; repeat its command to have it back", file=sys.stderr)
+    return path
 
 
 def find_owner(folder: Path) -> tuple[str, str] | None:
