@@ -49,9 +49,15 @@ def list_labels(experiment: Experiment, done: list[Outcome]) -> list[str]:
 
 
 def describe_seeds(cells: list[Outcome]) -> str:
-    """Return the seeds of the runs that chose rates."""
-    seeds = sorted({trial.seed for cell in cells for trial in cell.cell.tuning})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    """Return the seeds of the runs that chose rates, by task where tasks differ in them."""
+    tasks: dict[tuple[int, ...], list[str]] = {}
+    for cell in cells:
+        if seeds := tuple(sorted({trial.seed for trial in cell.cell.tuning})):
+            tasks.setdefault(seeds, []).append(cell.settings.task.name)
+    texts = {seeds: f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" for seeds in tasks}
+    if len(texts) < 2:
+        return "".join(texts.values())
+    return ", ".join(f"{text} ({', '.join(dict.fromkeys(tasks[seeds]))})" for seeds, text in texts.items())
 
 
 def describe_rate(cell: Outcome) -> str:
