@@ -98,6 +98,23 @@ def test_an_input_without_rows(shape):
     assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("fields", [{}, {"lora_dropout": 0.5}, {"keep_update": True}, {"kernel": "eager"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_may_write_into_the_output(kind, fields):
+    """As Longformer does with its queries, and nn.ReLU(inplace=True) with any layer's output."""
+    if not KINDS[kind].dropout and "lora_dropout" in fields:
+        pytest.skip("no dropout on ids")
+    torch.manual_seed(0)
+    model, x = adapted(KINDS[kind].base(), **fields), KINDS[kind].inputs()
+    found = []
+    for scale in (torch.mul, torch.Tensor.mul_):
+        model.zero_grad()
+        torch.manual_seed(1)
+        scale(model(x), 0.5).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *found))
+
+
 def test_dropout_acts_on_the_adapter_alone():
     model = adapted(nn.Linear(IN, OUT), lora_dropout=0.5).train()
     x = torch.ones(1, IN)
