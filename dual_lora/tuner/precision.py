@@ -32,7 +32,7 @@ def warn_of_low_precision(factors: Iterable["DualLoraFactors"]) -> None:
         warnings.warn(
             f"Dual LoRA trains factors in {', '.join(map(str, low))}: rounding flips signs of D C. Cast them back "
             "before training: p.data = p.data.float() for every parameter p that requires a gradient.",
-            stacklevel=_find_stacklevel(),
+            stacklevel=find_stacklevel(),
         )
 
 
@@ -48,7 +48,7 @@ def warn_of_cast(before: torch.dtype, after: torch.dtype, fn: Callable) -> None:
         f"Dual LoRA: this cast rounds the factors to {after}, which flips signs of D C for good: casting back does not "
         "restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its adapter, or use "
         "autocast (the Trainer's bf16 or fp16, not bf16_full_eval or fp16_full_eval).",
-        stacklevel=_find_stacklevel(),
+        stacklevel=find_stacklevel(),
     )
 
 
@@ -97,11 +97,11 @@ def _warn_of_device(device_type: str) -> None:
         "flips signs of D C: computed or merged elsewhere or with another setting, the adapter is another function. "
         f'Use torch.set_float32_matmul_precision("highest"){triton}. tf32=True and torch_compile=True of '
         "TrainingArguments change that setting.",
-        stacklevel=_find_stacklevel(),
+        stacklevel=find_stacklevel(),
     )
 
 
-def _find_stacklevel() -> int:
+def find_stacklevel() -> int:
     """Return the `stacklevel`, for the caller's warning, of the nearest line that is in none of LIBRARIES."""
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
