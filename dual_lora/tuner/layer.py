@@ -177,6 +177,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
                 "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
             )
 
+    def is_untied_by_merge(self, adapters: list[str]) -> bool:
+        """Return whether a merge of these adapters, or an earlier merge, gives a tied layer a weight of its own."""
+        merges = not self.bypassed and any(name in self.dual_lora_factors for name in adapters)
+        return self.tied and (self.merged or merges)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
