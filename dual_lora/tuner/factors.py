@@ -335,7 +335,9 @@ class DualLoraFactors(nn.Module):
         keepable = keep and not _is_recorded(self.A) and not self.is_sharded and not any(map(_is_untrackable, parts))
         cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
         cache = self._cache  # read once: another thread may clear it
-        if keepable and cache is not None and cache.key == cache_key and all(map(torch.equal, cache.values, factors)):
+        # Autograd cannot save a matrix made in inference mode.
+        usable = cache is not None and (torch.is_inference_mode_enabled() or not cache.matrix.is_inference())
+        if keepable and usable and cache.key == cache_key and all(map(torch.equal, cache.values, factors)):
             return cache.matrix
         dW = self.delta_weight().flatten(0, -2)
         matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
