@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from .factors import ALL_FACTORS, DualLoraFactors
 from .layer import DualLoraLayer
-from .precision import warn_of_low_precision, warn_of_rounded_products
+from .precision import warn_of_loss_scale, warn_of_low_precision, warn_of_rounded_products
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 # Numbers in the order of events: when an optimizer's step began, when its latest one ended, and when a layer's factors
@@ -90,6 +90,7 @@ def _find_held(optimizer: Optimizer) -> tuple[set[int], list[weakref.ref]]:
         found = [f for f in ALL_FACTORS if any(id(p) in ids for p in f.parameters())]
         warn_of_low_precision(found)
         warn_of_rounded_products(found)
+        warn_of_loss_scale(found)
         known = _FACTORS_BY_OPTIMIZER[optimizer] = held, ids, [weakref.ref(f) for f in found]
     return known[1:]
 
