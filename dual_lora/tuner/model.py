@@ -248,12 +248,13 @@ class DualLoraModel(BaseTuner):
         self._silence([name for name, layer in layers.items() if layer.bypassed and name not in before], layers)
 
     def _silence(self, names: list[str], layers: dict[str, DualLoraLayer]) -> None:
-        """Warn of layers found to be bypassed. In training their f becomes 0 for good, also in the saved adapter:
-        whoever loads it could not know that the factors were never used."""
+        """Warn of layers found to be bypassed. In training their f becomes 0, also in the saved adapter: whoever loads
+        it could not know that the factors were never used. A later training forward that calls one undoes this."""
         if not names:
             return
-        for factors in (f for name in names for f in layers[name].dual_lora_factors.values()) if self.training else ():
-            factors.set_update_scale(0.0, ramp=False)
+        if self.training:
+            for name in names:
+                layers[name].silence()
         self._warn_of_bypass(names, stacklevel=8)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
