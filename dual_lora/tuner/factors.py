@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from .. import kernels
 from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
@@ -397,16 +398,19 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def _is_recorded(tensor: Tensor) -> bool:
-    """Return whether what this tensor is used in now is recorded, to be run again later: by torch.compile, by
-    torch.jit.trace or as a CUDA graph."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Return whether what this tensor is used in now is recorded, to be run again later (by torch.compile, by
+    torch.jit.trace or as a CUDA graph), or computed without values (by FakeTensorMode)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(torch.empty(0), FakeTensor):
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_untrackable(tensor: Tensor) -> bool:
-    """Return whether changes to this tensor leave no trace: one made in inference mode, or wrapped by torch.func."""
-    return tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Return whether changes to this tensor leave no trace: one made in inference mode, wrapped by torch.func, without
+    values, or of a class of its own."""
+    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 class EmbeddingFactors(DualLoraFactors):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import functional, set_update_scale
@@ -160,6 +161,17 @@ class TestEvaluation:
             kept = model(self.x(model))
             fresh = copy.deepcopy(model).train().eval()(self.x(model))
         assert torch.equal(kept, fresh)
+
+    def test_without_values_nothing_is_kept(self, model):
+        x = self.x(model)
+        with torch.no_grad():
+            expected = model(x)
+            for again in (copy.deepcopy(model), model):  # nothing kept yet; a matrix with values kept
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    assert {type(again(x)) for _ in range(2)} == {FakeTensor}
+                assert torch.equal(again(x), expected)
+            model.to("meta")
+            assert {model(x.to("meta")).device.type for _ in range(2)} == {"meta"}
 
     def test_an_optimizer_step_shows_even_where_no_version_tells(self, model):
         class Gathered(torch.optim.SGD):
