@@ -245,8 +245,11 @@ class _DeltaWeight(torch.autograd.Function):
 
 
 def _needs_autograd(*tensors: Tensor) -> bool:
-    """Return whether only plain autograd can compute here: inside a transform of torch.func (vmap, grad, jvp, ...),
-    which wraps the tensors, or in torch.export, which unlike Dynamo looks into our functions."""
+    """Return whether only plain operations can serve here: inside a transform of torch.func (vmap, grad, jvp, ...),
+    which wraps the tensors, in torch.export, which unlike Dynamo looks into our functions, or where torch.jit.trace
+    records them without gradients, to be saved."""
+    if functional.is_traced_without_gradient():
+        return True
     if torch.compiler.is_compiling():
         return not torch.compiler.is_dynamo_compiling()
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

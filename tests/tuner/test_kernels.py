@@ -1,6 +1,7 @@
 """The kernels inside the adapted layers: where one product serves, what is kept, and what evaluation rebuilds."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -234,9 +235,13 @@ def test_the_adapted_layer_can_be_exported_with_gradients(kind):
             torch.testing.assert_close(of_exported[name].grad, parameter.grad)
 
 
-def test_the_adapted_layer_can_be_traced():
-    model = adapted(nn.Linear(IN, OUT)).base_model.model.eval()
+@pytest.mark.parametrize("fields", [{}, {"kernel": "eager"}, {"direction": "tanh"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapted_layer_can_be_traced_and_saved(kind, fields):
+    model, inputs = adapted(KINDS[kind].base(), **fields).base_model.model.eval(), KINDS[kind].inputs
+    file = io.BytesIO()
     with torch.no_grad():
-        traced = torch.jit.trace(model, torch.randn(3, IN))
-        x = torch.randn(5, IN)
-        torch.testing.assert_close(traced(x), model(x))
+        torch.jit.save(torch.jit.trace(model, inputs()), file)
+        file.seek(0)
+        x = inputs()
+        torch.testing.assert_close(torch.jit.load(file)(x), model(x))
