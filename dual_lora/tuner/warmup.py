@@ -95,11 +95,13 @@ def _find_held(optimizer: Optimizer) -> tuple[set[int], list[weakref.ref]]:
     return known[1:]
 
 
+@torch.compiler.disable  # their counters would make a compiled step compile again every time, whatever it trains
 def _note_begin(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Note when the step began; where it raises and never ends, the next one overwrites this."""
     _BEGUN[optimizer] = next(_CLOCK)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def _advance_ramps(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     held, references = _find_held(optimizer)

@@ -499,3 +499,18 @@ def test_part_of_the_factors_leaves_f_as_it_is():
     factors = factors_of(model)
     factors.load_state_dict({"C": factors.C.detach() + 1}, strict=False)
     assert f_of(model) == 0.0
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_compiled_optimizer_step_is_compiled_once(adapted):
+    """Also that of a model without an adapter: the hooks belong to all optimizers."""
+    torch._dynamo.reset()
+    model = ramping() if adapted else nn.Linear(IN, OUT)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(STEPS):
+        model(torch.randn(3, IN)).square().sum().backward()
+        with torch._dynamo.config.patch(error_on_recompile=number >= 2):
+            step()
+        optimizer.zero_grad(set_to_none=False)
+    assert not adapted or f_of(model) == 1.0
