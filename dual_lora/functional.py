@@ -146,7 +146,15 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
         ValueError: another ste.
     """
     check_ste(ste)
+    if is_traced_without_gradient():
+        return _Sign.forward(x, ste)
     return (_Sign if torch.compiler.is_dynamo_compiling() else _SignWithTangent).apply(x, ste)
+
+
+def is_traced_without_gradient() -> bool:
+    """Return whether torch.jit.trace records what runs now, without gradients. It cannot save functions of Python, such
+    as those that give a gradient of their own."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing() and not torch.is_grad_enabled()
 
 
 def is_autocast_on(device_type: str) -> bool:

@@ -188,7 +188,9 @@ class _DualLinear(torch.autograd.Function):
         # In 16 bits the sum weight + dW would be rounded to the weight's own precision, and most of dW lost.
         apart = weight is not None and x.dtype != A.dtype
         flat = x.reshape(-1, x.shape[-1])
-        y = x.new_empty(flat.shape[0], B.shape[0])
+        # A model may write into the result in place, which autograd refuses where a custom function returns a view.
+        result = x.new_empty(*x.shape[:-1], B.shape[0])
+        y = result.view(-1, B.shape[0])
         with suspend_autocast(x.device.type):
             for rows in _iterate_blocks(B.shape[0], A.shape[1]):
                 base = None if weight is None else weight[rows]
@@ -197,7 +199,7 @@ class _DualLinear(torch.autograd.Function):
                 _apply_linear(flat, W, bias, rows, out=y[:, rows])
                 if apart:
                     torch.addmm(y[:, rows], flat, base.to(x.dtype).T, out=y[:, rows])
-        return y.view(*x.shape[:-1], B.shape[0])
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -243,8 +245,11 @@ class _DeltaWeight(torch.autograd.Function):
 
 
 def _needs_autograd(*tensors: Tensor) -> bool:
-    """Return whether only plain autograd can compute here: inside a transform of torch.func (vmap, grad, jvp, ...),
-    which wraps the tensors, or in torch.export, which unlike Dynamo looks into our functions."""
+    """Return whether only plain operations can serve here: inside a transform of torch.func (vmap, grad, jvp, ...),
+    which wraps the tensors, in torch.export, which unlike Dynamo looks into our functions, or where torch.jit.trace
+    records them without gradients, to be saved."""
+    if functional.is_traced_without_gradient():
+        return True
     if torch.compiler.is_compiling():
         return not torch.compiler.is_dynamo_compiling()
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

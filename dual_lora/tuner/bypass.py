@@ -62,6 +62,14 @@ def find_use(parent: nn.Module, child: str) -> Use:
     return Use(reads=(child, "reads") in uses, calls=(child, "calls") in uses)
 
 
+def mentions_in_forward(cls: type, text: str) -> bool:
+    """Return whether the source of a class's forward contains a text; False where there is no source."""
+    try:
+        return text in inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return False
+
+
 @functools.cache
 def _read_class(cls: type) -> frozenset[tuple[str, str]]:
     """(child, "reads" or "calls") for every use of a `self.child` in the methods of the class and its bases."""

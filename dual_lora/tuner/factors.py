@@ -6,17 +6,19 @@ forward, sees every use of them.
 
 import copy
 import math
+import warnings
 import weakref
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from .. import kernels
 from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
 from .config import GROUPS, DualLoraConfig
-from .precision import warn_of_cast
+from .precision import find_stacklevel, warn_of_cast
 
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_dtype": "float32"}  # with any ste
 TENSORS = ("A", "B", "C", "D", "step", "update_scale")  # of one adapter on one layer
@@ -53,6 +55,9 @@ class DualLoraFactors(nn.Module):
     Raises:
         ValueError: dW would have no entries, or no draw of the initial factors can train.
     """
+
+    # One entry of each factor as it was drawn; None once f has been given a value, or where the draw has no values.
+    _drawn: list[float] | None = None
 
     def __init__(
         self,
@@ -140,7 +145,10 @@ class DualLoraFactors(nn.Module):
         for _ in range(MAX_DRAWS):
             for factor, sigma in ((self.A, std), (self.B, std), (self.C, direction_std), (self.D, direction_std)):
                 factor.normal_(0.0, std if sigma is None else sigma)
-            if self.A.is_meta or self._can_train():
+            if self.A.is_meta:
+                return
+            if self._can_train():
+                self._drawn = self._sample()
                 return
         raise ValueError(
             f"init_std={std:.3g}, direction_init_std={direction_std}: all entries of B A or D C become 0 or infinite; "
@@ -155,9 +163,41 @@ class DualLoraFactors(nn.Module):
         live = size.amax((-2, -1)) > 0 if rectified else size.any()
         return bool(live.all() and direction.any() and size.isfinite().all() and direction.isfinite().all())
 
+    def _sample(self) -> list[float]:
+        """Return one entry of each factor."""
+        return [factor[(0,) * factor.ndim].item() for factor in (self.A, self.B, self.C, self.D)]
+
+    def _has_lost_scale(self) -> bool:
+        """Return whether f is still its initial 0 although the factors are no longer those that were drawn.
+
+        Rounding to 16 bits moves an entry by less than 1 %; another draw, or a training that began with one, moves all.
+        """
+        drawn = self._drawn
+        if drawn is None or any(map(_is_untrackable, (*self.parameters(), self.update_scale))) or self.is_sharded:
+            return False
+        if self.update_scale != 0:
+            self._drawn = None
+            return False
+        return not all(math.isclose(*pair, rel_tol=0.01) for pair in zip(drawn, self._sample(), strict=True))
+
+    def _warn_of_lost_scale(self) -> None:
+        """Warn, once for all layers, where factors are evaluated that were copied without their f: it is a buffer, and
+        `parameters()`, or what requires a gradient, leaves it out."""
+        if torch.is_grad_enabled() or _is_recorded(self.A) or not self._has_lost_scale():
+            return
+        for factors in ALL_FACTORS:
+            if factors._has_lost_scale():
+                factors._drawn = None
+        warnings.warn(
+            "Dual LoRA: an adapter got new factors while its f is 0, so it computes the base model. f is a buffer, "
+            "which a copy of the parameters leaves out. For the whole dW, call dual_lora.set_update_scale(model, 1.0).",
+            stacklevel=find_stacklevel(),
+        )
+
     @property
     def scale(self) -> Tensor:
         """f * alpha / sqrt(r1 * r2) at the present f, in the dtype dW is computed in."""
+        self._warn_of_lost_scale()
         return self.update_scale.to(self._product_dtype) * self.scaling
 
     @property
@@ -223,6 +263,7 @@ class DualLoraFactors(nn.Module):
         heights = RAMPS[self.warmup_shape](torch.arange(self.warmup_steps + 1) / max(self.warmup_steps, 1))
         self.step.fill_(int((heights - factor).abs().argmin()) if ramp else self.warmup_steps)
         self.update_scale.fill_(factor)
+        self._drawn = None
 
     @property
     def applies_dropout(self) -> bool:
@@ -292,12 +333,12 @@ class DualLoraFactors(nn.Module):
         the tensors it is computed from changes, unless they are sharded: it is as large as the whole weight."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        replayed = traced or (self.A.is_cuda and torch.cuda.is_current_stream_capturing())
-        keepable = keep and not replayed and not self.is_sharded and not any(_is_untrackable(t) for t in parts)
+        keepable = keep and not _is_recorded(self.A) and not self.is_sharded and not any(map(_is_untrackable, parts))
         cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
         cache = self._cache  # read once: another thread may clear it
-        if keepable and cache is not None and cache.key == cache_key and all(map(torch.equal, cache.values, factors)):
+        # Autograd cannot save a matrix made in inference mode.
+        usable = cache is not None and (torch.is_inference_mode_enabled() or not cache.matrix.is_inference())
+        if keepable and usable and cache.key == cache_key and all(map(torch.equal, cache.values, factors)):
             return cache.matrix
         dW = self.delta_weight().flatten(0, -2)
         matrix = (dW if weight is None else dW.add_(weight)).to(dtype)
@@ -324,10 +365,16 @@ class DualLoraFactors(nn.Module):
             self.update_scale = before.to(self.update_scale.device)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """As in torch; four factors without f, as a file of the parameters alone has them, count as trained: f is 1."""
         self.clear_cache()
         self.loaded = True
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        has_scale = f"{prefix}update_scale" in state_dict
+        if not has_scale and all(prefix + name in state_dict for name in "ABCD"):
+            self.set_update_scale(1.0, ramp=False)
+        if has_scale:
+            self._drawn = None
 
     def extra_repr(self) -> str:
         """Shapes, ranks, scale, kernel and f, for print(model)."""
@@ -350,9 +397,20 @@ def is_sharded(module: nn.Module) -> bool:
     return divided or any(name.startswith("torch.distributed.fsdp") for name in hooks)
 
 
+def _is_recorded(tensor: Tensor) -> bool:
+    """Return whether what this tensor is used in now is recorded, to be run again later (by torch.compile, by
+    torch.jit.trace or as a CUDA graph), or computed without values (by FakeTensorMode)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(torch.empty(0), FakeTensor):
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _is_untrackable(tensor: Tensor) -> bool:
-    """Return whether changes to this tensor leave no trace: one made in inference mode, or wrapped by torch.func."""
-    return tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Return whether changes to this tensor leave no trace: one made in inference mode, wrapped by torch.func, without
+    values, or of a class of its own."""
+    if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 class EmbeddingFactors(DualLoraFactors):

@@ -47,6 +47,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.tied = tied
         self.bypassed = bypassed
         self.uses: set[str] | None = None  # "reads" and "calls", noted during a forward that `watch_uses` watches
+        self._silenced: dict[str, tuple[int, float]] = {}  # step and f that adapters had before `silence`
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.dual_lora_factors = nn.ModuleDict()
         self.merged_adapters = []
@@ -177,6 +178,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
                 "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
             )
 
+    def is_untied_by_merge(self, adapters: list[str]) -> bool:
+        """Return whether a merge of these adapters, or an earlier merge, gives a tied layer a weight of its own."""
+        merges = not self.bypassed and any(name in self.dual_lora_factors for name in adapters)
+        return self.tied and (self.merged or merges)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
@@ -300,7 +306,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict) -> None:
         """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
-        super().__setstate__({"uses": None, "_merged_factors": {}, **state})
+        super().__setstate__({"uses": None, "_merged_factors": {}, "_silenced": {}, **state})
         self._unmerged = [(kept, self._weight_version() if whole else WRITTEN) for kept, whole in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:
@@ -343,9 +349,26 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._add_terms(result, x, names)
 
+    def silence(self) -> None:
+        """Set f of every adapter to 0, also for the saved adapter, until a training forward calls this layer."""
+        for name, factors in self.dual_lora_factors.items():
+            self._silenced[name] = int(factors.step), float(factors.update_scale)
+            factors.set_update_scale(0.0, ramp=False)
+
+    def _end_silence(self) -> None:
+        """Give adapters the step and f from before `silence`, except where f has been set since."""
+        for name in self._silenced.keys() & self.dual_lora_factors.keys():
+            factors, (step, f) = self.dual_lora_factors[name], self._silenced[name]
+            silent = factors.update_scale == 0
+            factors.step.copy_(torch.where(silent, step, factors.step))
+            factors.update_scale.copy_(torch.where(silent, f, factors.update_scale))
+        self._silenced = {}
+
     def _note_call(self) -> None:
         if self.bypassed:
             self.bypassed = False
+        if self._silenced and self.training:
+            self._end_silence()
         if self.uses is not None:
             self.uses.add("calls")
 

@@ -13,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from .bypass import find_use, watch_uses
+from .bypass import find_use, mentions_in_forward, watch_uses
 from .config import DualLoraConfig
 from .factors import TENSORS, DualLoraFactors
 from .layer import DualLoraLayer, Embedding, find_layer_class
@@ -160,10 +160,34 @@ class DualLoraModel(BaseTuner):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """As in PEFT; warns and raises as `merge_adapter`."""
+        """As in PEFT; warns and raises as `merge_adapter`.
+
+        Raises:
+            ValueError: also where the merge would untie the embeddings and thereby scale the logits.
+        """
+        self._check_untying_allowed(adapter_names or self.active_adapters)
         self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
         warn_of_rounded_products(self._factors())
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _check_untying_allowed(self, adapters: list[str]) -> None:
+        """Refuse to untie the embeddings of a model that scales its logits only while they are tied (UMT5, Switch
+        Transformers, UDOP). PEFT sets `config.tie_word_embeddings` to False then, which their forward reads.
+
+        Raises:
+            ValueError: the merge would untie them.
+        """
+        if not self.get_model_config(self.model).get("tie_word_embeddings"):
+            return
+        layers = [getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        if not any(isinstance(layer, DualLoraLayer) and layer.is_untied_by_merge(adapters) for layer in layers):
+            return
+        for cls in {type(module) for module in self.model.modules()}:
+            if mentions_in_forward(cls, "config.tie_word_embeddings"):
+                raise ValueError(
+                    f"merge_and_unload would untie the embeddings, but {cls.__name__} scales its logits only while "
+                    "they are tied; call merge_adapter() instead, or leave out the output layer with exclude_modules"
+                )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -224,12 +248,13 @@ class DualLoraModel(BaseTuner):
         self._silence([name for name, layer in layers.items() if layer.bypassed and name not in before], layers)
 
     def _silence(self, names: list[str], layers: dict[str, DualLoraLayer]) -> None:
-        """Warn of layers found to be bypassed. In training their f becomes 0 for good, also in the saved adapter:
-        whoever loads it could not know that the factors were never used."""
+        """Warn of layers found to be bypassed. In training their f becomes 0, also in the saved adapter: whoever loads
+        it could not know that the factors were never used. A later training forward that calls one undoes this."""
         if not names:
             return
-        for factors in (f for name in names for f in layers[name].dual_lora_factors.values()) if self.training else ():
-            factors.set_update_scale(0.0, ramp=False)
+        if self.training:
+            for name in names:
+                layers[name].silence()
         self._warn_of_bypass(names, stacklevel=8)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:

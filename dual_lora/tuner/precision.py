@@ -1,4 +1,5 @@
-"""Warnings of what rounds the factors or their products to fewer bits than float32's, which flips signs of D C.
+"""Warnings of what training in 16 bits does to the factors: rounding them, or their products, to fewer bits than
+float32's flips signs of D C, and a loss scale changes what the straight-through gradient clips.
 
 All of it runs between the steps, never in compiled code.
 """
@@ -32,8 +33,34 @@ def warn_of_low_precision(factors: Iterable["DualLoraFactors"]) -> None:
         warnings.warn(
             f"Dual LoRA trains factors in {', '.join(map(str, low))}: rounding flips signs of D C. Cast them back "
             "before training: p.data = p.data.float() for every parameter p that requires a gradient.",
-            stacklevel=_find_stacklevel(),
+            stacklevel=find_stacklevel(),
         )
+
+
+def warn_of_loss_scale(factors: Iterable["DualLoraFactors"]) -> None:
+    """Warn, within an optimizer's step, that a GradScaler takes it: the gradient that ste="clip" clips is then that of
+    the scaled loss. Gradients do not tell, but the scaler is among the callers."""
+    clipping = any(
+        f.variants["direction"] == "sign" and f.variants["ste"] == "clip" and f.C.requires_grad for f in factors
+    )
+    scaler = _find_caller(torch.amp.GradScaler) if clipping else None
+    if scaler is not None and scaler.is_enabled() and scaler.get_scale() != 1:
+        warnings.warn(
+            f"Dual LoRA: the loss is scaled by {scaler.get_scale():g}, and ste='clip' clips its scaled gradient, so C "
+            "and D get another gradient than without scaling, mostly a far smaller one. Take ste='identity', or "
+            "bfloat16, which needs no scaling.",
+            stacklevel=find_stacklevel(),
+        )
+
+
+def _find_caller(cls: type):
+    """Return the nearest object of this class whose method is running, or None."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), cls):
+            return found
+        frame = frame.f_back
+    return None
 
 
 def warn_of_cast(before: torch.dtype, after: torch.dtype, fn: Callable) -> None:
@@ -47,8 +74,8 @@ def warn_of_cast(before: torch.dtype, after: torch.dtype, fn: Callable) -> None:
     warnings.warn(
         f"Dual LoRA: this cast rounds the factors to {after}, which flips signs of D C for good: casting back does not "
         "restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its adapter, or use "
-        "autocast (the Trainer's bf16 or fp16, not bf16_full_eval or fp16_full_eval).",
-        stacklevel=_find_stacklevel(),
+        "autocast (the Trainer's bf16, not bf16_full_eval).",
+        stacklevel=find_stacklevel(),
     )
 
 
@@ -97,11 +124,11 @@ def _warn_of_device(device_type: str) -> None:
         "flips signs of D C: computed or merged elsewhere or with another setting, the adapter is another function. "
         f'Use torch.set_float32_matmul_precision("highest"){triton}. tf32=True and torch_compile=True of '
         "TrainingArguments change that setting.",
-        stacklevel=_find_stacklevel(),
+        stacklevel=find_stacklevel(),
     )
 
 
-def _find_stacklevel() -> int:
+def find_stacklevel() -> int:
     """Return the `stacklevel`, for the caller's warning, of the nearest line that is in none of LIBRARIES."""
     frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:

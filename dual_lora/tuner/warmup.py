@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from .factors import ALL_FACTORS, DualLoraFactors
 from .layer import DualLoraLayer
-from .precision import warn_of_low_precision, warn_of_rounded_products
+from .precision import warn_of_loss_scale, warn_of_low_precision, warn_of_rounded_products
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 # Numbers in the order of events: when an optimizer's step began, when its latest one ended, and when a layer's factors
@@ -90,15 +90,18 @@ def _find_held(optimizer: Optimizer) -> tuple[set[int], list[weakref.ref]]:
         found = [f for f in ALL_FACTORS if any(id(p) in ids for p in f.parameters())]
         warn_of_low_precision(found)
         warn_of_rounded_products(found)
+        warn_of_loss_scale(found)
         known = _FACTORS_BY_OPTIMIZER[optimizer] = held, ids, [weakref.ref(f) for f in found]
     return known[1:]
 
 
+@torch.compiler.disable  # their counters would make a compiled step compile again every time, whatever it trains
 def _note_begin(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     """Note when the step began; where it raises and never ends, the next one overwrites this."""
     _BEGUN[optimizer] = next(_CLOCK)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def _advance_ramps(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     held, references = _find_held(optimizer)

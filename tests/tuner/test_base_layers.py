@@ -18,6 +18,8 @@ from transformers import (
     MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForXVector,
 )
@@ -509,3 +511,28 @@ def test_one_layer_of_a_quantisation_that_peft_only_reads_leaves_the_others_alon
         with pytest.raises(ValueError, match="layer: cannot merge into Linear: PEFT .* cannot write a weight in gptq"):
             merge()
     assert not first.merged
+
+
+def umt5():
+    """Scales its logits by d_model**-0.5 while `config.tie_word_embeddings` is set."""
+    return UMT5ForConditionalGeneration(
+        UMT5Config(vocab_size=99, d_model=32, d_ff=37, d_kv=8, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def test_untying_a_model_that_scales_its_logits_while_tied_is_refused():
+    base, inputs = umt5(), {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    if not base.config.tie_word_embeddings:
+        pytest.skip("UMT5 of this release of transformers is not tied")
+    model = get_peft_model(base, config(target_modules=["lm_head", "q"], init_weights=False)).eval()
+    expected = output(model, inputs)
+    for _ in range(2):  # nothing is merged yet; then it is
+        with pytest.raises(ValueError, match="untie the embeddings, but UMT5ForConditionalGeneration scales"):
+            model.merge_and_unload()
+        model.merge_adapter()
+        torch.testing.assert_close(output(model, inputs), expected)
+    model.unmerge_adapter()
+    model.add_adapter("q", config(target_modules=["q"], init_weights=False))
+    model.set_adapter("q")
+    expected = output(model, inputs)
+    torch.testing.assert_close(output(model.merge_and_unload(), inputs), expected)

@@ -85,6 +85,20 @@ def test_blocks_of_fused_layers_are_rebuilt_once_too(monkeypatch):
     assert sum(counted) == 4 * 3  # steps x blocks of both layers
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_inference_mode_computed_is_not_used_with_gradients(training):
+    """bias="all" trains the bias, so that evaluation and training both keep dW alone."""
+    found = []
+    for infer in (False, True):
+        model = build_model(keep_update=True, bias="all").train(training)
+        set_update_scale(model, 1.0)
+        if infer:
+            with torch.inference_mode():
+                model(torch.ones(ROWS, IN))
+        found.append(train(model, steps=1))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("options", [{"kernel": "eager"}, {"direction": "identity"}], ids=str)
 def test_plain_autograd_keeps_nothing(options):
     with pytest.raises(ValueError, match="keep_update=True: expected False with kernel='eager'"):

@@ -1,11 +1,13 @@
 """The kernels inside the adapted layers: where one product serves, what is kept, and what evaluation rebuilds."""
 
 import copy
+import io
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import functional, set_update_scale
@@ -98,6 +100,23 @@ def test_an_input_without_rows(shape):
     assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("fields", [{}, {"lora_dropout": 0.5}, {"keep_update": True}, {"kernel": "eager"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_may_write_into_the_output(kind, fields):
+    """As Longformer does with its queries, and nn.ReLU(inplace=True) with any layer's output."""
+    if not KINDS[kind].dropout and "lora_dropout" in fields:
+        pytest.skip("no dropout on ids")
+    torch.manual_seed(0)
+    model, x = adapted(KINDS[kind].base(), **fields), KINDS[kind].inputs()
+    found = []
+    for scale in (torch.mul, torch.Tensor.mul_):
+        model.zero_grad()
+        torch.manual_seed(1)
+        scale(model(x), 0.5).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *found))
+
+
 def test_dropout_acts_on_the_adapter_alone():
     model = adapted(nn.Linear(IN, OUT), lora_dropout=0.5).train()
     x = torch.ones(1, IN)
@@ -143,6 +162,17 @@ class TestEvaluation:
             kept = model(self.x(model))
             fresh = copy.deepcopy(model).train().eval()(self.x(model))
         assert torch.equal(kept, fresh)
+
+    def test_without_values_nothing_is_kept(self, model):
+        x = self.x(model)
+        with torch.no_grad():
+            expected = model(x)
+            for again in (copy.deepcopy(model), model):  # nothing kept yet; a matrix with values kept
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    assert {type(again(x)) for _ in range(2)} == {FakeTensor}
+                assert torch.equal(again(x), expected)
+            model.to("meta")
+            assert {model(x.to("meta")).device.type for _ in range(2)} == {"meta"}
 
     def test_an_optimizer_step_shows_even_where_no_version_tells(self, model):
         class Gathered(torch.optim.SGD):
@@ -205,9 +235,13 @@ def test_the_adapted_layer_can_be_exported_with_gradients(kind):
             torch.testing.assert_close(of_exported[name].grad, parameter.grad)
 
 
-def test_the_adapted_layer_can_be_traced():
-    model = adapted(nn.Linear(IN, OUT)).base_model.model.eval()
+@pytest.mark.parametrize("fields", [{}, {"kernel": "eager"}, {"direction": "tanh"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapted_layer_can_be_traced_and_saved(kind, fields):
+    model, inputs = adapted(KINDS[kind].base(), **fields).base_model.model.eval(), KINDS[kind].inputs
+    file = io.BytesIO()
     with torch.no_grad():
-        traced = torch.jit.trace(model, torch.randn(3, IN))
-        x = torch.randn(5, IN)
-        torch.testing.assert_close(traced(x), model(x))
+        torch.jit.save(torch.jit.trace(model, inputs()), file)
+        file.seek(0)
+        x = inputs()
+        torch.testing.assert_close(torch.jit.load(file)(x), model(x))

@@ -1,4 +1,5 @@
-"""What rounds the factors or their products to fewer bits than float32's: others do it, and each way warns once."""
+"""What rounds the factors or their products to fewer bits than float32's, or scales the loss: others do it, and each
+way warns once."""
 
 import warnings
 
@@ -185,3 +186,26 @@ def test_a_compiled_model_stays_one_graph_under_such_a_setting(monkeypatch):
     assert len(collect(take_step)) == 1
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert collect(take_step) == []
+
+
+def train_with_scaler(model, **options) -> list[str]:
+    """Return the warnings of three steps with loss scaling."""
+    scaler = torch.amp.GradScaler("cpu", **{"init_scale": 1024.0, **options})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def take_steps():
+        for _ in range(3):
+            scaler.scale(model(torch.ones(2, 8)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return collect(take_steps)
+
+
+def test_a_scaled_loss_is_warned_about_once_where_the_gradient_is_clipped():
+    (message,) = train_with_scaler(adapted())
+    assert "the loss is scaled by 1024" in message and "ste='identity'" in message
+    for fields in ({"ste": "identity"}, {"direction": "tanh"}, {"freeze": "direction"}):
+        assert train_with_scaler(adapted(**fields)) == []
+    assert train_with_scaler(adapted(), enabled=False) == []
+    assert train_with_scaler(adapted(), init_scale=1.0) == []

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from dual_lora import set_update_scale
+
 from .layers import IN, OUT, config
 
 
@@ -113,6 +115,47 @@ def test_factors_that_training_never_uses_do_nothing_in_evaluation():
     model = adapt(base, init_weights=False)
     model.train()(x)
     torch.testing.assert_close(model.eval()(x), expected)
+
+
+class CallsLater(nn.Module):
+    """Asks the weight for its dtype in every forward, and calls the layer in some."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT)
+
+    def forward(self, x, call=True):
+        x = x.to(self.layer.weight.dtype)
+        return self.layer(x) if call else x
+
+
+@pytest.mark.filterwarnings("ignore:Dual LoRA")
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy])
+@pytest.mark.parametrize("fields, expected", [({}, [0.0, 0.5, 1.0]), ({"init_weights": False}, [1.0, 1.0, 1.0])])
+def test_a_layer_that_training_calls_later_trains_from_then_on(fields, expected, copied):
+    model = adapt(CallsLater(), scale_warmup_steps=2, **fields).train()
+    model(torch.randn(3, IN), call=False)
+    model = copied(model)
+    factors = model.base_model.model.layer.dual_lora_factors["default"]
+    optimizer = torch.optim.SGD(factors.parameters(), lr=1e-3)
+    model.eval()(torch.randn(3, IN))
+    assert factors.update_scale == 0.0
+    model.train()
+    found = []
+    for _ in expected:
+        model(torch.randn(3, IN)).square().sum().backward()
+        found.append(factors.update_scale.item())
+        optimizer.step()
+    assert found == expected and any(p.grad.any() for p in factors.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Dual LoRA")
+def test_f_set_by_hand_outlives_a_later_call():
+    model = adapt(CallsLater()).train()
+    model(torch.randn(3, IN), call=False)
+    set_update_scale(model, 0.7)
+    model(torch.randn(3, IN))
+    assert model.base_model.model.layer.dual_lora_factors["default"].update_scale.item() == pytest.approx(0.7)
 
 
 def test_the_first_forward_watches_no_layer_that_is_called():

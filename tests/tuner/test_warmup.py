@@ -405,3 +405,112 @@ def test_the_callback_adds_nothing_to_the_hook():
         train_step(model, optimizer)
         callback.on_step_end(None, None, None)
     assert f_of(model) == 0.5
+
+
+class SeveralKinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Embedding(IN, IN), nn.Linear(IN, OUT), nn.Conv1d(OUT, OUT, 1)
+
+    def forward(self, ids):
+        return self.c(self.b(self.a(ids)).transpose(-1, -2))
+
+
+IDS = torch.arange(IN).view(2, -1)
+
+
+def adapt_several_kinds(base=None):
+    return get_peft_model(base or SeveralKinds(), config(target_modules=["a", "b", "c"], scale_warmup_steps=STEPS))
+
+
+def train_several_kinds():
+    model = adapt_several_kinds()
+    set_update_scale(model, 1.0)
+    return model
+
+
+def copy_to_second_adapter(model):
+    """As TRL makes its reference adapter: by the parameters, which leave out f."""
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+def list_lost(act) -> list[str]:
+    """Return the lines that f was left out."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    found = [w for w in caught if "while its f is 0" in str(w.message)]
+    assert {w.filename for w in found} <= {__file__}
+    return [str(w.message) for w in found]
+
+
+def evaluate(model, training=False):
+    model.train(training)
+    with torch.no_grad():
+        return model(IDS)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_of_the_parameters_alone_is_warned_about_once(training):
+    model = train_several_kinds()
+    expected = evaluate(model)
+    copy_to_second_adapter(model)
+    model.set_adapter("ref")
+    (message,) = list_lost(lambda: evaluate(model, training))
+    assert "dual_lora.set_update_scale(model, 1.0)" in message
+    assert list_lost(lambda: evaluate(model, training)) == []
+    set_update_scale(model, 1.0)
+    assert torch.equal(evaluate(model), expected)
+
+
+def test_f_of_0_that_is_meant_is_not_warned_about(tmp_path):
+    fresh = adapt_several_kinds()
+    assert list_lost(lambda: evaluate(fresh)) == []
+    assert list_lost(lambda: evaluate(fresh.bfloat16().float())) == []
+    fresh.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(SeveralKinds(), tmp_path)
+    assert list_lost(lambda: evaluate(loaded)) == []
+    set_by_hand = train_several_kinds()
+    set_update_scale(set_by_hand, 0.0)
+    assert list_lost(lambda: evaluate(set_by_hand)) == []
+    ramped = ramping()
+    train_step(ramped, torch.optim.SGD(trained(ramped), lr=1e-3))
+    with torch.no_grad():
+        assert list_lost(lambda: ramped(torch.randn(3, IN))) == []
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_factors_loaded_without_f_are_at_full_scale(assign):
+    base = SeveralKinds()
+    again = adapt_several_kinds(copy.deepcopy(base))
+    model = adapt_several_kinds(base)
+    set_update_scale(model, 1.0)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    again.load_state_dict(state, strict=False, assign=assign)
+    assert list_lost(lambda: evaluate(again)) == []
+    assert torch.equal(evaluate(again), evaluate(model))
+
+
+def test_part_of_the_factors_leaves_f_as_it_is():
+    model = ramping()
+    factors = factors_of(model)
+    factors.load_state_dict({"C": factors.C.detach() + 1}, strict=False)
+    assert f_of(model) == 0.0
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_compiled_optimizer_step_is_compiled_once(adapted):
+    """Also that of a model without an adapter: the hooks belong to all optimizers."""
+    torch._dynamo.reset()
+    model = ramping() if adapted else nn.Linear(IN, OUT)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(STEPS):
+        model(torch.randn(3, IN)).square().sum().backward()
+        with torch._dynamo.config.patch(error_on_recompile=number >= 2):
+            step()
+        optimizer.zero_grad(set_to_none=False)
+    assert not adapted or f_of(model) == 1.0
