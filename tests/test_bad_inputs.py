@@ -398,7 +398,7 @@ CASES = [
     Case("config", "a 4-bit base from a GGUF file", "hardware=qlora model.path=x.gguf", "a GGUF file is read whole"),
     Case("config", "a 4-bit base, sharded", "hardware=fsdp2 hardware.base=nf4", "take hardware.sharding=replicas"),
     Case("config", "an unknown form of the base", "hardware.base=int8", "not one of nf4"),
-    Case("config", "rank too small for two groups", "method.rank=1", "r=1"),
+    Case("config", "rank too small for two groups", "method.rank=1", "method.rank=1: dual_lora shares it between two groups"),
     Case("config", "unknown PEFT field", "+method.peft.nonsense=1", "nonsense"),
     Case("config", "PEFT field of another type", "+method.peft.bias=5 method=lora", "on model=tiny-roberta: 'int' object has no attribute"),
     Case("config", "PEFT field that is no pattern", "+method.peft.target_modules='('", "on model=tiny-roberta: missing )"),

@@ -36,6 +36,7 @@ MISTAKES = {
     "model.dtype=float8": "model.dtype=float8: not one of float32",
     "model.adapt=[q,z]": "model.adapt: tiny-roberta has no role 'z'",
     "model.path=/nowhere": "model.path=/nowhere: no config.json, no weights",
+    "method.rank=1": "method.rank=1: dual_lora shares it between two groups of at least 1 each; take 2 or more",
     "method.r1=4": "method.r1 and method.r2: give both or neither",
     "method.peft.zzz=1": "method.peft.zzz: not among the method's; write +method.peft.zzz=VALUE to add it",
     "~method": "~method: settings cannot be removed",
@@ -61,7 +62,7 @@ def test_mistake_is_one_line_with_the_mend(override):
 
 def test_settings_of_another_method_are_refused():
     assert refused(*ENCODER, "method=lora", "method.magnitude_ratio=0.3") == (
-        "method.magnitude_ratio: method lora has no magnitude_ratio"
+        "method.magnitude_ratio=0.3: method lora has no magnitude_ratio; drop it"
     )
     assert "method full has no adapter" in refused(*ENCODER, "method=full", "method.rank=4")
 

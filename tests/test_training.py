@@ -379,7 +379,7 @@ def test_a_score_that_is_no_number_is_no_result(runs_folder, monkeypatch):
     [
         ("+method.peft.nonsense=1", "nonsense"),
         ("method.peft.peft_type=LORRA", "PEFT has no such method. Did you mean LORA?"),
-        ("method.rank=1", "r=1"),
+        ("+method.peft.rank_pattern={query:1}", "rank_pattern['query']=1: expected an integer of at least 2"),
         ("model.adapt=[q] model.roles.q=nothing_like_it", "on model=tiny-roberta: No modules were targeted"),
     ],
 )
@@ -601,14 +601,15 @@ def test_a_run_to_start_from_must_fit(override, message, runs_folder):
 
 def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs_folder):
     sweep = ["train.py", "-m", "model=tiny-roberta", "task=demo/sentiment", *SHORT, "method=lora,dual_lora", "seed=0,1"]
-    broken = [*sweep, "method.rank=1"]  # Dual LoRA needs at least 2
+    odd = "+method.peft.rank_pattern={query:1}"  # Dual LoRA needs at least 2, which the run finds out
+    broken = [*sweep, odd]
     done = forked.run(*broken)
     assert done.returncode == 2
     assert "2 of 4 runs finished" in done.stderr
-    assert done.stderr.count("failed: ") == 4 and "r=1" in done.stderr  # each at once and again at the end
+    assert done.stderr.count("failed: ") == 4 and "rank_pattern" in done.stderr  # each at once and again at the end
     finished = sorted(p.parent.name for p in runs_folder.glob("adhoc/*/result.json"))
     assert len(finished) == 2 and all("_lora_" in name for name in finished)
-    again = forked.run(*drop_replaced_overrides([*sweep, "method.rank=1", "method=lora"]))
+    again = forked.run(*drop_replaced_overrides([*sweep, odd, "method=lora"]))
     assert again.returncode == 0 and again.stdout.count("finished: ") == 2
 
 
