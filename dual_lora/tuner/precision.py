@@ -46,9 +46,9 @@ def warn_of_cast(before: torch.dtype, after: torch.Tensor, fn: Callable) -> None
         return
     _NAMED_CASTS.add(fn)
     warnings.warn(
-        f"Dual LoRA: this cast rounds the factors to {after.dtype}, which flips signs of D C for good: casting back does "
-        "not restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its adapter, or "
-        "use autocast (the Trainer's bf16 or fp16, not bf16_full_eval or fp16_full_eval).",
+        f"Dual LoRA: this cast rounds the factors to {after.dtype}, which flips signs of D C for good: casting back "
+        "does not restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its "
+        "adapter, or use autocast (the Trainer's bf16 or fp16, not bf16_full_eval or fp16_full_eval).",
         stacklevel=_find_stacklevel(),
     )
 
