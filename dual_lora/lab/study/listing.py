@@ -66,8 +66,8 @@ def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: 
 
 
 def format_amount(amount: float) -> str:
-    """Return a number with two decimals, a small one with two digits."""
-    return f"{amount:.2f}" if amount >= 0.1 else f"{amount:.2g}"
+    """Return a positive number with two decimals, never as 0.00."""
+    return f"{amount:.2f}" if amount >= 0.01 else "< 0.01"
 
 
 def format_rows(rows: list[list[str]], headers: list[str]) -> str:
