@@ -41,10 +41,11 @@ def count_up(*overrides: str):
     return chosen(*EARLY, "method.ramp_share=0.9", *overrides)
 
 
-def test_training_ends_when_epochs_stop_improving_and_keeps_the_best(runs_folder, falling):
+def test_training_ends_when_epochs_stop_improving_and_keeps_the_best(runs_folder, falling, capsys):
     settings = count_up("task.checkpoint=last", "eval.before=false")
     result = train_run(Run.prepare(settings))
     assert (result["steps"], result["best_epoch"]) == (12, 2.0)
+    assert "\nkept     epoch 2 of 4 (9 planned), by 8 development rows\n" in capsys.readouterr().out
     folder = runs_folder / "adhoc" / result["identity"]
     steps = {int(t) for name, t in load_file(folder / "adapter/adapter_model.safetensors").items() if "step" in name}
     assert steps == {7}  # the ramp of the best epoch, not of the last

@@ -69,7 +69,7 @@ def test_rows_set_apart_that_stand_among_the_training_rows_are_counted(name, loa
         (apart,) = load(task, settings).values()
         train = [(row["text"], row["label"]) for row in load_split(task, "train", settings).rows]
         found = sum((row["text"], row["label"]) in train for row in apart.rows)
-        said = f"train.csv (set apart): {found} of 30 rows set apart stand among the training rows, too\n"
+        said = f"train.csv (set apart): {found} of 30 rows set apart also occur among the training rows\n"
         assert apart.describe().get("in_training", 0) == found and (said in capfd.readouterr().err) == bool(found)
         return found
 

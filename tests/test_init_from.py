@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_training import FAMILIES, SHORT, attached, settings
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.hub import fetch_files
 from dual_lora.lab.errors import UserError
@@ -30,6 +31,14 @@ def save_adapter(folder, method: str = "dual_lora", *overrides: str):
             torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("trained"))
+        return paths.RUNS / "adhoc" / train_run(Run.prepare(settings(MODEL)))["identity"]
 
 
 def edit_weights(folder, name="adapter_model.safetensors"):
@@ -121,12 +130,13 @@ def test_an_adapter_that_cannot_be_fetched_is_one_line(hub, runs_folder):
     ("words", "message"),
     [
         ([], None),
-        (["method.rank=8"], "an adapter with r=16, this run's has 8; take the same"),
-        (["method=lora"], "an adapter with peft_type=DUAL_LORA, this run's has LORA; take the same"),
-        (["method.alpha=32"], "an adapter with lora_alpha=16.*, this run's has 32"),
-        (["+method.peft.magnitude=abs"], "an adapter with magnitude=relu, this run's has abs"),
-        (["method.magnitude_ratio=0.25"], "does not fit at"),
-        (["model.adapt=[q]"], "does not fit at"),
+        (["method.rank=8"], "an adapter with r=16, this run's has 8; take method.rank=16"),
+        (["method=lora"], "an adapter with peft_type=DUAL_LORA, this run's has LORA; take method=dual_lora"),
+        (["method.alpha=32"], "an adapter with lora_alpha=16, this run's has 32; take method.alpha=16"),
+        (["+method.peft.magnitude=abs"], "with magnitude=relu, this run's has abs; take [+]method.peft.magnitude=relu"),
+        (["+method.peft.freeze=direction"], "with freeze=null, this run's has direction; drop method.peft.freeze"),
+        (["method.magnitude_ratio=0.25"], "with magnitude_ratio=0.5, this run's has 0.25; take method.magnitude_ratio"),
+        (["method.r1=4", "method.r2=12"], "with magnitude_ratio=0.5, this run's has 0.25; take method.magnitude_ratio"),
         (["+method.peft.ste=identity", "method.dropout=0.1", "+method.peft.kernel=eager"], None),
     ],
 )
@@ -137,17 +147,53 @@ def test_an_adapter_must_be_what_the_run_would_train(words, message, tmp_path, r
         assert train_run(Run.prepare(chosen))["steps"] == 4
         return
     with pytest.raises(UserError, match=message):
+        Run.prepare(chosen)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.adapt=[q]"], r"with model.adapt=\[q,k,v,up,down\], this run has \[q\]; take model.adapt=\[q,k,v"),
+        (["method.rank=8"], "an adapter with r=16, this run's has 8; take method.rank=16"),
+        (["method.alpha=8"], "an adapter with lora_alpha=16, this run's has 8; take method.alpha=16"),
+        (["method.magnitude_ratio=0.25"], "with magnitude_ratio=0.5, this run's has 0.25; take"),
+        (["method=lora"], "trained with method=dual_lora, this run has method=lora; take method=dual_lora"),
+        (["model=tiny-gpt2"], "trained with model=tiny-llama, this run has model=tiny-gpt2; take model=tiny-llama"),
+    ],
+)
+def test_a_run_to_start_from_must_be_what_the_run_would_train(words, message, trained):
+    """Told from the records alone, before a folder is made."""
+    with pytest.raises(UserError, match=f"^init_from={trained}: .*{message}"):
+        Run.prepare(settings(MODEL, f"init_from={trained}", *words))
+
+
+def test_what_only_peft_knows_is_refused_before_data_and_model_are_loaded(tmp_path, runs_folder, monkeypatch):
+    """A field that this run's settings leave to PEFT."""
+    folder = save_adapter(tmp_path / "adapter", "dora")
+    chosen = settings(MODEL, "method=lora", f"init_from={folder}")
+    monkeypatch.setattr("dual_lora.lab.train.run.load_run_rows", None)
+    with pytest.raises(UserError, match="use_dora=true, this run's has false; take [+]method.peft.use_dora=true"):
         train_run(Run.prepare(chosen))
 
 
-def test_pickles_are_not_read_and_a_run_with_another_alpha_is_refused(tmp_path, runs_folder):
+def test_other_modules_are_told_by_their_weights(tmp_path, runs_folder):
+    """The configuration of an adapter may name the same modules in several ways."""
+    folder = save_adapter(tmp_path / "adapter")
+    with pytest.raises(UserError, match="does not fit at"):
+        train_run(Run.prepare(settings(MODEL, f"init_from={folder}", "model.adapt=[q]")))
+
+
+def test_a_setting_that_a_field_is_computed_from_is_named(tmp_path, runs_folder):
+    folder = save_adapter(tmp_path / "adapter", "loha")
+    with pytest.raises(UserError, match="an adapter with r=8, this run's has 4; take another method.rank"):
+        Run.prepare(settings(MODEL, "method=loha", "method.rank=8", f"init_from={folder}"))
+
+
+def test_pickles_are_not_read(tmp_path, runs_folder):
     folder = save_adapter(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match=f"^init_from={folder}: no adapter_model.safetensors there, the only format"):
         Run.prepare(settings(MODEL, f"init_from={folder}"))
-    run = runs_folder / "adhoc" / train_run(Run.prepare(settings(MODEL)))["identity"]
-    with pytest.raises(UserError, match="an adapter with lora_alpha=16.*, this run's has 8"):
-        train_run(Run.prepare(settings(MODEL, f"init_from={run}", "method.alpha=8")))
 
 
 def test_a_model_of_another_name_is_told(tmp_path, runs_folder, capfd):

@@ -139,15 +139,15 @@ def test_the_documentation_names_every_launcher():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "hydra/launcher" in c])
 def test_a_failing_run_stops_no_other(command, runs_folder, start):
-    """The README's commands, without Slurm (test_slurm.py has it), and with a rank that cannot be shared between two
-    groups, which only the run itself finds out."""
+    """The README's commands, without Slurm (test_slurm.py has it), and with a rank of one module that cannot be
+    shared between two groups, which only the run itself finds out."""
     here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "train.lr=1e-3"}
     given = [here.get(word, word) for word in words(command)[3:]]
-    process = start(*given, "method.rank=1")
+    process = start(*given, "+method.peft.rank_pattern={q_proj:1}")
     out, err = process.communicate(timeout=1500)
     assert f"2 of 2 runs handed to {get_launcher_name(given)}" in out
     assert process.returncode == EXIT_USER and "1 of 2 runs finished" in err, err
-    assert "dual_lora_s0" in err and "r=1: expected an integer of at least 2" in err
+    assert "dual_lora_s0" in err and "rank_pattern['q_proj']=1: expected an integer of at least 2" in err
     assert [p.parent.name.count("dual_lora") for p in runs_folder.glob("adhoc/*/result.json")] == [0]
     assert list((runs_folder / ".multirun").iterdir()), "a launch with a failure keeps its logs"
 

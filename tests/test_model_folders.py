@@ -166,7 +166,9 @@ def test_a_word_does_not_become_a_special_token(fields, tmp_path):
 @pytest.mark.parametrize(("model", "kind"), [("tiny-deberta", "BertTokenizer"), ("tiny-llama", "GemmaTokenizer")])
 def test_of_a_class_that_splits_texts_otherwise_and_the_file_the_file_is_used(model, kind, plain, tmp_path, capsys):
     compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind))
-    line = f"warning: model={model}: its tokenizer's class, {kind}, splits texts otherwise than its tokenizer.json; the"
+    line = (
+        f"warning: model={model}: its tokenizer's class, {kind}, splits texts differently from its tokenizer.json; the"
+    )
     assert line in capsys.readouterr().err
 
 

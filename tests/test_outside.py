@@ -239,6 +239,7 @@ WRONG = {
     "no task": ({"stars.py": "def task(subset, text='', label=''):\n    return 5\n", "x/task/stars.yaml": TASK}, "plugins=HERE/stars.py --config-dir HERE/x task=stars", "stars.py: task() returns '5'; return a subclass of tasks.base.Task"),
     "half a task": ({"stars.py": "import tasks.base\ndef task(subset, text='', label=''):\n    return tasks.base.Task()\n", "x/task/stars.yaml": TASK}, "plugins=HERE/stars.py --config-dir HERE/x task=stars", "stars.py: its task has no name, version, form, metric; set it"),
     "a task that fails": ({"stars.py": "def task(subset, text='', label=''):\n    return 1 / 0\n", "x/task/stars.yaml": TASK}, "plugins=HERE/stars.py --config-dir HERE/x task=stars", "stars.py: its function task(subset, **options) fails (ZeroDivisionError('division by zero')); fix it"),
+    "a task without its settings": ({"stars.py": CODE}, "plugins=HERE/stars.py task=stars", "task=stars: HERE/stars.py needs its settings, task/stars.yaml in a folder given by --config-dir DIR"),
     "a task without its code": ({"x/task/stars.yaml": TASK}, "--config-dir HERE/x task=stars", "task.name=stars: no such task; take task=NAME, one of those in conf/task/, or give the file of your own task as plugins=FILE.py"),
     "an option it has not": ({"stars.py": CODE, "x/task/stars.yaml": TASK}, "plugins=HERE/stars.py --config-dir HERE/x task=stars +task.options.weights=2", "task.options.weights: stars has no such option; it has text, label"),
 }
@@ -258,6 +259,15 @@ def test_a_wrong_folder_or_file_is_answered_in_one_line(what, tmp_path, runs_fol
 def test_eval_needs_no_folder(tmp_path):
     with pytest.raises(UserError, match="^--config-dir: a record holds every setting of its run; drop it"):
         evaluate_command(["run=x", "--config-dir", "x"])
+
+
+def test_a_field_misspelt_in_a_file_is_told_with_the_file(tmp_path, runs_folder, capsys):
+    peft = "{peft_type: LORA, r: 4, lora_alfa: 16}"
+    write_files(tmp_path, {"x/method/mine.yaml": f"name: mine\nlr: 1e-3\npeft: {peft}\n"})
+    words = ["--config-dir", str(tmp_path / "x"), "method=mine", *SHORT]
+    assert train_command(words) == EXIT_USER
+    said = f"{tmp_path}/x/method/mine.yaml: peft.lora_alfa: LORA has no such field. Did you mean lora_alpha?"
+    assert said in capsys.readouterr().err
 
 
 def test_what_one_command_named_the_next_does_not_know(own, runs_folder):

@@ -46,6 +46,16 @@ def test_every_model_is_planned(model):
     assert 0 < found["memory"]["activations"] < found["memory"]["peak"]
 
 
+def test_a_small_plan_is_printed_in_small_units(runs_folder, capsys):
+    words = ["model=tiny-roberta", "task=demo/sentiment", "train.max_steps=2", "plan=true"]
+    assert train_command(words) == 0
+    said = capsys.readouterr().out
+    assert " MB a device: weights " in said and " GFLOP a device" in said and " s of training on" in said
+    assert " 0.00," not in said and " 0 s" not in said
+    assert train_command(["-m", *words, "seed=0,1"]) == 0
+    assert "< 0.01" in capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_planned(method):
     try:

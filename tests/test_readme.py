@@ -205,6 +205,7 @@ def test_the_verdict_of_the_readme_is_that_of_the_results():
             assert number in known.split(), (label, number)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_the_plan_is_as_shown(runs_folder):
     (command,) = [c for c in COMMANDS if "model=llama3-8b" in c and "plan=true" in c]
     settings = load_settings(words(command)[2:])

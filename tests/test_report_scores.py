@@ -7,6 +7,8 @@ import pytest
 from test_report import GLUE, PLANNED, RATIOS, finish, rows_of, study  # noqa: F401 (a fixture)
 
 import tasks
+from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.evaluate.model_card import format_scores
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_summary
 from dual_lora.lab.report.comparison.comparisons import compare_cells
@@ -153,7 +155,11 @@ def test_a_run_prints_its_scores_as_its_metric_says(own):
     run = Run.prepare(cell.settings)
     result = cell.result | {"metrics_before": None, "parameters": 10**6, "peak_memory_bytes": 0, "data": {}}
     lines = [line.split() for line in format_summary(result, run).splitlines()]
-    assert ["macro_f1", "-", "0.40"] in lines and ["accuracy", "-", "40.0"] in lines
+    assert ["score", "before", "after"] in lines
+    assert ["macro_f1", "-", "0.40"] in lines and ["accuracy", "%", "-", "40.0"] in lines
+    task = load_task(cell.settings)
+    card = format_scores(result, task).splitlines()
+    assert "| macro_f1 | 0.40 |" in card and "| accuracy % | 40.0 |" in card
 
 
 def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # noqa: F811

@@ -6,9 +6,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dual_lora.lab.commands.settings_help import EXAMPLES, iterate_settings, read_defaults, render_help
+from dual_lora.lab.commands.evaluate import OWN_WORDS as EVALUATE_WORDS
+from dual_lora.lab.commands.evaluate import RUN_WORDS
+from dual_lora.lab.commands.settings_help import EXAMPLES, WORDS, iterate_settings, read_defaults, render_help
 from dual_lora.lab.commands.settings_help import render_settings_markdown as render_page
+from dual_lora.lab.commands.sweep import OWN_WORDS as SWEEP_WORDS
 from dual_lora.lab.config.compose import GROUPS, load_settings
+from dual_lora.lab.config.outside.words import CODE_KEY, FOLDER_FLAGS
 from dual_lora.lab.config.overrides import KNOWN_KEYS
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.schema import get_setting
@@ -26,6 +30,19 @@ def test_every_setting_is_explained_in_one_line():
     for key, about in explained.items():
         assert 5 < len(about) < 120 and "\n" not in about and "|" not in about
         assert sum(line.split()[:1] in ([key], [f"{key}:"]) for line in lines) == 1, key
+
+
+def test_the_words_beside_the_settings_are_those_that_the_programs_take():
+    known = {words: [word.replace(" ", "=").partition("=")[0] for word in WORDS[words]] for words in WORDS}
+    assert known == {
+        "train.py and sweep.py": [FOLDER_FLAGS[0]],
+        "train.py, sweep.py and eval.py": [CODE_KEY],
+        "sweep.py": list(SWEEP_WORDS),
+        "eval.py": [*RUN_WORDS, *EVALUATE_WORDS],
+    }
+    shown = render_help()
+    for word, about in (pair for words in WORDS.values() for pair in words.items()):
+        assert f"  {word:<30}{about}\n" in shown and f"| `{word}` | {about} |" in render_page()
 
 
 def test_help_names_every_choice_and_example():

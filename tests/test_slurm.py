@@ -141,13 +141,13 @@ def test_what_slurm_refuses_is_told(slurm, runs_folder):
 
 
 def test_one_of_three_jobs_fails(slurm, runs_folder):
-    """rank 1 cannot be shared between two groups, which the job finds out."""
-    command = start("train.max_steps=2", "method=lora,dual_lora,dora", "method.rank=1")
+    """A rank of 1 for one module cannot be shared between two groups, which the job finds out."""
+    command = start("train.max_steps=2", "method=lora,dual_lora,dora", "+method.peft.rank_pattern={query:1}")
     out, err = command.communicate(timeout=500)
     print(out, err)
     assert "3 of 3 runs handed to slurm" in out
     assert command.returncode == 2 and "2 of 3 runs finished" in err, err
-    assert "dual_lora_s0" in err and "r=1: expected an integer of at least 2" in err
+    assert "dual_lora_s0" in err and "rank_pattern['query']=1: expected an integer of at least 2" in err
     assert len(list(runs_folder.glob("adhoc/*/result.json"))) == 2
     assert len(list(runs_folder.glob(".multirun/*/.submitit/*/*_log.out"))) == 3
 

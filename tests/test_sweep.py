@@ -326,7 +326,7 @@ def test_the_reports_of_two_experiments_in_one_study_lie_beside_each_other(exper
 
 
 def test_a_failing_run_is_told_and_the_others_are_reported(experiment, runs_folder, capsys):
-    assert sweep_command([experiment(), *SMALL, "method.rank=1"]) == 2
+    assert sweep_command([experiment(), *SMALL, "+method.peft.rank_pattern={query:1}"]) == 2
     shown = capsys.readouterr()
     assert "2 of 4 runs finished" in shown.err and "| LoRA" in shown.out
     assert "[a]: failed: " in shown.out

@@ -377,9 +377,10 @@ def test_a_score_that_is_no_number_is_no_result(runs_folder, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+method.peft.nonsense=1", "nonsense"),
+        ("+method.peft.zzz=1", "method.peft.zzz: DUAL_LORA has no such field. Drop it."),
+        ("+method.peft.lora_alfa=1", "method.peft.lora_alfa: DUAL_LORA has no such field. Did you mean lora_alpha?"),
         ("method.peft.peft_type=LORRA", "PEFT has no such method. Did you mean LORA?"),
-        ("method.rank=1", "r=1"),
+        ("+method.peft.rank_pattern={query:1}", "rank_pattern['query']=1: expected an integer of at least 2"),
         ("model.adapt=[q] model.roles.q=nothing_like_it", "on model=tiny-roberta: No modules were targeted"),
     ],
 )
@@ -588,9 +589,7 @@ def test_training_in_full_starts_from_another_run_of_a_model_with_tied_embedding
     ("override", "message"),
     [
         ("init_from=nowhere", "init_from=nowhere: no finished run with adapter_model.safetensors"),
-        ("init_from={run} method=lora", "trained with method=dual_lora, this run has method=lora"),
-        ("init_from={run} method.rank=4", "take the run's own model.adapt and method.rank"),
-        ("init_from={run} model.adapt=[q]", "does not fit at"),
+        ("init_from={run} method=lora", "trained with method=dual_lora, this run has method=lora; take method=dual_"),
     ],
 )
 def test_a_run_to_start_from_must_fit(override, message, runs_folder):
@@ -601,14 +600,15 @@ def test_a_run_to_start_from_must_fit(override, message, runs_folder):
 
 def test_multirun_keeps_every_run_skips_finished_ones_and_tells_what_failed(runs_folder):
     sweep = ["train.py", "-m", "model=tiny-roberta", "task=demo/sentiment", *SHORT, "method=lora,dual_lora", "seed=0,1"]
-    broken = [*sweep, "method.rank=1"]  # Dual LoRA needs at least 2
+    odd = "+method.peft.rank_pattern={query:1}"  # Dual LoRA needs at least 2, which the run finds out
+    broken = [*sweep, odd]
     done = forked.run(*broken)
     assert done.returncode == 2
     assert "2 of 4 runs finished" in done.stderr
-    assert done.stderr.count("failed: ") == 4 and "r=1" in done.stderr  # each at once and again at the end
+    assert done.stderr.count("failed: ") == 4 and "rank_pattern" in done.stderr  # each at once and again at the end
     finished = sorted(p.parent.name for p in runs_folder.glob("adhoc/*/result.json"))
     assert len(finished) == 2 and all("_lora_" in name for name in finished)
-    again = forked.run(*drop_replaced_overrides([*sweep, "method.rank=1", "method=lora"]))
+    again = forked.run(*drop_replaced_overrides([*sweep, odd, "method=lora"]))
     assert again.returncode == 0 and again.stdout.count("finished: ") == 2
 
 

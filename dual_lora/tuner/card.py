@@ -15,8 +15,8 @@ HEADING = "## Loading this adapter"
 SECTION = f"""{HEADING}
 
 This is a Dual LoRA adapter ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402)). PEFT learns the method from the
-package `dual-lora`, which must be imported first; without it, loading ends in `KeyError: 'DUAL_LORA'`. The package is
-not on PyPI. In a clone of its repository:
+package `dual-lora`: import `dual_lora` first, otherwise loading ends in `KeyError: 'DUAL_LORA'`. The package is not on
+PyPI. In a clone of its repository:
 
 ```sh
 pip install .

@@ -28,7 +28,7 @@ class DualLoraConfig(PeftConfig):
         r: the whole budget r1 + r2, at least 2. Default 16, or r1 + r2 where both are given.
         magnitude_ratio: r1 / r, between 0 and 1; r1 = round(r * magnitude_ratio), at least 1 and at most r - 1.
             Default 0.5.
-        r1, r2: the two ranks, instead of magnitude_ratio. If only one is given, the other is the rest of r.
+        r1, r2: the two ranks, instead of r and magnitude_ratio. If only one is given, the other is the rest of r.
         lora_alpha: numerator of the scale. Note that alpha / sqrt(r1 r2) is twice LoRA's alpha / r at r1 = r2 = r / 2.
         lora_dropout: probability of dropout on the adapter's input, as in LoRA; not applied to embeddings.
         init_weights: True starts at f = 0, so that the model computes what its base computes; False starts at f = 1.

@@ -360,7 +360,7 @@ class DualLoraFactors(nn.Module):
         self.clear_cache()
         before, dtype = self.update_scale, self.A.dtype
         super()._apply(fn, recurse)
-        warn_of_cast(dtype, self.A.dtype, fn)
+        warn_of_cast(dtype, self.A, fn)
         if self.update_scale.dtype != before.dtype:
             self.update_scale = before.to(self.update_scale.device)
         return self

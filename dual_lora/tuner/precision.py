@@ -63,18 +63,19 @@ def _find_caller(cls: type):
     return None
 
 
-def warn_of_cast(before: torch.dtype, after: torch.dtype, fn: Callable) -> None:
+def warn_of_cast(before: torch.dtype, after: torch.Tensor, fn: Callable) -> None:
     """Warn, once per cast of a model, that its factors went from float32 (or float64) to 16 bits.
 
-    before, after: the dtype of the factors. fn: what `nn.Module._apply` was called with.
+    before: the dtype of the factors. after: one of them, cast; on the meta device there is nothing to round. fn: what
+    `nn.Module._apply` was called with.
     """
-    if before.itemsize < 4 or after.itemsize >= 4 or fn in _NAMED_CASTS:
+    if before.itemsize < 4 or after.dtype.itemsize >= 4 or after.is_meta or fn in _NAMED_CASTS:
         return
     _NAMED_CASTS.add(fn)
     warnings.warn(
-        f"Dual LoRA: this cast rounds the factors to {after}, which flips signs of D C for good: casting back does not "
-        "restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its adapter, or use "
-        "autocast (the Trainer's bf16, not bf16_full_eval).",
+        f"Dual LoRA: this cast rounds the factors to {after.dtype}, which flips signs of D C for good: casting back "
+        "does not restore them, reloading the adapter does. For 16 bits, cast the base model before it gets its "
+        "adapter, or use autocast (the Trainer's bf16, not bf16_full_eval).",
         stacklevel=find_stacklevel(),
     )
 

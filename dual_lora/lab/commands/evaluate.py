@@ -19,6 +19,8 @@ from dual_lora.lab.study.execute import EXIT_OK
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
 PATH_KEYS = {"run", "data_dir", "model.path", "export", "against", "save_updates"}
+RUN_WORDS = {"run": str, "data_dir": str, "model.path": str, "eval.batch_size": int}
+OWN_WORDS = ("export", "model.dtype", "push_to_hub", "analyse", "against", "save_updates")
 
 
 def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str | int]]:
@@ -28,7 +30,7 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
     Raises:
         UserError: another setting, an impossible value, or no run.
     """
-    known = {"run": str, "data_dir": str, "model.path": str, "eval.batch_size": int, **more}
+    known = {**RUN_WORDS, **more}
     given: dict[str, str | int] = split_words(argv, known, Path(sys.argv[0]).name, first="run")
     for key, value in given.items():
         whole = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
@@ -48,8 +50,7 @@ def evaluate_command(argv: list[str]) -> int:
         UserError: the command line or the run's record is wrong.
     """
     argv = take_outside_words(argv, takes_folder=False)
-    more = dict.fromkeys(("export", "model.dtype", "push_to_hub", "analyse", "against", "save_updates"), str)
-    run, values = parse_run_words(argv, **more)
+    run, values = parse_run_words(argv, **dict.fromkeys(OWN_WORDS, str))
     folder, dtype, push = (values.pop(key, None) for key in ("export", "model.dtype", "push_to_hub"))
     updates_file = values.pop("save_updates", None)
     analyse, against = values.pop("analyse", "false"), values.pop("against", None)

@@ -27,6 +27,32 @@ EXAMPLES = {
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
     "python sweep.py experiment=NAME": "all runs that a table needs, and the table",
 }
+# What a command line may hold beside the settings, by the programs that take it.
+WORDS = {
+    "train.py and sweep.py": {
+        "--config-dir DIR": "a folder of your own settings files, DIR/GROUP/NAME.yaml",
+    },
+    "train.py, sweep.py and eval.py": {
+        "plugins=FILE.py": "your own code: a file, the folder of a package, or a module; several: [FILE.py,FILE.py]",
+    },
+    "sweep.py": {
+        "experiment=NAME": "the table to fill and report, conf/experiment/NAME.yaml; several: NAME,NAME",
+        "scale=NAME": "how large its runs are: full, small or smoke",
+        "run=false": "run nothing, report what there is",
+    },
+    "eval.py": {
+        "run=DIR": "the finished run, runs/STUDY/ID",
+        "data_dir=DIR": "its data, if they lie elsewhere now",
+        "model.path=DIR": "its base model, if it lies elsewhere now",
+        "eval.batch_size=N": "rows scored at a time, if not as in the run",
+        "export=DIR": "write the model with its adapter merged, and the adapter alone, instead of evaluating",
+        "model.dtype=TYPE": "type of the exported weights",
+        "push_to_hub=ORG/NAME": "send the exported folder to the Hugging Face hub, too",
+        "analyse=true": "measure what the run did to each weight: ranks, zeros, norms, flipped signs",
+        "against=DIR": "with analyse=true: compare these with those of another run on the same model",
+        "save_updates=FILE": "write dW of every changed weight, FILE.safetensors",
+    },
+}
 SWEEPS = "Several runs (-m), in Hydra's syntax: KEY=VALUE,VALUE or KEY=range(START,STOP,STEP) or GROUP=glob(PATTERN)"
 TABLE_HEAD = ("| setting | default | meaning |", "|---|---|---|")
 MANY = "..."  # a list or a dictionary that would fill the line
@@ -74,6 +100,9 @@ def render_help() -> str:
     lines += [f"  {command}\n      {about}" for command, about in EXAMPLES.items()]
     lines += ["", "Choices (GROUP=NAME), each a file conf/GROUP/NAME.yaml:", ""]
     lines += [f"  {group:<16}{', '.join(list_choices(group))}" for group in (*GROUPS, "hydra/launcher")]
+    for programs, words in WORDS.items():
+        lines += ["", f"Words of {programs}:", ""]
+        lines += [f"  {word:<30}{about}" for word, about in words.items()]
     lines += ["", "Settings (KEY=VALUE) [default in `python train.py`]; other choices change the defaults.", ""]
     defaults = read_defaults()
     for key, about, group in iterate_settings():
@@ -91,6 +120,16 @@ def render_settings_markdown() -> str:
     lines += ["", f"{SWEEPS}. The defaults below are those of `python train.py`; other choices bring others."]
     lines += ["", "| group | choices |", "|---|---|"]
     lines += [f"| `{group}` | {', '.join(list_choices(group))} |" for group in (*GROUPS, "hydra/launcher")]
+    lines += [
+        "",
+        "## Words of the programs",
+        "",
+        "What they take beside the settings.",
+        "",
+        "| program | word | meaning |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {names} | `{word}` | {about} |" for names, words in WORDS.items() for word, about in words.items()]
     lines += ["", "## The run", "", *TABLE_HEAD]
     defaults = read_defaults()
     for key, about, group in iterate_settings():

@@ -83,7 +83,8 @@ def check_compatibility(settings: Settings) -> None:
         return
     able = [name for name, path in find_choices("model").items() if load_yaml(path).get("generates")]
     raise UserError(
-        f"task={settings.task.name}: {settings.model.name} writes no text; take a model that does: {', '.join(able)}"
+        f"task={settings.task.name}: {settings.model.name} writes no text; take another task, such as "
+        f"task=classification, or a model that does: {', '.join(able)}"
     )
 
 

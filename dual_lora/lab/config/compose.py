@@ -1,6 +1,7 @@
 """From the overrides of a command line to typed settings, with one clear line for every mistake."""
 
 import copy
+import re
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass, make_dataclass
 from functools import cache
@@ -16,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    ConfigTypeError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     UnsupportedInterpolationType,
+    ValidationError,
 )
 from yaml import MarkedYAMLError, YAMLError
 
@@ -27,7 +30,7 @@ from dual_lora.lab.config.compatibility import check_compatibility, check_unused
 from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
 from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
-from dual_lora.lab.config.schema import GROUPS, Settings
+from dual_lora.lab.config.schema import GROUPS, Settings, find_type
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 __all__ = ["GROUPS", "build_settings", "describe_config_error", "iterate_keys", "list_choices", "load_settings"]
@@ -140,6 +143,12 @@ def describe_config_error(error: Exception) -> str:
         return f"{key}: ??? is no value; give it one"
     if isinstance(cause, UnsupportedInterpolationType):
         return f"{key}: {text}; write the value itself"
+    kind = find_type(str(key))
+    if isinstance(cause, ValidationError | ConfigTypeError) and kind and "interpolation" not in text:
+        value = re.match("Value '(.*)' (of type|is not)", text)
+        given = f"{key}={value[1][:80]}" if value else key
+        wanted = "a group of settings; set one of them" if is_dataclass(kind) else f"must be {name_type(kind)}"
+        return f"{given}: {wanted}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "." not in str(key):
         return f"{key}: no such setting"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):

@@ -13,16 +13,17 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass, replace
 from fractions import Fraction
 from functools import cache
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from hydra._internal.grammar import grammar_functions
 from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Sweep, Transformer
 from hydra.errors import HydraException
 
+import tasks
 from dual_lora.lab.config.outside.models import is_model_place
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
-from dual_lora.lab.config.schema import GROUPS, Settings
+from dual_lora.lab.config.schema import GROUPS, Settings, find_type
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require, suggest_name
 
@@ -45,6 +46,10 @@ HUGGING_FACE_NAMES = {
     "r": "method.rank",
     "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout",
+}
+# Types of PEFT that cannot be trained here as intended (model/adapt.py), and why.
+UNFIT_METHODS = {
+    "adalora": "its ranks follow a schedule that needs a call after every step, which training does not make"
 }
 # The only Hydra settings a command line may change: how runs are started. The harness decides where they write.
 LAUNCHER_KEY = re.compile(r"hydra[/.]launcher(\.|$)")
@@ -205,8 +210,22 @@ def check_override(override: Override) -> None:
     added = override.is_add() and (chooses or key in KNOWN_KEYS)
     require(not added, f"+{key}: already exists; write {key}=VALUE without the +")
     require(not override.is_force_add() or not chooses, f"++{key}: a choice; write {key}=NAME without the ++")
+    if get_origin(find_type(key)) is list:
+        check_list(override)
     for value in list_values(override) if key in GROUPS else ():
         check_group_choice(key, str(parse_override(f"{key}={value}").value()))
+
+
+def check_list(override: Override) -> None:
+    """Refuse single values for a setting that is a list: several would ask for several runs.
+
+    Raises:
+        UserError: with the list that was most likely meant.
+    """
+    key, values = override.key_or_group, list_values(override)
+    lists = any(value == "null" or value.startswith(("[", "{", "$")) for value in values)
+    shown = ",".join(values)
+    require(lists, f"{key}={shown}: must be a list; write {key}=[{shown}]")
 
 
 def check_group_choice(group: str, name: str) -> None:
@@ -218,8 +237,16 @@ def check_group_choice(group: str, name: str) -> None:
     known = list_choices(group)
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # bert-base-uncased is not a typo of roberta-base
-    hint = f" Did you mean {near[0]}?" if near else ""
+    if group == "method" and name in UNFIT_METHODS:
+        raise UserError(f"method={name}: not offered, because {UNFIT_METHODS[name]}. Known: {', '.join(known)}")
+    if group == "task" and name.partition("/")[0] in tasks.plugins:
+        file = tasks.plugins[name.partition("/")[0]].path
+        raise UserError(
+            f"task={name}: {file} needs its settings, task/{name}.yaml in a folder given by --config-dir DIR"
+        )
+    full = {choice.rpartition("/")[2]: choice for choice in known} | {choice: choice for choice in known}
+    near = difflib.get_close_matches(name, full, n=1, cutoff=0.75)  # bert-base-uncased is not a typo of roberta-base
+    hint = f" Did you mean {full[near[0]]}?" if near else ""
     outside = group == "model" and is_model_place(name)
     others = " Any other is model=ORG/NAME, of the hub, or model=DIR." if group == "model" else ""
     require(outside, f"{group}={name}: no such {group}.{hint}{others} Known: {', '.join(known)}")

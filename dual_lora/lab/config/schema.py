@@ -284,15 +284,19 @@ class Method:
         for key in METHOD_SETTINGS:
             value = getattr(self, key)
             used = self.peft is not None and value is not None
-            require(value is None or used, f"method.{key}: method {self.name} has no adapter, so no {key}")
+            told = f"method.{key}={value}: method {self.name} has no adapter, so no {key}; drop it"
+            require(value is None or used, told)
         if self.peft is not None:
             named = isinstance(self.peft.get("peft_type"), str)
             require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
             for key in ("magnitude_ratio", "r1", "r2"):
-                require(
-                    getattr(self, key) is None or key in self.peft, f"method.{key}: method {self.name} has no {key}"
-                )
+                value = getattr(self, key)
+                known = value is None or key in self.peft
+                require(known, f"method.{key}={value}: method {self.name} has no {key}; drop it")
         require(self.rank is None or self.rank >= 1, f"method.rank={self.rank}: must be at least 1")
+        shared = self.rank is not None and "magnitude_ratio" in (self.peft or {})
+        told = f"method.rank={self.rank}: {self.name} shares it between two groups of at least 1 each; take 2 or more"
+        require(not shared or self.rank >= 2, told)
         require((self.r1 is None) == (self.r2 is None), "method.r1 and method.r2: give both or neither")
 
 
@@ -429,7 +433,7 @@ class Settings:
     hardware: Hardware = setting("what the run is done on")
     seed: int = setting("seed of the adapter's initial weights, the order of examples and dropout")
     study: str = setting("folder below runs/ for the run's record")
-    data_dir: str | None = setting("folder of the task's official files, instead of the hub")
+    data_dir: str | None = setting("folder of your own tables, or of the task's official files instead of the hub")
     init_from: str | None = setting(
         "finished run or saved adapter (a folder or its name on the hub) of the same method to start from"
     )
@@ -463,8 +467,11 @@ class Settings:
 
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
-        an_epoch = math.ceil(rows / self.examples_per_step)
-        return self.train.max_steps or math.ceil(an_epoch * self.train.epochs)
+        return self.train.max_steps or math.ceil(self.count_epoch_steps(rows) * self.train.epochs)
+
+    def count_epoch_steps(self, rows: int) -> int:
+        """Return the optimizer steps of an epoch of so many examples."""
+        return math.ceil(rows / self.examples_per_step)
 
     @property
     def examples_per_step(self) -> int:
@@ -503,6 +510,19 @@ class Settings:
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         check_file_name("study", self.study, "it names a folder below runs/")
+
+
+def format_typed_value(value: Any) -> str:
+    """Return a setting's value as a command line has it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def find_type(key: str) -> Any:
+    """Return the type that a setting is declared with, by its full name; None if there is no such setting."""
+    kind: Any = Settings
+    for part in key.split("."):
+        kind = {own.name: own.type for own in fields(kind)}.get(part) if is_dataclass(kind) else None
+    return kind
 
 
 def get_setting(settings: Settings, key: str) -> object:

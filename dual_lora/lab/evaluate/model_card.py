@@ -8,7 +8,7 @@ from dual_lora.lab.model.encode import TEMPLATE_DATE
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.record.summary import format_score
+from dual_lora.lab.record.summary import format_score, name_score
 from tasks import Task
 
 CARD_NAME = "README.md"
@@ -167,8 +167,9 @@ def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, A
 
 def format_scores(result: dict, task: Task) -> str:
     """Return the scores as a Markdown table, in percent but where the task says otherwise."""
+    scores = [(name, value, name in task.unscaled) for name, value in result["metrics"].items()]
     rows = [
-        f"| {escape_markdown_cell(name)} | {format_score(value, name in task.unscaled)} |"
-        for name, value in result["metrics"].items()
+        f"| {escape_markdown_cell(name_score(name, unscaled))} | {format_score(value, unscaled)} |"
+        for name, value, unscaled in scores
     ]
-    return "\n".join(["| score | % |", "|---|---:|", *rows])
+    return "\n".join(["| score | |", "|---|---:|", *rows])

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from dual_lora.lab.config.outside.hub import fetch_files
-from dual_lora.lab.config.paths import resolve_path
-from dual_lora.lab.config.schema import PLAIN_STARTS, Settings
-from dual_lora.lab.errors import require, translate_read_errors
+from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
+from dual_lora.lab.config.schema import PLAIN_STARTS, Settings, format_typed_value
+from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.system.files import read_json_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -16,7 +18,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # and shapes.
 HARMLESS_FIELDS = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"}
 HARMLESS_FIELDS |= {"target_modules", "exclude_modules", "modules_to_save", "target_parameters", "runtime_config"}
-HARMLESS_FIELDS |= {"layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2", "magnitude_ratio"}
+HARMLESS_FIELDS |= {"layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2"}
 HARMLESS_FIELDS |= {"lora_dropout", "module_dropout", "vera_dropout", "randlora_dropout", "rank_dropout"}
 HARMLESS_FIELDS |= {"scale_warmup_steps", "kernel", "ste", "init_std", "direction_init_std", "init_weights"}
 
@@ -26,8 +28,8 @@ def find_adapter(settings: Settings) -> Path | None:
     names a run or nothing.
 
     Raises:
-        UserError: it holds no safetensors, another method's or rank's adapter, one whose base weights cannot be known,
-            or cannot be fetched.
+        UserError: it holds no safetensors, another method's, rank's or scale's adapter, one whose base weights cannot
+            be known, or cannot be fetched.
     """
     if not settings.init_from or settings.method.peft is None:
         return None
@@ -39,11 +41,7 @@ def find_adapter(settings: Settings) -> Path | None:
     where = f"init_from={settings.init_from}"
     whole = (folder / ADAPTER_WEIGHTS).is_file()
     require(whole, f"{where}: no {ADAPTER_WEIGHTS} there, the only format that is read; save the adapter again")
-    saved, own = read_adapter_config(folder), settings.method.peft
-    for field in ("peft_type", "r"):
-        theirs, ours = saved.get(field), own.get(field)
-        same = None in (theirs, ours) or theirs == ours
-        require(same, f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
+    check_saved_adapter(folder, settings.method.peft, settings)
     start = get_random_start(settings)
     require(
         start is None,
@@ -82,11 +80,60 @@ def fetch_adapter(name: str) -> Path:
     return folder
 
 
+def check_saved_adapter(folder: Path, own: dict[str, Any], settings: Settings, whole: bool = False) -> None:
+    """Refuse a saved adapter whose configuration gives its weights another meaning than this run's, such as another
+    alpha.
+
+    own: fields of this run's configuration. Unless they are the whole of it, those that are missing or null are not
+    compared, because PEFT fills them in.
+
+    Raises:
+        UserError: with the first such field, both values and the setting to take.
+    """
+    saved = read_adapter_config(folder)
+    own = own if whole else saved | {field: value for field, value in own.items() if value is not None}
+    for field, (theirs, ours) in find_differing_fields(saved, own).items():
+        what = f"an adapter with {field}={format_typed_value(theirs)}, this run's has {format_typed_value(ours)}"
+        raise UserError(f"init_from={settings.init_from}: {what}; {suggest_field(field, theirs, settings)}")
+
+
+def suggest_field(field: str, value: Any, settings: Settings) -> str:
+    """Return the setting that gives a field of the adapter's configuration a value."""
+    files = find_choices("method")
+    if field == "peft_type":
+        fields = {name: read_method_fields(file) for name, file in files.items()}
+        names = [name for name, own in fields.items() if own.get("peft_type") == value and "target_modules" not in own]
+        return f"take method={' or '.join(names) or 'NAME of that type'}"
+    written = read_method_fields(files[settings.method.name]) if settings.method.name in files else {}
+    source = re.search(r"\$\{(method\.\w+)\}", str(written.get(field)))
+    if source and source[0] != written[field]:
+        return f"take another {source[1]}"  # which the field is computed from
+    name = source[1] if source else f"method.peft.{field}"
+    if value is None:
+        return f"drop {name}"
+    return f"take {'' if field in written else '+'}{name}={format_typed_value(value)}"
+
+
+def read_method_fields(path: Path) -> dict[str, Any]:
+    """Return PEFT's fields as the file of a method has them, references to other settings unresolved."""
+    return OmegaConf.to_container(load_yaml(path)).get("peft") or {}
+
+
+def compute_rank_share(config: dict[str, Any]) -> float | None:
+    """Return the magnitude group's share of the rank, as Dual LoRA rounds it; None for other methods."""
+    rank, ratio = config.get("r"), config.get("magnitude_ratio")
+    numbers = isinstance(rank, int) and isinstance(ratio, int | float)
+    return min(max(round(rank * ratio), 1), rank - 1) / rank if numbers and rank > 1 else None
+
+
 def find_differing_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields that make a saved adapter compute something other than this run's with the same weights, and
-    both values of each. A field that is not set equals one that a version of PEFT lacks."""
+    both values of each; method and rank first. A field that is not set equals one that a version of PEFT lacks."""
+    shares = [compute_rank_share(config) for config in (saved, own)]
+    if None not in shares:
+        saved, own = ({**c, "magnitude_ratio": share} for c, share in zip((saved, own), shares, strict=True))
     found = {}
-    for field in sorted(saved.keys() | own.keys()):
+    for field in sorted(saved.keys() | own.keys(), key=lambda field: (field != "peft_type", field != "r", field)):
         values = [config.get(field) or None for config in (saved, own)]
         if field == "init_lora_weights":
             values = [None if value in PLAIN_STARTS else value for value in values]

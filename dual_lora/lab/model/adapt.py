@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.lab.config.outside.models import ALL_LINEAR
+from dual_lora.lab.config.paths import find_choices
 from dual_lora.lab.config.schema import FILLED_FIELDS, TYPES_OF_OTHER_MODULES, Settings
 from dual_lora.lab.errors import (
     UserError,
@@ -42,7 +43,7 @@ from dual_lora.lab.errors import (
     suggest_name,
     translate_read_errors,
 )
-from dual_lora.lab.inputs.adapter_files import find_differing_fields, read_adapter_config
+from dual_lora.lab.inputs.adapter_files import check_saved_adapter, read_adapter_config, read_method_fields
 from dual_lora.lab.model.load import (
     autocast_products,
     build_module_pattern,
@@ -86,12 +87,24 @@ def draw_initial_model(
     Raises:
         UserError: the model cannot be loaded, or the method does not fit it.
     """
-    if settings.method.peft is not None:
-        build_adapter_config(settings, task.form, rows)  # refuses what does not fit before the model is loaded
     set_seed(settings.seed)
     base, tokenizer = load_model(settings, task)
     set_seed(settings.seed)  # loading may have drawn random numbers; the adapter's must not depend on that
     return attach_method(base, settings, task.form, rows), tokenizer
+
+
+def check_method(settings: Settings, form: str) -> None:
+    """Refuse, before data and model are loaded, what PEFT does not take, and an adapter to start from whose
+    configuration is another.
+
+    Raises:
+        UserError: with the field of PEFT's.
+    """
+    if settings.method.peft is None:
+        return
+    adapter = build_adapter_config(settings, form)
+    if settings.init_from:
+        check_saved_adapter(find_init_weights(settings).parent, adapter.to_dict(), settings)
 
 
 def build_adapter_config(settings: Settings, form: str, rows: int | None = None) -> PeftConfig:
@@ -114,6 +127,7 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_type)}
     check_peft_type(settings, kind, known, form)
+    refuse_unknown_fields(settings, values.keys() - known, known)
     check_decided_fields(values, form)
     values.setdefault("task_type", TASK_TYPES[form])
     if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
@@ -126,6 +140,20 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
         return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given
         raise UserError(f"method.peft ({settings.method.name}): {get_first_line(error)}") from error
+
+
+def refuse_unknown_fields(settings: Settings, unknown: set[str], known: set[str]) -> None:
+    """Refuse fields that a PEFT type's configuration does not have. known: those that it has.
+
+    Raises:
+        UserError: with the first unknown field, the file that it is in, if it is in one, and the nearest known field.
+    """
+    method, file = settings.method, find_choices("method").get(settings.method.name)
+    for field in sorted(unknown):
+        written = file is not None and field in read_method_fields(file)
+        where = f"{file}: peft.{field}" if written else f"method.peft.{field}"
+        hint = suggest_name(field, sorted(known)) or " Drop it."
+        raise UserError(f"{where}: {method.peft['peft_type']} has no such field.{hint}")
 
 
 def check_decided_fields(values: dict[str, Any], form: str) -> None:
@@ -358,7 +386,7 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
     other = left + [name for name, t in chosen.items() if t is None or t.shape != own[name].shape]
     require(
         not other,
-        f"init_from={settings.init_from}: does not fit at {other[:1]}; take the run's own model.adapt and method.rank",
+        f"init_from={settings.init_from}: does not fit at {other[:1]}; take the modules and ranks it was trained with",
     )
     if not isinstance(model, PeftModel):
         model.load_state_dict(chosen, strict=not shared)
@@ -370,15 +398,14 @@ def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:
 
 
 def check_init_adapter(model: PeftModel, folder: Path, settings: Settings) -> None:
-    """Refuse a saved adapter whose configuration gives its weights another meaning than this run's, such as another
-    alpha; print a warning if it was trained on a model of another name.
+    """Refuse a saved adapter whose configuration gives its weights another meaning than this run's, now that PEFT has
+    filled that in; print a warning if it was trained on a model of another name.
 
     Raises:
-        UserError: with the first such field.
+        UserError: with the first field that differs.
     """
+    check_saved_adapter(folder, model.active_peft_config.to_dict(), settings, whole=True)
     saved, where = read_adapter_config(folder), f"init_from={settings.init_from}"
-    for field, (theirs, ours) in find_differing_fields(saved, model.active_peft_config.to_dict()).items():
-        raise UserError(f"{where}: an adapter with {field}={theirs}, this run's has {ours}; take the same")
     base, known = Path(saved.get("base_model_name_or_path") or "").name, model.get_base_model().name_or_path
     if base and base != Path(known).name and is_first_process():
         print(f"warning: {where}: trained on a model named {base}, this run's is {Path(known).name}", file=sys.stderr)

@@ -92,7 +92,7 @@ def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         return tokenizer
     if is_first_process():
         where = f"model={settings.model.name}: its tokenizer's class, {type(tokenizer).__name__},"
-        print(f"warning: {where} splits texts otherwise than its tokenizer.json; the file is used", file=sys.stderr)
+        print(f"warning: {where} splits texts differently from its tokenizer.json; the file is used", file=sys.stderr)
     return TokenizersBackend.from_pretrained(**place, **USE)
 
 

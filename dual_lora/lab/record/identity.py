@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 import tasks
 from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
+from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.config.schema import FILLED_FIELDS, MAX_NAME, Method, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError, require
-from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, find_adapter, get_random_start
+from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, check_saved_adapter, find_adapter, get_random_start
 from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
 from dual_lora.lab.record.record import Record
 
@@ -39,8 +40,8 @@ def find_init_weights(settings: Settings) -> Path:
     """Return the weights file of the adapter or the run that `init_from` names.
 
     Raises:
-        UserError: there is none, it is damaged, another method, rank or model trained it, or another seed gives other
-            base weights.
+        UserError: there is none, it is damaged, another method, rank, scale or model trained it, or another seed gives
+            other base weights.
     """
     if adapter := find_adapter(settings):
         return adapter / ADAPTER_WEIGHTS
@@ -52,13 +53,30 @@ def find_init_weights(settings: Settings) -> Path:
     result = Record(folder).read_result()
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
-            raise UserError(f"init_from={folder}: trained with {part}={result[part]}, this run has {part}={mine}")
+            told = f"trained with {part}={result[part]}, this run has {part}={mine}; take {part}={result[part]}"
+            raise UserError(f"init_from={folder}: {told}")
     start, seed = get_random_start(settings), result["seed"]
     if start and seed != settings.seed:
         what = f"{start} draws the base weights from the seed, {seed} there and {settings.seed} here"
         raise UserError(f"init_from={folder}: {what}; take seed={seed}, or pissa for both")
     Record(folder).verify_files(file.parent.name)
+    if settings.method.peft is not None:
+        check_adapted_modules(folder, settings)
+        check_saved_adapter(file.parent, settings.method.peft, settings)
     return file
+
+
+def check_adapted_modules(folder: Path, settings: Settings) -> None:
+    """Refuse to start from a run that adapted other modules.
+
+    Raises:
+        UserError: with the roles of both.
+    """
+    saved = load_recorded_settings(folder, "init_from")
+    theirs, ours = ({run.roles[role] for role in run.model.adapt} for run in (saved, settings))
+    adapt, own = (f"[{','.join(run.model.adapt)}]" for run in (saved, settings))
+    told = f"trained with model.adapt={adapt}, this run has {own}; take model.adapt={adapt}"
+    require(theirs == ours, f"init_from={folder}: {told}")
 
 
 def check_base_weights(settings: Settings) -> None:

@@ -7,7 +7,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_model_paths
 from dual_lora.lab.config.paths import check_writable
 from dual_lora.lab.config.recorded import find_differences
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import Settings, format_typed_value
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.record import Record
 
@@ -69,11 +69,6 @@ class Run:
     def is_pending(self) -> bool:
         """Whether the run is still to be done: it has no result, or force=true asks for it again."""
         return self.settings.force or self.record.read_result() is None
-
-
-def format_typed_value(value: Any) -> str:
-    """Return a setting's value as a command line has it."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def prepare_runs(all_settings: list[Settings]) -> list[Run]:

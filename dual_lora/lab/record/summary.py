@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
@@ -12,13 +13,14 @@ from tasks import Task
 
 
 def format_summary(result: dict[str, Any], run: Run) -> str:
-    """Return a finished run as text: a table of scores (in percent), what it trained, for how long, and its folder."""
+    """Return a finished run as text: a table of scores, what it trained, for how long, and its folder."""
     before = result["metrics_before"] or {}
     ordered = sorted(result["metrics"], key=lambda name: name != result["metric"])
     table = format_score_table(load_task(run.settings), ordered, before=before, after=result["metrics"])
     batch = f" of {result['batch']}" if "batch" in result else ""
     share = result["trainable_parameters"] / result["parameters"]
     facts = [["data", describe_data(result["data"])]] if result.get("data") else []
+    facts += [["kept", kept]] if (kept := describe_kept_epoch(result, run.settings)) else []
     facts += [
         ["trained", f"{result['trainable_parameters']:,} of {result['parameters']:,} parameters ({share:.2%})"],
         [
@@ -45,6 +47,23 @@ def describe_data(splits: dict[str, dict[str, Any]]) -> str:
     return f"{trained}{sum(facts['rows'] for facts in scored):,} scored ({origin})"
 
 
+def describe_kept_epoch(result: dict[str, Any], settings: Settings) -> str | None:
+    """Return which epoch's weights were kept, of how many, and by what; None where those of the last step were."""
+    rows = result.get("data", {}).get("train", {}).get("rows")
+    if result.get("best_epoch") is None or not rows:
+        return None
+    done, planned = (
+        steps / settings.count_epoch_steps(rows) for steps in (result["steps"], settings.count_steps(rows))
+    )
+    stopped = f" ({planned:.4g} planned)" if done < planned else ""
+    judged = "the scored rows"
+    if settings.task.checkpoint == "best_loss":
+        judged = f"the loss on {settings.task.validation_size:,} validation rows"
+    elif result.get("development"):
+        judged = f"{result['development']['rows']:,} development rows"
+    return f"epoch {result['best_epoch']:.4g} of {done:.4g}{stopped}, by {judged}"
+
+
 def find_upload_commands(record: Record) -> list[str]:
     """Return the command that sends what W&B mirrored offline to its server; none if nothing was."""
     offline = any(record.folder.glob("wandb/offline-run-*"))
@@ -65,11 +84,18 @@ def format_comparison(task: Task, result: dict[str, Any], now: dict[str, float],
 
 def format_score_table(task: Task, names: list[str], **columns: dict[str, float]) -> str:
     """Return a table of the named scores: in percent, except those that the task prints as they are."""
+    units = [(name, name in task.unscaled) for name in names]
     rows = [
-        [name, *(format_score(some.get(name), name in task.unscaled) for some in columns.values())] for name in names
+        [name_score(name, unscaled), *(format_score(some.get(name), unscaled) for some in columns.values())]
+        for name, unscaled in units
     ]
     aligned = ("left", *("right" for _ in columns))
-    return tabulate(rows, headers=["%", *columns], disable_numparse=True, colalign=aligned)
+    return tabulate(rows, headers=["score", *columns], disable_numparse=True, colalign=aligned)
+
+
+def name_score(name: str, unscaled: bool) -> str:
+    """Return a score's name with its unit: percent, unless it is shown as it is."""
+    return name if unscaled else f"{name} %"
 
 
 def format_score(value: float | None, unscaled: bool) -> str:

@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import format_score
+from dual_lora.lab.record.summary import format_score, name_score
 
 MISSING, GB = "-", 1e9
 
@@ -27,7 +27,7 @@ def format_results(runs: list[Run]) -> str:
         shown = [format_score(score, name in unscaled) for score, name in zip(scores, metrics, strict=True)]
         rows.append([run.label, format_score(before, result.get("metric") in unscaled), *shown, trained, seconds])
     rows += summarize_seeds(runs, results, metrics, unscaled)
-    heads = [name if name in unscaled else f"{name} %" for name in metrics]
+    heads = [name_score(name, name in unscaled) for name in metrics]
     return format_rows(rows, ["run", "before", *heads, "trained", "seconds"])
 
 
@@ -59,10 +59,15 @@ def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: 
     for run, plan, refusal in zip(runs, plans, refusals, strict=True):
         cells = [MISSING] * 4
         if plan:
-            memory = f"{plan['memory']['peak'] / GB:.2f}"
-            cells = [f"{plan['trainable_parameters']:,}", memory, f"{plan['steps']:,}", f"{plan['hours']:.2f}"]
+            memory, hours = (format_amount(amount) for amount in (plan["memory"]["peak"] / GB, plan["hours"]))
+            cells = [f"{plan['trainable_parameters']:,}", memory, f"{plan['steps']:,}", hours]
         rows.append([run.label, *cells, "no" if refusal else "yes"])
     return format_rows(rows, ["plan", "trained", "GB a device", "steps", "hours", "fits"])
+
+
+def format_amount(amount: float) -> str:
+    """Return a positive number with two decimals, never as 0.00."""
+    return f"{amount:.2f}" if amount >= 0.01 else "< 0.01"
 
 
 def format_rows(rows: list[list[str]], headers: list[str]) -> str:

@@ -31,7 +31,7 @@ from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model, trace_step
 from tasks import Task
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 UTILISATION = 0.4  # fraction of the accelerator's peak that training reaches at best; assumed, not measured
 COPY_BYTES = 2  # bytes of a number in 16 bits
 RESERVE_SHARE = 0.1  # of the sum of all parts, for temporary tensors and fragmentation; assumed
@@ -312,18 +312,33 @@ def format_plan(found: dict[str, Any], record: Record) -> str:
     """Return the plan as a few lines."""
     parts, hardware = found["memory"], found["hardware"]
     modules = ", ".join(f"{count} {name}" for name, count in found["modules"].items()) or "all weights"
-    held = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size and name not in ("size", "peak"))
+    unit, unit_name = (GB, "GB") if parts["peak"] >= GB else (MB, "MB")
+    held = ", ".join(
+        f"{name} {size / unit:.2f}" for name, size in parts.items() if size and name not in ("size", "peak")
+    )
     lines = {
         "plan": f"{found['model']} + {found['method']} on {found['task']}",
         "adapts": modules,
         "trains": f"{found['trainable_parameters']:,} of {found['parameters']:,} ({found['trainable_percent']:.2f} %), "
         f"{found['adapter_parameters']:,} of them the adapter's",
         "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
-        "memory": f"{parts['peak'] / GB:.2f} GB a device: {held}",
+        "memory": f"{parts['peak'] / unit:.2f} {unit_name} a device: {held}",
         "step": f"{found['batch']}; {found['tokens_per_device_and_step']:,} tokens and "
-        f"{found['flops']['step'] / 1e12:.2f} TFLOP a device",
-        "time": f"{found['steps']:,} steps, {found['hours']:.2f} hours of training on {hardware['devices']} x "
+        f"{format_operations(found['flops']['step'])} a device",
+        "time": f"{found['steps']:,} steps, {format_hours(found['hours'])} of training on {hardware['devices']} x "
         f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
         "written": f"{record.format_path()}/plan.json",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
+
+
+def format_hours(hours: float) -> str:
+    """Return a duration in hours, or in the smaller unit that a short one fills."""
+    if hours >= 1:
+        return f"{hours:.2f} hours"
+    return f"{60 * hours:.1f} min" if 60 * hours >= 1 else f"{3600 * hours:.2g} s"
+
+
+def format_operations(number: float) -> str:
+    """Return a number of operations in TFLOP, or in GFLOP if they are few."""
+    return f"{number / 1e12:.2f} TFLOP" if number >= 1e12 else f"{number / 1e9:.2f} GFLOP"

@@ -26,6 +26,7 @@ from dual_lora.lab.inputs.splits import (
     read_training_split,
 )
 from dual_lora.lab.model.adapt import (
+    check_method,
     check_named_modules,
     count_parameters,
     describe_adapter,
@@ -203,6 +204,7 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     able = settings.model.dtype != "float16" or torch.cuda.is_available()
     require(able, "model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16 or float32")
     check_base_weights(settings)
+    check_method(settings, task.form)
     rows = load_run_rows(task, settings)
     if settings.model.chat:  # before the weights are loaded, and the rows to be scored before hours of training
         tokenizer = load_tokenizer(settings)
