@@ -42,6 +42,11 @@ class Outcome:
     trials: tuple[tuple[float, float], ...] = ()
 
     @property
+    def label(self) -> str:
+        """The label of the cell's row."""
+        return self.cell.label
+
+    @property
     def settings(self) -> Settings:
         """The settings of the cell's run."""
         return self.cell.settings

@@ -13,10 +13,10 @@ from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.outcome import Outcome
 
 
-def iterate_entry_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
+def iterate_entry_blocks(outcomes: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
     """Yield what `iterate_rank_blocks` does, and then entries and histograms by layer."""
-    yield from iterate_rank_blocks(done, floors, folder)
-    found = read_analyses(done)
+    yield from iterate_rank_blocks(outcomes, floors, folder)
+    found = read_analyses(outcomes)
     yield Text("Entries by layer", heading=True)
     yield Table(
         tabulate_layers(found),
