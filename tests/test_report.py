@@ -879,7 +879,7 @@ def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study
     other = beside(outcomes[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
     shutil.rmtree(outcomes[0].record.folder)  # neither has the data and weights that the settings name now
     (shown, _) = find_outcomes([outcome.cell for outcome in outcomes], "made")
-    assert shown.record == best and shown.rivals == ((best, other),)
+    assert shown.record == best and shown.duplicates == ((best, other),)
     text = write_report(experiment, [shown], tmp_path)
     assert f"mm_best (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
 
@@ -897,7 +897,7 @@ def test_of_records_of_the_same_settings_that_of_the_named_data_counts(study, tm
     ]
     (shown,) = find_outcomes([dual.cell], "made")
     assert shown.rate == 1e-3 and shown.trials == ((1e-4, 0.6), (1e-3, 0.7))
-    assert shown.rivals == tuple(zip(mine, others, strict=True))
+    assert shown.duplicates == tuple(zip(mine, others, strict=True))
     text = write_report(experiment, [shown], tmp_path)
     assert f"{mine[0].name} (60.0), not zz_0 (90.0); {mine[1].name} (70.0), not zz_1 (10.0)" in text
 

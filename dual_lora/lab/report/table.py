@@ -381,16 +381,19 @@ def iterate_origin_notes(outcomes: list[Outcome]) -> Iterator[str]:
     for name, what, groups in group_by_inputs(outcomes):
         listed = "; ".join(", ".join(g[:MAX_NAMED_RUNS]) + " and more" * (len(g) > MAX_NAMED_RUNS) for g in groups)
         yield f"runs of {name} with {what}, which do not compare: {listed}"
-    if rivals := list(dict.fromkeys(describe_rivals(load_task_of(c), some) for c in outcomes for some in c.rivals)):
-        more = f" and {len(rivals) - MAX_NAMED_RUNS} more" if len(rivals) > MAX_NAMED_RUNS else ""
+    named = dict.fromkeys(
+        describe_duplicates(load_task_of(outcome), group) for outcome in outcomes for group in outcome.duplicates
+    )
+    if duplicates := list(named):
+        more = f" and {len(duplicates) - MAX_NAMED_RUNS} more" if len(duplicates) > MAX_NAMED_RUNS else ""
         yield (
             "several finished records of the same settings (other data, weights, task version or code); the one of the "
             "data and weights that the command names counts, or else the newest of the task as it is now and committed "
-            "code: " + "; ".join(rivals[:MAX_NAMED_RUNS]) + more
+            "code: " + "; ".join(duplicates[:MAX_NAMED_RUNS]) + more
         )
 
 
-def describe_rivals(task: Task, records: tuple[Record, ...]) -> str:
+def describe_duplicates(task: Task, records: tuple[Record, ...]) -> str:
     """Return the run that counts and those that do not, with their main scores."""
     style = SCORE_FORMATS[get_unit(task, task.metric)]
     scores = [get_score(task, record.read_result()) for record in records]
