@@ -276,7 +276,7 @@ def test_a_record_is_encoded_as_lora_encodes_it():
     tokenizer = load(words[0])[3]
     task = load_task(chosen)
     meaning, text = "name : The Oak | Type : pub ", "The Oak is a pub ."
-    row = task.row("train", 0, (meaning, ""), [text])
+    row = task.build_row("train", 0, (meaning, ""), [text])
     example = build_generation_encoder(tokenizer, chosen)(row)
     record, sentence = (tokenizer(words)["input_ids"] for words in (meaning, f" {text}"))
     end = tokenizer.eos_token_id
