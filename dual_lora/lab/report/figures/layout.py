@@ -11,6 +11,7 @@ from dual_lora.lab.statistics.seeds import compute_seed_test
 from dual_lora.lab.study.outcome import Outcome
 
 PANELS = 3  # side by side
+MAX_PANELS = 9  # of one figure
 WIDTH = 7.0  # inches, of a page's text; figures are read at this size
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "legend.title_fontsize": 7}
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own.

@@ -8,13 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from dual_lora.lab.report.figures.layout import create_panels
+from dual_lora.lab.report.figures.layout import MAX_PANELS, create_panels
 from dual_lora.lab.report.values import DECIMALS, format_value, get_place, get_score, get_unit
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 RATE_SETTING = "train.lr"
-MAX_PANELS = 9
 
 
 def collect_rates(experiment: Experiment, outcomes: list[Outcome]) -> pd.DataFrame:

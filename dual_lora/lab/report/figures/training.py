@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import Key
-from dual_lora.lab.report.figures.layout import add_legend, create_panels, equalize_spans, get_style
+from dual_lora.lab.report.figures.layout import MAX_PANELS, add_legend, create_panels, equalize_spans, get_style
 from dual_lora.lab.report.values import FIELDS, get_place, get_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
@@ -19,7 +19,6 @@ from dual_lora.lab.study.outcome import Outcome, load_task_of
 # What is drawn over the steps: what the log calls it, and the axis.
 LOSS, ZEROS = ("train/loss", "training loss"), ("train/zeros", "share of exact zeros")
 COSTS = {"seconds_per_step": "seconds a step", "peak_memory_mib": "peak memory, MiB"}
-MAX_PANELS = 9
 MIN_STEPS = 3  # logged steps that make a curve
 
 
