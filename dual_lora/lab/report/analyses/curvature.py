@@ -14,7 +14,6 @@ from matplotlib.ticker import LogLocator
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import CURVATURE_FILE
-from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.figures.layout import COLORS, GREY, MARKERS, STYLE, WIDTH
 from dual_lora.lab.report.learning_rates import EDGE, is_at_edge
 from dual_lora.lab.report.values import format_value
@@ -35,8 +34,8 @@ class Point:
     content: dict
 
 
-def iterate_curvature_blocks(outcomes: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield the eigenvalues, their figure and their rank correlation with the chosen rates. floors: not used."""
+def iterate_curvature_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield the eigenvalues, their figure and their rank correlation with the chosen rates."""
     several = len({outcome.settings.model.name for outcome in outcomes}) > 1
     points = [read_point(outcome, several) for outcome in outcomes]
     one = points[0].content

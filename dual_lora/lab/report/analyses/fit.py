@@ -10,7 +10,7 @@ import pandas as pd
 from dual_lora.lab.present.document import Block, Table, Text
 from dual_lora.lab.record.record import FIT_FILE
 from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import Floor, get_model_task
+from dual_lora.lab.report.comparison.floors import get_model_task
 from dual_lora.lab.study.outcome import Outcome
 
 
@@ -37,8 +37,8 @@ class FittedRun:
         return cls(get_model_task(outcome), outcome.label, shares, optima)
 
 
-def iterate_fit_blocks(outcomes: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. floors, folder: not used."""
+def iterate_fit_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. folder: not used."""
     contents = [
         outcome.record.read_sealed(FIT_FILE, "rows", "labels", "compared_with", "modules") for outcome in outcomes
     ]

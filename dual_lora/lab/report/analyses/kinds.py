@@ -35,17 +35,19 @@ SAME_SEED, OTHER_SEED = "same seed", "another seed"  # runs of the reference row
 
 @dataclass(frozen=True)
 class Kind:
-    """file: the analysis in a run's folder. keys: what it must hold. iterate_blocks: what a report says of all runs."""
+    """file: the analysis in a run's folder. keys: what it must hold. iterate_blocks: what a report says of all runs.
+    uses_floors: whether that depends on the floors; then `iterate_blocks` takes them last."""
 
     file: str
     keys: tuple[str, ...]
-    iterate_blocks: Callable[[list[Outcome], list[Floor], Path], Iterator[Block]]
+    iterate_blocks: Callable[..., Iterator[Block]]
+    uses_floors: bool = False
 
 
 KINDS = {
     "ranks": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_rank_blocks),
     "entries": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_entry_blocks),
-    "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks),
+    "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks, uses_floors=True),
     "curvature": Kind(CURVATURE_FILE, ("eigenvalue", "rows"), iterate_curvature_blocks),
     "similarity": Kind(SIMILARITY_FILE, ("rows", "references"), iterate_similarity_blocks),
     "fit": Kind(FIT_FILE, ("rows", "labels"), iterate_fit_blocks),
@@ -173,4 +175,4 @@ def iterate_analysis_blocks(
         if is_analysed(experiment, outcome) and (outcome.record.folder / kind.file).is_file()
     ]
     if found:
-        yield from kind.iterate_blocks(found, floors, folder)
+        yield from kind.iterate_blocks(found, folder, *([floors] if kind.uses_floors else []))

@@ -17,14 +17,13 @@ from dual_lora.lab.present.medians import (
 )
 from dual_lora.lab.present.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.record.record import ANALYSIS_FILE
-from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.outcome import Outcome
 
 RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
 
-def iterate_rank_blocks(outcomes: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield the ranks of dW of analysed runs in short, the figures, and all medians. floors: not used."""
+def iterate_rank_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield the ranks of dW of analysed runs in short, the figures, and all medians."""
     found = read_analyses(outcomes)
     runs = [load_analysed_run(name, content) for name, content in found.items()]
     yield Text("Ranks of the update", heading=True)

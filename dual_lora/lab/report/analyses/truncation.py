@@ -65,7 +65,7 @@ class Curve:
         return max(known for known in self.scores if known <= rank)
 
 
-def iterate_truncation_blocks(outcomes: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
+def iterate_truncation_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
     """Yield the curve of every row and task as a figure and as tables."""
     curves = [read_curve(outcome) for outcome in outcomes]
     yield Text("Updates cut to a lower rank", heading=True)
