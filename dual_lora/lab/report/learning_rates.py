@@ -43,7 +43,7 @@ def describe_learning_rates(experiment: Experiment, outcomes: list[Outcome]) -> 
 
 
 def list_labels(experiment: Experiment, outcomes: list[Outcome]) -> list[str]:
-    """Return the labels that have cells, in the experiment's order: a command may ask for some of its rows."""
+    """Return the labels of outcomes in the experiment's order: a command may ask for some of its rows."""
     asked = {outcome.label for outcome in outcomes}
     return [label for label in experiment.cells if label in asked]
 
