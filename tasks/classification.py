@@ -29,7 +29,7 @@ VERSION = 1
 CORRELATIONS = ("pearson", "spearman", "pearson_spearman_mean")
 METRICS = ("accuracy", "macro_f1", "matthews", "f1", *CORRELATIONS)
 # What programs write where a table has no value. As a class name each must be listed on purpose.
-MISSING = ("nan", "null", "n/a", "#n/a", "<na>")
+GAP_WORDS = ("nan", "null", "n/a", "#n/a", "<na>")
 LARGEST = 1e18  # of numbers: the square of one, which the loss holds, is far from float32's largest number, 3.4e38
 MANY = 20  # classes that need two rows each on average; else the column holds something else than classes
 
@@ -85,18 +85,18 @@ class Classification(OwnFiles):
         """The class names in index order, as listed or as training has them; none while no folder is known."""
         if self.form == "regression" or self.data_dir is None:
             return ()
-        return self.listed or tuple(sort_labels({row["label"] for _, row in self.rows()["train"]}))
+        return self.listed or tuple(sort_labels({row["label"] for _, row in self.load_rows()["train"]}))
 
-    def needed(self, known: Row) -> tuple[str, ...]:
+    def list_needed_columns(self, known: Row) -> tuple[str, ...]:
         return tuple(name for name in (self.text, self.text_pair, self.label) if name)
 
-    def remedy(self) -> str:
+    def describe_remedy(self) -> str:
         return "name yours with task.options.text, text_pair and label"
 
-    def key(self, row: Row) -> Hashable:
+    def get_example_key(self, row: Row) -> Hashable:
         return row["text"], row["text_pair"]
 
-    def stratum(self, row: Row) -> Hashable:
+    def get_stratum(self, row: Row) -> Hashable:
         return None if self.form == "regression" else row["label"]
 
     def parse(self, placed: Placed) -> Row:
@@ -108,7 +108,7 @@ class Classification(OwnFiles):
         place, row = placed
         pair = get_text(place, row, self.text_pair) if self.text_pair else ""
         label = (get_number if self.form == "regression" else get_class)(place, row, self.label)
-        if not self.listed and str(label).casefold() in MISSING:
+        if not self.listed and str(label).casefold() in GAP_WORDS:
             remedy = "fill it in, remove the row, or list all classes with task.options.labels"
             raise TaskError(f"{place}, column {self.label!r}: {label!r} stands for a missing value; {remedy}")
         if self.listed and self.form == "classification" and label not in self.listed:
@@ -116,7 +116,7 @@ class Classification(OwnFiles):
             raise TaskError(f"{what}, {', '.join(self.listed)[:200]}; fix the row or list it")
         return {"text": get_text(place, row, self.text), "text_pair": pair, "label": label}
 
-    def check(self, found: dict[str, list[Placed]]) -> None:
+    def check_rows_together(self, found: dict[str, list[Placed]]) -> None:
         """Refuse classes that do not fit the metric, or that cannot be learnt and measured.
 
         Raises:

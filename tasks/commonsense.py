@@ -254,9 +254,9 @@ class Commonsense(Task):
     def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:
         self.train, self.likelihood, self.holds_out = train, likelihood, scored == "held_out"
 
-    def path(self, split: str, data_dir: str | None) -> Path:
+    def find_file(self, split: str, data_dir: str | None) -> Path:
         """Return the official file of a split, below `data_dir` or downloaded."""
-        self.check(split)
+        self.check_split(split)
         folder, names = f"dataset/{split}", ("test.json",)
         if split == "train":
             folder, names = "ft-training_set", (f"commonsense_{self.train}.json", TRAINING[self.train])
@@ -264,7 +264,7 @@ class Commonsense(Task):
             return base.fetch_file(REPOSITORY, COMMIT, f"{folder}/{names[0]}")
         return base.find_data_file(data_dir, (f"commonsense/{folder}", folder), names)
 
-    def check(self, split: str) -> None:
+    def check_split(self, split: str) -> None:
         """Refuse a split that the task does not have.
 
         Raises:
@@ -279,22 +279,22 @@ class Commonsense(Task):
             training = f"github.com/{REPOSITORY}@{COMMIT}/ft-training_set/commonsense_{self.train}.json"
             found = {"train": training} | {name: f"{SPECS[name].hub}@{SPECS[name].revision}" for name in scored}
         else:
-            found = {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *scored)}
+            found = {split: base.file_sha256(self.find_file(split, data_dir)) for split in ("train", *scored)}
         if self.holds_out:  # runs from before that have another identity
             found["train"] += " without copies of the rows held out"
         return found
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
-        self.check(name)
+        self.check_split(name)
         if self.holds_out:
             return self.split_training_file(name, data_dir)
         if data_dir is None and name != "train":
             spec = SPECS[name]
             rows = load_dataset(spec.hub, spec.config, revision=spec.revision, split=spec.split)
-            return Split(self.rows(name, map(spec.convert, rows), spec.hub), f"{spec.hub}@{spec.revision[:8]}")
-        path = self.path(name, data_dir)
+            return Split(self.build_rows(name, map(spec.convert, rows), spec.hub), f"{spec.hub}@{spec.revision[:8]}")
+        path = self.find_file(name, data_dir)
         items = base.read_json(path)
-        rows = self.rows(name, items, path)
+        rows = self.build_rows(name, items, path)
         if data_dir is None:
             return Split(rows, f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json")
         return Split(
@@ -303,7 +303,7 @@ class Commonsense(Task):
 
     def split_training_file(self, name: str, data_dir: str | None) -> Split:
         """Return the training rows that equal none held out, or those held out for a set, with evaluation's prompt."""
-        path = self.path("train", data_dir)
+        path = self.find_file("train", data_dir)
         items = base.read_json(path)
         with base.translate_shape_errors("a list of LLM-Adapters' items", path):
             held_out = draw_held_out(items, path)
@@ -322,7 +322,7 @@ class Commonsense(Task):
         swag = any(item["answer"].startswith("ending") for item in items)
         return f" ({len(items)} rows, not the official file{'' if swag else '; without HellaSwag'})"
 
-    def rows(self, split: str, items: Iterable[Item], source: Any) -> "Dataset":
+    def build_rows(self, split: str, items: Iterable[Item], source: Any) -> "Dataset":
         """Return the items as rows.
 
         Raises:
@@ -338,7 +338,7 @@ class Commonsense(Task):
         """Return the items of these numbers as rows.
 
         Raises:
-            TaskError: as `rows`.
+            TaskError: as `build_rows`.
         """
         head, _, tail = prompt.partition("{}")
         items = [(number, items[number]) for number in numbers]

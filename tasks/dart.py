@@ -36,7 +36,7 @@ class Dart(DataToText):
         s: (f"dart-v1.1.1-full-{f}.json",) for s, f in (("train", "train"), ("validation", "dev"), ("test", "test"))
     }
 
-    def pairs(self, path: Path) -> Iterator[Pair]:
+    def read_pairs(self, path: Path) -> Iterator[Pair]:
         with base.translate_shape_errors("DART 1.1.1", path):
             for entry in base.read_json(path):
                 facts = format_triples(

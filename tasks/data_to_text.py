@@ -26,7 +26,8 @@ Pair = tuple[str, str, str]  # a meaning, one text of it, and a group ("" where 
 
 
 class DataToText(Task):
-    """A generation task of pairs. Subclasses set `name`, `folder`, `files`, `metric` and give `pairs` and `score`.
+    """A generation task of pairs. Subclasses set `name`, `folder`, `files`, `metric` and define `read_pairs` and
+    `score`.
 
     Attributes:
         folder: of the files, in LoRA's data folder.
@@ -45,7 +46,7 @@ class DataToText(Task):
             raise TaskError(f"task.options.scored={scored}: must be test or validation")
         self.separator, self.eval_splits = separator, (scored,)
 
-    def pairs(self, path: Path) -> Iterator[Pair]:
+    def read_pairs(self, path: Path) -> Iterator[Pair]:
         """Yield what the official file says.
 
         Raises:
@@ -53,7 +54,7 @@ class DataToText(Task):
         """
         raise NotImplementedError
 
-    def path(self, split: str, data_dir: str | None) -> Path:
+    def find_file(self, split: str, data_dir: str | None) -> Path:
         """Return the official file of a split, below `data_dir` or downloaded.
 
         Raises:
@@ -63,9 +64,9 @@ class DataToText(Task):
             raise TaskError(f"{self.name} has no split {split!r}, only {', '.join(self.files)}")
         if data_dir is None:
             return base.fetch_file(REPOSITORY, COMMIT, f"{FOLDER}/{self.folder}/{self.files[split][0]}")
-        return base.find_data_file(data_dir, self.folders(), self.files[split])
+        return base.find_data_file(data_dir, self.list_folders(), self.files[split])
 
-    def folders(self) -> tuple[str, ...]:
+    def list_folders(self) -> tuple[str, ...]:
         """Return where below `data_dir` the files may lie: in a copy of LoRA's repository or of its data folder."""
         tops = ("e2e/microsoft_LoRA/data/", f"{FOLDER}/", "")
         return tuple(top + self.folder for top in tops)
@@ -73,18 +74,18 @@ class DataToText(Task):
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         if data_dir is None:
             return {"files": f"github.com/{REPOSITORY}@{COMMIT}/{FOLDER}/{self.folder}"}
-        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *self.eval_splits)}
+        return {split: base.file_sha256(self.find_file(split, data_dir)) for split in ("train", *self.eval_splits)}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
-        path = self.path(name, data_dir)
-        return Split(self.rows(name, self.pairs(path), path), self.origin(name, path, data_dir))
+        path = self.find_file(name, data_dir)
+        return Split(self.build_rows(name, self.read_pairs(path), path), self.describe_origin(name, path, data_dir))
 
-    def origin(self, name: str, path: Path, data_dir: str | None) -> str:
+    def describe_origin(self, name: str, path: Path, data_dir: str | None) -> str:
         if data_dir is None:
             return f"{REPOSITORY}@{COMMIT[:8]}/{self.folder}/{self.files[name][0]}"
         return f"{path.parent.name}/{path.name}"
 
-    def rows(self, split: str, pairs: Iterable[Pair], source: object) -> "Dataset":
+    def build_rows(self, split: str, pairs: Iterable[Pair], source: object) -> "Dataset":
         """Return the rows of a split as a Dataset.
 
         Raises:
@@ -92,9 +93,9 @@ class DataToText(Task):
         """
         with base.translate_shape_errors(f"{self.name}'s file", source):
             grouped = group_texts(pairs) if split != "train" else (((m, g), [text]) for m, text, g in pairs)
-        return self.dataset((self.row(split, i, *group) for i, group in enumerate(grouped)), source)
+        return self.dataset((self.build_row(split, i, *group) for i, group in enumerate(grouped)), source)
 
-    def row(self, split: str, number: int, meaning: tuple[str, str], texts: list[str]) -> Row:
+    def build_row(self, split: str, number: int, meaning: tuple[str, str], texts: list[str]) -> Row:
         context, group = meaning
         return {
             "id": "-".join(filter(None, (split, group, str(number)))),

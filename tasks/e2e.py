@@ -50,8 +50,8 @@ class E2e(DataToText):
     words = False
     form_of_text: str
 
-    def origin(self, name: str, path: Path, data_dir: str | None) -> str:
-        return f"{super().origin(name, path, data_dir)} ({FORMS[self.form_of_text]})"
+    def describe_origin(self, name: str, path: Path, data_dir: str | None) -> str:
+        return f"{super().describe_origin(name, path, data_dir)} ({FORMS[self.form_of_text]})"
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
         """Return BLEU, NIST, METEOR, ROUGE_L and CIDEr; without Java only the first two."""
@@ -68,19 +68,19 @@ class Tokenised(E2e):
     folder = "e2e"
     files = {"train": ("train.txt", "train.*.txt"), "validation": ("valid.txt",), "test": ("test.txt",)}
 
-    def path(self, split: str, data_dir: str | None) -> Path:
+    def find_file(self, split: str, data_dir: str | None) -> Path:
         """As in `DataToText`, with a hint at the other form of the text.
 
         Raises:
             TaskError: it is missing or cannot be fetched.
         """
         try:
-            return super().path(split, data_dir)
+            return super().find_file(split, data_dir)
         except TaskError as error:
             hint = "; task.options.references=official reads the challenge's CSV files"
             raise TaskError(f"{error}{hint}") from error
 
-    def pairs(self, path: Path) -> Iterator[Pair]:
+    def read_pairs(self, path: Path) -> Iterator[Pair]:
         """As in `DataToText`.
 
         Raises:
@@ -101,7 +101,7 @@ class Official(E2e):
     folder = "e2e-dataset"
     files = {"train": ("trainset.csv",), "validation": ("devset.csv",), "test": ("testset_w_refs.csv",)}
 
-    def folders(self) -> tuple[str, ...]:
+    def list_folders(self) -> tuple[str, ...]:
         return ("e2e/e2e-dataset", "e2e-dataset", "e2e", "")
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
@@ -112,9 +112,9 @@ class Official(E2e):
             return super().split(name, data_dir)
         rows = load_dataset(HUB, revision=REVISION, split=name)
         pairs = [(spell_out_record(r["meaning_representation"]), r["human_reference"], "") for r in rows]
-        return Split(self.rows(name, pairs, HUB), f"{HUB}@{REVISION} ({FORMS['official']})")
+        return Split(self.build_rows(name, pairs, HUB), f"{HUB}@{REVISION} ({FORMS['official']})")
 
-    def pairs(self, path: Path) -> Iterator[Pair]:
+    def read_pairs(self, path: Path) -> Iterator[Pair]:
         """As in `DataToText`.
 
         Raises:

@@ -112,7 +112,7 @@ class Glue(Task):
         if subset == "mnli":
             self.eval_splits = ("validation_matched", "validation_mismatched")
 
-    def path(self, split: str, data_dir: str) -> Path:
+    def find_file(self, split: str, data_dir: str) -> Path:
         """Return the official file of a split; a file named "sample" stands in where the full one is absent.
 
         Raises:
@@ -148,7 +148,7 @@ class Glue(Task):
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         if data_dir is None:
             return {"hub": f"{HUB}@{REVISION}"}
-        paths = {split: self.path(split, data_dir) for split in ("train", *self.eval_splits)}
+        paths = {split: self.find_file(split, data_dir) for split in ("train", *self.eval_splits)}
         files = {split: filter(None, (path, self.find_dev_ids(path))) for split, path in paths.items()}
         return {split: " ".join(map(base.file_sha256, found)) for split, found in files.items()}
 
@@ -156,13 +156,13 @@ class Glue(Task):
         if data_dir is None:
             rows = load_dataset(HUB, self.subset, revision=REVISION, split=name)
             return Split(self.convert_hub_rows(rows, name), f"{HUB}/{self.subset}@{REVISION[:8]}")
-        path = self.path(name, data_dir)
+        path = self.find_file(name, data_dir)
         return Split(self.read_file_rows(path, name), f"{path.parent.name}/{path.name}")
 
     def convert_hub_rows(self, rows: "Dataset", split: str) -> "Dataset":
         """Return the hub's rows in this project's columns."""
         texts = [[row[c] for c in self.spec.hub_text] for row in rows]
-        found = (self.row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True)))
+        found = (self.build_row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True)))
         return self.dataset(found, HUB)
 
     def read_file_rows(self, path: Path, split: str) -> "Dataset":
@@ -173,7 +173,7 @@ class Glue(Task):
             with base.translate_shape_errors(f"GLUE's {spec.folder}", f"{path}: line {line}"):
                 label = self.parse_label(row[spec.label])
                 if belongs(row):
-                    rows.append(self.row(split, len(rows), [row[c] for c in spec.text], label))
+                    rows.append(self.build_row(split, len(rows), [row[c] for c in spec.text], label))
         return self.dataset(rows, path)
 
     def build_split_filter(self, path: Path, split: str) -> Callable[[Row], bool]:
@@ -201,7 +201,7 @@ class Glue(Task):
         return known.index(word)
 
     @staticmethod
-    def row(split: str, number: int, texts: list[str], label: int | float) -> Row:
+    def build_row(split: str, number: int, texts: list[str], label: int | float) -> Row:
         return {
             "id": f"{split}-{number}",
             "text": texts[0],

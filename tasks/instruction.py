@@ -79,7 +79,7 @@ class Instruction(OwnFiles):
         super().__init__(**files)
         self.columns, self.separator, self.metric, self.loss = columns, separator, metric, loss
 
-    def needed(self, known: Row) -> tuple[str, ...]:
+    def list_needed_columns(self, known: Row) -> tuple[str, ...]:
         """Return the columns of the form that the file's first row has, or has the larger part of."""
         forms = (self.columns, ALPACA, ("messages",))
         return max(forms, key=lambda form: sum(name in known for name in form) / len(form))
@@ -87,19 +87,18 @@ class Instruction(OwnFiles):
     def explain_unused_option(self, name: str) -> str | None:
         if name not in ("prompt", "response", "separator"):
             return super().explain_unused_option(name)
-        path = self.used(None)["train"][0]
+        path = self.find_used_files(None)["train"][0]
         _, row = read_rows(path, self.quotes)[0]
         if set(self.columns) <= row.keys():
             return None
-        return (
-            f"only rows of a prompt and a response use it, and {path.name} has {', '.join(self.needed(row))}; drop it"
-        )
+        has = ", ".join(self.list_needed_columns(row))
+        return f"only rows of a prompt and a response use it, and {path.name} has {has}; drop it"
 
-    def remedy(self) -> str:
+    def describe_remedy(self) -> str:
         remedy = "name yours with task.options.prompt and response"
         return f"{remedy}, or give instruction and output, or messages"
 
-    def key(self, row: Row) -> Hashable:
+    def get_example_key(self, row: Row) -> Hashable:
         return tuple((message["role"], message["content"]) for message in row["messages"])
 
     def parse(self, placed: Placed) -> Row:

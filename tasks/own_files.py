@@ -399,7 +399,8 @@ def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
 
 
 class OwnFiles(Task):
-    """A task on tables of one's own. Subclasses give `columns`, `parse` and what identifies an example.
+    """A task on tables of one's own. Subclasses define `list_needed_columns`, `parse`, `get_example_key` and
+    `describe_remedy`, and may define `get_stratum` and `check_rows_together`.
 
     `test` is scored where there is such a file (`scored`), else validation, else a `held_out` part of training, drawn
     with `split_seed`. Rows of equal text stay together, so that none is on both sides.
@@ -421,7 +422,7 @@ class OwnFiles(Task):
         self.quotes, self.overlap = quotes, overlap
         self._read: tuple[Hashable, dict[str, list[Placed]]] = (None, {})
 
-    def needed(self, known: Row) -> tuple[str, ...]:
+    def list_needed_columns(self, known: Row) -> tuple[str, ...]:
         """Return the columns a file must have; `known` is its first row."""
         raise NotImplementedError
 
@@ -433,15 +434,15 @@ class OwnFiles(Task):
         """
         raise NotImplementedError
 
-    def key(self, row: Row) -> Hashable:
+    def get_example_key(self, row: Row) -> Hashable:
         """Return what makes two rows the same example."""
         raise NotImplementedError
 
-    def stratum(self, row: Row) -> Hashable:
+    def get_stratum(self, row: Row) -> Hashable:
         """Return what rows set apart have the same shares of as the rest."""
         return None
 
-    def remedy(self) -> str:
+    def describe_remedy(self) -> str:
         """Return what to do about a column that is missing."""
         raise NotImplementedError
 
@@ -450,17 +451,17 @@ class OwnFiles(Task):
         """The split that is scored; which one there is, the folder says."""
         if self.data_dir is None:
             return (self.scored,)
-        return (*self.used(None), "validation")[1:2]
+        return (*self.find_used_files(None), "validation")[1:2]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
-        files = self.used(data_dir)
+        files = self.find_used_files(data_dir)
         return {split: " ".join(map(base.file_sha256, paths)) for split, paths in files.items()}
 
     def check_files(self) -> None:
-        self.rows()
+        self.load_rows()
 
     def explain_unused_option(self, name: str) -> str | None:
-        train, *scored = self.used(None).values()
+        train, *scored = self.find_used_files(None).values()
         if name in ("held_out", "split_seed") and scored:
             return f"{scored[0][0].name} is scored, so no rows of training are set apart; drop it"
         if name in ("scored", "overlap") and not scored:
@@ -469,7 +470,7 @@ class OwnFiles(Task):
             return f"it is about .csv and .tsv files, and {train[0].name} is neither; drop it"
         return None
 
-    def used(self, data_dir: str | None) -> Files:
+    def find_used_files(self, data_dir: str | None) -> Files:
         """Return training's files and those that are scored, if any are; the folder is the task's from now on."""
         self.data_dir = data_dir or self.data_dir
         files = find_files(self.data_dir, self.name)
@@ -480,9 +481,9 @@ class OwnFiles(Task):
         """Return the rows of split `name` from the user's files.
 
         Raises:
-            TaskError: there is no such split, or `rows` refuses the files.
+            TaskError: there is no such split, or `load_rows` refuses the files.
         """
-        files, rows = self.used(data_dir), self.rows(data_dir)
+        files, rows = self.find_used_files(data_dir), self.load_rows(data_dir)
         if name not in rows:
             raise TaskError(f"data_dir={self.data_dir}: no {name} split, only {', '.join(rows)}")
         origin = " ".join(path.name for path in files.get(name, files["train"]))
@@ -492,38 +493,40 @@ class OwnFiles(Task):
         numbered = ({"id": f"{name}-{number}", **row} for number, (_, row) in enumerate(rows[name]))
         return Split(self.dataset(numbered, origin), origin)
 
-    def rows(self, data_dir: str | None = None) -> dict[str, list[Placed]]:
+    def load_rows(self, data_dir: str | None = None) -> dict[str, list[Placed]]:
         """Return the parsed rows of training and of what is scored, checked against each other; read once while the
         files stay as they are.
 
         Raises:
             TaskError: a file or row is not what it should be, or an example is in both.
         """
-        files = self.used(data_dir)
+        files = self.find_used_files(data_dir)
         stamps = tuple((path, *get_stamp(path)) for paths in files.values() for path in paths)
         if self._read[0] != stamps:
-            found = {split: [row for path in paths for row in self.parsed(path)] for split, paths in files.items()}
+            found = {split: [row for path in paths for row in self.parse_file(path)] for split, paths in files.items()}
             if len(found) == 1:
-                self.check(found)
-                found = set_apart(found["train"], self.held_out, self.split_seed, self.key, self.stratum)
+                self.check_rows_together(found)
+                found = set_apart(
+                    found["train"], self.held_out, self.split_seed, self.get_example_key, self.get_stratum
+                )
             elif not self.overlap:
                 self.check_overlap(found)
-            self.check(found)
+            self.check_rows_together(found)
             self._read = stamps, found
         return self._read[1]
 
-    def check(self, found: dict[str, list[Placed]]) -> None:
+    def check_rows_together(self, found: dict[str, list[Placed]]) -> None:
         """Refuse rows that do not go together.
 
         Raises:
             TaskError: with the row.
         """
 
-    def parsed(self, path: Path) -> list[Placed]:
-        placed, remedy = read_rows(path, self.quotes), self.remedy()
+    def parse_file(self, path: Path) -> list[Placed]:
+        placed, remedy = read_rows(path, self.quotes), self.describe_remedy()
         if find_split(path) == "test":
             remedy += f"; {LEAVE_OUT}"
-        check_columns(path, placed, self.needed(placed[0][1]), remedy)
+        check_columns(path, placed, self.list_needed_columns(placed[0][1]), remedy)
         check_split_column(path, placed)
         return [(place, self.parse((place, row))) for place, row in placed]
 
@@ -533,10 +536,10 @@ class OwnFiles(Task):
         Raises:
             TaskError: with both places.
         """
-        known = {self.key(row): place for place, row in found["train"]}
+        known = {self.get_example_key(row): place for place, row in found["train"]}
         for split in list(found)[1:]:
             for place, row in found[split]:
-                if same := known.get(self.key(row)):
+                if same := known.get(self.get_example_key(row)):
                     where = f"{same.path.name} {same.unit} {same.number}"
                     remedy = "remove one of them, or allow it with task.options.overlap=true"
                     raise TaskError(f"{place}: the same example as {where}, which training sees; {remedy}")
@@ -546,8 +549,8 @@ def set_apart(
     placed: list[Placed],
     share: float,
     seed: int,
-    key: Callable[[Row], Hashable],
-    stratum: Callable[[Row], Hashable],
+    get_key: Callable[[Row], Hashable],
+    get_stratum: Callable[[Row], Hashable],
 ) -> dict[str, list[Placed]]:
     """Return rows divided at random: of every stratum the same share, equal examples on one side, in their order.
 
@@ -557,14 +560,15 @@ def set_apart(
     groups: dict[Hashable, dict[Hashable, None]] = defaultdict(dict)
     strata: dict[Hashable, Hashable] = {}
     for _, row in placed:
-        groups[strata.setdefault(key(row), stratum(row))][key(row)] = None
+        key = get_key(row)
+        groups[strata.setdefault(key, get_stratum(row))][key] = None
     rng, apart = random.Random(seed), set()
     for keys in groups.values():
         count = min(max(round(len(keys) * share), 1), len(keys) - 1)
         apart |= set(rng.sample(list(keys), count))
     found = {
-        "train": [p for p in placed if key(p[1]) not in apart],
-        "validation": [p for p in placed if key(p[1]) in apart],
+        "train": [p for p in placed if get_key(p[1]) not in apart],
+        "validation": [p for p in placed if get_key(p[1]) in apart],
     }
     if not all(found.values()):
         raise TaskError(f"{placed[0][0].path}: {len(placed)} rows are too few to set some apart; add rows")

@@ -36,7 +36,7 @@ class Questions(Task):
     labels = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
     eval_splits = ("test",)
 
-    def path(self, split: str, data_dir: str | None) -> Path:
+    def find_file(self, split: str, data_dir: str | None) -> Path:
         """Return the file of a split.
 
         Raises:
@@ -47,10 +47,10 @@ class Questions(Task):
         return base.find_data_file(data_dir, (".",), (f"{split}.tsv",))
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
-        return {split: base.file_sha256(self.path(split, data_dir)) for split in ("train", *self.eval_splits)}
+        return {split: base.file_sha256(self.find_file(split, data_dir)) for split in ("train", *self.eval_splits)}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
-        path = self.path(name, data_dir)
+        path = self.find_file(name, data_dir)
         rows = []
         for line, row in base.read_table(path, "\t", quoted=False, needed=("label", "question")):
             with base.translate_shape_errors("a question and its class", f"{path}: line {line}"):

@@ -42,7 +42,7 @@ class WebNlg(DataToText):
     folder = "webnlg_challenge_2017"
     files = {"train": ("train.json",), "validation": ("dev.json",), "test": ("test.json",)}
 
-    def pairs(self, path: Path) -> Iterator[Pair]:
+    def read_pairs(self, path: Path) -> Iterator[Pair]:
         """As in `DataToText`: the texts that the file calls good.
 
         Raises:

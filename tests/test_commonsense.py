@@ -340,7 +340,7 @@ def test_official_items_are_what_the_hub_converters_write(official_data):
     for name, take_apart in {"boolq": boolq_columns, "winogrande": winogrande_columns}.items():
         rows = task_rows = tasks.load("commonsense").split(name, str(official_data)).rows
         items = [SPECS[name].convert(take_apart(row)) for row in rows]
-        assert tasks.load("commonsense").rows(name, items, name).to_list() == task_rows.to_list()
+        assert tasks.load("commonsense").build_rows(name, items, name).to_list() == task_rows.to_list()
 
 
 def instruction(row) -> str:

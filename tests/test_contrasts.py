@@ -7,7 +7,7 @@ from scipy import stats
 from test_report import rows_of, study  # noqa: F401 (a fixture)
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.report.comparison.comparisons import compare_cells
+from dual_lora.lab.report.comparison.comparisons import compare_outcomes
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.write import DIFFERENCES_FILE, write_report
 from dual_lora.lab.statistics.multiple import adjust_holm
@@ -36,8 +36,8 @@ def right(label, settings):
 
 
 def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):  # noqa: F811
-    experiment, done = study(SPEC, right)
-    found = compare_cells(experiment, done, Predictions(), set())
+    experiment, outcomes = study(SPEC, right)
+    found = compare_outcomes(experiment, outcomes, Predictions(), set())
     assert not found.exploratory and not found.further
     assert [(c.label, c.baseline, c.task) for c in found.planned] == [
         ("Dual LoRA, magnitude ratio 0.5", "mean of 0.25 and 0.75", task)
@@ -55,24 +55,24 @@ def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):  # 
 def test_a_contrast_is_tested_on_predictions_too(study):  # noqa: F811
     """One example tells the columns apart with every seed: the seeds all agree, other examples might not."""
     spec = SPEC | {"full": {"seeds": [0, 1, 2, 3, 4], "run": ["model=roberta-base", "task=glue/sst2"]}}
-    experiment, done = study(spec, lambda label, s: 70 + (s.method.magnitude_ratio == 0.5))
-    (found,) = compare_cells(experiment, done, Predictions(), set()).planned
+    experiment, outcomes = study(spec, lambda label, s: 70 + (s.method.magnitude_ratio == 0.5))
+    (found,) = compare_outcomes(experiment, outcomes, Predictions(), set()).planned
     assert found.seed_test.p == 0 and found.difference.test == "paired permutation" and found.difference.p == 1
     assert found.verdict == "undecided"
 
 
 def test_runs_of_other_data_make_no_contrast(study):  # noqa: F811
-    experiment, done = study(SPEC, lambda label, s: None if s.method.magnitude_ratio == 0.25 else right(label, s))
+    experiment, outcomes = study(SPEC, lambda label, s: None if s.method.magnitude_ratio == 0.25 else right(label, s))
     other = {"data": {"validation": {"origin": "dev.tsv", "rows": 100, "sha256": "1"}}}
-    experiment, done = study(SPEC, right, **other)
-    for c in compare_cells(experiment, done, Predictions(), set()).planned:
+    experiment, outcomes = study(SPEC, right, **other)
+    for c in compare_outcomes(experiment, outcomes, Predictions(), set()).planned:
         assert c.p is None and c.verdict == "undecided"
         assert c.task.startswith("mean") or "different scored rows" in c.difference.test
 
 
 def test_the_report_tells_contrasts_from_other_differences(study, tmp_path):  # noqa: F811
-    experiment, done = study(SPEC, right)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(SPEC, right)
+    text = write_report(experiment, outcomes, tmp_path)
     line = next(line for line in rows_of(text) if line[0] == "mean of 2 tasks")
     assert line[2:4] == ["Dual LoRA, magnitude ratio 0.5 - mean of 0.25 and 0.75", "+4.6"] and "better" in line
     assert "a contrast sets the mean over some columns" in text
@@ -87,15 +87,15 @@ def test_a_seed_that_lacks_a_column_is_left_out_and_four_decide_nothing(study): 
         gone = settings.seed == 4 and settings.method.magnitude_ratio == 0.75
         return None if gone else right(label, settings)
 
-    experiment, done = study(SPEC, lacking)
-    found = compare_cells(experiment, done, Predictions(), set())
+    experiment, outcomes = study(SPEC, lacking)
+    found = compare_outcomes(experiment, outcomes, Predictions(), set())
     assert {c.difference.seeds for c in found.planned} == {4} and {c.verdict for c in found.planned} == {"undecided"}
 
 
 def test_contrasts_stand_in_one_family_with_planned_rows(study):  # noqa: F811
     cells = SPEC["cells"] | {"LoRA": ["method=lora"]}
-    experiment, done = study(SPEC | {"cells": cells, "baselines": ["LoRA"], "planned": ["held"]}, right)
-    found = compare_cells(experiment, done, Predictions(), set())
+    experiment, outcomes = study(SPEC | {"cells": cells, "baselines": ["LoRA"], "planned": ["held"]}, right)
+    found = compare_outcomes(experiment, outcomes, Predictions(), set())
     # two ratios on two tasks and in the mean, and the contrast's three
     assert len(found.planned) == 9 and sum(c.contrast for c in found.planned) == 3
     assert {c.label for c in found.exploratory} == {"Dual LoRA"}
@@ -132,7 +132,7 @@ def test_a_contrast_that_cannot_be_computed_is_refused(changes, said):
 def test_a_row_without_a_value_of_its_setting_is_in_the_table(study, tmp_path):  # noqa: F811
     cells = {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora", "method.magnitude_ratio=0.25,0.5"]}
     spec = {"title": "Rows", "rows": ["method.magnitude_ratio"], "columns": "task.name", "cells": cells}
-    experiment, done = study(spec | {"full": SPEC["full"]}, lambda label, settings: 70)
-    lines = {tuple(line[:2]): line for line in rows_of(write_report(experiment, done, tmp_path))}
+    experiment, outcomes = study(spec | {"full": SPEC["full"]}, lambda label, settings: 70)
+    lines = {tuple(line[:2]): line for line in rows_of(write_report(experiment, outcomes, tmp_path))}
     assert {("none", "LoRA"), ("0.25", "Dual LoRA"), ("0.5", "Dual LoRA")} <= lines.keys()
     assert lines["none", "LoRA"][2].strip("*") == "70.0 ± 0.0 (5)"

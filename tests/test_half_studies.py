@@ -11,6 +11,6 @@ from dual_lora.lab.report.analyses.kinds import check_analysis
 
 def test_a_finished_run_that_is_not_analysed_yet_is_not_called_unfinished(tmp_path):
     experiment = SimpleNamespace(analyse="truncation", floors=[])
-    cell = SimpleNamespace(cell=SimpleNamespace(label="LoRA"), result={}, record=Record(tmp_path))
+    outcome = SimpleNamespace(label="LoRA", result={}, record=Record(tmp_path))
     with pytest.raises(UserError, match="truncation.json: missing; sweep.py without run=false analyses the run$"):
-        check_analysis(experiment, cell)
+        check_analysis(experiment, outcome)

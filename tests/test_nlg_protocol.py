@@ -276,7 +276,7 @@ def test_a_record_is_encoded_as_lora_encodes_it():
     tokenizer = load(words[0])[3]
     task = load_task(chosen)
     meaning, text = "name : The Oak | Type : pub ", "The Oak is a pub ."
-    row = task.row("train", 0, (meaning, ""), [text])
+    row = task.build_row("train", 0, (meaning, ""), [text])
     example = build_generation_encoder(tokenizer, chosen)(row)
     record, sentence = (tokenizer(words)["input_ids"] for words in (meaning, f" {text}"))
     end = tokenizer.eos_token_id
@@ -288,10 +288,10 @@ def test_a_record_is_encoded_as_lora_encodes_it():
 def test_the_runs_of_others_stand_beside_the_printed_figure(runs_folder):
     experiment = Experiment.load("nlg", "full")
     cells = experiment.compose_cells(["seed=0", "model=gpt2-medium"])
-    done = find_outcomes(cells, "nlg")
+    outcomes = find_outcomes(cells, "nlg")
     ours: dict = {}
-    for outcome in done:
-        ours.setdefault(((outcome.settings.model.name,), outcome.cell.label), []).append(outcome)
-    lines = find_published_lines(experiment, done, ours)[(("gpt2-medium",), "LoRA, published rate")]
+    for outcome in outcomes:
+        ours.setdefault(((outcome.settings.model.name,), outcome.label), []).append(outcome)
+    lines = find_published_lines(experiment, outcomes, ours)[(("gpt2-medium",), "LoRA, published rate")]
     assert [cells["BLEU"].partition(" ")[0] for cells in lines.values()] == ["70.4±0.1", "68.65", "68.85", "68.87"]
     assert all("rerun" in name for name in list(lines)[1:]) and "rerun" not in next(iter(lines))

@@ -22,7 +22,7 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report import write as report_write
 from dual_lora.lab.report.comparison.blocks import format_verdict, iterate_floor_blocks
-from dual_lora.lab.report.comparison.comparisons import compare_cells
+from dual_lora.lab.report.comparison.comparisons import compare_outcomes
 from dual_lora.lab.report.comparison.floors import Floor, describe_failed_runs, find_floors, find_unlearned
 from dual_lora.lab.report.comparison.matches import Predictions, iterate_matches
 from dual_lora.lab.report.figures.layout import compute_half_interval
@@ -109,8 +109,8 @@ def study(runs_folder):
 
 
 def test_ours_stands_beside_the_published_rows_of_the_same_model_method_and_rank(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 80 + 2 * s.seed + 5 * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(GLUE, lambda label, s: 80 + 2 * s.seed + 5 * (label == "Dual LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     head, *lines = rows_of(text)
     assert head == ["model", "method", "SST-2", "RTE", "mean of 2", "trained", "s/step"]
     ours, published, dual = lines[:3]
@@ -122,8 +122,8 @@ def test_ours_stands_beside_the_published_rows_of_the_same_model_method_and_rank
 def test_the_best_of_every_task_is_bold_where_tasks_are_columns(study, tmp_path):
     spec = GLUE | {"columns": "task.name", "published": []}
     right = {"LoRA": {"glue/sst2": 90, "glue/rte": 60}, "Dual LoRA": {"glue/sst2": 80, "glue/rte": 70}}
-    experiment, done = study(spec, lambda label, s: right[label][s.task.name])
-    runs = write_report(experiment, done, tmp_path).partition("## Runs")[2].partition("\n## ")[0]
+    experiment, outcomes = study(spec, lambda label, s: right[label][s.task.name])
+    runs = write_report(experiment, outcomes, tmp_path).partition("## Runs")[2].partition("\n## ")[0]
     lines = {line[1]: line for line in rows_of(runs)}
     bold = {label: [cell.startswith("**") for cell in line[2:4]] for label, line in lines.items() if label in right}
     assert bold == {"LoRA": [True, False], "Dual LoRA": [False, True]}
@@ -133,8 +133,8 @@ def test_all_parts_make_the_published_average(study, tmp_path):
     names = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     whole = GLUE | {"full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names]}}
     experiment = Experiment.from_content("made", whole)
-    done = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
-    heads = [column.head for column in list_columns(experiment, done)]
+    outcomes = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
+    heads = [column.head for column in list_columns(experiment, outcomes)]
     assert heads == ["MNLI", "SST-2", "MRPC", "CoLA", "QNLI", "QQP", "RTE", "STS-B", "avg"]
 
 
@@ -143,8 +143,8 @@ PLANNED |= {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3, 4]}}
 
 
 def test_planned_comparisons_get_verdicts_on_every_task_and_on_the_mean(study, tmp_path):
-    experiment, done = study(PLANNED, lambda label, s: 60 + s.seed + (20 + s.seed % 2) * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(PLANNED, lambda label, s: 60 + s.seed + (20 + s.seed % 2) * (label == "Dual LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     head, *lines = rows_of(text)
     assert head[:5] == ["task", "score", "model", "comparison", "difference"] and head[-2:] == ["verdict", "could find"]
     assert [line[0] for line in lines[:3]] == ["glue/sst2", "glue/rte", "mean of 2 tasks"]
@@ -161,10 +161,10 @@ def test_planned_comparisons_without_runs_count_as_p_1(study, tmp_path):
     """A study that is half done may not pass for a small one: tested alone, this difference would be found."""
     right = {0: 3, 1: 0, 2: 4, 3: 1, 4: 2}
     spec = PLANNED | {"margin": {}}
-    experiment, done = study(
+    experiment, outcomes = study(
         spec, lambda label, s: None if s.task.name == "glue/rte" else 80 + 3 * right[s.seed] * (label == "Dual LoRA")
     )
-    text = write_report(experiment, done, tmp_path)
+    text = write_report(experiment, outcomes, tmp_path)
     assert "corrected for all 3 by Holm's method; 2 of them cannot be tested yet and count as p = 1" in text
     listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
     assert len(listed) == 1 and listed["p"][0] == pytest.approx(3 * listed["p_seeds"][0])
@@ -173,19 +173,19 @@ def test_planned_comparisons_without_runs_count_as_p_1(study, tmp_path):
 
 def test_four_seeds_decide_nothing(study, tmp_path):
     four = PLANNED | {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3]}}
-    experiment, done = study(four, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
-    lines = rows_of(write_report(experiment, done, tmp_path))
+    experiment, outcomes = study(four, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
+    lines = rows_of(write_report(experiment, outcomes, tmp_path))
     assert [line[-2] for line in lines[1:4]] == ["undecided: under 5 seeds"] * 3
 
 
 def test_equal_methods_are_equivalent_within_the_margin_and_undecided_without_one(study, tmp_path):
     right = {0: 80, 1: 81, 2: 80, 3: 81, 4: 80}
     spec = PLANNED | {"margin": {"task": 3.0, "mean": 1.0}}
-    experiment, done = study(spec, lambda label, s: right[s.seed] if label == "LoRA" else 80)
-    said = [line[-2] for line in rows_of(write_report(experiment, done, tmp_path))[1:4]]
+    experiment, outcomes = study(spec, lambda label, s: right[s.seed] if label == "LoRA" else 80)
+    said = [line[-2] for line in rows_of(write_report(experiment, outcomes, tmp_path))[1:4]]
     assert said == ["equivalent within 3", "equivalent within 3", "equivalent within 1"]
-    without, done = study(PLANNED | {"margin": {}}, lambda label, s: 80)
-    lines = rows_of(write_report(without, done, tmp_path))[1:4]
+    without, outcomes = study(PLANNED | {"margin": {}}, lambda label, s: 80)
+    lines = rows_of(write_report(without, outcomes, tmp_path))[1:4]
     assert [line[-2] for line in lines] == ["undecided"] * 3 and [line[-1] for line in lines] == ["1.3"] * 3
     assert "equivalent: never, as the experiment gives no margin" in (tmp_path / "table.md").read_text()
 
@@ -206,8 +206,8 @@ def test_a_planned_comparison_is_not_tested_before_all_its_runs_are_there(study,
         lacks = settings.task.name == missing[0] and missing[1] in (None, settings.seed)
         return None if lacks else 60 + settings.seed + (20 + settings.seed % 2) * (label == "Dual LoRA")
 
-    experiment, done = study(spec, right)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(spec, right)
+    text = write_report(experiment, outcomes, tmp_path)
     lines = rows_of(text)[1 : len(verdicts) + 1]
     assert [line[-2] for line in lines] == verdicts
     assert all((line[8] == "–") == ("of" in line[-2]) for line in lines)  # p, corrected
@@ -216,8 +216,8 @@ def test_a_planned_comparison_is_not_tested_before_all_its_runs_are_there(study,
 
 
 def test_what_is_not_planned_is_exploratory_and_not_corrected(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     assert "## Verdicts" not in text and "Not planned, and not corrected for their number" in text
     listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
     assert not listed["planned"].any() and (listed["p"] == listed[["p_predictions", "p_seeds"]].max(axis=1)).all()
@@ -226,8 +226,8 @@ def test_what_is_not_planned_is_exploratory_and_not_corrected(study, tmp_path):
 def test_a_task_that_no_row_learns_leaves_the_mean(study, tmp_path):
     spec = PLANNED | {"full": PLANNED["full"] | {"blocks": [[f"task=glue/{name}"] for name in ("sst2", "rte", "mrpc")]}}
     low = "glue/mrpc"  # of which the most frequent class gives 50
-    experiment, done = study(spec, lambda label, s: 55 if s.task.name == low else 80 + 5 * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(spec, lambda label, s: 55 if s.task.name == low else 80 + 5 * (label == "Dual LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     floors = {line[0]: line for line in rows_of(text) if line[1] == "majority class"}
     assert {name: line[-1] for name, line in floors.items()} == {
         "glue/sst2": "learned",
@@ -246,8 +246,8 @@ def test_a_floor_row_raises_the_floor_and_is_compared_with_nothing(study, tmp_pa
     cells = GLUE["cells"] | {"head only": ["method=lora", "method.rank=1"]}
     spec = PLANNED | {"cells": cells, "floors": ["head only"]}
     right = {"LoRA": 82, "Dual LoRA": 83, "head only": 80}
-    experiment, done = study(spec, lambda label, s: right[label])
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(spec, lambda label, s: right[label])
+    text = write_report(experiment, outcomes, tmp_path)
     listed = rows_of(text.partition("Floors.")[2].partition("\n## ")[0])[1:]
     assert {(line[0], line[1]): line[-1] for line in listed} == {
         (f"glue/{task}", floor): "not learned" for task in ("sst2", "rte") for floor in ("head only", "majority class")
@@ -266,8 +266,8 @@ def test_floors_stand_for_the_rows_of_their_column_and_the_clearest_row_is_named
     spec = RATIOS | {"cells": cells, "floors": ["Frozen", "Head only"], "full": RATIOS["full"] | {"seeds": [0, 1]}}
     scores = {("Frozen", 0.25): 60, ("Frozen", 0.5): 75, ("Dual LoRA", 0.25): 90, ("Dual LoRA", 0.5): 80}
     scores |= {("LoRA", None): 70, ("Head only", None): 55}
-    experiment, done = study(spec, lambda label, s: scores[label, s.method.magnitude_ratio])
-    floors = {floor.name: floor for floor in find_floors(experiment, done, Predictions())}
+    experiment, outcomes = study(spec, lambda label, s: scores[label, s.method.magnitude_ratio])
+    floors = {floor.name: floor for floor in find_floors(experiment, outcomes, Predictions())}
     assert {name: (round(floor.score), floor.best) for name, floor in floors.items()} == {
         "Frozen, magnitude ratio 0.25": (60, "Dual LoRA, magnitude ratio 0.25"),
         "Frozen, magnitude ratio 0.5": (75, "Dual LoRA, magnitude ratio 0.5"),
@@ -278,7 +278,9 @@ def test_floors_stand_for_the_rows_of_their_column_and_the_clearest_row_is_named
     assert not find_unlearned(list(floors.values()))  # the row at 0.25 beats the floors that stand for it
     high, low = floors["Frozen, magnitude ratio 0.5"], floors["Head only"]
     assert find_unlearned([high, replace(low, beaten_by=high.beaten_by)]) == {("roberta-base", "glue/rte")}
-    (note,) = [n for n in describe_failed_runs(experiment, done, [replace(high, score=85), low]) if "Dual LoRA" in n]
+    (note,) = [
+        n for n in describe_failed_runs(experiment, outcomes, [replace(high, score=85), low]) if "Dual LoRA" in n
+    ]
     assert note == "Dual LoRA on glue/rte: 2 of 2 runs score no better than Frozen, magnitude ratio 0.5 (seeds 0, 1)"
     table, *_ = iterate_floor_blocks(list(floors.values()), set())
     assert "clearest above" in table.cells and "by most standard errors" in table.caption
@@ -289,42 +291,42 @@ def test_runs_that_learned_nothing_are_told_by_row_task_and_seed(study, tmp_path
         fails = label == "LoRA" and settings.task.name == "glue/rte" and settings.seed in (1, 4)
         return 50 - settings.seed if fails else 80  # the most frequent class gives 50
 
-    experiment, done = study(PLANNED, right)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(PLANNED, right)
+    text = write_report(experiment, outcomes, tmp_path)
     told = [line for line in text.splitlines() if "score no better than" in line]
     assert told == ["- LoRA on glue/rte: 2 of 5 runs score no better than majority class (seeds 1, 4)"]
 
 
 def test_runs_of_a_version_with_another_score_are_reported(study, tmp_path):
-    experiment, done = study(PLANNED, lambda label, s: 80, metric="f1", metrics={"f1": 0.8}, task_version=0)
-    assert "score no better than" not in write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(PLANNED, lambda label, s: 80, metric="f1", metrics={"f1": 0.8}, task_version=0)
+    assert "score no better than" not in write_report(experiment, outcomes, tmp_path)
 
 
 def test_one_seed_decides_nothing_and_other_examples_cannot_be_compared(study, tmp_path):
     one = PLANNED | {"full": GLUE["full"] | {"seeds": [0]}}
-    experiment, done = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
-    lines = rows_of(write_report(experiment, done, tmp_path))[1:4]
+    experiment, outcomes = study(one, lambda label, s: 60 + 20 * (label == "Dual LoRA"))
+    lines = rows_of(write_report(experiment, outcomes, tmp_path))[1:4]
     assert [line[-2] for line in lines] == ["undecided: under 5 seeds"] * 3 and lines[0][5] == lines[0][-1] == "–"
-    predictions = done[0].record.folder / "predictions.jsonl"
+    predictions = outcomes[0].record.folder / "predictions.jsonl"
     predictions.write_text(predictions.read_text().replace("v-0", "w-0"))
-    assert "cannot be compared" in write_report(experiment, done, tmp_path)
+    assert "cannot be compared" in write_report(experiment, outcomes, tmp_path)
 
 
 def test_a_report_has_the_same_bytes_whatever_the_locales_encoding(study, tmp_path, monkeypatch):
-    experiment, done = study(GLUE, lambda label, s: 80 if s.seed else None)
-    write_report(experiment, done, tmp_path / "utf-8")
+    experiment, outcomes = study(GLUE, lambda label, s: 80 if s.seed else None)
+    write_report(experiment, outcomes, tmp_path / "utf-8")
     monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "latin-1")  # what pathlib asks
-    write_report(experiment, done, tmp_path / "latin-1")
+    write_report(experiment, outcomes, tmp_path / "latin-1")
     for name in ("table.md", "table.tex", "report.html", "table.csv", DIFFERENCES_FILE):
         assert (tmp_path / "latin-1" / name).read_bytes() == (tmp_path / "utf-8" / name).read_bytes()
 
 
 def test_lines_of_predictions_end_at_line_feeds_alone(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    for cell in done:
-        path = cell.record.folder / "predictions.jsonl"
+    experiment, outcomes = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    for outcome in outcomes:
+        path = outcome.record.folder / "predictions.jsonl"
         path.write_text(path.read_text().replace('"answer"', '"output": "a\u2028b\x85c", "answer"'))
-    assert "cannot be compared" not in write_report(experiment, done, tmp_path)
+    assert "cannot be compared" not in write_report(experiment, outcomes, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -338,12 +340,12 @@ def test_lines_of_predictions_end_at_line_feeds_alone(study, tmp_path):
 def test_runs_on_other_files_are_not_compared(study, tmp_path, changes, said):
     files = {"environment": {"model_files": {"model.safetensors": "beef"}}}
     rows = {"data": {"train": {"origin": "t", "rows": 9, "sha256": "beef"}}}
-    experiment, done = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), **files, **rows)
-    odd = done[0]
-    assert (odd.cell.label, odd.settings.seed, odd.settings.task.name) == ("LoRA", 0, "glue/sst2")
+    experiment, outcomes = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), **files, **rows)
+    odd = outcomes[0]
+    assert (odd.label, odd.settings.seed, odd.settings.task.name) == ("LoRA", 0, "glue/sst2")
     shutil.rmtree(odd.record.folder)
     finish(odd.settings, 80, **(files | rows | changes if changes else {}))
-    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
+    text = write_report(experiment, find_outcomes([outcome.cell for outcome in outcomes], "made"), tmp_path)
     assert text.count("cannot be compared") == 2 * (said is not None)  # the task, and the mean over tasks
     assert (said or "") in text
     assert (f"with {said}, which do not compare" in text) == (said is not None)
@@ -393,15 +395,15 @@ def test_which_weights_were_scored_is_said(study, tmp_path, words, rule, caveat)
 
 def test_scores_after_the_last_step_stand_by_task(study, tmp_path):
     run = [*GLUE["full"]["run"], "task.checkpoint=best_loss", "task.validation_rows=12"]
-    experiment, done = study(
+    experiment, outcomes = study(
         GLUE | {"full": GLUE["full"] | {"run": run}},
         lambda label, s: 80,
         clipped_share=0.0,
         metrics_last_epoch={"accuracy": 0.7},
     )
-    for cell in done:
-        cell.result["metrics_last_epoch"] = {"accuracy": 0.6 if cell.settings.task.name == "glue/rte" else 0.9}
-    text = write_report(experiment, done, tmp_path)
+    for outcome in outcomes:
+        outcome.result["metrics_last_epoch"] = {"accuracy": 0.6 if outcome.settings.task.name == "glue/rte" else 0.9}
+    text = write_report(experiment, outcomes, tmp_path)
     assert "- after the last step instead, glue/sst2: LoRA 90.0 (2), Dual LoRA 90.0 (2)\n" in text
     assert "- after the last step instead, glue/rte: LoRA 60.0 (2), Dual LoRA 60.0 (2)\n" in text
     assert "; where it is 0, nothing was clipped at the logged steps\n" in text
@@ -417,8 +419,8 @@ def test_rates_stand_by_what_heads_rows_and_columns(study, tmp_path):
     for cell in cells:
         for number, trial in enumerate(cell.tuning):
             finish(trial, 50 + 9 * (number == (trial.method.rank == 8)))
-    done = find_outcomes(cells, "made")
-    text = write_report(experiment, done, tmp_path)
+    outcomes = find_outcomes(cells, "made")
+    text = write_report(experiment, outcomes, tmp_path)
     assert "LoRA: 0.001, 0.004; chosen from 1, 2 times the rate of its protocol by the main score" in text
     lines = [line for line in rows_of(text) if line[:2] == ["roberta-base", "glue/rte"]]
     rates = (("4", "0.001 (edge)"), ("8", "0.004 (edge)"))
@@ -441,11 +443,11 @@ def test_a_tie_of_rates_and_unfinished_trials_are_told(study, tmp_path):
 def test_values_that_differ_in_a_late_digit_head_columns_of_their_own(study, tmp_path):
     rates = "0.00123456,0.001234561"
     spec = RATIOS | {"columns": "train.lr", "published": [], "baselines": []}
-    experiment, done = study(
+    experiment, outcomes = study(
         spec | {"cells": {"LoRA": ["method=lora", f"train.lr={rates}"]}},
         lambda label, s: 60 + 10 * (s.train.lr > 0.0012345605),
     )
-    head, line = rows_of(write_report(experiment, done, tmp_path))[:2]
+    head, line = rows_of(write_report(experiment, outcomes, tmp_path))[:2]
     assert head[2:4] == ["0.00123456", "0.001234561"] and line[2:4] == ["60.0 ± 0.0 (3)", "**70.0 ± 0.0 (3)**"]
     text = (tmp_path / "table.md").read_text()
     assert "learning rate, LoRA: 0.00123456, 0.001234561; given" in text
@@ -506,30 +508,30 @@ def test_published_points_of_two_printings_are_two_lines():
     ],
 )
 def test_runs_that_deserve_doubt_are_marked(study, tmp_path, changes, mark):
-    experiment, done = study(GLUE, lambda label, s: 80 if s.seed == 0 and label == "LoRA" else None, **changes)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(GLUE, lambda label, s: 80 if s.seed == 0 and label == "LoRA" else None, **changes)
+    text = write_report(experiment, outcomes, tmp_path)
     assert f"80.0 (1){mark} [a]" in text and f"- {mark}: {MARKS[mark]}" in text
-    clean, done = study(GLUE, lambda label, s: 80)
-    scores = [cells for cells in rows_of(write_report(clean, done, tmp_path)) if cells[1] == "Dual LoRA"]
+    clean, outcomes = study(GLUE, lambda label, s: 80)
+    scores = [cells for cells in rows_of(write_report(clean, outcomes, tmp_path)) if cells[1] == "Dual LoRA"]
     assert scores and mark not in "".join(scores[0])
 
 
 def test_a_missing_part_leaves_the_mean_empty_and_a_failure_says_why(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: None if s.task.name.endswith("rte") else 80)
-    (failed,) = [c for c in done if c.result is None and c.cell.label == "LoRA" and c.settings.seed == 0]
+    experiment, outcomes = study(GLUE, lambda label, s: None if s.task.name.endswith("rte") else 80)
+    (failed,) = [c for c in outcomes if c.result is None and c.label == "LoRA" and c.settings.seed == 0]
     record = Run.prepare(failed.settings).record
     record.folder.mkdir(parents=True)
     record.write_file("config.yaml", yaml.safe_dump(asdict(failed.settings)))
     record.write_failure(RuntimeError("the loss is nan at step 3"))
-    done = find_outcomes(experiment.compose_cells([]), "made")
-    _, ours, _, dual, *_ = rows_of(write_report(experiment, done, tmp_path))
+    outcomes = find_outcomes(experiment.compose_cells([]), "made")
+    _, ours, _, dual, *_ = rows_of(write_report(experiment, outcomes, tmp_path))
     assert ours[2:5] == ["80.0 ± 0.0 (2)", "– [a, b]", "– [c]"] and dual[3] == "– [b]"
     assert "[a]: failed: the loss is nan at step 3" in (tmp_path / "table.md").read_text()
 
 
 def test_a_setting_heads_columns_and_what_lacks_it_has_its_own(study, tmp_path):
-    experiment, done = study(RATIOS, lambda label, s: 70 + s.seed + (s.method.magnitude_ratio or 0) * 8)
-    head, lora, dual, *_ = rows_of(write_report(experiment, done, tmp_path))
+    experiment, outcomes = study(RATIOS, lambda label, s: 70 + s.seed + (s.method.magnitude_ratio or 0) * 8)
+    head, lora, dual, *_ = rows_of(write_report(experiment, outcomes, tmp_path))
     assert head[:5] == ["task", "method", "no magnitude ratio", "0.25", "0.5"]
     assert lora[2:5] == ["71.0 ± 1.0 (3)", "", ""] and dual[2:5] == ["", "73.0 ± 1.0 (3)", "**75.0 ± 1.0 (3)**"]
     lines = (tmp_path / "table.md").read_text().splitlines()
@@ -555,9 +557,9 @@ class Page(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_is_the_same_twice(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 80 + s.seed)
+    experiment, outcomes = study(GLUE, lambda label, s: 80 + s.seed)
     for folder in ("a", "b"):
-        write_report(experiment, done, tmp_path / folder)
+        write_report(experiment, outcomes, tmp_path / folder)
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("a", "b"))
     assert first == second
     page = Page()
@@ -599,29 +601,29 @@ def test_the_page_sets_words_left_and_lets_wide_tables_scroll():
 
 
 def test_a_report_removes_figures_that_it_no_longer_has(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 80)
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
     (tmp_path / "ranks_0.png").write_bytes(b"old")
     report_write.remove_stale_figures(tmp_path, {"ranks_0"})
     (tmp_path / "mine.png").write_bytes(b"mine")
-    write_report(experiment, done, tmp_path)
+    write_report(experiment, outcomes, tmp_path)
     drawn = {f"{name}.{kind}" for name in ("forest", "figure", "cost") for kind in ("png", "pdf")}
     assert {path.name for path in tmp_path.glob("*.p*")} == {*drawn, "mine.png"}
 
 
 def test_verdicts_come_first_and_published_figures_last(study, tmp_path):
-    experiment, done = study(PLANNED | {"limit": "one rate"}, lambda label, s: 60 + s.seed)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(PLANNED | {"limit": "one rate"}, lambda label, s: 60 + s.seed)
+    text = write_report(experiment, outcomes, tmp_path)
     heads = ["Limit: one rate", "## Verdicts", "## Runs", "## Power", "## Hyper-parameters", "## Reproducibility"]
     places = [text.index(head) for head in [*heads, "## Set beside"]]
     assert places == sorted(places)
 
 
 def test_hyper_parameters_stand_by_method(study, tmp_path):
-    experiment, done = study(RATIOS, lambda label, s: 70)
-    lines = {line[0]: line[1:] for line in rows_of(write_report(experiment, done, tmp_path))}
+    experiment, outcomes = study(RATIOS, lambda label, s: 70)
+    lines = {line[0]: line[1:] for line in rows_of(write_report(experiment, outcomes, tmp_path))}
     assert lines["method.magnitude_ratio"] == ["–", "0.25, 0.5"]
     assert lines["train.schedule"] == ["linear"] and "method.name" not in lines
-    assert lines["model.dtype"] == ["float32"] and lines["model.adapt"] == [" ".join(done[0].settings.model.adapt)]
+    assert lines["model.dtype"] == ["float32"] and lines["model.adapt"] == [" ".join(outcomes[0].settings.model.adapt)]
     assert lines["train.epochs"] == ["3"] and lines["hardware.devices"] == ["1"]
     generation = {"task.num_beams", "task.max_new_tokens", "task.length_penalty", "task.loss_on_prompt", "model.chat"}
     idle = generation | {"task.epochs", "task.batch_size", "hardware.sharding", "model.dropout", "model.hub"}
@@ -649,8 +651,8 @@ def test_the_rate_of_a_head_that_trains_alone_is_its_own(study, tmp_path):
     for cell in experiment.compose_cells([]):
         if cell.label in rates:
             finish(cell.settings, 60, learning_rates=rates[cell.label])
-    done = find_outcomes(experiment.compose_cells(["method=head_only,none"]), "made")
-    text = write_report(experiment, done, tmp_path)
+    outcomes = find_outcomes(experiment.compose_cells(["method=head_only,none"]), "made")
+    text = write_report(experiment, outcomes, tmp_path)
     assert "learning rate, Head only: 0.001, of the head, which alone trains; given, not tuned here" in text
     assert "learning rate, Untrained: none, nothing trains" in text
     assert "learning rate, LoRA" not in text and "not tuned: Head only, Untrained\n" in text
@@ -661,14 +663,14 @@ def test_the_rate_of_a_head_that_trains_alone_is_its_own(study, tmp_path):
 
 def test_rows_that_were_not_asked_for_have_no_learning_rate(study, tmp_path):
     experiment, _ = study(GLUE, lambda label, s: 80)
-    done = find_outcomes(experiment.compose_cells(["method=lora"]), "made")
-    text = write_report(experiment, done, tmp_path)
+    outcomes = find_outcomes(experiment.compose_cells(["method=lora"]), "made")
+    text = write_report(experiment, outcomes, tmp_path)
     assert "learning rate, LoRA: " in text and "learning rate, Dual LoRA" not in text
 
 
 def test_the_checklist_is_counted_from_the_records(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 80 if s.seed else None)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(GLUE, lambda label, s: 80 if s.seed else None)
+    text = write_report(experiment, outcomes, tmp_path)
     assert "- runs: 4 of 8 finished; seeds 0, 1" in text and "- tuning: none; one given rate for each row" in text
     assert "- code: 4 of 4 runs are of committed code" in text
     assert "deterministic=true in 0 of 4 runs" in text and "- scores: on validation, after the last step" in text
@@ -677,12 +679,12 @@ def test_the_checklist_is_counted_from_the_records(study, tmp_path):
 @pytest.mark.parametrize(("score", "lines", "title"), [(50, [], "glue/rte (floor: 50.0)"), (69, [69], "glue/rte")])
 def test_a_floor_far_below_does_not_stretch_the_axis(study, score, lines, title):
     cells = RATIOS["cells"] | {"head only": ["method=lora", "method.rank=1"]}
-    experiment, done = study(
+    experiment, outcomes = study(
         RATIOS | {"cells": cells, "floors": ["head only"]},
         lambda label, s: score if label == "head only" else 70 + s.seed,
     )
     floor = Floor(("roberta-base", "glue/rte"), "head only", score, "LoRA", 1.0, 0.1, frozenset({("LoRA", ())}))
-    axes = draw_results(experiment, build_frame(experiment, done), done, [floor]).axes[0]
+    axes = draw_results(experiment, build_frame(experiment, outcomes), outcomes, [floor]).axes[0]
     assert axes.get_ylim()[1] - axes.get_ylim()[0] < 10
     assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_label() == "floor"] == lines
     assert axes.get_title() == title
@@ -690,8 +692,8 @@ def test_a_floor_far_below_does_not_stretch_the_axis(study, score, lines, title)
 
 def test_equal_lines_and_points_stay_visible_in_a_figure(study):
     same = RATIOS | {"cells": {**RATIOS["cells"], "DoRA": ["method=dora"], "again": RATIOS["cells"]["Dual LoRA"]}}
-    experiment, done = study(same, lambda label, s: 70 + s.seed)
-    drawn = draw_results(experiment, build_frame(experiment, done), done, [])
+    experiment, outcomes = study(same, lambda label, s: 70 + s.seed)
+    drawn = draw_results(experiment, build_frame(experiment, outcomes), outcomes, [])
     axes = drawn.axes[0]
     flat = [line for line in axes.get_lines() if line.get_label() in ("LoRA", "DoRA")]
     assert len({line._dash_pattern[0] for line in flat}) == 2
@@ -702,7 +704,7 @@ def test_equal_lines_and_points_stay_visible_in_a_figure(study):
     assert axes.get_ylabel() == "accuracy, %" and axes.get_xscale() == "linear"
     assert axes.get_xlim()[0] < 0.25 and axes.get_xlim()[1] > 0.5
     (legend,) = drawn.legends
-    assert describe_spread(experiment, build_frame(experiment, done)) == (
+    assert describe_spread(experiment, build_frame(experiment, outcomes)) == (
         "small dots: 3 seeds each; large ones: their mean; bars: 95 % t-interval over seeds"
     )
     assert len(legend.get_texts()) > 3 and legend.get_window_extent().width < drawn.bbox.width
@@ -722,8 +724,8 @@ def test_learning_rates_have_a_logarithmic_axis():
 
 
 def test_the_csv_holds_every_value(study, tmp_path):
-    experiment, done = study(GLUE, lambda label, s: 80 + s.seed)
-    write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(GLUE, lambda label, s: 80 + s.seed)
+    write_report(experiment, outcomes, tmp_path)
     values = pd.read_csv(tmp_path / "table.csv")
     runs = values.dropna(subset="run")
     for _, row in runs.iterrows():
@@ -763,15 +765,15 @@ def test_a_run_is_not_compared_with_a_baseline_of_another_column_while_its_own_i
     spec = RATIOS | {"columns": "train.max_examples", "published": []}
     sizes = ["train.max_examples=50,null"]
     spec |= {"cells": {"LoRA": ["method=lora", *sizes], "Dual LoRA": ["method=dual_lora", *sizes]}}
-    experiment, done = study(spec, lambda label, s: None if label == "LoRA" and s.train.max_examples else 70)
-    assert [match.place for match in iterate_matches(experiment, done)] == [{"train.max_examples": None}]
+    experiment, outcomes = study(spec, lambda label, s: None if label == "LoRA" and s.train.max_examples else 70)
+    assert [match.place for match in iterate_matches(experiment, outcomes)] == [{"train.max_examples": None}]
 
 
 def test_rows_that_are_the_same_runs_are_compared_once(study, tmp_path):
     held = RATIOS["cells"] | {"held": ["method=dual_lora", "method.alpha=16", "method.magnitude_ratio=0.5"]}
-    experiment, done = study(RATIOS | {"cells": held}, lambda label, s: 70)
-    assert {cell.settings.method.alpha for cell in done if cell.cell.label != "LoRA"} == {16}
-    found = [(match.label, match.place) for match in iterate_matches(experiment, done)]
+    experiment, outcomes = study(RATIOS | {"cells": held}, lambda label, s: 70)
+    assert {outcome.settings.method.alpha for outcome in outcomes if outcome.label != "LoRA"} == {16}
+    found = [(match.label, match.place) for match in iterate_matches(experiment, outcomes)]
     assert found == [("Dual LoRA", {"method.magnitude_ratio": ratio}) for ratio in (0.25, 0.5)]
 
 
@@ -817,26 +819,26 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
     assert set(listed["verdict"]) == {"undecided"}
 
 
-def list_further(experiment, done):
-    return compare_cells(experiment, done, Predictions(), set()).further
+def list_further(experiment, outcomes):
+    return compare_outcomes(experiment, outcomes, Predictions(), set()).further
 
 
 def test_a_score_that_is_not_resampled_has_no_verdict_and_one_not_measured_is_said_so(study, tmp_path):
     spec = GLUE | {"rows": ["task.name"], "columns": {"accuracy": "accuracy", "slow": "slow"}, "mean": None}
     spec |= {"full": GLUE["full"] | {"seeds": [0, 1, 2, 3, 4]}}
-    experiment, done = study(spec, lambda label, s: 80, metrics={"accuracy": 0.8, "slow": 0.5})
-    further = list_further(experiment, done)
+    experiment, outcomes = study(spec, lambda label, s: 80, metrics={"accuracy": 0.8, "slow": 0.5})
+    further = list_further(experiment, outcomes)
     assert [(found.score, found.difference.mean, found.p) for found in further] == [("slow", 0, None)] * 2
     assert format_verdict(further[0]) == "undecided: no test on predictions: slow is not resampled"
-    for cell in done:
-        cell.result["metrics"].pop("slow")
-    assert format_verdict(list_further(experiment, done)[0]) == "cannot be compared (slow not measured)"
+    for outcome in outcomes:
+        outcome.result["metrics"].pop("slow")
+    assert format_verdict(list_further(experiment, outcomes)[0]) == "cannot be compared (slow not measured)"
 
 
 def test_a_score_that_is_no_fraction_is_not_printed_in_percent(study, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
-    experiment, done = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    lines = rows_of(write_report(experiment, done, tmp_path))
+    experiment, outcomes = study(GLUE, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    lines = rows_of(write_report(experiment, outcomes, tmp_path))
     (line,) = [line for line in lines if line[:2] == ["glue/rte", "accuracy"] and line[3] == "Dual LoRA - LoRA"]
     assert line[4] == "+0.200"
     floors = [line for line in lines if line[:2] == ["glue/rte", "majority class"]]
@@ -872,12 +874,12 @@ def beside(record: Record, name: str, environment: dict | None = None, **changes
 def test_of_records_of_the_same_settings_the_current_clean_newest_is_shown(study, tmp_path, name, worse, environment):
     spec = GLUE | {"full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
     started = {"started": "2020-01-01T00:00:00Z"}
-    experiment, done = study(spec, lambda label, s: 80, environment=started)
-    best = beside(done[0].record, "mm_best")
-    other = beside(done[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
-    shutil.rmtree(done[0].record.folder)  # neither has the data and weights that the settings name now
-    (shown, _) = find_outcomes([cell.cell for cell in done], "made")
-    assert shown.record == best and shown.rivals == ((best, other),)
+    experiment, outcomes = study(spec, lambda label, s: 80, environment=started)
+    best = beside(outcomes[0].record, "mm_best")
+    other = beside(outcomes[0].record, name, environment, metrics={"accuracy": 0.1}, **worse)
+    shutil.rmtree(outcomes[0].record.folder)  # neither has the data and weights that the settings name now
+    (shown, _) = find_outcomes([outcome.cell for outcome in outcomes], "made")
+    assert shown.record == best and shown.duplicates == ((best, other),)
     text = write_report(experiment, [shown], tmp_path)
     assert f"mm_best (80.0), not {name} (10.0)" in text and "| 80.0 (1) " in text
 
@@ -895,19 +897,19 @@ def test_of_records_of_the_same_settings_that_of_the_named_data_counts(study, tm
     ]
     (shown,) = find_outcomes([dual.cell], "made")
     assert shown.rate == 1e-3 and shown.trials == ((1e-4, 0.6), (1e-3, 0.7))
-    assert shown.rivals == tuple(zip(mine, others, strict=True))
+    assert shown.duplicates == tuple(zip(mine, others, strict=True))
     text = write_report(experiment, [shown], tmp_path)
     assert f"{mine[0].name} (60.0), not zz_0 (90.0); {mine[1].name} (70.0), not zz_1 (10.0)" in text
 
 
 @pytest.mark.parametrize(("split", "said"), [("train", "training"), ("validation", "scored")])
 def test_seeds_that_had_other_rows_do_not_compare(study, tmp_path, split, said):
-    experiment, done = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"))
-    for cell in done:
-        facts = {"origin": "t", "rows": 9, "sha256": "beef" if cell.settings.seed else "f00d"}
-        shutil.rmtree(cell.record.folder)
-        finish(cell.settings, 80, data={split: facts})
-    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
+    experiment, outcomes = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"))
+    for outcome in outcomes:
+        facts = {"origin": "t", "rows": 9, "sha256": "beef" if outcome.settings.seed else "f00d"}
+        shutil.rmtree(outcome.record.folder)
+        finish(outcome.settings, 80, data={split: facts})
+    text = write_report(experiment, find_outcomes([outcome.cell for outcome in outcomes], "made"), tmp_path)
     assert f"runs of glue/rte with different {said} rows, which do not compare: " in text
     assert text.count("cannot be compared") == 3  # both tasks, and the mean over tasks
 
@@ -953,36 +955,36 @@ def test_any_number_of_reasons_has_letters():
 
 
 def test_damaged_files_of_a_run_cost_the_report_nothing_else(study, tmp_path, capsys):
-    experiment, done = study(GLUE, lambda label, s: 80)
-    cells = [cell.cell for cell in done]
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
+    cells = [outcome.cell for outcome in outcomes]
     assert report_experiment(experiment, cells, False) == 0
-    (done[0].record.folder / "environment.json").write_text("{")
-    (done[1].record.folder / "predictions.jsonl").unlink()
-    (done[2].record.folder / "predictions.jsonl").write_text('{"split": "validation"}\n')
+    (outcomes[0].record.folder / "environment.json").write_text("{")
+    (outcomes[1].record.folder / "predictions.jsonl").unlink()
+    (outcomes[2].record.folder / "predictions.jsonl").write_text('{"split": "validation"}\n')
     assert run_experiment(experiment, cells, None) == 2
     shown = capsys.readouterr()
     assert "80.0 (1)" in shown.out and shown.out.count("cannot be compared (") >= 1
-    for name in ("environment.json: damaged", f"{done[1].record.name}/predictions.jsonl: missing"):
+    for name in ("environment.json: damaged", f"{outcomes[1].record.name}/predictions.jsonl: missing"):
         assert f"{name}" in shown.out and f"{name}" in shown.err
     assert "not read: " in (tmp_path / "runs" / "made" / "report" / "table.md").read_text()
 
 
 def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_path, capsys, monkeypatch):
     spec = GLUE | {"analyse": "ranks", "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
-    experiment, done = study(spec, lambda label, s: 80)
+    experiment, outcomes = study(spec, lambda label, s: 80)
     monkeypatch.setattr(report_write, "mirror_report", lambda *_: None)
     monkeypatch.setattr("dual_lora.lab.commands.sweep.run_cells", lambda *_: 0)
-    assert run_experiment(experiment, [cell.cell for cell in done], []) == 2
+    assert run_experiment(experiment, [outcome.cell for outcome in outcomes], []) == 2
     shown = capsys.readouterr()
     assert shown.err.count("not analysed: ") == 2 and "| LoRA " in shown.out
-    (done[0].record.folder / "analysis.json").write_text("[]")
-    assert run_experiment(experiment, [cell.cell for cell in done], None) == 2
+    (outcomes[0].record.folder / "analysis.json").write_text("[]")
+    assert run_experiment(experiment, [outcome.cell for outcome in outcomes], None) == 2
     assert "The rest of the analyses is missing: " in capsys.readouterr().out
 
 
 def test_a_report_computes_what_it_says_once(study, monkeypatch):
-    experiment, done = study(GLUE, lambda label, s: 80)
-    counts = {"compare_cells": 0, "find_unreadable": 0}
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
+    counts = {"compare_outcomes": 0, "find_unreadable": 0}
 
     def count(name):
         original = getattr(report_write, name)
@@ -996,18 +998,18 @@ def test_a_report_computes_what_it_says_once(study, monkeypatch):
     for name in counts:
         count(name)
     monkeypatch.setattr("dual_lora.lab.commands.sweep.run_cells", lambda *_: 0)
-    assert run_experiment(experiment, [cell.cell for cell in done], []) == 0  # with its mirror
-    assert counts == {"compare_cells": 1, "find_unreadable": 1}
+    assert run_experiment(experiment, [outcome.cell for outcome in outcomes], []) == 0  # with its mirror
+    assert counts == {"compare_outcomes": 1, "find_unreadable": 1}
 
 
 def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatch):
-    experiment, done = study(GLUE, lambda label, s: 80)
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
     whole = write_report
     monkeypatch.setattr(report_write, "write_report", lambda *_: 1 / 0)
-    assert run_experiment(experiment, [cell.cell for cell in done], None) == 1
+    assert run_experiment(experiment, [outcome.cell for outcome in outcomes], None) == 1
     assert "made: no report" in (shown := capsys.readouterr().err) and "ZeroDivisionError" in shown
     monkeypatch.setattr(report_write, "write_report", whole)
-    assert run_experiment(experiment, [cell.cell for cell in done], None) == 0
+    assert run_experiment(experiment, [outcome.cell for outcome in outcomes], None) == 0
 
 
 # Published rows beside ours
@@ -1016,9 +1018,9 @@ def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatc
 def asides(spec: dict, *cells: str) -> list[list[str]]:
     """Return the published lines of an experiment's table, without empty cells, none of its runs done."""
     experiment = Experiment.from_content("made", spec)
-    done = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
-    values = build_frame(experiment, done)
-    table = build_main_table(experiment, done, values, letter_reasons(values))
+    outcomes = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
+    values = build_frame(experiment, outcomes)
+    table = build_main_table(experiment, outcomes, values, letter_reasons(values))
     return [[cell for cell in table.cells.iloc[i] if cell] for i in sorted(table.aside)]
 
 
@@ -1083,18 +1085,18 @@ def test_a_published_average_of_glue_stands_under_ours_of_all_eight_tasks_alone(
 
 def test_published_tables_say_what_they_have_to_do_with_ours(study, tmp_path):
     spec = GLUE | {"published": ["lora_table2_glue", "dora_table15_rank_robustness", "own_rank_null"]}
-    experiment, done = study(spec, lambda label, s: 80)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(spec, lambda label, s: 80)
+    text = write_report(experiment, outcomes, tmp_path)
     assert "LoRA Table 2, GLUE development sets: roberta-base as above, and other models (published; version:" in text
     assert "by rank, LLaMA-7B: other models than above (published; version: PDF of 10 Jul 2024;" in text
     assert "Computed: Rank of the update at random initialisation" in text and "4096: of no single model (own;" in text
 
 
 def test_the_mirror_gets_table_differences_and_published_tables(study, tmp_path, capsys):
-    experiment, done = study(RATIOS, lambda label, s: 80 + s.seed)
-    assert {tag for cell in done for tag in cell.settings.wandb.tags} == {"made", "full"}
-    write_report(experiment, done, tmp_path / "report")
-    mirror_report(experiment, done, tmp_path / "report", build_frame(experiment, done))
+    experiment, outcomes = study(RATIOS, lambda label, s: 80 + s.seed)
+    assert {tag for outcome in outcomes for tag in outcome.settings.wandb.tags} == {"made", "full"}
+    write_report(experiment, outcomes, tmp_path / "report")
+    mirror_report(experiment, outcomes, tmp_path / "report", build_frame(experiment, outcomes))
     assert "W&B" not in capsys.readouterr().out
     media = next(tmp_path.glob("wandb/*/files/media"))
     found = {re.sub(r"_\d+_\w+\.table\.json$", "", path.name): path for path in media.glob("table/**/*.json")}

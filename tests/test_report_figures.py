@@ -15,7 +15,7 @@ from test_report import GLUE, RATIOS, finish, study  # noqa: F401 (a fixture)
 
 import tasks
 from dual_lora.lab.report.comparison.blocks import explain_verdicts
-from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests, compare_cells
+from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests, compare_outcomes
 from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.draw import select_learned
@@ -88,9 +88,9 @@ def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # 
     for trial in {repr(t): t for cell in cells for t in cell.tuning}.values():
         if trial.train.lr < 4e-3:
             finish(trial, 60 + round(5000 * trial.train.lr))
-    done = find_outcomes(cells, "made")
-    assert collect_rates(experiment, done)["rate"].tolist() == [1e-3, 2e-3] * 2  # a missing rate did not diverge
-    (rates,) = {tuple(rate for rate, _ in cell.trials) for cell in done if cell.cell.label == "LoRA"}
+    outcomes = find_outcomes(cells, "made")
+    assert collect_rates(experiment, outcomes)["rate"].tolist() == [1e-3, 2e-3] * 2  # a missing rate did not diverge
+    (rates,) = {tuple(rate for rate, _ in outcome.trials) for outcome in outcomes if outcome.label == "LoRA"}
     assert rates == (1e-3, 2e-3, 4e-3)
     frame = pd.DataFrame(
         [
@@ -111,36 +111,36 @@ def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # 
 
 
 def test_a_rate_that_diverged_has_no_score(study):  # noqa: F811
-    experiment, done = study(GLUE, lambda label, s: 80)
-    object.__setattr__(done[0], "trials", ((1e-3, -inf), (2e-3, 0.7)))
-    frame = collect_rates(experiment, done[:1])
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
+    object.__setattr__(outcomes[0], "trials", ((1e-3, -inf), (2e-3, 0.7)))
+    frame = collect_rates(experiment, outcomes[:1])
     assert frame["score"].isna().tolist() == [True, False] and frame["score"][1] == pytest.approx(70)
 
 
 def test_learning_curves_are_drawn_from_the_records(study, tmp_path):  # noqa: F811
-    experiment, done = study(GLUE, lambda label, s: 80)
-    assert draw_curves(done) is None  # nothing logged
-    for cell in done:
-        lines = [{"step": step, "train/loss": 1 / step + cell.settings.seed} for step in (10, 20, 30)]
-        cell.record.write_lines("metrics.jsonl", [*lines, {"step": 30, "eval/accuracy": 0.8}])
-    figure = draw_curves(done)
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
+    assert draw_curves(outcomes) is None  # nothing logged
+    for outcome in outcomes:
+        lines = [{"step": step, "train/loss": 1 / step + outcome.settings.seed} for step in (10, 20, 30)]
+        outcome.record.write_lines("metrics.jsonl", [*lines, {"step": 30, "eval/accuracy": 0.8}])
+    figure = draw_curves(outcomes)
     assert [axes.get_title() for axes in figure.axes] == ["glue/sst2", "glue/rte"]
     drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert list(drawn) == ["LoRA", "Dual LoRA"]
     assert drawn["LoRA"].get_ydata() == pytest.approx([1 / step + 0.5 for step in (10, 20, 30)])
-    write_report(experiment, done, tmp_path)
+    write_report(experiment, outcomes, tmp_path)
     assert (tmp_path / "curves.png").is_file()
-    (done[0].record.folder / "metrics.jsonl").write_text("{")
-    assert draw_curves(done[:1]) is None  # damaged: the other figures are drawn all the same
+    (outcomes[0].record.folder / "metrics.jsonl").write_text("{")
+    assert draw_curves(outcomes[:1]) is None  # damaged: the other figures are drawn all the same
 
 
 def test_costs_stand_against_the_mean_score_of_learned_tasks(study):  # noqa: F811
-    experiment, done = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), peak_memory_bytes=2**30)
-    frame = collect_costs(experiment, done, set()).set_index("label")
+    experiment, outcomes = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), peak_memory_bytes=2**30)
+    frame = collect_costs(experiment, outcomes, set()).set_index("label")
     assert frame["score"].to_dict() == {"LoRA": 80, "Dual LoRA": 85}
     assert set(frame["seconds_per_step"]) == {0.5} and set(frame["peak_memory_mib"]) == {1024}
     assert len(draw_costs(frame.reset_index()).axes) == 2
-    one = collect_costs(experiment, done, {("roberta-base", "glue/rte")})
+    one = collect_costs(experiment, outcomes, {("roberta-base", "glue/rte")})
     assert set(one["score"]) == {80, 85}
     assert draw_costs(frame.reset_index()[:1]) is None  # nothing to compare
 
@@ -148,37 +148,37 @@ def test_costs_stand_against_the_mean_score_of_learned_tasks(study):  # noqa: F8
 def test_a_task_that_one_model_failed_to_learn_is_left_out_for_this_model_alone(study):  # noqa: F811
     run = ["model=roberta-base,roberta-large", "method.rank=8", "eval.before=false"]
     spec = GLUE | {"full": GLUE["full"] | {"seeds": [0], "run": run}}
-    experiment, done = study(spec, lambda label, s: 80 if s.model.name == "roberta-base" else 60)
+    experiment, outcomes = study(spec, lambda label, s: 80 if s.model.name == "roberta-base" else 60)
     lost = ("roberta-large", "glue/rte")
-    found = select_learned(compare_cells(experiment, done, Predictions(), {lost}), {lost})
+    found = select_learned(compare_outcomes(experiment, outcomes, Predictions(), {lost}), {lost})
     learned = {(c.place["model.name"], c.task) for c in found if not c.task.startswith("mean")}
     assert learned == {("roberta-base", "glue/rte"), ("roberta-base", "glue/sst2"), ("roberta-large", "glue/sst2")}
-    frame = collect_costs(experiment, done, {lost})
+    frame = collect_costs(experiment, outcomes, {lost})
     assert sorted(frame["score"]) == [60, 60, 80, 80]
 
 
 def test_memory_that_no_device_counted_is_missing_everywhere(study):  # noqa: F811
     columns = {"memory": "peak_memory_mib", "seconds": "seconds_per_step"}
     spec = GLUE | {"rows": ["task.name"], "columns": columns, "mean": None}
-    experiment, done = study(spec, lambda label, s: 80, peak_memory_bytes=0)
-    values = build_frame(experiment, done)
+    experiment, outcomes = study(spec, lambda label, s: 80, peak_memory_bytes=0)
+    values = build_frame(experiment, outcomes)
     missing = values[values["value"].isna()]
     assert set(missing["column"]) == {"memory"} and set(missing["reason"]) == {"peak_memory_mib not measured"}
-    assert collect_costs(experiment, done, set())["peak_memory_mib"].isna().all()
+    assert collect_costs(experiment, outcomes, set())["peak_memory_mib"].isna().all()
 
 
 def test_rates_of_a_score_that_is_no_fraction_are_told_apart(study, monkeypatch):  # noqa: F811
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
-    experiment, done = study(GLUE, lambda label, s: 80)
-    object.__setattr__(done[0], "trials", ((1e-3, 0.61), (2e-3, 0.64)))
-    (axes,) = draw_rates(collect_rates(experiment, done[:1])).axes
+    experiment, outcomes = study(GLUE, lambda label, s: 80)
+    object.__setattr__(outcomes[0], "trials", ((1e-3, 0.61), (2e-3, 0.64)))
+    (axes,) = draw_rates(collect_rates(experiment, outcomes[:1])).axes
     assert [text.get_text() for text in axes.texts] == ["0.61", "0.64"]
 
 
 def test_the_floor_in_a_title_has_the_decimals_of_its_score(study):  # noqa: F811
-    experiment, done = study(RATIOS, lambda label, s: 70 + s.seed)
+    experiment, outcomes = study(RATIOS, lambda label, s: 70 + s.seed)
     floor = Floor(("roberta-base", "glue/rte"), "head only", 0.125, "LoRA", 1.0, 0.1, frozenset({("LoRA", ())}), unit=1)
-    (axes, *_) = draw_results(experiment, build_frame(experiment, done), done, [floor]).axes
+    (axes, *_) = draw_results(experiment, build_frame(experiment, outcomes), outcomes, [floor]).axes
     assert axes.get_title() == "glue/rte (floor: 0.12)"
 
 
@@ -200,6 +200,6 @@ def test_a_report_loads_neither_torch_nor_peft():
 
 
 def test_lines_show_seeds_beside_means(study, tmp_path):  # noqa: F811
-    experiment, done = study(RATIOS, lambda label, s: 70 + s.seed)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(RATIOS, lambda label, s: 70 + s.seed)
+    text = write_report(experiment, outcomes, tmp_path)
     assert "small dots: 3 seeds each; large ones: their mean; bars: 95 % t-interval over seeds" in text

@@ -11,15 +11,15 @@ from dual_lora.lab.report.table import describe_missing_rows, iterate_start_note
 GLUE = ["model=tiny-roberta", "task=glue/mnli", "method=lora"]
 
 
-def make_cell(*words: str, rows: int = 15_130, origin: str = "MNLI/train.sample.tsv", start: str | None = None):
+def make_outcome(*words: str, rows: int = 15_130, origin: str = "MNLI/train.sample.tsv", start: str | None = None):
     settings = load_settings([*GLUE, *words])
     settings = SimpleNamespace(task=settings.task, train=settings.train, eval=settings.eval, init_from=start)
     result = {"data": {"train": {"rows": rows, "origin": origin}}}
-    return SimpleNamespace(settings=settings, result=result, cell=SimpleNamespace(label="LoRA"))
+    return SimpleNamespace(settings=settings, result=result, label="LoRA")
 
 
 def test_a_part_of_the_training_file_is_told():
-    assert describe_missing_rows(make_cell()) == "training data: glue/mnli has 15,130 of the protocol's 392,702 rows"
+    assert describe_missing_rows(make_outcome()) == "training data: glue/mnli has 15,130 of the protocol's 392,702 rows"
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,19 @@ def test_a_part_of_the_training_file_is_told():
     ],
 )
 def test_whole_data_rows_set_apart_and_what_is_told_already_are_not(words, rows, origin):
-    assert describe_missing_rows(make_cell(*words, rows=rows, origin=origin)) is None
+    assert describe_missing_rows(make_outcome(*words, rows=rows, origin=origin)) is None
 
 
 def test_the_run_that_a_row_starts_from_is_named():
     experiment = SimpleNamespace(starts={"glue/mnli": "glue/qnli"})
-    done = [make_cell(start="runs/nlu/best_s3"), make_cell(start="runs/nlu/best_s3"), make_cell(start=None)]
-    (note,) = iterate_start_notes(experiment, done)
+    outcomes = [
+        make_outcome(start="runs/nlu/best_s3"),
+        make_outcome(start="runs/nlu/best_s3"),
+        make_outcome(start=None),
+    ]
+    (note,) = iterate_start_notes(experiment, outcomes)
     assert note == "start: glue/mnli from the row's own best run of glue/qnli, without its head (LoRA best_s3)"
-    (note,) = iterate_start_notes(experiment, [make_cell()])
+    (note,) = iterate_start_notes(experiment, [make_outcome()])
     assert note.endswith("without its head")
 
 
@@ -51,7 +55,7 @@ def analyse(model: str, task: str, seed: int = 0, label: str = "LoRA", name: str
     """Return an analysed run whose analysis says which one it is."""
     settings = SimpleNamespace(model=SimpleNamespace(name=model), task=SimpleNamespace(name=task), seed=seed)
     record = SimpleNamespace(name=name, read_sealed=lambda *_: {"of": (model, task, seed, name)})
-    return SimpleNamespace(cell=SimpleNamespace(label=label), settings=settings, record=record)
+    return SimpleNamespace(label=label, settings=settings, record=record)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def analyse(model: str, task: str, seed: int = 0, label: str = "LoRA", name: str
     ids=str,
 )
 def test_no_analysis_stands_in_the_place_of_another(runs, names):
-    done = [analyse(*run) for run in runs]
-    found = read_analyses(done)
+    outcomes = [analyse(*run) for run in runs]
+    found = read_analyses(outcomes)
     assert list(found) == names
-    assert [content["of"] for content in found.values()] == [cell.record.read_sealed()["of"] for cell in done]
+    assert [content["of"] for content in found.values()] == [outcome.record.read_sealed()["of"] for outcome in outcomes]

@@ -11,7 +11,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.evaluate.model_card import format_scores
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_summary
-from dual_lora.lab.report.comparison.comparisons import compare_cells
+from dual_lora.lab.report.comparison.comparisons import compare_outcomes
 from dual_lora.lab.report.comparison.floors import Floor, find_floors, find_unlearned, predict_majority
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.forest import describe_difference_axis
@@ -45,8 +45,8 @@ def list_bold(text: str) -> dict[tuple[str, ...], list[bool]]:
 
 
 def test_where_lower_is_better_the_lowest_row_wins(study, low_glue, tmp_path):  # noqa: F811
-    experiment, done = study(PLANNED, lambda label, s: 25 + s.seed - (20 + s.seed % 2) * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(PLANNED, lambda label, s: 25 + s.seed - (20 + s.seed % 2) * (label == "Dual LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     verdicts = rows_of(text)[1:4]
     assert [line[0] for line in verdicts] == ["glue/sst2", "glue/rte", "mean of 2 tasks"]
     assert [(line[4], line[-2]) for line in verdicts] == [("-20.4", "better")] * 3
@@ -55,13 +55,13 @@ def test_where_lower_is_better_the_lowest_row_wins(study, low_glue, tmp_path):  
     floors = [line for line in rows_of(text) if line[1] == "majority class"]
     assert [line[2:5] + line[-1:] for line in floors] == [["50.0", "Dual LoRA", "+43.4", "learned"]] * 2
     assert "Of glue/rte, glue/sst2 lower is better: above means below." in text
-    found = compare_cells(experiment, done, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions(), set())
     assert describe_difference_axis(found.planned) == "difference in points; left: better"
 
 
 def test_where_lower_is_better_a_high_row_has_learned_nothing(study, low_glue):  # noqa: F811
-    experiment, done = study(PLANNED, lambda label, s: 95)
-    floors = find_floors(experiment, done, Predictions())
+    experiment, outcomes = study(PLANNED, lambda label, s: 95)
+    floors = find_floors(experiment, outcomes, Predictions())
     assert find_unlearned(floors) == {("roberta-base", "glue/sst2"), ("roberta-base", "glue/rte")}
     assert [floor.above for floor in floors] == pytest.approx([-45, -45])
 
@@ -74,18 +74,18 @@ def test_the_majority_class_is_the_one_that_scores_best(low_glue):
 
 @pytest.mark.parametrize(("lower", "score"), [(False, 60), (True, 50)])
 def test_the_hardest_floor_is_drawn(study, lower, score):  # noqa: F811
-    _, done = study(RATIOS, lambda label, s: 70)
+    _, outcomes = study(RATIOS, lambda label, s: 70)
     place = ("roberta-base", "glue/rte")
     floors = [Floor(place, str(s), s, "LoRA", 9.0, 1.0, frozenset({("LoRA", ())}), lower) for s in (50, 60)]
-    assert find_floor(done, floors).score == score
+    assert find_floor(outcomes, floors).score == score
 
 
 def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(type(tasks.load("demo/sentiment")), "lower_is_better", ("accuracy",))
     tasks_apart = {"blocks": [["task=glue/rte"], ["task=demo/sentiment"]], "seeds": [0, 1, 2, 3, 4]}
     spec = RATIOS | {"mean": "task.name", "published": [], "full": {"run": ["model=roberta-base"], **tasks_apart}}
-    experiment, done = study(spec, lambda label, s: (90 if s.task.name == "glue/rte" else 5) + (label == "LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(spec, lambda label, s: (90 if s.task.name == "glue/rte" else 5) + (label == "LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     bold = {key: any(cells) for key, cells in list_bold(text).items()}
     assert bold == {
         **{("glue/rte", "LoRA"): True, ("glue/rte", "Dual LoRA"): False},
@@ -95,16 +95,16 @@ def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, m
     assert "no best row and no verdict: lower is better on demo/sentiment, higher on the others" in text
     assert "mean of 2 tasks" not in text
     planned = Experiment.from_content("made", spec | {"planned": ["Dual LoRA"]})
-    assert compare_cells(planned, done, Predictions(), set()).family == 4  # two ratios on two tasks
+    assert compare_outcomes(planned, outcomes, Predictions(), set()).family == 4  # two ratios on two tasks
 
 
 def test_a_main_score_that_is_no_fraction_is_called_and_printed_so(study, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
     spec = BY_TASK | {"margin": {"task": 1.0, "mean": 0.5}}
-    experiment, done = study(spec, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(spec, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
+    text = write_report(experiment, outcomes, tmp_path)
     assert "Main score (accuracy), by task.name:" in text and "0.62 ± 0.02 (5)" in text
-    found = compare_cells(experiment, done, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions(), set())
     assert [c.margin for c in found.planned] == [None] * 3
     mixed = BY_TASK | {"full": PLANNED["full"] | {"blocks": [["task=glue/rte"], ["task=demo/sentiment"]]}}
     text = write_report(*study(mixed, lambda label, s: 60 + s.seed), tmp_path)
@@ -129,13 +129,13 @@ def own(study, own_data, monkeypatch):  # noqa: F811
 
 
 def test_a_report_names_the_metric_that_the_runs_have(own, tmp_path):
-    experiment, done = own
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = own
+    text = write_report(experiment, outcomes, tmp_path)
     assert "Main score (macro_f1), by task.name:" in text and "accuracy" not in text
     assert list_bold(text) == {("roberta-base", "LoRA"): [False], ("roberta-base", "Dual LoRA"): [True]}
-    (axes,) = draw_results(experiment, build_frame(experiment, done), done, []).axes
+    (axes,) = draw_results(experiment, build_frame(experiment, outcomes), outcomes, []).axes
     assert axes.get_xlabel() == "macro_f1"
-    assert set(collect_costs(experiment, done, set())["score"].round(1)) == {0.4, 0.2}
+    assert set(collect_costs(experiment, outcomes, set())["score"].round(1)) == {0.4, 0.2}
 
 
 def test_published_scores_stand_by_the_metric_that_the_run_has(own):
@@ -163,10 +163,10 @@ def test_a_run_prints_its_scores_as_its_metric_says(own):
 
 
 def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # noqa: F811
-    experiment, done = study(GLUE, lambda label, s: 20 + 5 * (label == "LoRA"))
-    frame = build_frame(experiment, done)
-    assert set(frame.loc[frame["cell"] == -1, "value"]) == {20, 25}
-    assert list_bold(write_report(experiment, done, tmp_path))[("roberta-base", "Dual LoRA")] == [True] * 3
+    experiment, outcomes = study(GLUE, lambda label, s: 20 + 5 * (label == "LoRA"))
+    frame = build_frame(experiment, outcomes)
+    assert set(frame.loc[frame["outcome"] == -1, "value"]) == {20, 25}
+    assert list_bold(write_report(experiment, outcomes, tmp_path))[("roberta-base", "Dual LoRA")] == [True] * 3
 
 
 # A task whose code has changed since the runs were done
@@ -174,15 +174,15 @@ def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # n
 
 def test_the_score_is_the_task_s_main_one_now_and_not_that_of_the_record(study, tmp_path):  # noqa: F811
     other = {"metric": "kappa", "metrics": {"accuracy": 0.7, "kappa": 0.4}}
-    experiment, done = study(BY_TASK, lambda label, s: 70, **other)
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(BY_TASK, lambda label, s: 70, **other)
+    text = write_report(experiment, outcomes, tmp_path)
     assert "Main score (accuracy), %, by task.name:" in text and "70.0 ± 0.0 (5)" in text and "40.0" not in text
-    assert set(collect_costs(experiment, done, set())["score"].round(6)) == {70}
+    assert set(collect_costs(experiment, outcomes, set())["score"].round(6)) == {70}
 
 
 def test_a_main_score_that_the_records_lack_is_not_measured(study, tmp_path):  # noqa: F811
-    experiment, done = study(BY_TASK, lambda label, s: 70, metric="kappa", metrics={"kappa": 0.4})
-    text = write_report(experiment, done, tmp_path)
+    experiment, outcomes = study(BY_TASK, lambda label, s: 70, metric="kappa", metrics={"kappa": 0.4})
+    text = write_report(experiment, outcomes, tmp_path)
     assert text.count("| – [a]") == 4 and "– [a]: accuracy not measured" in text and "40.0" not in text
 
 
@@ -222,13 +222,13 @@ def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, 
         return {"environment": {"plugins": {"stars": {"path": "stars.py", "sha256": version}, "gone": {"sha256": "0"}}}}
 
     monkeypatch.setitem(tasks.plugins, "stars", tasks.Plugin(tasks, Path("stars.py"), "2"))
-    experiment, done = study(BY_TASK, lambda label, s: 70 if s.seed else None, **record("2"))
-    for cell in done:
-        if not cell.result:
-            finish(cell.settings, 80, **record("1"))
-    text = write_report(experiment, find_outcomes([cell.cell for cell in done], "made"), tmp_path)
+    experiment, outcomes = study(BY_TASK, lambda label, s: 70 if s.seed else None, **record("2"))
+    for outcome in outcomes:
+        if not outcome.result:
+            finish(outcome.settings, 80, **record("1"))
+    text = write_report(experiment, find_outcomes([outcome.cell for outcome in outcomes], "made"), tmp_path)
     assert "72.0 ± 4.5 (5)§‡" in text and "§: done with another version of a plugin" in text
-    values = build_frame(experiment, find_outcomes([cell.cell for cell in done], "made"))
+    values = build_frame(experiment, find_outcomes([outcome.cell for outcome in outcomes], "made"))
     assert set(values[values["seed"] == 0]["marks"]) == {"‡§"} and set(values[values["seed"] > 0]["marks"]) == {"‡"}
 
 
@@ -244,27 +244,27 @@ def test_what_a_task_raises_over_old_predictions_is_one_line(error, monkeypatch)
 
 @pytest.mark.parametrize("method", ["score", "declare_scores"])
 def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, tmp_path, monkeypatch):  # noqa: F811
-    experiment, done = study(PLANNED | {"full": GLUE["full"]}, lambda label, s: 70 + s.seed)
+    experiment, outcomes = study(PLANNED | {"full": GLUE["full"]}, lambda label, s: 70 + s.seed)
     monkeypatch.setattr(type(tasks.load("glue/rte")), method, Mock(side_effect=KeyError("length")))
-    findings = Findings.compute(experiment, done)
+    findings = Findings.compute(experiment, outcomes)
     said = "cannot score these predictions (KeyError('length')), which another version of it may have written"
     (told,) = [trouble for trouble in findings.unreadable if "glue/rte" in trouble]
     assert told.startswith("majority class, floor of glue/rte (roberta-base): ") and f"glue/rte {said}" in told
-    text = write_report(experiment, done, tmp_path, findings)
+    text = write_report(experiment, outcomes, tmp_path, findings)
     assert f"not read: {told}" in text and "70.5 ± 0.7 (2)" in text
     assert (f"cannot be compared (glue/rte {said}" in text) == (method == "declare_scores")
 
 
 def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):  # noqa: F811
-    experiment, done = study(PLANNED, lambda label, s: 70 + s.seed)
+    experiment, outcomes = study(PLANNED, lambda label, s: 70 + s.seed)
     read = Predictions.read_runs
 
     def drop_answers(self, cells):
-        lost = {"answer"} if cells[0].cell.label == "LoRA" else set()
+        lost = {"answer"} if cells[0].label == "LoRA" else set()
         return {
             seed: [{k: row[k] for k in row.keys() - lost} for row in rows] for seed, rows in read(self, cells).items()
         }
 
     monkeypatch.setattr(Predictions, "read_runs", drop_answers)
-    for floor in find_floors(experiment, done, Predictions()):
+    for floor in find_floors(experiment, outcomes, Predictions()):
         assert (floor.best, floor.trouble) == ("Dual LoRA", "LoRA: accuracy: the predictions of a run have no 'answer'")

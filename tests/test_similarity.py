@@ -36,47 +36,45 @@ def test_size_and_direction_of_rows_are_told_apart():
         measure_decomposition(W0, torch.ones(2, 3))
 
 
-def make_cell(label: str, seed: int, finished: bool = True) -> SimpleNamespace:
+def make_outcome(label: str, seed: int, finished: bool = True) -> SimpleNamespace:
     model, task = SimpleNamespace(name="tiny"), SimpleNamespace(name="demo/sentiment")
     settings = SimpleNamespace(model=model, task=task, seed=seed)
     result = {"metric": "accuracy"} if finished else None
-    return SimpleNamespace(
-        cell=SimpleNamespace(label=label), settings=settings, record=f"{label} {seed}", result=result
-    )
+    return SimpleNamespace(label=label, settings=settings, record=f"{label} {seed}", result=result)
 
 
 def test_a_run_is_compared_with_the_references_of_its_seed_and_of_the_next():
     experiment = SimpleNamespace(reference="Full")
-    done = [make_cell("Full", seed) for seed in (0, 1, 2)]
+    outcomes = [make_outcome("Full", seed) for seed in (0, 1, 2)]
 
     def find(label: str, seed: int) -> list[str | None]:
-        found = find_references(experiment, make_cell(label, seed), done)
+        found = find_references(experiment, make_outcome(label, seed), outcomes)
         return [found[name] and found[name][1] for name in (SAME_SEED, OTHER_SEED)]
 
     assert find("LoRA", 0) == ["Full 0", "Full 1"] and find("LoRA", 2) == ["Full 2", "Full 0"]
     assert find("Full", 1) == [None, "Full 2"] and find("LoRA", 5) == [None, "Full 0"]
-    done[2] = make_cell("Full", 2, finished=False)
+    outcomes[2] = make_outcome("Full", 2, finished=False)
     assert find("Full", 0) == [None, "Full 1"]
     with pytest.raises(UserError, match="^Full, seed 2: not finished"):
         find("Full", 1)
 
 
-def make_analysed(cell: SimpleNamespace, content: dict) -> SimpleNamespace:
-    """Return a cell whose record holds an analysis."""
-    cell.record = SimpleNamespace(read_sealed=lambda *_: content)
-    return cell
+def make_analysed(outcome: SimpleNamespace, content: dict) -> SimpleNamespace:
+    """Return an outcome whose record holds an analysis."""
+    outcome.record = SimpleNamespace(read_sealed=lambda *_: content)
+    return outcome
 
 
 def test_a_comparison_with_other_runs_than_asked_for_is_made_again():
     experiment = SimpleNamespace(analyse="similarity", reference="Full")
-    done = [make_cell("Full", seed) for seed in (0, 1)]
-    for cell in done:
-        cell.record = SimpleNamespace(name=f"full_s{cell.settings.seed}")
-    lora = make_cell("LoRA", 0)
+    outcomes = [make_outcome("Full", seed) for seed in (0, 1)]
+    for outcome in outcomes:
+        outcome.record = SimpleNamespace(name=f"full_s{outcome.settings.seed}")
+    lora = make_outcome("LoRA", 0)
     for stored, current in (("full_s1", True), (None, False), ("full_s2", False)):
         content = {"references": {SAME_SEED: "full_s0", OTHER_SEED: stored}}
-        assert is_up_to_date(experiment, make_analysed(lora, content), done) == current
-    assert is_up_to_date(SimpleNamespace(analyse="ranks"), make_analysed(lora, {}), done)
+        assert is_up_to_date(experiment, make_analysed(lora, content), outcomes) == current
+    assert is_up_to_date(SimpleNamespace(analyse="ranks"), make_analysed(lora, {}), outcomes)
 
 
 @pytest.mark.parametrize("words", [{"reference": "Nobody"}, {"reference": ""}, {"analyse": "ranks"}])
@@ -114,11 +112,11 @@ def fit_row(method: str, unexplained: float, svd: float | None = None) -> dict:
 
 def test_the_best_rate_of_each_form_counts_and_differences_are_paired():
     labels, compared = {"a": "LoRA", "b": "Dual LoRA"}, {"a": "b", "b": "b"}
-    cell = SimpleNamespace(cell=SimpleNamespace(label="Full"), settings=make_cell("", 0).settings)
+    outcome = SimpleNamespace(label="Full", settings=make_outcome("", 0).settings)
     runs = []
     for shift in (0.0, 0.1, 0.3):
         rows = [fit_row("a", 0.5, 0.2), fit_row("a", 0.25, 0.2), fit_row("a", np.nan, 0.2), fit_row("b", 0.5 + shift)]
-        runs.append(FittedRun.read(cell, {"rows": rows}))
+        runs.append(FittedRun.read(outcome, {"rows": rows}))
     (line,) = tabulate_unexplained(runs, labels).to_dict("records")
     assert (
         line["LoRA"].startswith("0.250") and line["LoRA (SVD)"] == "0.200" and line["Dual LoRA"].startswith("0.633 ± ")

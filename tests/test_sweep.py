@@ -149,8 +149,8 @@ def test_a_grid_can_be_relative_to_the_rate_of_a_runs_protocol():
 
 def comparisons(experiment: Experiment, cells: list[Cell]) -> int:
     """Return how many comparisons of main scores there are once all cells are finished."""
-    done = [pretend_finished(Outcome(cell, None, None, None)) for cell in cells]
-    return max(1, len(list(iterate_matches(experiment, done))))
+    outcomes = [pretend_finished(Outcome(cell, None, None, None)) for cell in cells]
+    return max(1, len(list(iterate_matches(experiment, outcomes))))
 
 
 def head(name: str) -> dict[str, str]:

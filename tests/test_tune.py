@@ -71,9 +71,9 @@ def test_a_task_without_seeds_of_its_own_has_those_of_all():
     cells = Experiment.from_content("made", spec).compose_cells([])
     seeds = {cell.settings.task.name: [t.seed for t in cell.tuning] for cell in cells}
     assert seeds == {"demo/restaurants": [50, 50], "demo/sentiment": [50, 51, 50, 51]}
-    done = [SimpleNamespace(cell=cell, settings=cell.settings) for cell in cells]
-    assert describe_seeds(done) == "seed 50 (demo/restaurants), seeds 50, 51 (demo/sentiment)"
-    assert describe_seeds(done[-1:]) == "seeds 50, 51"
+    outcomes = [SimpleNamespace(cell=cell, settings=cell.settings) for cell in cells]
+    assert describe_seeds(outcomes) == "seed 50 (demo/restaurants), seeds 50, 51 (demo/sentiment)"
+    assert describe_seeds(outcomes[-1:]) == "seeds 50, 51"
 
 
 def test_seeds_of_a_task_that_no_cell_has_are_refused():

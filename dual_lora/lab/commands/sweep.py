@@ -98,26 +98,26 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
         folder = choose_folder(experiment, cells, home)
         folder.mkdir(exist_ok=True)
         remove_temporary_files(folder)
-        done = find_outcomes(cells, study)
-        findings = Findings.compute(experiment, done)
-        print(write_report(experiment, done, folder, findings))
+        outcomes = find_outcomes(cells, study)
+        findings = Findings.compute(experiment, outcomes)
+        print(write_report(experiment, outcomes, folder, findings))
     for trouble in findings.unreadable:
         print(f"not read: {trouble}", file=sys.stderr)
     if run:
-        mirror_report(experiment, done, folder, findings.values)
-    missing = run and any(cell.result is None for cell in done)
+        mirror_report(experiment, outcomes, folder, findings.values)
+    missing = run and any(outcome.result is None for outcome in outcomes)
     return EXIT_USER if missing or findings.unreadable or lost else EXIT_OK
 
 
-def analyse_outcomes(experiment: Experiment, done: list[Outcome]) -> bool:
+def analyse_outcomes(experiment: Experiment, outcomes: list[Outcome]) -> bool:
     """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
     from dual_lora.lab.report.analyses.kinds import analyse_missing
 
     whole = True
-    for cell in done:
+    for outcome in outcomes:
         try:
-            analyse_missing(experiment, cell, done)
+            analyse_missing(experiment, outcome, outcomes)
         except Exception as error:
-            print(f"not analysed: {cell.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
+            print(f"not analysed: {outcome.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
             whole = False
     return whole

@@ -17,6 +17,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, get_first_line
+from dual_lora.lab.present.units import GB
 from dual_lora.lab.report.write import choose_path
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.listing import format_rows
@@ -24,7 +25,6 @@ from dual_lora.lab.system.files import translate_write_errors, write_text
 from dual_lora.lab.system.libraries import import_heavy_libraries, silence_libraries
 from dual_lora.lab.system.lock import hold_lock
 
-GB = 1e9
 REPORTED, CHOOSES = "reported", "chooses a rate"
 
 

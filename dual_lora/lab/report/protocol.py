@@ -50,21 +50,21 @@ LAST_STEP, BY_REPORTED_ROWS = "last step", "best epoch by the reported rows"  # 
 MAX_VALUES = 5  # of one setting that are listed one by one
 
 
-def iterate_protocol_blocks(experiment: Experiment, done: list[Outcome]) -> Iterator[Block]:
+def iterate_protocol_blocks(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Block]:
     """Yield the hyper-parameters by method and the checklist."""
     yield Text("Hyper-parameters", heading=True)
-    yield from iterate_hyperparameter_tables(done)
+    yield from iterate_hyperparameter_tables(outcomes)
     yield Text("Reproducibility", heading=True)
-    yield Text(items=tuple(iterate_checklist(experiment, done)))
+    yield Text(items=tuple(iterate_checklist(experiment, outcomes)))
 
 
-def iterate_hyperparameter_tables(done: list[Outcome]) -> Iterator[Block]:
+def iterate_hyperparameter_tables(outcomes: list[Outcome]) -> Iterator[Block]:
     """Yield what differs between methods, a column for each, and what is the same for all."""
-    labels = list(dict.fromkeys(cell.cell.label for cell in done))
+    labels = list(dict.fromkeys(outcome.label for outcome in outcomes))
     known: dict[str, dict[str, dict[object, None]]] = {}
-    for cell in done:
-        for name, value in list_hyperparameters(cell).items():
-            known.setdefault(name, {}).setdefault(cell.cell.label, {})[value] = None
+    for outcome in outcomes:
+        for name, value in list_hyperparameters(outcome).items():
+            known.setdefault(name, {}).setdefault(outcome.label, {})[value] = None
     texts = {
         name: {label: summarize_values(list(by_label.get(label, {}))) for label in labels}
         for name, by_label in known.items()
@@ -77,16 +77,16 @@ def iterate_hyperparameter_tables(done: list[Outcome]) -> Iterator[Block]:
     yield Table(pd.DataFrame(same), "Hyper-parameters that all methods share, over all runs.")
 
 
-def list_hyperparameters(cell: Outcome) -> dict[str, object]:
+def list_hyperparameters(outcome: Outcome) -> dict[str, object]:
     """Return the settings of a run that can change a number of it, by their full names; what is not set, or has no
     effect on this run, is left out."""
-    settings = replace(cell.settings, data_dir=None)  # the user's files may be gone
+    settings = replace(outcome.settings, data_dir=None)  # the user's files may be gone
     named = {
         name: value
         for group in LISTED_GROUPS
         for name, value in iterate_listed_settings(group, asdict(getattr(settings, group)))
     }
-    named["train.lr"] = get_rate(cell)
+    named["train.lr"] = get_rate(outcome)
     known = {name: value for name, value in named.items() if value not in (None, [], {}, "")}
     return {name: format_listed_value(value) for name, value in known.items() if has_effect(settings, name, known)}
 
@@ -132,27 +132,29 @@ def summarize_values(values: list[object]) -> str:
         return f"{', '.join(texts[:MAX_VALUES])} and {len(texts) - MAX_VALUES} more"
 
 
-def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:
+def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[str]:
     """Yield what a reader needs to judge and repeat the runs, and what is missing, from the records."""
-    finished = [cell for cell in done if cell.result]
-    places = [cell.record.read_environment() for cell in finished]
-    seeds = sorted({cell.settings.seed for cell in done})
-    yield f"runs: {len(finished)} of {len(done)} finished; seeds {', '.join(map(str, seeds))}"
-    hours = sum(cell.result["train_seconds"] for cell in finished) / 3600
-    trials = len({trial for cell in done for trial in map(repr, cell.cell.tuning)})
-    scored = len({repr(trial) for cell in done for trial in cell.cell.tuning if trial.train.lr in cell.scored_rates})
+    finished = [outcome for outcome in outcomes if outcome.result]
+    places = [outcome.record.read_environment() for outcome in finished]
+    seeds = sorted({outcome.settings.seed for outcome in outcomes})
+    yield f"runs: {len(finished)} of {len(outcomes)} finished; seeds {', '.join(map(str, seeds))}"
+    hours = sum(outcome.result["train_seconds"] for outcome in finished) / 3600
+    trials = len({trial for outcome in outcomes for trial in map(repr, outcome.cell.tuning)})
+    scored = len(
+        {repr(trial) for outcome in outcomes for trial in outcome.cell.tuning if trial.train.lr in outcome.scored_rates}
+    )
     so_far = f", {scored} of which count so far" if scored < trials else ""
     yield f"compute: {hours:.1f} hours of training for the runs above; {trials} more runs choose learning rates{so_far}"
     per_label = {len(rates) for rates in experiment.tune.grid.values()} if experiment.tune else set()
     if per_label:
-        untuned = [label for label in list_labels(experiment, done) if label not in experiment.tune.grid]
+        untuned = [label for label in list_labels(experiment, outcomes) if label not in experiment.tune.grid]
         budget = f"{per_label.pop()} learning rates a point for every tuned row"
         yield f"tuning: {budget}, chosen on {experiment.tune.describe_rows()}" + (
             f"; not tuned: {', '.join(untuned)}" if untuned else ""
         )
     else:
         yield "tuning: none; one given rate for each row"
-    asked, kinds = sum(cell.settings.deterministic for cell in finished), {get_machine(place) for place in places}
+    asked, kinds = sum(outcome.settings.deterministic for outcome in finished), {get_machine(place) for place in places}
     said = [
         f"determinism: deterministic=true in {asked} of {len(finished)} runs",
         "The seed sets data order, initial adapter and dropout",
@@ -167,14 +169,14 @@ def iterate_checklist(experiment: Experiment, done: list[Outcome]) -> Iterator[s
     yield ". ".join(said)
     clean = sum(map(is_committed, places))
     yield f"code: {clean} of {len(finished)} runs are of committed code; records hold commands and package versions"
-    current = sum(is_current(cell.result, cell.settings) for cell in finished)
+    current = sum(is_current(outcome.result, outcome.settings) for outcome in finished)
     yield f"task version: {current} of {len(finished)} runs used the current task versions"
-    hashed = sum(bool(cell.result.get("sha256")) for cell in finished)
+    hashed = sum(bool(outcome.result.get("sha256")) for outcome in finished)
     yield f"integrity: {hashed} of {len(finished)} runs sealed their files by SHA-256; data and weights are hashed, too"
     if not finished:
         return
-    splits = sorted({name for cell in finished for name in cell.result["data"] if name != "train"})
-    rules = dict.fromkeys(describe_checkpoint(cell.settings) for cell in done)
+    splits = sorted({name for outcome in finished for name in outcome.result["data"] if name != "train"})
+    rules = dict.fromkeys(describe_checkpoint(outcome.settings) for outcome in outcomes)
     yield f"scores: on {', '.join(splits)}, after the {' or the '.join(rules)}"
 
 

@@ -40,10 +40,10 @@ class Line:
 
 
 def find_published_lines(
-    experiment: Experiment, done: list[Outcome], ours: dict[RowPlace, list[Outcome]]
+    experiment: Experiment, outcomes: list[Outcome], ours: dict[RowPlace, list[Outcome]]
 ) -> dict[RowPlace, dict[str, Cells]]:
     """Return the published lines below each row of ours, by what names them."""
-    found, lines = list_columns(experiment, done), {}
+    found, lines = list_columns(experiment, outcomes), {}
     for table in map(paper.load_table, experiment.published):
         for row in table.rows if {"model", "method"} <= set(table.keys) else ():
             for place, cells in find_places(experiment, row, ours, found):
@@ -140,7 +140,7 @@ def describe_other_start(line: Line, runs: list[Outcome]) -> list[str]:
     return [f"start: {theirs}"] if ours and theirs and ours != {theirs != PRETRAINED} else []
 
 
-def iterate_published_blocks(experiment: Experiment, done: list[Outcome]) -> Iterator[Block]:
+def iterate_published_blocks(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Block]:
     """Yield the published tables an experiment is set beside, whatever our models are."""
     if experiment.published:
         yield Text("Set beside", heading=True)
@@ -151,7 +151,7 @@ def iterate_published_blocks(experiment: Experiment, done: list[Outcome]) -> Ite
         known = f"{table.status}; version: {table.version}; {table.source[0]}; {about}"
         yield document.Table(
             cells,
-            f"{title}: {describe_likeness(experiment, table, done)} ({known}).",
+            f"{title}: {describe_likeness(experiment, table, outcomes)} ({known}).",
             aside=frozenset(range(len(cells))),
         )
 
@@ -165,10 +165,10 @@ def tabulate_published(table: paper.Table) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna(MISSING)
 
 
-def describe_likeness(experiment: Experiment, table: paper.Table, done: list[Outcome]) -> str:
+def describe_likeness(experiment: Experiment, table: paper.Table, outcomes: list[Outcome]) -> str:
     """Return what a published table has to do with the runs above."""
     models = {row.keys["model"] for row in table.rows if row.keys.get("model")}
-    shared = sorted(models & {cell.settings.model.name for cell in done})
+    shared = sorted(models & {outcome.settings.model.name for outcome in outcomes})
     if not models:
         return "of no single model"
     more = ", and other models" if len(models) > len(shared) else ""

@@ -30,8 +30,8 @@ from dual_lora.lab.report.values import (
     get_heading,
     get_score,
     get_unit,
-    list_cells,
     list_columns,
+    list_outcomes,
     list_scores,
 )
 from dual_lora.lab.study.experiment import Experiment
@@ -45,13 +45,15 @@ NOT_OFFICIAL = "not the official file"  # what a task says of a file that stands
 MAX_NAMED_RUNS = 5
 
 
-def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
+def find_unreadable(experiment: Experiment, outcomes: list[Outcome]) -> list[str]:
     """Return what the report needs and finished runs lack, and which records of the study are damaged."""
-    found = [error for study in {cell.settings.study for cell in done} for error in find_damaged_records(study)]
-    for cell in done:
-        for check in iterate_checks(experiment) if cell.result else ():
+    found = [
+        error for study in {outcome.settings.study for outcome in outcomes} for error in find_damaged_records(study)
+    ]
+    for outcome in outcomes:
+        for check in iterate_checks(experiment) if outcome.result else ():
             try:
-                check(cell)
+                check(outcome)
             except UserError as error:
                 found.append(str(error))
     return list(dict.fromkeys(found))
@@ -59,8 +61,8 @@ def find_unreadable(experiment: Experiment, done: list[Outcome]) -> list[str]:
 
 def iterate_checks(experiment: Experiment) -> Iterator[Callable[[Outcome], object]]:
     """Yield functions that read the files of a run which the report needs."""
-    yield lambda cell: cell.record.read_json("environment.json", *ENVIRONMENT_FIELDS)
-    yield lambda cell: cell.record.verify_files("metrics.jsonl", "predictions.jsonl")
+    yield lambda outcome: outcome.record.read_json("environment.json", *ENVIRONMENT_FIELDS)
+    yield lambda outcome: outcome.record.verify_files("metrics.jsonl", "predictions.jsonl")
     if experiment.baselines:
         yield read_predictions
     if experiment.analyse:
@@ -80,24 +82,27 @@ def iterate_letters() -> Iterator[str]:
 
 
 def build_main_table(
-    experiment: Experiment, done: list[Outcome], values: pd.DataFrame, reasons: dict[str, str]
+    experiment: Experiment, outcomes: list[Outcome], values: pd.DataFrame, reasons: dict[str, str]
 ) -> Table:
     """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
     and rank below ours."""
-    found, lines, best, aside, commands = list_columns(experiment, done), [], [], [], []
+    found, lines, best, aside, commands = list_columns(experiment, outcomes), [], [], [], []
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
-    runs = {place: list_cells(part, done) for place, part in parts.items()}
+    runs = {place: list_outcomes(part, outcomes) for place, part in parts.items()}
     tops, quotes = (
-        {name: find_best(group, found, experiment, list_cells(group, done) or done) for name, group in groups},
-        find_published_lines(experiment, done, runs),
+        {
+            name: find_best(group, found, experiment, list_outcomes(group, outcomes) or outcomes)
+            for name, group in groups
+        },
+        find_published_lines(experiment, outcomes, runs),
     )
     for (name, label), part in parts.items():
         heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
         cells = {
             format_value(c.head): format_cell(
                 part[part["column"] == c.head],
-                choose_format(experiment, c, found, runs[name, label] or done),
+                choose_format(experiment, c, found, runs[name, label] or outcomes),
                 reasons,
                 experiment.median,
             )
@@ -106,7 +111,7 @@ def build_main_table(
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
         commands.append(
-            {format_value(c.head): find_command(part[part["column"] == c.head], done, experiment) for c in found}
+            {format_value(c.head): find_command(part[part["column"] == c.head], outcomes, experiment) for c in found}
         )
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
@@ -117,32 +122,32 @@ def build_main_table(
     cells = pd.DataFrame(lines).fillna("")
     bold = pd.DataFrame(best).reindex(columns=cells.columns).fillna(False).astype(bool)
     copied = pd.DataFrame(commands).reindex(columns=cells.columns).fillna("")
-    return Table(cells, describe_table(experiment, done), bold, frozenset(aside), copied)
+    return Table(cells, describe_table(experiment, outcomes), bold, frozenset(aside), copied)
 
 
-def find_command(part: pd.DataFrame, done: list[Outcome], experiment: Experiment) -> str:
+def find_command(part: pd.DataFrame, outcomes: list[Outcome], experiment: Experiment) -> str:
     """Return the command that makes the runs of a cell; that of the whole table for a mean over several."""
-    runs = [cell.settings for cell in list_cells(part, done)]
+    runs = [outcome.settings for outcome in list_outcomes(part, outcomes)]
     if runs:
         return build_command(runs)
     return "" if part.empty else build_sweep_command(experiment.name, experiment.scale)
 
 
-def tabulate_adapters(done: list[Outcome]) -> Table:
+def tabulate_adapters(outcomes: list[Outcome]) -> Table:
     """Return what each row ran with: the classes of its adapted modules, what trained, and the rate of every group."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for cell in (cell for cell in done if cell.result):
-        kind = (cell.settings.method.peft or {}).get("peft_type", "every weight")
-        rates = [f"{name} {format_value(rate)}" for name, rate in cell.result.get("learning_rates", {}).items()]
-        own = cell.result.get("adapter_parameters")
+    for outcome in (outcome for outcome in outcomes if outcome.result):
+        kind = (outcome.settings.method.peft or {}).get("peft_type", "every weight")
+        rates = [f"{name} {format_value(rate)}" for name, rate in outcome.result.get("learning_rates", {}).items()]
+        own = outcome.result.get("adapter_parameters")
         line = {
-            "model": cell.settings.model.name,
-            "method": cell.cell.label,
-            "adapter": f"{kind}: {cell.result['adapter']}" if "adapter" in cell.result else kind,
-            "trained": f"{cell.result['trainable_parameters']:,}",
+            "model": outcome.settings.model.name,
+            "method": outcome.label,
+            "adapter": f"{kind}: {outcome.result['adapter']}" if "adapter" in outcome.result else kind,
+            "trained": f"{outcome.result['trainable_parameters']:,}",
             "of them the adapter's": MISSING if own is None else f"{own:,}",
             "learning rates": ", ".join(rates) or MISSING,  # older records lack both
-            DROPOUT: describe_dropouts(cell.result),
+            DROPOUT: describe_dropouts(outcome.result),
         }
         lines[tuple(line.values())] = line
     cells = pd.DataFrame(lines.values())
@@ -163,10 +168,10 @@ def describe_dropouts(result: dict) -> str:
     return values.pop() if len(values) == 1 else ", ".join(f"{name} {value:g}" for name, value in known.items())
 
 
-def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
+def describe_table(experiment: Experiment, outcomes: list[Outcome]) -> str:
     """Return what the numbers are."""
-    seeds = ", ".join(map(str, sorted({cell.settings.seed for cell in done})))
-    kind = f"Main score {describe_metrics(done)}, by {experiment.columns}"
+    seeds = ", ".join(map(str, sorted({outcome.settings.seed for outcome in outcomes})))
+    kind = f"Main score {describe_metrics(outcomes)}, by {experiment.columns}"
     if experiment.columns == "published":
         kind = "Scores as the published table has them"
     elif isinstance(experiment.columns, dict):
@@ -176,9 +181,9 @@ def describe_table(experiment: Experiment, done: list[Outcome]) -> str:
     return f"{kind}: mean ± sample standard deviation (number of runs); seeds {seeds}{best}."
 
 
-def describe_metrics(done: list[Outcome]) -> str:
+def describe_metrics(outcomes: list[Outcome]) -> str:
     """Return which score is the main one, of which tasks where they differ, and which are in percent."""
-    found = {(task.name, task.metric): task for task in map(load_task_of, done)}
+    found = {(task.name, task.metric): task for task in map(load_task_of, outcomes)}
     units = {get_unit(task, task.metric) for task in found.values()}
     names: dict[str, list[str]] = {}
     for task in found.values():
@@ -188,11 +193,11 @@ def describe_metrics(done: list[Outcome]) -> str:
     return f"({listed}){', %' if units == {100} else ''}"
 
 
-def choose_format(experiment: Experiment, column: Column, found: list[Column], cells: list[Outcome]) -> str:
+def choose_format(experiment: Experiment, column: Column, found: list[Column], outcomes: list[Outcome]) -> str:
     """Return how the values that runs have in a column are printed. found: all columns."""
     if column.field in FIELDS:
         return FIELDS[column.field][1]
-    units = {get_unit(task, metric) for task, metric in list_scores(experiment, column, found, cells)}
+    units = {get_unit(task, metric) for task, metric in list_scores(experiment, column, found, outcomes)}
     return SCORE_FORMATS[max(units, default=100)]
 
 
@@ -213,10 +218,10 @@ def format_cell(part: pd.DataFrame, style: str, reasons: dict[str, str], with_me
 
 
 def find_best(
-    group: pd.DataFrame, found: list[Column], experiment: Experiment, cells: list[Outcome]
+    group: pd.DataFrame, found: list[Column], experiment: Experiment, outcomes: list[Outcome]
 ) -> set[tuple[str, str]]:
     """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
-    are values of a setting other than the task; none where nothing stands beside it. cells: the runs of the group."""
+    are values of a setting other than the task; none where nothing stands beside it. outcomes: those of the group."""
     apart = experiment.columns == "task.name"
     means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
     named = [column for column in found if column.field not in FIELDS]
@@ -225,7 +230,7 @@ def find_best(
     top = set()
     for family in families:
         part = means[means.index.get_level_values("column").isin([c.head for c in family])]
-        scores = [score for column in family for score in list_scores(experiment, column, found, cells)]
+        scores = [score for column in family for score in list_scores(experiment, column, found, outcomes)]
         lower = {task.is_lower_better(metric) for task, metric in scores}
         # A mean of scores of which some should be low and others high is not better for being higher or lower.
         if len(part) > 1 and len(lower) == 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
@@ -239,7 +244,7 @@ def describe_cost(runs: list[Outcome], found: list[Column]) -> dict[str, str]:
     """Return trained parameters and seconds a step of a row's runs, unless these are the table's columns."""
     if any(column.field in FIELDS for column in found):
         return {}
-    results = [cell.result for cell in runs if cell.result]
+    results = [outcome.result for outcome in runs if outcome.result]
     trained = sorted({result["trainable_parameters"] for result in results})
     seconds = sorted(FIELDS["seconds_per_step"][0](result) for result in results)
     return {"trained": format_range(trained, "{:,.0f}"), "s/step": format_range(seconds, "{:.2f}")}
@@ -253,7 +258,7 @@ def format_range(numbers: list[float], style: str) -> str:
 
 def iterate_notes(
     experiment: Experiment,
-    done: list[Outcome],
+    outcomes: list[Outcome],
     values: pd.DataFrame,
     reasons: dict[str, str],
     unlearned: set[ModelTask],
@@ -268,20 +273,20 @@ def iterate_notes(
     if unlearned:
         names = ", ".join(f"{task} ({model})" for model, task in sorted(unlearned))
         yield f"not learned, and left out of means: {names}; see the table of floors"
-    yield from iterate_direction_notes([cell for cell in done if get_model_task(cell) not in unlearned])
-    yield from describe_learning_rates(experiment, done)
-    yield from iterate_start_notes(experiment, done)
-    yield from iterate_clipped_notes(done)
-    yield from iterate_checkpoint_notes(done)
+    yield from iterate_direction_notes([outcome for outcome in outcomes if get_model_task(outcome) not in unlearned])
+    yield from describe_learning_rates(experiment, outcomes)
+    yield from iterate_start_notes(experiment, outcomes)
+    yield from iterate_clipped_notes(outcomes)
+    yield from iterate_checkpoint_notes(outcomes)
     files = {
         f"{name} {facts['origin']}, {facts['rows']:,} rows"
-        for cell in done
-        for name, facts in (cell.result["data"].items() if cell.result else ())
+        for outcome in outcomes
+        for name, facts in (outcome.result["data"].items() if outcome.result else ())
     }
     if files:
         yield f"data: {'; '.join(sorted(files))}"
-    yield from dict.fromkeys(note for cell in done if (note := describe_missing_rows(cell)))
-    yield from iterate_origin_notes(done)
+    yield from dict.fromkeys(note for outcome in outcomes if (note := describe_missing_rows(outcome)))
+    yield from iterate_origin_notes(outcomes)
     yield from (f"not read: {trouble}" for trouble in unreadable)
 
 
@@ -293,19 +298,21 @@ def iterate_direction_notes(learned: list[Outcome]) -> Iterator[str]:
         yield f"means over tasks have no best row and no verdict: lower is better on {named}, higher on the others"
 
 
-def iterate_start_notes(experiment: Experiment, done: list[Outcome]) -> Iterator[str]:
+def iterate_start_notes(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[str]:
     """Yield which run each row of a task starts from."""
     for task, source in experiment.starts.items():
-        cells = [cell for cell in done if cell.settings.task.name == task]
-        runs = {f"{cell.cell.label} {Path(start).name}": None for cell in cells if (start := cell.settings.init_from)}
-        if cells:
+        started = [outcome for outcome in outcomes if outcome.settings.task.name == task]
+        runs = {
+            f"{outcome.label} {Path(start).name}": None for outcome in started if (start := outcome.settings.init_from)
+        }
+        if started:
             named = f" ({', '.join(runs)})" if runs else ""
             yield f"start: {task} from the row's own best run of {source}, without its head{named}"
 
 
-def describe_missing_rows(cell: Outcome) -> str | None:
+def describe_missing_rows(outcome: Outcome) -> str | None:
     """Return that a run had fewer training rows than its protocol, where its data do not say so already."""
-    settings, train = cell.settings, (cell.result or {}).get("data", {}).get("train")
+    settings, train = outcome.settings, (outcome.result or {}).get("data", {}).get("train")
     official = settings.task.train_rows
     if not train or not official or settings.train.max_examples or NOT_OFFICIAL in train["origin"]:
         return None
@@ -317,53 +324,53 @@ def describe_missing_rows(cell: Outcome) -> str | None:
     )
 
 
-def iterate_checkpoint_notes(done: list[Outcome]) -> Iterator[str]:
+def iterate_checkpoint_notes(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield by which rule weights were chosen that are not the last ones, of which tasks. Where a loss chose them, also
     the main scores after the last step."""
     rules: dict[str, set[str]] = {}
-    for cell in done:
-        rules.setdefault(describe_checkpoint(cell.settings), set()).add(cell.settings.task.name)
+    for outcome in outcomes:
+        rules.setdefault(describe_checkpoint(outcome.settings), set()).add(outcome.settings.task.name)
     rules.pop(LAST_STEP, None)
     for rule, names in rules.items():
         caveat = ", as LoRA reports it; scores, intervals and p do not account for that choice"
         yield f"checkpoint: of {', '.join(sorted(names))} the {rule}{caveat if rule == BY_REPORTED_ROWS else ''}"
     yield from iterate_last_scores(
-        [cell for cell in done if cell.result and cell.settings.task.checkpoint == "best_loss"]
+        [outcome for outcome in outcomes if outcome.result and outcome.settings.task.checkpoint == "best_loss"]
     )
 
 
 def iterate_last_scores(finished: list[Outcome]) -> Iterator[str]:
     """Yield the mean main scores after the last step by row, a line for each model and task."""
-    models = {cell.settings.model.name for cell in finished}
+    models = {outcome.settings.model.name for outcome in finished}
     places: dict[ModelTask, list[Outcome]] = {}
-    for cell in finished:
-        places.setdefault(get_model_task(cell), []).append(cell)
-    for (model, name), cells in places.items():
-        task, last = load_task_of(cells[0]), {}
-        for cell in cells:
-            if not isnan(score := get_score(task, cell.result, of="metrics_last_epoch")):
-                last.setdefault(cell.cell.label, []).append(score)
+    for outcome in finished:
+        places.setdefault(get_model_task(outcome), []).append(outcome)
+    for (model, name), group in places.items():
+        task, last = load_task_of(group[0]), {}
+        for outcome in group:
+            if not isnan(score := get_score(task, outcome.result, of="metrics_last_epoch")):
+                last.setdefault(outcome.label, []).append(score)
         style = SCORE_FORMATS[get_unit(task, task.metric)]
         listed = ", ".join(f"{label} {style.format(np.mean(some))} ({len(some)})" for label, some in last.items())
         if listed:
             yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
 
 
-def iterate_clipped_notes(done: list[Outcome]) -> Iterator[str]:
+def iterate_clipped_notes(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield how much of Sign's gradient was clipped, the largest share of a row's runs."""
     shares: dict[str, float] = {}
-    for cell in done:
-        if (share := (cell.result or {}).get("clipped_share")) is not None:
-            shares[cell.cell.label] = max(share, shares.get(cell.cell.label, 0.0))
+    for outcome in outcomes:
+        if (share := (outcome.result or {}).get("clipped_share")) is not None:
+            shares[outcome.label] = max(share, shares.get(outcome.label, 0.0))
     if shares:
         listed = ", ".join(f"{label} {share:.2g}" for label, share in shares.items())
         none = "; where it is 0, nothing was clipped at the logged steps" if 0 in shares.values() else ""
         yield f"share of Sign's gradient that was clipped, the largest at a logged step: {listed}{none}"
 
 
-def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
+def iterate_origin_notes(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield machines and code of the runs, runs with other files of a model, and other records of the same settings."""
-    places = [cell.record.read_environment() for cell in done if cell.result]
+    places = [outcome.record.read_environment() for outcome in outcomes if outcome.result]
     known = [place for place in places if place]
     if known:
         machines = {f"{get_machine(p)}, {p['threads']} thread{'s' * (p['threads'] != 1)}" for p in known}
@@ -371,19 +378,22 @@ def iterate_origin_notes(done: list[Outcome]) -> Iterator[str]:
     if places:
         commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}
         yield f"code: {', '.join(sorted(commit[:10] for commit in commits))}"
-    for name, what, groups in group_by_inputs(done):
+    for name, what, groups in group_by_inputs(outcomes):
         listed = "; ".join(", ".join(g[:MAX_NAMED_RUNS]) + " and more" * (len(g) > MAX_NAMED_RUNS) for g in groups)
         yield f"runs of {name} with {what}, which do not compare: {listed}"
-    if rivals := list(dict.fromkeys(describe_rivals(load_task_of(c), some) for c in done for some in c.rivals)):
-        more = f" and {len(rivals) - MAX_NAMED_RUNS} more" if len(rivals) > MAX_NAMED_RUNS else ""
+    named = dict.fromkeys(
+        describe_duplicates(load_task_of(outcome), group) for outcome in outcomes for group in outcome.duplicates
+    )
+    if duplicates := list(named):
+        more = f" and {len(duplicates) - MAX_NAMED_RUNS} more" if len(duplicates) > MAX_NAMED_RUNS else ""
         yield (
             "several finished records of the same settings (other data, weights, task version or code); the one of the "
             "data and weights that the command names counts, or else the newest of the task as it is now and committed "
-            "code: " + "; ".join(rivals[:MAX_NAMED_RUNS]) + more
+            "code: " + "; ".join(duplicates[:MAX_NAMED_RUNS]) + more
         )
 
 
-def describe_rivals(task: Task, records: tuple[Record, ...]) -> str:
+def describe_duplicates(task: Task, records: tuple[Record, ...]) -> str:
     """Return the run that counts and those that do not, with their main scores."""
     style = SCORE_FORMATS[get_unit(task, task.metric)]
     scores = [get_score(task, record.read_result()) for record in records]

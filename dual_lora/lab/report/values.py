@@ -48,15 +48,15 @@ class Column:
     parts: tuple[str, ...] = ()
     ours: str | None = None
 
-    def get_value(self, cell: Outcome) -> float:
+    def get_value(self, outcome: Outcome) -> float:
         """Return the value of a finished run in the unit that is printed; NaN where it was not measured.
 
         Raises:
             KeyError: the run's version recorded no such value.
         """
         if self.field in FIELDS:
-            return FIELDS[self.field][0](cell.result)
-        return get_score(load_task_of(cell), cell.result, self.field)
+            return FIELDS[self.field][0](outcome.result)
+        return get_score(load_task_of(outcome), outcome.result, self.field)
 
 
 def get_score(task: Task, result: dict, metric: str | None = None, of: str = "metrics") -> float:
@@ -71,15 +71,15 @@ def get_unit(task: Task, metric: str) -> int:
     return 1 if metric in task.unscaled else 100
 
 
-def list_columns(experiment: Experiment, done: list[Outcome]) -> list[Column]:
+def list_columns(experiment: Experiment, outcomes: list[Outcome]) -> list[Column]:
     """Return the columns of an experiment's table, in order."""
     if experiment.columns == "published":
         return list_published_columns(
-            paper.load_table(experiment.published[0]), {cell.settings.task.name for cell in done}
+            paper.load_table(experiment.published[0]), {outcome.settings.task.name for outcome in outcomes}
         )
     if isinstance(experiment.columns, dict):
         return [Column(head, field) for head, field in experiment.columns.items()]
-    heads = list(dict.fromkeys(get_column_value(cell, experiment.columns) for cell in done))
+    heads = list(dict.fromkeys(get_column_value(outcome, experiment.columns) for outcome in outcomes))
     heads.sort(key=lambda head: (not isinstance(head, str), 0 if isinstance(head, str) else head))
     return [Column(head) for head in heads]
 
@@ -90,10 +90,10 @@ def get_heading(key: str) -> str:
     return parts[0] if parts[-1] == "name" else parts[-1]
 
 
-def get_column_value(cell: Outcome, key: str) -> Any:
+def get_column_value(outcome: Outcome, key: str) -> Any:
     """Return the value of the columns' setting that a run stands under, in words where it has none: LoRA has
     no magnitude ratio."""
-    value = get_setting(cell.settings, key)
+    value = get_setting(outcome.settings, key)
     return f"no {get_heading(key).replace('_', ' ')}" if value is None else value
 
 
@@ -114,21 +114,23 @@ def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
 
 
 def build_frame(
-    experiment: Experiment, done: list[Outcome], unlearned: Collection[tuple[str, str]] = ()
+    experiment: Experiment, outcomes: list[Outcome], unlearned: Collection[tuple[str, str]] = ()
 ) -> pd.DataFrame:
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
-    marks, run, its learning rate, and the position of its run in `done` (-1 for a mean).
+    marks, run, its learning rate, and the position of its run in `outcomes` (-1 for a mean).
 
     unlearned: models and tasks that means leave out.
     """
-    found = list_columns(experiment, done)
+    found = list_columns(experiment, outcomes)
     values = pd.DataFrame(
-        [e | {"cell": i} for i, cell in enumerate(done) for e in iterate_values(experiment, cell, found)]
+        [e | {"outcome": i} for i, outcome in enumerate(outcomes) for e in iterate_values(experiment, outcome, found)]
     )
     left_out = {
-        i for i, cell in enumerate(done) if (cell.settings.model.name, cell.settings.task.name) in set(unlearned)
+        i
+        for i, outcome in enumerate(outcomes)
+        if (outcome.settings.model.name, outcome.settings.task.name) in set(unlearned)
     }
-    learned = values[~values["cell"].isin(left_out)]
+    learned = values[~values["outcome"].isin(left_out)]
     if experiment.mean in experiment.rows:
         return pd.concat([values, average_values(experiment, learned, experiment.mean)], ignore_index=True)
     for column in found:
@@ -139,57 +141,57 @@ def build_frame(
     return values
 
 
-def iterate_values(experiment: Experiment, cell: Outcome, found: list[Column]) -> Iterator[dict[str, Any]]:
+def iterate_values(experiment: Experiment, outcome: Outcome, found: list[Column]) -> Iterator[dict[str, Any]]:
     """Yield the values one run gives."""
-    heads = {key: get_row_value(cell, key) for key in experiment.rows}
-    common = {"label": cell.cell.label, "seed": cell.settings.seed, "marks": get_marks(cell)}
-    common |= {"run": cell.record.name if cell.record else None, "lr": get_rate(cell)}
+    heads = {key: get_row_value(outcome, key) for key in experiment.rows}
+    common = {"label": outcome.label, "seed": outcome.settings.seed, "marks": get_marks(outcome)}
+    common |= {"run": outcome.record.name if outcome.record else None, "lr": get_rate(outcome)}
     for column in found:
-        if not belongs_to_column(experiment, cell, column):
+        if not belongs_to_column(experiment, outcome, column):
             continue
-        value, reason = None, cell.reason
-        if cell.result:
+        value, reason = None, outcome.reason
+        if outcome.result:
             with suppress(KeyError):
-                value = column.get_value(cell)
+                value = column.get_value(outcome)
             if value is None or isnan(value):
-                value, reason = None, f"{column.field or load_task_of(cell).metric} not measured"
+                value, reason = None, f"{column.field or load_task_of(outcome).metric} not measured"
         yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
 
 
-def get_rate(cell: Outcome) -> float | None:
-    """Return the learning rate of a cell: the head's where nothing else trains; None where nothing trains, or while it
-    is not chosen."""
-    if cell.result and cell.result.get("learning_rates") == {}:
+def get_rate(outcome: Outcome) -> float | None:
+    """Return the learning rate of an outcome: the head's where nothing else trains; None where nothing trains, or while
+    it is not chosen."""
+    if outcome.result and outcome.result.get("learning_rates") == {}:
         return None
-    return cell.settings.train.head_lr if trains_head_alone(cell.settings) else cell.rate
+    return outcome.settings.train.head_lr if trains_head_alone(outcome.settings) else outcome.rate
 
 
-def get_row_value(cell: Outcome, key: str) -> Any:
+def get_row_value(outcome: Outcome, key: str) -> Any:
     """Return the value of a row's setting that a run stands beside; in words where it has none, because a row without
     a value would be left out of the table."""
-    value = get_setting(cell.settings, key)
+    value = get_setting(outcome.settings, key)
     return "none" if value is None else value
 
 
-def belongs_to_column(experiment: Experiment, cell: Outcome, column: Column) -> bool:
+def belongs_to_column(experiment: Experiment, outcome: Outcome, column: Column) -> bool:
     """Whether a run has a value in a column."""
     if column.field is None and not column.parts:
-        return get_column_value(cell, experiment.columns) == column.head
-    return not column.parts and column.task in (None, cell.settings.task.name)
+        return get_column_value(outcome, experiment.columns) == column.head
+    return not column.parts and column.task in (None, outcome.settings.task.name)
 
 
-def list_cells(part: pd.DataFrame, done: list[Outcome]) -> list[Outcome]:
+def list_outcomes(part: pd.DataFrame, outcomes: list[Outcome]) -> list[Outcome]:
     """Return the runs that some values are of; none for means."""
-    return [done[i] for i in sorted(set(part["cell"]) - {-1})]
+    return [outcomes[i] for i in sorted(set(part["outcome"]) - {-1})]
 
 
 def list_scores(
-    experiment: Experiment, column: Column, found: list[Column], cells: list[Outcome]
+    experiment: Experiment, column: Column, found: list[Column], outcomes: list[Outcome]
 ) -> list[tuple[Task, str]]:
     """Return the tasks and scores that runs have in a column, or in its parts if it is a mean. found: all columns."""
     parts = [part for part in found if part.head in (column.parts or [column.head])]
-    pairs = [(cell, part) for cell in cells for part in parts if belongs_to_column(experiment, cell, part)]
-    return [((task := load_task_of(cell)), part.field or task.metric) for cell, part in pairs]
+    pairs = [(outcome, part) for outcome in outcomes for part in parts if belongs_to_column(experiment, outcome, part)]
+    return [((task := load_task_of(outcome)), part.field or task.metric) for outcome, part in pairs]
 
 
 def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> pd.DataFrame:
@@ -201,7 +203,7 @@ def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> p
     values = values[values["parts"] > 1]
     if values.empty:
         return values.drop(columns="parts")
-    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "lr", "cell")]
+    keys = [key for key in values if key not in (over, "value", "reason", "marks", "run", "lr", "outcome")]
     groups = values.groupby(keys, sort=False, dropna=False)
     found = groups["value"].agg(lambda column: column.mean(skipna=False)).reset_index()
     complete = groups[over].nunique().reset_index(drop=True) == found["parts"]
@@ -209,17 +211,17 @@ def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> p
     found["reason"] = None
     found.loc[found["value"].isna(), "reason"] = "a part is missing"
     found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
-    return found.drop(columns="parts").assign(**{over: MEAN, "run": None, "lr": None, "cell": -1})
+    return found.drop(columns="parts").assign(**{over: MEAN, "run": None, "lr": None, "outcome": -1})
 
 
-def get_marks(cell: Outcome) -> str:
+def get_marks(outcome: Outcome) -> str:
     """Return the marks of `MARKS` that apply to a finished run."""
-    if not cell.result:
+    if not outcome.result:
         return ""
-    found = "" if is_committed(cell.record.read_environment()) else "‡"
-    found += "" if is_current(cell.result, cell.settings) else "†"
-    found += "§" if has_changed_plugins(cell.record.read_environment()) else ""
-    return found + ("!" if cell.result.get("warnings") else "")
+    found = "" if is_committed(outcome.record.read_environment()) else "‡"
+    found += "" if is_current(outcome.result, outcome.settings) else "†"
+    found += "§" if has_changed_plugins(outcome.record.read_environment()) else ""
+    return found + ("!" if outcome.result.get("warnings") else "")
 
 
 def format_value(value: object) -> str:
@@ -231,6 +233,6 @@ def format_value(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def get_place(experiment: Experiment, cell: Outcome) -> dict[str, object]:
+def get_place(experiment: Experiment, outcome: Outcome) -> dict[str, object]:
     """Return the settings that say where a run stands, beside its row's label and its task."""
-    return {key: get_setting(cell.settings, key) for key in experiment.list_heads() if key != "task.name"}
+    return {key: get_setting(outcome.settings, key) for key in experiment.list_heads() if key != "task.name"}

@@ -36,7 +36,7 @@ from dual_lora.lab.report.comparison.blocks import (
     iterate_verdict_blocks,
     tabulate_comparisons,
 )
-from dual_lora.lab.report.comparison.comparisons import Comparisons, compare_cells
+from dual_lora.lab.report.comparison.comparisons import Comparisons, compare_outcomes
 from dual_lora.lab.report.comparison.floors import (
     Floor,
     ModelTask,
@@ -80,15 +80,15 @@ class Findings:
     unreadable: list[str]
 
     @classmethod
-    def compute(cls, experiment: Experiment, done: list[Outcome]) -> "Findings":
+    def compute(cls, experiment: Experiment, outcomes: list[Outcome]) -> "Findings":
         """Compute them from the records."""
         predictions = Predictions()
-        found = find_floors(experiment, done, predictions)
+        found = find_floors(experiment, outcomes, predictions)
         floors = [floor for floor in found if not (floor.trouble and isnan(floor.score))]
         unlearned = find_unlearned(floors)
-        comparisons = compare_cells(experiment, done, predictions, unlearned)
-        unreadable = [*find_unreadable(experiment, done), *describe_unscored_floors(found)]
-        return cls(build_frame(experiment, done, unlearned), floors, unlearned, comparisons, unreadable)
+        comparisons = compare_outcomes(experiment, outcomes, predictions, unlearned)
+        unreadable = [*find_unreadable(experiment, outcomes), *describe_unscored_floors(found)]
+        return cls(build_frame(experiment, outcomes, unlearned), floors, unlearned, comparisons, unreadable)
 
 
 def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Path:
@@ -163,7 +163,9 @@ def read_places(experiment: Experiment, text: str, finished: bool = False) -> se
     return set(values[[*experiment.rows, "label", "column", "seed"]].itertuples(index=False, name=None))
 
 
-def write_report(experiment: Experiment, done: list[Outcome], folder: Path, findings: Findings | None = None) -> str:
+def write_report(
+    experiment: Experiment, outcomes: list[Outcome], folder: Path, findings: Findings | None = None
+) -> str:
     """Write the report below `folder` and return its Markdown. findings: what `Findings.compute` gives, where it is
     known.
 
@@ -171,15 +173,15 @@ def write_report(experiment: Experiment, done: list[Outcome], folder: Path, find
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    findings = findings or Findings.compute(experiment, done)
-    blocks = list(iterate_blocks_of_report(experiment, done, folder, findings))
+    findings = findings or Findings.compute(experiment, outcomes)
+    blocks = list(iterate_blocks_of_report(experiment, outcomes, folder, findings))
     title = f"{experiment.title} ({experiment.name}, scale={experiment.scale})"
     text = render_markdown([Text(title, heading=True), *blocks])
     write_text(folder / TABLE_FILE, text)
     write_text(folder / "table.tex", render_latex(blocks, experiment.study))
     write_text(folder / "report.html", render_html(blocks, title))
-    commands = [build_command([done[i].settings]) if i >= 0 else "" for i in findings.values["cell"]]
-    values = findings.values.drop(columns="cell").assign(command=commands)
+    commands = [build_command([outcomes[i].settings]) if i >= 0 else "" for i in findings.values["outcome"]]
+    values = findings.values.drop(columns="outcome").assign(command=commands)
     write_text(folder / VALUES_FILE, values.to_csv(index=False))
     write_text(folder / DIFFERENCES_FILE, tabulate_comparisons(findings.comparisons.all).to_csv(index=False))
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
@@ -209,7 +211,7 @@ def remove_stale_figures(folder: Path, figures: set[str]) -> None:
 
 
 def iterate_blocks_of_report(
-    experiment: Experiment, done: list[Outcome], folder: Path, findings: Findings
+    experiment: Experiment, outcomes: list[Outcome], folder: Path, findings: Findings
 ) -> Iterator[Block]:
     """Yield what the report consists of, its figures written."""
     values, comparisons = findings.values, findings.comparisons
@@ -220,25 +222,25 @@ def iterate_blocks_of_report(
         yield Text(f"Limit: {experiment.limit}.")
     yield from iterate_verdict_blocks(comparisons)
     if experiment.analyse:
-        blocks = iterate_analysis_blocks(experiment, done, findings.floors, folder)
+        blocks = iterate_analysis_blocks(experiment, outcomes, findings.floors, folder)
         yield from iterate_until_error(blocks, "the analyses")
     yield Text("Runs", heading=True)
-    yield build_main_table(experiment, done, values, reasons)
-    notes = iterate_notes(experiment, done, values, reasons, findings.unlearned, findings.unreadable)
+    yield build_main_table(experiment, outcomes, values, reasons)
+    notes = iterate_notes(experiment, outcomes, values, reasons, findings.unlearned, findings.unreadable)
     yield Text(items=tuple(notes))
     yield from iterate_floor_blocks(findings.floors, findings.unlearned)
-    if failed := tuple(describe_failed_runs(experiment, done, findings.floors)):
+    if failed := tuple(describe_failed_runs(experiment, outcomes, findings.floors)):
         yield Text(items=failed)
-    yield from draw_figures(experiment, done, values, comparisons, findings.floors, folder)
+    yield from draw_figures(experiment, outcomes, values, comparisons, findings.floors, folder)
     yield from iterate_exploratory_blocks(comparisons)
     yield from iterate_power_blocks(comparisons)
     if experiment.tune:
-        yield tabulate_learning_rates(experiment, done)
-    yield from iterate_protocol_blocks(experiment, done)
-    yield from iterate_published_blocks(experiment, done)
-    if any(cell.result for cell in done):
+        yield tabulate_learning_rates(experiment, outcomes)
+    yield from iterate_protocol_blocks(experiment, outcomes)
+    yield from iterate_published_blocks(experiment, outcomes)
+    if any(outcome.result for outcome in outcomes):
         yield Text("As it ran", heading=True)
-        yield tabulate_adapters(done)
+        yield tabulate_adapters(outcomes)
 
 
 def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:
@@ -249,10 +251,10 @@ def iterate_until_error(blocks: Iterator[Block], what: str) -> Iterator[Block]:
         yield Text(f"The rest of {what} is missing: {error}")
 
 
-def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path, values: pd.DataFrame) -> None:
+def mirror_report(experiment: Experiment, outcomes: list[Outcome], folder: Path, values: pd.DataFrame) -> None:
     """Send a written report to W&B, unless it is disabled, as a run of its own in the study's group: its tables, all
     values, every figure. values: those of its findings."""
-    wandb = done[0].settings.wandb
+    wandb = outcomes[0].settings.wandb
     if wandb.mode == "disabled":
         return
     study, report = folder.parent.name, folder.name
@@ -268,7 +270,7 @@ def mirror_report(experiment: Experiment, done: list[Outcome], folder: Path, val
         config={"experiment": experiment.name, "scale": experiment.scale},
         folder=folder.parent,
     )
-    tables = {"table": build_main_table(experiment, done, values, letter_reasons(values)).cells}
+    tables = {"table": build_main_table(experiment, outcomes, values, letter_reasons(values)).cells}
     tables |= {f"published/{name}": tabulate_published(paper.load_table(name)) for name in experiment.published}
     tables = {name: cells.astype(str) for name, cells in tables.items()}  # W&B takes one type a column
     files = {"values": VALUES_FILE, "differences": DIFFERENCES_FILE}

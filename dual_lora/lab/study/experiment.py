@@ -181,9 +181,8 @@ class Experiment:
         require(bool(self.seeds), f"{where}: seeds: none given; at least one is needed")
         rows = ", ".join(self.rows) or "none"
         require(self.mean in (None, *self.rows), f"{where}: mean: {self.mean}: not one of rows, which are {rows}")
-        for label in (label for label, override_lists in self.cells.items() if not override_lists):
-            require(False, f"{where}: cells: {label}: no overrides")
         for label, override_lists in self.cells.items():
+            require(bool(override_lists), f"{where}: cells: {label}: no overrides")
             for overrides in list_alternatives(override_lists):
                 check_repeats(overrides, f"{where}: cells: {label}: ")
         for block in self.blocks:
@@ -264,7 +263,7 @@ class Experiment:
             own |= dict.fromkeys(("train.lr", "method.lr"), f"the rates that {label} is tried at")
         for key in own.keys() & extra.keys():
             word, file = f"experiment={self.name} {key}={extra[key]}", f"conf/experiment/{self.name}.yaml"
-            require(False, f"{word}: {file} has {own[key]}; leave this out, or change the file")
+            raise UserError(f"{word}: {file} has {own[key]}; leave this out, or change the file")
 
     def list_jobs(self, extra: list[str]) -> list[Job]:
         """Return the label and the overrides of every cell, without seeds and without `extra`."""
@@ -289,7 +288,7 @@ class Experiment:
         asked = {self.starts[task] for task in {cell.settings.task.name for cell in cells} & self.starts.keys()}
         known = {job.get("task") for _, job in jobs}
         for task in asked - known:
-            require(False, f"conf/experiment/{self.name}.yaml: starts: {task}: no cell has this task")
+            raise UserError(f"conf/experiment/{self.name}.yaml: starts: {task}: no cell has this task")
         sources = cells
         if asked and kept != extra:  # words left out seeds or tasks that the cells start from
             words = [*kept, f"task={','.join(sorted(asked))}"]

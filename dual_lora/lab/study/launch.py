@@ -351,7 +351,9 @@ def stop_on_file(file: Path) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(1):
             if file.exists() or is_command_gone(file.parent):
-                return None if STOP.asked else os.kill(os.getpid(), signal.SIGTERM)
+                if not STOP.asked:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -5,10 +5,11 @@ from typing import Any
 from tabulate import tabulate
 
 from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.present.units import GB
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_score, name_score
 
-MISSING, GB = "-", 1e9
+DASH = "-"  # on the screen, where there is no value
 
 
 def format_results(runs: list[Run]) -> str:
@@ -22,8 +23,8 @@ def format_results(runs: list[Run]) -> str:
     for run, result in zip(runs, results, strict=True):
         scores = [result.get("metrics", {}).get(name) if result.get("metric") == name else None for name in metrics]
         before = (result.get("metrics_before") or {}).get(result.get("metric"))
-        trained = f"{result['trainable_parameters']:,}" if result else MISSING
-        seconds = f"{result['train_seconds']:.1f}" if result else MISSING
+        trained = f"{result['trainable_parameters']:,}" if result else DASH
+        seconds = f"{result['train_seconds']:.1f}" if result else DASH
         shown = [format_score(score, name in unscaled) for score, name in zip(scores, metrics, strict=True)]
         rows.append([run.label, format_score(before, result.get("metric") in unscaled), *shown, trained, seconds])
     rows += summarize_seeds(runs, results, metrics, unscaled)
@@ -47,8 +48,8 @@ def summarize_seeds(
             metric = group[0]["metric"]
             scores = [result["metrics"][metric] for result in group]
             summary = [format_score(value, metric in unscaled) for value in (np.mean(scores), np.std(scores, ddof=1))]
-            shown = [" ± ".join(summary) if name == metric else MISSING for name in metrics]
-            rows.append([f"{label}, mean ± SD of {len(group)} seeds", MISSING, *shown, MISSING, MISSING])
+            shown = [" ± ".join(summary) if name == metric else DASH for name in metrics]
+            rows.append([f"{label}, mean ± SD of {len(group)} seeds", DASH, *shown, DASH, DASH])
     return rows
 
 
@@ -57,7 +58,7 @@ def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: 
     run fits. A dash means that the plan could not be made."""
     rows = []
     for run, plan, refusal in zip(runs, plans, refusals, strict=True):
-        cells = [MISSING] * 4
+        cells = [DASH] * 4
         if plan:
             memory, hours = (format_amount(amount) for amount in (plan["memory"]["peak"] / GB, plan["hours"]))
             cells = [f"{plan['trainable_parameters']:,}", memory, f"{plan['steps']:,}", hours]

@@ -27,8 +27,8 @@ class Outcome:
 
     Attributes:
         rate: the learning rate, None while it is not chosen.
-        rivals: for the run and each of its trials of which there are several finished records (of the same settings),
-            these, the one that counts first.
+        duplicates: groups of finished records with the same settings, for the run or one of its trials; in each group
+            the first is the one used.
         trials: the rates it was chosen from, each with its trial's main score: -inf where training diverged, NaN while
             it is not known.
     """
@@ -38,8 +38,13 @@ class Outcome:
     result: dict | None
     reason: str | None
     rate: float | None = None
-    rivals: tuple[tuple[Record, ...], ...] = ()
+    duplicates: tuple[tuple[Record, ...], ...] = ()
     trials: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The label of the cell's row."""
+        return self.cell.label
 
     @property
     def settings(self) -> Settings:
@@ -134,51 +139,51 @@ def is_current(result: dict, settings: Settings) -> bool:
     return result.get("task_version") == tasks.load(settings.task.name, settings.task.options).version
 
 
-def resolve_start(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
+def resolve_start(cell: Cell, records: dict[str, list[Record]]) -> Cell | None:
     """Return the cell with the run it starts from in its settings and those of its trials: the best of `sources` by its
-    main score, the first of equals; None while one of them, or its score, is missing."""
+    main score, the first of equals; None while one of them, or its score, is missing. records: by settings."""
     if not cell.sources:
         return cell
-    chosen = [choose_learning_rate(source, study) for source in cell.sources]
-    records = [one and find_record(one.settings, study) for one in chosen]
-    results = [record and record.read_result() for record in records]
+    chosen = [choose_learning_rate(source, records) for source in cell.sources]
+    found = [one and find_record(one.settings, records) for one in chosen]
+    results = [record and record.read_result() for record in found]
     if not all(results):
         return None
     scores = [get_main_score(cell.sources[0].settings, result) for result in results]
     if any(map(isnan, scores)):
         return None
     pick = min if load_task_of(cell.sources[0]).is_lower_better() else max
-    folder = str(records[scores.index(pick(scores))].folder)
+    folder = str(found[scores.index(pick(scores))].folder)
     tuning = tuple(replace(trial, init_from=folder) for trial in cell.tuning)
     return replace(cell, settings=replace(cell.settings, init_from=folder), tuning=tuning)
 
 
-def choose_learning_rate(cell: Cell, study: dict[str, list[Record]]) -> Cell | None:
+def choose_learning_rate(cell: Cell, records: dict[str, list[Record]]) -> Cell | None:
     """Return the cell with the best learning rate of its trials, the lower of equals; None while a trial is missing or
-    if all diverged. The trials stay in `tuning`."""
+    if all diverged. The trials stay in `tuning`. records: by settings."""
     if not cell.tuning:
         return cell
     sign = 1 if load_task_of(cell).is_lower_better() else -1
     # (loss to minimise, rate): of equal losses `min` takes the lower rate; a rate that diverged never wins
-    losses = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, study)]
+    losses = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, records)]
     if any(isnan(loss) for loss, _ in losses) or min(losses)[0] == inf:
         return None
     return replace(cell, settings=replace(cell.settings, train=replace(cell.settings.train, lr=min(losses)[1])))
 
 
-def average_trials(cell: Cell, study: dict[str, list[Record]]) -> list[tuple[float, float]]:
+def average_trials(cell: Cell, records: dict[str, list[Record]]) -> list[tuple[float, float]]:
     """Return every rate of a cell's grid with its main score, a mean over seeds: -inf if training diverged with one of
-    them, NaN while one is missing."""
+    them, NaN while one is missing. records: by settings."""
     scores: dict[float, list[float]] = {}
     for trial in cell.tuning:
-        scores.setdefault(trial.train.lr, []).append(get_trial_score(trial, study))
+        scores.setdefault(trial.train.lr, []).append(get_trial_score(trial, records))
     # rounded: sums of floats are not exact, and a difference of 1e-17 would choose a rate
     return [(rate, round(sum(some) / len(some), DECIMALS)) for rate, some in scores.items()]
 
 
-def get_trial_score(trial: Settings, study: dict[str, list[Record]]) -> float:
-    """Return a trial's main score, -inf where training diverged, NaN while it is not known."""
-    record = find_record(trial, study)
+def get_trial_score(trial: Settings, records: dict[str, list[Record]]) -> float:
+    """Return a trial's main score, -inf where training diverged, NaN while it is not known. records: by settings."""
+    record = find_record(trial, records)
     if result := record and record.read_result():
         return get_main_score(trial, result)
     return -inf if read_failure_or_empty(record).get("diverged") else nan
@@ -190,58 +195,60 @@ def get_main_score(settings: Settings, result: dict) -> float:
     return result["metrics"].get(tasks.load(settings.task.name, settings.task.options).metric, nan)
 
 
-def find_record(settings: Settings, study: dict[str, list[Record]]) -> Record | None:
-    """Return the record that counts for these settings; None if there is none."""
-    return next(iter(list_records(settings, study)), None)
+def find_record(settings: Settings, records: dict[str, list[Record]]) -> Record | None:
+    """Return the record that counts for these settings; None if there is none. records: by settings."""
+    return next(iter(list_records(settings, records)), None)
 
 
-def list_records(settings: Settings, study: dict[str, list[Record]]) -> list[Record]:
+def list_records(settings: Settings, records: dict[str, list[Record]]) -> list[Record]:
     """Return the records of these settings, the one that counts first: of several, that of the data, weights and code
-    which the settings name, if these are at hand."""
-    records = study.get(serialize_identity_settings(settings), [])
-    if len(records) > 1:
+    which the settings name, if these are at hand. records: by settings."""
+    found = records.get(serialize_identity_settings(settings), [])
+    if len(found) > 1:
         with suppress(UserError):
             name = compute_identity(settings)
-            return sorted(records, key=lambda record: record.name != name)
-    return records
+            return sorted(found, key=lambda record: record.name != name)
+    return found
 
 
-def find_rivals(all_settings: list[Settings], study: dict[str, list[Record]]) -> tuple[tuple[Record, ...], ...]:
-    """Return the finished records of each of these settings that have several, the one that counts first."""
-    several = [records for settings in all_settings if len(records := list_records(settings, study)) > 1]
-    finished = [tuple(record for record in records if record.read_result()) for records in several]
-    return tuple(records for records in finished if len(records) > 1)
+def find_duplicates(all_settings: list[Settings], records: dict[str, list[Record]]) -> tuple[tuple[Record, ...], ...]:
+    """Return groups of finished records with the same settings, one of `all_settings`; in each group the first is the
+    one used. records: by settings."""
+    several = [found for settings in all_settings if len(found := list_records(settings, records)) > 1]
+    finished = [tuple(record for record in found if record.read_result()) for found in several]
+    return tuple(group for group in finished if len(group) > 1)
 
 
 def find_outcomes(cells: list[Cell], study: str) -> list[Outcome]:
     """Return what the records say of every cell."""
-    found = find_records(study)
-    return [find_outcome(cell, found) for cell in cells]
+    records = find_records(study)
+    return [find_outcome(cell, records) for cell in cells]
 
 
-def find_outcome(cell: Cell, study: dict[str, list[Record]]) -> Outcome:
-    """Return what the records of a study say of one cell."""
-    started = resolve_start(cell, study)
+def find_outcome(cell: Cell, records: dict[str, list[Record]]) -> Outcome:
+    """Return what the records of a study say of one cell. records: by settings."""
+    started = resolve_start(cell, records)
     if started is None:
         source = load_task_of(cell.sources[0])
         return Outcome(
             cell, None, None, f"its start is not there: a run of {source.name} is missing, or its {source.metric}"
         )
-    cell, trials = started, tuple(average_trials(started, study))
-    chosen = choose_learning_rate(cell, study)
+    cell, trials = started, tuple(average_trials(started, records))
+    chosen = choose_learning_rate(cell, records)
     if chosen is None:
-        return Outcome(cell, None, None, explain_missing_rate(cell, study), trials=trials)
-    record = find_record(chosen.settings, study)
+        return Outcome(cell, None, None, explain_missing_rate(cell, records), trials=trials)
+    record = find_record(chosen.settings, records)
     result = record.read_result() if record else None
     reason = None if result else explain_failure(record) or ("started, not finished" if record else "not run")
-    rivals = find_rivals([chosen.settings, *chosen.tuning], study)
-    return Outcome(chosen, record, result, reason, chosen.settings.train.lr, rivals, trials)
+    duplicates = find_duplicates([chosen.settings, *chosen.tuning], records)
+    return Outcome(chosen, record, result, reason, chosen.settings.train.lr, duplicates, trials)
 
 
-def explain_missing_rate(cell: Cell, study: dict[str, list[Record]]) -> str:
-    """Return why a cell has no learning rate: the first failure of its missing trials, or of all if all diverged."""
-    missing = [trial for trial in cell.tuning if isnan(get_trial_score(trial, study))] or cell.tuning
-    found = [why for trial in missing if (why := explain_missing_score(trial, find_record(trial, study)))]
+def explain_missing_rate(cell: Cell, records: dict[str, list[Record]]) -> str:
+    """Return why a cell has no learning rate: the first failure of its missing trials, or of all if all diverged.
+    records: by settings."""
+    missing = [trial for trial in cell.tuning if isnan(get_trial_score(trial, records))] or cell.tuning
+    found = [why for trial in missing if (why := explain_missing_score(trial, find_record(trial, records)))]
     return f"learning rate not chosen: {found[0]}" if found else "learning rate not chosen yet"
 
 

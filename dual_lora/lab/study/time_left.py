@@ -7,12 +7,12 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.record.summary import format_seconds
 
 
-def iterate_kinds(job: Settings) -> Iterator[tuple]:
+def iterate_kinds(settings: Settings) -> Iterator[tuple]:
     """Yield keys that similar runs share, from the most specific to none. Learning rate and seed do not affect the
     time, so they are in no key."""
-    train, where = job.train, (job.model.name, job.task.name)
-    yield *where, job.method.name, job.method.rank, train.max_steps, train.epochs, train.batch_size
-    yield *where, job.method.name
+    train, where = settings.train, (settings.model.name, settings.task.name)
+    yield *where, settings.method.name, settings.method.rank, train.max_steps, train.epochs, train.batch_size
+    yield *where, settings.method.name
     yield where
     yield ()
 
@@ -23,17 +23,17 @@ class TimeLeft:
     def __init__(self) -> None:
         self.took: dict[tuple, list[float]] = {}
 
-    def add_run(self, job: Settings, seconds: float) -> None:
+    def add_run(self, settings: Settings, seconds: float) -> None:
         """Note how many seconds a run took."""
-        for kind in iterate_kinds(job):
+        for kind in iterate_kinds(settings):
             self.took.setdefault(kind, []).append(seconds)
 
-    def estimate_seconds(self, job: Settings) -> float:
+    def estimate_seconds(self, settings: Settings) -> float:
         """Return the seconds that a run may take, as the runs most like it did."""
-        return mean(next(self.took[kind] for kind in iterate_kinds(job) if kind in self.took))
+        return mean(next(self.took[kind] for kind in iterate_kinds(settings) if kind in self.took))
 
-    def describe_time(self, jobs: list[Settings]) -> str:
-        """Return what is said of the time that jobs take; nothing is known before a run is done."""
+    def describe_time(self, all_settings: list[Settings]) -> str:
+        """Return the estimated time left, or that it is unknown until one run has finished."""
         if not self.took:
             return "time left not known before a run is done"
-        return f"about {format_seconds(sum(map(self.estimate_seconds, jobs)))} left"
+        return f"about {format_seconds(sum(map(self.estimate_seconds, all_settings)))} left"

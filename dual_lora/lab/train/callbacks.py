@@ -22,6 +22,10 @@ from dual_lora.lab.system.distributed import has_several_processes, is_first_pro
 from dual_lora.lab.system.signals import STOP
 from dual_lora.tuner.warmup import list_factors
 
+LOSS_COLUMN, ZEROS_COLUMN = "validation/loss", "train/zeros"  # of the log
+# Files of a checkpoint beside the Trainer's own and those of `optimizer_state`, which replaces the Trainer's pickles.
+STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
+
 
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar with the latest loss and the speed, instead of a line for every log step. If stderr is
@@ -109,11 +113,6 @@ class LogCallback(TrainerCallback):
         if self.zeros and (share := measure_zero_share(model)) is not None:
             row[ZEROS_COLUMN] = share
         self.write_row(state.global_step, {"epoch": round(state.epoch, 4), **row})
-
-
-LOSS_COLUMN, ZEROS_COLUMN = "validation/loss", "train/zeros"  # of the log
-# Files of a checkpoint beside the Trainer's own and those of `optimizer_state`, which replaces the Trainer's pickles.
-STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
 
 
 def get_trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from matplotlib.ticker import LogLocator
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import CURVATURE_FILE
-from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.figures.layout import COLORS, GREY, MARKERS, STYLE, WIDTH
 from dual_lora.lab.report.learning_rates import EDGE, is_at_edge
 from dual_lora.lab.report.values import format_value
@@ -35,10 +34,10 @@ class Point:
     content: dict
 
 
-def iterate_curvature_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield the eigenvalues, their figure and their rank correlation with the chosen rates. floors: not used."""
-    several = len({cell.settings.model.name for cell in done}) > 1
-    points = [read_point(cell, several) for cell in done]
+def iterate_curvature_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield the eigenvalues, their figure and their rank correlation with the chosen rates."""
+    several = len({outcome.settings.model.name for outcome in outcomes}) > 1
+    points = [read_point(outcome, several) for outcome in outcomes]
     one = points[0].content
     yield Text("Curvature and the best rate", heading=True)
     yield Text(
@@ -64,15 +63,15 @@ def iterate_curvature_blocks(done: list[Outcome], floors: list[Floor], folder: P
         yield Text("No rank correlation: under five points, or all rates or eigenvalues are equal.")
 
 
-def read_point(cell: Outcome, several: bool) -> Point:
+def read_point(outcome: Outcome, several: bool) -> Point:
     """Return the point of an analysed run. several: whether there are runs of several models.
 
     Raises:
         UserError: its file is damaged.
     """
-    content = cell.record.read_sealed(CURVATURE_FILE, "eigenvalue", "rows", "tolerance")
-    task = cell.settings.task.name + (f" ({cell.settings.model.name})" if several else "")
-    return Point(cell.cell.label, task, content["eigenvalue"], cell.rate, is_at_edge(cell), content)
+    content = outcome.record.read_sealed(CURVATURE_FILE, "eigenvalue", "rows", "tolerance")
+    task = outcome.settings.task.name + (f" ({outcome.settings.model.name})" if several else "")
+    return Point(outcome.label, task, content["eigenvalue"], outcome.rate, is_at_edge(outcome), content)
 
 
 def tabulate_points(points: list[Point]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from dual_lora.lab.present.document import Block, Table, Text
 from dual_lora.lab.record.record import FIT_FILE
 from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import Floor, get_model_task
+from dual_lora.lab.report.comparison.floors import get_model_task
 from dual_lora.lab.study.outcome import Outcome
 
 
@@ -25,7 +25,7 @@ class FittedRun:
     optima: dict[tuple[str, str], float]
 
     @classmethod
-    def read(cls, cell: Outcome, content: dict) -> "FittedRun":
+    def read(cls, outcome: Outcome, content: dict) -> "FittedRun":
         shares: dict[tuple[str, str], float] = {}
         optima = {}
         for row in content["rows"]:
@@ -34,13 +34,15 @@ class FittedRun:
             shares[key] = min(shares.get(key, np.inf), found)
             if row["result"]["svd"] is not None:
                 optima[key] = row["result"]["svd"]
-        return cls(get_model_task(cell), cell.cell.label, shares, optima)
+        return cls(get_model_task(outcome), outcome.label, shares, optima)
 
 
-def iterate_fit_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. floors, folder: not used."""
-    contents = [cell.record.read_sealed(FIT_FILE, "rows", "labels", "compared_with", "modules") for cell in done]
-    runs = [FittedRun.read(cell, content) for cell, content in zip(done, contents, strict=True)]
+def iterate_fit_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. folder: not used."""
+    contents = [
+        outcome.record.read_sealed(FIT_FILE, "rows", "labels", "compared_with", "modules") for outcome in outcomes
+    ]
+    runs = [FittedRun.read(outcome, content) for outcome, content in zip(outcomes, contents, strict=True)]
     labels, compared, one = contents[0]["labels"], contents[0]["compared_with"], contents[0]["rows"][0]["cell"]
     rates = sorted({row["cell"]["rate"] for row in contents[0]["rows"]})
     yield Text("Fitting the updates", heading=True)

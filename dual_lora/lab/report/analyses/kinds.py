@@ -35,44 +35,46 @@ SAME_SEED, OTHER_SEED = "same seed", "another seed"  # runs of the reference row
 
 @dataclass(frozen=True)
 class Kind:
-    """file: the analysis in a run's folder. keys: what it must hold. iterate_blocks: what a report says of all runs."""
+    """file: the analysis in a run's folder. keys: what it must hold. iterate_blocks: what a report says of all runs.
+    uses_floors: whether that depends on the floors; then `iterate_blocks` takes them last."""
 
     file: str
     keys: tuple[str, ...]
-    iterate_blocks: Callable[[list[Outcome], list[Floor], Path], Iterator[Block]]
+    iterate_blocks: Callable[..., Iterator[Block]]
+    uses_floors: bool = False
 
 
 KINDS = {
     "ranks": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_rank_blocks),
     "entries": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_entry_blocks),
-    "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks),
+    "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks, uses_floors=True),
     "curvature": Kind(CURVATURE_FILE, ("eigenvalue", "rows"), iterate_curvature_blocks),
     "similarity": Kind(SIMILARITY_FILE, ("rows", "references"), iterate_similarity_blocks),
     "fit": Kind(FIT_FILE, ("rows", "labels"), iterate_fit_blocks),
 }
 
 
-def is_analysed(experiment: Experiment, cell: Outcome) -> bool:
+def is_analysed(experiment: Experiment, outcome: Outcome) -> bool:
     """Whether a run is one that the experiment analyses, once it is finished."""
-    return bool(experiment.analyse) and cell.result is not None and cell.cell.label not in experiment.floors
+    return bool(experiment.analyse) and outcome.result is not None and outcome.label not in experiment.floors
 
 
-def analyse_missing(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> None:
-    """Analyse a finished run that has no analysis yet. done: all cells of the experiment.
+def analyse_missing(experiment: Experiment, outcome: Outcome, outcomes: list[Outcome]) -> None:
+    """Analyse a finished run that has no analysis yet. outcomes: all of the experiment's.
 
     Raises:
         UserError: the run cannot be loaded or taken apart.
     """
-    if not is_analysed(experiment, cell):
+    if not is_analysed(experiment, outcome):
         return
-    made = (cell.record.folder / KINDS[experiment.analyse].file).is_file()
-    if not (made and is_up_to_date(experiment, cell, done)):
-        print(f"analysing {cell.record.name}", flush=True)
-        alone = replace(cell.settings.hardware, devices=1, sharding="none")  # whatever trained it
-        load_analysis(experiment, cell, done)(replace(cell.settings, hardware=alone), cell.record)
+    made = (outcome.record.folder / KINDS[experiment.analyse].file).is_file()
+    if not (made and is_up_to_date(experiment, outcome, outcomes)):
+        print(f"analysing {outcome.record.name}", flush=True)
+        alone = replace(outcome.settings.hardware, devices=1, sharding="none")  # whatever trained it
+        load_analysis(experiment, outcome, outcomes)(replace(outcome.settings, hardware=alone), outcome.record)
 
 
-def is_up_to_date(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> bool:
+def is_up_to_date(experiment: Experiment, outcome: Outcome, outcomes: list[Outcome]) -> bool:
     """Whether an analysis that is there is the one that this experiment makes: a comparison may be with the runs of
     other seeds, where fewer were asked for, or with runs that were done again since. A damaged one counts as such: the
     report names it.
@@ -81,11 +83,11 @@ def is_up_to_date(experiment: Experiment, cell: Outcome, done: list[Outcome]) ->
         UserError: as `find_references`.
     """
     kind, compares = KINDS[experiment.analyse], experiment.analyse == "similarity"
-    found = find_references(experiment, cell, done) if compares else {}
+    found = find_references(experiment, outcome, outcomes) if compares else {}
     wanted = {name: other and other[1].name for name, other in found.items()}
     try:
-        content = cell.record.read_sealed(kind.file, *kind.keys)
-        return content.get("references", {}) == wanted and not list_redone_runs(cell.record, content)
+        content = outcome.record.read_sealed(kind.file, *kind.keys)
+        return content.get("references", {}) == wanted and not list_redone_runs(outcome.record, content)
     except UserError:
         return True
 
@@ -102,7 +104,9 @@ def list_redone_runs(record: Record, content: dict) -> list[str]:
     return [name for name, digest in known.items() if now[name] and now[name] != digest]
 
 
-def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) -> Callable[[Settings, Record], object]:
+def load_analysis(
+    experiment: Experiment, outcome: Outcome, outcomes: list[Outcome]
+) -> Callable[[Settings, Record], object]:
     """Return the function that analyses a run. It imports torch, which a report does not need.
 
     Raises:
@@ -117,14 +121,14 @@ def load_analysis(experiment: Experiment, cell: Outcome, done: list[Outcome]) ->
         from dual_lora.lab.weights.truncate import truncate_run
 
     if kind == "similarity":
-        return partial(measure_similarity, references=find_references(experiment, cell, done))
+        return partial(measure_similarity, references=find_references(experiment, outcome, outcomes))
     if kind == "fit":
         return partial(fit_updates, size="smoke" if experiment.scale == "smoke" else "full")
     return {"truncation": truncate_run, "curvature": measure_curvature}.get(kind, analyse_run)
 
 
 def find_references(
-    experiment: Experiment, cell: Outcome, done: list[Outcome]
+    experiment: Experiment, outcome: Outcome, outcomes: list[Outcome]
 ) -> dict[str, tuple[Settings, Record] | None]:
     """Return the runs of the reference row on a run's model and task: that of its own seed, unless it is that run, and
     that of the next seed; None where the experiment has none.
@@ -132,11 +136,11 @@ def find_references(
     Raises:
         UserError: one of them is not finished.
     """
-    place, seed = get_model_task(cell), cell.settings.seed
-    runs = {c.settings.seed: c for c in done if c.cell.label == experiment.reference and get_model_task(c) == place}
+    place, seed = get_model_task(outcome), outcome.settings.seed
+    runs = {c.settings.seed: c for c in outcomes if c.label == experiment.reference and get_model_task(c) == place}
     others = sorted((other for other in runs if other != seed), key=lambda other: (other < seed, other))
     chosen = {
-        SAME_SEED: runs.get(seed) if cell.cell.label != experiment.reference else None,
+        SAME_SEED: runs.get(seed) if outcome.label != experiment.reference else None,
         OTHER_SEED: runs[others[0]] if others else None,
     }
     for other in filter(None, chosen.values()):
@@ -145,26 +149,30 @@ def find_references(
     return {name: other and (other.settings, other.record) for name, other in chosen.items()}
 
 
-def check_analysis(experiment: Experiment, cell: Outcome) -> None:
+def check_analysis(experiment: Experiment, outcome: Outcome) -> None:
     """Refuse an analysis that is missing, damaged, or older than a run that it compares with.
 
     Raises:
         UserError: with the run and the file.
     """
-    if is_analysed(experiment, cell):
+    if is_analysed(experiment, outcome):
         kind = KINDS[experiment.analyse]
-        path = cell.record.folder / kind.file
+        path = outcome.record.folder / kind.file
         require(path.exists(), f"{path}: missing; sweep.py without run=false analyses the run")
-        redone = list_redone_runs(cell.record, cell.record.read_sealed(kind.file, *kind.keys))
+        redone = list_redone_runs(outcome.record, outcome.record.read_sealed(kind.file, *kind.keys))
         remedy = "sweep.py without run=false analyses the run again"
         require(not redone, f"{path}: compares with {', '.join(redone)}, done again since; {remedy}")
 
 
 def iterate_analysis_blocks(
-    experiment: Experiment, done: list[Outcome], floors: list[Floor], folder: Path
+    experiment: Experiment, outcomes: list[Outcome], floors: list[Floor], folder: Path
 ) -> Iterator[Block]:
     """Yield what the report says of the analyses, as far as there are any."""
     kind = KINDS[experiment.analyse]
-    found = [cell for cell in done if is_analysed(experiment, cell) and (cell.record.folder / kind.file).is_file()]
+    found = [
+        outcome
+        for outcome in outcomes
+        if is_analysed(experiment, outcome) and (outcome.record.folder / kind.file).is_file()
+    ]
     if found:
-        yield from kind.iterate_blocks(found, floors, folder)
+        yield from kind.iterate_blocks(found, folder, *([floors] if kind.uses_floors else []))

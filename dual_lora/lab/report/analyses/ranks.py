@@ -17,15 +17,14 @@ from dual_lora.lab.present.medians import (
 )
 from dual_lora.lab.present.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.record.record import ANALYSIS_FILE
-from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.outcome import Outcome
 
 RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
 
-def iterate_rank_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield the ranks of dW of analysed runs in short, the figures, and all medians. floors: not used."""
-    found = read_analyses(done)
+def iterate_rank_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield the ranks of dW of analysed runs in short, the figures, and all medians."""
+    found = read_analyses(outcomes)
     runs = [load_analysed_run(name, content) for name, content in found.items()]
     yield Text("Ranks of the update", heading=True)
     yield Table(
@@ -44,16 +43,16 @@ def iterate_rank_blocks(done: list[Outcome], floors: list[Floor], folder: Path) 
             yield Image(path, f"{name}: the entries of both groups; dashed: random factors.")
 
 
-def read_analyses(done: list[Outcome]) -> dict[str, dict]:
+def read_analyses(outcomes: list[Outcome]) -> dict[str, dict]:
     """Return the analyses of runs by label, and by model, task and seed where there are several; runs that differ in
     another setting have the name of their record, too."""
-    places = [(c.settings.model.name, c.settings.task.name, f"seed {c.settings.seed}") for c in done]
+    places = [(c.settings.model.name, c.settings.task.name, f"seed {c.settings.seed}") for c in outcomes]
     several = [len(set(values)) > 1 for values in zip(*places, strict=True)]
-    names = [", ".join([c.cell.label, *compress(place, several)]) for c, place in zip(done, places, strict=True)]
+    names = [", ".join([c.label, *compress(place, several)]) for c, place in zip(outcomes, places, strict=True)]
     found = {}
-    for name, cell in zip(names, done, strict=True):
-        unique = name if names.count(name) == 1 else f"{name}, {cell.record.name}"
-        found[unique] = cell.record.read_sealed(ANALYSIS_FILE)
+    for name, outcome in zip(names, outcomes, strict=True):
+        unique = name if names.count(name) == 1 else f"{name}, {outcome.record.name}"
+        found[unique] = outcome.record.read_sealed(ANALYSIS_FILE)
     return found
 
 

@@ -14,7 +14,7 @@ from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure
 from dual_lora.lab.record.record import SIMILARITY_FILE
 from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import Floor, get_model_task
+from dual_lora.lab.report.comparison.floors import get_model_task
 from dual_lora.lab.report.figures.layout import STYLE, add_legend, create_panels, get_style
 from dual_lora.lab.study.outcome import Outcome
 
@@ -38,12 +38,12 @@ class ComparedRun:
         return float(np.median(values)) if values else np.nan
 
 
-def iterate_similarity_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
-    """Yield similarities, and the correlation of the two changes, as tables and as a figure. floors: not used."""
-    contents = [cell.record.read_sealed(SIMILARITY_FILE, "rows", "references") for cell in done]
+def iterate_similarity_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+    """Yield similarities, and the correlation of the two changes, as tables and as a figure."""
+    contents = [outcome.record.read_sealed(SIMILARITY_FILE, "rows", "references") for outcome in outcomes]
     runs = [
-        ComparedRun(get_model_task(cell), cell.cell.label, content["rows"])
-        for cell, content in zip(done, contents, strict=True)
+        ComparedRun(get_model_task(outcome), outcome.label, content["rows"])
+        for outcome, content in zip(outcomes, contents, strict=True)
     ]
     references = list(dict.fromkeys(name for content in contents for name in content["references"]))
     yield Text("Similarity to the reference's updates", heading=True)

@@ -65,9 +65,9 @@ class Curve:
         return max(known for known in self.scores if known <= rank)
 
 
-def iterate_truncation_blocks(done: list[Outcome], floors: list[Floor], folder: Path) -> Iterator[Block]:
+def iterate_truncation_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
     """Yield the curve of every row and task as a figure and as tables."""
-    curves = [read_curve(cell) for cell in done]
+    curves = [read_curve(outcome) for outcome in outcomes]
     yield Text("Updates cut to a lower rank", heading=True)
     yield Text(
         "Every changed weight W0 + dW becomes W0 + dW_k, the closest of rank k by SVD; nothing is trained again. The "
@@ -95,24 +95,24 @@ def iterate_truncation_blocks(done: list[Outcome], floors: list[Floor], folder: 
     yield Text(items=(f"uncut, {same} of {len(curves)} runs have their recorded score up to {SAME} points",))
 
 
-def read_curve(cell: Outcome) -> Curve:
+def read_curve(outcome: Outcome) -> Curve:
     """Return the curve of an analysed run.
 
     Raises:
         UserError: its file is damaged, or of another score than the task's main one.
     """
-    content = cell.record.read_sealed(TRUNCATION_FILE, "ranks", "scores", "kept", "metric", "recorded")
-    task, ranks, metric = load_task_of(cell), content["ranks"], content["metric"]
+    content = outcome.record.read_sealed(TRUNCATION_FILE, "ranks", "scores", "kept", "metric", "recorded")
+    task, ranks, metric = load_task_of(outcome), content["ranks"], content["metric"]
     require(
         metric == task.metric,
-        f"{cell.record.folder / TRUNCATION_FILE}: its scores are {metric}, the task's main one is {task.metric} now; "
-        "sweep.py without run=false does the run again",
+        f"{outcome.record.folder / TRUNCATION_FILE}: its scores are {metric}, the task's main one is {task.metric} now"
+        "; sweep.py without run=false does the run again",
     )
     unit = get_unit(task, metric)
     points = [np.nan if score is None else score * unit for score in content["scores"]]
     return Curve(
-        get_model_task(cell),
-        cell.cell.label,
+        get_model_task(outcome),
+        outcome.label,
         dict(zip(ranks, points, strict=True)),
         dict(zip(ranks, content["kept"], strict=True)),
         content["recorded"] * unit,

@@ -132,15 +132,15 @@ class Comparisons:
         return [*self.planned, *self.exploratory, *self.further]
 
 
-def compare_cells(
-    experiment: Experiment, done: list[Outcome], predictions: Predictions, unlearned: set[ModelTask]
+def compare_outcomes(
+    experiment: Experiment, outcomes: list[Outcome], predictions: Predictions, unlearned: set[ModelTask]
 ) -> Comparisons:
     """Return every comparison. unlearned: models and tasks that are left out of means."""
-    matches = [*iterate_matches(experiment, done), *iterate_contrasts(experiment, done)]
+    matches = [*iterate_matches(experiment, outcomes), *iterate_contrasts(experiment, outcomes)]
     means = list_mean_groups(matches, unlearned)
-    plan = list_planned(experiment, done, unlearned)
+    plan = list_planned(experiment, outcomes, unlearned)
     family = len(plan)
-    tested = {match: list(test_match(experiment, done, match, predictions, family)) for match in matches}
+    tested = {match: list(test_match(experiment, outcomes, match, predictions, family)) for match in matches}
     found = [mark_unfinished(some[0], plan.get(get_key(match)), 1) for match, some in tested.items()]
     for key, group in means.items():
         mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
@@ -151,10 +151,12 @@ def compare_cells(
     return Comparisons(planned, [c for c in main if not c.planned], further, family)
 
 
-def list_planned(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> dict[Key, tuple[int, int]]:
-    """Return the comparisons that the experiment plans on these cells, whether or not their runs are finished: of how
-    many tasks and seeds each is, by `get_key` or, for means, `get_row_key`."""
-    whole = [cell if cell.result else pretend_finished(cell) for cell in done]
+def list_planned(
+    experiment: Experiment, outcomes: list[Outcome], unlearned: set[ModelTask]
+) -> dict[Key, tuple[int, int]]:
+    """Return the comparisons that the experiment plans on these outcomes, whether or not their runs are finished: of
+    how many tasks and seeds each is, by `get_key` or, for means, `get_row_key`."""
+    whole = [outcome if outcome.result else pretend_finished(outcome) for outcome in outcomes]
     matches = [*iterate_matches(experiment, whole), *iterate_contrasts(experiment, whole)]
     planned = [match for match in matches if is_planned(experiment, match)]
     found = {get_key(match): (1, len(match.seeds)) for match in planned}
@@ -183,10 +185,10 @@ def mark_unfinished(comparison: Comparison, plan: tuple[int, int] | None, tasks:
     return replace(comparison, unfinished=", ".join(lacking), p=None, p_equivalent=None) if lacking else comparison
 
 
-def pretend_finished(cell: Outcome) -> Outcome:
-    """Return a cell as if it had a result, under a name that only the same settings have."""
-    name = hashlib.sha256(serialize_identity_settings(cell.settings).encode()).hexdigest()
-    return replace(cell, record=Record(Path(name)), result={"metrics": {}})
+def pretend_finished(outcome: Outcome) -> Outcome:
+    """Return an outcome as if its run had finished, under a name that only the same settings have."""
+    name = hashlib.sha256(serialize_identity_settings(outcome.settings).encode()).hexdigest()
+    return replace(outcome, record=Record(Path(name)), result={"metrics": {}})
 
 
 def is_planned(experiment: Experiment, match: Match) -> bool:
@@ -209,15 +211,15 @@ def estimate_spreads(found: list[Comparison]) -> list[Comparison]:
 
 
 def test_match(
-    experiment: Experiment, done: list[Outcome], match: Match, predictions: Predictions, family: int
+    experiment: Experiment, outcomes: list[Outcome], match: Match, predictions: Predictions, family: int
 ) -> Iterator[Comparison]:
     """Yield a match by its task's main score, and a row by further ones. family: how many comparisons are planned."""
     planned, task = is_planned(experiment, match), match.task
-    metrics = [task.metric, *(() if match.contrast else list_further_scores(experiment, done, match))]
+    metrics = [task.metric, *(() if match.contrast else list_further_scores(experiment, outcomes, match))]
     sides, error = None, None
     try:
         check_same_inputs(match)
-        sides = [[predictions.read_runs(cells) for cells in side] for side in (match.ours, match.theirs)]
+        sides = [[predictions.read_runs(column) for column in side] for side in (match.ours, match.theirs)]
     except UserError as found:
         error = found
     for metric in metrics:
@@ -257,9 +259,9 @@ def add_tests(comparison: Comparison) -> Comparison:
     return replace(comparison, p=combine_p(comparison.difference), p_equivalent=p_equivalent)
 
 
-def list_further_scores(experiment: Experiment, done: list[Outcome], match: Match) -> list[str]:
+def list_further_scores(experiment: Experiment, outcomes: list[Outcome], match: Match) -> list[str]:
     """Return the scores beside the main one that stand in columns of the table."""
-    here = [c.field for c in list_columns(experiment, done) if c.field and c.task in (None, match.task.name)]
+    here = [c.field for c in list_columns(experiment, outcomes) if c.field and c.task in (None, match.task.name)]
     return [field for field in here if field not in FIELDS and field != match.task.metric]
 
 

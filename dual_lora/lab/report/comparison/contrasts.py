@@ -8,13 +8,13 @@ from dual_lora.lab.study.experiment import CONTRAST_SIDES, Experiment
 from dual_lora.lab.study.outcome import Outcome
 
 
-def iterate_contrasts(experiment: Experiment, done: list[Outcome]) -> Iterator[Match]:
+def iterate_contrasts(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Match]:
     """Yield the experiment's contrasts for every row and task that has a finished run in each of their columns."""
     heading = get_heading(str(experiment.columns)).replace("_", " ")
-    for label, places in (group_by_place(experiment, done) if experiment.contrasts else {}).items():
+    for label, places in (group_by_place(experiment, outcomes) if experiment.contrasts else {}).items():
         groups: dict[Key, dict[object, list[Outcome]]] = {}
-        for (*where, column), cells in places.items():
-            groups.setdefault(tuple(where), {})[column] = cells
+        for (*where, column), finished in places.items():
+            groups.setdefault(tuple(where), {})[column] = finished
         for contrast in experiment.contrasts:
             for columns in groups.values():
                 sides = [[columns.get(value, []) for value in contrast[side]] for side in CONTRAST_SIDES]

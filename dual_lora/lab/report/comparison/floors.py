@@ -68,32 +68,32 @@ class Floor:
         return any(label == row[0] for row in self.beaten_by)
 
 
-def find_floors(experiment: Experiment, done: list[Outcome], predictions: Predictions) -> list[Floor]:
+def find_floors(experiment: Experiment, outcomes: list[Outcome], predictions: Predictions) -> list[Floor]:
     """Return the floors of every model and task, as far as runs are finished."""
     places: dict[ModelTask, list[Outcome]] = {}
-    for cell in done:
-        if cell.result:
-            places.setdefault(get_model_task(cell), []).append(cell)
-    return [floor for place, cells in places.items() for floor in iterate_floors(experiment, place, cells, predictions)]
+    for outcome in outcomes:
+        if outcome.result:
+            places.setdefault(get_model_task(outcome), []).append(outcome)
+    return [floor for place, some in places.items() for floor in iterate_floors(experiment, place, some, predictions)]
 
 
-def get_model_task(cell: Outcome) -> ModelTask:
+def get_model_task(outcome: Outcome) -> ModelTask:
     """Return the names of a run's model and task."""
-    return cell.settings.model.name, cell.settings.task.name
+    return outcome.settings.model.name, outcome.settings.task.name
 
 
 def iterate_floors(
-    experiment: Experiment, place: ModelTask, cells: list[Outcome], predictions: Predictions
+    experiment: Experiment, place: ModelTask, finished: list[Outcome], predictions: Predictions
 ) -> Iterator[Floor]:
-    """Yield the floors of one model and task. cells: its finished runs."""
-    task, groups = load_task_of(cells[0]), group_by_place(experiment, cells)
+    """Yield the floors of one model and task. finished: its finished runs."""
+    task, groups = load_task_of(finished[0]), group_by_place(experiment, finished)
     known = {
         (label, where): runs
         for label, some in groups.items()
-        for where, cells in some.items()
-        if (runs := read_or_skip(predictions, cells))
+        for where, same_place in some.items()
+        if (runs := read_or_skip(predictions, same_place))
     }
-    names = name_rows(known, list(get_place(experiment, cells[0])))
+    names = name_rows(known, list(get_place(experiment, finished[0])))
     rows = {row: runs for row, runs in known.items() if row[0] not in experiment.floors}
     own = [row for label in experiment.floors for row in known if row[0] == label]
     floors = [(names[row], row[1], partial(known.get, row)) for row in own]
@@ -126,10 +126,10 @@ def name_rows(rows: Iterable[RowKey], heads: list[str]) -> dict[RowKey, str]:
     return names
 
 
-def read_or_skip(predictions: Predictions, cells: list[Outcome]) -> dict[int, list[Row]]:
+def read_or_skip(predictions: Predictions, outcomes: list[Outcome]) -> dict[int, list[Row]]:
     """Return the rows of runs by seed; none where a file is damaged, which the report says elsewhere."""
     try:
-        return predictions.read_runs(cells)
+        return predictions.read_runs(outcomes)
     except UserError:
         return {}
 
@@ -210,21 +210,21 @@ def find_best_rows(floors: list[Floor]) -> set[RowKey]:
     return {row for row in rows if all(row in floor.beaten_by for floor in floors if floor.stands_for(row[1]))}
 
 
-def describe_failed_runs(experiment: Experiment, done: list[Outcome], floors: list[Floor]) -> Iterator[str]:
+def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors: list[Floor]) -> Iterator[str]:
     """Yield the rows of which some runs, but not the task as a whole, learned nothing: they score no better than the
     floor. A mean and its interval do not show that."""
     unlearned, several = find_unlearned(floors), len({floor.place[0] for floor in floors}) > 1
     runs: dict[tuple[ModelTask, str, str], list[tuple[int, bool]]] = {}
-    for cell in done:
-        place, task = get_model_task(cell), load_task_of(cell)
-        where = (task.name, *get_place(experiment, cell).values())
+    for outcome in outcomes:
+        place, task = get_model_task(outcome), load_task_of(outcome)
+        where = (task.name, *get_place(experiment, outcome).values())
         faced = [floor for floor in floors if floor.place == place and floor.stands_for(where)]
-        known = cell.result and task.metric in cell.result["metrics"]  # older versions had other scores
-        if not known or not faced or place in unlearned or cell.cell.label in experiment.floors:
+        known = outcome.result and task.metric in outcome.result["metrics"]  # older versions had other scores
+        if not known or not faced or place in unlearned or outcome.label in experiment.floors:
             continue
         sign, hardest = -1 if task.is_lower_better() else 1, find_hardest(faced)
-        failed = sign * get_score(task, cell.result, task.metric) <= sign * hardest.score
-        runs.setdefault((place, cell.cell.label, hardest.name), []).append((cell.settings.seed, failed))
+        failed = sign * get_score(task, outcome.result, task.metric) <= sign * hardest.score
+        runs.setdefault((place, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))
     for (place, label, floor), found in runs.items():
         seeds = [seed for seed, failed in found if failed]
         if seeds:

@@ -48,17 +48,19 @@ class Match:
     @property
     def runs(self) -> list[Outcome]:
         """The runs of both sides."""
-        return [cell for cells in (*self.ours, *self.theirs) for cell in cells]
+        return [outcome for column in (*self.ours, *self.theirs) for outcome in column]
 
     @property
     def seeds(self) -> list[int]:
         """The seeds with which every column has a run, sorted."""
-        return sorted(set.intersection(*({c.settings.seed for c in cells} for cells in (*self.ours, *self.theirs))))
+        return sorted(
+            set.intersection(*({run.settings.seed for run in column} for column in (*self.ours, *self.theirs)))
+        )
 
     def subtract_recorded(self, metric: str) -> tuple[float, ...]:
         """Return, for each seed, the mean of our recorded scores minus that of theirs; nothing where one is missing."""
         known = [
-            [{cell.settings.seed: cell.result["metrics"].get(metric) for cell in cells} for cells in side]
+            [{outcome.settings.seed: outcome.result["metrics"].get(metric) for outcome in column} for column in side]
             for side in (self.ours, self.theirs)
         ]
         scores = [[[column[seed] for column in side] for side in known] for seed in self.seeds]
@@ -67,21 +69,21 @@ class Match:
         return tuple(compute_mean(one) - compute_mean(other) for one, other in scores)
 
 
-def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Match]:
+def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Match]:
     """Yield every row that is neither baseline nor floor with every baseline on each task, as far as runs are finished.
 
     A baseline none of whose runs, finished or not, has a value of the columns' setting stands against all columns. Rows
     that are the same runs are compared once.
     """
-    runs = group_by_place(experiment, done)
+    runs = group_by_place(experiment, outcomes)
     apart, seen = {*experiment.baselines, *experiment.floors}, set()
-    without = [label for label in experiment.baselines if not has_column_values(experiment, done, label)]
+    without = [label for label in experiment.baselines if not has_column_values(experiment, outcomes, label)]
     for label in [label for label in runs if label not in apart]:
         for baseline in experiment.baselines:
             known = runs.get(baseline, {})
             for where, ours in runs[label].items():
                 theirs = known.get((*where[:-1], None) if baseline in without else where, [])
-                same = tuple(frozenset(cell.record.name for cell in cells) for cells in (ours, theirs))
+                same = tuple(frozenset(outcome.record.name for outcome in side) for side in (ours, theirs))
                 if not theirs or same[0] == same[1] or same in seen:
                     continue
                 match = Match(label, baseline, get_place(experiment, ours[0]), [ours], [theirs])
@@ -90,21 +92,21 @@ def iterate_matches(experiment: Experiment, done: list[Outcome]) -> Iterator[Mat
                     yield match
 
 
-def has_column_values(experiment: Experiment, done: list[Outcome], label: str) -> bool:
+def has_column_values(experiment: Experiment, outcomes: list[Outcome], label: str) -> bool:
     """Whether a row has a value of the columns' setting; also where these are of published scores or other fields."""
     if experiment.columns not in experiment.list_heads():
         return True
-    settings = [cell.settings for cell in done if cell.cell.label == label]
+    settings = [outcome.settings for outcome in outcomes if outcome.label == label]
     return any(get_setting(one, experiment.columns) is not None for one in settings)
 
 
-def group_by_place(experiment: Experiment, done: list[Outcome]) -> dict[str, dict[Key, list[Outcome]]]:
+def group_by_place(experiment: Experiment, outcomes: list[Outcome]) -> dict[str, dict[Key, list[Outcome]]]:
     """Return the finished runs by label, and by task and place."""
     runs: dict[str, dict[Key, list[Outcome]]] = {}
-    for cell in done:
-        if cell.result:
-            where = (cell.settings.task.name, *get_place(experiment, cell).values())
-            runs.setdefault(cell.cell.label, {}).setdefault(where, []).append(cell)
+    for outcome in outcomes:
+        if outcome.result:
+            where = (outcome.settings.task.name, *get_place(experiment, outcome).values())
+            runs.setdefault(outcome.label, {}).setdefault(where, []).append(outcome)
     return runs
 
 
@@ -118,44 +120,49 @@ def check_same_inputs(match: Match) -> None:
         raise UserError(f"{one[0]} and {other[0]}: {what}")
 
 
-def group_by_inputs(done: list[Outcome]) -> Iterator[tuple[str, str, list[list[str]]]]:
+def group_by_inputs(outcomes: list[Outcome]) -> Iterator[tuple[str, str, list[list[str]]]]:
     """Yield every group of runs that had different inputs though their settings name the same: their model or task,
     what differs, and their names by input. An input that was not recorded is no difference."""
     kinds = (
-        ("model", "different model files", lambda cell: None, describe_weights),
+        ("model", "different model files", lambda outcome: None, describe_weights),
         ("task", "different training rows", get_row_protocol, get_training_hash),
-        ("task", "different scored rows", lambda cell: (cell.settings.task, cell.settings.eval), get_scored_hashes),
+        (
+            "task",
+            "different scored rows",
+            lambda outcome: (outcome.settings.task, outcome.settings.eval),
+            get_scored_hashes,
+        ),
     )
     for part, what, get_protocol, describe in kinds:
         found: dict[tuple[str, str], dict[str, list[str]]] = {}
-        for cell in done:
-            if cell.result and (inputs := describe(cell)):
-                group = found.setdefault((getattr(cell.settings, part).name, repr(get_protocol(cell))), {})
-                group.setdefault(inputs, []).append(cell.record.name)
+        for outcome in outcomes:
+            if outcome.result and (inputs := describe(outcome)):
+                group = found.setdefault((getattr(outcome.settings, part).name, repr(get_protocol(outcome))), {})
+                group.setdefault(inputs, []).append(outcome.record.name)
         yield from ((name, what, list(group.values())) for (name, _), group in found.items() if len(group) > 1)
 
 
-def describe_weights(cell: Outcome) -> str | None:
+def describe_weights(outcome: Outcome) -> str | None:
     """Return the SHA-256 of the base model's files, as one text; None where they were not recorded."""
-    files = cell.record.read_environment().get("model_files")
+    files = outcome.record.read_environment().get("model_files")
     return files and json.dumps(files, sort_keys=True)
 
 
-def get_training_hash(cell: Outcome) -> str | None:
+def get_training_hash(outcome: Outcome) -> str | None:
     """Return the SHA-256 of the rows that a run was trained on; None if it was not recorded."""
-    return cell.result["data"].get("train", {}).get("sha256")
+    return outcome.result["data"].get("train", {}).get("sha256")
 
 
-def get_scored_hashes(cell: Outcome) -> str:
+def get_scored_hashes(outcome: Outcome) -> str:
     """Return the SHA-256 of every split that a run was scored on, as one text; empty if none was recorded."""
-    splits = cell.result["data"].items()
+    splits = outcome.result["data"].items()
     return " ".join(f"{name} {facts['sha256']}" for name, facts in splits if name != "train" and "sha256" in facts)
 
 
-def get_row_protocol(cell: Outcome) -> object:
+def get_row_protocol(outcome: Outcome) -> object:
     """Return what of a run's settings chooses its training rows: the seed only where they are a sample."""
-    limit = cell.settings.train.max_examples
-    return cell.settings.task, cell.settings.eval.reserved_rows, limit, limit and cell.settings.seed
+    limit = outcome.settings.train.max_examples
+    return outcome.settings.task, outcome.settings.eval.reserved_rows, limit, limit and outcome.settings.seed
 
 
 class Predictions:
@@ -164,24 +171,24 @@ class Predictions:
     def __init__(self) -> None:
         self._known: dict[Path, list[Row] | UserError] = {}
 
-    def read_runs(self, cells: list[Outcome]) -> dict[int, list[Row]]:
+    def read_runs(self, outcomes: list[Outcome]) -> dict[int, list[Row]]:
         """Return the rows of several runs by seed.
 
         Raises:
             UserError: as `read_predictions`.
         """
-        return {cell.settings.seed: self.read(cell) for cell in cells}
+        return {outcome.settings.seed: self.read(outcome) for outcome in outcomes}
 
-    def read(self, cell: Outcome) -> list[Row]:
+    def read(self, outcome: Outcome) -> list[Row]:
         """Return a run's rows.
 
         Raises:
             UserError: as `read_predictions`.
         """
-        folder = cell.record.folder
+        folder = outcome.record.folder
         if folder not in self._known:
             try:
-                self._known[folder] = read_predictions(cell)
+                self._known[folder] = read_predictions(outcome)
             except UserError as error:
                 self._known[folder] = error
         found = self._known[folder]
@@ -190,16 +197,16 @@ class Predictions:
         return found
 
 
-def read_predictions(cell: Outcome) -> list[Row]:
+def read_predictions(outcome: Outcome) -> list[Row]:
     """Return a run's judged rows.
 
     Raises:
         UserError: the file is missing or damaged, or not what the run left.
     """
-    cell.record.verify_files("predictions.jsonl")
-    name = f"{cell.record.name}/predictions.jsonl"
+    outcome.record.verify_files("predictions.jsonl")
+    name = f"{outcome.record.name}/predictions.jsonl"
     try:
-        with (cell.record.folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+        with (outcome.record.folder / "predictions.jsonl").open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: missing or damaged") from error

@@ -24,7 +24,7 @@ Drawn = tuple[str, Figure | None, str]  # a figure's file name, the figure, its 
 
 def draw_figures(
     experiment: Experiment,
-    done: list[Outcome],
+    outcomes: list[Outcome],
     values: pd.DataFrame,
     comparisons: Comparisons,
     floors: list[Floor],
@@ -32,14 +32,14 @@ def draw_figures(
 ) -> Iterator[Image]:
     """Write the figures that the records allow and yield them, the one of verdicts first."""
     with rc_context(STYLE):
-        for name, figure, caption in iterate_figures(experiment, done, values, comparisons, floors):
+        for name, figure, caption in iterate_figures(experiment, outcomes, values, comparisons, floors):
             if figure:
                 yield Image(save_figure(figure, folder, name)[0], caption)
 
 
 def iterate_figures(
     experiment: Experiment,
-    done: list[Outcome],
+    outcomes: list[Outcome],
     values: pd.DataFrame,
     comparisons: Comparisons,
     floors: list[Floor],
@@ -50,18 +50,22 @@ def iterate_figures(
     yield "forest", draw_forest(found), describe_forest(found, bool(comparisons.planned))
     if not experiment.analyse:
         caption = f"{experiment.title}; {describe_spread(experiment, values)}" if values["value"].notna().any() else ""
-        yield "figure", draw_results(experiment, values, done, floors), caption
+        yield "figure", draw_results(experiment, values, outcomes, floors), caption
     yield (
         "rates",
-        draw_rates(collect_rates(experiment, done)),
+        draw_rates(collect_rates(experiment, outcomes)),
         "Score by learning rate, in points: the lighter, the better; ring: chosen; cross: training diverged",
     )
-    yield "curves", draw_curves(done), "Training loss: mean over each row's runs, between the lowest and the highest"
-    yield "zeros", draw_curves(done, ZEROS), "Exact zeros in the update: mean over each row's runs, and their range"
+    yield (
+        "curves",
+        draw_curves(outcomes),
+        "Training loss: mean over each row's runs, between the lowest and the highest",
+    )
+    yield "zeros", draw_curves(outcomes, ZEROS), "Exact zeros in the update: mean over each row's runs, and their range"
     which = "learned tasks" if unlearned else "tasks"
     yield (
         "cost",
-        None if experiment.analyse else draw_costs(collect_costs(experiment, done, unlearned)),
+        None if experiment.analyse else draw_costs(collect_costs(experiment, outcomes, unlearned)),
         f"Main score against what a run costs, means over {which} and seeds; a dot for each row and column",
     )
 

@@ -11,6 +11,7 @@ from dual_lora.lab.statistics.seeds import compute_seed_test
 from dual_lora.lab.study.outcome import Outcome
 
 PANELS = 3  # side by side
+MAX_PANELS = 9  # of one figure
 WIDTH = 7.0  # inches, of a page's text; figures are read at this size
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "legend.title_fontsize": 7}
 # Okabe and Ito's colours, which colour-blind readers tell apart, each with a marker of its own.
@@ -69,13 +70,13 @@ def equalize_spans(panels: Iterable[Axes]) -> None:
         axes.set_ylim(middle - span / 2, middle + span / 2)
 
 
-def find_floor(cells: list[Outcome], floors: list[Floor]) -> Floor | None:
+def find_floor(outcomes: list[Outcome], floors: list[Floor]) -> Floor | None:
     """Return the hardest floor of the runs' one model and task; None where there are several or none."""
-    places = {get_model_task(cell) for cell in cells}
+    places = {get_model_task(outcome) for outcome in outcomes}
     here = [floor for floor in floors if floor.place in places]
     return find_hardest(here) if len(places) == 1 and here else None
 
 
-def is_unlearned(cells: list[Outcome], floors: list[Floor]) -> bool:
+def is_unlearned(outcomes: list[Outcome], floors: list[Floor]) -> bool:
     """Whether all these runs are of tasks that were not learned."""
-    return bool(cells) and {get_model_task(cell) for cell in cells} <= find_unlearned(floors)
+    return bool(outcomes) and {get_model_task(outcome) for outcome in outcomes} <= find_unlearned(floors)

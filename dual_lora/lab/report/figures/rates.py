@@ -8,16 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from dual_lora.lab.report.figures.layout import create_panels
+from dual_lora.lab.report.figures.layout import MAX_PANELS, create_panels
 from dual_lora.lab.report.values import DECIMALS, format_value, get_place, get_score, get_unit
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
 RATE_SETTING = "train.lr"
-MAX_PANELS = 9
 
 
-def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
+def collect_rates(experiment: Experiment, outcomes: list[Outcome]) -> pd.DataFrame:
     """Return a row for each place, label and rate: its mean score in points, with how many decimals it is printed,
     whether lower is better, and whether it was chosen.
 
@@ -25,16 +24,16 @@ def collect_rates(experiment: Experiment, done: list[Outcome]) -> pd.DataFrame:
     training diverged has no score; one whose trials are not all finished has no row.
     """
     lines = []
-    for cell in done:
-        where = {key: value for key, value in get_place(experiment, cell).items() if key != RATE_SETTING}
-        names = dict.fromkeys([cell.settings.task.name, *map(format_value, where.values())])
-        task = load_task_of(cell)
-        line = {"place": ", ".join(names), "label": cell.cell.label, "lower": task.is_lower_better()}
+    for outcome in outcomes:
+        where = {key: value for key, value in get_place(experiment, outcome).items() if key != RATE_SETTING}
+        names = dict.fromkeys([outcome.settings.task.name, *map(format_value, where.values())])
+        task = load_task_of(outcome)
+        line = {"place": ", ".join(names), "label": outcome.label, "lower": task.is_lower_better()}
         unit = get_unit(task, task.metric)
         line["decimals"] = 0 if unit == 100 else DECIMALS[unit]  # points of percent: a dot has room for two digits
-        lines += [line | {"rate": r, "score": score * unit, "chosen": r == cell.rate} for r, score in cell.trials]
-        if experiment.columns == RATE_SETTING and cell.result:
-            lines.append(line | {"rate": cell.rate, "score": get_score(task, cell.result), "chosen": False})
+        lines += [line | {"rate": r, "score": score * unit, "chosen": r == outcome.rate} for r, score in outcome.trials]
+        if experiment.columns == RATE_SETTING and outcome.result:
+            lines.append(line | {"rate": outcome.rate, "score": get_score(task, outcome.result), "chosen": False})
     columns = ["place", "label", "rate", "score", "lower", "decimals", "chosen"]
     frame = pd.DataFrame(lines, columns=columns).dropna(subset="score")
     frame["score"] = frame["score"].where(frame["score"].map(isfinite))

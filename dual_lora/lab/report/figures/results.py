@@ -20,7 +20,7 @@ from dual_lora.lab.report.figures.layout import (
     get_style,
     is_unlearned,
 )
-from dual_lora.lab.report.values import FIELDS, Column, get_heading, get_unit, list_cells, list_columns
+from dual_lora.lab.report.values import FIELDS, Column, get_heading, get_unit, list_columns, list_outcomes
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
@@ -28,7 +28,7 @@ MIN_AXIS_WIDTH = 10.0  # the least width of an axis of percent
 
 
 def draw_results(
-    experiment: Experiment, values: pd.DataFrame, done: list[Outcome], floors: list[Floor]
+    experiment: Experiment, values: pd.DataFrame, outcomes: list[Outcome], floors: list[Floor]
 ) -> Figure | None:
     """Return the figure of an experiment: lines over a numeric setting, else a panel of points for each column; None
     while there is nothing to draw, or many columns hold one run each, which the table says better."""
@@ -37,10 +37,10 @@ def draw_results(
         return None
     numbers = pd.to_numeric(values["column"], errors="coerce")
     if isinstance(experiment.columns, str) and numbers.notna().any():
-        return draw_lines(experiment, values.assign(column=numbers), done, floors)
+        return draw_lines(experiment, values.assign(column=numbers), outcomes, floors)
     if values["column"].nunique() > PANELS and values["seed"].nunique() == 1:
         return None
-    return draw_points(experiment, values, done, floors)
+    return draw_points(experiment, values, outcomes, floors)
 
 
 def describe_spread(experiment: Experiment, values: pd.DataFrame) -> str:
@@ -54,15 +54,15 @@ def describe_spread(experiment: Experiment, values: pd.DataFrame) -> str:
     return f"small dots: {runs} seeds each; large ones: their mean; {bars}"
 
 
-def describe_axis(part: pd.DataFrame, done: list[Outcome]) -> str:
+def describe_axis(part: pd.DataFrame, outcomes: list[Outcome]) -> str:
     """Return the name and unit of the main score of some values, for an axis."""
-    units = {get_unit(task, task.metric) for task in map(load_task_of, done)}
-    found = map(load_task_of, list_cells(part, done))
+    units = {get_unit(task, task.metric) for task in map(load_task_of, outcomes)}
+    found = map(load_task_of, list_outcomes(part, outcomes))
     names = list(dict.fromkeys(task.metric if task.metric in task.unscaled else f"{task.metric}, %" for task in found))
     return names[0] if len(names) == 1 else f"mean of the main scores{', %' if 100 in units else ''}"
 
 
-def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome], floors: list[Floor]) -> Figure:
+def draw_lines(experiment: Experiment, values: pd.DataFrame, outcomes: list[Outcome], floors: list[Floor]) -> Figure:
     """Return a panel for each combination of the rows' settings, a line for each label; what has no value of the
     columns' setting is a horizontal line. Published points have a panel of their own. Floors may lie far below: they
     are drawn where the other rows' range holds them, and in the title where it does not."""
@@ -72,15 +72,15 @@ def draw_lines(experiment: Experiment, values: pd.DataFrame, done: list[Outcome]
     for axes, (key, group) in zip(panels, groups, strict=False):
         tested = group[~group["label"].isin(experiment.floors)]
         draw_labels(axes, group if tested.empty else tested, labels)
-        axes.set(title=", ".join(map(str, key)), ylabel=describe_axis(group, done))
-    drawn = [(axes, list_cells(group, done)) for axes, (_, group) in zip(panels, groups, strict=False)]
-    lost = [axes for axes, cells in drawn if is_unlearned(cells, floors)]
+        axes.set(title=", ".join(map(str, key)), ylabel=describe_axis(group, outcomes))
+    drawn = [(axes, list_outcomes(group, outcomes)) for axes, (_, group) in zip(panels, groups, strict=False)]
+    lost = [axes for axes, shown in drawn if is_unlearned(shown, floors)]
     equalize_spans([axes for axes, _ in drawn if axes not in lost])
     for axes in lost:
         equalize_spans([axes])
         axes.set_title(f"{axes.get_title()} (not learned)")
-    for axes, cells in drawn:
-        draw_floor(axes, find_floor(cells, floors))
+    for axes, shown in drawn:
+        draw_floor(axes, find_floor(shown, floors))
     if known:
         draw_published_points(panels[-1], known, len(labels))
         panels[-1].set(title="published" if experiment.scale == "full" else "published: other model and tasks")
@@ -184,23 +184,23 @@ def draw_published_points(axes: Axes, known: dict[str, pd.Series], first: int) -
     axes.set_ylabel("average, %")
 
 
-def draw_points(experiment: Experiment, values: pd.DataFrame, done: list[Outcome], floors: list[Floor]) -> Figure:
+def draw_points(experiment: Experiment, values: pd.DataFrame, outcomes: list[Outcome], floors: list[Floor]) -> Figure:
     """Return a panel for each column: every seed a dot, the mean and its interval a bar, a row for each row of the
     table."""
     names = [" ".join(map(str, key)) for key in values[[*experiment.rows, "label"]].itertuples(index=False)]
     values = values.assign(name=names)
     order = list(dict.fromkeys(values["name"]))[::-1]
-    found = {column.head: column for column in list_columns(experiment, done)}
+    found = {column.head: column for column in list_columns(experiment, outcomes)}
     heads = list(dict.fromkeys(values["column"]))
     figure, panels = create_panels(len(heads), 0.7 + 0.2 * len(order))
     for axes, head in zip(panels, heads, strict=True):
         part = values[values["column"] == head]
         draw_column(axes, part, order)
-        cells = list_cells(part, done)
-        unit = describe_axis(part, done) if found[head].field is None else get_column_unit(found[head], cells)
+        shown = list_outcomes(part, outcomes)
+        unit = describe_axis(part, outcomes) if found[head].field is None else get_column_unit(found[head], shown)
         if unit.endswith("%"):
             widen_axis(axes)
-            floor = find_floor(cells, floors) if found[head].field is None else None
+            floor = find_floor(shown, floors) if found[head].field is None else None
             if floor is not None and axes.get_xlim()[0] <= floor.score <= axes.get_xlim()[1]:
                 axes.axvline(floor.score, color=GREY, linestyle=":", linewidth=1)
         axes.set(title=str(head), xlabel=unit, yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
@@ -220,9 +220,13 @@ def draw_column(axes: Axes, part: pd.DataFrame, order: list[str]) -> None:
     axes.errorbar(mean, rows, xerr=bars if bars.any() else None, fmt="|", color="black", markersize=9, capsize=2)
 
 
-def get_column_unit(column: Column, cells: list[Outcome]) -> str:
+def get_column_unit(column: Column, outcomes: list[Outcome]) -> str:
     """Return the unit of the score that a column names and some runs have; empty if it names no score."""
-    return "" if column.field in FIELDS or any(column.field in load_task_of(cell).unscaled for cell in cells) else "%"
+    return (
+        ""
+        if column.field in FIELDS or any(column.field in load_task_of(outcome).unscaled for outcome in outcomes)
+        else "%"
+    )
 
 
 def widen_axis(axes: Axes) -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import Key
-from dual_lora.lab.report.figures.layout import add_legend, create_panels, equalize_spans, get_style
+from dual_lora.lab.report.figures.layout import MAX_PANELS, add_legend, create_panels, equalize_spans, get_style
 from dual_lora.lab.report.values import FIELDS, get_place, get_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
@@ -19,16 +19,15 @@ from dual_lora.lab.study.outcome import Outcome, load_task_of
 # What is drawn over the steps: what the log calls it, and the axis.
 LOSS, ZEROS = ("train/loss", "training loss"), ("train/zeros", "share of exact zeros")
 COSTS = {"seconds_per_step": "seconds a step", "peak_memory_mib": "peak memory, MiB"}
-MAX_PANELS = 9
 MIN_STEPS = 3  # logged steps that make a curve
 
 
-def draw_curves(done: list[Outcome], what: tuple[str, str] = LOSS) -> Figure | None:
+def draw_curves(outcomes: list[Outcome], what: tuple[str, str] = LOSS) -> Figure | None:
     """Return the training loss, or `what` else was logged, by step, a panel for each model and task: the mean over each
     label's runs, between the lowest and the highest run. None where no run logged several steps."""
     column, title = what
     frame = pd.DataFrame(
-        [line for cell in done if cell.result for line in iterate_logged_values(cell, column)],
+        [line for outcome in outcomes if outcome.result for line in iterate_logged_values(outcome, column)],
         columns=["place", "label", "run", "step", "value"],
     )
     steps = frame.groupby("place", sort=False)["step"].nunique()
@@ -45,15 +44,15 @@ def draw_curves(done: list[Outcome], what: tuple[str, str] = LOSS) -> Figure | N
     return figure
 
 
-def iterate_logged_values(cell: Outcome, column: str) -> Iterator[dict[str, object]]:
+def iterate_logged_values(outcome: Outcome, column: str) -> Iterator[dict[str, object]]:
     """Yield the values of a column of a run's log; none where the log is damaged or not as the run left it."""
-    path = cell.record.folder / "metrics.jsonl"
+    path = outcome.record.folder / "metrics.jsonl"
     try:
-        cell.record.verify_files(path.name)
+        outcome.record.verify_files(path.name)
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
     except (OSError, ValueError, RecursionError, UserError):  # `find_unreadable` names it
         return
-    where = {"place": get_model_task(cell), "label": cell.cell.label, "run": cell.record.name}
+    where = {"place": get_model_task(outcome), "label": outcome.label, "run": outcome.record.name}
     rows = [line for line in lines if isinstance(line, dict)]
     logged = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (column, "step"))]
     yield from (where | {"step": line["step"], "value": line[column]} for line in logged)
@@ -70,16 +69,16 @@ def draw_curve_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
     axes.grid(alpha=0.3)
 
 
-def collect_costs(experiment: Experiment, done: list[Outcome], unlearned: set[ModelTask]) -> pd.DataFrame:
+def collect_costs(experiment: Experiment, outcomes: list[Outcome], unlearned: set[ModelTask]) -> pd.DataFrame:
     """Return a row for each label and place with runs on every task that its model learned: its mean score and its
     costs, each a mean over tasks of means over seeds. Where no task was learned, all count."""
-    finished = [cell for cell in done if cell.result]
-    learned = [cell for cell in finished if get_model_task(cell) not in unlearned] or finished
+    finished = [outcome for outcome in outcomes if outcome.result]
+    learned = [outcome for outcome in finished if get_model_task(outcome) not in unlearned] or finished
     groups: dict[Key, list[dict[str, object]]] = {}
-    for cell in learned:
-        place = (str(value) for value in get_place(experiment, cell).values())
-        groups.setdefault((cell.cell.label, cell.settings.model.name, *place), []).append(measure_cost(cell))
-    wanted = {get_model_task(cell) for cell in learned}
+    for outcome in learned:
+        place = (str(value) for value in get_place(experiment, outcome).values())
+        groups.setdefault((outcome.label, outcome.settings.model.name, *place), []).append(measure_cost(outcome))
+    wanted = {get_model_task(outcome) for outcome in learned}
     lines = []
     for (label, model, *_), some in groups.items():
         by_task = pd.DataFrame(some).groupby("task").mean()
@@ -88,11 +87,11 @@ def collect_costs(experiment: Experiment, done: list[Outcome], unlearned: set[Mo
     return pd.DataFrame(lines, columns=["label", "score", *COSTS])
 
 
-def measure_cost(cell: Outcome) -> dict[str, object]:
+def measure_cost(outcome: Outcome) -> dict[str, object]:
     """Return a run's main score in points, and its costs; NaN where one was not measured."""
-    task = load_task_of(cell)
-    costs = {name: FIELDS[name][0](cell.result) for name in COSTS}
-    return {"task": task.name, "score": get_score(task, cell.result), **costs}
+    task = load_task_of(outcome)
+    costs = {name: FIELDS[name][0](outcome.result) for name in COSTS}
+    return {"task": task.name, "score": get_score(task, outcome.result), **costs}
 
 
 def draw_costs(frame: pd.DataFrame) -> Figure | None:
