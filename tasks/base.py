@@ -206,8 +206,8 @@ def build_features(columns: dict[str, Any]) -> "Features":
 
 
 def load_dataset(name: str, subset: str | None = None, *, revision: str, split: str) -> "Dataset":
-    """Return a split of a data set of the hub, at a revision. A folder here that is called like it is not looked at, and
-    a commit is refused that datasets, offline, would replace by the last one it fetched.
+    """Return a split of a data set of the hub, at a revision. A folder of that name here is not looked at. Offline, a
+    commit is refused for which datasets would take the last one it fetched.
 
     Raises:
         TaskError: only another commit is in the cache.

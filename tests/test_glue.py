@@ -252,10 +252,10 @@ def write_cached_rows(cache, commit: str) -> None:
     """Write what datasets keeps of SST-2 once it has fetched it at a commit."""
     folder = cache / "nyu-mll___glue" / "sst2" / "0.0.0" / commit
     rows = hub_rows("sst2")
-    split = {"name": "train", "num_examples": 2, "dataset_name": "glue"}
+    splits = {"train": {"name": "train", "num_examples": 2, "dataset_name": "glue"}}
     rows.save_to_disk(folder / "rows")
     next((folder / "rows").glob("*.arrow")).rename(folder / "glue-train.arrow")
-    info = {"config_name": "sst2", "dataset_name": "glue", "features": rows.features.to_dict(), "splits": {"train": split}}
+    info = {"config_name": "sst2", "dataset_name": "glue", "features": rows.features.to_dict(), "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
 
 

@@ -20,6 +20,8 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from dual_lora.lab.commands.evaluate import evaluate_command
@@ -166,7 +168,7 @@ def test_a_word_does_not_become_a_special_token(fields, tmp_path):
 @pytest.mark.parametrize(("model", "kind"), [("tiny-deberta", "BertTokenizer"), ("tiny-llama", "GemmaTokenizer")])
 def test_of_a_class_that_splits_texts_otherwise_and_the_file_the_file_is_used(model, kind, plain, tmp_path, capsys):
     compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind))
-    line = f"warning: model={model}: its tokenizer's class, {kind}, splits texts otherwise than its tokenizer.json; the"
+    line = f"warning: model={model}: its tokenizer's class, {kind}, encodes texts otherwise than its tokenizer.json;"
     assert line in capsys.readouterr().err
 
 
@@ -175,6 +177,49 @@ def test_a_class_that_splits_texts_as_the_file_does_is_taken(model, kind, plain,
     folder = change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind)
     assert type(load_tokenizer(choose(model, PAIRS[model], folder))).__name__ == kind
     compare(plain, model, PAIRS[model], folder)
+
+
+CANNOT = [("tiny-deberta", "DebertaV2Tokenizer")]
+CANNOT += [("tiny-roberta", kind) for kind in ("XLMRobertaTokenizer", "CamembertTokenizer")]
+
+
+@pytest.mark.parametrize(("model", "kind"), CANNOT)
+def test_a_class_that_cannot_take_the_file_gives_way_to_it(model, kind, plain, tmp_path, capsys):
+    compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind))
+    assert f"warning: model={model}: its tokenizer's class cannot take its tokenizer.json (" in capsys.readouterr().err
+
+
+def surround(folder: Path, single: str, pair: str) -> Path:
+    """Give a folder's tokenizer.json the special tokens that stand around a text, and around two."""
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words = sorted({word.split(":")[0] for word in (single + " " + pair).split()} - {"$A", "$B"})
+    known.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(word, known.token_to_id(word)) for word in words]
+    )
+    known.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "single", "pair", "fields"),
+    [
+        ("tiny-roberta", "RobertaTokenizer", "<s> $A </s>", "<s> $A </s> $B </s>", {}),
+        ("tiny-roberta", "RobertaTokenizer", "<s> $A </s>", "<s> $A </s> </s> $B </s>", {"cls_token": "<unk>"}),
+        ("tiny-roberta", "MPNetTokenizer", "<s> $A", "<s> $A </s> $B", {}),
+        ("tiny-llama", "GPTNeoXTokenizer", "<s> $A", "<s> $A $B", {}),
+        ("tiny-deberta", "DebertaTokenizer", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", {}),
+        ("tiny-deberta", "DebertaV2Tokenizer", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", {}),
+    ],
+)
+def test_special_tokens_stand_where_the_file_puts_them(model, kind, single, pair, fields, tmp_path, capsys):
+    folder = surround(copy(model, tmp_path), single, pair)
+    change(change(folder, TOKENIZER, tokenizer_class=kind, **fields), CONFIG, type_vocab_size=2)
+    found = load_tokenizer(choose(model, PAIRS[model], folder))
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for texts in (["It is bad."], ["It is bad.", "Is it?"]):
+        assert found(*texts)["input_ids"] == known.encode(*texts).ids
+        assert found(*texts)["token_type_ids"] == known.encode(*texts).type_ids
+    assert "; the file is used" in capsys.readouterr().err
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
