@@ -40,9 +40,12 @@ def test_a_variable_is_named_also_where_a_library_is_imported_while_files_are_re
     monkeypatch.setenv("LIBRARY_TIMEOUT", "abc")
     (tmp_path / "library_of_ours.py").write_text("import os\nfloat(os.environ['LIBRARY_TIMEOUT'])")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="^LIBRARY_TIMEOUT=abc: .*; unset it$"), translate_machine_errors():
-        with translate_read_errors("task=own: cannot load its train split", "give data_dir=DIR"):
-            importlib.import_module("library_of_ours")
+    with (
+        pytest.raises(UserError, match="^LIBRARY_TIMEOUT=abc: .*; unset it$"),
+        translate_machine_errors(),
+        translate_read_errors("task=own: cannot load its train split", "give data_dir=DIR"),
+    ):
+        importlib.import_module("library_of_ours")
 
 
 def test_other_errors_are_not_the_environments(tmp_path, monkeypatch):
