@@ -35,7 +35,7 @@ from dual_lora.lab.inputs.model_config import DROPPED_FIELDS, REFUSED_FIELDS
 from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import build_collator, build_generation_encoder, build_sentence_encoder
-from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.load import load_model, load_tuned_model
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
@@ -252,7 +252,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(template, said, tmp_path
 
 
 def test_fields_of_use_do_not_count(plain, tmp_path):
-    fields = {"problem_type": "regression", "return_dict": False, "chunk_size_feed_forward": 3, "pad_token_id": 0}
+    fields = {"problem_type": "regression", "return_dict": False, "chunk_size_feed_forward": 3, "eos_token_id": 0}
     fields |= {"attn_implementation": "flex_attention", "dtype": "float16", "id2label": {"0": "a", "1": "b", "2": "c"}}
     compare(plain, "tiny-roberta", "demo/sentiment", change(copy("tiny-roberta", tmp_path), CONFIG, **fields))
 
@@ -262,6 +262,11 @@ def test_fields_of_use_do_not_count(plain, tmp_path):
     [
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "with hardware=qlora for 4"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "text_config: quantization_config"),
+        ({"text_config": {"num_hidden_layers": 1}}, "text_config: a roberta has no such part; drop the field"),
+        ({"decoder": {"model_type": "gpt2"}}, "decoder: a roberta has no such part; drop the field"),
+        ({"text_encoder": 5}, "text_encoder: a roberta has no such part; drop the field"),
+        ({"pad_token_id": 0}, "pads with 1 ('<pad>'), but its config.json says pad_token_id=0, after which the posi"),
+        ({"pad_token_id": None}, "but its config.json says pad_token_id=None, after which the positions of a roberta"),
         ({"transformers_weights": "sub/w.safetensors"}, "names another file of weights"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, but its weights hold"),
         ({"num_hidden_layers": 59}, "num_hidden_layers=59, but its weights hold 58 tensors"),
@@ -274,6 +279,20 @@ def test_what_cannot_be_honoured_is_refused(fields, said, tmp_path):
     folder = change(copy("tiny-roberta", tmp_path), CONFIG, **fields)
     found = refused(folder, "tiny-roberta")
     assert said in found and "config.json" in found
+
+
+def test_positions_start_where_the_weights_have_them_whatever_token_pads(plain, tmp_path):
+    folder = change(copy("tiny-roberta", tmp_path), TOKENIZER, pad_token="<unk>")
+    said = "its tokenizer pads with 3 ('<unk>'), but its config.json says pad_token_id=1, after which the positions of"
+    assert said in refused(folder, "tiny-roberta")
+    compare(plain, "tiny-roberta", "demo/sentiment", change(folder, TOKENIZER, pad_token=None))
+    settings = choose("tiny-roberta", "demo/sentiment", folder)
+    task = load_task(settings)
+    base, tokenizer = load_model(settings, task)
+    base.save_pretrained(tmp_path / "tuned")
+    tuned = load_tuned_model(tmp_path / "tuned", settings, task, tokenizer)
+    inputs = tokenizer("It is bad.", return_tensors="pt")
+    assert torch.equal(tuned.eval()(**inputs).logits, base.eval()(**inputs).logits)
 
 
 @pytest.mark.parametrize("labels", [2, 3])
