@@ -142,7 +142,7 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
     Raises:
         UserError: the positions of this kind of model start after the padding id, and the weights have another one.
     """
-    padding, own = tokenizer.pad_token_id, config.pad_token_id
+    padding, own = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
     if padding == tokenizer.eos_token_id or padding >= config.get_text_config().vocab_size:
         return
     require(
@@ -199,7 +199,8 @@ def load_tuned_model(
     place = {"pretrained_model_name_or_path": str(link_model(folder)), **NO_CODE}
     config = AutoConfig.from_pretrained(**place)
     config.update(get_head_options(task))
-    config.pad_token_id = load_config(settings, task).pad_token_id  # the saved one may be the tokenizer's end of text
+    # As in the base model: the saved one may be the tokenizer's end of text.
+    config.pad_token_id = getattr(load_config(settings, task), "pad_token_id", None)
     set_own_padding(config, tokenizer, settings)
     options = {"dtype": get_weight_dtype(settings), "use_safetensors": True}
     model = get_head_class(task).from_pretrained(config=config, **place, **options, **get_decoding_default(task))
