@@ -44,6 +44,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 FETCH = "fetch the file again"
+COMMIT = re.compile(r"[0-9a-f]{40}")  # a revision may also be a name, such as refs/convert/parquet
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LONGEST_QUOTE = 60  # characters of a value that a message shows
 # What code raises when it reads data of an unexpected shape.
@@ -204,11 +205,21 @@ def build_features(columns: dict[str, Any]) -> "Features":
     return Features(build(columns))
 
 
-def load_dataset(*words: str | None, **options: str) -> "Dataset":
-    """Return a data set of the hub as `datasets.load_dataset` does."""
+def load_dataset(name: str, subset: str | None = None, *, revision: str, split: str) -> "Dataset":
+    """Return a split of a data set of the hub, at a revision. A folder of that name here is not looked at. Offline, a
+    commit is refused for which datasets would take the last one it fetched.
+
+    Raises:
+        TaskError: only another commit is in the cache.
+    """
     import datasets
 
-    return datasets.load_dataset(*words, **options)
+    builder = datasets.load_dataset_builder(f"hf://datasets/{name}", subset, revision=revision)
+    if COMMIT.fullmatch(revision) and builder.hash != revision:
+        found = f"the hub is out of reach, and the cache holds {str(builder.hash)[:8]}"
+        raise TaskError(f"{name}@{revision[:8]}: {found}, another revision; connect to the hub, or give data_dir=DIR")
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ...]) -> Path:

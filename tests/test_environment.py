@@ -64,8 +64,9 @@ def test_what_accelerate_launch_sets_by_default_is_removed_without_a_word(enviro
 
 def test_what_else_can_change_a_digit_is_recorded_without_secrets(environment):
     environment(DNNL_MAX_CPU_ISA="SSE41", CUBLAS_WORKSPACE_CONFIG=":16:8", TORCH_BLAS_PREFER_CUBLASLT="1", EDITOR="vi")
-    environment(TORCH_HOME="https://me:secretword@host")
+    environment(TORCH_HOME="https://me:secretword@host", LD_PRELOAD="/home/me/libopenblas.so:libomp.so /b/c.so")
     found = describe_variables()
+    assert found["LD_PRELOAD"] == "libopenblas.so:libomp.so c.so"
     assert found["DNNL_MAX_CPU_ISA"] == "SSE41" and found["TORCH_BLAS_PREFER_CUBLASLT"] == "1" and "EDITOR" not in found
     assert found["TORCH_HOME"] == "https://***@host"
 

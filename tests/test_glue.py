@@ -1,7 +1,9 @@
 """GLUE: the official files and the hub's rows give identical examples; counts, labels and metrics are GLUE's."""
 
 import gzip
+import json
 
+import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -244,3 +246,35 @@ def test_the_original_mrpc_file_is_named_where_it_does_not_belong(place, tmp_pat
     assert f"; move {found} and GLUE's dev_ids.tsv to {tmp_path}/MRPC/" in str(refused.value)
     with pytest.raises(TaskError, match="below it$"):
         tasks.load("glue/rte").split("train", str(tmp_path))
+
+
+def write_cached_rows(cache, commit: str) -> None:
+    """Write what datasets keeps of SST-2 once it has fetched it at a commit."""
+    folder = cache / "nyu-mll___glue" / "sst2" / "0.0.0" / commit
+    rows = hub_rows("sst2")
+    splits = {"train": {"name": "train", "num_examples": 2, "dataset_name": "glue"}}
+    rows.save_to_disk(folder / "rows")
+    next((folder / "rows").glob("*.arrow")).rename(folder / "glue-train.arrow")
+    info = {"config_name": "sst2", "dataset_name": "glue", "features": rows.features.to_dict(), "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def test_a_folder_called_like_a_data_set_does_not_stand_in_for_it(tmp_path, monkeypatch):
+    folder = tmp_path / "nyu-mll" / "glue" / "sst2"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"sentence": "mine", "label": 1, "idx": 0}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(ConnectionError, match="nyu-mll/glue"):
+        tasks.load("glue/sst2").split("train")
+    write_cached_rows(tmp_path / "cache", glue.REVISION)
+    assert [row["text"] for row in tasks.load("glue/sst2").split("train").rows] == [text for text, _ in TEXTS]
+
+
+def test_offline_another_revision_in_the_cache_does_not_stand_in_for_the_pinned_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    write_cached_rows(tmp_path, "0" * 40)
+    with pytest.raises(TaskError, match=f"nyu-mll/glue@{glue.REVISION[:8]}: .* the cache holds 00000000, another"):
+        tasks.load("glue/sst2").split("train")

@@ -9,7 +9,13 @@ import pytest
 from conftest import ROOT
 
 from dual_lora.lab.config.paths import BUNDLED
-from dual_lora.lab.errors import EXIT_USER, describe_machine_error
+from dual_lora.lab.errors import (
+    EXIT_USER,
+    UserError,
+    describe_machine_error,
+    translate_machine_errors,
+    translate_read_errors,
+)
 from dual_lora.lab.inputs.model_files import link_model
 
 
@@ -28,6 +34,18 @@ def test_a_variable_that_a_library_cannot_read_is_named(value, tmp_path, monkeyp
     said = import_and_describe(tmp_path, monkeypatch, "import os\nfloat(os.environ['LIBRARY_TIMEOUT'])")
     assert said.startswith(f"LIBRARY_TIMEOUT={value}: ") and said.endswith("; unset it")
     assert len(said.splitlines()) == 1
+
+
+def test_a_variable_is_named_also_where_a_library_is_imported_while_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBRARY_TIMEOUT", "abc")
+    (tmp_path / "library_of_ours.py").write_text("import os\nfloat(os.environ['LIBRARY_TIMEOUT'])")
+    monkeypatch.syspath_prepend(tmp_path)
+    with (
+        pytest.raises(UserError, match="^LIBRARY_TIMEOUT=abc: .*; unset it$"),
+        translate_machine_errors(),
+        translate_read_errors("task=own: cannot load its train split", "give data_dir=DIR"),
+    ):
+        importlib.import_module("library_of_ours")
 
 
 def test_other_errors_are_not_the_environments(tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from dual_lora.lab.commands.evaluate import evaluate_command
@@ -33,7 +35,7 @@ from dual_lora.lab.inputs.model_config import DROPPED_FIELDS, REFUSED_FIELDS
 from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import build_collator, build_generation_encoder, build_sentence_encoder
-from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.load import load_model, load_tuned_model
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
@@ -166,9 +168,7 @@ def test_a_word_does_not_become_a_special_token(fields, tmp_path):
 @pytest.mark.parametrize(("model", "kind"), [("tiny-deberta", "BertTokenizer"), ("tiny-llama", "GemmaTokenizer")])
 def test_of_a_class_that_splits_texts_otherwise_and_the_file_the_file_is_used(model, kind, plain, tmp_path, capsys):
     compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind))
-    line = (
-        f"warning: model={model}: its tokenizer's class, {kind}, splits texts differently from its tokenizer.json; the"
-    )
+    line = f"warning: model={model}: its tokenizer's class, {kind}, encodes texts differently from its tokenizer.json;"
     assert line in capsys.readouterr().err
 
 
@@ -177,6 +177,49 @@ def test_a_class_that_splits_texts_as_the_file_does_is_taken(model, kind, plain,
     folder = change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind)
     assert type(load_tokenizer(choose(model, PAIRS[model], folder))).__name__ == kind
     compare(plain, model, PAIRS[model], folder)
+
+
+CANNOT = [("tiny-deberta", "DebertaV2Tokenizer")]
+CANNOT += [("tiny-roberta", kind) for kind in ("XLMRobertaTokenizer", "CamembertTokenizer")]
+
+
+@pytest.mark.parametrize(("model", "kind"), CANNOT)
+def test_a_class_that_cannot_take_the_file_gives_way_to_it(model, kind, plain, tmp_path, capsys):
+    compare(plain, model, PAIRS[model], change(copy(model, tmp_path), TOKENIZER, tokenizer_class=kind))
+    assert f"warning: model={model}: its tokenizer's class cannot take its tokenizer.json (" in capsys.readouterr().err
+
+
+def surround(folder: Path, single: str, pair: str) -> Path:
+    """Give a folder's tokenizer.json the special tokens that stand around a text, and around two."""
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words = sorted({word.split(":")[0] for word in (single + " " + pair).split()} - {"$A", "$B"})
+    known.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(word, known.token_to_id(word)) for word in words]
+    )
+    known.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "single", "pair", "fields"),
+    [
+        ("tiny-roberta", "RobertaTokenizer", "<s> $A </s>", "<s> $A </s> $B </s>", {}),
+        ("tiny-roberta", "RobertaTokenizer", "<s> $A </s>", "<s> $A </s> </s> $B </s>", {"cls_token": "<unk>"}),
+        ("tiny-roberta", "MPNetTokenizer", "<s> $A", "<s> $A </s> $B", {}),
+        ("tiny-llama", "GPTNeoXTokenizer", "<s> $A", "<s> $A $B", {}),
+        ("tiny-deberta", "DebertaTokenizer", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", {}),
+        ("tiny-deberta", "DebertaV2Tokenizer", "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", {}),
+    ],
+)
+def test_special_tokens_stand_where_the_file_puts_them(model, kind, single, pair, fields, tmp_path, capsys):
+    folder = surround(copy(model, tmp_path), single, pair)
+    change(change(folder, TOKENIZER, tokenizer_class=kind, **fields), CONFIG, type_vocab_size=2)
+    found = load_tokenizer(choose(model, PAIRS[model], folder))
+    known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for texts in (["It is bad."], ["It is bad.", "Is it?"]):
+        assert found(*texts)["input_ids"] == known.encode(*texts).ids
+        assert found(*texts)["token_type_ids"] == known.encode(*texts).type_ids
+    assert "; the file is used" in capsys.readouterr().err
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
@@ -209,7 +252,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(template, said, tmp_path
 
 
 def test_fields_of_use_do_not_count(plain, tmp_path):
-    fields = {"problem_type": "regression", "return_dict": False, "chunk_size_feed_forward": 3, "pad_token_id": 0}
+    fields = {"problem_type": "regression", "return_dict": False, "chunk_size_feed_forward": 3, "eos_token_id": 0}
     fields |= {"attn_implementation": "flex_attention", "dtype": "float16", "id2label": {"0": "a", "1": "b", "2": "c"}}
     compare(plain, "tiny-roberta", "demo/sentiment", change(copy("tiny-roberta", tmp_path), CONFIG, **fields))
 
@@ -219,6 +262,11 @@ def test_fields_of_use_do_not_count(plain, tmp_path):
     [
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "with hardware=qlora for 4"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "text_config: quantization_config"),
+        ({"text_config": {"num_hidden_layers": 1}}, "text_config: a roberta has no such part; drop the field"),
+        ({"decoder": {"model_type": "gpt2"}}, "decoder: a roberta has no such part; drop the field"),
+        ({"text_encoder": 5}, "text_encoder: a roberta has no such part; drop the field"),
+        ({"pad_token_id": 0}, "pads with 1 ('<pad>'), but its config.json says pad_token_id=0, after which the posi"),
+        ({"pad_token_id": None}, "but its config.json says pad_token_id=None, after which the positions of a roberta"),
         ({"transformers_weights": "sub/w.safetensors"}, "names another file of weights"),
         ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, but its weights hold"),
         ({"num_hidden_layers": 59}, "num_hidden_layers=59, but its weights hold 58 tensors"),
@@ -231,6 +279,20 @@ def test_what_cannot_be_honoured_is_refused(fields, said, tmp_path):
     folder = change(copy("tiny-roberta", tmp_path), CONFIG, **fields)
     found = refused(folder, "tiny-roberta")
     assert said in found and "config.json" in found
+
+
+def test_positions_start_where_the_weights_have_them_whatever_token_pads(plain, tmp_path):
+    folder = change(copy("tiny-roberta", tmp_path), TOKENIZER, pad_token="<unk>")
+    said = "its tokenizer pads with 3 ('<unk>'), but its config.json says pad_token_id=1, after which the positions of"
+    assert said in refused(folder, "tiny-roberta")
+    compare(plain, "tiny-roberta", "demo/sentiment", change(folder, TOKENIZER, pad_token=None))
+    settings = choose("tiny-roberta", "demo/sentiment", folder)
+    task = load_task(settings)
+    base, tokenizer = load_model(settings, task)
+    base.save_pretrained(tmp_path / "tuned")
+    tuned = load_tuned_model(tmp_path / "tuned", settings, task, tokenizer)
+    inputs = tokenizer("It is bad.", return_tensors="pt")
+    assert torch.equal(tuned.eval()(**inputs).logits, base.eval()(**inputs).logits)
 
 
 @pytest.mark.parametrize("labels", [2, 3])

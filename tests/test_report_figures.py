@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from matplotlib import rcParams
 from matplotlib.colors import to_hex
 from test_report import GLUE, RATIOS, finish, study  # noqa: F401 (a fixture)
 
 import tasks
+from dual_lora.analysis.dots import Panel, draw_dots
+from dual_lora.lab.present.histogram_figure import draw_histograms
 from dual_lora.lab.report.comparison.blocks import explain_verdicts
 from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests, compare_outcomes
 from dual_lora.lab.report.comparison.floors import Floor
@@ -29,6 +32,9 @@ from dual_lora.lab.report.write import write_report
 from dual_lora.lab.statistics.compare import Difference
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
+
+COUNTS = {"histogram": [1, 2, 3], "histogram_null": [3, 2, 1]}
+HISTOGRAMS = {"role": "q"} | {f"{part}_{n}": v for part in ("magnitude", "direction") for n, v in COUNTS.items()}
 
 
 def compare(by_seed: list[float], baseline="LoRA", margin=1.0) -> Comparison:
@@ -203,3 +209,25 @@ def test_lines_show_seeds_beside_means(study, tmp_path):  # noqa: F811
     experiment, outcomes = study(RATIOS, lambda label, s: 70 + s.seed)
     text = write_report(experiment, outcomes, tmp_path)
     assert "small dots: 3 seeds each; large ones: their mean; bars: 95 % t-interval over seeds" in text
+
+
+def test_the_users_matplotlibrc_changes_no_figure(study, tmp_path, monkeypatch):  # noqa: F811
+    experiment, done = study(GLUE, lambda label, s: 70 + s.seed)
+
+    def draw(name: str) -> dict[str, bytes]:
+        folder = tmp_path / name
+        folder.mkdir()
+        write_report(experiment, done, folder)
+        content = {"rows": [HISTOGRAMS], "magnitude_edges": [0.0, 1.0], "labels": {"magnitude": "m", "direction": "d"}}
+        draw_histograms(content | {"direction_edges": [0.0, 1.0]}, folder)
+        value = {"mean": 1.0, "low": 0.5, "high": 1.5, "values": [0.9, 1.1]}
+        draw_dots([Panel("case", {"LoRA": value})], ["LoRA"], "unit", folder / "dots.png", 1)
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".pdf")}
+
+    plain = draw("plain")
+    settings = {"text.usetex": True, "font.family": ["serif"], "lines.linewidth": 9.0, "savefig.bbox": "tight"}
+    for name, value in settings.items():
+        monkeypatch.setitem(rcParams, name, value)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "abc")
+    assert {"figure.png", "figure.pdf", "histograms.pdf", "dots.png"} <= plain.keys() and draw("own") == plain
+    assert rcParams["lines.linewidth"] == 9.0 and os.environ["SOURCE_DATE_EPOCH"] == "abc"

@@ -31,7 +31,10 @@ def draw_dots(panels: Sequence[Panel], labels: Sequence[str], unit: str, path: P
 
     down = -(-len(panels) // across)
     height = down * (len(labels) * LINE + 0.28) + 0.45
-    with matplotlib.rc_context({"font.size": 7, "axes.linewidth": 0.5, "axes.titlesize": 7, "axes.labelsize": 7}):
+    style = {"font.size": 7, "axes.linewidth": 0.5, "axes.titlesize": 7, "axes.labelsize": 7}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(style)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):

@@ -169,12 +169,13 @@ def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever libraries raise while reading a user's files into one line.
 
     Raises:
-        UserError: `what`, the reason and the remedy. A lack of memory passes.
+        UserError: `what`, the reason and the remedy. A lack of memory passes, and so does a library's refusal of the
+            environment.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error) or find_unreadable_variables(error):
             raise
         reason = next((reason for word, reason in READ_FAILURES.items() if word in str(error)), get_first_line(error))
         raise UserError(f"{what} ({reason[:300]}); {remedy}") from error

@@ -13,6 +13,9 @@ from dual_lora.lab.errors import require
 # Fields that say how a model is used, which a task, a method or the settings of a run decide.
 HEAD_FIELDS = {"id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task", "loss_type"}
 TOKEN_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer knows them
+# Kinds of models whose positions start after the padding id that their weights were trained with.
+AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "longformer"}
+AFTER_PADDING |= {"data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "luke", "markuplm", "xglm"}
 PRECISION_FIELDS = {"dtype", "torch_dtype", "use_bfloat16"}
 KERNEL_FIELDS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "use_kernels"}
 KERNEL_FIELDS |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal"}
@@ -32,6 +35,8 @@ REFUSED_FIELDS = {
 }
 # Fields that must match the defaults of the model's class: they would turn an encoder into a decoder, or back.
 CLASS_FIELDS = ("is_decoder", "is_encoder_decoder", "add_cross_attention")
+# Fields that transformers takes for the text part of a model, of whatever kind it is.
+TEXT_PARTS = ("text_config", "text_encoder", "decoder", "generator")
 # Fields of some architectures that the library's caches read of every model. Where a model's class does not have them,
 # its layers ignore them, and so must decoding.
 LAYER_FIELDS = ("layer_types", "sliding_window", "attention_chunk_size", "kv_sharing_modes")
@@ -51,7 +56,8 @@ def clean_config(values: dict[str, Any], where: str, tensors: int | None = None)
         require(not values.get(name), f"{where}: {name}: {remedy}")
     for name, value in values.items():
         check_count(name, value, where, tensors)
-    kept = {name: value for name, value in values.items() if name not in DROPPED_FIELDS}
+    dropped = DROPPED_FIELDS - ({"pad_token_id"} if values.get("model_type") in AFTER_PADDING else set())
+    kept = {name: value for name, value in values.items() if name not in dropped}
     return {name: clean_part(name, value, where, tensors) for name, value in kept.items()}
 
 
@@ -63,10 +69,11 @@ def clean_part(name: str, value: Any, where: str, tensors: int | None) -> Any:
 
 def fit_class_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the fields of a config.json without the `LAYER_FIELDS` that the model's class does not have. Flags that
-    turn the weights into another kind of model are refused. This imports transformers, so it comes last.
+    turn the weights into another kind of model are refused, and parts that its kind does not have. This imports
+    transformers, so it comes last.
 
     Raises:
-        UserError: a flag is not as the class of the model has it.
+        UserError: a flag is not as the class of the model has it, or it has no such part.
     """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -80,6 +87,9 @@ def fit_class_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
             given is None or bool(given) == bool(usual),
             f"{where}: {name}={given} makes another kind of model of a {kind}; drop the field",
         )
+    for name in TEXT_PARTS:
+        known = hasattr(CONFIG_MAPPING[kind], name) or name in CONFIG_MAPPING[kind].sub_configs
+        require(known or values.get(name) is None, f"{where}: {name}: a {kind} has no such part; drop the field")
     # The library's masks make any decoder an encoder that says so; encoders mask nothing, whatever they say.
     causal = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or values.get("is_causal") is not False
     require(causal, f"{where}: is_causal=false makes an encoder of a {kind}; drop the field")

@@ -45,7 +45,7 @@ def check_examples(
     longest = max(lengths)
     if limit is not None and longest > limit:
         raise UserError(
-            f"task.max_length={settings.task.max_length}: {settings.model.name} takes {limit} tokens, and "
+            f"task.max_length={settings.task.max_length}: {describe_position_limit(model, settings)}, and "
             f"{rows[lengths.index(longest)]['id']} of {split} has {longest}; take task.max_length={limit} or less, or "
             "another model"
         )
@@ -62,10 +62,11 @@ def check_prompts(
     for row, ids in zip(rows, prompts, strict=True):
         where = f"task={settings.task.name}: the prompt of {row['id']} of {split} is empty"
         require(bool(ids), f"{where}, and {settings.model.name} adds no special tokens; remove the row")
-    limit, new, name = get_position_limit(model), settings.task.max_new_tokens, settings.model.name
+    limit, new = get_position_limit(model), settings.task.max_new_tokens
     tokens, row = max(((len(ids), row) for ids, row in zip(prompts, rows, strict=True)), key=lambda pair: pair[0])
     if limit is not None and tokens + new > limit:
-        what = f"task.max_new_tokens={new}: {name} takes {limit} tokens, and the prompt of {row['id']} of {split}"
+        takes = describe_position_limit(model, settings)
+        what = f"task.max_new_tokens={new}: {takes}, and the prompt of {row['id']} of {split}"
         many = sum(len(ids) + new > limit for ids in prompts)
         fewer = f"take task.max_new_tokens={limit - tokens} or less, " if tokens < limit else ""
         raise UserError(f"{what} alone has {tokens}; {fewer}remove {count_such_rows(many)}, or take another model")
@@ -89,7 +90,7 @@ def check_choices(
     longest = max(totals)
     if limit is not None and longest > limit:
         place = totals.index(longest)
-        what = f"{settings.model.name} takes {limit} tokens, and {rows[place]['id']} of {split} has {longest}"
+        what = f"{describe_position_limit(model, settings)}, and {rows[place]['id']} of {split} has {longest}"
         parts = f"{len(prompts[place])} of the prompt and {lengths[place]} of a text whose likelihood is scored"
         many = sum(total > limit for total in totals)
         without = "take task.options.loss=false, " if settings.task.options.get("loss") else ""
@@ -109,13 +110,32 @@ def count_longest(choices: list[list[list[int]]]) -> list[int]:
 
 def get_position_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model has positions for; None if there is no such limit, which XLNet calls -1. In
-    RoBERTa, positions start after the padding index."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    RoBERTa, positions start after the padding index. Under longrope it is how many a row may have beside others."""
+    limit, long = getattr(model.config, "max_position_embeddings", None), find_longrope_limit(model)
     if limit is None or limit < 1:
-        return None
+        return long
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(places, "padding_idx", None)
-    return limit - (0 if padding is None else padding + 1)
+    limit -= 0 if padding is None else padding + 1
+    return limit if long is None else min(limit, long)
+
+
+def find_longrope_limit(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a row may have if the model's rotary positions are of the kind longrope; None for other
+    kinds. With a longer row in a batch, transformers changes the positions of all its rows."""
+    found = getattr(model.config, "rope_parameters", None) or {}
+    parts = [found, *found.values()]  # one for all layers, or one for each type of layer
+    long = [part for part in parts if isinstance(part, dict) and part.get("rope_type") == "longrope"]
+    return min((part["original_max_position_embeddings"] for part in long), default=None)
+
+
+def describe_position_limit(model: PreTrainedModel, settings: Settings) -> str:
+    """Return how many tokens a model takes, as messages say it, with the reason if it has positions for more."""
+    limit = get_position_limit(model)
+    why = (
+        " (longrope: a longer row would change the others of its batch)" if limit == find_longrope_limit(model) else ""
+    )
+    return f"{settings.model.name} takes {limit} tokens{why}"
 
 
 def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Callable[[Row], dict]:

@@ -26,6 +26,7 @@ from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
+from dual_lora.lab.inputs.model_config import AFTER_PADDING
 from dual_lora.lab.inputs.model_files import (
     RESAVE_REMEDY,
     check_model_folder,
@@ -92,7 +93,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     settings.hardware.check_installed()
     tokenizer = load_tokenizer(settings)
     config = load_config(settings, task)
-    set_own_padding(config, tokenizer)
+    set_own_padding(config, tokenizer, settings)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
     options |= get_quantisation_options(settings) | get_decoding_default(task)
     file = find_gguf_file(settings)
@@ -134,12 +135,23 @@ def list_held_tensors(settings: Settings) -> list[str]:
     return [name for file in list_weight_files(find_links(settings, weights=True)) for name in list_tensors(file)]
 
 
-def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set the tokenizer's padding id in a configuration before the model is built, because RoBERTa's positions depend
-    on it. If padding is also the end of text, it is not set: the embedding of that token would not train."""
-    padding = tokenizer.pad_token_id
-    if padding != tokenizer.eos_token_id and padding < config.get_text_config().vocab_size:
-        config.pad_token_id = padding
+def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    """Set the tokenizer's padding id in a configuration before the model is built. If padding is also the end of text,
+    it is not set: the embedding of that token would not train.
+
+    Raises:
+        UserError: the positions of this kind of model start after the padding id, and the weights have another one.
+    """
+    padding, own = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
+    if padding == tokenizer.eos_token_id or padding >= config.get_text_config().vocab_size:
+        return
+    require(
+        padding == own or config.model_type not in AFTER_PADDING,
+        f"model={settings.model.name}: its tokenizer pads with {padding} ({tokenizer.pad_token!r}), but its "
+        f"config.json says pad_token_id={own}, after which the positions of a {config.model_type} start; make "
+        "pad_token of tokenizer_config.json that token",
+    )
+    config.pad_token_id = padding
 
 
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
@@ -187,7 +199,9 @@ def load_tuned_model(
     place = {"pretrained_model_name_or_path": str(link_model(folder)), **NO_CODE}
     config = AutoConfig.from_pretrained(**place)
     config.update(get_head_options(task))
-    set_own_padding(config, tokenizer)
+    # As in the base model: the saved one may be the tokenizer's end of text.
+    config.pad_token_id = getattr(load_config(settings, task), "pad_token_id", None)
+    set_own_padding(config, tokenizer, settings)
     options = {"dtype": get_weight_dtype(settings), "use_safetensors": True}
     model = get_head_class(task).from_pretrained(config=config, **place, **options, **get_decoding_default(task))
     model.name_or_path = model.config.name_or_path = str(folder)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBacke
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError, is_out_of_memory, require, translate_read_errors
+from dual_lora.lab.errors import UserError, get_first_line, is_out_of_memory, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
 from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, translate_model_errors
 from dual_lora.lab.model.encode import apply_chat_template
@@ -31,8 +31,9 @@ from dual_lora.lab.system.files import read_json_object
 # column, so padding goes to the right.
 USE = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 USE |= {"clean_up_tokenization_spaces": False}
+ALL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
-# A text that classes split differently; words from all over the vocabulary follow it, since it may be of any language.
+# A text that classes split differently. Words from all over the vocabulary follow it, since it may be of any language.
 SPLIT_PROBE = "The Café's 3rd oak (since 1987) serves 1,250 guests a week.\nIs it open?"
 PROBE_WORDS = 300
 PROBE = "What does the oak serve?"  # a prompt that every chat template must reproduce
@@ -48,7 +49,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     file = find_gguf_file(settings)
     with translate_model_errors(settings):
         tokenizer = load_gguf_tokenizer(file) if file else load_saved_tokenizer(settings)
-        reset_use(tokenizer, get_config_fields(settings).get("type_vocab_size"))
+        reset_use(tokenizer, settings)
     bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
     require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
     check_special_tokens(tokenizer, settings)
@@ -59,15 +60,16 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def reset_use(tokenizer: PreTrainedTokenizerBase, types: int | None) -> None:
+def reset_use(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
     """Reset how a tokenizer is used, whatever was saved with it: sides, what it returns, and truncation, padding or
-    dropout inside tokenizer.json. types: how many kinds of segment the model knows, if it knows any."""
+    dropout inside tokenizer.json."""
     for name, value in USE.items():
         setattr(tokenizer, name, value)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         reset_backend(backend)
-    marked = "token_type_ids" in tokenizer.model_input_names and (types or 0) > 1
+    types = get_config_fields(settings).get("type_vocab_size") or 0  # kinds of segment that the model knows
+    marked = "token_type_ids" in tokenizer.model_input_names and types > 1
     marked = marked or "token_type_ids" in type(tokenizer).model_input_names
     tokenizer.model_input_names = ["input_ids", *["token_type_ids"][: int(marked)], "attention_mask"]
 
@@ -83,33 +85,47 @@ def reset_backend(backend: Tokenizer) -> None:
 
 def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model's files. Most classes of transformers take the vocabulary from tokenizer.json,
-    but not how texts are normalised and split. Where the class that transformers chooses does that otherwise than the
-    file says, the file is used as it is, and a warning printed."""
-    place = locate_model(settings)
-    tokenizer = AutoTokenizer.from_pretrained(**place, **USE)
-    file = find_links(settings) / "tokenizer.json"
-    if type(tokenizer) is TokenizersBackend or not file.is_file() or splits_as_file(tokenizer, str(file)):
-        return tokenizer
+    but not how texts are normalised and split, or which special tokens surround them. Where the class that transformers
+    chooses does that differently from what the file says, or cannot be built from it, the file is used as it is, and a warning
+    printed."""
+    place, file = locate_model(settings), find_links(settings) / "tokenizer.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place, **USE)
+        reset_use(tokenizer, settings)
+    except Exception as error:  # whatever a class raises over a file that is not of its kind
+        if not file.is_file() or is_out_of_memory(error) or "trust_remote_code" in str(error):
+            raise
+        differs = f"class cannot take its tokenizer.json ({get_first_line(error)[:80]})"
+    else:
+        if type(tokenizer) is TokenizersBackend or not file.is_file() or encodes_as_file(tokenizer, str(file)):
+            return tokenizer
+        differs = f"class, {type(tokenizer).__name__}, encodes texts differently from its tokenizer.json"
+    tokenizer = TokenizersBackend.from_pretrained(**place, **USE, model_input_names=ALL_INPUTS)
     if is_first_process():
-        where = f"model={settings.model.name}: its tokenizer's class, {type(tokenizer).__name__},"
-        print(f"warning: {where} splits texts differently from its tokenizer.json; the file is used", file=sys.stderr)
-    return TokenizersBackend.from_pretrained(**place, **USE)
+        print(f"warning: model={settings.model.name}: its tokenizer's {differs}; the file is used", file=sys.stderr)
+    return tokenizer
 
 
-def splits_as_file(tokenizer: PreTrainedTokenizerBase, file: str) -> bool:
-    """Return whether a tokenizer gives a text the ids that a tokenizer.json gives it."""
+def encodes_as_file(tokenizer: PreTrainedTokenizerBase, file: str) -> bool:
+    """Return whether a tokenizer gives a text and a pair of texts the ids that a tokenizer.json gives them, and, if it
+    marks the two texts of a pair, the same marks."""
     backend = Tokenizer.from_file(file)
     reset_backend(backend)
     ids = sorted(backend.get_vocab(with_added_tokens=False).values())
     words = [backend.decode([number]).strip() for number in ids[:: max(1, len(ids) // PROBE_WORDS)]]
     probe = " ".join([SPLIT_PROBE, *filter(None, words)])
     try:
-        found = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        for texts, special in (((probe,), False), ((PROBE,), True), ((PROBE, SPLIT_PROBE), True)):
+            found = tokenizer(*texts, add_special_tokens=special)
+            expected = backend.encode(*texts, add_special_tokens=special)
+            marks = found.get("token_type_ids", expected.type_ids)
+            if (found["input_ids"], marks) != (expected.ids, expected.type_ids):
+                return False
     except Exception as error:  # whatever a class raises over a vocabulary that is not of its kind
         if is_out_of_memory(error):
             raise
         return False
-    return found == backend.encode(probe, add_special_tokens=False).ids
+    return True
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:

@@ -8,11 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.present.drawing import save_figure, use_style
 
 PART_TITLES = {"magnitude": "{}, before its scale", "direction": "D C, before its sign"}
 
 
+@use_style()
 def draw_histograms(content: dict, folder: Path, name: str = "histograms", by: str = "role") -> Path | None:
     """Write NAME.png and NAME.pdf of an analysis, and return the PNG; None if the analysis holds no histograms.
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dual_lora import paper
-from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.present.drawing import save_figure, use_style
 
 RANK_TITLES = {"rank": "numerical rank / full rank", "stable_rank": "stable rank"}
 # The published figure and our null of it, both of weights of 4096 x 4096, and what the second calls the parts of dW.
@@ -36,6 +36,7 @@ class AnalysedRun:
         return self.rows[here].sort_values("layer", kind="stable")
 
 
+@use_style()
 def draw_ranks(runs: list[AnalysedRun], folder: Path, kind: str = "rank") -> Path:
     """Write ranks.png and ranks.pdf, or stable_ranks, and return the first."""
     parts = max((run.labels for run in runs), key=len)

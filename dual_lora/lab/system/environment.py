@@ -10,6 +10,7 @@ slower than with a single thread. Sleeping threads cost a little on an idle mach
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,7 @@ RECORDED += ("PYTORCH_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "HIP_", "MIOPEN
 RECORDED += ("DISABLE_ADDMM_", "NCCL_", "GLOO_", "BNB_", "TRANSFORMERS_DISABLE_", "PYTHONHASHSEED", "GLIBC_TUNABLES")
 RECORDED += ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "LC_ALL", "LC_NUMERIC", "LANG")
 RECORDED += ("NPY_", "SCIPY_", "ROCBLAS_", "HIPBLAS", "TENSILE_")
+RECORDED += ("LD_PRELOAD",)  # may bring another BLAS or OpenMP
 # What torchrun sets, and how the variables of other launchers begin.
 OWN_PROCESS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -109,9 +111,12 @@ def read_whole_number(name: str, least: int = 0) -> int:
 
 def describe_variables() -> dict[str, str]:
     """Return the variables that can change a digit of a result, without secrets. Where caches are is not among them:
-    torch itself names a folder of the user's there."""
+    torch itself names a folder of the user's there. Of preloaded libraries only the names are given."""
     names = (name for name in list_variables(RECORDED) if not name.endswith("_DIR"))
-    return {name: redact_secrets(os.environ[name]) for name in names}
+    found = {name: redact_secrets(os.environ[name]) for name in names}
+    if "LD_PRELOAD" in found:
+        found["LD_PRELOAD"] = re.sub(r"[^\s:]*/", "", found["LD_PRELOAD"])
+    return found
 
 
 def count_available_cores() -> int:

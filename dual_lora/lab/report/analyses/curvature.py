@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
-from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.record.record import CURVATURE_FILE
 from dual_lora.lab.report.figures.layout import COLORS, GREY, MARKERS, STYLE, WIDTH
 from dual_lora.lab.report.learning_rates import EDGE, is_at_edge
@@ -45,7 +44,7 @@ def iterate_curvature_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[
         f"{one['rows']} training rows without dropout, to a relative tolerance of {one['tolerance']:g}. Updates with a "
         "ramp are at full scale, f = 1. The rate is the best of the grid, so it is known up to the grid's factor."
     )
-    with rc_context(STYLE):
+    with use_style(STYLE):
         figure = draw_scatter(points)
         if figure:
             yield Image(save_figure(figure, folder, "curvature")[0], describe_scatter(points))

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
-from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.record.record import SIMILARITY_FILE
 from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
 from dual_lora.lab.report.comparison.floors import get_model_task
@@ -64,7 +63,7 @@ def iterate_similarity_blocks(outcomes: list[Outcome], folder: Path) -> Iterator
         "of a role, by number of points. The seeds of a layer are alike, so its sampling error is larger than the "
         "number suggests.",
     )
-    with rc_context(STYLE):
+    with use_style(STYLE):
         path = save_figure(draw_changes(runs), folder, "changes")[0]
     yield Image(
         path, "Change of the size of a weight's rows against change of their direction: a dot a weight and seed"

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dual_lora.lab.errors import require
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
-from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.record.record import TRUNCATION_FILE
 from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
 from dual_lora.lab.report.comparison.floors import Floor, find_hardest, get_model_task
@@ -73,7 +72,7 @@ def iterate_truncation_blocks(outcomes: list[Outcome], folder: Path, floors: lis
         "Every changed weight W0 + dW becomes W0 + dW_k, the closest of rank k by SVD; nothing is trained again. The "
         "head, and under full tuning embeddings, norms and biases, stay as trained."
     )
-    with rc_context(STYLE):
+    with use_style(STYLE):
         figure = draw_curves_by_rank(curves, floors)
         yield Image(
             save_figure(figure, folder, "truncation")[0],

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from dual_lora.lab.present.document import Image
-from dual_lora.lab.present.drawing import save_figure
+from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.report.comparison.comparisons import Comparison, Comparisons
 from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_unlearned
 from dual_lora.lab.report.figures.forest import describe_forest, draw_forest
@@ -31,7 +30,7 @@ def draw_figures(
     folder: Path,
 ) -> Iterator[Image]:
     """Write the figures that the records allow and yield them, the one of verdicts first."""
-    with rc_context(STYLE):
+    with use_style(STYLE):
         for name, figure, caption in iterate_figures(experiment, outcomes, values, comparisons, floors):
             if figure:
                 yield Image(save_figure(figure, folder, name)[0], caption)
