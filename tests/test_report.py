@@ -1012,6 +1012,18 @@ def test_an_error_in_one_report_does_not_cost_the_next(study, capsys, monkeypatc
     assert run_experiment(experiment, [outcome.cell for outcome in outcomes], None) == 0
 
 
+def test_an_error_of_the_machine_costs_a_report_one_line(study, capsys, monkeypatch):
+    experiment, done = study(GLUE, lambda label, s: 80)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(report_write, "write_report", fail)
+    assert run_experiment(experiment, [cell.cell for cell in done], None) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("made: no report: out of memory (MemoryError); ") and said.count("\n") == 1
+
+
 # Published rows beside ours
 
 

@@ -10,7 +10,7 @@ from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.errors import UserError, get_first_line, require, translate_machine_errors
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.launch import check_launcher, select_launcher_words
@@ -72,7 +72,8 @@ def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str
     if not is_first_process():
         return code
     try:
-        reported = report_experiment(experiment, cells, run)
+        with translate_machine_errors():
+            reported = report_experiment(experiment, cells, run)
     except UserError as error:
         print(f"{experiment.name}: no report: {error}", file=sys.stderr)
         reported = EXIT_USER
