@@ -143,11 +143,11 @@ def test_a_failing_run_stops_no_other(command, runs_folder, start):
     shared between two groups, which only the run itself finds out."""
     here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "train.lr=1e-3"}
     given = [here.get(word, word) for word in words(command)[3:]]
-    process = start(*given, "+method.peft.rank_pattern={q_proj:1}")
+    process = start(*given, "+method.peft.rank_pattern={query:1}")
     out, err = process.communicate(timeout=1500)
     assert f"2 of 2 runs handed to {get_launcher_name(given)}" in out
     assert process.returncode == EXIT_USER and "1 of 2 runs finished" in err, err
-    assert "dual_lora_s0" in err and "rank_pattern['q_proj']=1: expected an integer of at least 2" in err
+    assert "dual_lora_s0" in err and "rank_pattern['query']=1: expected an integer of at least 2" in err
     assert [p.parent.name.count("dual_lora") for p in runs_folder.glob("adhoc/*/result.json")] == [0]
     assert list((runs_folder / ".multirun").iterdir()), "a launch with a failure keeps its logs"
 

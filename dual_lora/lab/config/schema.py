@@ -514,6 +514,8 @@ class Settings:
 
 def format_typed_value(value: Any) -> str:
     """Return a setting's value as a command line has it."""
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
