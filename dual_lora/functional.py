@@ -10,9 +10,9 @@ Source: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 
 
 Sign(x) is +1 for x > 0, else -1, so Sign(0) = -1. Its gradient is straight-through, dL/dx = clip(dL/dSign, -1, 1).
 
-Where we depart from the paper: all values of `magnitude`, `direction` and `ste` but the first of each table below; the
-rule for the initial sigma (`init_std`), which the paper does not give; and factors with leading dimensions, where each
-index is a separate update.
+Where we depart from the paper: every value but the first of the tables MAGNITUDES, DIRECTIONS, DIRECTION_DTYPES,
+STRAIGHT_THROUGH and RAMPS below; the rule for the initial sigma (`init_std`), which the paper does not give; and
+factors with leading dimensions, where each index is a separate update.
 
 f is called `update_scale` in the code; its ramp lasts `scale_warmup_steps` optimizer steps, which the harness sets as a
 share of all steps (`method.ramp_share`). It is not the learning rate's warm-up.
@@ -20,12 +20,13 @@ share of all steps (`method.ramp_share`). It is not the learning rate's warm-up.
 
 import contextlib
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialisation; beta = 1 would map them
+# softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialization; beta = 1 would map them
 # all to about ln 2, a hundred times the size of a pretrained weight.
 SOFTPLUS_BETA = 1000.0
 LEAKY_SLOPE = 0.01  # of "leaky_relu" below 0, torch's default
@@ -44,11 +45,20 @@ MAGNITUDES = {
 DIRECTIONS = {"sign": None, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda x: x}
 # What D and C may be rounded to before their product.
 DIRECTION_DTYPES = ("float32", "bfloat16", "float16")
+# The straight-through gradients of "sign", see `sign_ste`.
+STRAIGHT_THROUGH = ("clip", "identity", "hardtanh")
+# The shapes of the ramp. Each maps the share of its steps that are done, 0 to 1, to f.
+RAMPS = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - torch.cos(math.pi * share)) / 2,
+    "quadratic": torch.square,
+    "root": torch.sqrt,
+}
 
 
 class ClipCounter:
     """While `enabled`, counts the entries of dL/dSign and those that `ste="clip"` clips. It counts on the device,
-    without synchronising. The Triton kernels do not count."""
+    without synchronizing. The Triton kernels do not count."""
 
     def __init__(self) -> None:
         self.enabled = False
@@ -114,14 +124,14 @@ class _SignWithTangent(_Sign):
         return tangent.clone()
 
 
-STRAIGHT_THROUGH = ("clip", "identity", "hardtanh")
-# The shapes of the ramp. Each maps the share of its steps that are done, 0 to 1, to f.
-RAMPS = {
-    "linear": lambda share: share,
-    "cosine": lambda share: (1 - torch.cos(math.pi * share)) / 2,
-    "quadratic": torch.square,
-    "root": torch.sqrt,
-}
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Refuse an unknown value of the argument `name`.
+
+    Raises:
+        ValueError: with the known ones.
+    """
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
 def check_ste(ste: str) -> None:
@@ -130,8 +140,7 @@ def check_ste(ste: str) -> None:
     Raises:
         ValueError: with the known ones.
     """
-    if ste not in STRAIGHT_THROUGH:
-        raise ValueError(f"ste={ste!r}: expected one of {', '.join(STRAIGHT_THROUGH)}")
+    check_choice("ste", ste, STRAIGHT_THROUGH)
 
 
 def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
@@ -152,8 +161,8 @@ def sign_ste(x: Tensor, ste: str = "clip") -> Tensor:
 
 
 def is_traced_without_gradient() -> bool:
-    """Return whether torch.jit.trace records what runs now, without gradients. It cannot save functions of Python, such
-    as those that give a gradient of their own."""
+    """Return whether torch.jit.trace records what runs now, without gradients. It cannot serialize Python functions,
+    such as custom gradients."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and not torch.is_grad_enabled()
 
 
@@ -200,10 +209,13 @@ def delta_weight(
     of a custom function as a constant.
 
     Raises:
-        KeyError: unknown magnitude or direction.
-        ValueError: unknown ste, or B A and D C have different shapes.
+        ValueError: unknown magnitude, direction, ste or direction_dtype, or B A and D C have different shapes.
     """
     check_factors(A, B, C, D)
+    check_choice("magnitude", magnitude, MAGNITUDES)
+    check_choice("direction", direction, DIRECTIONS)
+    check_ste(ste)
+    check_choice("direction_dtype", direction_dtype, DIRECTION_DTYPES)
     with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
@@ -232,9 +244,8 @@ def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu
     for name, value in {"fan_in": fan_in, "r1": r1, "r2": r2, "alpha": alpha}.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: expected a finite number above 0")
-    for name, value, known in (("magnitude", magnitude, MAGNITUDES), ("direction", direction, DIRECTIONS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+    check_choice("magnitude", magnitude, MAGNITUDES)
+    check_choice("direction", direction, DIRECTIONS)
     kept = 1.0 if magnitude in ("abs", "identity") else 0.5
     target = INIT_RELATIVE_SIZE / math.sqrt(fan_in)
     if direction == "sigmoid":

@@ -89,6 +89,12 @@ def test_products_of_other_shapes_are_not_broadcast(use, shape):
         use(A, B, torch.ones(shape), D)
 
 
+@pytest.mark.parametrize("fields", [{"magnitude": "rellu"}, {"direction": "signs"}])
+def test_groups_of_an_unknown_variant_are_not_measured(fields):
+    with pytest.raises(ValueError, match="expected one of"):
+        analysis.measure_groups(torch.ones(2, 5), torch.ones(6, 2), torch.ones(2, 5), torch.ones(6, 2), **fields)
+
+
 def test_signs_of_other_shapes_are_not_compared():
     C, D = torch.ones(2, 5), torch.ones(6, 2)
     with pytest.raises(ValueError, match="one shape"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..functional import DIRECTIONS, MAGNITUDES, check_factors, sign_ste
+from ..functional import DIRECTIONS, MAGNITUDES, check_choice, check_factors, sign_ste
 from .entries import (
     DIRECTION_EDGES,
     MAGNITUDE_EDGES,
@@ -33,9 +33,10 @@ def measure_groups(
     direction_histogram of D C, before its sign, over DIRECTION_EDGES.
 
     Raises:
-        KeyError: unknown magnitude or direction.
-        ValueError: the products are not finite matrices of one shape.
+        ValueError: unknown magnitude or direction, or the products are not finite matrices of one shape.
     """
+    check_choice("magnitude", magnitude, MAGNITUDES)
+    check_choice("direction", direction, DIRECTIONS)
     A, B, C, D = (t.float() for t in (A, B, C, D))
     check_factors(A, B, C, D)
     return _measure_group(

@@ -76,6 +76,14 @@ def test_unknown_straight_through_kind_is_an_error():
         sign_ste(torch.ones(1), "bnn")
 
 
+@pytest.mark.parametrize(
+    "name, known", [("magnitude", "relu"), ("direction", "sign"), ("ste", "clip"), ("direction_dtype", "float32")]
+)
+def test_an_unknown_variant_is_refused_with_the_known_ones(name, known):
+    with pytest.raises(ValueError, match=f"^{name}='cube': expected one of {known}, "):
+        delta_weight(*factors(), SCALE, **{"direction": "tanh", name: "cube"})
+
+
 def test_autocast_does_not_touch_the_products():
     f = [t.detach().float() for t in factors()]
     plain = delta_weight(*f, SCALE)
