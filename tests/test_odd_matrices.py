@@ -31,7 +31,7 @@ def test_ranks_do_not_depend_on_the_size_of_the_entries(size):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_cut(value):
-    with pytest.raises(ValueError, match="contains NaN or Inf"):
+    with pytest.raises(ValueError, match=r"^matrix dW \(2 x 3\) contains NaN or Inf"):
         Decomposition.compute(torch.full((2, 3), value))
 
 
@@ -44,5 +44,5 @@ def test_a_loss_without_curvature_has_the_eigenvalue_0(multiplier):
 
 def test_a_loss_that_is_nan_has_no_curvature():
     p = torch.randn(5, requires_grad=True)
-    with pytest.raises(ValueError, match="the loss is nan"):
+    with pytest.raises(ValueError, match=r"^loss_of\(\) returned nan"):
         compute_curvature(lambda: (p * torch.nan).square().sum(), [p])

@@ -58,7 +58,7 @@ def compute_curvature(
     roots = [m**0.5 for m in multipliers or [1.0] * len(parameters)]
     sizes, loss = [p.numel() for p in parameters], loss_of()
     if not loss.isfinite():
-        raise ValueError(f"the loss is {loss.item()}")
+        raise ValueError(f"loss_of() returned {loss.item()}; the curvature needs a finite loss")
     grads = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
     products, is_zero = 0, True
 

@@ -15,17 +15,21 @@ MAGNITUDE_EDGES = (0.0, *_DECADES)
 DIRECTION_EDGES = (*(-e for e in reversed(_DECADES)), 0.0, *_DECADES)
 
 
-def check_matrices(*matrices: Tensor) -> None:
+def check_matrices(**matrices: Tensor) -> None:
     """Refuse tensors that are not matrices, or matrices of different shapes: torch would broadcast them.
+
+    matrices: by the names that the errors give them.
 
     Raises:
         ValueError: with the shapes, or where values are NaN or infinite.
     """
-    shapes = {tuple(matrix.shape) for matrix in matrices}
-    if len(shapes) > 1 or any(len(shape) != 2 or 0 in shape for shape in shapes):
-        raise ValueError(f"shapes {', '.join(map(str, sorted(shapes)))}: expected matrices of one shape, out x in")
-    if not all(matrix.isfinite().all() for matrix in matrices):
-        raise ValueError("a matrix contains NaN or Inf")
+    shapes = {name: " x ".join(map(str, matrix.shape)) for name, matrix in matrices.items()}
+    if len(set(shapes.values())) > 1 or any(m.ndim != 2 or 0 in m.shape for m in matrices.values()):
+        named = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
+        raise ValueError(f"shapes {named}: expected matrices of one shape, out x in")
+    for name, matrix in matrices.items():
+        if not matrix.isfinite().all():
+            raise ValueError(f"matrix {name} ({shapes[name]}) contains NaN or Inf")
 
 
 def compute_zero_share(dW: Tensor) -> float:
@@ -34,7 +38,7 @@ def compute_zero_share(dW: Tensor) -> float:
     Raises:
         ValueError: dW is not a finite matrix.
     """
-    check_matrices(dW)
+    check_matrices(dW=dW)
     return (dW == 0).double().mean().item()
 
 
@@ -44,7 +48,7 @@ def count_dead_rows(dW: Tensor) -> int:
     Raises:
         ValueError: dW is not a finite matrix.
     """
-    check_matrices(dW)
+    check_matrices(dW=dW)
     return int((~dW.bool().any(1)).sum())
 
 
@@ -54,7 +58,7 @@ def compute_relative_size(dW: Tensor, W0: Tensor) -> float | None:
     Raises:
         ValueError: they are not finite matrices of one shape.
     """
-    check_matrices(dW, W0)
+    check_matrices(dW=dW, W0=W0)
     return _ratio(dW.double().norm(), W0.double().norm())
 
 
@@ -81,7 +85,7 @@ def compute_flipped_share(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float
         ValueError: the products are not finite matrices of one shape.
     """
     now, before = D.float() @ C.float(), D0.float() @ C0.float()
-    check_matrices(now, before)
+    check_matrices(**{"D C": now, "D0 C0": before})
     return (sign_ste(now) != sign_ste(before)).double().mean().item()
 
 
@@ -94,7 +98,7 @@ def compare_updates(a: Tensor, b: Tensor) -> dict[str, float | None]:
     Raises:
         ValueError: they are not finite matrices of one shape.
     """
-    check_matrices(a, b)
+    check_matrices(a=a, b=b)
     both = (a != 0) & (b != 0)
     equal = ((a > 0) == (b > 0)) & both
     return {"cosine": compute_cosine(a, b), "sign_agreement": _ratio(equal.sum(), both.sum())}
@@ -105,13 +109,13 @@ def measure_decomposition(W0: Tensor, dW: Tensor) -> dict[str, float]:
     """Return how far an update changes size and direction of the rows (outputs) of a weight; W0, dW: out x in.
 
     Keys, each a mean over rows w of W0 and w' of W0 + dW: magnitude_change, | ||w'|| - ||w|| |; direction_change,
-    1 - cos(w', w). Their correlation over layers tells methods apart (DoRA, arXiv 2402.09353, section 3.2). Rows, as
-    DoRA's code has its magnitudes. In float64, since the cosine of two close rows is near 1.
+    1 - cos(w', w). Their correlation over layers tells methods apart (DoRA, arXiv 2402.09353, section 3.2). By rows,
+    as DoRA's code takes magnitudes. In float64, since the cosine of two close rows is near 1.
 
     Raises:
         ValueError: they are not finite matrices of one shape.
     """
-    check_matrices(W0, dW)
+    check_matrices(W0=W0, dW=dW)
     before, after = W0.double(), W0.double() + dW.double()
     size = (after.norm(dim=1) - before.norm(dim=1)).abs()
     turn = 1 - torch.nn.functional.cosine_similarity(after, before, dim=1)
@@ -125,7 +129,7 @@ def compute_cosine(a: Tensor, b: Tensor) -> float | None:
     Raises:
         ValueError: their shapes differ, or values are NaN or infinite.
     """
-    check_matrices(a.reshape(1, -1), b.reshape(1, -1))
+    check_matrices(a=a.reshape(1, -1), b=b.reshape(1, -1))
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}: expected one shape")
     a, b = a.double(), b.double()

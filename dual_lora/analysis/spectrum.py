@@ -27,7 +27,7 @@ def compute_ranks(W: Tensor) -> dict[str, float]:
     Raises:
         ValueError: W is not one finite matrix. Pass the matrices of a stack one by one.
     """
-    check_matrices(W)
+    check_matrices(W=W)
     W = W if W.dtype == torch.float64 else W.float()
     s = torch.linalg.svdvals(W)
     if not s.isfinite().all():  # their squares overflow in W's dtype

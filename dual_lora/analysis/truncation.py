@@ -28,7 +28,7 @@ class Decomposition:
         Raises:
             ValueError: dW is not a finite matrix.
         """
-        check_matrices(dW)
+        check_matrices(dW=dW)
         return cls(*torch.linalg.svd(dW.detach().double(), full_matrices=False))
 
     def truncate(self, rank: int) -> Tensor:
