@@ -168,4 +168,4 @@ def test_a_process_that_ends_is_reported():
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with threads.stop_at_end(ended), pytest.raises(RuntimeError, match="ended with 0"):
-        threads.ask(ended)
+        threads.request_step(ended)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
 from dual_lora import set_update_scale
-from dual_lora.bench.measure import measure_kept_bytes
+from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import attach_method

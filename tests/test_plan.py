@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train  # noqa: F401 - sets the lazy import the command line uses
 from dual_lora import paper
-from dual_lora.bench.measure import measure_kept_bytes
+from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import plan_runs, train_command
 from dual_lora.lab.config.compose import list_choices, load_settings

@@ -12,7 +12,7 @@ from conftest import plan_run
 from transformers import AutoModelForCausalLM
 
 import train  # noqa: F401 - sets the lazy import the command line uses
-from dual_lora.bench.measure import measure_kept_bytes
+from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.train import check_command, train_command

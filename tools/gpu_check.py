@@ -5,12 +5,12 @@
     python -m tools.gpu_check --device cpu    the same parts in small on a CPU, to try the command itself
 
 Each part runs in a process of its own with a time limit. Its result is written to benchmarks/DATE-CARD.json as soon as
-it ends, beside the tables of `python -m dual_lora.bench`, so that a call that was cut off resumes with the next part.
+it ends, next to the tables of `python -m dual_lora.bench`, so that a call that was cut off resumes with the next part.
 
     kernels     Triton against plain autograd, outputs and every gradient, in float32 and bfloat16
     layers      bench at LLaMA-3-8B's attention width, 512 to 8192 tokens, against LoRA, DoRA and LoHa
     step        training steps of SmolLM2 in bfloat16, every kernel: seconds and loss
-    fsdp2       one step under FSDP2 on this device alone: the loss and gradients of the unsharded model
+    fsdp2       one step under FSDP2 on only this device: the loss and gradients of the unsharded model
     memory      the peak of a step of SmolLM2 against what autograd keeps in it by `plan=true`'s way of counting
 """
 
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ import torch
 from torch import Tensor
 
 from dual_lora import DualLoraConfig, functional, set_update_scale
-from dual_lora.bench.__main__ import describe_hardware, find_file, write
+from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.bench.__main__ import main as run_bench
-from dual_lora.bench.measure import measure_kept_bytes, measure_peak_bytes
+from dual_lora.bench.measure import measure_peak_bytes
+from dual_lora.bench.record import create_record, get_record_path, write_record
 from dual_lora.kernels import choose_ops, dual_linear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,14 +233,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_missing_parts(parts: list[str], device: str) -> int:
-    """Run each part that today's file of this card lacks and write it at once; return how many failed."""
-    record = {"hardware": describe_hardware(torch.device(device)), "date": date.today().isoformat(), "cases": {}}
-    path, failed = find_file(record, get_folder()), 0
+    """Run each part that is missing from today's file of this card and write it at once; return how many failed."""
+    record = create_record(torch.device(device))
+    path, failed = get_record_path(record, get_folder()), 0
     for part in parts:
         known = json.loads(path.read_text()).get("checks", {}) if path.exists() else {}
         if "result" not in known.get(part, {}):
             known[part] = run_part(part, device)
-            write(record | {"checks": known}, get_folder())
+            write_record(record | {"checks": known}, get_folder())
         failed += "result" not in known[part]
         told = known[part].get("result") or known[part]["failed"]
         print(f"| {part} | {known[part].get('seconds', '–')} s | {told} |", flush=True)

@@ -1,5 +1,7 @@
 """What an adapter did to a weight, as plain numbers. Needs only torch and `dual_lora.functional`.
 
+`memory` measures what autograd keeps in a training step.
+
 Two studies of what the method's form can express are commands of their own: `python -m dual_lora.analysis.fit` and
 `python -m dual_lora.analysis.teacher`, which adapts small models through PEFT.
 """

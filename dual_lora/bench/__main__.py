@@ -1,7 +1,7 @@
 """What an adapter costs: LoRA, DoRA, LoHa and Dual LoRA side by side in one run.
 
 python -m dual_lora.bench                                   single layers
-python -m dual_lora.bench --model DIR --batch 32x32         a whole model, on random tokens
+python -m dual_lora.bench --model DIR --batch 32x32         a complete model, on random tokens
 python -m dual_lora.bench --threads                         one step by threads, with and without a busy neighbour
 python -m dual_lora.bench --show benchmarks/FILE.json       the tables of a finished run
 python -m dual_lora.bench --trend benchmarks                every machine's ratios by date
@@ -11,9 +11,7 @@ python -m dual_lora.bench --page                            rewrite the tables o
 import argparse
 import json
 import os
-import platform
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
 import peft
@@ -22,18 +20,8 @@ import torch
 from .cases import Case, build_layer_case, build_model_case
 from .measure import measure_case
 from .page import format_page_tables, format_record, format_table, format_threads, format_trend, update_page
+from .record import create_record, write_record
 from .threads import measure_threads
-
-
-def describe_hardware(device: torch.device) -> str:
-    """Return the name of the GPU, or of the processor with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def parse_batch_shape(text: str) -> tuple[int, int]:
@@ -50,6 +38,7 @@ def parse_batch_shape(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; the device is a GPU by default where there is one."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m dual_lora.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--width", type=int, nargs="*", default=[1024, 2048], help="in = out of a layer")
@@ -85,31 +74,32 @@ def main(arguments: list[str] | None = None) -> None:
         page = Path("docs/cost.md")
         page.write_text(update_page(page.read_text(encoding="utf-8"), format_page_tables(Path("benchmarks"))))
     else:
-        run(given)
+        run_benchmark(given)
 
 
-def run(given: argparse.Namespace) -> None:
+def run_benchmark(given: argparse.Namespace) -> None:
     """Measure, print and write.
 
     Raises:
         SystemExit: an argument is wrong.
     """
     device = torch.device(given.device)
-    record = {"hardware": describe_hardware(device), "date": date.today().isoformat(), "cases": {}}
+    record = create_record(device)
     print(f"{record['hardware']}\n", flush=True)
     if given.threads:
         record["threads"] = measure_threads(given.width[0], given.tokens[0], given.repeats)
         print(format_threads(record["threads"]))
-    for case in [] if given.threads else list_cases(given, device):
+        if given.out:
+            write_record(record, given.out)
+        return
+    for case in list_cases(given, device):
         conditions = {"rank": given.rank, "repeats": given.repeats, "load_before": os.getloadavg()[0]}
         conditions |= {"torch": torch.__version__, "peft": peft.__version__}
         rows = measure_case(case, given.rank, given.repeats, device)
         record["cases"][case.name] = {**conditions, "rows": [asdict(row) for row in rows]}
         print(f"{case.name}\n\n{format_table(rows)}\n", flush=True)
         if given.out:
-            write(record, given.out)
-    if given.out:
-        write(record, given.out)
+            write_record(record, given.out)
 
 
 def list_cases(given: argparse.Namespace, device: torch.device) -> list[Case]:
@@ -127,21 +117,6 @@ def list_cases(given: argparse.Namespace, device: torch.device) -> list[Case]:
         raise SystemExit(f"--model {odd[0]}: no config.json there; give the folder of a saved Hugging Face model")
     shapes = given.batch * len(given.model) if len(given.batch) == 1 else given.batch
     return [build_model_case(path, shape, dtype, device) for path, shape in zip(given.model, shapes, strict=True)]
-
-
-def find_file(record: dict, folder: Path) -> Path:
-    """Return the file of a record's day and hardware."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in record["hardware"].lower()).split())
-    return folder / f"{record['date']}-{slug}.json"
-
-
-def write(record: dict, folder: Path) -> None:
-    """Write the record, keeping what else a file of the same day and hardware already has."""
-    path = find_file(record, folder)
-    earlier = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    merged = {**earlier, **record, "cases": {**earlier["cases"], **record["cases"]}}
-    path.write_text(json.dumps(merged, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -97,17 +97,24 @@ def round_input_gradients(model: nn.Module) -> nn.Module:
 
 
 class Layer(nn.Module):
+    """A square linear layer without bias, width x width, under a name that adapters can target ("layer")."""
+
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer = nn.Linear(width, width, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: tokens x width; result: tokens x width."""
         return self.layer(x)
 
 
 @dataclass
 class Case:
-    """Something to adapt: its name, the base, the adapted modules, and a step of the adapted model."""
+    """Something to adapt: its name, the base, the adapted modules, and a step of the adapted model.
+
+    step: takes the adapted model and returns its forward pass, which returns its backward pass. dropout: whether
+    contenders with dropout take part. inputs: tensors whose gradients a step accumulates.
+    """
 
     name: str
     base: Callable[[], nn.Module]
@@ -119,6 +126,10 @@ class Case:
 
 
 def build_layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Return the case of one square layer on random input, dL/dx included.
+
+    width: in = out of the layer. tokens: rows of the input, tokens x width. dtype: of weight, input and gradient.
+    """
     x = torch.randn(tokens, width, device=device, dtype=dtype).requires_grad_()
     g = torch.randn(tokens, width, device=device, dtype=dtype)
 
@@ -134,6 +145,14 @@ def build_layer_case(width: int, tokens: int, dtype: torch.dtype, device: torch.
 
 
 def build_model_case(path: str, batch: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Case:
+    """Return the case of a complete model on random tokens, all of its linear layers adapted.
+
+    path: folder of a saved Hugging Face model; one that is not a causal language model is measured as a classifier.
+    batch: rows and tokens. dtype: of the base weights.
+
+    Raises:
+        OSError, ValueError: transformers cannot read the folder's config.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, logging
 
     logging.set_verbosity_error()

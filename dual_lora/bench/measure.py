@@ -14,16 +14,16 @@ import gc
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import DualLoraConfig, set_update_scale
+from ..analysis.memory import measure_kept_bytes
 from .cases import LORA, Case, Contender, has_fast_bfloat16, list_contenders, round_input_gradients
 
 
@@ -48,7 +48,8 @@ class Row:
     peer_ratio: float | None = None
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -62,41 +63,11 @@ def clear_gradients(case: Case, model: nn.Module) -> None:
 
 def time_step(step: Callable, device: torch.device) -> float:
     """Return the seconds of a step and of the backward pass that it returns."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     step()()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
-
-
-class Held:
-    """A tensor as autograd holds it: it dies with the graph that holds it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def measure_kept_bytes(model: nn.Module, step: Callable) -> int:
-    """Return the bytes that autograd holds between `step` and the backward pass that it returns, other than weights.
-
-    This works on the meta device, too.
-    """
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    held: weakref.WeakSet[Held] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> Held:
-        kept = Held(tensor.detach())
-        held.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        backward = step()
-        while gc.collect():  # a dropped graph may wait for it, and hold another
-            pass
-        storages = {kept.tensor.untyped_storage()._cdata: kept.tensor.untyped_storage().nbytes() for kept in held}
-    found = sum(size for storage, size in storages.items() if storage not in parameters)
-    backward()
-    return found
 
 
 def measure_peak_bytes(step: Callable, device: torch.device) -> int:
@@ -127,17 +98,20 @@ def count_operations(step: Callable) -> int:
 
 def measure_merge_seconds(model: nn.Module, device: torch.device) -> float:
     """Return the seconds of one merge into the base weights, and undo it."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     model.merge_adapter()
-    synchronise(device)
+    synchronize(device)
     taken = time.perf_counter() - start
     model.unmerge_adapter()
     return taken
 
 
 def count_floor_operations(model: nn.Module, step: Callable, counted: int, rank: int, rest: int) -> int:
-    """The floor of a Dual LoRA step where LoRA, this model, counts so many operations; rest: units beyond LoRA's 2."""
+    """Return the floor of a Dual LoRA step in operations.
+
+    model, step: LoRA's. counted: the operations of that step. rest: units beyond LoRA's 2.
+    """
     thin = own = 0
 
     def add(layer: nn.Module, inputs: tuple) -> None:
@@ -160,7 +134,7 @@ def count_floor_operations(model: nn.Module, step: Callable, counted: int, rank:
 def measure_case(case: Case, rank: int, repeats: int, device: torch.device) -> list[Row]:
     """Return a row for every method that can adapt the case; the others are left out with a line that says why."""
     contenders = list_contenders(rank, case.dropout, has_fast_bfloat16(case.dtype, device))
-    adapted = {name: adapt(case, name, contender, device) for name, contender in contenders.items()}
+    adapted = {name: attach_contender(case, name, contender, device) for name, contender in contenders.items()}
     models = {name: model for name, model in adapted.items() if model is not None}
     steps = {name: case.step(model) for name, model in models.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
@@ -199,9 +173,9 @@ def measure_case(case: Case, rank: int, repeats: int, device: torch.device) -> l
     return rows
 
 
-def adapt(case: Case, name: str, contender: Contender, device: torch.device) -> nn.Module | None:
-    """Return the case's base with the contender's method on it, tried once; None, after a line that says why, if it
-    does not go."""
+def attach_contender(case: Case, name: str, contender: Contender, device: torch.device) -> nn.Module | None:
+    """Return the case's base with the contender's method on it, tried once; None, after a line that says why, if that
+    fails."""
     contender.config.target_modules = case.targets
     torch.manual_seed(0)
     try:

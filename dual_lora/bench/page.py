@@ -12,14 +12,14 @@ SHOWN_CASES = ("layer 2048 x 2048, 1024 tokens, float32", "smollm2, batch 8 x 72
 
 
 def format_table(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table; sizes in MiB, beside the ratio its quartiles."""
+    """Return the rows as a Markdown table; sizes in MiB, ratios with their quartiles."""
     lora = next(row for row in rows if row.method == "LoRA")
-    lines = list(_head("method", COLUMNS))
+    lines = list(_format_head("method", COLUMNS))
     for row in rows:
         ratios = format_ratio(row), f"{row.flops / lora.flops:.2f}"
         over = "–" if row.flops_over_floor is None else f"{row.flops_over_floor:.3f}"
         sizes = (f"{n / 2**20:.2f}" for n in (row.kept_bytes, row.peak_bytes, row.adapter_bytes))
-        lines.append(_line(row.method, *ratios, over, *sizes, f"{row.merge_seconds * 1e3:.1f}"))
+        lines.append(_format_line(row.method, *ratios, over, *sizes, f"{row.merge_seconds * 1e3:.1f}"))
     return "\n".join(lines)
 
 
@@ -45,10 +45,10 @@ def format_threads(found: dict) -> str:
     """Return milliseconds a step by threads and neighbour, and each over the best of its line."""
     choices = list(dict.fromkeys(choice for times in found["seconds"].values() for choice in times))
     lines = [f"{found['step']}, {found['cores']} cores, milliseconds a step by threads (over the best):"]
-    lines += ["", *_head("machine", choices)]
+    lines += ["", *_format_head("machine", choices)]
     for machine, times in found["seconds"].items():
         best = min(times.values())
-        lines.append(_line(machine, *(f"{times[c] * 1e3:.0f} ({times[c] / best:.2f})" for c in choices)))
+        lines.append(_format_line(machine, *(f"{times[c] * 1e3:.0f} ({times[c] / best:.2f})" for c in choices)))
     return "\n".join(lines)
 
 
@@ -94,13 +94,13 @@ def format_page_tables(folder: Path) -> str:
     parts = []
     for records in read_history(folder).values():
         newest = records[-1]
-        times = {shorten(name): index_rows(case) for name, case in newest["cases"].items()}
+        times = {shorten_case_name(name): index_rows(case) for name, case in newest["cases"].items()}
         parts += [f"## {describe_machine(newest)}", "Step / LoRA, median (quartiles):", _join_columns(times)]
         own = {name: select_peers(rows) for name, rows in times.items()}
         if any(own.values()):
             parts += [
                 "Dual LoRA over LoRA with the same dropout and type of dL/dx:",
-                _join_columns(own, _peer),
+                _join_columns(own, _format_peer),
             ]
         for name, case in newest["cases"].items():
             if name in SHOWN_CASES:
@@ -110,7 +110,7 @@ def format_page_tables(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def shorten(case: str) -> str:
+def shorten_case_name(case: str) -> str:
     """Return the name of a case as the head of a column."""
     return case.removeprefix("layer ").removesuffix(", float32")
 
@@ -124,7 +124,7 @@ def update_page(page: str, tables: str) -> str:
     """Return the text of a page with these tables between its two marks.
 
     Raises:
-        ValueError: the page lacks a mark.
+        ValueError: a mark is missing from the page.
     """
     before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
@@ -133,22 +133,23 @@ def update_page(page: str, tables: str) -> str:
     return f"{before}{START}\n\n{tables}\n\n{END}{after}"
 
 
-def _peer(row: Row) -> str:
+def _format_peer(row: Row) -> str:
     return f"{row.peer_ratio:.2f}"
 
 
 def _join_columns(columns: dict[str, dict[str, Row]], cell=format_ratio) -> str:
-    """A table with a line a method, a column a case or date."""
+    """Return a table with a line a method, a column a case or date."""
     methods = dict.fromkeys(method for rows in columns.values() for method in rows)
-    lines = list(_head("method", columns))
+    lines = list(_format_head("method", columns))
     for method in methods:
-        lines.append(_line(method, *(cell(rows[method]) if method in rows else "–" for rows in columns.values())))
+        cells = (cell(rows[method]) if method in rows else "–" for rows in columns.values())
+        lines.append(_format_line(method, *cells))
     return "\n".join(lines)
 
 
-def _head(first: str, columns) -> tuple[str, str]:
-    return _line(first, *columns), "|---" + "|---:" * len(columns) + "|"
+def _format_head(first: str, columns) -> tuple[str, str]:
+    return _format_line(first, *columns), "|---" + "|---:" * len(columns) + "|"
 
 
-def _line(*cells: str) -> str:
+def _format_line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-# The harness's entry points set the first, where the environment says nothing else; torch alone does the last.
+# The harness's entry points set the first, where the environment says nothing else; torch by itself does the last.
 CHOICES = {
     "all, sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one": {"OMP_NUM_THREADS": "1"},
@@ -47,13 +47,13 @@ def time_in_turns(machine: str, workers: dict[str, subprocess.Popen], turns: int
     with keep_a_core_busy() if machine == MACHINES[1] else contextlib.nullcontext():
         for _ in range(turns + 1):
             for choice, worker in workers.items():
-                taken[choice].append(ask(worker))
+                taken[choice].append(request_step(worker))
     return {choice: statistics.median(times[1:]) for choice, times in taken.items()}
 
 
 @contextlib.contextmanager
 def start_worker(choice: str, width: int, tokens: int) -> Iterator[subprocess.Popen]:
-    """A process that takes a step for each line it reads, under one of CHOICES."""
+    """Run a process that takes a step for each line it reads, under one of CHOICES."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OPENMP)}
     command = [sys.executable, "-m", __name__, str(width), str(tokens)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -63,7 +63,7 @@ def start_worker(choice: str, width: int, tokens: int) -> Iterator[subprocess.Po
 
 @contextlib.contextmanager
 def keep_a_core_busy() -> Iterator[None]:
-    """A process that computes without pause, on whichever core the system gives it."""
+    """Run a process that computes without pause, on whichever core the system gives it."""
     with stop_at_end(subprocess.Popen([sys.executable, "-c", "while True: pass"])):
         yield
 
@@ -78,7 +78,7 @@ def stop_at_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
-def ask(worker: subprocess.Popen) -> float:
+def request_step(worker: subprocess.Popen) -> float:
     """Let a worker take a step and return its seconds.
 
     Raises:
@@ -97,12 +97,12 @@ def serve_steps(width: int, tokens: int) -> None:
     import torch
 
     from .cases import LORA, build_layer_case, list_contenders
-    from .measure import adapt, clear_gradients
+    from .measure import attach_contender, clear_gradients
 
     device = torch.device("cpu")
     case = build_layer_case(width, tokens, torch.float32, device)
     contender = list_contenders(16, dropout=False, bfloat16=False)[f"Dual {LORA}"]
-    model = adapt(case, LORA, contender, device)
+    model = attach_contender(case, LORA, contender, device)
     step = case.step(model)
     for _ in sys.stdin:
         clear_gradients(case, model)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
 
-from dual_lora.bench.measure import measure_kept_bytes
+from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.lab.config.recorded import replace_settings
 from dual_lora.lab.config.schema import MAX_LAYERS, Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
