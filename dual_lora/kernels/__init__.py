@@ -37,7 +37,7 @@ def choose_ops(kernel: str, device: torch.device) -> Ops:
 
 
 def takes_ieee_products(ops: Ops, A: Tensor, C: Tensor) -> bool:
-    """Return whether an implementation takes B A and D C in IEEE float32, whatever torch is set to do (TF32, say).
+    """Return whether an implementation takes B A and D C in IEEE float32, whatever torch is set to do (such as TF32).
 
     A: (leading dimensions x) r1 x in, C: (leading dimensions x) r2 x in.
     """
@@ -71,4 +71,8 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _warn_once(device: str) -> None:
-    warnings.warn(f"kernel='triton': no Triton for {device} here, plain torch instead.", stacklevel=4)
+    warnings.warn(
+        f"kernel='triton' is unavailable on {device}; using plain torch. Install triton and use CUDA, or set "
+        "kernel='auto'.",
+        stacklevel=4,
+    )

@@ -64,7 +64,7 @@ def dual_linear(
     gradient_types: GradientTypes | None = None,
     dW: Tensor | None = None,
 ) -> Tensor:
-    """x (weight + dW)^T + bias, or x dW^T where there is no weight: ... x in -> ... x out, in x's dtype.
+    """Return x (weight + dW)^T + bias, or x dW^T without a weight: ... x in -> ... x out, in x's dtype.
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
     weight, out x in, and bias, out. ops: None for plain torch. dW: what `rebuild` gave for these factors and this
@@ -85,7 +85,7 @@ def dual_linear(
 def delta_weight(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, ste: str = "clip", ops: Ops | None = None
 ) -> Tensor:
-    """dW, out x in, as `dual_lora.functional.delta_weight` has it, keeping the factors only. Differentiable once.
+    """Return dW, out x in, like `dual_lora.functional.delta_weight`, but keep only the factors. Differentiable once.
 
     Shapes, and what holds inside torch.func and torch.export, as in `dual_linear`.
 
@@ -109,9 +109,9 @@ def rebuild(
     out: Tensor | None = None,
     dW: Tensor | None = None,
 ) -> Tensor:
-    """weight + dW, or dW without a weight; out x in, rounded once to dtype (None: the factors') or into `out`.
+    """Return weight + dW, or dW without a weight; out x in, rounded once to dtype (None: the factors') or into `out`.
 
-    Where ReLU(B A) is 0, dW is 0 with Sign(D C), or -0: it holds all that backward needs of B A and D C.
+    Zeros of dW keep the sign of D C (+0 or -0), so dW alone determines everything backward needs.
 
     Shapes as in `dual_linear`; weight and out: out x in. dW: an earlier result without a weight, to be read instead.
     """
@@ -141,7 +141,7 @@ def project(
     rebuilt: Tensor | None = None,
     dW: Tensor | None = None,
 ) -> Factors:
-    """dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype; each shaped like its factor.
+    """Return dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype; each shaped like its factor.
 
     rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself. dW: as in `rebuild`, but
     not with ste="hardtanh".
@@ -215,15 +215,15 @@ class _DualLinear(torch.autograd.Function):
         with suspend_autocast(x.device.type):
             for rows in _iterate_blocks(B.shape[0], A.shape[1]):
                 factors = A, B[rows], C, D[rows], scale
-                base, known = (None if whole is None else whole[rows] for whole in (weight, dW))
+                base, known = (None if full is None else full[rows] for full in (weight, dW))
                 if trained:
                     # G = dL/ddW; `project` turns it into weight + dW on its way, so that dL/dx needs no second pass
                     # over a matrix of this size.
                     G = g_G[:, rows].T @ x_G
                     W = G if input_type == weight_type else torch.empty_like(G, dtype=input_type)
                     part = ctx.ops.project(G, *factors, ctx.ste, base, rebuilt=W if needs_dx else None, dW=known)
-                    for whole, piece in zip((dA, dB[rows], dC, dD[rows]), part, strict=True):
-                        whole += piece
+                    for total, piece in zip((dA, dB[rows], dC, dD[rows]), part, strict=True):
+                        total += piece
                 else:
                     W = ctx.ops.rebuild(*factors, base, input_type, dW=known)
                 if needs_dx:
@@ -272,7 +272,7 @@ def _iterate_blocks(rows: int, width: int) -> Iterator[slice]:
 
 def _iterate_tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Yield slices of the rows of a matrix: of about TILE entries on a CPU, or all rows where the device or compiler
-    does the tiling. With each slice comes the requested number of uninitialised matrices of its shape. All tiles
+    does the tiling. With each slice comes the requested number of uninitialized matrices of its shape. All tiles
     share their memory, since fresh memory costs a CPU page faults."""
     small = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
     rows, width = matrix.shape
@@ -283,7 +283,7 @@ def _iterate_tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator
 
 
 def _count_rows(entries: int, width: int) -> int:
-    """Return how many rows of this width hold about so many entries. The width is 0 in an embedding without ids."""
+    """Return how many rows of this width hold about `entries` entries. The width is 0 in an embedding without ids."""
     return max(1, entries // max(1, width))
 
 

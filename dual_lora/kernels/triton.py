@@ -1,5 +1,5 @@
 """`rebuild` and `project` of `recompute` as Triton kernels: one pass over the out x in matrix, nothing of that size
-beside what is read and written.
+except what is read and written.
 
 M = B A and S = D C are made tile by tile in registers, in IEEE float32 (TF32 would flip signs). The two gradients of
 the out-side factors come from one sweep along the rows of G, those of the in-side factors from the same kernel on the
@@ -21,10 +21,10 @@ STE = {"clip": 0, "identity": 1, "hardtanh": 2}
 
 
 @triton.jit
-def _load(start, rows, columns, n_rows, n_columns, row_step, column_step):
-    """The tile rows x columns of a matrix with these steps between rows and columns, 0 beyond its edge, in float32."""
+def _load(start, rows, columns, n_rows, n_columns, row_stride, column_stride):
+    """Load the tile rows x columns of a matrix with these strides, 0 beyond its edge, in float32."""
     inside = (rows[:, None] < n_rows) & (columns[None, :] < n_columns)
-    at = start + rows[:, None].to(tl.int64) * row_step + columns[None, :].to(tl.int64) * column_step
+    at = start + rows[:, None].to(tl.int64) * row_stride + columns[None, :].to(tl.int64) * column_stride
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -96,7 +96,7 @@ def _count_stages(r1: int, r2: int) -> int:
 
 
 def _list_strides(*matrices: Tensor) -> list[int]:
-    return [step for matrix in matrices for step in matrix.stride()]
+    return [stride for matrix in matrices for stride in matrix.stride()]
 
 
 def fits_shared_memory(A: Tensor, C: Tensor) -> bool:

@@ -156,7 +156,7 @@ def test_without_triton_plain_torch_serves(monkeypatch):
 
     monkeypatch.setattr(kernels, "_has_triton", lambda: False)
     kernels._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="kernel='triton': no Triton"):
+    with pytest.warns(UserWarning, match="kernel='triton' is unavailable on cpu"):
         assert kernels.choose_ops("triton", torch.device("cpu")) is recompute.TORCH
 
 
