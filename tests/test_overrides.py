@@ -21,7 +21,7 @@ from dual_lora.lab.config.recorded import ADDED_SETTINGS, load_old_defaults, loa
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study.experiment import drop_replaced_overrides
-from dual_lora.tuner import factors
+from dual_lora.tuner import config
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 WRITER = ["model=tiny-llama", "task=demo/restaurants"]
@@ -385,7 +385,7 @@ def test_a_setting_with_an_effect_is_taken(words):
 
 
 def test_the_map_of_the_kernels_is_that_of_the_method():
-    assert compatibility.PAPERS_MAP | {"ste": None} == factors.PAPERS_MAP
+    assert compatibility.PAPERS_MAP == config.PAPERS_MAP
 
 
 def test_a_setting_that_a_method_does_not_name_is_refused_for_any_method(tmp_path, monkeypatch):

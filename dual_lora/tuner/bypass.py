@@ -72,7 +72,7 @@ def mentions_in_forward(cls: type, text: str) -> bool:
 
 @functools.cache
 def _read_class(cls: type) -> frozenset[tuple[str, str]]:
-    """(child, "reads" or "calls") for every use of a `self.child` in the methods of the class and its bases."""
+    """Return (child, "reads" or "calls") for every use of a `self.child` in the methods of the class and its bases."""
     uses: set[tuple[str, str]] = set()
     overridden: set[str] = set()
     for base in inspect.getmro(cls):
@@ -118,6 +118,6 @@ def _is_computed_with(weight: ast.Attribute, parent_of: dict) -> bool:
 
 
 def _is_question(user: ast.AST, argument: ast.AST) -> bool:
-    """Whether the user is a call such as isinstance(argument, ...)."""
+    """Return whether the user is a call such as isinstance(argument, ...)."""
     named = isinstance(user, ast.Call) and isinstance(user.func, ast.Name)
     return named and argument is not user.func and user.func.id in QUESTIONS

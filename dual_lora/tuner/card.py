@@ -1,4 +1,4 @@
-"""What `save_pretrained` says about a saved adapter: on the model card, while the ramp has not ended, of 16 bits."""
+"""What `save_pretrained` adds to the model card, and its warnings about an unfinished ramp and 16-bit factors."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def extend_card(folder: Path) -> None:
 
 
 def find_saved_ramp(folder: Path, steps: int) -> str | None:
-    """Return what `describe_unfinished_ramp` says of the weights saved in this folder, whose ramp takes so many steps.
+    """Return what `describe_unfinished_ramp` says of the weights saved in this folder, whose ramp takes `steps` steps.
 
     A Trainer's checkpoints (checkpoint-N) are skipped: training continues from them.
     """

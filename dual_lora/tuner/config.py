@@ -10,11 +10,14 @@ import torch
 from peft.config import PeftConfig
 
 from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIGHT_THROUGH
+from .precision import find_stacklevel
 from .register import NAME, add_peft_type
 
 KERNELS = ("auto", "eager", "recompute", "triton")
 GRADIENT_DTYPES = (None, "bfloat16")
 GROUPS = {"magnitude": ("A", "B"), "direction": ("C", "D")}
+# The map that the kernels compute, with any `ste`.
+PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 
 
 @dataclass
@@ -25,7 +28,7 @@ class DualLoraConfig(PeftConfig):
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2. It has as many parameters as LoRA of rank r = r1 + r2.
 
     Args:
-        r: the whole budget r1 + r2, at least 2. Default 16, or r1 + r2 where both are given.
+        r: the full budget r1 + r2, at least 2. Default 16, or r1 + r2 where both are given.
         magnitude_ratio: r1 / r, between 0 and 1; r1 = round(r * magnitude_ratio), at least 1 and at most r - 1.
             Default 0.5.
         r1, r2: the two ranks, instead of r and magnitude_ratio. If only one is given, the other is the rest of r.
@@ -67,7 +70,7 @@ class DualLoraConfig(PeftConfig):
             `fused_slices`, only the adapter's own share of it.
         keep_update: whether linear layers keep dW between the forwards of one optimizer step (gradient accumulation,
             activation checkpointing) instead of rebuilding it. The same to the bit and faster with few tokens a
-            forward, but it takes the memory of one more float32 weight a layer, on a quantised base too. Layers that
+            forward, but it takes the memory of one more float32 weight a layer, on a quantized base too. Layers that
             FSDP shards keep nothing. Not with ste="hardtanh", whose gradient needs D C itself.
         target_modules: names, suffixes or a regex of the modules to adapt; "all-linear"; None takes LoRA's default for
             the architecture.
@@ -105,8 +108,12 @@ class DualLoraConfig(PeftConfig):
     scale_warmup_shape: str = field(default="linear", metadata={"help": "One of " + ", ".join(RAMPS)})
     freeze: str | None = field(default=None, metadata={"help": "Group that does not train: magnitude or direction."})
     kernel: str = field(default="auto", metadata={"help": "auto, eager, recompute or triton."})
-    weight_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/ddW; None: float32."})
-    input_gradient_dtype: str | None = field(default=None, metadata={"help": "bfloat16: of dL/dx; None: float32."})
+    weight_gradient_dtype: str | None = field(
+        default=None, metadata={"help": "bfloat16: dtype of dL/ddW; None: the layer's own."}
+    )
+    input_gradient_dtype: str | None = field(
+        default=None, metadata={"help": "bfloat16: dtype of dL/dx; None: the layer's own."}
+    )
     keep_update: bool = field(default=False, metadata={"help": "Keep dW between the forwards of an optimizer step."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
@@ -116,7 +123,7 @@ class DualLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indexes to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     bias: str = field(default="none", metadata={"help": "Biases to train: none, all or dual_lora_only."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train whole."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings to train."}
     )
@@ -135,6 +142,11 @@ class DualLoraConfig(PeftConfig):
         self._check_values()
         self._check_targets()
 
+    @property
+    def is_papers_map(self) -> bool:
+        """Whether dW is the paper's map, which the kernels compute; plain autograd computes the others."""
+        return all(getattr(self, name) == value for name, value in PAPERS_MAP.items())
+
     def split(self, r: int) -> tuple[int, int]:
         """Return (r1, r2), the split of a budget r >= 2 by `magnitude_ratio`."""
         r1 = min(max(round(r * self.magnitude_ratio), 1), r - 1)
@@ -150,18 +162,17 @@ class DualLoraConfig(PeftConfig):
         ramp = None if hasattr(self, "_warned") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
         if ramp is not None:
             self._warned = True  # no field, so it is not saved
-            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=3)
+            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=find_stacklevel())
         low = None if hasattr(self, "_warned_of_low") else find_low_precision(Path(save_directory))
         if low is not None:
             self._warned_of_low = True
-            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {low}", stacklevel=3)
+            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {low}", stacklevel=find_stacklevel())
 
     def _check_types(self) -> None:
         """Refuse values of another type where they would be computed with, or tested for truth."""
         for name in ("r", "r1", "r2"):
             rank = getattr(self, name)
-            whole = isinstance(rank, int) and not isinstance(rank, bool)
-            _require(rank is None or whole, name, rank, "None or an integer")
+            _require(rank is None or _is_integer(rank), name, rank, "None or an integer")
         ratio = self.magnitude_ratio
         _require(ratio is None or _is_number(ratio), "magnitude_ratio", ratio, "None or a number between 0 and 1")
         for name in ("init_weights", "keep_update"):
@@ -201,12 +212,11 @@ class DualLoraConfig(PeftConfig):
             ("freeze", (None, *GROUPS)),
             ("bias", ("none", "all", "dual_lora_only")),
         ):
-            known = list(kinds)  # a value that cannot be hashed is no error of its own
+            known = list(kinds)  # a list: `in` a dict would raise for a value that cannot be hashed
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(map(str, known))}")
         self._check_kernel_options()
         steps = self.scale_warmup_steps
-        whole = isinstance(steps, int) and not isinstance(steps, bool)
-        _require(whole and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
+        _require(_is_integer(steps) and steps >= 0, "scale_warmup_steps", steps, "an integer of at least 0")
         for name in ("init_std", "direction_init_std"):
             std = getattr(self, name)
             _require(std is None or _is_positive(std), name, std, "None or a finite number above 0")
@@ -217,8 +227,7 @@ class DualLoraConfig(PeftConfig):
             _require(_is_positive(alpha), name, alpha, "a finite number above 0")
 
     def _check_kernel_options(self) -> None:
-        variant = (self.magnitude, self.direction, self.direction_dtype) != ("relu", "sign", "float32")
-        plain = self.kernel == "eager" or variant
+        plain = self.kernel == "eager" or not self.is_papers_map
         variants = "kernel='eager' or another magnitude, direction or direction_dtype, which plain autograd computes"
         for name in ("weight_gradient_dtype", "input_gradient_dtype"):
             value = getattr(self, name)
@@ -242,6 +251,10 @@ class DualLoraConfig(PeftConfig):
             except (TypeError, ValueError):
                 good = False
             _require(good, f"fused_slices[{key!r}]", value, "[n, [i, ...]]: n >= 2 blocks and distinct indexes below n")
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value) -> bool:

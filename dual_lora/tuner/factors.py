@@ -20,7 +20,6 @@ from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
 from .config import GROUPS, DualLoraConfig
 from .precision import find_stacklevel, warn_of_cast
 
-PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "ste": None, "direction_dtype": "float32"}  # with any ste
 TENSORS = ("A", "B", "C", "D", "step", "update_scale")  # of one adapter on one layer
 MAX_DRAWS = 100  # attempts at initial factors that can train
 # All DualLoraFactors alive in this process; the optimizer hook in warmup.py finds those that an optimizer trains here.
@@ -34,7 +33,7 @@ class _Cache(NamedTuple):
     to compare; such a write to a base weight goes unnoticed until `train()`, `eval()` or a cast.
 
     key: addresses and versions of the tensors the matrix was computed from. values: copies of the factors. weight: the
-    base weight of that time, held so that no later one can have its address.
+    base weight of that time, kept alive so that no new tensor can reuse its address.
     """
 
     key: tuple
@@ -82,6 +81,7 @@ class DualLoraFactors(nn.Module):
         self.freeze_group()
         self.scaling = alpha / math.sqrt(r1 * r2)
         self.variants = {name: getattr(config, name) for name in ("magnitude", "direction", "ste", "direction_dtype")}
+        self.is_papers_map = config.is_papers_map
         self.kernel = config.kernel
         names = config.weight_gradient_dtype, config.input_gradient_dtype
         self.gradient_types = kernels.GradientTypes(*(name and getattr(torch, name) for name in names))
@@ -173,7 +173,7 @@ class DualLoraFactors(nn.Module):
         Rounding to 16 bits moves an entry by less than 1 %; another draw, or a training that began with one, moves all.
         """
         drawn = self._drawn
-        if drawn is None or any(map(_is_untrackable, (*self.parameters(), self.update_scale))) or self.is_sharded:
+        if drawn is None or self.is_fsdp_sharded or any(map(_is_untrackable, (*self.parameters(), self.update_scale))):
             return False
         if self.update_scale != 0:
             self._drawn = None
@@ -190,7 +190,7 @@ class DualLoraFactors(nn.Module):
                 factors._drawn = None
         warnings.warn(
             "Dual LoRA: an adapter got new factors while its f is 0, so it computes the base model. f is a buffer, "
-            "which a copy of the parameters leaves out. For the whole dW, call dual_lora.set_update_scale(model, 1.0).",
+            "which a copy of the parameters leaves out. For the full dW, call dual_lora.set_update_scale(model, 1.0).",
             stacklevel=find_stacklevel(),
         )
 
@@ -206,8 +206,8 @@ class DualLoraFactors(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        """Whether dW is rebuilt in backward. The kernels implement the paper's map only; variants use autograd."""
-        return self.kernel != "eager" and {**self.variants, "ste": None} == PAPERS_MAP
+        """Whether dW is rebuilt in backward. The kernels compute only the paper's map; variants use autograd."""
+        return self.kernel != "eager" and self.is_papers_map
 
     @property
     def kernel_used(self) -> str:
@@ -226,7 +226,7 @@ class DualLoraFactors(nn.Module):
         return not (self.recomputes and kernels.takes_ieee_products(ops, self.A, self.C))
 
     def delta_weight(self) -> Tensor:
-        """dW at the present f, (blocks x) fan_out x fan_in, float32 or float64."""
+        """Return dW at the present f, (blocks x) fan_out x fan_in, float32 or float64."""
         return self._delta_weight(self.A, self.B, self.C, self.D)
 
     def _delta_weight(self, *factors: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class DualLoraFactors(nn.Module):
     def advance_ramp(self) -> None:
         """Count one optimizer step: while the ramp lasts, f = shape(step / warmup_steps). Never waits for the device.
 
-        f is written at every step, even after the ramp, so that its version changes: this is how `_cached_matrix`
+        f is written at every step, even after the ramp, so that its version changes: this is how `_get_cached_matrix`
         notices a step on sharded parameters, which are gathered again without a change of version.
         """
         ramping = self.step < self.warmup_steps
@@ -298,17 +298,17 @@ class DualLoraFactors(nn.Module):
         return torch.cat([kernels.dual_linear(x, *block, **options, dW=known) for block, known in blocks], -1)
 
     @property
-    def is_sharded(self) -> bool:
+    def is_fsdp_sharded(self) -> bool:
         """Whether FSDP divides the factors among devices. FSDP1 puts tensors in place of the parameters."""
-        return not isinstance(self.A, nn.Parameter) or is_sharded(self)
+        return not isinstance(self.A, nn.Parameter) or is_fsdp_sharded(self)
 
     def _keep_update(self) -> Tensor | None:
         """Return dW, kept from an earlier forward if no factor has changed since; None where it may not be kept."""
         with torch.no_grad():
-            return None if self.is_sharded else self._cached_matrix(None, self._product_dtype, keep=True)
+            return None if self.is_fsdp_sharded else self._get_cached_matrix(None, self._product_dtype, keep=True)
 
     def _check_gradient_types(self, x: Tensor) -> kernels.GradientTypes:
-        """Return the types of the gradients' products. Out of training, a device without fast ones takes none.
+        """Return the types of the gradients' products. Except in training, a device without fast ones takes none.
 
         Raises:
             ValueError: in training, one is narrower than x's and no faster on x's device.
@@ -325,15 +325,15 @@ class DualLoraFactors(nn.Module):
         if weight is not None and x.dtype != self._product_dtype:
             # Rounding weight + dW to 16 bits would lose dW.
             base = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            return base + F.linear(x, self._cached_matrix(None, x.dtype, self.caches_update))
-        return F.linear(x, self._cached_matrix(weight, x.dtype, self.caches_update), bias)
+            return base + F.linear(x, self._get_cached_matrix(None, x.dtype, self.caches_update))
+        return F.linear(x, self._get_cached_matrix(weight, x.dtype, self.caches_update), bias)
 
-    def _cached_matrix(self, weight: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
+    def _get_cached_matrix(self, weight: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
         """Return dW, or weight + dW, (blocks * fan_out) x fan_in. With `keep`, it is cached between calls until one of
-        the tensors it is computed from changes, unless they are sharded: it is as large as the whole weight."""
+        the tensors it is computed from changes, unless they are sharded: it is as large as the full weight."""
         factors = [self.A, self.B, self.C, self.D, self.update_scale]
         parts = factors if weight is None else [*factors, weight]
-        keepable = keep and not _is_recorded(self.A) and not self.is_sharded and not any(map(_is_untrackable, parts))
+        keepable = keep and not (_is_recorded(self.A) or self.is_fsdp_sharded or any(map(_is_untrackable, parts)))
         cache_key = (*((t.data_ptr(), t._version) for t in parts), dtype, self.scaling) if keepable else None
         cache = self._cache  # read once: another thread may clear it
         # Autograd cannot save a matrix made in inference mode.
@@ -366,7 +366,7 @@ class DualLoraFactors(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """As in torch; four factors without f, as a file of the parameters alone has them, count as trained: f is 1."""
+        """As in torch; four factors without f, as in a file of only the parameters, count as trained: f is 1."""
         self.clear_cache()
         self.loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -386,7 +386,7 @@ class DualLoraFactors(nn.Module):
         return f"{ranks}, {shapes}, scale={self.scaling:.4g}, f={f}, kernel={self.kernel}{dropout}{types}"
 
 
-def is_sharded(module: nn.Module) -> bool:
+def is_fsdp_sharded(module: nn.Module) -> bool:
     """Return whether the parameters that the module itself holds are divided among devices.
 
     They are then DTensors. In a forward FSDP2 puts the gathered ones, which are plain, in their place, but it leaves a
@@ -407,7 +407,7 @@ def _is_recorded(tensor: Tensor) -> bool:
 
 def _is_untrackable(tensor: Tensor) -> bool:
     """Return whether changes to this tensor leave no trace: one made in inference mode, wrapped by torch.func, without
-    values, or of a class of its own."""
+    values, or of another class."""
     if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return True
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -427,7 +427,7 @@ class EmbeddingFactors(DualLoraFactors):
         return fan_out
 
     def delta_weight(self) -> Tensor:
-        """dW at the present f, embedding_dim x num_embeddings, with zeros at padding_idx."""
+        """Return dW at the present f, embedding_dim x num_embeddings, with zeros at padding_idx."""
         dW = super().delta_weight()
         if self.padding_idx is None:
             return dW

@@ -1,4 +1,4 @@
-"""The adapted layers: Linear (and GPT-2's Conv1D, and quantised linear layers), Embedding, Conv1d/2d/3d."""
+"""The adapted layers: Linear (and GPT-2's Conv1D, and quantized linear layers), Embedding, Conv1d/2d/3d."""
 
 import math
 import warnings
@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..functional import is_autocast_on, suspend_autocast
 from .config import DualLoraConfig
-from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors, is_sharded
+from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors, is_fsdp_sharded
+from .precision import find_stacklevel
 
 # A merge that rounds away more of dW than this warns.
 MAX_ROUNDING = 0.1
@@ -29,7 +30,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: the layer to adapt.
-        quantization_backend: PEFT's, for a quantised base layer.
+        quantization_backend: PEFT's, for a quantized base layer.
         tied: whether another layer holds the same weight; merging then leaves that layer's weight unchanged.
         bypassed: whether the parent never calls this layer, judging by its source; the first call sets it to False.
     """
@@ -71,9 +72,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             cls = type(self.get_base_layer()).__name__
             raise ValueError(f"lora_dropout={config.lora_dropout}: {cls} has a forward of its own; take lora_dropout=0")
         factors = self._create_factors(config, r, alpha, fused)
-        # dW takes several times the memory of a quantised weight, or of this device's part of a sharded one.
-        sharded = is_sharded(self.get_base_layer())
-        factors.caches_update = not (self._is_quantised() or sharded)
+        # dW takes several times the memory of a quantized weight, or of this device's part of a sharded one.
+        sharded = is_fsdp_sharded(self.get_base_layer())
+        factors.caches_update = not (self._is_quantized() or sharded)
         factors.keeps_update = config.keep_update and not sharded
         self.dual_lora_factors[adapter_name] = factors.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -82,18 +83,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _create_factors(self, config: DualLoraConfig, r: int, alpha: float, fused: list | None) -> DualLoraFactors:
         if fused is not None:
             raise ValueError(f"fused_slices: {type(self.get_base_layer()).__name__} is not a linear layer")
-        return self.factors_cls(config, *self._delta_shape(), r, alpha, dtype=self._dtype())
+        return self.factors_cls(config, *self._get_delta_shape(), r, alpha, dtype=self._choose_dtype())
 
-    def _delta_shape(self) -> tuple[int, int]:
-        """fan_in, fan_out of dW."""
+    def _get_delta_shape(self) -> tuple[int, int]:
+        """Return fan_in, fan_out of dW."""
         return self.in_features, self.out_features
 
-    def _dtype(self) -> torch.dtype:
+    def _choose_dtype(self) -> torch.dtype:
         weight = getattr(self.get_base_layer(), "weight", None)
         return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device only: the factors stay float32 on a 16-bit base."""
+        """Move to the device only: the factors stay float32 on a 16-bit base."""
         if adapter_name not in self.dual_lora_factors:
             return
         factors = self.dual_lora_factors[adapter_name]
@@ -110,7 +111,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of one adapter at its present f, shaped like the base weight, float32 or float64.
+        """Return dW of one adapter at its present f, shaped like the base weight, float32 or float64.
 
         Args:
             adapter: its name.
@@ -127,7 +128,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         if factors.update_scale > 0 and not dW.any():
             warnings.warn(
                 "A Dual LoRA layer is dead: its magnitude is 0 in every entry, so it no longer gets a gradient.",
-                stacklevel=3,
+                stacklevel=find_stacklevel(),
             )
         return self._reshape_like_base_weight(dW, adapter)
 
@@ -153,19 +154,19 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: the base weight is computed from other tensors at every use, has 8 bits an entry, or is
-                quantised in a way that PEFT cannot read or write.
+                quantized in a way that PEFT cannot read or write.
         """
         base = self.get_base_layer()
         if is_packed(base):
             raise ValueError(f"cannot merge into {type(base).__name__}: {PACKED}; reload the base model to merge")
-        if self._is_quantised() and self.quantization_backend.supports_merge:
+        if self._is_quantized() and self.quantization_backend.supports_merge:
             return
         weight = base._parameters.get("weight")
-        if self._is_quantised() or (weight is not None and not weight.is_floating_point()):
-            kind = self.quantization_backend.backend_name if self._is_quantised() else weight.dtype
+        if self._is_quantized() or (weight is not None and not weight.is_floating_point()):
+            kind = self.quantization_backend.backend_name if self._is_quantized() else weight.dtype
             raise ValueError(
                 f"cannot merge into {type(base).__name__}: PEFT {peft.__version__} cannot write a weight in {kind}; "
-                "leave the adapter unmerged, or load the base model without quantisation"
+                "leave the adapter unmerged, or load the base model without quantization"
             )
         if weight is not None and weight.is_floating_point() and weight.itemsize == 1:  # a scale lies elsewhere
             raise ValueError(
@@ -174,7 +175,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             )
         if weight is None:
             raise ValueError(
-                f"cannot merge into {type(base).__name__}: its weight is computed from other tensors (parametrised, "
+                f"cannot merge into {type(base).__name__}: its weight is computed from other tensors (parametrized, "
                 "weight_norm, spectral_norm, pruned or sharded flat); remove that first, or leave the adapter unmerged"
             )
 
@@ -186,10 +187,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add dW of the adapters (None: the active ones) to the base weight, in float32, rounded once.
 
-        Written into the same parameter, so that references to it (an optimizer's, say) stay valid. A tied base weight
-        is not written to: this layer gets its own weight and the other layer keeps the old one. The unmerged weight is
-        kept until `unmerge`, which is therefore exact. If the layer is `bypassed`, nothing is merged, since no forward
-        has used the factors.
+        Written into the same parameter, so that references to it, such as an optimizer's, stay valid. A tied base
+        weight is not written to: this layer gets its own weight and the other layer keeps the old one. The unmerged
+        weight is kept until `unmerge`, which is therefore exact. If the layer is `bypassed`, nothing is merged, since
+        no forward has used the factors.
 
         Args:
             safe_merge: raise instead of merging an adapter with NaN or infinite values.
@@ -204,7 +205,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.check_merge_allowed()
         for factors in self.dual_lora_factors.values():
             factors.clear_cache()
-        before = self._base_weight()
+        before = self._get_base_weight()
         factors = {name: self.dual_lora_factors[name] for name in names}
         delta = self._sum_delta_weights(factors, before.device)
         target = self._apply_max_norm(before.to(delta.dtype)) + delta
@@ -217,15 +218,15 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         else:
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
         self._set_base_weight(merged, replace=self.tied)
-        self._unmerged.append((kept, self._weight_version()))
+        self._unmerged.append((kept, self._get_weight_version()))
         self._merged_factors |= {name: some.copy_values() for name, some in factors.items()}
         self.merged_adapters.extend(names)
-        if (self._base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
-            kind = "quantised" if self._is_quantised() else before.dtype
+        if (self._get_base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
+            kind = "quantized" if self._is_quantized() else before.dtype
             warnings.warn(
                 f"Merging Dual LoRA into {kind} base weights rounds away more than {MAX_ROUNDING:.0%} of dW; "
                 "merge into a base of higher precision to keep it.",
-                stacklevel=2,
+                stacklevel=find_stacklevel(),
             )
 
     def unmerge(self) -> None:
@@ -235,7 +236,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         merged, is subtracted instead.
         """
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=find_stacklevel())
             return
         kept = self._pop_unmerged_weight()
         self._set_base_weight(kept, replace=isinstance(kept, nn.Parameter))
@@ -245,9 +246,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _pop_unmerged_weight(self) -> Tensor:
         """Return the weight from before the first merge, with what has been written to the merged one since."""
         kept, version = self._unmerged.pop()
-        if version is None or version == self._weight_version():
+        if version is None or version == self._get_weight_version():
             return kept
-        weight = self._base_weight()
+        weight = self._get_base_weight()
         delta = self._sum_delta_weights(self._merged_factors, weight.device)
         return (weight.to(delta.dtype) - delta).to(weight.dtype)
 
@@ -256,7 +257,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return sum(self._compute_delta_weight(some, name).to(device) for name, some in factors.items())
 
     def _apply_max_norm(self, weight: Tensor) -> Tensor:
-        """The base weight as the base layer's forward uses it."""
+        """Return the base weight as the base layer's forward uses it."""
         return weight
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
@@ -271,18 +272,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if not all(t.isfinite().all() for t in (merged, *self.dual_lora_factors[name].parameters())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
-    def _is_quantised(self) -> bool:
+    def _is_quantized(self) -> bool:
         return self.quantization_backend is not None
 
-    def _base_weight(self) -> Tensor:
-        if self._is_quantised():
+    def _get_base_weight(self) -> Tensor:
+        if self._is_quantized():
             return self.quantization_backend.get_base_weight(self.get_base_layer())
         return self.get_base_layer().weight.data
 
     def _set_base_weight(self, weight: Tensor, replace: bool) -> None:
         """Write into the base layer's parameter, or, with `replace`, put another in its place."""
         base = self.get_base_layer()
-        if self._is_quantised():
+        if self._is_quantized():
             self.quantization_backend.set_base_weight(self, weight)
         elif replace or base.weight.is_inference():
             if not isinstance(weight, nn.Parameter):
@@ -292,25 +293,25 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 base.weight.copy_(weight)
 
-    def _weight_version(self) -> int | None:
-        """A number that changes when the base weight is written to in place; None where there is none."""
+    def _get_weight_version(self) -> int | None:
+        """Return a number that changes when the base weight is written to in place; None where there is none."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if self._is_quantised() or weight is None or weight.is_inference() or self._writes_to_its_weight():
+        if self._is_quantized() or weight is None or weight.is_inference() or self._writes_to_its_weight():
             return None
         return weight._version
 
     def __getstate__(self) -> dict:
         """As in torch; instead of versions, whether the merged weight is as merging left it."""
-        unmerged = [(kept, version in (None, self._weight_version())) for kept, version in self._unmerged]
+        unmerged = [(kept, version in (None, self._get_weight_version())) for kept, version in self._unmerged]
         return {**super().__getstate__(), "_unmerged": unmerged}
 
     def __setstate__(self, state: dict) -> None:
         """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
         super().__setstate__({"uses": None, "_merged_factors": {}, "_silenced": {}, **state})
-        self._unmerged = [(kept, self._weight_version() if whole else WRITTEN) for kept, whole in self._unmerged]
+        self._unmerged = [(kept, self._get_weight_version() if intact else WRITTEN) for kept, intact in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:
-        """Whether the base layer's own forward writes to its weight."""
+        """Return whether the base layer's own forward writes to its weight."""
         return False
 
     @property
@@ -340,12 +341,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return self._forward_mixed_batch(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.dual_lora_factors]
         if not self.has_plain_forward and names:
-            return self._forward_whole_weight(x, names, *args, **kwargs)
-        trains = self._is_quantised() and torch.is_grad_enabled() and x.requires_grad
+            return self._forward_merged_weight(x, names, *args, **kwargs)
+        trains = self._is_quantized() and torch.is_grad_enabled() and x.requires_grad
         if trains and is_packed(self.get_base_layer()):
             raise ValueError(f"{PACKED}, and gives no gradient; reload the base model to train on it")
         result = self.base_layer(x, *args, **kwargs)
-        if self._is_quantised():
+        if self._is_quantized():
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._add_terms(result, x, names)
 
@@ -384,7 +385,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             )
 
     def _forward_mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-        """The base layer on the whole batch, and each adapter's term on its own rows.
+        """Return the base layer's output for the full batch, with each adapter's term added to its own rows.
 
         No dW stays cached, since those of N adapters would take the memory of N models.
         """
@@ -396,11 +397,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if self.has_plain_forward:
                 result[rows] = self._add_terms(result[rows], x[rows], [name])
             else:
-                result[rows] = self._forward_whole_weight(x[rows], [name], *args, **kwargs)
+                result[rows] = self._forward_merged_weight(x[rows], [name], *args, **kwargs)
             self.dual_lora_factors[name].clear_cache()
         return result
 
-    def _forward_whole_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
+    def _forward_merged_weight(self, x: Tensor, names: list[str], *args, **kwargs) -> Tensor:
         """Run the base layer's own forward on W0 + dW, in the precision of the factors, since 16 bits would lose dW."""
         base = self.get_base_layer()
         dW = sum(self._reshape_like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
@@ -413,7 +414,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return result.to(x.dtype if x.is_floating_point() else base.weight.dtype)
 
     def _add_terms(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
-        """result plus the terms of these adapters, in result's dtype."""
+        """Return result plus the terms of these adapters, in result's dtype."""
         dtype = result.dtype
         for name in names:
             result = self._add_term(result, x, name)
@@ -423,14 +424,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return result + self.dual_lora_factors[adapter](x)
 
     def extra_repr(self) -> str:
-        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._is_quantised() else ""
+        return f"quantization_backend='{self.quantization_backend.backend_name}'" if self._is_quantized() else ""
 
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()
 
 
 class Linear(DualLoraLayer):
-    """nn.Linear, GPT-2's Conv1D (whose weight is in x out) or a quantised linear layer."""
+    """nn.Linear, GPT-2's Conv1D (whose weight is in x out) or a quantized linear layer."""
 
     other_param_names = ("fused_slices",)
 
@@ -478,7 +479,7 @@ class Linear(DualLoraLayer):
         if self.out_features % n:
             raise ValueError(f"fused_slices: {n} equal blocks do not fit {self.out_features} output features")
         return DualLoraFactors(
-            config, self.in_features, self.out_features // n, r, alpha, blocks=len(blocks), dtype=self._dtype()
+            config, self.in_features, self.out_features // n, r, alpha, blocks=len(blocks), dtype=self._choose_dtype()
         )
 
     def update_layer(self, adapter_name, config, r, alpha, fused=None):
@@ -489,9 +490,9 @@ class Linear(DualLoraLayer):
     def _reshape_like_base_weight(self, dW, adapter):
         if adapter in self.fused_slices:
             n, blocks = self.fused_slices[adapter]
-            whole = dW.new_zeros(n, *dW.shape[1:])
-            whole[blocks] = dW
-            dW = whole.flatten(0, 1)
+            full = dW.new_zeros(n, *dW.shape[1:])
+            full[blocks] = dW
+            dW = full.flatten(0, 1)
         return dW.T if isinstance(self.get_base_layer(), Conv1D) else dW
 
     def _add_term(self, result, x, adapter):
@@ -556,7 +557,7 @@ class ConvNd(DualLoraLayer):
 
     factors_cls = ConvFactors
 
-    def _delta_shape(self):
+    def _get_delta_shape(self):
         weight = self.get_base_layer().weight
         return math.prod(weight.shape[1:]), weight.shape[0]
 
@@ -578,20 +579,21 @@ ADAPTED = {
 
 
 def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLoraLayer] | None:
-    """The class that adapts this layer, None where there is none."""
+    """Return the class that adapts this layer, None where there is none."""
     if quantization_backend is not None:
         return Linear if quantization_backend.layer_type == "linear" else None
     return next((cls for kind, cls in ADAPTED.items() if isinstance(base_layer, kind)), None)
 
 
 def is_packed(base_layer: nn.Module) -> bool:
-    """Whether bitsandbytes has put a 4-bit weight in an order in which PEFT cannot read it and it gives no gradient."""
+    """Return whether bitsandbytes has packed a 4-bit weight in an order that PEFT cannot read and that gives no
+    gradient."""
     quant_state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
     return getattr(quant_state, "packing_format_for_cpu", False)
 
 
 def has_plain_forward(base_layer: nn.Module) -> bool:
-    """Whether the layer computes what the torch or transformers class it derives from computes.
+    """Return whether the layer computes what the torch or transformers class it derives from computes.
 
     A subclass may pad, shift or scale. Embeddings with an `embed_scale` are handled and count as plain; a linear layer
     with a custom forward is tried on two rows. Weights in other formats count as plain: their layers are known by type.

@@ -17,13 +17,13 @@ from .bypass import find_use, mentions_in_forward, watch_uses
 from .config import DualLoraConfig
 from .factors import TENSORS, DualLoraFactors
 from .layer import DualLoraLayer, Embedding, find_layer_class
-from .precision import warn_of_rounded_products
+from .precision import find_stacklevel, warn_of_rounded_products
 from .register import NAME
 from .warmup import describe_unfinished_ramp
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-except ImportError:  # peft < 0.20 has no quantisation backends
+except ImportError:  # peft < 0.20 has no quantization backends
 
     def get_quantization_kwargs(model):
         return {}
@@ -74,33 +74,34 @@ class DualLoraModel(BaseTuner):
         """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
-            for layer in self._layers():
+            for layer in self._list_layers():
                 layer.cast_to_base_dtype(adapter_name)
         if self.peft_config[adapter_name].inference_mode:
             self._warn_of_ramp([adapter_name], "loaded", loaded=True)
 
-    def _layers(self) -> list[DualLoraLayer]:
+    def _list_layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
 
-    def _factors(self) -> Iterator[DualLoraFactors]:
-        for layer in self._layers():
+    def _iterate_factors(self) -> Iterator[DualLoraFactors]:
+        for layer in self._list_layers():
             yield from layer.dual_lora_factors.values()
 
     def train(self, mode: bool = True):
         """As in torch; warns, once, where torch is set to take float32 products in fewer bits."""
-        warn_of_rounded_products(self._factors())
+        warn_of_rounded_products(self._iterate_factors())
         return super().train(mode)
 
     def _warn_of_ramp(self, adapters: list[str], occasion: str, loaded: bool | None = None) -> None:
         """Warn, once per occasion ("loaded", "merged"), that an adapter is not at full scale yet."""
         warned = self.__dict__.setdefault("_warned", set())
         for name in [name for name in adapters if (name, occasion) not in warned]:
-            factors = [layer.dual_lora_factors[name] for layer in self._layers() if name in layer.dual_lora_factors]
+            held = [layer.dual_lora_factors for layer in self._list_layers()]
+            factors = [f[name] for f in held if name in f]
             selected = [f for f in factors if loaded in (None, f.loaded) and not f.step.is_meta]
             ramp = describe_unfinished_ramp((f.step, f.update_scale, f.warmup_steps) for f in selected)
             if ramp is not None:
                 warned.add((name, occasion))
-                warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=3)
+                warnings.warn(f"Dual LoRA adapter {name!r} is {occasion} {ramp}", stacklevel=find_stacklevel())
 
     @classmethod
     def _get_adapter_state_dict(cls, model, *args, **kwargs):
@@ -111,14 +112,14 @@ class DualLoraModel(BaseTuner):
             warnings.warn(
                 f"Dual LoRA: {_list_names(embeddings)} merged while saving. Loaded with this base weight, the adapter "
                 "counts twice: call unmerge_adapter() before saving, or save with save_embedding_layers=False.",
-                stacklevel=4,
+                stacklevel=find_stacklevel(),
             )
         return super()._get_adapter_state_dict(model, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Give a layer that stands under several names what was saved under one of them. PEFT 0.21 saves it under the
-        first, and its warning of missing keys would name the others."""
+        """Load a module that is registered under several names from the one name it was saved under. PEFT 0.21 saves it
+        under the first, and its warning of missing keys would name the others."""
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if cls.prefix in name}
         saved = {id(own[name]): tensor for name, tensor in found.items() if name in own}
@@ -143,7 +144,7 @@ class DualLoraModel(BaseTuner):
             warnings.warn(
                 f"Dual LoRA: {_list_names(bypassed)} not merged, since no forward has used the factors. If another "
                 "module calls the layer, run one forward before merging.",
-                stacklevel=3,
+                stacklevel=find_stacklevel(),
             )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -154,7 +155,7 @@ class DualLoraModel(BaseTuner):
             ValueError: NaN or infinite values with safe_merge, or a weight that `check_merge_allowed` refuses.
         """
         self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
-        warn_of_rounded_products(self._factors())
+        warn_of_rounded_products(self._iterate_factors())
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -167,7 +168,7 @@ class DualLoraModel(BaseTuner):
         """
         self._check_untying_allowed(adapter_names or self.active_adapters)
         self._warn_of_ramp(adapter_names or self.active_adapters, "merged")
-        warn_of_rounded_products(self._factors())
+        warn_of_rounded_products(self._iterate_factors())
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check_untying_allowed(self, adapters: list[str]) -> None:
@@ -229,7 +230,7 @@ class DualLoraModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names={names!r}: expected a list of str, one for each row of the batch")
-        known = {name for layer in self._layers() for name in layer.dual_lora_factors}
+        known = {name for layer in self._list_layers() for name in layer.dual_lora_factors}
         unknown = sorted(set(names) - known - {BASE_ADAPTER_NAME})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -255,7 +256,7 @@ class DualLoraModel(BaseTuner):
         if self.training:
             for name in names:
                 layers[name].silence()
-        self._warn_of_bypass(names, stacklevel=8)
+        self._warn_of_bypass(names)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """As in PEFT; warns of a pattern of ranks or alphas that matches nothing.
@@ -271,7 +272,7 @@ class DualLoraModel(BaseTuner):
                 message = f"{field}: no adapted module is called {pattern!r}"
                 if field == "fused_slices":
                     raise ValueError(message)
-                warnings.warn(f"Dual LoRA: {message}", stacklevel=4)
+                warnings.warn(f"Dual LoRA: {message}", stacklevel=find_stacklevel())
         self._warn_of_bypassed_layers(model, adapter_name)
 
     def _matches_nothing(self, pattern: str) -> bool:
@@ -281,21 +282,21 @@ class DualLoraModel(BaseTuner):
         layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and m.bypassed}
         bypassed = [name for name, layer in layers.items() if adapter_name in layer.dual_lora_factors]
         if bypassed:
-            self._warn_of_bypass(bypassed, stacklevel=5)
+            self._warn_of_bypass(bypassed)
         if self._partly_called:
             warnings.warn(
                 f"Dual LoRA: {_list_names(self._partly_called)} called by the parent module in some places; in others "
                 "it computes with the weight itself, where the adapter has no effect until it is merged.",
-                stacklevel=4,
+                stacklevel=find_stacklevel(),
             )
 
     @staticmethod
-    def _warn_of_bypass(names: list[str], stacklevel: int) -> None:
+    def _warn_of_bypass(names: list[str]) -> None:
         warnings.warn(
             f"Dual LoRA: {_list_names(names)} never called by the parent module, which uses the weight itself "
             "or through another layer. An adapter has no effect there and will not be merged; leave it out with "
             "exclude_modules.",
-            stacklevel=stacklevel,
+            stacklevel=find_stacklevel(),
         )
 
     def _create_and_replace(
@@ -347,7 +348,7 @@ class DualLoraModel(BaseTuner):
         cls = find_layer_class(base, backend)
         if cls is None:
             raise TypeError(
-                f"Target module {target} is not supported: Dual LoRA adapts Linear (plain or quantised), "
+                f"Target module {target} is not supported: Dual LoRA adapts Linear (plain or quantized), "
                 "transformers' Conv1D, Embedding and Conv1d/2d/3d."
             )
         weight, use = id(getattr(base, "weight", None)), find_use(parent, name)
@@ -367,7 +368,7 @@ class DualLoraModel(BaseTuner):
 
 
 def _find_reused_modules(model: nn.Module) -> set[int]:
-    """Return the ids of modules that stand in several places: under two names, or below two parents."""
+    """Return the ids of modules that are registered in several places: under two names, or in two parents."""
     held = Counter(id(child) for module in model.modules() for child in module._modules.values() if child is not None)
     return {number for number, count in held.items() if count > 1}
 
@@ -387,7 +388,7 @@ def _list_set_aside(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _locate(parameter: nn.Parameter) -> int:
-    """A parameter's address; its identity where it has none."""
+    """Return a parameter's address; its identity where it has none."""
     plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
     return parameter.data_ptr() if plain else id(parameter)
 

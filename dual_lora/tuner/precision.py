@@ -18,15 +18,16 @@ from ..functional import suspend_autocast
 if TYPE_CHECKING:
     from .factors import DualLoraFactors
 
-LIBRARIES = ("torch", "peft", "transformers", "accelerate", "dual_lora")  # a warning names the line that called them
+# A warning names the line that called them. contextlib: the first forwards are watched in a context manager.
+LIBRARIES = ("torch", "peft", "transformers", "accelerate", "dual_lora", "contextlib")
 EXACT = ("none", "ieee", "highest")  # torch's names for float32 products in float32
 PROBE_SIZE = 256  # rows and columns of a product that tells what a device does; some do otherwise with small ones
-# What `nn.Module._apply` was called with in the casts that a warning has named; it is one object for the whole model.
+# What `nn.Module._apply` was called with in the casts that a warning has named; it is one object for the entire model.
 _NAMED_CASTS: weakref.WeakSet = weakref.WeakSet()
 
 
 def warn_of_low_precision(factors: Iterable["DualLoraFactors"]) -> None:
-    """Warn that 16-bit factors are trained, which is never this package's doing: a model was cast as a whole, or a
+    """Warn that 16-bit factors are trained, which is never this package's doing: a complete model was cast, or a
     trainer casts what it trains."""
     low = {f.A.dtype for f in factors if f.A.dtype.itemsize < 4}
     if low:

@@ -8,7 +8,7 @@ NAME = "DUAL_LORA"
 
 
 def add_peft_type(name: str) -> PeftType:
-    """The member `name` of PEFT's PeftType enum, added if it is not there."""
+    """Return the member `name` of PEFT's PeftType enum, added if it is not there."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name

@@ -23,8 +23,8 @@ from .layer import DualLoraLayer
 from .precision import warn_of_loss_scale, warn_of_low_precision, warn_of_rounded_products
 
 _FACTORS_BY_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-# Numbers in the order of events: when an optimizer's step began, when its latest one ended, and when a layer's factors
-# were last counted, with whether that optimizer held their first trained one.
+# A logical clock. Per optimizer: when its current step began and its last one ended. Per layer: when its factors were
+# last counted, and whether by the leading optimizer (`_count_step`).
 _CLOCK = itertools.count(1)
 _BEGUN: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 _ENDED: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -32,7 +32,7 @@ _COUNTED: weakref.WeakKeyDictionary[DualLoraFactors, tuple[int, bool]] = weakref
 
 
 def list_factors(model: nn.Module) -> list[DualLoraFactors]:
-    """Every adapter's factors in the model."""
+    """Return every adapter's factors in the model."""
     return [m for m in model.modules() if isinstance(m, DualLoraFactors)]
 
 
@@ -81,18 +81,23 @@ def is_trained(factors: DualLoraFactors) -> bool:
     return any(p.requires_grad for p in factors.parameters())
 
 
-def _find_held(optimizer: Optimizer) -> tuple[set[int], list[weakref.ref]]:
-    """The ids of the optimizer's parameters, and the factors of which it holds at least one."""
+def _find_trained_factors(optimizer: Optimizer) -> tuple[set[int], list[weakref.ref]]:
+    """Return the ids of the optimizer's parameters, and the factors of which it holds at least one."""
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     known = _FACTORS_BY_OPTIMIZER.get(optimizer)
     if known is None or known[0] != held:
         ids = set(held)
         found = [f for f in ALL_FACTORS if any(id(p) in ids for p in f.parameters())]
-        warn_of_low_precision(found)
-        warn_of_rounded_products(found)
-        warn_of_loss_scale(found)
+        _warn_of_precision(found)
         known = _FACTORS_BY_OPTIMIZER[optimizer] = held, ids, [weakref.ref(f) for f in found]
     return known[1:]
+
+
+def _warn_of_precision(factors: list[DualLoraFactors]) -> None:
+    """Warn of each setting under which an optimizer trains these factors differently than in float32."""
+    warn_of_low_precision(factors)
+    warn_of_rounded_products(factors)
+    warn_of_loss_scale(factors)
 
 
 @torch.compiler.disable  # their counters would make a compiled step compile again every time, whatever it trains
@@ -104,7 +109,7 @@ def _note_begin(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 @torch.compiler.disable
 @torch.no_grad()
 def _advance_ramps(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    held, references = _find_held(optimizer)
+    held, references = _find_trained_factors(optimizer)
     begun, ended = _BEGUN.get(optimizer, next(_CLOCK)), _ENDED.get(optimizer, 0)
     for factors in (reference() for reference in references):
         if factors is not None:

@@ -1,5 +1,6 @@
 """The kinds of layer under test: how to build one, feed it, and apply a weight update to it by hand."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,3 +94,8 @@ def named_factors(factors) -> dict[str, Tensor]:
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def list_files(found: list[warnings.WarningMessage]) -> set[str]:
+    """Return the files whose lines our warnings among these name."""
+    return {warning.filename for warning in found if "Dual LoRA" in str(warning.message)}

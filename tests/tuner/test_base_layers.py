@@ -28,7 +28,7 @@ from dual_lora import DualLoraConfig, delta_weight, set_update_scale
 from dual_lora.tuner.bypass import find_use
 from dual_lora.tuner.layer import has_plain_forward
 
-from .layers import IN, OUT, Net, adapted, config, factors_of, layer_of, relative_error
+from .layers import IN, OUT, Net, adapted, config, factors_of, layer_of, list_files, relative_error
 
 SCALE = 0.8 * 7 / 8**0.5  # f * alpha / sqrt(r1 * r2) of layers.adapted
 
@@ -143,11 +143,13 @@ def test_factors_that_no_forward_uses_are_told_of_and_never_merged(name, forward
     base, inputs = make().eval(), inputs()
     if name == "jamba" and "self.conv1d(" in inspect.getsource(type(base.model.layers[0].mamba)):
         pytest.skip("Jamba of this release of transformers calls its convolution")
-    with pytest.warns(UserWarning, match=rf"Dual LoRA: .*{dead}.* never called by the parent"):
+    with pytest.warns(UserWarning, match=rf"Dual LoRA: .*{dead}.* never called by the parent") as found:
         model = get_peft_model(base, config(target_modules=targets, init_weights=False)).eval()
+    assert list_files(found) == {__file__}
     y = output(model, inputs) if forward_first else None
-    with pytest.warns(UserWarning, match=rf"{dead}.* not merged"):
+    with pytest.warns(UserWarning, match=rf"{dead}.* not merged") as found:
         merged = copy.deepcopy(model).merge_and_unload()
+    assert list_files(found) == {__file__}
     y = output(model, inputs) if y is None else y
     assert (output(merged, inputs) - y).abs().max() < 1e-4 * y.abs().max().clamp(min=1)
 
@@ -181,8 +183,9 @@ def test_asking_for_the_dtype_is_no_bypass(parent):
 
 
 def test_a_parent_that_also_reads_the_weight_is_told_of():
-    with pytest.warns(UserWarning, match="layer is called by the parent module in some places"):
+    with pytest.warns(UserWarning, match="layer is called by the parent module in some places") as found:
         get_peft_model(Both(), config())
+    assert list_files(found) == {__file__}
 
 
 def test_a_class_without_source_says_nothing():
@@ -333,7 +336,7 @@ COMPUTED = {
     "weight_norm": nn.utils.parametrizations.weight_norm,
     "old_weight_norm": nn.utils.weight_norm,
     "spectral_norm": nn.utils.spectral_norm,
-    "parametrised": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", nn.Tanh()) or m,
+    "parametrized": lambda m: nn.utils.parametrize.register_parametrization(m, "weight", nn.Tanh()) or m,
     "pruned": lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.5),
 }
 
@@ -503,7 +506,7 @@ def test_one_layer_that_cannot_merge_leaves_the_others_alone():
     assert torch.equal(first.weight, before) and not first.merged
 
 
-def test_one_layer_of_a_quantisation_that_peft_only_reads_leaves_the_others_alone():
+def test_one_layer_of_a_quantization_that_peft_only_reads_leaves_the_others_alone():
     model = get_peft_model(Both(), config(target_modules=["before", "layer"]))
     first = model.base_model.model.before
     layer_of(model).quantization_backend = SimpleNamespace(supports_merge=False, backend_name="gptq")

@@ -13,7 +13,19 @@ from transformers.pytorch_utils import Conv1D
 
 from dual_lora import DualLoraConfig, delta_weight, init_std, set_update_scale
 
-from .layers import IN, KINDS, OUT, Net, adapted, config, factors_of, layer_of, named_factors, relative_error
+from .layers import (
+    IN,
+    KINDS,
+    OUT,
+    Net,
+    adapted,
+    config,
+    factors_of,
+    layer_of,
+    list_files,
+    named_factors,
+    relative_error,
+)
 
 F_NOW = 0.8
 SCALE = F_NOW * 7 / 8**0.5  # f * alpha / sqrt(r1 * r2) of layers.config
@@ -250,8 +262,9 @@ def test_bf16_base_does_not_swallow_dW():
 
 def test_merging_a_small_dW_into_bf16_warns():
     _, _, model = small_update_on_bf16_base()
-    with pytest.warns(UserWarning, match="rounds away more than 10% of dW"):
+    with pytest.warns(UserWarning, match="rounds away more than 10% of dW") as found:
         model.merge_adapter()
+    assert list_files(found) == {__file__}
 
 
 def test_merging_into_float32_does_not_warn():
@@ -298,8 +311,9 @@ def test_layer_that_dies_later_warns():
     model = adapted(nn.Linear(IN, OUT))
     factors_of(model).A.data.abs_()
     factors_of(model).B.data.abs_().neg_()
-    with pytest.warns(UserWarning, match="layer is dead"):
+    with pytest.warns(UserWarning, match="layer is dead") as found:
         model.merge_adapter()
+    assert list_files(found) == {__file__}
 
 
 def test_no_warning_at_the_start_of_the_ramp():

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from dual_lora import DualLoraConfig, DualLoraModel, set_update_scale
 from dual_lora.tuner.register import add_peft_type, register_method
 
+from .layers import list_files
 from .tiny_llama import llama
 
 IDS = torch.arange(1, 25).reshape(2, 12)
@@ -120,8 +121,9 @@ def test_saving_a_merged_embedding_is_told_of(tmp_path):
     model = adapted(copy.deepcopy(base), target_modules=["embed_tokens", "q_proj"])
     expected = logits(model)
     model.merge_adapter()
-    with pytest.warns(UserWarning, match="embed_tokens is merged while saving"):
+    with pytest.warns(UserWarning, match="embed_tokens is merged while saving") as found:
         model.save_pretrained(tmp_path)
+    assert list_files(found) == {__file__}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*merged while saving")
         model.unmerge_adapter()

@@ -1,4 +1,4 @@
-"""4- and 8-bit base layers through PEFT's quantisation backends (bitsandbytes, which also runs on the CPU)."""
+"""4- and 8-bit base layers through PEFT's quantization backends (bitsandbytes, which also runs on the CPU)."""
 
 import copy
 
@@ -11,7 +11,7 @@ from .layers import adapted, factors_of, layer_of, relative_error
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 pytestmark = pytest.mark.skipif(
-    not hasattr(peft.utils, "resolve_quantization_backend"), reason="quantisation backends came with peft 0.20"
+    not hasattr(peft.utils, "resolve_quantization_backend"), reason="quantization backends came with peft 0.20"
 )
 WIDTH = 128
 
@@ -44,7 +44,7 @@ def quantized_model(kind, options=(), **fields):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_adds_its_float32_term_to_the_quantised_output(kind):
+def test_the_adapter_adds_its_float32_term_to_the_quantized_output(kind):
     model, x = quantized_model(kind)
     dW = layer_of(model).get_delta_weight("default")
     with model.disable_adapter():
@@ -62,7 +62,7 @@ def test_all_factors_are_trained(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_keeps_no_dW_beside_a_quantised_weight(kind):
+def test_evaluation_keeps_no_dW_beside_a_quantized_weight(kind):
     model, x = quantized_model(kind)
     with torch.no_grad():
         model(x)
@@ -70,7 +70,7 @@ def test_evaluation_keeps_no_dW_beside_a_quantised_weight(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dW_is_kept_beside_a_quantised_weight_if_asked_for(kind):
+def test_dW_is_kept_beside_a_quantized_weight_if_asked_for(kind):
     expected = None
     for keep_update in (False, True):
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_8_bit_merge_and_unmerge():
 
 def test_4_bit_merge_of_a_usual_dW_warns_that_it_is_rounded_away():
     model, _ = quantized_model("4bit", init_std=0.1)
-    with pytest.warns(UserWarning, match="quantised base weights rounds away more than 10% of dW"):
+    with pytest.warns(UserWarning, match="quantized base weights rounds away more than 10% of dW"):
         model.merge_adapter()
     before = copy.deepcopy(layer_of(model).get_base_layer().weight.data)
     model.unmerge_adapter()
@@ -148,7 +148,7 @@ def test_4_bits_that_were_evaluated_without_an_adapter_are_for_evaluation_alone(
 
 
 @pytest.mark.parametrize("kind", [bnb.nn.Embedding8bit, bnb.nn.Embedding4bit])
-def test_a_quantised_embedding_is_adapted_and_merging_into_it_refused(kind):
+def test_a_quantized_embedding_is_adapted_and_merging_into_it_refused(kind):
     base, ids = kind(WIDTH, WIDTH), torch.arange(4)
     base.load_state_dict(nn.Embedding(WIDTH, WIDTH).state_dict())
     model = adapted(base.to("cpu"), f=0.8).eval()

@@ -12,7 +12,7 @@ from torch import nn
 
 from dual_lora import set_update_scale
 
-from .layers import IN, OUT, config
+from .layers import IN, OUT, config, list_files
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +89,9 @@ def test_a_weight_that_is_only_read_is_never_merged(kind, training):
     base, x = kind(), torch.randn(3, IN)
     expected = base(x)
     model = adapt(base, init_weights=False).train(training)
-    with pytest.warns(UserWarning, match="never called by the parent module"):
+    with pytest.warns(UserWarning, match="never called by the parent module") as found:
         assert torch.equal(model(x), expected)
+    assert list_files(found) == {__file__}
     with pytest.warns(UserWarning, match="not merged"):
         merged = model.merge_and_unload()
     assert torch.equal(merged(x), expected)

@@ -14,7 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dual_lora import DualLoraConfig, DualLoraWarmupCallback, set_update_scale
 
-from .layers import IN, OUT, Net, config, factors_of, layer_of
+from .layers import IN, OUT, Net, config, factors_of, layer_of, list_files
 
 STEPS = 4
 
@@ -323,6 +323,7 @@ def told():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield lambda: [str(w.message) for w in caught if " into its ramp" in str(w.message)]
+    assert list_files(caught) <= {__file__}
 
 
 def test_a_short_ramp_is_told_of_once_at_save_at_load_and_at_merge(told, tmp_path):

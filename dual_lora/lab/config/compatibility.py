@@ -34,7 +34,7 @@ MODULE_FREE_FIELDS = {"peft_type", "task_type", "inference_mode", "target_module
 MODULE_FREE_FIELDS |= {"modules_to_save", "bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
 # Fields of a method that trains a task's head at most.
 HEAD_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
-# The map that Dual LoRA's kernels compute: that of dual_lora.tuner.factors, which takes seconds to import.
+# The map that Dual LoRA's kernels compute: that of dual_lora.tuner.config, which takes seconds to import.
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 # Fields of PEFT's that no adapter here reads, and why.
 UNREAD_FIELDS = {
