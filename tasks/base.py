@@ -44,6 +44,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 FETCH = "fetch the file again"
+GITHUB_FILES = "https://raw.githubusercontent.com"
 COMMIT = re.compile(r"[0-9a-f]{40}")  # a revision may also be a name, such as refs/convert/parquet
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LONGEST_QUOTE = 60  # characters of a value that a message shows
@@ -104,6 +105,10 @@ class Task:
         metric: key of the score a table shows first.
         unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
         lower_is_better: keys of scores for which lower is better.
+        held_out_option: the option that scores training rows set by set, of a task whose training rows mix the sets of
+            `eval_splits`. Such a task refuses eval.holdout, which would score the mixture as the first set.
+        scoring_options: names of options that choose the rows to be scored and change nothing else. They are refused
+            beside eval.holdout, which chooses other rows.
     """
 
     name: str
@@ -115,6 +120,8 @@ class Task:
     metric: str
     unscaled: tuple[str, ...] = ()
     lower_is_better: tuple[str, ...] = ()
+    held_out_option: str = ""
+    scoring_options: tuple[str, ...] = ()
 
     def is_lower_better(self, metric: str | None = None) -> bool:
         """Whether less of a score is better: of the main one, if none is named."""
@@ -398,16 +405,17 @@ def _sha256(path: Path, size: int, changed: int) -> str:
 
 
 def fetch_file(repository: str, commit: str, path: str) -> Path:
-    """Return a local copy of one file of a public GitHub repository, downloaded once into datasets' cache.
+    """Return a local copy of one file of a public GitHub repository, downloaded once into datasets' cache. What is in
+    the cache is taken without a request: a commit's file never changes.
 
     Raises:
         TaskError: it cannot be reached.
     """
-    from datasets import DownloadManager
+    from datasets import DownloadConfig, DownloadManager
 
-    url = f"https://raw.githubusercontent.com/{repository}/{commit}/{path}"
+    url = f"{GITHUB_FILES}/{repository}/{commit}/{path}"
     try:
-        return Path(DownloadManager().download(url))
+        return Path(DownloadManager(download_config=DownloadConfig(use_etag=False)).download(url))
     except OSError as error:
         reason = "no response, or no such file" if isinstance(error, FileNotFoundError) else error
         raise TaskError(f"{url}: cannot be fetched ({reason}); give data_dir=DIR") from error

@@ -29,7 +29,7 @@ VERSION = 1
 CORRELATIONS = ("pearson", "spearman", "pearson_spearman_mean")
 METRICS = ("accuracy", "macro_f1", "matthews", "f1", *CORRELATIONS)
 # What programs write where a table has no value. As a class name each must be listed on purpose.
-GAP_WORDS = ("nan", "null", "n/a", "#n/a", "<na>")
+GAP_WORDS = ("nan", "snan", "null", "n/a", "#n/a", "<na>")
 LARGEST = 1e18  # of numbers: the square of one, which the loss holds, is far from float32's largest number, 3.4e38
 MANY = 20  # classes that need two rows each on average; else the column holds something else than classes
 

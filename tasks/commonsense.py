@@ -248,7 +248,7 @@ class Commonsense(Task):
     """Training on one file, evaluation on eight sets."""
 
     name, version, form, metric = "commonsense", VERSION, "generation", "average"
-    eval_splits = tuple(SPECS)
+    eval_splits, held_out_option = tuple(SPECS), "task.options.scored=held_out"
     lower_is_better = tuple(f"{prefix}unanswered_{name}" for prefix in ("", "lenient_") for name in SPECS)
 
     def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:

@@ -37,12 +37,20 @@ class Dart(DataToText):
     }
 
     def read_pairs(self, path: Path) -> Iterator[Pair]:
+        """As in `DataToText`.
+
+        Raises:
+            TaskError: the file is not one of DART's, or an annotation has no text.
+        """
         with base.translate_shape_errors("DART 1.1.1", path):
             for entry in base.read_json(path):
                 facts = format_triples(
                     (subject, relation.lower(), obj) for subject, relation, obj in entry["tripleset"]
                 )
-                yield from ((facts, annotation["text"], "") for annotation in entry["annotations"])
+                texts = [annotation["text"] for annotation in entry["annotations"]]
+                if not all(text.strip() for text in texts):
+                    raise ValueError(f"{facts!r} has no text")
+                yield from ((facts, text, "") for text in texts)
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
         """Return BLEU, METEOR and TER."""

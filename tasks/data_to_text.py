@@ -36,7 +36,7 @@ class DataToText(Task):
         scored: the split whose outputs are scored; "validation" is for choosing settings without seeing the test set.
     """
 
-    form = "generation"
+    form, scoring_options = "generation", ("scored",)
     words: ClassVar[bool] = True
     folder: ClassVar[str]
     files: ClassVar[dict[str, tuple[str, ...]]]

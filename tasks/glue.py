@@ -9,6 +9,7 @@ known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ class Spec:
     holes: bool = False  # the official file has rows with missing fields, which are dropped
 
 
+# Tasks of which no official file has an empty text. The full QQP has some; of MNLI and QNLI that is not known.
+WITHOUT_EMPTY_TEXTS = ("cola", "sst2", "mrpc", "stsb", "rte")
 ENTAILMENT = ("entailment", "not_entailment")
 SPECS = {
     "cola": Spec(
@@ -162,18 +165,25 @@ class Glue(Task):
     def convert_hub_rows(self, rows: "Dataset", split: str) -> "Dataset":
         """Return the hub's rows in this project's columns."""
         texts = [[row[c] for c in self.spec.hub_text] for row in rows]
-        found = (self.build_row(split, i, t, row["label"]) for i, (t, row) in enumerate(zip(texts, rows, strict=True)))
+        labels = [restore_score(row["label"]) if self.form == "regression" else row["label"] for row in rows]
+        found = (self.build_row(split, i, *pair) for i, pair in enumerate(zip(texts, labels, strict=True)))
         return self.dataset(found, HUB)
 
     def read_file_rows(self, path: Path, split: str) -> "Dataset":
-        """Return the rows of an official file in this project's columns."""
+        """Return the rows of an official file in this project's columns.
+
+        Raises:
+            TaskError: it is damaged, or has an empty text that the official one has not.
+        """
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
         belongs = self.build_split_filter(path, split)
         for line, row in base.read_table(path, "\t", False, needed, spec.header, skip_short=spec.holes):
             with base.translate_shape_errors(f"GLUE's {spec.folder}", f"{path}: line {line}"):
-                label = self.parse_label(row[spec.label])
+                label, texts = self.parse_label(row[spec.label]), [row[c] for c in spec.text]
+                if self.subset in WITHOUT_EMPTY_TEXTS and not all(text.strip() for text in texts):
+                    raise ValueError("an empty text")
                 if belongs(row):
-                    rows.append(self.build_row(split, len(rows), [row[c] for c in spec.text], label))
+                    rows.append(self.build_row(split, len(rows), texts, label))
         return self.dataset(rows, path)
 
     def build_split_filter(self, path: Path, split: str) -> Callable[[Row], bool]:
@@ -240,6 +250,14 @@ class Glue(Task):
             parts["mismatched_"] = lambda row: is_mismatched(row["split"])
         found = [measures.restrict_scores(scores, prefix, belongs) for prefix, belongs in parts.items()]
         return {name: score for part in found for name, score in part.items()}
+
+
+def restore_score(score: float) -> float:
+    """Return one of the hub's scores of STS-B, which are float32, as the official file has it: with at most three
+    decimals, or, of a few means of up to 15 judgements such as 32/7, with 15 digits."""
+    rounded = round(score, 3)
+    mean = Fraction(score).limit_denominator(15)
+    return rounded if abs(rounded - score) < 1e-6 else float(f"{float(mean):.15g}")
 
 
 def is_mismatched(split: str) -> bool:

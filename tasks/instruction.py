@@ -11,9 +11,11 @@ Loss is on the response alone. With model.chat=true the prompt goes through the 
 else messages are written as text, each below a line with its role, and the model writes text.
 
 Scores: exact match (but for white space at the ends), ROUGE-L and chrF, means over rows, of the text that is generated;
-and `loss`, the mean negative log-likelihood of a response's tokens, in nats, without the token that ends it.
+none depends on the Unicode form of accents. And `loss`, the mean negative log-likelihood of a response's tokens, in
+nats, without the token that ends it.
 """
 
+import unicodedata
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +26,7 @@ from tasks.own_files import OwnFiles, Place, Placed, get_text, read_rows
 if TYPE_CHECKING:
     from tasks.measures import Score
 
-VERSION = 1
+VERSION = 2  # 1: combining marks were no part of ROUGE-L's words, and accents were compared by their Unicode form
 METRICS = ("rouge_l", "chrf", "exact_match")
 ALPACA = ("instruction", "output")
 BELOW = "Below is an instruction that describes a task"
@@ -132,7 +134,7 @@ class Instruction(OwnFiles):
     def judge(self, row: Row, output: Output) -> Row:
         from tasks import metrics
 
-        answer, gold = output.strip(), row["target"].strip()
+        answer, gold = (unicodedata.normalize("NFC", text.strip()) for text in (output, row["target"]))
         return {
             "prompt_sha256": base.text_sha256(row["prompt"]),
             "answer": answer,
@@ -203,8 +205,9 @@ def checked_messages(place: Place, value: Any) -> list[Row]:
         raise TaskError(f"{column}: not a list of two or more messages; {like}")
     found = []
     for number, message in enumerate(value, start=1):
-        if message.get("role") not in ROLES:
-            what = f"message {number} has the role {base.quote(message.get('role'))}, not one of {', '.join(ROLES)}"
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            what = f"message {number} has the role {base.quote(role)}, not one of {', '.join(ROLES)}"
             raise TaskError(f"{column}: {what}; {like}")
         content = message.get("content")
         if content is None or isinstance(content, str) and not content.strip():
@@ -212,7 +215,7 @@ def checked_messages(place: Place, value: Any) -> list[Row]:
         if not isinstance(content, str):
             what = f"the content of message {number} is {base.quote(content)}, not text"
             raise TaskError(f"{column}: {what}; {like}")
-        found.append({"role": message["role"], "content": get_text(place, {"messages": content}, "messages")})
+        found.append({"role": role, "content": get_text(place, {"messages": content}, "messages")})
     if found[-1]["role"] != "assistant":
         raise TaskError(f"{column}: ends with the {found[-1]['role']}; the last message must be the assistant's answer")
     return found

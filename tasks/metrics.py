@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -209,15 +210,23 @@ def sentence_chrf(hypothesis: str, references: Texts) -> float:
 
 def rouge_l(hypothesis: str, references: Texts) -> float:
     """Return one output's ROUGE-L (aclanthology.org/W04-1013), the best over the references: F1 of the longest common
-    subsequence of lower-case words of letters and digits, unstemmed. On English text these are the words of the
-    rouge_score package, which drops all letters but a to z.
+    subsequence of lower-case words, unstemmed. On English text these are the words of the rouge_score package, which
+    drops all letters but a to z.
 
     Raises:
         ValueError: as `check_texts`.
     """
     check_texts([hypothesis], [references])
-    words, *accepted = (re.findall(r"[^\W_]+", text.lower()) for text in (hypothesis, *references))
+    words, *accepted = map(list_words, (hypothesis, *references))
     return max(compute_rouge_l(words, reference) for reference in accepted)
+
+
+def list_words(text: str) -> list[str]:
+    """Return the lower-case words of a text: letters and digits with the marks that belong to them, such as vowel signs
+    and accents. Texts that are equal but for the Unicode form of accents have the same words."""
+    plain = unicodedata.normalize("NFC", text.lower())
+    words = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in plain).split()
+    return [word for word in words if any(map(str.isalnum, word))]  # a mark alone is of an emoji
 
 
 def compute_rouge_l(words: list[str], reference: list[str]) -> float:

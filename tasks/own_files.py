@@ -14,10 +14,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks import base
 from tasks.base import Row, Split, Task, TaskError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
@@ -34,6 +37,8 @@ MAGIC = {
 }
 
 NO_CLASS = -1
+# What pyarrow and datasets raise for a file, or a column of it, that they cannot read.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, OverflowError, NotImplementedError)
 LIST_START = 100  # characters in which the first object of a list begins
 LEAVE_OUT = "task.options.scored=validation leaves the test file out"
 
@@ -330,22 +335,42 @@ def read_parquet(path: Path) -> Iterator[Placed]:
     without a class, as the gap that it is.
 
     Raises:
-        TaskError: it cannot be read as Parquet, or a column occurs twice.
+        TaskError: it cannot be read as Parquet, a column occurs twice, or one holds what cannot be read.
     """
     import pyarrow.parquet
-    from datasets import ClassLabel, Dataset
 
     try:
-        table = Dataset(pyarrow.parquet.read_table(path))
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TaskError(f"{path}: cannot be read as Parquet ({reason}); save it again") from error
+        table = pyarrow.parquet.read_table(path)
+    except UNREADABLE as error:
+        raise TaskError(f"{path}: cannot be read as Parquet ({shorten(error)}); save it again") from error
     base.check_header(path, table.column_names, (), "save it again")
-    named = {name: kind for name, kind in table.features.items() if isinstance(kind, ClassLabel) and kind.names}
-    for number, row in enumerate(table.to_list(), start=1):
-        words = {name: kind.int2str(row[name]) for name, kind in named.items() if row[name] in range(len(kind.names))}
-        gaps = {name: None for name in named if row[name] == NO_CLASS}
-        yield Place(path, number, "row"), row | words | gaps
+    columns = {}
+    for name in table.column_names:
+        try:
+            columns[name] = list_values(table.select([name]))
+        except UNREADABLE as error:
+            remedy = "remove the column, or save it as text"
+            raise TaskError(f"{path}: column {name!r} cannot be read ({shorten(error)}); {remedy}") from error
+    for number, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        yield Place(path, number, "row"), dict(zip(columns, values, strict=True))
+
+
+def list_values(table: "pyarrow.Table") -> list[Any]:
+    """Return the values of a table's only column as `read_parquet` yields them."""
+    from datasets import ClassLabel, Dataset
+
+    dataset = Dataset(table)
+    ((name, kind),) = dataset.features.items()
+    values = [row[name] for row in dataset.to_list()]
+    if not isinstance(kind, ClassLabel) or not kind.names:
+        return values
+    words = {NO_CLASS: None} | dict(enumerate(kind.names))
+    return [words.get(value, value) for value in values]
+
+
+def shorten(error: Exception) -> str:
+    """Return what an error says, on one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def check_columns(path: Path, rows: list[Placed], needed: tuple[str, ...], remedy: str) -> None:
@@ -406,6 +431,8 @@ class OwnFiles(Task):
     with `split_seed`. Rows of equal text stay together, so that none is on both sides.
     """
 
+    scoring_options = ("held_out", "split_seed")  # `scored` also says whether the test file is read
+
     def __init__(
         self,
         scored: str = "test",
@@ -464,8 +491,11 @@ class OwnFiles(Task):
         train, *scored = self.find_used_files(None).values()
         if name in ("held_out", "split_seed") and scored:
             return f"{scored[0][0].name} is scored, so no rows of training are set apart; drop it"
-        if name in ("scored", "overlap") and not scored:
-            return f"{train[0].name} is the only file, and rows set apart from it are scored; drop it"
+        if name == "scored" and "test" not in find_files(self.data_dir, self.name):
+            which = scored[0][0].name if scored else f"rows set apart from {train[0].name}"
+            return f"there is no test file, so {which} will be scored anyway; drop it"
+        if name == "overlap" and not scored:
+            return f"no other file is scored, but rows set apart from {train[0].name}; drop it"
         if name == "quotes" and all(find_ending(path) not in (".csv", ".tsv") for path in sum(scored, train)):
             return f"it is about .csv and .tsv files, and {train[0].name} is neither; drop it"
         return None

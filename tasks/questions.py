@@ -50,10 +50,17 @@ class Questions(Task):
         return {split: base.file_sha256(self.find_file(split, data_dir)) for split in ("train", *self.eval_splits)}
 
     def split(self, name: str, data_dir: str | None = None) -> Split:
+        """Return the rows of a split from its file.
+
+        Raises:
+            TaskError: it is missing or damaged, has a question without text, or a class that is none of the six.
+        """
         path = self.find_file(name, data_dir)
         rows = []
         for line, row in base.read_table(path, "\t", quoted=False, needed=("label", "question")):
             with base.translate_shape_errors("a question and its class", f"{path}: line {line}"):
+                if not row["question"].strip():
+                    raise ValueError("an empty question")
                 found = {"text": row["question"], "text_pair": "", "label": self.parse_label(row["label"])}
             rows.append({"id": f"{name}-{len(rows)}", **found})
         return Split(self.dataset(rows, path), path.name)

@@ -46,7 +46,7 @@ class WebNlg(DataToText):
         """As in `DataToText`: the texts that the file calls good.
 
         Raises:
-            TaskError: the file is not one of WebNLG 2017's.
+            TaskError: the file is not one of WebNLG 2017's, or a good text is empty.
         """
         with base.translate_shape_errors("WebNLG 2017", path):
             for number, holder in enumerate(base.read_json(path)["entries"], start=1):
@@ -56,6 +56,8 @@ class WebNlg(DataToText):
                 facts = format_triples((t["subject"], t["property"], t["object"]) for t in entry["modifiedtripleset"])
                 group = "seen" if entry["category"] in SEEN else "unseen"
                 good = [text["lex"] for text in entry["lexicalisations"] if text["comment"] == "good"]
+                if not all(text.strip() for text in good):
+                    raise ValueError(f"entry {number} has no text")
                 yield from ((facts, text, group) for text in good)
 
     def judge(self, row: Row, output: str) -> Row:

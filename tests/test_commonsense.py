@@ -7,6 +7,8 @@ import pytest
 from datasets import Dataset
 
 import tasks
+from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.inputs import splits
 from tasks import TaskError, base, commonsense
 from tasks.commonsense import SPECS, extract_answer, extract_answer_leniently
 
@@ -428,3 +430,12 @@ def test_a_training_file_without_a_set_cannot_hold_it_out(training_file):
         tasks.load("commonsense", {"scored": "held_out"}).split("train", str(folder))
     with pytest.raises(TaskError, match=r"^task.options.scored=dev: must be test or held_out$"):
         tasks.load("commonsense", {"scored": "dev"})
+
+
+@pytest.mark.parametrize(("name", "asked"), [("train", 0), ("boolq", 1), ("openbookqa", 1)])
+def test_the_cache_is_used_for_each_set_of_a_hub_that_is_out_of_reach(name, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(splits, "use_cache_if_unreachable", lambda **given: calls.append(given))
+    monkeypatch.setattr(commonsense.Commonsense, "split", lambda self, name, data_dir=None: name)
+    settings = load_settings(["model=tiny-llama", "task=commonsense"])
+    assert splits.read_split(tasks.load("commonsense"), name, settings) == name and calls == [{"data": True}] * asked

@@ -8,9 +8,12 @@ import io
 import json
 import math
 import subprocess
+import threading
 import warnings
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT
 from datasets import Dataset
@@ -317,3 +320,31 @@ def test_the_shared_cases_of_the_official_script(official_data):
         assert metrics.score_e2e(case["hypotheses"], case["references"]) == pytest.approx(
             scores["unrounded_p"], abs=1e-6
         )
+
+
+def test_a_file_is_fetched_once_and_then_read_offline(tmp_path, monkeypatch):
+    requests = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *given) -> None:
+            super().__init__(*given, directory=str(tmp_path / "served"))
+
+        def log_request(self, *given) -> None:
+            requests.append(self.command)
+
+    folder = tmp_path / "served/owner/name/0123/data"
+    folder.mkdir(parents=True)
+    (folder / "train.txt").write_text("name : Oak||The oak.")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(base, "GITHUB_FILES", f"http://127.0.0.1:{server.server_port}")
+        first = base.fetch_file("owner/name", "0123", "data/train.txt")
+        server.shutdown()
+    asked = len(requests)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert asked and first.read_text() == "name : Oak||The oak."
+    assert base.fetch_file("owner/name", "0123", "data/train.txt") == first and len(requests) == asked
+    with pytest.raises(TaskError, match=r"other.txt: cannot be fetched \(.*\); give data_dir=DIR"):
+        base.fetch_file("owner/name", "0123", "data/other.txt")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import tasks
 from dual_lora.lab.commands.throughput import measure_command
@@ -14,7 +17,7 @@ from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluate import predict
+from dual_lora.lab.evaluate import evaluate, predict
 from dual_lora.lab.evaluate.beam_search import search_beams
 from dual_lora.lab.evaluate.cache import read_prompts
 from dual_lora.lab.evaluate.evaluate import compute_outputs
@@ -268,3 +271,54 @@ def test_only_a_chat_is_named(talker):
 def test_a_chat_without_template_or_prompts_is_refused(task, message):
     with pytest.raises(UserError, match=f"model.chat=true: .*{message}"):
         loaded("tiny-llama", task, "model.chat=true")
+
+
+def build_sentencepiece() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that, like SentencePiece's, writes a blank in front of a text and none behind a word."""
+    vocabulary = {"</s>": 0, "\u2581": 1, "x": 2, "\u2581x": 3, ".": 4, "\u2581.": 5, "#": 6, "##": 7, "\u2581###": 8}
+    merges = [("\u2581", "x"), ("\u2581", "."), ("#", "#"), ("\u2581", "##"), ("\u2581##", "#")]
+    vocabulary["\u2581##"] = 9
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+
+
+def test_a_stop_is_the_token_it_is_behind_a_word():
+    tokenizer = build_sentencepiece()
+    chosen = load_settings(["model=tiny-llama", "task=demo/restaurants", "task.stop=['.','###']"])
+    assert predict.build_generation_config(tokenizer, chosen).eos_token_id == [0, 5, 4, 8]
+    (warning,) = predict.find_idle_stops(tokenizer, chosen)
+    assert warning.startswith("task.stop: '###' is 2 tokens here: outputs are cut there")
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [("A pub.", "A pub"), ("A pub ### more.", "A pub "), ("A pub", "A pub"), (".A", ""), ("##", "##")],
+)
+def test_what_is_judged_ends_before_the_first_stop(output, answer, monkeypatch):
+    chosen = load_settings(["model=tiny-llama", "task=demo/restaurants", "task.stop=['###','.']"])
+    task = load_task(chosen)
+    split = load_split(task, "validation", chosen)
+    split = replace(split, rows=split.rows.select([0]))
+    monkeypatch.setattr(evaluate, "compute_outputs", lambda *given: [output])
+    monkeypatch.setattr(type(task), "choices", lambda self, row: [])
+    seen = []
+    monkeypatch.setattr(type(task), "judge", lambda self, row, text: seen.append(text) or {"score": 1.0})
+    monkeypatch.setattr(type(task), "score", lambda self, results: {task.metric: 1.0})
+    _, (row,) = evaluate.evaluate_splits(None, None, task, {"validation": split}, chosen)
+    assert seen == [answer] and row["output"] == output
+
+
+@pytest.mark.parametrize(("prompts", "lost"), [(["a b"] * 3, 0), (["a b", "a " * 40, "a b"], 1), (["a " * 40] * 3, 3)])
+def test_targets_that_are_cut_off_whole_are_counted_where_prompts_carry_loss(prompts, lost, capfd):
+    words = ["model=tiny-llama", "task=demo/restaurants", "task.loss_on_prompt=true", "task.max_length=30"]
+    chosen = load_settings(words)
+    rows = [{"id": str(i), "prompt": text, "target": "yes", "references": ["yes"]} for i, text in enumerate(prompts)]
+    given = Dataset.from_list(rows), load_task(chosen), load_tokenizer(chosen), chosen
+    said = f"task.max_length=30: {lost} of 3 prompts fill it, so nothing of their targets is trained on; raise it"
+    if lost == len(rows):
+        with pytest.raises(UserError, match=said):
+            encode_rows(*given)
+        return
+    assert len(encode_rows(*given)) == len(rows) and (f"warning: {said}\n" in capfd.readouterr().err) == bool(lost)

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import datasets
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -94,6 +95,10 @@ def test_files_and_hub_give_identical_examples(subset, tmp_path, monkeypatch):
         (
             lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tyes\n"),
             "line 2: the label 'yes', not one of",
+        ),
+        (
+            lambda f: f.write_bytes(b"index\tsentence1\tsentence2\tlabel\n0\ta\t \tentailment\n"),
+            "line 2: an empty text where GLUE's RTE",
         ),
         (
             lambda f: f.write_bytes(b"index\tsentence\tlabel\n0\ta\tentailment\n"),
@@ -278,3 +283,15 @@ def test_offline_another_revision_in_the_cache_does_not_stand_in_for_the_pinned_
     write_cached_rows(tmp_path, "0" * 40)
     with pytest.raises(TaskError, match=f"nyu-mll/glue@{glue.REVISION[:8]}: .* the cache holds 00000000, another"):
         tasks.load("glue/sst2").split("train")
+
+
+def test_an_empty_question_of_qqp_is_read_as_the_official_file_has_some(tmp_path):
+    write_official(tmp_path, "qqp")
+    file = tmp_path / "glue/QQP/train.tsv"
+    file.write_text(file.read_text() + "8\t8\t8\t\twhy ?\t0\n")
+    assert tasks.load("glue/qqp").split("train", str(tmp_path)).rows[-1]["text"] == ""
+
+
+@pytest.mark.parametrize("word", ["3.8", "0.4", "4.813", "5.000", "4.57142857142857", "2.11111111111111"])
+def test_a_score_of_the_hub_is_that_of_the_official_file(word):
+    assert glue.restore_score(float(np.float32(word))) == float(word)

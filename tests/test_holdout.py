@@ -93,3 +93,49 @@ def test_rows_that_are_all_different_give_no_warning(capfd):
     settings = load_settings([*BASE, "eval.holdout=50"])
     (apart,) = load_scored_splits(tasks.load("demo/sentiment"), settings).values()
     assert "in_training" not in apart.describe() and "set apart" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval.holdout=60"], "eval.holdout=60: the training rows of commonsense are of several sets, which it scores"),
+        (
+            ["eval.holdout=60", "+task.options.scored=held_out"],
+            "eval.holdout=60: .* one by one; take task.options.scored=held_out instead",
+        ),
+        (
+            ["eval.development_rows=60", "task.checkpoint=best"],
+            "eval.development_rows=60: .* one by one; take task.checkpoint=best_loss instead",
+        ),
+    ],
+)
+def test_rows_of_several_sets_are_not_scored_as_one(words, said):
+    settings = load_settings(["model=tiny-llama", "task=commonsense", *words])
+    task = load_task(settings)
+    with pytest.raises(UserError, match=said):
+        (load_scored_splits if settings.eval.holdout else load_development_split)(task, settings)
+
+
+@pytest.mark.parametrize("form", ["tokenised", "official"])
+def test_an_option_about_the_scored_rows_is_idle_beside_rows_held_out(form):
+    words = ["model=tiny-gpt2", "task=e2e", f"task.options.references={form}", "task.options.scored=validation"]
+    with pytest.raises(UserError, match="^task.options.scored=validation: eval.holdout=9 scores training rows instead"):
+        load_settings([*words, "eval.holdout=9"])
+    load_settings(words)
+
+
+def test_options_of_own_files_that_are_idle_beside_rows_held_out(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"t{n},{n % 2}\n" for n in range(40)))
+    words = ["model=tiny-roberta", "task=classification", f"data_dir={tmp_path}", "eval.holdout=9"]
+    for option in ("held_out=0.3", "split_seed=1"):
+        with pytest.raises(UserError, match=f"^task.options.{option}: eval.holdout=9 scores training rows instead"):
+            load_settings([*words, f"task.options.{option}"])
+    (tmp_path / "test.csv").write_text("text\nno labels\n")
+    assert load_settings([*words, "task.options.scored=validation"]).eval.holdout == 9
+
+
+def test_the_separator_is_a_part_of_prompts_that_are_no_messages():
+    words = ["model=tiny-llama", "model.chat=true", "task.options.separator=' =>'"]
+    assert load_settings([*words, "task=e2e"]).task.options["separator"] == " =>"
+    with pytest.raises(UserError, match="^task.options.separator= =>: with model.chat=true the chat template"):
+        load_settings([*words, "task=instruction"])

@@ -319,6 +319,27 @@ def test_rouge_l_by_hand(output, reference, value):
     assert metrics.rouge_l(output, ["q", reference]) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(
+    ("output", "reference", "value"),
+    [
+        ("लड़की", "लड़का", 0.0),  # they differ in a vowel sign alone
+        ("लड़की घर", "लड़का घर", 0.5),
+        ("ที่", "ทั", 0.0),
+        ("caf\u00e9", "cafe\u0301", 1.0),
+        ("I \u2764\ufe0f it", "I it", 1.0),  # an emoji, and the mark that belongs to it, are no words
+    ],
+)
+def test_marks_belong_to_the_words_of_rouge_l(output, reference, value):
+    assert metrics.rouge_l(output, [reference]) == pytest.approx(value)
+
+
+def test_the_form_of_accents_changes_no_score_of_a_response():
+    target = "un caf\u00e9 l\u00e0"
+    row = {"prompt": "a", "target": target, "references": [target], "messages": []}
+    judged = tasks.load("instruction").judge(row, "un cafe\u0301 la\u0300 ")
+    assert [judged[name] for name in ("exact_match", "rouge_l", "chrf")] == pytest.approx([1, 1, 1])
+
+
 def test_rouge_l_is_that_of_rouge_score():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     rng = np.random.default_rng(0)
@@ -529,9 +550,21 @@ def test_options_are_checked(name, options, message):
             C,
             {"data.csv": "text,label\n" + "a,x\nb,y\nc,x\nd,y\n"},
             "overlap=true",
-            "overlap=True: data.csv is the only",
+            "overlap=True: no other file is scored, but rows set apart from data.csv; drop it",
         ),
-        (C, {"data.csv": "text,label\n" + "a,x\nb,y\nc,x\nd,y\n"}, "scored=validation", "data.csv is the only file"),
+        (
+            C,
+            {"data.csv": "text,label\n" + "a,x\nb,y\nc,x\nd,y\n"},
+            "scored=validation",
+            "there is no test file, so rows set apart from data.csv will be scored anyway; drop it",
+        ),
+        (
+            C,
+            {"train.csv": GOOD["train.csv"], "dev.csv": GOOD["test.csv"]},
+            "scored=validation",
+            "there is no test file, so dev.csv will be scored anyway; drop it",
+        ),
+        (C, GOOD | {"train.csv": GOOD["train.csv"] + "e,x\nf,y\n"}, "scored=validation", None),
     ],
 )
 def test_an_option_without_effect_on_the_files_is_refused(name, files, option, said, tmp_path):
@@ -633,3 +666,34 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path):
     path = write_table(tmp_path / "train.csv", ("text", "label"), ROWS)
     with pytest.raises(TaskError, match="train.csv: is a file; give the folder it is in"):
         own_files.find_files(str(path), "classification")
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        (C, "text,label\n" + "".join(f"t{n},{'xy'[n % 2]}\n" for n in range(20))),
+        (N, "prompt,response\n" + "".join(f"t{n},r{n}\n" for n in range(20))),
+    ],
+)
+def test_a_test_file_without_labels_is_left_out(name, train, tmp_path):
+    """The remedy that the refusal names is accepted, and rows of training are set apart."""
+    (tmp_path / "train.csv").write_text(train)
+    (tmp_path / "test.csv").write_text(f"{train.partition(',')[0]}\nsomething\n")
+    words = [f"model={'tiny-roberta' if name == C else 'tiny-llama'}", f"task={name}", f"data_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"test.csv: no column .*; task.options.scored=validation leaves the test file"):
+        load_settings(words)
+    chosen = load_settings([*words, "task.options.scored=validation", "task.options.held_out=0.2"])
+    assert {split: len(found.rows) for split, found in load_scored_splits(load_task(chosen), chosen).items()} == {
+        "validation": 4
+    }
+
+
+def test_the_first_rows_of_a_sorted_table_are_a_warning(tmp_path, capfd):
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "test.csv").write_text("text,label\n" + "".join(f"t{n},{'x' if n < 6 else 'y'}\n" for n in range(9)))
+    words = ["model=tiny-roberta", f"task={C}", f"data_dir={tmp_path}"]
+    for count, warns in ((6, True), (7, False)):
+        chosen = load_settings([*words, f"eval.max_examples={count}"])
+        load_scored_splits(load_task(chosen), chosen)
+        said = "warning: test: the first 6 of 9 rows have one label only; scores mean little"
+        assert (said in capfd.readouterr().err) == warns

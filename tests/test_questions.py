@@ -43,6 +43,7 @@ def test_rows_are_those_of_the_files_plain_or_packed(tmp_path):
         ("coarse\tquestion\nLOC\tWhere ?\n", "no column 'label'"),
         ("label\tquestion\nLOC\tWhere ?\tfar\n", "line 2 has 3 fields, not 2"),
         ("label\tquestion\nLOC\tWhere ?\nloc\tWhere ?\n", "line 3: the label 'loc', not one of ABBR, DESC"),
+        ("label\tquestion\nLOC\t \n", "line 2: an empty question where a question and its class was expected"),
         ("label\tquestion\nLOC\tWh\0ere ?\n", "zero byte"),
     ],
 )

@@ -75,6 +75,23 @@ def test_dart_writes_relations_in_lower_case(files):
     assert list(map(len, rows["references"])) == [2, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "said"),
+    [
+        ("webnlg", "webnlg_challenge_2017/train.json", "train.json: entry 1 has no text where WebNLG 2017"),
+        ("webnlg", "webnlg_challenge_2017/test.json", "test.json: entry 1 has no text where WebNLG 2017"),
+        ("dart", "dart/dart-v1.1.1-full-train.json", "train.json: 'Fig : kind : Fruit' has no text where DART 1.1.1"),
+        ("dart", "dart/dart-v1.1.1-full-test.json", "test.json: 'Fig : kind : Fruit' has no text where DART 1.1.1"),
+    ],
+)
+def test_an_empty_text_is_refused(name, path, said, files):
+    """As a reference it would be the closest in length to any short output."""
+    file = files / path
+    file.write_text(file.read_text().replace("A fig is a fruit.", " "))
+    with pytest.raises(TaskError, match=said):
+        tasks.load(name).split("train" if "train" in path else "test", str(files))
+
+
 def test_text_is_split_as_lora_and_nltk_split_it():
     assert metrics.split_words('He "cannot" go-on, A_b\u00e9 1.5!') == 'he " cannot " go - on , a_b\u00e9 1 . 5 !'
     assert metrics.split_penn_words('he " cannot " gonna cannots') == "he `` can not `` gon na cannots"

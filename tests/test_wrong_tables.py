@@ -26,6 +26,11 @@ def parquet(**columns: list) -> bytes:
     return out.getvalue()
 
 
+def unreadable(values: pyarrow.Array) -> bytes:
+    """Return a table with a column that no task uses."""
+    return parquet(text=["a"], label=["x"], other=values)
+
+
 def line(**row: object) -> str:
     return json.dumps(row) + "\n"
 
@@ -84,6 +89,11 @@ WRONG = {
     "an accent in two forms": (C, {}, {"data.csv": "text,label\na,caf\u00e9\nb,cafe\u0301\nc,x\nd,x\n"}, r"'caf\xe9' and 'cafe\u0301' differ in spelling only"),
     "a class that stands for a gap": (C, {}, GOOD | {"train.csv": "text,label\na,x\nb,y\ne,N/A\n"}, "train.csv: line 4, column 'label': 'N/A' stands for a missing value; fill it in, remove the row, or list all classes"),
     "NaN in Parquet": (C, {}, {"train.parquet": parquet(text=["a", "b"], label=[1.0, float("nan")]), "test.csv": ZEROS["test.csv"]}, "train.parquet: row 2, column 'label': empty"),
+    "a column of maps": (C, {}, {"train.parquet": unreadable(pyarrow.array([[("k", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())))}, "train.parquet: column 'other' cannot be read ("),
+    "a date beyond all": (C, {}, {"train.parquet": unreadable(pyarrow.array([10**7], pyarrow.date32()))}, "date value out of range); remove the column, or save it as text"),
+    "text that is not UTF-8": (C, {}, {"train.parquet": unreadable(pyarrow.StringArray.from_buffers(1, pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xe9")))}, "column 'other' cannot be read ('utf-8' codec can't decode"),
+    "a time zone that is not known": (C, {}, {"train.parquet": unreadable(pyarrow.array([0], pyarrow.timestamp("ms", "Nowhere/Land")))}, "train.parquet: column 'other' cannot be read ("),
+    "a class called sNaN": (C, {}, GOOD | {"train.csv": "text,label\na,x\nb,y\ne,sNaN\n"}, "line 4, column 'label': 'sNaN' stands for a missing value"),
     "a class as long as a book": (C, {}, {"train.csv": f"text,label\na,{'y' * 100_000}\nb,x\n", "test.csv": "text,label\nc,x\n"}, f"train.csv: line 2, column 'label': the class '{'y' * 60}'... is in train but not in test"),
     # numbers
     "one number for all": (C, NUMBERS, {"train.csv": "text,label\na,1\nb,1\n", "test.csv": "text,label\nc,1\nd,2\n"}, "train.csv: column 'label': the 2 rows from line 2 have one number only, 1; add rows of others"),
@@ -99,6 +109,8 @@ WRONG = {
     "a blank answer": (N, {}, {"train.jsonl": chat(("user", "a"), ("assistant", " "))}, "line 1, column 'messages': message 2 has no content"),
     "an answer in parts": (N, {}, {"train.jsonl": chat(("user", [{"type": "text"}]), ("assistant", "b"))}, "column 'messages': the content of message 1 is [{'type': 'text'}], not text; write"),
     "a tool's turn": (N, {}, {"train.jsonl": chat(("user", "a"), ("tool", "b"), ("assistant", "c"))}, "message 2 has the role 'tool', not one of system, user, assistant"),
+    "a role in a list": (N, {}, {"train.jsonl": line(messages=[{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "b"}])}, "message 1 has the role ['user'], not one of system, user, assistant"),
+    "a role that is an object": (N, {}, {"train.jsonl": line(messages=[{"role": {}, "content": "a"}, {"role": "assistant", "content": "b"}])}, "message 1 has the role {}, not one of system"),
     "one row": (N, {}, {"data.jsonl": line(prompt="a", response="b")}, "data.jsonl: 1 rows are too few to set some apart"),
     # files
     "two files of a split that differ in kind": (C, {}, GOOD | {"train.jsonl": ONE_JSON}, "train.csv and train.jsonl: both are the train split; keep one"),

@@ -259,8 +259,10 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
         return "method.peft.target_modules is used instead; drop one"
     if chooses_modules and role not in (None, *model.adapt):
         return f"model.adapt does not name the role {role}; drop it, or add it there"
-    if key == "task.options.separator" and model.chat:
+    if key == "task.options.separator" and model.chat and "messages" in load_task(settings).row_types:
         return "with model.chat=true the chat template stands between prompt and response; drop one"
+    if why := explain_idle_scoring_option(settings, key):
+        return why
     if key.startswith("task.options.") and settings.data_dir:
         return load_task(settings).explain_unused_option(key.removeprefix("task.options."))
     if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:
@@ -273,3 +275,10 @@ def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str 
     if key == "train.loss_scale" and (idle_sign := explain_idle_sign(method)):
         return f"only the gradient of Sign is clipped, and {idle_sign}; drop one"
     return None
+
+
+def explain_idle_scoring_option(settings: Settings, key: str) -> str | None:
+    """Return why an option about the rows to be scored has no effect; None where it has one, and for other settings."""
+    holdout, (group, _, name) = settings.eval.holdout, key.rpartition(".")
+    idle = holdout and group == "task.options" and name in load_task(settings).scoring_options
+    return f"eval.holdout={holdout} scores training rows instead; drop one" if idle else None

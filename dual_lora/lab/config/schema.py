@@ -226,7 +226,7 @@ class Task:
     search: str | None = setting("null: transformers' beam search; gpt2_beam: that of LoRA's experiments on GPT-2")
     length_penalty: float = setting("exponent p: beams are ranked by log-probability / length ** p")
     no_repeat_ngram: int = setting("n: no n-gram of the output is generated twice; 0: no limit")
-    stop: list[str] = setting("strings that end the output; only those that are a single token count")
+    stop: list[str] = setting("strings that end an output, which is judged up to the first of them")
     options: dict[str, Any] = setting("the task's own options, see its file in tasks/")
     train_rows: int | None = setting("official number of training examples, for plans without the data")
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, is_out_of_memory, require, suggest_name
-from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, generate_texts, score_choices
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, cut_at_stop, generate_texts, score_choices
 from dual_lora.lab.model.load import autocast_products, is_sharded
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
@@ -58,7 +58,8 @@ def evaluate_splits(
             likelihoods = compute_outputs(
                 model, tokenizer, task, rows, settings, f"{title}, likelihoods", score_choices
             )
-        judged[name] = judge_rows(task, rows, outputs, likelihoods)
+        answers = [cut_at_stop(text, settings) for text in outputs] if task.form == "generation" else outputs
+        judged[name] = judge_rows(task, rows, answers, likelihoods)
         for row, output, verdict in zip(rows, outputs, judged[name], strict=True):
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
     scores = collect_scores(task, judged)

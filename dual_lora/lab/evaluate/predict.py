@@ -34,6 +34,7 @@ from tasks.base import Row
 if TYPE_CHECKING:
     from datasets import Dataset
 
+STOP_CONTEXT = "x"  # the word before a string of `task.stop`
 PROBE_ROWS = 8  # of `probe_padding`; of a few classes, the logits of one row may all be nearly 0
 
 
@@ -196,22 +197,35 @@ def get_decoding_options(tokenizer: PreTrainedTokenizerBase, settings: Settings,
 def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
     """Return the decoding settings of the task's protocol only; a model folder's generation_config.json is ignored."""
     protocol = settings.task
-    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in protocol.stop]
+    stops = [ids[0] for text in protocol.stop for ids in encode_stop(tokenizer, text) if len(ids) == 1]
     return GenerationConfig(
         max_new_tokens=protocol.max_new_tokens,
         num_beams=protocol.num_beams,
         do_sample=False,
         use_cache=True,
-        eos_token_id=[tokenizer.eos_token_id, *(ids[0] for ids in ends if len(ids) == 1)],
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *stops])),
         pad_token_id=tokenizer.pad_token_id,
         **({"length_penalty": protocol.length_penalty} if protocol.num_beams > 1 else {}),
     )
 
 
+def encode_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a string at the start of a text, and behind a word, where an output has it. In SentencePiece
+    they differ: the first of the former includes a blank."""
+    word, start, behind = tokenizer([STOP_CONTEXT, text, STOP_CONTEXT + text], add_special_tokens=False)["input_ids"]
+    return start, behind[len(word) :] if behind[: len(word)] == word else start
+
+
 def find_idle_stops(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
-    """Return a warning for every string of `task.stop` that this tokenizer has no single token for."""
-    lengths = {text: len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in settings.task.stop}
-    return [f"task.stop: {text!r} is {n} tokens here and ends no output" for text, n in lengths.items() if n != 1]
+    """Return a warning for every string of `task.stop` that is no single token of this tokenizer in an output."""
+    lengths = {text: len(encode_stop(tokenizer, text)[1]) for text in settings.task.stop}
+    cut = "tokens here: outputs are cut there, but only after they are generated in full"
+    return [f"task.stop: {text!r} is {count} {cut}" for text, count in lengths.items() if count != 1]
+
+
+def cut_at_stop(output: str, settings: Settings) -> str:
+    """Return the part of an output that is judged: up to the first string of `task.stop` in it."""
+    return min((output.partition(text)[0] for text in settings.task.stop if text), key=len, default=output)
 
 
 def score_choices(

@@ -1,6 +1,7 @@
 """Rows of a task: its own splits, and training rows held out for evaluation."""
 
 import itertools
+import re
 import sys
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from tasks import Split, Task
 HOLDOUT_SEED = 2512
 # Seed of the draw of the rows whose loss may choose the checkpoint, that of LLM-Adapters' and DoRA's scripts.
 VALIDATION_SEED = 42
+# A source of the hub, as tasks write it: a data set at a revision.
+HUB_SOURCE = re.compile(r"[^/@]+/[^/@]+@")
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:
@@ -27,7 +30,20 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
     if name == "train":
         return select_training_rows(read_training_split(task, settings)[0], settings)
     split, limit = read_split(task, name, settings), settings.eval.max_examples
-    return split if limit is None else select_rows(split, limit)
+    if limit is None:
+        return split
+    chosen = select_rows(split, limit)
+    warn_of_one_label(name, chosen, split)
+    return chosen
+
+
+def warn_of_one_label(name: str, chosen: Split, split: Split) -> None:
+    """Print a warning if rows chosen from a split, which may be sorted, have one class or number, and others more."""
+    if "label" not in split.rows.column_names or not is_first_process():
+        return
+    if len(set(chosen.rows["label"])) < 2 <= len(set(split.rows["label"])):
+        said = f"the first {len(chosen.rows):,} of {len(split.rows):,} rows have one label only; scores mean little"
+        print(f"warning: {name}: {said}; raise eval.max_examples, or mix the rows", file=sys.stderr)
 
 
 def select_training_rows(split: Split, settings: Settings) -> Split:
@@ -53,12 +69,13 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
     """Return the rows a run is evaluated on, by split: the task's own, or training rows that are held out.
 
     Raises:
-        UserError: as `load_split`.
+        UserError: as `load_split`, or the training rows are no rows of one split.
     """
     if not settings.eval.holdout:
         with translate_task_errors():
             names = task.eval_splits  # with the user's own files, the folder decides
         return {name: load_split(task, name, settings) for name in names}
+    refuse_mixed_rows(task, f"eval.holdout={settings.eval.holdout}", task.held_out_option)
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, train, split_training_rows(train, settings.eval)[1], settings)
 
@@ -68,12 +85,24 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
     are none.
 
     Raises:
-        UserError: as `load_split`.
+        UserError: as `load_scored_splits`.
     """
     if not settings.eval.development_rows:
         return None
+    development = f"eval.development_rows={settings.eval.development_rows}"
+    refuse_mixed_rows(task, development, "task.checkpoint=best_loss")
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, train, split_training_rows(train, settings.eval)[2], settings)
+
+
+def refuse_mixed_rows(task: Task, asked: str, instead: str) -> None:
+    """Refuse to score training rows of a task that mix the sets it scores one by one.
+
+    Raises:
+        UserError: with what to take instead.
+    """
+    mixed = f"the training rows of {task.name} are of several sets, which it scores one by one"
+    require(not task.held_out_option, f"{asked}: {mixed}; take {instead} instead")
 
 
 def label_as_first_split(task: Task, train: Split, apart: Split, settings: Settings) -> dict[str, Split]:
@@ -147,8 +176,10 @@ def read_split(task: Task, name: str, settings: Settings) -> Split:
     Raises:
         UserError: the data is missing, damaged or cannot be fetched.
     """
-    if settings.data_dir is None and "hub" in task.source():
-        use_cache_if_unreachable(data=True)
+    if settings.data_dir is None:
+        source = task.source()
+        if "hub" in source or HUB_SOURCE.match(source.get(name, "")):
+            use_cache_if_unreachable(data=True)
     with (
         translate_read_errors(f"task={task.name}: cannot load its {name} split", "give data_dir=DIR"),
         translate_task_errors(),

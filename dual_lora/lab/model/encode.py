@@ -1,5 +1,6 @@
 """From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
 
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -9,6 +10,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
+from dual_lora.lab.system.distributed import is_first_process
 from tasks import Task
 from tasks.base import Row
 
@@ -21,7 +23,11 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 def encode_rows(rows: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> "Dataset":
-    """Return the rows as model inputs with labels, truncated to `task.max_length` tokens."""
+    """Return the rows as model inputs with labels, truncated to `task.max_length` tokens.
+
+    Raises:
+        UserError: a row has no tokens, or nothing that is trained on is left of its target, or of that of any row.
+    """
     from datasets import Dataset
 
     columns = (
@@ -29,7 +35,30 @@ def encode_rows(rows: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase,
         if task.form == "generation"
         else build_sentence_encoder(tokenizer, settings)
     )
-    return Dataset.from_list([columns(row) for row in rows.to_list()])
+    found = rows.to_list()
+    examples = [columns(row) for row in found]
+    if task.form == "generation" and settings.task.loss_on_prompt:
+        check_targets(found, examples, tokenizer, settings)
+    return Dataset.from_list(examples)
+
+
+def check_targets(
+    rows: list[Row], examples: list[dict], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> None:
+    """Say of how many rows, which `encode_rows` made `examples`, only the prompt is trained on, since it is as long as
+    `task.max_length`.
+
+    Raises:
+        UserError: that is so of all of them.
+    """
+    limit = settings.task.max_length
+    full = [row for row, example in zip(rows, examples, strict=True) if len(example["input_ids"]) == limit]
+    lost = sum(len(encode_prompt(tokenizer, row, settings)) >= limit for row in full)
+    filled = f"task.max_length={limit}: {lost:,} of {len(rows):,} prompts fill it"
+    said = f"{filled}, so nothing of their targets is trained on; raise it"
+    require(lost < len(rows), said)
+    if lost and is_first_process():
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def check_examples(
