@@ -103,8 +103,8 @@ class RunTrainer(Trainer):
         args.save_only_model = part  # else the Trainer refuses every sharded model, although an adapter is not sharded
         super().__init__(train_dataset=examples, callbacks=callbacks, **kwargs)
         args.save_only_model = False
-        # The Trainer assumes that every model divides its loss by the number of tokens in all of a step. Only the loss of
-        # a causal language model does so; other losses, and label smoothing, average over one micro-batch.
+        # The Trainer assumes that every model divides its loss by the number of tokens in a whole step. Only the loss
+        # of a causal language model does so; other losses, and label smoothing, average over one micro-batch.
         self.model_accepts_loss_kwargs &= self._loss_shifts_labels and not args.label_smoothing_factor
         self.can_save = not part or isinstance(self.model, PeftModel)
         self.record, self.settings, self.example_ids, self.best = record, settings, example_ids, best
