@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.tasks import load_task
@@ -11,7 +12,7 @@ from dual_lora.lab.inputs.splits import load_scored_splits, load_split, read_spl
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.callbacks import LOSS_COLUMN
-from dual_lora.lab.train.run import train_run
+from dual_lora.lab.train.run import evaluate_splits, train_run
 from dual_lora.lab.train.trainer import RunTrainer
 
 SHORT = ["model=tiny-roberta", "task=demo/sentiment", "train.max_steps=7", "train.batch_size=4", "train.log_steps=1"]
@@ -94,6 +95,33 @@ def test_the_weights_of_the_lowest_loss_are_scored_and_the_last_step_beside_them
     assert last["metrics_last_epoch"] == last["metrics"] == result["metrics_last_epoch"]
     mine, theirs = trained_weights(record, settings), trained_weights(other, settings)
     assert mine.keys() == theirs.keys() and any(not torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_failure_while_the_last_step_is_scored_costs_no_training(runs_folder, losses, monkeypatch):
+    settings, real = choose(*BEST, "train.save_minutes=null"), evaluate_splits
+
+    def evaluate(*args):
+        assert args[-1] != "last step", "fails"
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="fails"):
+        patch.setattr("dual_lora.lab.train.run.evaluate_splits", evaluate)
+        train_run(Run.prepare(settings))
+    monkeypatch.setattr(RunTrainer, "training_step", lambda *args: pytest.fail("trained again"))
+    result = train_run(Run.prepare(settings))
+    assert (result["steps"], result["validation_loss"], result["best_epoch"]) == (7, 0.2, pytest.approx(4 / 16))
+    assert result["metrics_last_epoch"].keys() == result["metrics"].keys()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(runs_folder, monkeypatch):
+    real = Trainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        return real(self, model, *args, **kwargs) * (1.0 if model.training else float("nan"))
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    with pytest.raises(UserError, match="^the validation loss is nan at step 2; .*float32; last good checkpoint: n"):
+        train_run(Run.prepare(choose("task.validation_rows=4", "task.validation_steps=2")))
 
 
 def test_taking_the_loss_changes_no_step_and_it_is_the_mean_over_the_rows(runs_folder):

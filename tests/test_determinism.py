@@ -14,7 +14,13 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.model.adapt import attach_method, list_kernels
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record import provenance as record_provenance
-from dual_lora.lab.record.provenance import describe_environment, has_uncommitted_changes, hash_code, run_git
+from dual_lora.lab.record.provenance import (
+    describe_environment,
+    has_uncommitted_changes,
+    hash_code,
+    list_attempts,
+    run_git,
+)
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.environment import count_available_cores
@@ -169,6 +175,19 @@ def test_the_tries_of_a_run_are_kept_with_their_code(tmp_path, monkeypatch):
     assert [t["code"] for t in found["earlier_tries"]] == ["a", "b"] and found["code"] == "c"
 
 
+def test_every_attempt_keeps_its_versions_machine_threads_and_precision(tmp_path):
+    record, chosen = Record(tmp_path), load_settings(["model=tiny-roberta", "task=demo/sentiment"])
+    record.prepare_folder(chosen)
+    record.append_log({"step": 0, "eval/accuracy": 0.5})
+    first = record.read_environment()
+    record.prepare_folder(chosen)
+    (attempt,) = record.read_environment()["earlier_tries"]
+    assert attempt == {name: value for name, value in first.items() if name not in ("identity", "model_files")}
+    assert attempt.keys() > {"python", "packages", "processor", "threads", "instructions", "tf32", "variables"}
+    assert list_attempts(record.read_environment())[1:] == [attempt]
+    assert list_attempts({"processor": "abacus", "earlier_tries": [{"commit": "c0ffee"}]})[1:] == []
+
+
 def test_code_that_git_does_not_know_is_not_called_clean(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert has_uncommitted_changes() is None
@@ -196,6 +215,6 @@ def test_a_run_that_goes_on_is_as_clean_as_its_dirtiest_part(begun, now, togethe
     assert record.read_environment() == today | {
         "uncommitted_changes": together,
         "earlier_commits": ["old"],
-        "earlier_tries": [{"started": "then", "commit": "old", "uncommitted_changes": begun, "code": None}],
+        "earlier_tries": [was],
         "started": "then",
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_resume import Killed, at_step, chosen, kept, kill, reference, stopped  # noqa: F401 - a fixture
+from transformers import TrainerControl
 
 import tasks
 from dual_lora.lab.config.compose import load_settings
@@ -13,6 +14,7 @@ from dual_lora.lab.evaluate.evaluate import evaluate_splits
 from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.callbacks import BestEpoch
 from dual_lora.lab.train.run import train_run
 
@@ -81,6 +83,24 @@ def test_it_resumes_to_the_same_bytes_wherever_it_was_stopped(runs_folder, refer
     stopped(settings, 12)  # before the score that ends training
     train_run(Run.prepare(settings))
     assert kept(record.folder) == whole and whole["result"]["steps"] == 12
+
+
+def test_a_stop_between_the_last_step_of_an_epoch_and_its_score_ends_the_run_there(monkeypatch):
+    """The step's own look at the signal came too early. After resuming the epoch is scored, as without the stop."""
+    log = type("Log", (), {"write_scores": lambda *_: None})()
+    best = BestEpoch(lambda title: ({"accuracy": 0.5}, []), "accuracy", log)
+    state = type("State", (), {"global_step": 3, "max_steps": 9, "epoch": 1.0})()
+    control, model = TrainerControl(), torch.nn.Linear(1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(STOP, "asked", "SIGTERM")
+        best.on_epoch_end(None, state, control, model=model)
+    assert control.should_save and control.should_training_stop and best.scored == 0
+    resumed = TrainerControl()
+    best.on_train_begin(None, state, resumed, model=model)
+    assert (best.best, best.epoch, best.scored) == (0.5, 1.0, 3)
+    monkeypatch.setattr(STOP, "asked", "SIGTERM")
+    best.on_epoch_end(None, state, resumed, model=model)  # scored: nothing is lost, the next step stops
+    assert not resumed.should_save and not resumed.should_training_stop
 
 
 def test_of_scores_that_should_be_low_the_lowest_is_kept(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dual_lora.lab.commands.evaluate import evaluate_command
+from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.schema import FILLED_FIELDS
@@ -23,6 +24,7 @@ from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.merge import explain_unmergeable, merge_adapter
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.weights import analyse as weights_analyse
 from dual_lora.tuner.warmup import list_factors
@@ -252,6 +254,35 @@ def test_the_bare_model_is_scored_without_a_step(runs_folder):
     assert result["metrics"] == result["metrics_before"]
     assert (result["steps"], result["trainable_parameters"], result["train_loss"]) == (0, 0, None)
     assert try_command(f"run={record.folder}") is None, "the head is drawn again as it was"
+
+
+UNTRAINED = ["model=tiny-roberta", "task=demo/sentiment", "method=none", "wandb.mode=disabled"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.lr=0.5"],
+        ["train.gradient_checkpointing=true"],
+        ["train.early_stopping=2", "eval.development_rows=8"],
+        ["model.dropout=0.3"],
+        ["task.checkpoint=best"],
+        ["task.label_smoothing=0.1"],
+    ],
+    ids=str,
+)
+def test_settings_of_training_are_refused_where_nothing_trains(words, runs_folder):
+    key = words[0].partition("=")[0]
+    with pytest.raises(UserError, match=f"^{key}=.*: nothing trains with method=none; drop it$"):
+        check_command([*UNTRAINED, *words])
+    check_command([*UNTRAINED, *words, "plan=true"])
+
+
+def test_settings_of_training_may_be_shared_with_runs_that_train(runs_folder):
+    assert len(check_command(["-m", *UNTRAINED[:2], "method=none,lora", "train.lr=0.5"])) == 2
+    check_command([*UNTRAINED, "train.max_examples=8", "eval.holdout=9", "task.validation_rows=9"])
+    labels = {cell.label for cell in Experiment.load("baselines", "smoke").compose_cells(["train.accumulation=2"])}
+    assert "Untrained" in labels
 
 
 def test_the_head_alone_trains(runs_folder):

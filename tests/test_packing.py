@@ -132,6 +132,11 @@ def test_a_model_that_mixes_packed_examples_is_refused(monkeypatch):
         check_packing(adapted)
 
 
+def test_a_batch_of_one_text_is_refused():
+    with pytest.raises(UserError, match="^train.packing=True: a batch of one text has no other to share a row with"):
+        load_settings(["model=tiny-llama", "task=demo/restaurants", ON, "train.batch_size=1"])
+
+
 def test_a_task_of_one_text_a_row_is_refused():
     with pytest.raises(UserError, match="^train.packing=true: demo/sentiment takes one text a row"):
         load_settings(["model=tiny-roberta", "task=demo/sentiment", ON])

@@ -359,6 +359,13 @@ def test_that_runs_on_two_kinds_of_processor_differ_by_more_than_the_seed_is_sai
     assert "machines: abacus, 1 thread; slide rule, 1 thread" in both
 
 
+def test_that_a_run_was_resumed_on_another_kind_of_processor_is_said(study, tmp_path):
+    earlier = {"earlier_tries": [{"commit": "f00d" * 10}, {"processor": "slide rule", "threads": 2}]}
+    resumed = write_report(*study(GLUE, lambda label, s: 80, environment=earlier), tmp_path)
+    assert "Runs are of 2 kinds of machine, which round differently" in resumed
+    assert "machines: abacus, 1 thread; slide rule, 2 threads\n" in resumed
+
+
 def test_that_seeds_alone_differ_is_said_of_deterministic_runs_alone(study, tmp_path):
     spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], "deterministic=true"]}}
     text = write_report(*study(spec, lambda label, s: 80), tmp_path)

@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from dual_lora.lab.system.memory import suggest_smaller_batch
 from dual_lora.lab.system.sealed import MANIFEST, parse_checkpoint_step, read_seal, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train import trainer as train_trainer
-from dual_lora.lab.train.callbacks import BestEpoch
+from dual_lora.lab.train.callbacks import STATE_FILE, BestEpoch, LogCallback
 from dual_lora.lab.train.optimizer_state import OPTIMIZER_FILE, load_random_state, save_random_state
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.train.trainer import LengthSampler, RunTrainer, StopAndResume
@@ -412,6 +413,44 @@ def test_random_numbers_go_on_after_a_draw_of_any_kind(tmp_path):
     draw()
     load_random_state(tmp_path / "random.json")
     assert draw() == first
+
+
+@pytest.mark.parametrize(("version", "expected"), [("now", [0.5, 0.7]), ("earlier", [0.6, 0.6])])
+def test_each_process_goes_on_from_its_own_losses_since_the_last_log(version, expected, tmp_path):
+    """An earlier version kept their mean instead, and no peak memory."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    kept = {"logged_at": 2, "loss_sum": 1.5, "seconds": 9.0, "best": {}}
+    kept |= {"peak_memory_bytes": 5} if version == "now" else {"loss_since_log": 0.6}
+    (folder / STATE_FILE).write_text(json.dumps(kept))
+    state = SimpleNamespace(global_step=3, max_steps=7, compute_steps=lambda *args: None)
+    for number, loss in enumerate([0.5, 0.7]):
+        save_random_state(folder / f"random_{number}.json", **({"loss_since_log": loss} if version == "now" else {}))
+        process = SimpleNamespace(random_file=f"random_{number}.json", best=None, _tr_loss=0.0)
+        StopAndResume(process).on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None)
+        found = (process._tr_loss, process._total_loss_scalar, process.earlier_seconds, process.earlier_peak)
+        assert found == (expected[number], 1.5, 9.0, 5 if version == "now" else 0)
+
+
+def test_no_checkpoint_is_written_twice_or_of_a_model_that_has_none(monkeypatch):
+    """A stop may ask for one at the end of a step and again at the end of its epoch."""
+    monkeypatch.setattr(RunTrainer, "check_losses", lambda self: pytest.fail("saves"))
+    trainer = object.__new__(RunTrainer)
+    trainer.state = SimpleNamespace(global_step=3)
+    for trainer.can_save, trainer.saved_step in ((True, 3), (False, 0)):
+        trainer._save_checkpoint(None, None)
+
+
+def test_a_logged_value_that_json_has_not_is_left_out(tmp_path):
+    """float16 scales the loss until gradients overflow, and skips these steps."""
+    log = LogCallback(Record(tmp_path), SimpleNamespace(log=lambda row: None))
+    for step, norm in ((1, float("inf")), (2, float("nan")), (3, 2.0)):
+        state = SimpleNamespace(global_step=step, epoch=step / 4)
+        log.on_log(None, state, None, logs={"loss": 0.5, "grad_norm": norm, "learning_rate": 1e-3})
+    rows = Record(tmp_path).read_log()
+    assert [row.get("train/grad_norm") for row in rows] == [None, None, 2.0]
+    assert [row["train/loss"] for row in rows] == [0.5] * 3
+    seal_folder(tmp_path, logged=rows)
 
 
 def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):

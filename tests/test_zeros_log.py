@@ -72,6 +72,15 @@ def test_a_method_without_such_an_update_refuses(method):
         load_settings([*SHORT, f"method={method}", "train.log_zeros=true"])
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
+def test_a_start_that_changes_the_base_weights_refuses(start):
+    """The update is what B A has become less what it was, and not B A."""
+    words = [*SHORT, "method=lora", f"+method.peft.init_lora_weights={start}"]
+    with pytest.raises(UserError, match=f"^train.log_zeros=True: method.peft.init_lora_weights={start} changes"):
+        load_settings([*words, "train.log_zeros=true"])
+    load_settings([*SHORT, "method=lora", "+method.peft.init_lora_weights=gaussian", "train.log_zeros=true"])
+
+
 def test_a_sharded_update_is_refused():
     words = ["model=tiny-llama", "task=demo/restaurants", "method=dual_lora", "hardware=fsdp2", "train.log_zeros=true"]
     with pytest.raises(UserError, match="^train.log_zeros=true: not with hardware.sharding=full"):

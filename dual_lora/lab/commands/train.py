@@ -7,6 +7,7 @@ from typing import Any
 
 import tasks
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.compatibility import check_untrained
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.models import found_models, print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
@@ -47,6 +48,7 @@ def check_command(argv: list[str]) -> list[Run]:
     require(many or len(jobs) == 1, f"{len(jobs)} runs asked for: add -m to run them all")
     found = [load_settings([word for word in job if not select_launcher_words([word])]) for job in jobs]
     require(len({settings.plan for settings in found}) == 1, "plan: true for all runs or for none")
+    check_untrained(found, jobs)
     for settings, job in zip(found, jobs, strict=True):
         check_length(settings, job)
         if not settings.plan:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dual_lora.lab.config.overrides import iterate_given_keys, parse_override
 from dual_lora.lab.config.paths import find_choices, load_yaml
 from dual_lora.lab.config.schema import (
     METHOD_SETTINGS,
@@ -27,13 +28,13 @@ GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "search", "length_penalty"
 GENERATION_SETTINGS |= {"loss_on_prompt"}
 # PEFT's adapters with a matrix named lora_B, which its LoRA+ optimizer looks for (peft/optimizers/loraplus.py).
 LORA_B_TYPES = ("LORA", "ADALORA")
-# PEFT's name for no module at all: what an adapter has beside its modules (a head, biases) is all that may train.
+# PEFT's name for no module at all: only what an adapter has in addition to modules (a head, biases) may train.
 NO_MODULES = "dummy-target-modules"
 # Fields of PEFT's that have an effect where no module is adapted.
 MODULE_FREE_FIELDS = {"peft_type", "task_type", "inference_mode", "target_modules", "target_parameters"}
 MODULE_FREE_FIELDS |= {"modules_to_save", "bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
-# Fields of a method that trains a task's head at most.
-HEAD_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
+# Fields of a method on no module that trains a task's head at most.
+HEAD_ONLY_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
 # The map that Dual LoRA's kernels compute: that of dual_lora.tuner.config, which takes seconds to import.
 PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 # Fields of PEFT's that no adapter here reads, and why.
@@ -45,9 +46,9 @@ UNREAD_FIELDS = {
     "megatron_core": "only layers of Megatron read it",
     "use_effective_conv2d": "only convolutions read it, and layers here are linear",
 }
-# Fields of PEFT's that are read only where another one has a certain value: that field, the value, and what it is
-# where a method's file does not say.
-SWITCHES = {
+# Fields of PEFT's that are only read if another one has a certain value: that field, the value, and what it is if a
+# method's file does not say.
+CONDITIONAL_FIELDS = {
     "loftq_config": ("init_lora_weights", "loftq", True),
     "corda_config": ("init_lora_weights", "corda", True),
     "eva_config": ("init_lora_weights", "eva", True),
@@ -56,9 +57,15 @@ SWITCHES = {
     "num_cayley_neumann_terms": ("use_cayley_neumann", True, True),
     "sparse": ("very_sparse", False, False),
 }
-# What an adapter is drawn with and ramped up by: without effect where `init_from` brings a trained one at full scale.
+# What an adapter is drawn with and ramped up by: without effect if `init_from` brings a trained one at full scale.
 START_SETTINGS = {"ramp_share", "peft.init_weights", "peft.init_std", "peft.direction_init_std"}
 START_SETTINGS |= {"peft.scale_warmup_steps", "peft.scale_warmup_shape"}
+# Settings that only training reads, in addition to those of `train`. Those that set rows apart are not among them,
+# because they decide which rows are held out.
+TRAINING_SETTINGS = {"method.lr", "model.dropout", "task.epochs", "task.batch_size", "task.warmup_ratio"}
+TRAINING_SETTINGS |= {"task.warmup_steps", "task.checkpoint", "task.label_smoothing", "task.head_dropout"}
+TRAINING_SETTINGS |= {"task.loss_on_prompt"}
+READ_WITHOUT_TRAINING = {"train.max_examples"}  # limits the rows that are encoded
 # A sentence cut shorter than this is special tokens and at most one token of text.
 MIN_SENTENCE_TOKENS = 4
 
@@ -107,13 +114,32 @@ def check_unused(settings: Settings, given: Collection[str], composed: DictConfi
         require(value in (None, default), f"{key}={value}: {reason}")
 
 
+def check_untrained(runs: list[Settings], jobs: list[list[str]]) -> None:
+    """Refuse settings of training where nothing trains in any of a command's runs: they would rename the same untrained
+    model. With runs that train, and in an experiment, a run may share their words. A plan is of a training step.
+
+    jobs: the words of each run.
+
+    Raises:
+        UserError: with the setting and the method.
+    """
+    if not all(trains_nothing(settings.method) and not settings.plan for settings in runs):
+        return
+    for settings, words in zip(runs, jobs, strict=True):
+        given = {key for o in map(parse_override, words) for key in iterate_given_keys(o.key_or_group, o.value())}
+        idle = {key for key in given if key in TRAINING_SETTINGS or key.startswith("train.")} - READ_WITHOUT_TRAINING
+        for key in sorted(idle):
+            value = get_setting(settings, key)
+            require(value is None, f"{key}={value}: nothing trains with method={settings.method.name}; drop it")
+
+
 def adapts_no_module(method: Method) -> bool:
     """Return whether a method is an adapter on no module."""
     return (method.peft or {}).get("target_modules") == NO_MODULES
 
 
 def explain_unused_method(settings: Settings, key: str, composed: DictConfig) -> str | None:
-    """Return why a setting of the method has no effect on this run; None where it has one."""
+    """Return why a setting of the method has no effect on this run; None if it has one."""
     method, (group, _, name) = settings.method, key.partition(".")
     if group != "method":
         return None
@@ -155,11 +181,20 @@ def check_model_paths(runs: Iterable[Settings]) -> None:
         require(other == name, f"model.path={path}: one folder for model={other} and model={name}; choose one of them")
 
 
-def trains_head_alone(settings: Settings) -> bool:
-    """Return whether nothing trains but the task's head, at a rate of its own."""
-    peft = settings.method.peft or {}
-    alone = adapts_no_module(settings.method) and peft.keys() <= HEAD_FIELDS and peft.get("modules_to_save") is None
-    return alone and settings.train.head_lr is not None
+def trains_only_head(settings: Settings) -> bool:
+    """Return whether only the task's head trains, at its own learning rate."""
+    trains_head = (settings.method.peft or {}).get("modules_to_save") is None
+    return trains_head_at_most(settings.method) and trains_head and settings.train.head_lr is not None
+
+
+def trains_nothing(method: Method) -> bool:
+    """Return whether a method leaves the model as it is."""
+    return trains_head_at_most(method) and method.peft.get("modules_to_save") == []
+
+
+def trains_head_at_most(method: Method) -> bool:
+    """Return whether a method trains no other weights than those of a task's head."""
+    return adapts_no_module(method) and method.peft.keys() <= HEAD_ONLY_FIELDS
 
 
 def explain_unread_field(settings: Settings, name: str) -> str | None:
@@ -173,7 +208,7 @@ def explain_unread_field(settings: Settings, name: str) -> str | None:
         return explain_idle_ramp(peft) if name == "ramp_share" else None
     if field in UNREAD_FIELDS:
         return f"{UNREAD_FIELDS[field]}; drop it"
-    switch, needed, default = SWITCHES.get(field, (field, None, None))
+    switch, needed, default = CONDITIONAL_FIELDS.get(field, (field, None, None))
     if needed is not None and peft.get(switch, default) != needed:
         return f"only read with method.peft.{switch}={str(needed).lower()}; drop it, or set that"
     if field in ("weight_gradient_dtype", "input_gradient_dtype") and settings.model.dtype != "float32":
@@ -182,7 +217,7 @@ def explain_unread_field(settings: Settings, name: str) -> str | None:
 
 
 def explain_unread_dual_lora(method: Method, field: str) -> str | None:
-    """Return why Dual LoRA does not read a field of its configuration; None where it does, and for other methods."""
+    """Return why Dual LoRA does not read a field of its configuration; None if it does, and for other methods."""
     peft = method.peft or {}
     ramp = method.ramp_share if peft.get("scale_warmup_steps") is None else peft["scale_warmup_steps"]
     if field in ("scale_warmup_steps", "scale_warmup_shape") and (why := explain_idle_ramp(peft)):
@@ -199,19 +234,19 @@ def explain_unread_dual_lora(method: Method, field: str) -> str | None:
 
 
 def explain_idle_ramp(peft: dict[str, Any]) -> str | None:
-    """Return why an update of Dual LoRA is not ramped up; None where it is."""
+    """Return why an update of Dual LoRA is not ramped up; None if it is."""
     starts_full = peft.get("init_weights") is False
     return "method.peft.init_weights=false starts at full scale; drop one" if starts_full else None
 
 
 def find_variant(peft: dict[str, Any]) -> str | None:
-    """Return the field that makes Dual LoRA another map than the paper's, which the kernels compute; None if none
-    does."""
+    """Return the field that makes Dual LoRA another map than the paper's, which the kernels compute; None if there is
+    no such field."""
     return next((field for field, value in PAPERS_MAP.items() if peft.get(field, value) != value), None)
 
 
 def explain_idle_sign(method: Method) -> str | None:
-    """Return why no gradient of Dual LoRA's Sign is computed; None where one is, and for other methods."""
+    """Return why no gradient of Dual LoRA's Sign is computed; None if one is, and for other methods."""
     peft = method.peft or {}
     if peft.get("direction") not in (None, "sign"):
         return f"method.peft.direction={peft['direction']} has none"
@@ -219,66 +254,88 @@ def explain_idle_sign(method: Method) -> str | None:
 
 
 def explain_unused(settings: Settings, key: str, given: Collection[str]) -> str | None:
-    """Return why a setting has no effect on this run; None where it has one."""
-    model, task, train, method = settings.model, settings.task, settings.train, settings.method
-    form, (group, _, name) = load_task(settings).form, key.partition(".")
-    writes = form == "generation"
-    if key == "task.name":
-        return "it names what the task's file sets, not another task; take task=NAME"
-    if group == "task" and name in GENERATION_SETTINGS and not writes:
-        return f"{task.name} writes no text; drop it"
-    if key in ("task.length_penalty", "task.search") and task.num_beams == 1:
-        return "only beam search uses it; set task.num_beams above 1, or drop it"
-    if key == "task.max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
-        return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
-    if key in ("task.warmup_ratio", "task.warmup_steps") and train.schedule == "constant":
-        return "train.schedule=constant has no warm-up; take train.schedule=constant_with_warmup"
-    if key == "task.validation_steps" and not task.validation_size:
-        return "no rows are set apart; give task.validation_rows or task.checkpoint=best_loss"
-    if key == "task.warmup_ratio" and task.warmup_steps is not None:
-        return f"task.warmup_steps={task.warmup_steps} is used instead; drop one"
-    if key in ("task.epochs", "task.batch_size") and f"train.{name}" in given:
-        return f"train.{name} is used instead; drop one"
-    if key in ("model.hub", "model.revision") and (model.path or model.bundled):
-        return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
+    """Return why a setting has no effect on this run; None if it has one, and for those of `explain_unused_method`."""
+    group, _, name = key.partition(".")
+    if key in ("train.lr", "method.lr") and trains_only_head(settings):
+        return f"only the head trains, at train.head_lr={settings.train.head_lr}; drop one"
     if key in ("hardware.accelerator", "task.train_rows") and not settings.plan:
         return "only a plan uses it; drop it, or add plan=true"
-    if key in ("train.lr", "method.lr") and trains_head_alone(settings):
-        return f"only the head trains, at train.head_lr={train.head_lr}; drop one"
-    if key.startswith("model.architecture") and not settings.plan:
+    idle = settings.task.checkpoint != "best" and not settings.train.early_stopping
+    if key == "eval.development_rows" and idle:
+        return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
+    if group == "model":
+        return explain_unused_model(settings, name)
+    if group == "task":
+        return explain_unused_task(settings, name, given)
+    return explain_unused_train(settings, name) if group == "train" else None
+
+
+def explain_unused_model(settings: Settings, name: str) -> str | None:
+    """Return why a setting of the model, such as "adapt", has no effect on this run; None if it has one."""
+    model, method = settings.model, settings.method
+    if name in ("hub", "revision") and (model.path or model.bundled):
+        return f"{model.name} is read from {'model.path' if model.path else 'this repository'}; drop it"
+    if name.startswith("architecture") and not settings.plan:
         return "only a plan uses it, a run takes what the model's own folder says; drop it, or add plan=true"
-    if key in ("model.head", "train.head_lr", "task.head_dropout") and writes:
-        return f"{task.name} trains no head; drop it"
-    if group == "model" and name.startswith(("adapt", "roles", "split")) and method.peft is None:
+    if name == "head" and load_task(settings).form == "generation":
+        return f"{settings.task.name} trains no head; drop it"
+    if name.startswith(("adapt", "roles", "split")) and method.peft is None:
         return f"method {method.name} trains every weight; drop it"
-    role = key.removeprefix("model.roles.") if key.startswith("model.roles.") else None
-    chooses_modules = key == "model.adapt" or role is not None and role not in model.split
+    role = name.removeprefix("roles.") if name.startswith("roles.") else None
+    chooses_modules = name == "adapt" or role is not None and role not in model.split
     if chooses_modules and (method.peft or {}).get("peft_type") in TYPES_OF_OTHER_MODULES:
         return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as method.peft.target_modules"
     if chooses_modules and (method.peft or {}).get("target_modules"):
         return "method.peft.target_modules is used instead; drop one"
     if chooses_modules and role not in (None, *model.adapt):
         return f"model.adapt does not name the role {role}; drop it, or add it there"
-    if key == "task.options.separator" and model.chat and "messages" in load_task(settings).row_types:
-        return "with model.chat=true the chat template stands between prompt and response; drop one"
-    if why := explain_idle_scoring_option(settings, key):
-        return why
-    if key.startswith("task.options.") and settings.data_dir:
-        return load_task(settings).explain_unused_option(key.removeprefix("task.options."))
-    if key == "eval.development_rows" and task.checkpoint != "best" and not train.early_stopping:
-        return "nothing compares epochs; set train.early_stopping or task.checkpoint=best, or drop it"
-    product = "magnitude_ratio" in (method.peft or {}) or (method.peft or {}).get("peft_type") in LORA_B_TYPES
-    if key == "train.log_zeros" and not product:
-        return f"only an update that is a product of factors is looked at, and method {method.name} has none; drop it"
-    if key == "train.loss_scale" and "magnitude_ratio" not in (method.peft or {}):
-        return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
-    if key == "train.loss_scale" and (idle_sign := explain_idle_sign(method)):
-        return f"only the gradient of Sign is clipped, and {idle_sign}; drop one"
     return None
 
 
-def explain_idle_scoring_option(settings: Settings, key: str) -> str | None:
-    """Return why an option about the rows to be scored has no effect; None where it has one, and for other settings."""
-    holdout, (group, _, name) = settings.eval.holdout, key.rpartition(".")
-    idle = holdout and group == "task.options" and name in load_task(settings).scoring_options
-    return f"eval.holdout={holdout} scores training rows instead; drop one" if idle else None
+def explain_unused_task(settings: Settings, name: str, given: Collection[str]) -> str | None:
+    """Return why a setting of the task, such as "num_beams", has no effect on this run; None if it has one."""
+    task, loaded = settings.task, load_task(settings)
+    writes = loaded.form == "generation"
+    if name == "name":
+        return "it names what the task's file sets, not another task; take task=NAME"
+    if name in GENERATION_SETTINGS and not writes:
+        return f"{task.name} writes no text; drop it"
+    if name in ("length_penalty", "search") and task.num_beams == 1:
+        return "only beam search uses it; set task.num_beams above 1, or drop it"
+    if name == "max_length" and not writes and task.max_length < MIN_SENTENCE_TOKENS:
+        return f"leaves next to nothing of a sentence; take {MIN_SENTENCE_TOKENS} tokens or more"
+    if name in ("warmup_ratio", "warmup_steps") and settings.train.schedule == "constant":
+        return "train.schedule=constant has no warm-up; take train.schedule=constant_with_warmup"
+    if name == "warmup_ratio" and task.warmup_steps is not None:
+        return f"task.warmup_steps={task.warmup_steps} is used instead; drop one"
+    if name == "validation_steps" and not task.validation_size:
+        return "no rows are set apart; give task.validation_rows or task.checkpoint=best_loss"
+    if name in ("epochs", "batch_size") and f"train.{name}" in given:
+        return f"train.{name} is used instead; drop one"
+    if name == "head_dropout" and writes:
+        return f"{task.name} trains no head; drop it"
+    if name == "options.separator" and settings.model.chat and "messages" in loaded.row_types:
+        return "with model.chat=true the chat template stands between prompt and response; drop one"
+    if settings.eval.holdout and name.removeprefix("options.") in loaded.scoring_options:
+        return f"eval.holdout={settings.eval.holdout} scores training rows instead; drop one"
+    if name.startswith("options.") and settings.data_dir:
+        return loaded.explain_unused_option(name.removeprefix("options."))
+    return None
+
+
+def explain_unused_train(settings: Settings, name: str) -> str | None:
+    """Return why a setting of training, such as "loss_scale", has no effect on this run; None if it has one."""
+    method, peft = settings.method, settings.method.peft or {}
+    if name == "head_lr" and load_task(settings).form == "generation":
+        return f"{settings.task.name} trains no head; drop it"
+    if name == "packing" and settings.train.batch_size == 1:
+        return "a batch of one text has no other to share a row with; drop it, or take a larger train.batch_size"
+    if name == "log_zeros" and "magnitude_ratio" not in peft and peft.get("peft_type") not in LORA_B_TYPES:
+        return f"only an update that is a product of factors is looked at, and method {method.name} has none; drop it"
+    if name == "log_zeros" and (start := peft.get("init_lora_weights")) not in PLAIN_STARTS:
+        return f"method.peft.init_lora_weights={start} changes the base weights, so B A is not the update; drop one"
+    if name == "loss_scale" and "magnitude_ratio" not in peft:
+        return f"nothing in method {method.name} clips gradients on the way, so a scale changes nothing; drop it"
+    if name == "loss_scale" and (idle_sign := explain_idle_sign(method)):
+        return f"only the gradient of Sign is clipped, and {idle_sign}; drop one"
+    return None

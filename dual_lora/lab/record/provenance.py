@@ -25,8 +25,9 @@ PACKAGES += ("scikit-learn", "scipy", "sacrebleu", "pycocoevalcap", "hydra-core"
 CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
 # From version 2 on, every file of a record that is read back is sealed; older records have no version.
 RECORD_VERSION = 2
-# The fields that the environment of a resumed run keeps about each earlier attempt (`earlier_tries`).
-ATTEMPT_FIELDS = ("started", "commit", "uncommitted_changes", "code")
+# The fields of an environment that the environment of a resumed run does not keep about each earlier attempt
+# (`earlier_tries`): they are the same, or tell of attempts before that one.
+RUN_FIELDS = ("identity", "model_files", "earlier_tries", "earlier_commits")
 
 
 @cache
@@ -61,7 +62,8 @@ def merge_environments(begun: dict[str, Any], now: dict[str, Any]) -> dict[str, 
     earlier_commits = [*begun.get("earlier_commits", []), begun.get("commit")]
     uncommitted = [begun.get("uncommitted_changes"), now["uncommitted_changes"]]
     found = {"uncommitted_changes": True if True in uncommitted else None if None in uncommitted else False}
-    found["earlier_tries"] = [*begun.get("earlier_tries", []), {name: begun.get(name) for name in ATTEMPT_FIELDS}]
+    attempt = {name: value for name, value in begun.items() if name not in RUN_FIELDS}
+    found["earlier_tries"] = [*begun.get("earlier_tries", []), attempt]
     found["earlier_commits"] = [c for c in dict.fromkeys(earlier_commits) if c != now["commit"]]
     return now | found | {"started": begun.get("started", now["started"])}
 
@@ -78,14 +80,14 @@ def hash_code() -> str:
 
 
 def name_program(path: str) -> str:
-    """Return a script's path as it stands in the repository; of one from elsewhere its name alone, since where it lies
-    says nothing of the run."""
+    """Return a script's path within the repository; of one from elsewhere only its name, because where it lies says
+    nothing about the run."""
     script = Path(path).resolve()
     return script.relative_to(paths.ROOT).as_posix() if script.is_relative_to(paths.ROOT) else script.name
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what else can change a digit of a result, beside the identity's facts: versions, machine, numerical
+    """Return what can change a digit of a result in addition to the identity's facts: versions, machine, numerical
     settings, code."""
     import torch
 
@@ -126,6 +128,12 @@ def get_machine(environment: dict) -> str | None:
     return environment.get("accelerator") or environment.get("processor")
 
 
+def list_attempts(environment: dict) -> list[dict]:
+    """Return the environments of a run's attempts, as far as its recorded one tells their machines: records of earlier
+    versions tell only the last one's."""
+    return [environment, *(attempt for attempt in environment.get("earlier_tries", []) if get_machine(attempt))]
+
+
 def get_processor_name() -> str:
     """Return the processor's name from Linux's /proc/cpuinfo, or Python's name for it elsewhere."""
     info = Path("/proc/cpuinfo")
@@ -145,5 +153,5 @@ def has_changed_plugins(made_with: dict) -> bool:
 
 
 def is_committed(made_with: dict) -> bool:
-    """Return whether a run was done with committed code alone, as far as its environment says."""
+    """Return whether a run was done with only committed code, as far as its environment says."""
     return made_with.get("uncommitted_changes") is False and not made_with.get("plugins")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from dual_lora.lab.config.compatibility import trains_head_alone
+from dual_lora.lab.config.compatibility import trains_only_head
 from dual_lora.lab.present.document import MISSING, Table
 from dual_lora.lab.report.values import format_value, get_heading, get_place, get_rate
 from dual_lora.lab.study.experiment import Experiment
@@ -38,7 +38,7 @@ def describe_learning_rates(experiment: Experiment, outcomes: list[Outcome]) -> 
         elif not used and all(outcome.result for outcome in of_label):
             yield f"learning rate, {label}: none, nothing trains"
         else:
-            alone = ", of the head, which alone trains" if all(trains_head_alone(c.settings) for c in of_label) else ""
+            alone = ", of the head, which alone trains" if all(trains_only_head(c.settings) for c in of_label) else ""
             yield f"learning rate, {label}: {text}{alone}; given, not tuned here"
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from dual_lora.lab.config.compatibility import START_SETTINGS, explain_unread_field, explain_unused
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
-from dual_lora.lab.record.provenance import get_machine, is_committed
+from dual_lora.lab.record.provenance import get_machine, is_committed, list_attempts
 from dual_lora.lab.report.learning_rates import list_labels
 from dual_lora.lab.report.values import format_value, get_rate
 from dual_lora.lab.study.experiment import Experiment
@@ -154,7 +154,8 @@ def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
         )
     else:
         yield "tuning: none; one given rate for each row"
-    asked, kinds = sum(outcome.settings.deterministic for outcome in finished), {get_machine(place) for place in places}
+    asked = sum(outcome.settings.deterministic for outcome in finished)
+    kinds = {get_machine(attempt) for place in places for attempt in list_attempts(place)}
     said = [
         f"determinism: deterministic=true in {asked} of {len(finished)} runs",
         "The seed sets data order, initial adapter and dropout",

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import MISSING, Table
-from dual_lora.lab.record.provenance import get_machine
+from dual_lora.lab.record.provenance import get_machine, list_attempts
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
 from dual_lora.lab.report.commands import build_command, build_sweep_command
@@ -373,7 +373,8 @@ def iterate_origin_notes(outcomes: list[Outcome]) -> Iterator[str]:
     places = [outcome.record.read_environment() for outcome in outcomes if outcome.result]
     known = [place for place in places if place]
     if known:
-        machines = {f"{get_machine(p)}, {p['threads']} thread{'s' * (p['threads'] != 1)}" for p in known}
+        attempts = [attempt for place in known for attempt in list_attempts(place)]
+        machines = {f"{get_machine(a)}, {a['threads']} thread{'s' * (a['threads'] != 1)}" for a in attempts}
         yield f"machines: {'; '.join(sorted(machines))}"
     if places:
         commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}

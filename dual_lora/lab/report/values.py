@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dual_lora import paper
-from dual_lora.lab.config.compatibility import trains_head_alone
+from dual_lora.lab.config.compatibility import trains_only_head
 from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.record.provenance import has_changed_plugins, is_committed
 from dual_lora.lab.study.experiment import Experiment
@@ -163,7 +163,7 @@ def get_rate(outcome: Outcome) -> float | None:
     it is not chosen."""
     if outcome.result and outcome.result.get("learning_rates") == {}:
         return None
-    return outcome.settings.train.head_lr if trains_head_alone(outcome.settings) else outcome.rate
+    return outcome.settings.train.head_lr if trains_only_head(outcome.settings) else outcome.rate
 
 
 def get_row_value(outcome: Outcome, key: str) -> Any:

@@ -27,7 +27,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error) -> None:
-        self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else read_resident_peak()
+        self.peak = read_peak()
 
 
 def suggest_smaller_batch(settings: Settings) -> str:
@@ -51,6 +51,11 @@ def suggest_fewer_rows(settings: Settings, sharded: bool) -> str:
     together."""
     size = settings.eval.batch_size if sharded else 1
     return f"eval.batch_size={size // 2} takes less" if size > 1 else suggest_smaller_model(settings)
+
+
+def read_peak() -> int:
+    """Return the peak memory in bytes since the innermost `PeakMemory` began."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else read_resident_peak()
 
 
 def read_resident_peak() -> int:

@@ -8,7 +8,7 @@ from dual_lora.lab.model.load import unwrap_adapter
 
 
 def apply_gradient_checkpointing(model: torch.nn.Module, settings: Settings) -> None:
-    """With `train.gradient_checkpointing`, have every layer of a model keep its input alone and run again in backward.
+    """With `train.gradient_checkpointing`, have every layer of a model keep only its input and run again in backward.
 
     Gradients are the same: the random state of dropout is restored for the second run. transformers lets the output of
     frozen embeddings require gradients, without which the layers after them would be checkpointed as constants.

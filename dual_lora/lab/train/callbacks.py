@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from dual_lora.lab.system.signals import STOP
 from dual_lora.tuner.warmup import list_factors
 
 LOSS_COLUMN, ZEROS_COLUMN = "validation/loss", "train/zeros"  # of the log
-# Files of a checkpoint beside the Trainer's own and those of `optimizer_state`, which replaces the Trainer's pickles.
+# Files of a checkpoint in addition to the Trainer's own and to those of `optimizer_state`, which replace its pickles.
 STATE_FILE, BEST_FILE, SCALER_FILE = "run.json", "best.safetensors", "scaler.json"
 
 
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar with the latest loss and the speed, instead of a line for every log step. If stderr is
-    not a terminal but, say, a log file, a few lines are printed instead: a bar would become one endless line.
+    not a terminal, such as a log file, a few lines are printed instead: a bar would become one endless line.
 
     name: the run's, put before each line where several runs share the file.
     """
@@ -66,7 +67,7 @@ class ProgressBar(ProgressCallback):
             self.printed = step
 
     def close(self) -> None:
-        """End the bar's line, also after a failure, so that the next message starts on a line of its own."""
+        """End the bar's line, also after a failure, so that the next message starts on a new line."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
@@ -87,7 +88,11 @@ def measure_zero_share(model: torch.nn.Module) -> float | None:
 
 class LogCallback(TrainerCallback):
     """Writes every logged row to metrics.jsonl and copies it to the mirrors. zeros: also the share of exact zeros in
-    the update."""
+    the update.
+
+    A value that is NaN or Inf is left out of its row, because JSON has none: float16 provokes infinite gradient norms,
+    and skips these steps. Where such a value ends the run, the error names it.
+    """
 
     NAMES = {name: f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "clipped_share")}
 
@@ -109,7 +114,7 @@ class LogCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES}
+        row = {self.NAMES[k]: float(v) for k, v in logs.items() if k in self.NAMES and isfinite(v)}
         if self.zeros and (share := measure_zero_share(model)) is not None:
             row[ZEROS_COLUMN] = share
         self.write_row(state.global_step, {"epoch": round(state.epoch, 4), **row})
@@ -124,55 +129,23 @@ def get_trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items() if not f"{name}.".startswith(frozen)}
 
 
-class BestEpoch(TrainerCallback):
-    """Scores every epoch and keeps the trained weights of the best one.
+class BestWeights(TrainerCallback):
+    """Keeps the trained weights of the best score so far, and the scores of the last step to report next to it.
 
-    measure: returns scores and predictions. metric: the score that decides; with `lower` the lowest is the best.
-    patience: training stops after this many epochs without a better one; None: never. rows: see `write_scores`.
+    measure: returns scores and predictions. log: where scores are written. lower: whether the lowest score is the best.
+    rows: see `LogCallback.write_scores`. `scores_last` says whether the last step is to be scored after training.
     """
 
+    scores_last = False
+
     def __init__(
-        self,
-        measure: Callable[[str], tuple[dict, list]],
-        metric: str,
-        log: Any,
-        lower: bool = False,
-        patience: int | None = None,
-        rows: str = "eval",
+        self, measure: Callable[[str], tuple[dict, list]], log: LogCallback, lower: bool, rows: str = "eval"
     ) -> None:
-        self.measure, self.metric, self.log = measure, metric, log
-        self.lower, self.patience, self.rows = lower, patience, rows
+        self.measure, self.log, self.lower, self.rows = measure, log, lower, rows
         self.best, self.epoch, self.weights, self.last = None, None, {}, None
         self.scored = 0  # the step of the newest scores
-        self.stale = 0  # epochs since the best one
+        self.stale = 0  # scores since the best one
         self.seconds = 0.0  # spent on scoring by this process
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """After resuming, score an epoch whose last step was checkpointed before it was scored."""
-        self.on_epoch_end(args, state, control, **kwargs)
-
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        """Score the epoch, unless it was scored or a stop was requested, and end training if it is to stop early."""
-        ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
-        if ended and self.scored != state.global_step and not is_true_in_any_process(bool(STOP.asked)):
-            self.score_epoch(state, control, model)
-        if self.patience is not None and self.stale >= self.patience:
-            control.should_training_stop = True
-
-    def score_epoch(self, state: Any, control: Any, model: torch.nn.Module) -> None:
-        """Score an epoch and keep the weights if they are the best."""
-        began = time.perf_counter()
-        try:
-            with STOP.defer(has_several_processes()):  # a process that stopped alone would leave the others waiting
-                scores, _ = self.measure("epoch")
-        except Stopped:
-            control.should_save = control.should_training_stop = True
-            return
-        finally:
-            self.seconds += time.perf_counter() - began
-        self.last, self.scored = scores, state.global_step
-        self.log.write_scores(state.global_step, scores, self.rows)
-        self.keep_if_best(scores[self.metric], state, model)
 
     def keep_if_best(self, score: float, state: Any, model: torch.nn.Module) -> None:
         """Keep the weights if their score is the best so far."""
@@ -182,7 +155,10 @@ class BestEpoch(TrainerCallback):
             self.weights = {name: value.to("cpu", copy=True) for name, value in get_trained_state(model).items()}
 
     def score_last(self) -> None:
-        """Do nothing: every epoch is scored, the last one, too."""
+        """Score the weights of the last step."""
+        began = time.perf_counter()
+        self.last = self.measure("last step")[0]
+        self.seconds += time.perf_counter() - began
 
     def save_state(self, folder: Path) -> dict[str, Any]:
         """Write the best weights so far into a checkpoint and return the rest of the state."""
@@ -195,27 +171,81 @@ class BestEpoch(TrainerCallback):
         """Restore from a checkpoint what `save_state` wrote there; `kept` is the dictionary that it returned."""
         if kept:
             self.best, self.epoch, self.last, self.scored = (kept[k] for k in ("best", "epoch", "last", "scored"))
-            self.stale = kept.get("stale", 0)  # which checkpoints of earlier versions lack
+            self.stale = kept.get("stale", 0)  # missing from checkpoints of earlier versions
             self.weights = load_file(folder / BEST_FILE)
 
     def restore_best(self, model: torch.nn.Module) -> None:
-        """Give the model the weights of its best epoch."""
+        """Give the model the best weights, if any were kept."""
         model.load_state_dict(self.weights, strict=False)
 
 
-class BestLoss(BestEpoch):
-    """Logs the loss on the validation rows every `every` steps and after the last. With `keeps`, keeps the weights of
-    the lowest one (`checkpoint: best_loss`).
+class BestEpoch(BestWeights):
+    """Scores every epoch and keeps the trained weights of the best one.
 
-    measure: scores the model, as in `BestEpoch`. measure_loss: returns the mean loss on the validation rows.
+    metric: the score that decides. patience: training stops after this many epochs without a better one; None: never.
     """
 
-    def __init__(self, measure: Callable, measure_loss: Callable[[], float], every: int, keeps: bool, log: Any) -> None:
-        super().__init__(measure, "", log, lower=True)
-        self.measure_loss, self.every, self.keeps = measure_loss, every, keeps
+    def __init__(
+        self,
+        measure: Callable[[str], tuple[dict, list]],
+        metric: str,
+        log: LogCallback,
+        lower: bool = False,
+        patience: int | None = None,
+        rows: str = "eval",
+    ) -> None:
+        super().__init__(measure, log, lower, rows)
+        self.metric, self.patience = metric, patience
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Do nothing: the loss is measured by step."""
+    def on_train_begin(self, args, state, control, **kwargs):
+        """After resuming, score an epoch whose last step was checkpointed before it was scored."""
+        self.on_epoch_end(args, state, control, **kwargs)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        """Score the epoch, unless it was scored, and end training if it is to stop early. If a stop was requested, stop
+        here instead: once the next epoch has begun, this one cannot be scored any more."""
+        ended = state.global_step >= state.max_steps or float(state.epoch or 0.5).is_integer()
+        if ended and self.scored != state.global_step:
+            if is_true_in_any_process(bool(STOP.asked)):
+                control.should_save = control.should_training_stop = True
+            else:
+                self.score_epoch(state, control, model)
+        if self.patience is not None and self.stale >= self.patience:
+            control.should_training_stop = True
+
+    def score_epoch(self, state: Any, control: Any, model: torch.nn.Module) -> None:
+        """Score an epoch and keep the weights if they are the best."""
+        began = time.perf_counter()
+        try:
+            with STOP.defer(has_several_processes()):  # the others would wait for a process that stopped at once
+                scores, _ = self.measure("epoch")
+        except Stopped:
+            control.should_save = control.should_training_stop = True
+            return
+        finally:
+            self.seconds += time.perf_counter() - began
+        self.last, self.scored = scores, state.global_step
+        self.log.write_scores(state.global_step, scores, self.rows)
+        self.keep_if_best(scores[self.metric], state, model)
+
+
+class BestLoss(BestWeights):
+    """Logs the loss on the validation rows every `every` steps and after the last. With `keeps`, keeps the weights of
+    the lowest one (`checkpoint: best_loss`) and scores the last step, whose weights they may replace.
+
+    measure_loss: returns the mean loss on the validation rows.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[str], tuple[dict, list]],
+        measure_loss: Callable[[], float],
+        every: int,
+        keeps: bool,
+        log: LogCallback,
+    ) -> None:
+        super().__init__(measure, log, lower=True)
+        self.measure_loss, self.every, self.scores_last = measure_loss, every, keeps
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Measure the loss if it is due, before a checkpoint of this step is written."""
@@ -226,18 +256,5 @@ class BestLoss(BestEpoch):
         self.seconds += time.perf_counter() - began
         self.scored = state.global_step
         self.log.write_row(state.global_step, {LOSS_COLUMN: loss})
-        if self.keeps:
+        if self.scores_last:
             self.keep_if_best(loss, state, model)
-
-    def score_last(self) -> None:
-        """Score the weights of the last step, if those of another step may replace them."""
-        if not self.keeps:
-            return
-        began = time.perf_counter()
-        self.last = self.measure("last step")[0]
-        self.seconds += time.perf_counter() - began
-
-    def restore_best(self, model: torch.nn.Module) -> None:
-        """Give the model the weights of the lowest loss, if they are kept."""
-        if self.keeps:
-            super().restore_best(model)

@@ -36,14 +36,15 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
     scheduler.load_state_dict(held["schedule"])
 
 
-def save_random_state(path: Path) -> None:
-    """Write the state of every source of random numbers of this process."""
+def save_random_state(path: Path, **more: float) -> None:
+    """Write the state of every source of random numbers of this process, and `more` of its own next to it."""
     kind, numbers, *rest = np.random.get_state()
     device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # only this process's own GPU
     held = {
         "python": random.getstate(),
         "numpy": [kind, numbers.tolist(), *rest],
         "torch": [state.tolist() for state in (torch.get_rng_state(), *device)],
+        **more,
     }
     path.write_text(json.dumps(held))
 

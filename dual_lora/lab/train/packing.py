@@ -73,8 +73,8 @@ def unmask_packed_batch(inputs: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def check_packing(model: torch.nn.Module) -> None:
-    """Refuse a model whose packed examples attend to each other or get other positions than alone, tried on two short
-    texts. A sharded model is not tried.
+    """Refuse a model whose packed examples attend to each other or get other positions than if run separately, tried on
+    two short texts. A sharded model is not tried.
 
     Raises:
         UserError: with the model's class.

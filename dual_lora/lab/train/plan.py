@@ -203,7 +203,7 @@ def estimate_memory(
     what trains), a reserve, and the peak.
 
     kept: bytes kept for backward. Under FSDP2 (sharding "full") a device holds its share of the base model plus what it
-    gathers at once (copies included), and the whole adapter.
+    gathers at once (copies included), and the complete adapter.
     """
     full = sharding == "full"
     frozen, trained = sizes[f"frozen_{base}" if base else "frozen"], sizes["trained"]

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import enable_full_determinism
 
@@ -56,14 +57,14 @@ from dual_lora.lab.system.memory import PeakMemory, suggest_fewer_rows, suggest_
 from dual_lora.lab.system.sealed import hash_file, seal_folder
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
-from dual_lora.lab.train.callbacks import LOSS_COLUMN, BestEpoch, BestLoss, LogCallback, ProgressBar
+from dual_lora.lab.train.callbacks import LOSS_COLUMN, BestEpoch, BestLoss, BestWeights, LogCallback, ProgressBar
 from dual_lora.lab.train.packing import PackingCollator, check_packing
 from dual_lora.lab.train.trainer import RunTrainer
 from tasks import Split, Task
 
 # Column with the fraction of entries of dL/dSign clipped at a logged step; a result holds the largest one.
 CLIPPED_COLUMN = "train/clipped_share"
-# The training facts of a method that trains nothing (method=none).
+# The facts about training where nothing trains (method=none).
 UNTRAINED = {"steps": 0, "train_loss": None, "train_seconds": 0.0, "tokens": 0, "peak_memory_bytes": 0}
 UNTRAINED |= {"best_epoch": None, "metrics_last_epoch": None}
 
@@ -228,7 +229,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
             return evaluate_splits(model, tokenizer, task, splits, settings, title)
 
     trainer = build_trainer(model, tokenizer, task, rows, score_model, log, settings)
-    cut = count_cut_splits(rows, trainer.train_dataset, model, task, tokenizer, settings)
+    encoded = {"train": trainer.train_dataset} | encode_scored_splits(rows, model, task, tokenizer, settings)
+    cut = count_cut_splits(rows, encoded, task, tokenizer, settings)
     check_batches(model, tokenizer, task, list(islice(rows.train.rows, PROBE_ROWS)), settings)
     before = share_from_first(lambda: read_initial_scores(record))
     if before is None and settings.eval.before:
@@ -249,8 +251,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
 
 
 def find_unfinished_warmup(settings: Settings, steps: int, planned: int) -> list[str]:
-    """Return a warning where training ended before the learning rate had reached train.lr; none otherwise, and where
-    nothing trained. steps: those done. planned: those of a run that does not stop early."""
+    """Return a warning if training ended before the learning rate had reached train.lr; none otherwise, or if nothing
+    trained. steps: those done. planned: those of a run that does not stop early."""
     task = settings.task
     warmup = math.ceil(task.warmup_ratio * planned) if task.warmup_steps is None else task.warmup_steps
     if settings.train.schedule == "constant" or not 0 < steps < warmup:
@@ -259,33 +261,38 @@ def find_unfinished_warmup(settings: Settings, steps: int, planned: int) -> list
     return [f"the learning rate only rose for {steps} of {warmup} steps; train longer or lower {named}"]
 
 
-def count_cut_splits(
-    rows: RunRows,
-    examples: Any,
-    model: torch.nn.Module,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-) -> dict[str, int]:
-    """Return how many rows of each split are cut at `task.max_length`, without splits in which none is, and say so of
-    those that are scored; the summary does of training. `examples` are the training rows, encoded. A prompt that is
-    scored is never cut.
+def encode_scored_splits(
+    rows: RunRows, model: torch.nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, Dataset]:
+    """Refuse scored and development rows that the model cannot be scored on. Return the scored splits, encoded, except
+    those of which only prompts are.
 
     Raises:
-        UserError: the model cannot be scored on a row: it has no tokens, or more than the model has positions for.
+        UserError: a row has no tokens, or more than the model has positions for.
     """
-    found = {"train": count_cut_rows(rows.train.rows, examples, task, tokenizer, settings)}
     for split in rows.list_development():
         encode_scored_rows(model, tokenizer, task, "the development rows", split.rows, settings)
-    for name, split in rows.scored.items():
-        encoded = encode_scored_rows(model, tokenizer, task, name, split.rows, settings)
-        if encoded is None:
+    found = {
+        name: encode_scored_rows(model, tokenizer, task, name, split.rows, settings)
+        for name, split in rows.scored.items()
+    }
+    return {name: examples for name, examples in found.items() if examples is not None}
+
+
+def count_cut_splits(
+    rows: RunRows, encoded: dict[str, Dataset], task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, int]:
+    """Return the number of rows cut at `task.max_length`, by split; splits without any are left out. Prints it for
+    scored splits; the summary does for training. A scored prompt is never cut."""
+    found = {}
+    for name, split in {"train": rows.train, **rows.scored}.items():
+        if name not in encoded or not (count := count_cut_rows(split.rows, encoded[name], task, tokenizer, settings)):
             continue
-        found[name] = count_cut_rows(split.rows, encoded, task, tokenizer, settings)
-        if found[name] and is_first_process():
-            said = f"{found[name]:,} of {len(split.rows):,} rows are cut at task.max_length={settings.task.max_length}"
-            print(f"{name}: {said}", file=sys.stderr)
-    return {name: count for name, count in found.items() if count}
+        found[name] = count
+        if name != "train" and is_first_process():
+            cut = f"{count:,} of {len(split.rows):,} rows are cut at task.max_length={settings.task.max_length}"
+            print(f"{name}: {cut}", file=sys.stderr)
+    return found
 
 
 def build_trainer(
@@ -297,7 +304,7 @@ def build_trainer(
     log: LogCallback,
     settings: Settings,
 ) -> RunTrainer:
-    """Return the trainer of a run, with the callback that keeps the best weights where the protocol asks for one.
+    """Return the trainer of a run, with the callback that keeps the best weights if the protocol asks for one.
 
     Raises:
         UserError: the model cannot take the rows: they are too long, or packed.
@@ -308,7 +315,9 @@ def build_trainer(
     if settings.train.packing:
         check_packing(model)
         collate = PackingCollator(tokenizer.pad_token_id, settings.task.max_length)
-    best = build_best_epoch(settings, task, log, partial(score_model, splits=rows.development or rows.scored))
+    best: BestWeights | None = build_best_epoch(
+        settings, task, log, partial(score_model, splits=rows.development or rows.scored)
+    )
     if rows.validation:
         encoded, keeps = encode_rows(rows.validation.rows, task, tokenizer, settings), keeps_best_loss(settings)
         check_examples(unwrap_adapter(model), "the validation rows", rows.validation.rows, encoded, settings)
@@ -420,12 +429,13 @@ def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: 
 def train_and_save(trainer: RunTrainer, record: Record, settings: Settings) -> dict[str, Any]:
     """Train, from the newest checkpoint if there is one, and return the facts about training for the result.
 
-    The weights are saved, and then `trained.json`, so that a later kill does not lose the training.
+    The weights are saved, and then `trained.json`, so that a later kill does not lose the training. Where the last step
+    is scored first, its checkpoint does not (`RunTrainer.is_checkpoint_due`).
     """
     best = trainer.best
     with PeakMemory() as peak:
         done = trainer.fit_run(share_from_first(record.find_checkpoint))
-    if best:
+    if best and best.scores_last:
         best.score_last()
     with STOP.defer(safe_point="as soon as the trained weights are saved"):
         if best:
@@ -436,7 +446,7 @@ def train_and_save(trainer: RunTrainer, record: Record, settings: Settings) -> d
             "train_loss": done.training_loss,
             "train_seconds": trainer.train_seconds,
             "tokens": trainer.state.num_input_tokens_seen,
-            "peak_memory_bytes": peak.peak,
+            "peak_memory_bytes": max(trainer.earlier_peak, peak.peak),
             "best_epoch": best.epoch if best else None,
             "metrics_last_epoch": best.last if best and best.rows == "eval" else None,
         }

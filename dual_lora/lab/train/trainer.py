@@ -28,9 +28,10 @@ from dual_lora.lab.model.load import is_sharded
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.distributed import gather_items, share_from_first, wait_for_everyone
 from dual_lora.lab.system.files import remove_path, translate_save_errors
+from dual_lora.lab.system.memory import read_peak
 from dual_lora.lab.system.sealed import parse_checkpoint_step, seal_folder
 from dual_lora.lab.system.signals import STOP
-from dual_lora.lab.train.callbacks import SCALER_FILE, STATE_FILE, BestEpoch
+from dual_lora.lab.train.callbacks import SCALER_FILE, STATE_FILE, BestWeights
 from dual_lora.lab.train.optimizer_state import load_optimizer, load_random_state, save_optimizer, save_random_state
 from dual_lora.lab.train.packing import unmask_packed_batch
 
@@ -58,7 +59,7 @@ def translate_compile_errors(settings: Settings) -> Iterator[None]:
 
 class LengthSampler(Sampler[int]):
     """Puts rows of similar length together, as transformers' LengthGroupedSampler does, in an order that follows from
-    the seed and the epoch alone: a resumed run and every process know it, whatever random numbers they have drawn.
+    only the seed and the epoch: a resumed run and every process know it, whatever random numbers they have drawn.
 
     lengths: tokens of each row. step_rows: rows of one optimizer step, of all processes. seed: the run's, not negative.
     """
@@ -92,7 +93,7 @@ class RunTrainer(Trainer):
         record: Record,
         settings: Settings,
         example_ids: list[str],
-        best: BestEpoch | None,
+        best: BestWeights | None,
         **kwargs: Any,
     ) -> None:
         examples = kwargs.pop("train_dataset")
@@ -113,8 +114,8 @@ class RunTrainer(Trainer):
                 weight.register_hook(lambda gradient: gradient / scale)
         # (what, step, rows, value) since the last check; values stay on the device until then
         self.unchecked: list[tuple[str, int, list[torch.Tensor], Any]] = []
-        self.earlier_seconds, self.began = 0.0, time.perf_counter()
-        self.save_minutes, self.saved_at = settings.train.save_minutes, self.began
+        self.earlier_seconds, self.earlier_peak, self.began = 0.0, 0, time.perf_counter()
+        self.save_minutes, self.saved_at, self.saved_step = settings.train.save_minutes, self.began, 0
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with a group of weights for each learning rate."""
@@ -143,14 +144,21 @@ class RunTrainer(Trainer):
         return done._replace(training_loss=self.average_over_processes(done.training_loss))
 
     def is_checkpoint_due(self) -> bool:
-        """Return whether the newest checkpoint is older than `train.save_minutes`."""
+        """Return whether the newest checkpoint is older than `train.save_minutes`, or whether this is the last step and
+        it is to be scored before the trained weights are saved, which may take hours or fail."""
+        if self.best and self.best.scores_last and self.state.global_step >= self.state.max_steps:
+            return True
         return self.save_minutes is not None and time.perf_counter() - self.saved_at > 60 * self.save_minutes
 
     @torch.no_grad()
     def measure_loss(self, examples: Dataset) -> float:
         """Return the loss of these examples, without dropout: as the Trainer's, that of each batch of LOSS_BATCH (of
         tokens, a mean over them), averaged by its examples. Draws no random numbers: training continues as if it had
-        not been measured."""
+        not been measured.
+
+        Raises:
+            UserError: it is NaN or Inf.
+        """
         training, found = self.model.training, 0.0
         self.model.eval()
         for start in range(0, len(examples), LOSS_BATCH):
@@ -165,7 +173,10 @@ class RunTrainer(Trainer):
             if isinstance(module, FSDPModule):
                 module.reshard()  # training must gather again, with gradients
         self.model.train(training)
-        return found / len(examples)
+        loss = found / len(examples)
+        self.unchecked.append(("validation loss", self.state.global_step, [], loss))
+        self.check_losses()
+        return loss
 
     def load_weights(self, folder: Path) -> None:
         """Give the model the weights saved in a folder."""
@@ -182,8 +193,8 @@ class RunTrainer(Trainer):
     def _run_epoch(self, **kwargs: Any) -> None:
         """As the Trainer's, except that nothing is trained after resuming from a checkpoint of the last step."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            # Of a resumed run the Trainer tells the epoch to a loader that skips batches. With several processes this
-            # one does not pass it on to a sampler of another class than accelerate's own.
+            # In a resumed run the Trainer sets the epoch of a loader that skips batches. With several processes this
+            # loader only passes it on to samplers of accelerate's own class.
             kwargs["train_dataloader"].set_epoch(kwargs["epoch"])
             super()._run_epoch(**kwargs)
 
@@ -243,13 +254,14 @@ class RunTrainer(Trainer):
                 raise self.describe_divergence(what, value, step, ids)
 
     def describe_divergence(self, what: str, value: float, step: int, ids: list[str]) -> UserError:
-        """Return the error for a loss or gradient norm (`what`) that is NaN or Inf, with the examples of its step."""
+        """Return the error for a loss or gradient norm (`what`) that is NaN or Inf, with the training examples of its
+        step, of which a validation loss has none."""
         good = self.name_last_checkpoint()
         more = f" and {len(ids) - MAX_NAMED_EXAMPLES} more" if len(ids) > MAX_NAMED_EXAMPLES else ""
+        named = f"examples of that step: {', '.join(map(str, ids[:MAX_NAMED_EXAMPLES]))}{more}; " if ids else ""
         return UserError(
             f"the {what} is {value} at step {step}; take a lower train.lr (it was {self.args.learning_rate:g}) or "
-            f"model.dtype=float32; examples of that step: {', '.join(map(str, ids[:MAX_NAMED_EXAMPLES]))}{more}; "
-            f"last good checkpoint: {good or 'none'}",
+            f"model.dtype=float32; {named}last good checkpoint: {good or 'none'}",
             step=step,
             examples=ids,
             last_good_checkpoint=good,
@@ -257,7 +269,7 @@ class RunTrainer(Trainer):
         )
 
     def name_last_checkpoint(self) -> str | None:
-        """Return the folder name of the newest whole checkpoint, such as checkpoint-500; None if there is none."""
+        """Return the folder name of the newest complete checkpoint, such as checkpoint-500; None if there is none."""
         kept = self.record.find_checkpoint()
         return f"checkpoint-{parse_checkpoint_step(kept)}" if kept else None
 
@@ -283,8 +295,10 @@ class RunTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save a checkpoint as the Trainer does, then the state that it leaves out, and the manifest as the last
-        file."""
+        """Save a checkpoint as the Trainer does, then the state that it leaves out, and the manifest as the last file.
+        Do nothing if this step has its checkpoint, or if the model cannot have one."""
+        if not self.can_save or self.saved_step == self.state.global_step:
+            return
         self.check_losses()
         self.check_weights()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -292,13 +306,14 @@ class RunTrainer(Trainer):
             with translate_save_errors(folder):
                 super()._save_checkpoint(model, trial)
                 state = {
-                    "loss_since_log": self.average_over_processes(self._tr_loss.item()),
                     "logged_at": self._globalstep_last_logged,
-                    "loss_sum": self.average_over_processes(self._total_loss_scalar),
+                    "loss_sum": self._total_loss_scalar,  # the same in all processes
                     "seconds": self.train_seconds,
+                    "peak_memory_bytes": max(self.earlier_peak, read_peak()),
                 }
                 wait_for_everyone()  # until the others have saved their part
                 share_from_first(lambda: self.complete_checkpoint(folder, state))
+                self.saved_step = self.state.global_step
         except UserError:
             remove_path(folder)
             raise
@@ -327,7 +342,7 @@ class RunTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(exist_ok=True)  # the first process may not have made it yet
-        save_random_state(Path(output_dir) / self.random_file)
+        save_random_state(Path(output_dir) / self.random_file, loss_since_log=self._tr_loss.item())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint:
@@ -335,7 +350,7 @@ class RunTrainer(Trainer):
 
     @property
     def random_file(self) -> str:
-        """The name of this process's random state in a checkpoint."""
+        """The name of the file in a checkpoint with this process's random state and its losses since the last log."""
         return f"random_{self.args.process_index}.json"
 
     def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
@@ -366,10 +381,12 @@ class StopAndResume(TrainerCallback):
             return
         trainer, folder = self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
         kept = json.loads((folder / STATE_FILE).read_text())
+        kept = json.loads((folder / trainer.random_file).read_text()) | kept  # earlier versions: one mean loss for all
         state.compute_steps(args, state.max_steps)  # train.save_steps may have changed
         trainer._tr_loss += kept["loss_since_log"]
         trainer._globalstep_last_logged, trainer._total_loss_scalar = kept["logged_at"], kept["loss_sum"]
         trainer._initial_global_step, trainer.earlier_seconds = 0, kept["seconds"]
+        trainer.earlier_peak = kept.get("peak_memory_bytes", 0)  # missing from checkpoints of earlier versions
         if trainer.best:
             trainer.best.load_state(folder, kept["best"])
 
@@ -377,7 +394,7 @@ class StopAndResume(TrainerCallback):
         """Save if a stop was requested or a checkpoint is due in any process: all of them must decide the same."""
         flags = gather_items([(bool(STOP.asked), self.trainer.is_checkpoint_due())])
         stop, due = (any(values) for values in zip(*flags, strict=True))
-        control.should_save = self.trainer.can_save if stop else control.should_save or (due and self.trainer.can_save)
+        control.should_save = control.should_save or stop or due
         control.should_training_stop = control.should_training_stop or stop
 
     def on_epoch_end(self, args, state, control, **kwargs):
