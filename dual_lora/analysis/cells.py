@@ -125,7 +125,7 @@ def copy_other_rows(source: Path, target: Path) -> None:
     """Append the rows of cells that a file lacks, such as those of another size of the study.
 
     Raises:
-        StudyError: a line is not JSON.
+        StudyError: as `read_rows`.
     """
     known = {serialize_cell(row["cell"]) for row in read_rows(target)}
     for row in read_rows(source):
@@ -162,6 +162,11 @@ def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     return best, means[neighbour] - means[best] > EDGE
 
 
+def select_rate(rows: Iterable[dict], rate: float) -> list[dict]:
+    """Return the rows with a learning rate, by seed."""
+    return sorted((row for row in rows if row["cell"]["rate"] == rate), key=lambda row: row["cell"]["seed"])
+
+
 def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
     """Return mean, low and high: the mean of values, one a seed, and its t-interval, in their unit. With one value,
     low and high are None."""
@@ -175,11 +180,21 @@ def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def estimate_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:
+    """Return `estimate_mean` of our values minus theirs, both in the same order of seeds."""
+    return estimate_mean([one - other for one, other in zip(ours, theirs, strict=True)])
+
+
 def format_average(found: dict, digits: int = 3) -> str:
     """Return what `estimate_mean` found as text: the mean ± half the width of the interval."""
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
     return f"{found['mean']:.{digits}f} ± {found['high'] - found['mean']:.{digits}f}"
+
+
+def format_rate(line: Mapping) -> str:
+    """Return the rate of a report's line as text. Keys of the line: rate, at_edge, as from `choose_rate`."""
+    return f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}"
 
 
 def describe_rows(rows: Sequence[dict], study: str) -> str:

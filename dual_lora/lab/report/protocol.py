@@ -9,6 +9,7 @@ import pandas as pd
 from dual_lora.lab.config.compatibility import START_SETTINGS, explain_unread_field, explain_unused
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
+from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.provenance import get_machine, is_committed
 from dual_lora.lab.report.learning_rates import list_labels
 from dual_lora.lab.report.values import format_value, get_rate
@@ -16,33 +17,24 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current
 
 LISTED_GROUPS = ("model", "method", "train", "task", "eval", "hardware")
-# What does not change a number, stands elsewhere in the report, or is PEFT's name of what `method` says. `task` holds
-# the defaults of `train`.
-NOT_LISTED = {
+# What does not change a number, is elsewhere in the report, or is PEFT's name of what `method` says. `task` holds the
+# defaults of `train`.
+NOT_LISTED = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys} | {
     "model.name",
     "model.hub",
     "model.revision",
-    "model.path",
     "model.bundled",
     "model.generates",
     "model.roles",
-    "model.architecture",
     "method.peft.peft_type",
     "method.peft.r",
     "method.peft.lora_alpha",
     "method.peft.lora_dropout",
     "method.peft.magnitude_ratio",
     "method.name",
-    "method.lr",
     "task.name",
     "task.epochs",
     "task.batch_size",
-    "task.train_rows",
-    "train.save_steps",
-    "train.save_minutes",
-    "train.log_steps",
-    "train.log_zeros",
-    "eval.before",
     "hardware.name",
     "hardware.accelerator",
 }
