@@ -29,7 +29,7 @@ from dual_lora.lab.report.comparison.matches import (
 from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
 from dual_lora.lab.statistics.compare import Difference, compare_means, is_resampled
 from dual_lora.lab.statistics.multiple import adjust_holm
-from dual_lora.lab.statistics.pairing import Runs
+from dual_lora.lab.statistics.pairing import RowsBySeed
 from dual_lora.lab.statistics.seeds import MIN_SEEDS, SeedTest, compute_detectable_difference, compute_seed_test
 from dual_lora.lab.statistics.verdict import combine_p, find_equivalence_p, reach_verdict
 from dual_lora.lab.study.experiment import Experiment
@@ -140,7 +140,7 @@ def compare_outcomes(
     means = list_mean_groups(matches, unlearned)
     plan = list_planned(experiment, outcomes, unlearned)
     family = len(plan)
-    tested = {match: list(test_match(experiment, outcomes, match, predictions, family)) for match in matches}
+    tested = {match: list(compare_match(experiment, outcomes, match, predictions, family)) for match in matches}
     found = [mark_unfinished(some[0], plan.get(get_key(match)), 1) for match, some in tested.items()]
     for key, group in means.items():
         mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
@@ -210,7 +210,7 @@ def estimate_spreads(found: list[Comparison]) -> list[Comparison]:
     ]
 
 
-def test_match(
+def compare_match(
     experiment: Experiment, outcomes: list[Outcome], match: Match, predictions: Predictions, family: int
 ) -> Iterator[Comparison]:
     """Yield a match by its task's main score, and a row by further ones. family: how many comparisons are planned."""
@@ -265,7 +265,7 @@ def list_further_scores(experiment: Experiment, outcomes: list[Outcome], match: 
     return [field for field in here if field not in FIELDS and field != match.task.metric]
 
 
-def compare_scores(match: Match, sides: list[list[Runs]], metric: str, family: int) -> Difference:
+def compare_scores(match: Match, sides: list[list[RowsBySeed]], metric: str, family: int) -> Difference:
     """Return the difference in a score, tested where it can be."""
     rows = next(iter(sides[0][0].values()))
     try:

@@ -15,8 +15,8 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.matches import Key, Predictions, group_by_place
 from dual_lora.lab.report.values import DECIMALS, format_value, get_heading, get_place, get_score, get_unit
-from dual_lora.lab.statistics.compare import compute_score, estimate_difference, translate_score_errors
-from dual_lora.lab.statistics.pairing import UnscorableRows
+from dual_lora.lab.statistics.compare import compute_score, estimate_difference
+from dual_lora.lab.statistics.pairing import UnscorableRows, translate_score_errors
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 from tasks import Task
@@ -142,7 +142,7 @@ def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[R
         ValueError: as `compute_score`, or the rows say no class.
     """
     first = next(iter(runs.values()))
-    with translate_score_errors(task):
+    with translate_score_errors(f"{task.name} cannot score these predictions"):
         classes = sorted({row["gold"] for row in first})
     constant = [[row | {"answer": label} for row in first] for label in classes]
     find_best = np.argmin if task.is_lower_better() else np.argmax
