@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[dict]:
         StudyError: any other line does not hold a cell with its result, has no digest, or was changed.
     """
     rows = []
-    for number, line in enumerate(_read_whole_lines(path).splitlines(), 1):
+    for number, line in enumerate(_read_complete_lines(path).splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _read_whole_lines(path: Path) -> bytes:
+def _read_complete_lines(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # of a pipe there may be no end
         raise StudyError(f"{path}: not a file; give another one")
     content = path.read_bytes() if path.exists() else b""
@@ -80,7 +80,7 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
         StudyError: another process writes to the file.
     """
     with hold_file(path):
-        os.truncate(path, len(_read_whole_lines(path)))  # else the next row would continue the line of a crash
+        os.truncate(path, len(_read_complete_lines(path)))  # else the next row would continue the line of a crash
         finished = {serialize_cell(row["cell"]) for row in read_rows(path)}
         for cell in cells:
             if serialize_cell(asdict(cell)) in finished:
@@ -122,7 +122,7 @@ def select_rows(rows: Iterable[dict], cells: Sequence) -> list[dict]:
 
 
 def copy_other_rows(source: Path, target: Path) -> None:
-    """Append the rows of cells that a file lacks, such as those of another size of the study.
+    """Append the rows of cells that are not in a file, such as those of another size of the study.
 
     Raises:
         StudyError: as `read_rows`.
@@ -216,7 +216,7 @@ def format_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def write_dot_report(
     folder: Path, text: str, values: Mapping[str, Mapping[str, Mapping]], labels: Sequence[str], unit: str, across: int
 ) -> list[Path]:
-    """Write table.md and figure.png, each whole or not at all, and return their paths.
+    """Write table.md and figure.png, each completely or not at all, and return their paths.
 
     text: of table.md. values: of each panel, by the labels of its lines, as in `Panel`. across: panels side by side.
     """
@@ -232,7 +232,7 @@ def create_parser(study: str, sizes: Iterable[str], about: str) -> ArgumentParse
     parser = ArgumentParser(prog=f"python -m dual_lora.analysis.{study}", description=about)
     parser.add_argument("--out", type=Path, required=True, help="file of rows, one JSON line a cell")
     parser.add_argument("--size", choices=list(sizes), default="full")
-    parser.add_argument("--report", type=Path, help="folder of the report (default: report/ beside the rows)")
+    parser.add_argument("--report", type=Path, help="folder of the report (default: report/ next to the rows)")
     return parser
 
 
@@ -241,7 +241,7 @@ def run_study(
 ) -> None:
     """Run what is missing in one thread, with a line of progress for every twentieth cell, then write the report.
 
-    report: its folder; None is report/ beside the rows.
+    report: its folder; None is report/ next to the rows.
     """
     torch.set_num_threads(1)
     missing = len(cells) - len(select_rows(read_rows(path), cells))
@@ -259,7 +259,7 @@ def run_study(
 
 
 def rewrite_report(cells: Sequence, write_report: Callable, path: Path, report: Path) -> list[Path]:
-    """Write the report of a study from its rows alone and return its files.
+    """Write the report of a study from only its rows and return its files.
 
     Raises:
         StudyError: cells have not run.

@@ -3,7 +3,7 @@
     unexplained = ||dW - form(factors)||_F^2 / ||dW||_F^2          0: fitted exactly, 1: nothing fitted
 
     python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors [--targets NAME...]]
-    python -m dual_lora.analysis.fit --out ROWS --rows-only        the report from the rows alone, without FILE
+    python -m dual_lora.analysis.fit --out ROWS --rows-only        the report from only the rows, without FILE
 
 Every method has r (out + in) parameters, the budget of LoRA of rank r, except those called "double":
 
@@ -138,7 +138,7 @@ SIZES = {
 def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequence[str] | None = None) -> list[Cell]:
     """Return the cells of a study, seed by seed.
 
-    updates: a safetensors file whose matrices are the targets in place of the drawn ones; targets: those to fit alone.
+    updates: a safetensors file whose matrices are the targets in place of the drawn ones; targets: those to fit.
 
     Raises:
         KeyError: an unknown size.
@@ -164,7 +164,7 @@ def read_cells(path: Path) -> list[Cell]:
     """Return the cells that a file of rows holds, in its order.
 
     Raises:
-        StudyError: they are not those of one whole study.
+        StudyError: they are not those of one complete study.
     """
     cells = [Cell(**row["cell"]) for row in read_rows(path)]
     studies = {(cell.n, cell.r, cell.max_steps, cell.digest) for cell in cells}
@@ -173,8 +173,8 @@ def read_cells(path: Path) -> list[Cell]:
     seeds: dict[tuple, set[int]] = {}
     for cell in cells:
         seeds.setdefault((cell.target, cell.method, cell.rate), set()).add(cell.seed)
-    whole = {(t, m) for t in {c.target for c in cells} for m in METHODS} <= {(t, m) for t, m, _ in seeds}
-    if not whole or len(set(map(frozenset, seeds.values()))) > 1:
+    complete = {(t, m) for t in {c.target for c in cells} for m in METHODS} <= {(t, m) for t, m, _ in seeds}
+    if not complete or len(set(map(frozenset, seeds.values()))) > 1:
         raise StudyError(f"{path}: cells are missing; run them first")
     return cells
 

@@ -100,7 +100,7 @@ def format_listed_value(value: object) -> str:
 
 
 def has_effect(settings: Settings, name: str, given: Collection[str]) -> bool:
-    """Whether a setting changes anything in a run. given: the names of all that are set."""
+    """Return whether a setting changes anything in a run. given: the names of all that are set."""
     group, _, own = name.partition(".")
     if name == "train.epochs":
         return settings.train.max_steps is None
@@ -127,7 +127,7 @@ def summarize_values(values: list[object]) -> str:
 def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[str]:
     """Yield what a reader needs to judge and repeat the runs, and what is missing, from the records."""
     finished = [outcome for outcome in outcomes if outcome.result]
-    places = [outcome.record.read_environment() for outcome in finished]
+    environments = [outcome.record.read_environment() for outcome in finished]
     seeds = sorted({outcome.settings.seed for outcome in outcomes})
     yield f"runs: {len(finished)} of {len(outcomes)} finished; seeds {', '.join(map(str, seeds))}"
     hours = sum(outcome.result["train_seconds"] for outcome in finished) / 3600
@@ -146,7 +146,7 @@ def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
         )
     else:
         yield "tuning: none; one given rate for each row"
-    asked, kinds = sum(outcome.settings.deterministic for outcome in finished), {get_machine(place) for place in places}
+    asked, kinds = sum(outcome.settings.deterministic for outcome in finished), set(map(get_machine, environments))
     said = [
         f"determinism: deterministic=true in {asked} of {len(finished)} runs",
         "The seed sets data order, initial adapter and dropout",
@@ -159,7 +159,7 @@ def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
     if len(kinds) > 1:
         said.append(f"Runs are of {len(kinds)} kinds of machine, which round differently")
     yield ". ".join(said)
-    clean = sum(map(is_committed, places))
+    clean = sum(map(is_committed, environments))
     yield f"code: {clean} of {len(finished)} runs are of committed code; records hold commands and package versions"
     current = sum(is_current(outcome.result, outcome.settings) for outcome in finished)
     yield f"task version: {current} of {len(finished)} runs used the current task versions"

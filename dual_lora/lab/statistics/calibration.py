@@ -3,7 +3,7 @@
 The simulation. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A
 run's seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with
 probability h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on
-all examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers
+all examples differ on the ones at hand: what a test over only seeds cannot see. With `gap` the first method answers
 that share more of the examples rightly.
 
 What is promised of two methods:

@@ -8,11 +8,11 @@ hypothesis each example's two outputs could be swapped (all seeds of it together
 exactly: McNemar's test. R draws give no p below 1 / (R + 1), so a p of at most 0.05 after 2000 draws is estimated again
 from as many as its correction needs.
 
-Limits of both. p holds for the runs at hand: where the seed alone moves accuracy by a point, p is below 0.05 for 16 to
+Limits of both. p holds for the runs at hand: where the seed itself moves accuracy by a point, p is below 0.05 for 16 to
 20 % of equal methods on 872 examples, whatever the number of seeds. The interval over S seeds contains (S - 1) / S of
 the seeds' variance: none with one seed, half of it with two. It counts interactions of seeds and examples about three
 times (Owen 2007, "The pigeonhole bootstrap"), so with several seeds it tends to be too wide. Therefore no verdict rests
-on them alone: `verdict` also tests the seeds.
+only on them: `verdict` also tests the seeds.
 
 Every metric here is a function of examples with weights, `measure(columns_NC, weights_RN) -> values_R`: a resample is
 how often each example occurs, a swap is a weight that moves from one method's output to the other's. Examples with
@@ -112,7 +112,7 @@ def compare_means(
 
 
 def is_share(strata: list[Stratum], measure: measures.Measure) -> bool:
-    """Whether a score is a share of right answers on one set, which McNemar's test takes."""
+    """Return whether a score is a share of right answers on one set, which McNemar's test takes."""
     return len(strata) == 1 and measure is measures.mean and set(np.unique(strata[0].outputs)) <= {0, 1}
 
 
@@ -135,12 +135,12 @@ def estimate_difference(
 
 
 def count_resamples(comparisons: int) -> int:
-    """Return how many resamples let the smallest p of so many comparisons stay a twentieth of 0.05 after correction."""
+    """Return how many resamples let the smallest p of N comparisons stay a twentieth of 0.05 after correction."""
     return max(RESAMPLES, ceil(20 * comparisons / LEVEL))
 
 
 def is_resampled(task: Task, metric: str, example: Row) -> bool:
-    """Whether a metric is one that is resampled; `example` is any row of the predictions.
+    """Return whether a metric is one that is resampled; `example` is any row of the predictions.
 
     Raises:
         UnscorableRows: as `find_score`.
@@ -173,7 +173,7 @@ def compute_score(rows: list[Row], task: Task, metric: str) -> float:
 
     Raises:
         ValueError: the task has no such score, or cannot compute it here.
-        UnscorableRows: they lack what the task reads.
+        UnscorableRows: what the task reads is missing in them.
     """
     results: dict[str, list[Row]] = {}
     for row in rows:

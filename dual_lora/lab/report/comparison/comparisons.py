@@ -156,8 +156,8 @@ def list_planned(
 ) -> dict[Key, tuple[int, int]]:
     """Return the comparisons that the experiment plans on these outcomes, whether or not their runs are finished: of
     how many tasks and seeds each is, by `get_key` or, for means, `get_row_key`."""
-    whole = [outcome if outcome.result else pretend_finished(outcome) for outcome in outcomes]
-    matches = [*iterate_matches(experiment, whole), *iterate_contrasts(experiment, whole)]
+    all_finished = [outcome if outcome.result else pretend_finished(outcome) for outcome in outcomes]
+    matches = [*iterate_matches(experiment, all_finished), *iterate_contrasts(experiment, all_finished)]
     planned = [match for match in matches if is_planned(experiment, match)]
     found = {get_key(match): (1, len(match.seeds)) for match in planned}
     for key, group in list_mean_groups(planned, unlearned).items():
@@ -181,8 +181,8 @@ def mark_unfinished(comparison: Comparison, plan: tuple[int, int] | None, tasks:
     if plan is None or not comparison.difference.by_seed:
         return comparison
     here = {"tasks": (tasks, plan[0]), "seeds": (len(comparison.difference.by_seed), plan[1])}
-    lacking = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
-    return replace(comparison, unfinished=", ".join(lacking), p=None, p_equivalent=None) if lacking else comparison
+    missing = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
+    return replace(comparison, unfinished=", ".join(missing), p=None, p_equivalent=None) if missing else comparison
 
 
 def pretend_finished(outcome: Outcome) -> Outcome:
@@ -192,7 +192,7 @@ def pretend_finished(outcome: Outcome) -> Outcome:
 
 
 def is_planned(experiment: Experiment, match: Match) -> bool:
-    """Whether the main score of a match belongs to the planned family."""
+    """Return whether the main score of a match belongs to the planned family."""
     return match.contrast or match.label in experiment.planned
 
 
@@ -247,7 +247,7 @@ def compare_match(
 
 
 def describe_over_seeds(by_seed: tuple[float, ...], examples: int) -> Difference:
-    """Return a difference that is tested over seeds alone. by_seed: at least one."""
+    """Return a difference that is tested only over seeds. by_seed: at least one."""
     test = compute_seed_test(by_seed)
     return Difference(test.mean, test.low, test.high, test.p, OVER_SEEDS, examples, len(by_seed), by_seed)
 
@@ -260,7 +260,7 @@ def add_tests(comparison: Comparison) -> Comparison:
 
 
 def list_further_scores(experiment: Experiment, outcomes: list[Outcome], match: Match) -> list[str]:
-    """Return the scores beside the main one that stand in columns of the table."""
+    """Return the scores other than the main one that are columns of the table."""
     here = [c.field for c in list_columns(experiment, outcomes) if c.field and c.task in (None, match.task.name)]
     return [field for field in here if field not in FIELDS and field != match.task.metric]
 
@@ -287,7 +287,7 @@ def describe_unknown(reason: object) -> Difference:
 
 def list_mean_groups(matches: list[Match], unlearned: set[ModelTask]) -> dict[Key, list[Match]]:
     """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks. Where
-    lower is better on some of these alone, a higher mean would be neither better nor worse, and none is compared."""
+    lower is better on only some of these, a higher mean would be neither better nor worse, and none is compared."""
     groups: dict[Key, list[Match]] = {}
     for match in matches:
         if get_model_task(match.first) not in unlearned:
