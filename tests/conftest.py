@@ -88,3 +88,9 @@ def plan_run(run) -> None:
     from dual_lora.lab.train.plan import check_fit, make_plan
 
     check_fit(run.settings, make_plan(run))
+
+
+def get_row(table, **keys):
+    """Return the one row of a published table with these keys."""
+    (row,) = table.select_rows(**keys)
+    return row

@@ -16,7 +16,7 @@ from dual_lora.lab.commands.screen import Screen, open_screen
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError, describe_machine_error
 from dual_lora.lab.record.provenance import name_program, run_git
-from dual_lora.lab.study import launch
+from dual_lora.lab.study.launch import process
 from dual_lora.lab.system.environment import describe_variables, isolate_environment
 from dual_lora.lab.system.libraries import hide_foreign_warnings, import_heavy_libraries
 from dual_lora.lab.system.signals import STOP
@@ -197,18 +197,18 @@ def test_a_terminal_that_hangs_up_stops_the_work():
 
 def test_the_runs_of_a_command_that_is_gone_stop(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    since = launch.psutil.Process(child.pid).create_time()
-    held = {"pid": child.pid, "since": since, "host": launch.platform.node()}
+    since = process.psutil.Process(child.pid).create_time()
+    held = {"pid": child.pid, "since": since, "host": process.platform.node()}
     (tmp_path / "command.json").write_text(json.dumps(held))
-    assert not launch.is_command_gone(tmp_path)
-    with pytest.raises(Stopped, match="SIGTERM"), STOP.listen(), launch.stop_on_file(tmp_path / "stop"):
+    assert not process.is_command_gone(tmp_path)
+    with pytest.raises(Stopped, match="SIGTERM"), STOP.listen(), process.stop_on_file(tmp_path / "stop"):
         child.kill()  # a zombie until it is waited for
         signal.pause()
     child.wait()
-    assert launch.is_command_gone(tmp_path)
+    assert process.is_command_gone(tmp_path)
     for other, gone in (({"host": "elsewhere"}, False), ({"pid": os.getpid()}, True)):
         (tmp_path / "command.json").write_text(json.dumps(held | other))
-        assert launch.is_command_gone(tmp_path) is gone
+        assert process.is_command_gone(tmp_path) is gone
 
 
 COMMANDS = {

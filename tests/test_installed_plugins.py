@@ -9,7 +9,7 @@ import tasks
 from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins
 from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.study.launch import restore_outside
+from dual_lora.lab.study.launch.process import restore_outside
 
 PACKAGE = "some_installed_package"
 

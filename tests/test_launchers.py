@@ -23,7 +23,6 @@ from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.errors import Stopped, UserError
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study import launch
 from dual_lora.lab.study.execute import (
     EXIT_ELSEWHERE,
     EXIT_FAILED,
@@ -34,11 +33,12 @@ from dual_lora.lab.study.execute import (
     report_failures,
 )
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.launch import (
+from dual_lora.lab.study.launch import command
+from dual_lora.lab.study.launch import process as launched
+from dual_lora.lab.study.launch.command import (
     call_in_thread,
     check_launcher,
     compose_launcher,
-    execute_launched_run,
     get_launcher_name,
     launch_runs,
     note_failures,
@@ -121,7 +121,7 @@ def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
     def missing(words):
         raise MissingConfigException("no such config", "hydra/launcher/x")
 
-    monkeypatch.setattr(launch, "compose_launcher", missing)
+    monkeypatch.setattr(command, "compose_launcher", missing)
     for name, extra in {"ray_cluster": "ray", "slurm": "launchers", "workstation": "launchers"}.items():
         with pytest.raises(UserError, match=rf"hydra/launcher={name}: not installed; pip install -e '.\[{extra}\]'$"):
             check_launcher([f"hydra/launcher={name}"])
@@ -260,14 +260,14 @@ def test_a_run_that_takes_longer_than_the_launcher_allows_is_one_line(runs_folde
 @pytest.fixture
 def work(runs_folder, monkeypatch):
     """A function that does job 0 of a launch as a launcher's process does, with `attempt` in place of the run."""
-    monkeypatch.setattr(launch, "stop_reasons", [])
+    monkeypatch.setattr(launched, "stop_reasons", [])
     folder = prepare_launch_folder([Run.prepare(load_settings(TINY))])
     here = OmegaConf.create({"job": {"num": 0}})
-    monkeypatch.setattr(launch.HydraConfig, "get", lambda: here)
+    monkeypatch.setattr(launched.HydraConfig, "get", lambda: here)
 
     def do(attempt=execute_run):
-        monkeypatch.setattr("dual_lora.lab.study.launch.execute_run", attempt)
-        return execute_launched_run(folder, None)
+        monkeypatch.setattr(launched, "execute_run", attempt)
+        return launched.execute_launched_run(folder, None)
 
     do.folder = folder
     return do

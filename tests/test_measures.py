@@ -8,7 +8,7 @@ from conftest import ROOT
 from test_stats import chosen, judged, labels, numbers, results, written
 
 import tasks
-from dual_lora.lab.statistics.compare import compare_runs
+from dual_lora.lab.statistics.compare import compare_means
 from tasks import measures
 
 # What no task declares: a scorer that would have to run thousands of times, or a share nobody asked about.
@@ -73,7 +73,7 @@ def test_a_declaration_gives_the_same_intervals_and_tests_to_the_last_digit(name
         key for key in golden if key.startswith(f"{name} ") and key.endswith(f" {seeds}")
     }
     for metric in declared:
-        found = compare_runs(ours, theirs, task, metric, resamples=60)
+        found = compare_means([ours], [theirs], task, metric, resamples=60)
         expected = golden[f"{name} {metric} {seeds}"]
         assert [found.mean, found.low, found.high, found.p] == pytest.approx(expected[:4], rel=1e-12), metric
         assert found.test == expected[4] and np.mean(found.by_seed) == pytest.approx(found.mean, abs=1e-12)

@@ -8,7 +8,7 @@ import pytest
 import sacrebleu
 from sklearn.metrics import f1_score
 
-from dual_lora.lab.statistics.compare import compare_runs, estimate_difference
+from dual_lora.lab.statistics.compare import compare_means, estimate_difference
 from tasks.base import Task
 
 SOURCE = '''
@@ -94,15 +94,15 @@ def write_run(quality: float, seed: int, examples: int = 80) -> list[dict]:
 def test_a_planted_task_has_intervals_and_tests_for_every_score(planted, metric):
     ours = {seed: write_run(0.9, seed) for seed in range(5)}
     theirs = {seed: write_run(0.5, 10 + seed) for seed in range(5)}
-    found = compare_runs(ours, theirs, planted, metric, resamples=200)
+    found = compare_means([ours], [theirs], planted, metric, resamples=200)
     scores = [[planted.score({"validation": rows})[metric] for rows in method.values()] for method in (ours, theirs)]
     assert found.by_seed == pytest.approx(tuple(np.subtract(*scores)))
     assert 0 < found.low < found.mean < found.high and found.p < 0.05 and found.test == "paired permutation"
     mean, error = estimate_difference(ours, theirs, planted, metric)
     assert mean == pytest.approx(found.mean) and 0 < error < mean
-    alone = compare_runs({0: ours[0]}, {0: theirs[0]}, planted, metric, resamples=200)
+    alone = compare_means([{0: ours[0]}], [{0: theirs[0]}], planted, metric, resamples=200)
     assert alone.test == ("McNemar" if metric == "exact_match" else "paired permutation")
-    same = compare_runs(ours, ours, planted, metric, resamples=200)
+    same = compare_means([ours], [ours], planted, metric, resamples=200)
     assert same.mean == 0 and same.p == 1
 
 

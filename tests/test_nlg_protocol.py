@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import get_row
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -241,12 +242,8 @@ def test_gpt2_beam_is_the_search_its_description_says(model, power):
 
 @pytest.mark.parametrize(("name", "task"), EXPERIMENTS.items())
 def test_the_experiments_have_loras_settings(name, task):
-    printed = {
-        key: value.number
-        for key, value in paper.load_table("lora_table11_gpt2_settings")
-        .get_row(task=task, printed_in="paper")
-        .values.items()
-    }
+    row = get_row(paper.load_table("lora_table11_gpt2_settings"), task=task, printed_in="paper")
+    printed = {key: value.number for key, value in row.values.items()}
     printed |= {"length_penalty": 0.8, "lr": 2e-4}  # the script's, where the paper says 0.9
     keys = {"batch": "train.batch_size", "epochs": "train.epochs", "max_length": "task.max_length"}
     keys |= {"weight_decay": "train.weight_decay", "label_smoothing": "task.label_smoothing"}

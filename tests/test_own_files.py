@@ -28,7 +28,7 @@ from dual_lora.lab.model.encode import encode_prompt
 from dual_lora.lab.model.load import load_model, load_tokenizer
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.statistics.compare import compare_runs, is_resampled
+from dual_lora.lab.statistics.compare import compare_means, is_resampled
 from dual_lora.lab.train.run import train_run
 from tasks import TaskError, base, measures, metrics, own_files
 
@@ -601,7 +601,7 @@ def test_a_run_on_own_classes_is_evaluated_again_from_its_record(method, own_dat
     assert reevaluate_run(settings, record) == 0
     rows = [json.loads(line) for line in (record.folder / "predictions.jsonl").open()]
     task, seeds = load_task(settings), {0: rows}
-    assert is_resampled(task, "accuracy", rows[0]) and compare_runs(seeds, seeds, task, "accuracy").p == 1
+    assert is_resampled(task, "accuracy", rows[0]) and compare_means([seeds], [seeds], task, "accuracy").p == 1
     moved = own_data.rename(own_data.with_name("moved"))
     with pytest.raises(UserError, match="own: no such folder"):
         reevaluate_run(settings, record)

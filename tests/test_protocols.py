@@ -9,7 +9,7 @@ import os
 import re
 from functools import cache
 
-from conftest import ROOT
+from conftest import ROOT, get_row
 from omegaconf import OmegaConf
 
 from dual_lora import paper
@@ -184,8 +184,8 @@ def iterate_glue_rows():
 def iterate_e2e_rows():
     """Yield the settings of LoRA's Table 11 on E2E, as `iterate_glue_rows`."""
     table = paper.load_table("lora_table11_gpt2_settings")
-    code = table.get_row(task="e2e", printed_in="readme").values
-    values = table.get_row(task="e2e", printed_in="paper").values
+    code = get_row(table, task="e2e", printed_in="readme").values
+    values = get_row(table, task="e2e", printed_in="paper").values
     ours = {cell.settings.model.name: cell.settings for cell in published_cells("nlg")}
     for setting in table.columns:
         sides = {

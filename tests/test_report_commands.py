@@ -13,7 +13,7 @@ from dual_lora.lab.config.overrides import parse_override, parse_overrides
 from dual_lora.lab.evaluate.evaluate import MIN_FOR_CONSTANT, find_warnings
 from dual_lora.lab.present.document import Table, render_html, render_html_block
 from dual_lora.lab.record.identity import serialize_identity_settings
-from dual_lora.lab.report.commands import build_command, build_sweep_command, format_override
+from dual_lora.lab.report.command_lines import build_command, build_sweep_command, format_override
 from dual_lora.lab.study.experiment import Experiment, load_experiment_file
 from tasks import load
 

@@ -247,7 +247,7 @@ def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, t
     experiment, outcomes = study(PLANNED | {"full": GLUE["full"]}, lambda label, s: 70 + s.seed)
     monkeypatch.setattr(type(tasks.load("glue/rte")), method, Mock(side_effect=KeyError("length")))
     findings = Findings.compute(experiment, outcomes)
-    said = "cannot score these predictions (KeyError('length')), which another version of it may have written"
+    said = "cannot score these predictions (KeyError('length')), which another version of the task may have written"
     (told,) = [trouble for trouble in findings.unreadable if "glue/rte" in trouble]
     assert told.startswith("majority class, floor of glue/rte (roberta-base): ") and f"glue/rte {said}" in told
     text = write_report(experiment, outcomes, tmp_path, findings)

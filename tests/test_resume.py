@@ -462,7 +462,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
             train_run(Run.prepare(settings))
         execute_run(Run.prepare(settings))
         assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE
-    assert "done elsewhere: " in capsys.readouterr().err
+    assert "skipped: " in capsys.readouterr().err
     assert not (folder / LOCK_NAME).exists() and list(folder.iterdir()) == []
 
 

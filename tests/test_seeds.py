@@ -150,7 +150,7 @@ def test_a_test_that_forgets_the_examples_is_caught(monkeypatch):
     """Methods that each find other examples hard: over seeds alone they differ, on all examples not."""
     scenario = Scenario(8, 0.0, 277, own=True)
     assert calibrate_verdicts(200, scenarios=[scenario])["different"][0] <= 0.075
-    monkeypatch.setattr(calibration, "test_by_permutation", lambda *_: 0.0)
+    monkeypatch.setattr(calibration, "compute_permutation_p", lambda *_: 0.0)
     monkeypatch.setattr(calibration, "bootstrap_difference", lambda strata, *_: np.array([1.0, 1.0]))
     found = calibrate_verdicts(200, scenarios=[scenario])
     assert found["different"][0] > 0.09 and any("called different in" in miss for miss in find_misses(found))

@@ -80,7 +80,7 @@ def test_a_comparison_with_other_runs_than_asked_for_is_made_again():
 @pytest.mark.parametrize("words", [{"reference": "Nobody"}, {"reference": ""}, {"analyse": "ranks"}])
 def test_a_reference_is_a_row_and_belongs_to_this_analysis_alone(words):
     content = load_experiment_file("similarity") | words
-    with pytest.raises(UserError, match="reference: .*: the label of a cell, with analyse: similarity alone$"):
+    with pytest.raises(UserError, match="reference: .*: the label of a cell, only with analyse: similarity$"):
         Experiment.from_content("similarity", content, "smoke")
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_structure import imported
 
 import tasks
-from dual_lora.lab.statistics.compare import compare_means, compare_runs, count_resamples
+from dual_lora.lab.statistics.compare import compare_means, count_resamples
 from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.statistics.resampling import average_over_seeds, draw_swaps, group_equal_examples
 from tasks import measures, metrics
@@ -160,7 +160,7 @@ def tell_apart(task, ours, theirs, without=()):
     resampled = set()
     for metric in scores[0][0]:
         mine, others = (np.mean([s[metric] for s in method]) for method in scores)
-        found = compare_runs(dict(enumerate(ours)), dict(enumerate(theirs)), task, metric, resamples=50)
+        found = compare_means([dict(enumerate(ours))], [dict(enumerate(theirs))], task, metric, resamples=50)
         assert found.mean == pytest.approx(mine - others, abs=1e-12), metric
         if found.p is not None:
             resampled.add(metric)
@@ -197,7 +197,7 @@ def test_every_score_of_commonsense():
     runs = [chosen(rng, sizes, 0.7) for _ in range(4)]
     without = [{k: v for k, v in row.items() if k != "likelihood_score"} for row in runs[0]]
     with pytest.raises(ValueError, match="likelihood_average: the predictions of a run have no 'likelihood_score'"):
-        compare_runs({0: runs[0]}, {0: without}, task, "likelihood_average")
+        compare_means([{0: runs[0]}], [{0: without}], task, "likelihood_average")
     assert len(tell_apart(task, runs[:2], runs[2:])) == 3 * 9 + 2 * 8
 
 
@@ -213,15 +213,16 @@ def test_every_score_of_the_generation_tasks(no_java):
 def test_a_score_that_no_task_gives_or_that_cannot_be_computed_here_is_named(no_java):
     run = {0: judged([0, 1], [0, 1])}
     with pytest.raises(ValueError, match="glue/sst2 gives no bleu here, only accuracy, matthews, f1"):
-        compare_runs(run, run, tasks.load("glue/sst2"), "bleu")
+        compare_means([run], [run], tasks.load("glue/sst2"), "bleu")
     with pytest.raises(ValueError, match="glue/mnli gives no f1"):
-        compare_runs(*[{0: judged([0, 1, 2], [0, 1, 2], "validation_matched")}] * 2, tasks.load("glue/mnli"), "f1")
+        matched = [{0: judged([0, 1, 2], [0, 1, 2], "validation_matched")}]
+        compare_means(matched, matched, tasks.load("glue/mnli"), "f1")
     (rows,) = written(0, 1)
     with pytest.raises(ValueError, match="e2e gives no METEOR here, only BLEU, NIST"):
-        compare_runs({0: rows}, {0: rows}, tasks.load("e2e"), "METEOR")
+        compare_means([{0: rows}], [{0: rows}], tasks.load("e2e"), "METEOR")
     with pytest.raises(ValueError, match="mismatched_accuracy: no prediction belongs to it"):
         run = {0: judged([0, 1], [0, 1], "validation_matched")}
-        compare_runs(run, run, tasks.load("glue/mnli"), "mismatched_accuracy")
+        compare_means([run], [run], tasks.load("glue/mnli"), "mismatched_accuracy")
 
 
 # Intervals and p-values against direct computations
@@ -246,7 +247,7 @@ def answers(runs) -> np.ndarray:
 def test_interval_is_that_of_a_bootstrap_by_loop(seeds):
     """Matthews correlation of two classes is the correlation of their numbers."""
     ours, theirs, gold = pair(1, 120, seeds)
-    found = compare_runs(ours, theirs, tasks.load("glue/cola"), "matthews", resamples=4000)
+    found = compare_means([ours], [theirs], tasks.load("glue/cola"), "matthews", resamples=4000)
     one, other = answers(ours), answers(theirs)
     rng, by_loop = np.random.default_rng(7), []
     for _ in range(3000):
@@ -264,7 +265,7 @@ def test_seeds_that_disagree_widen_the_interval():
     task = tasks.load("glue/sst2")
     alike, apart = ({0: good, 1: second} for second in (good, bad))
     theirs = {0: bad, 1: bad}
-    narrow, wide = compare_runs(alike, theirs, task, "accuracy"), compare_runs(apart, theirs, task, "accuracy")
+    narrow, wide = (compare_means([ours], [theirs], task, "accuracy") for ours in (alike, apart))
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low) and wide.low == 0
 
 
@@ -284,7 +285,7 @@ def test_p_is_that_of_scipys_permutation_test(metric):
         return statistic(*([(c // 2, c % 2) for c in side] for side in (one, other)))
 
     expected = permutation_test(codes, decoded, permutation_type="samples", n_resamples=np.inf, vectorized=False)
-    found = compare_runs(ours, theirs, tasks.load("glue/cola"), metric, resamples=8000)
+    found = compare_means([ours], [theirs], tasks.load("glue/cola"), metric, resamples=8000)
     assert found.test == "paired permutation" and found.mean == pytest.approx(expected.statistic)
     assert 0 < expected.pvalue < 0.3 and found.p == pytest.approx(expected.pvalue, abs=0.02)
 
@@ -318,7 +319,7 @@ def test_several_methods_of_a_side_are_averaged_and_swapped_together(name, metri
 def test_a_method_that_is_on_a_side_twice_changes_nothing():
     ours, theirs, _ = pair(4, 60, 3)
     task = tasks.load("glue/cola")
-    once = compare_runs(ours, theirs, task, "matthews")
+    once = compare_means([ours], [theirs], task, "matthews")
     assert compare_means([ours], [theirs, theirs], task, "matthews") == once
 
 
@@ -343,8 +344,8 @@ def test_p_of_a_correlation_is_that_of_a_loop(metric):
         a, b = np.where(mask, one, other), np.where(mask, other, one)
         by_loop.append(measure(a, gold)[0] - measure(b, gold)[0])
     p = np.mean(np.abs(by_loop) >= abs(by_loop[0]) - 1e-9)
-    runs = ({0: judged(a.tolist(), gold.tolist())} for a in (one, other))
-    assert compare_runs(*runs, tasks.load("glue/stsb"), metric, resamples=8000).p == pytest.approx(p, abs=0.02)
+    runs = ([{0: judged(a.tolist(), gold.tolist())}] for a in (one, other))
+    assert compare_means(*runs, tasks.load("glue/stsb"), metric, resamples=8000).p == pytest.approx(p, abs=0.02)
 
 
 def test_p_of_bleu_is_that_of_sacrebleus_own_test(monkeypatch):
@@ -355,19 +356,19 @@ def test_p_of_bleu_is_that_of_sacrebleus_own_test(monkeypatch):
     systems = [(name, [row["answer"] for row in rows]) for name, rows in (("theirs", theirs), ("ours", ours))]
     scorer = {"BLEU": sacrebleu.BLEU(lowercase=True, smooth_method="none")}
     _, table = PairedTest(systems, scorer, streams, "ar", n_samples=4000)()
-    found = compare_runs({0: ours}, {0: theirs}, tasks.load("e2e"), "BLEU", resamples=4000)
+    found = compare_means([{0: ours}], [{0: theirs}], tasks.load("e2e"), "BLEU", resamples=4000)
     assert 100 * found.mean == pytest.approx(table["BLEU"][1].score - table["BLEU"][0].score)
     assert found.p == pytest.approx(table["BLEU"][1].p_value, abs=0.02)
 
 
 def test_one_seed_of_right_and_wrong_answers_is_mcnemars_exact_test():
     ours, theirs, gold = pair(3, 200, 1)
-    found = compare_runs(ours, theirs, tasks.load("glue/sst2"), "accuracy")
+    found = compare_means([ours], [theirs], tasks.load("glue/sst2"), "accuracy")
     one, other = (answers(m)[0] == gold for m in (ours, theirs))
     only_ours, only_theirs = (one & ~other).sum(), (other & ~one).sum()
     assert found.test == "McNemar" and found.p == pytest.approx(binomtest(only_ours, only_ours + only_theirs).pvalue)
     assert (found.examples, found.seeds) == (200, 1)
-    same = compare_runs(ours, ours, tasks.load("glue/sst2"), "accuracy")
+    same = compare_means([ours], [ours], tasks.load("glue/sst2"), "accuracy")
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
@@ -378,10 +379,10 @@ def test_a_mean_over_splits_weighs_splits_alike():
     ours = [row | {"score": float(row["split"] == "boolq" or int(row["id"][5:]) >= 60)} for row in rows]
     theirs = [row | {"score": float(row["split"] == "piqa" or int(row["id"][6:]) >= 20)} for row in rows]
     task = tasks.load("commonsense")
-    found = compare_runs({0: ours}, {0: theirs}, task, "average")
+    found = compare_means([{0: ours}], [{0: theirs}], task, "average")
     assert found.mean == pytest.approx((0.5 - 60 / 800) / 2) and found.low > 0 and found.p < 0.01
     assert found.test == "paired permutation" and found.examples == 840
-    alone = compare_runs({0: ours}, {0: theirs}, task, "boolq")
+    alone = compare_means([{0: ours}], [{0: theirs}], task, "boolq")
     assert alone.test == "McNemar" and alone.examples == 40 and alone.mean == 0.5
     spread = np.sqrt(0.25 / 40 + 0.075 * 0.925 / 800) / 2  # of half the sum of two shares
     assert (found.high - found.low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.06)
@@ -394,8 +395,8 @@ def shares(ours, theirs, metric, seeds, sets=300, examples=100):
     """Return over simulated data sets how often p < 0.05 and how often the interval holds the true difference of 0."""
     small, held = 0, 0
     for number in range(sets):
-        runs = pair(1000 + number, examples, seeds, ours, theirs)[:2]
-        found = compare_runs(*runs, tasks.load("glue/cola"), metric, resamples=200, seed=number)
+        one, other, _ = pair(1000 + number, examples, seeds, ours, theirs)
+        found = compare_means([one], [other], tasks.load("glue/cola"), metric, resamples=200, seed=number)
         small, held = small + (found.p < 0.05), held + (found.low <= 0 <= found.high)
     return small / sets, held / sets
 
@@ -425,7 +426,7 @@ def test_a_real_difference_is_found(metric, seeds):
 def test_swapping_the_methods_changes_the_sign(metric, seeds):
     ours, theirs, _ = pair(9, seeds=seeds)
     task = tasks.load("glue/cola")
-    one, other = compare_runs(ours, theirs, task, metric), compare_runs(theirs, ours, task, metric)
+    one, other = compare_means([ours], [theirs], task, metric), compare_means([theirs], [ours], task, metric)
     assert (one.mean, one.low, one.high) == pytest.approx((-other.mean, -other.high, -other.low), abs=1e-12)
     assert one.p == other.p and one.mean > 0
 
@@ -433,23 +434,23 @@ def test_swapping_the_methods_changes_the_sign(metric, seeds):
 def test_the_same_seed_gives_the_same_numbers_and_order_of_rows_none_other():
     ours, theirs, _ = pair(10)
     task = tasks.load("glue/cola")
-    first = compare_runs(ours, theirs, task, "matthews", seed=1)
+    first = compare_means([ours], [theirs], task, "matthews", seed=1)
     assert (
         first
-        == compare_runs(ours, theirs, task, "matthews", seed=1)
-        != compare_runs(ours, theirs, task, "matthews", seed=2)
+        == compare_means([ours], [theirs], task, "matthews", seed=1)
+        != compare_means([ours], [theirs], task, "matthews", seed=2)
     )
-    assert first == compare_runs(ours, {s: rows[::-1] for s, rows in theirs.items()}, task, "matthews", seed=1)
+    assert first == compare_means([ours], [{s: rows[::-1] for s, rows in theirs.items()}], task, "matthews", seed=1)
 
 
 def test_only_seeds_of_both_methods_count():
     ours, theirs, _ = pair(11, seeds=3)
     task = tasks.load("glue/sst2")
-    found = compare_runs(ours, {s: theirs[s] for s in (0, 2)}, task, "accuracy")
-    assert found == compare_runs({s: ours[s] for s in (2, 0)}, {s: theirs[s] for s in (0, 2)}, task, "accuracy")
+    found = compare_means([ours], [{s: theirs[s] for s in (0, 2)}], task, "accuracy")
+    assert found == compare_means([{s: ours[s] for s in (2, 0)}], [{s: theirs[s] for s in (0, 2)}], task, "accuracy")
     assert found.seeds == 2
     with pytest.raises(ValueError, match=r"no seed in common: \[0, 1, 2\] against \[7\]"):
-        compare_runs(ours, {7: theirs[0]}, task, "accuracy")
+        compare_means([ours], [{7: theirs[0]}], task, "accuracy")
 
 
 def test_runs_on_other_data_are_refused():
@@ -462,13 +463,13 @@ def test_runs_on_other_data_are_refused():
     }
     for message, changed in other.items():
         with pytest.raises(ValueError, match=f"changed data: {message}"):
-            compare_runs({0: rows}, {0: changed}, task, "accuracy")
+            compare_means([{0: rows}], [{0: changed}], task, "accuracy")
         with pytest.raises(ValueError, match="changed data"):  # in another seed of the same method, too
-            compare_runs({0: rows, 1: changed}, {0: rows, 1: rows}, task, "accuracy")
+            compare_means([{0: rows, 1: changed}], [{0: rows, 1: rows}], task, "accuracy")
     with pytest.raises(ValueError, match="6 predictions of 3 examples"):
-        compare_runs({0: rows}, {0: rows + rows}, task, "accuracy")
+        compare_means([{0: rows}], [{0: rows + rows}], task, "accuracy")
     with pytest.raises(ValueError, match="0 predictions"):
-        compare_runs({0: []}, {0: []}, task, "accuracy")
+        compare_means([{0: []}], [{0: []}], task, "accuracy")
 
 
 @pytest.mark.parametrize("metric, seconds", [("accuracy", 2), ("matthews", 2), ("pearson", 2), ("spearman", 4)])
@@ -485,7 +486,7 @@ def test_872_examples_of_two_seeds_take_seconds_at_most(metric, seconds):
 
     def took() -> float:
         start = time.process_time()
-        compare_runs(ours, theirs, task, metric)
+        compare_means([ours], [theirs], task, metric)
         return time.process_time() - start
 
     assert any(took() < seconds for _ in range(3))  # a busy machine counts what others do, too
@@ -520,9 +521,10 @@ def test_holm_counts_what_is_planned_and_unknown():
 @pytest.mark.parametrize("comparisons", [1, 5, 64, 192, 1000])
 def test_the_smallest_p_of_a_family_can_be_shown(comparisons):
     ours, theirs, _ = pair(21, 100, 2, 1.0, 0.5)
-    found = compare_runs(ours, theirs, tasks.load("glue/cola"), "matthews", comparisons=comparisons)
+    found = compare_means([ours], [theirs], tasks.load("glue/cola"), "matthews", comparisons=comparisons)
     assert found.p == 1 / (1 + count_resamples(comparisons)) <= 1 / 2001
     assert adjust_holm([found.p, *[1.0] * (comparisons - 1)])[0] < 0.05 / 10
-    even = pair(22, 100, 2, 0.8, 0.8)[:2]
-    one, many = (compare_runs(*even, tasks.load("glue/cola"), "matthews", comparisons=n) for n in (1, comparisons))
+    even, other, _ = pair(22, 100, 2, 0.8, 0.8)
+    counts = (1, comparisons)
+    one, many = (compare_means([even], [other], tasks.load("glue/cola"), "matthews", comparisons=n) for n in counts)
     assert one == many and one.p > 0.05  # a large p needs no more resamples

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from omegaconf import OmegaConf
 import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices
+from dual_lora.lab.report.analyses.kinds import KINDS
+from dual_lora.lab.study.experiment import ANALYSES
 
 
 def imported(path: Path) -> set[str]:
@@ -108,6 +111,13 @@ def test_the_name_of_a_choice_is_the_name_of_its_file(group):
 def test_every_task_setting_has_its_module(name):
     task = tasks.load(name)
     assert task.name == name and task.version >= 1 and task.metric
+
+
+def test_every_analysis_that_an_experiment_may_name_has_a_kind():
+    assert tuple(KINDS) == ANALYSES
+    for kind in KINDS.values():
+        module, name = kind.function.split(":")
+        assert callable(getattr(import_module(f"dual_lora.lab.weights.{module}"), name))
 
 
 def test_entry_points_are_short_and_imported_by_nothing():

@@ -8,7 +8,7 @@ from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, get_row
 from omegaconf import OmegaConf
 
 import tasks
@@ -200,7 +200,7 @@ def test_the_published_settings_of_glue_are_those_of_the_paper():
             if key not in block:  # DeBERTa's script counts warm-up in steps: PROTOCOLS.md
                 assert key == "task.warmup_ratio" and float(block["task.warmup_steps"]) > 0
                 continue
-            printed = table.get_row(model=block["model"], printed_in="paper", setting=setting).values[column]
+            printed = get_row(table, model=block["model"], printed_in="paper", setting=setting).values[column]
             assert float(block[key]) == printed.number, (block["model"], column, key)
 
 

@@ -15,8 +15,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import build_adapter_config
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.report.commands import build_words
-from dual_lora.lab.study.launch import prepare_launch_folder
+from dual_lora.lab.report.command_lines import build_words
+from dual_lora.lab.study.launch.command import prepare_launch_folder
 
 WRONG = {
     "seed=${train.lr}": "seed: .*'0.002' .*could not be converted to Integer",

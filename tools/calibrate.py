@@ -1,6 +1,6 @@
 """Simulate studies of equal methods, write docs/calibration.md, and fail where a promise of the statistics is broken.
 
-python -m tools.calibrate [STUDIES]      so many studies of each kind, 4,000 unless given
+python -m tools.calibrate [STUDIES]      STUDIES of each kind, 4,000 unless given
 """
 
 import os

@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[dict]:
         StudyError: any other line does not hold a cell with its result, has no digest, or was changed.
     """
     rows = []
-    for number, line in enumerate(_read_whole_lines(path).splitlines(), 1):
+    for number, line in enumerate(_read_complete_lines(path).splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append({"cell": dict(row["cell"]), "result": dict(row["result"]), **row})
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _read_whole_lines(path: Path) -> bytes:
+def _read_complete_lines(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # of a pipe there may be no end
         raise StudyError(f"{path}: not a file; give another one")
     content = path.read_bytes() if path.exists() else b""
@@ -80,7 +80,7 @@ def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dic
         StudyError: another process writes to the file.
     """
     with hold_file(path):
-        os.truncate(path, len(_read_whole_lines(path)))  # else the next row would continue the line of a crash
+        os.truncate(path, len(_read_complete_lines(path)))  # else the next row would continue the line of a crash
         finished = {serialize_cell(row["cell"]) for row in read_rows(path)}
         for cell in cells:
             if serialize_cell(asdict(cell)) in finished:
@@ -122,10 +122,10 @@ def select_rows(rows: Iterable[dict], cells: Sequence) -> list[dict]:
 
 
 def copy_other_rows(source: Path, target: Path) -> None:
-    """Append the rows of cells that a file lacks, such as those of another size of the study.
+    """Append the rows of cells that are not in a file, such as those of another size of the study.
 
     Raises:
-        StudyError: a line is not JSON.
+        StudyError: as `read_rows`.
     """
     known = {serialize_cell(row["cell"]) for row in read_rows(target)}
     for row in read_rows(source):
@@ -162,6 +162,11 @@ def choose_rate(rows: Iterable[dict], criterion: str) -> tuple[float, bool]:
     return best, means[neighbour] - means[best] > EDGE
 
 
+def select_rate(rows: Iterable[dict], rate: float) -> list[dict]:
+    """Return the rows with a learning rate, by seed."""
+    return sorted((row for row in rows if row["cell"]["rate"] == rate), key=lambda row: row["cell"]["seed"])
+
+
 def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
     """Return mean, low and high: the mean of values, one a seed, and its t-interval, in their unit. With one value,
     low and high are None."""
@@ -175,11 +180,21 @@ def estimate_mean(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def estimate_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float | None]:
+    """Return `estimate_mean` of our values minus theirs, both in the same order of seeds."""
+    return estimate_mean([one - other for one, other in zip(ours, theirs, strict=True)])
+
+
 def format_average(found: dict, digits: int = 3) -> str:
     """Return what `estimate_mean` found as text: the mean ± half the width of the interval."""
     if found["low"] is None:
         return f"{found['mean']:.{digits}f}"
     return f"{found['mean']:.{digits}f} ± {found['high'] - found['mean']:.{digits}f}"
+
+
+def format_rate(line: Mapping) -> str:
+    """Return the rate of a report's line as text. Keys of the line: rate, at_edge, as from `choose_rate`."""
+    return f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}"
 
 
 def describe_rows(rows: Sequence[dict], study: str) -> str:
@@ -201,7 +216,7 @@ def format_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def write_dot_report(
     folder: Path, text: str, values: Mapping[str, Mapping[str, Mapping]], labels: Sequence[str], unit: str, across: int
 ) -> list[Path]:
-    """Write table.md and figure.png, each whole or not at all, and return their paths.
+    """Write table.md and figure.png, each completely or not at all, and return their paths.
 
     text: of table.md. values: of each panel, by the labels of its lines, as in `Panel`. across: panels side by side.
     """
@@ -217,7 +232,7 @@ def create_parser(study: str, sizes: Iterable[str], about: str) -> ArgumentParse
     parser = ArgumentParser(prog=f"python -m dual_lora.analysis.{study}", description=about)
     parser.add_argument("--out", type=Path, required=True, help="file of rows, one JSON line a cell")
     parser.add_argument("--size", choices=list(sizes), default="full")
-    parser.add_argument("--report", type=Path, help="folder of the report (default: report/ beside the rows)")
+    parser.add_argument("--report", type=Path, help="folder of the report (default: report/ next to the rows)")
     return parser
 
 
@@ -226,7 +241,7 @@ def run_study(
 ) -> None:
     """Run what is missing in one thread, with a line of progress for every twentieth cell, then write the report.
 
-    report: its folder; None is report/ beside the rows.
+    report: its folder; None is report/ next to the rows.
     """
     torch.set_num_threads(1)
     missing = len(cells) - len(select_rows(read_rows(path), cells))
@@ -244,7 +259,7 @@ def run_study(
 
 
 def rewrite_report(cells: Sequence, write_report: Callable, path: Path, report: Path) -> list[Path]:
-    """Write the report of a study from its rows alone and return its files.
+    """Write the report of a study from only its rows and return its files.
 
     Raises:
         StudyError: cells have not run.

@@ -3,7 +3,7 @@
     unexplained = ||dW - form(factors)||_F^2 / ||dW||_F^2          0: fitted exactly, 1: nothing fitted
 
     python -m dual_lora.analysis.fit --out runs/fit/rows.jsonl [--updates FILE.safetensors [--targets NAME...]]
-    python -m dual_lora.analysis.fit --out ROWS --rows-only        the report from the rows alone, without FILE
+    python -m dual_lora.analysis.fit --out ROWS --rows-only        the report from only the rows, without FILE
 
 Every method has r (out + in) parameters, the budget of LoRA of rank r, except those called "double":
 
@@ -40,12 +40,15 @@ from .cells import (
     choose_rate,
     create_parser,
     describe_rows,
+    estimate_difference,
     estimate_mean,
     format_average,
+    format_rate,
     format_table,
     group_rows,
     read_rows,
     run_command,
+    select_rate,
     write_dot_report,
 )
 from .targets import draw_update, normalize_update
@@ -135,7 +138,7 @@ SIZES = {
 def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequence[str] | None = None) -> list[Cell]:
     """Return the cells of a study, seed by seed.
 
-    updates: a safetensors file whose matrices are the targets in place of the drawn ones; targets: those to fit alone.
+    updates: a safetensors file whose matrices are the targets in place of the drawn ones; targets: those to fit.
 
     Raises:
         KeyError: an unknown size.
@@ -161,7 +164,7 @@ def read_cells(path: Path) -> list[Cell]:
     """Return the cells that a file of rows holds, in its order.
 
     Raises:
-        StudyError: they are not those of one whole study.
+        StudyError: they are not those of one complete study.
     """
     cells = [Cell(**row["cell"]) for row in read_rows(path)]
     studies = {(cell.n, cell.r, cell.max_steps, cell.digest) for cell in cells}
@@ -170,8 +173,8 @@ def read_cells(path: Path) -> list[Cell]:
     seeds: dict[tuple, set[int]] = {}
     for cell in cells:
         seeds.setdefault((cell.target, cell.method, cell.rate), set()).add(cell.seed)
-    whole = {(t, m) for t in {c.target for c in cells} for m in METHODS} <= {(t, m) for t, m, _ in seeds}
-    if not whole or len(set(map(frozenset, seeds.values()))) > 1:
+    complete = {(t, m) for t in {c.target for c in cells} for m in METHODS} <= {(t, m) for t, m, _ in seeds}
+    if not complete or len(set(map(frozenset, seeds.values()))) > 1:
         raise StudyError(f"{path}: cells are missing; run them first")
     return cells
 
@@ -313,18 +316,14 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     lines = []
     for (target, method), group in group_rows(rows, "target", "method").items():
         rate, at_edge = choose_rate(group, "unexplained")
-        results = [row["result"] for row in _select_by_rate(group, rate)]
+        results = [row["result"] for row in select_rate(group, rate)]
         values = [result["unexplained"] for result in results]
         line = {"target": target, "method": method, "rate": rate, "at_edge": at_edge, "values": values}
         optima = [result["svd"] for result in results if result["svd"] is not None]
         line["svd"] = sum(optima) / len(optima) if optima else None
-        line |= {key: sum(r[key] for r in results) / len(results) for key in ("converged", "steps", "zeros")}
+        line |= {key: sum(r[key] for r in results) / len(results) for key in ("converged", "steps")}
         lines.append(line | estimate_mean(values))
     return [line | {"dual_minus": _subtract_from_dual(line, lines)} for line in lines]
-
-
-def _select_by_rate(group: Sequence[dict], rate: float) -> list[dict]:
-    return sorted((row for row in group if row["cell"]["rate"] == rate), key=lambda row: row["cell"]["seed"])
 
 
 def _subtract_from_dual(line: dict, lines: Sequence[dict]) -> dict | None:
@@ -332,7 +331,7 @@ def _subtract_from_dual(line: dict, lines: Sequence[dict]) -> dict | None:
     if line["method"] == ours:
         return None
     dual = next(other for other in lines if (other["target"], other["method"]) == (line["target"], ours))
-    return estimate_mean([d - v for d, v in zip(dual["values"], line["values"], strict=True)])
+    return estimate_difference(dual["values"], line["values"])
 
 
 def name_targets(targets: Sequence[str]) -> dict[str, str]:
@@ -362,7 +361,7 @@ def format_report(lines: Sequence[dict]) -> str:
     shares = [fill(m, format_average) for m in methods]
     others = [m for m in methods if m not in ("dual_lora", "dual_lora_double")]
     differences = [fill(m, lambda line: format_average(line["dual_minus"])) for m in others]
-    rates = [fill(m, lambda line: f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}") for m in methods]
+    rates = [fill(m, format_rate) for m in methods]
     converged = [fill(m, lambda line: f"{line['converged']:.0%}, {line['steps']:.0f}") for m in methods]
     tables = {
         f"Share of ||dW||² left unexplained: {averaged}": format_table(

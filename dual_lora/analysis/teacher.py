@@ -30,11 +30,14 @@ from .cells import (
     choose_rate,
     create_parser,
     describe_rows,
+    estimate_difference,
     estimate_mean,
     format_average,
+    format_rate,
     format_table,
     group_rows,
     run_command,
+    select_rate,
     write_dot_report,
 )
 from .targets import draw_update
@@ -265,8 +268,7 @@ def summarize_rows(rows: Sequence[dict]) -> list[dict]:
     lines = []
     for (update, student), group in group_rows(rows, "update", "student").items():
         rate, at_edge = choose_rate(group, "validation")
-        chosen = sorted((r for r in group if r["cell"]["rate"] == rate), key=lambda row: row["cell"]["seed"])
-        results = [row["result"] for row in chosen]
+        results = [row["result"] for row in select_rate(group, rate)]
         line = {"update": update, "student": student, "rate": rate, "at_edge": at_edge}
         line |= {"parameters": results[0]["parameters"], "train": sum(r["train"] for r in results) / len(results)}
         for score in ("function", "weights"):
@@ -280,8 +282,7 @@ def _subtract_from_dual(line: dict, lines: Sequence[dict]) -> dict | None:
     if line["student"] == "dual_lora":
         return None
     dual = next(other for other in lines if (other["update"], other["student"]) == (line["update"], "dual_lora"))
-    pairs = zip(dual["function"]["values"], line["function"]["values"], strict=True)
-    return estimate_mean([d - v for d, v in pairs])
+    return estimate_difference(dual["function"]["values"], line["function"]["values"])
 
 
 def format_report(lines: Sequence[dict]) -> str:
@@ -304,9 +305,7 @@ def format_report(lines: Sequence[dict]) -> str:
             build_table(lambda line: format_average(line["dual_minus"]), left_out="dual_lora")
         ),
         "Share of the function left unexplained on the training rows": build_table(lambda line: f"{line['train']:.3f}"),
-        "Learning rate with the least mean validation loss, of as many for each": build_table(
-            lambda line: f"{line['rate']:g}{' (edge)' if line['at_edge'] else ''}"
-        ),
+        "Learning rate with the least mean validation loss, of as many for each": build_table(format_rate),
         "Trained parameters": build_table(lambda line: f"{line['parameters']:,}"),
     }
     return "".join(f"## {title}\n\n{table}\n" for title, table in tables.items())

@@ -2,15 +2,15 @@
 
     list_tables()                                         the names of all tables
     load_table("dora_table1_commonsense")                 one table
-    find_rows(["avg"], model="llama3-8b", method="dora")  rows of any table, to set beside a result of ours
+    find_rows(["avg"], model="llama3-8b", method="dora")  rows of any table, to compare with a result of ours
 
 A file gives what identifies a row (`keys`), its values (`columns`, each with its metric), and `rows` as lists in that
 order; a mapping at a row's end may hold `status` (of the row, or by column), `source`, `note`, `start` and
 `average_note` (where the printed average is not that of the printed cells). Models and methods have this project's
-names where it has one; a Dual LoRA rank is the whole budget r1 + r2. A value keeps the text that was printed; "–" is
+names where it has one; a Dual LoRA rank is the full budget r1 + r2. A value keeps the text that was printed; "–" means
 no value. `average` says which columns an average is over, `ours` what the harness calls a column (TASK:METRIC),
 `started` which columns may start from another task's run: `protocol.start`, or a row's `start`, says from what.
-DEVIATIONS.md beside the files says what the paper leaves open and what is done here.
+DEVIATIONS.md in this folder says what the paper leaves open and what is done here.
 
 It needs PyYAML only: with DUAL_LORA_LAZY=1 importing it loads neither torch nor PEFT.
 """
@@ -69,7 +69,7 @@ class Row:
     start: str | None = None
 
     def has_keys(self, keys: Mapping[str, Key]) -> bool:
-        """Whether the row has these keys with these values."""
+        """Return whether the row has these keys with these values."""
         return all(name in self.keys and is_same_key(self.keys[name], value) for name, value in keys.items())
 
 
@@ -105,22 +105,6 @@ class Table:
         """Return the rows with these keys that have a value in each of `columns`."""
         return [row for row in self.rows if row.has_keys(keys) and set(columns) <= set(row.values)]
 
-    def get_row(self, **keys: Key) -> Row:
-        """Return the one row with these keys.
-
-        Raises:
-            KeyError: there is none, or more than one.
-        """
-        found = self.select_rows(**keys)
-        if len(found) != 1:
-            raise KeyError(f"{self.id}: {len(found)} rows with {keys}; its keys are {', '.join(self.keys)}")
-        return found[0]
-
-    def recompute_average(self, row: Row, column: str) -> Decimal | None:
-        """Return the mean of the printed cells a column averages; None where one of them is missing."""
-        cells = [row.values[name].text.partition("±")[0] for name in self.average[column] if name in row.values]
-        return sum(map(Decimal, cells)) / len(cells) if len(cells) == len(self.average[column]) else None
-
 
 def list_tables() -> list[str]:
     """Return the names of all tables."""
@@ -146,7 +130,7 @@ def find_rows(columns: Iterable[str] = (), **keys: Key) -> list[Row]:
 
 
 def check_fields(path: Path, raw: Any) -> None:
-    """Refuse a file that lacks a field of a table, has an unknown one, or names columns that it does not have.
+    """Refuse a file in which a field of a table is missing or unknown, or that names columns it does not have.
 
     Raises:
         ValueError: with file and field.
@@ -155,7 +139,7 @@ def check_fields(path: Path, raw: Any) -> None:
     for name in REQUIRED:
         require(raw.get(name), path, name, "is missing")
     for name in raw:
-        require(name in REQUIRED + OPTIONAL, path, name, "is no field of a table")
+        require(name in REQUIRED + OPTIONAL, path, name, "is not a field of a table")
     require(raw["id"] == path.stem, path, "id", f"is {raw['id']}, but names are files")
     require(isinstance(raw["source"], list), path, "source", "must be a list")
     for name in PROTOCOL:
@@ -166,7 +150,7 @@ def check_fields(path: Path, raw: Any) -> None:
         **{f"average.{k}": [k, *v] for k, v in raw.get("average", {}).items()},
     }.items():
         for name in names:
-            require(name in raw["columns"], path, field, f"names {name}, which is no column")
+            require(name in raw["columns"], path, field, f"names {name}, which is not a column")
 
 
 def read_table(path: Path) -> Table:
@@ -212,7 +196,7 @@ def read_row(path: Path, table: dict[str, Any], number: int, cells: list[Any]) -
     given = extras.get("status", table["status"])
     statuses = given if isinstance(given, dict) else dict.fromkeys(columns, given)
     for name, status in statuses.items():
-        require(name in columns, path, f"{field}.status", f"names {name}, which is no column")
+        require(name in columns, path, f"{field}.status", f"names {name}, which is not a column")
         check_status(path, f"{field}.status", status)
     values = {
         name: parse_value(text, statuses.get(name, table["status"]))

@@ -13,7 +13,7 @@ from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, get_first_line, require, translate_machine_errors
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Cell, Experiment
-from dual_lora.lab.study.launch import check_launcher, select_launcher_words
+from dual_lora.lab.study.launch.command import check_launcher, select_launcher_words
 from dual_lora.lab.study.outcome import Outcome, find_outcomes
 from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.system.distributed import check_process_count, is_first_process

@@ -19,7 +19,7 @@ from dual_lora.lab.errors import UserError, describe_machine_error, get_first_li
 from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
-from dual_lora.lab.study.launch import check_launcher, launch_runs, select_launcher_words, uses_launcher
+from dual_lora.lab.study.launch.command import check_launcher, launch_runs, select_launcher_words, uses_launcher
 from dual_lora.lab.study.listing import format_plans, format_results
 from dual_lora.lab.study.schedule import run_in_process
 from dual_lora.lab.study.time_left import TimeLeft

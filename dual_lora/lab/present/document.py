@@ -20,13 +20,15 @@ const cell = event.target.closest("[data-command]"); if (cell) navigator.clipboa
 </script>"""
 # A cell of a column of numbers: one, perhaps with a spread or a unit, or a dash, or nothing.
 NUMBER = re.compile(r"([-+<≥]|about )?\d.*|–.*|")
-# The beginning of a tag, a comment or an entity; "< 0.001" is none.
+# The beginning of a tag, a comment or an entity; "< 0.001" is not one.
 HTML_IN_MARKDOWN = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 # Makes a table as wide as the text if it is wider.
 FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-TEX = {"±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$"}
-TEX |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "\\": r"\textbackslash{}"}
-TEX |= {"^": r"\^{}", "~": r"\~{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}}
+TEX = {
+    "±": r"$\pm$", "–": "--", "†": r"\dag{}", "‡": r"\ddag{}", "≥": r"$\geq$",
+    "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "\\": r"\textbackslash{}",
+    "^": r"\^{}", "~": r"\~{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

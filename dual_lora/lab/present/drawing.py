@@ -29,7 +29,7 @@ def use_style(style: Mapping[str, Any] | None = None) -> Iterator[None]:
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write NAME.png and NAME.pdf, each whole or not at all, and return them. Call it where `use_style` holds.
+    """Write NAME.png and NAME.pdf, each completely or not at all, and return them. Call it where `use_style` holds.
 
     Raises:
         OSError: one cannot be written.

@@ -1,6 +1,6 @@
-"""The rank of each part of dW by layer, of one run or several, beside that of random factors and published ones: Figure
-3 of arXiv 2512.03402. A row of panels for each part, a column for each role; numerical ranks as shares of the full
-rank, so that weights of other shapes can stand in the same panel."""
+"""The rank of each part of dW by layer, of one run or several, next to that of random factors and published ones:
+Figure 3 of arXiv 2512.03402. A row of panels for each part, a column for each role; numerical ranks as shares of the
+full rank, so that weights of other shapes can share a panel."""
 
 import re
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dual_lora import paper
+from dual_lora.lab.present.analysis_tables import drop_histograms
 from dual_lora.lab.present.drawing import save_figure, use_style
 
 RANK_TITLES = {"rank": "numerical rank / full rank", "stable_rank": "stable rank"}
@@ -29,6 +30,11 @@ class AnalysedRun:
     method: str
     labels: dict[str, str]
     rows: pd.DataFrame
+
+    @classmethod
+    def from_content(cls, name: str, content: dict) -> "AnalysedRun":
+        """Return the run of an analysis file's content."""
+        return cls(name, content["method"], content["labels"], drop_histograms(content["rows"]))
 
     def select_rows(self, place: WeightPlace) -> pd.DataFrame:
         """Return the rows of a role by layer. place: its name, out and in."""
@@ -76,7 +82,7 @@ def draw_own_ranks(axes: Axes, runs: list[AnalysedRun], part: str, kind: str, pl
 
 
 def draw_published_ranks(axes: Axes, part: str) -> None:
-    """Draw the published points of a part of dW, LoRA's beside those of the whole, and our null of their shape."""
+    """Draw the published points of a part of dW, LoRA's next to those of the full dW, and our null of their shape."""
     name = f"LLaMA2-7B, {FULL_RANK} x {FULL_RANK}"
     columns = paper.load_table(PUBLISHED_TABLE).columns
     others = [series for series in columns if series not in PARTS] if part == "overall" else []

@@ -1,1 +1,1 @@
-"""Reports of experiments, from run records alone."""
+"""Reports of experiments, from only the run records."""

@@ -10,7 +10,7 @@ from dual_lora.lab.report.values import format_value, get_heading, get_place, ge
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
-# Stands behind a rate that is the lowest or highest of its grid.
+# Follows a rate that is the lowest or highest of its grid.
 EDGE = "(edge)"
 
 
@@ -38,8 +38,8 @@ def describe_learning_rates(experiment: Experiment, outcomes: list[Outcome]) -> 
         elif not used and all(outcome.result for outcome in of_label):
             yield f"learning rate, {label}: none, nothing trains"
         else:
-            alone = ", of the head, which alone trains" if all(trains_only_head(c.settings) for c in of_label) else ""
-            yield f"learning rate, {label}: {text}{alone}; given, not tuned here"
+            head = ", of the head, which alone trains" if all(trains_only_head(c.settings) for c in of_label) else ""
+            yield f"learning rate, {label}: {text}{head}; given, not tuned here"
 
 
 def list_labels(experiment: Experiment, outcomes: list[Outcome]) -> list[str]:
@@ -71,7 +71,7 @@ def describe_rate(outcome: Outcome) -> str:
 
 
 def is_at_edge(outcome: Outcome) -> bool:
-    """Whether a rate was chosen that is the lowest or highest of its grid."""
+    """Return whether a rate was chosen that is the lowest or highest of its grid."""
     grid = [trial.train.lr for trial in outcome.cell.tuning]
     return bool(grid) and outcome.rate in (min(grid), max(grid))
 

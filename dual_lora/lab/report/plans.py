@@ -2,7 +2,7 @@
 
 Runs that differ in seed, rate or length take the same step, which is planned once (`reduce_to_cost_settings`). Every
 run, those that choose learning rates included, has a row in runs/STUDY/plan.csv, where STUDY is that of the report, or
-beside it, see `choose_plan_file`.
+in another file there, see `choose_plan_file`.
 """
 
 import gc
@@ -17,7 +17,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, get_first_line
-from dual_lora.lab.present.units import GB
+from dual_lora.lab.record.summary import GB
 from dual_lora.lab.report.write import choose_path
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.listing import format_rows
@@ -72,8 +72,8 @@ def find_plan_owner(file: Path) -> tuple[str, str] | None:
 
 
 def read_planned_places(experiment: Experiment, plan: Path | io.StringIO) -> set[tuple[str, ...]]:
-    """Return where the runs of a plan stand: what heads their row and column, and the seed. Another rate or machine is
-    the same place."""
+    """Return the places of a plan's runs: what heads their row and column, and the seed. Another rate or machine is the
+    same place."""
     return read_columns(plan, ["model", "task", "label", "purpose", "seed", *list_plan_heads(experiment)])
 
 
@@ -88,7 +88,7 @@ def read_columns(plan: Path | io.StringIO, columns: list[str]) -> set[tuple[str,
 
 
 def list_plan_heads(experiment: Experiment) -> list[str]:
-    """Return the settings that head the rows and columns of an experiment's table, beside model and task."""
+    """Return the settings that head the rows and columns of an experiment's table, except model and task."""
     return [key for key in experiment.list_heads() if key not in ("model.name", "task.name")]
 
 
@@ -103,7 +103,7 @@ def list_jobs(cells: list[Cell]) -> list[tuple[str, str, Settings]]:
 def plan_row(
     experiment: Experiment, label: str, purpose: str, settings: Settings, known: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the row of one run: where it stands, and steps, hours, device-hours, memory, or why it is refused."""
+    """Return the row of one run: its place, and steps, hours, device-hours, memory, or why it is refused."""
     place = {"experiment": experiment.name, "scale": experiment.scale}
     place |= {"model": settings.model.name, "task": settings.task.name, "label": label, "purpose": purpose}
     # As text: numbers of a column would be written otherwise once one of them is missing.

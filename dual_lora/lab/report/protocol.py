@@ -9,6 +9,7 @@ import pandas as pd
 from dual_lora.lab.config.compatibility import START_SETTINGS, explain_unread_field, explain_unused
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
+from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.provenance import get_machine, is_committed, list_attempts
 from dual_lora.lab.report.learning_rates import list_labels
 from dual_lora.lab.report.values import format_value, get_rate
@@ -16,33 +17,24 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, is_current
 
 LISTED_GROUPS = ("model", "method", "train", "task", "eval", "hardware")
-# What does not change a number, stands elsewhere in the report, or is PEFT's name of what `method` says. `task` holds
-# the defaults of `train`.
-NOT_LISTED = {
+# What does not change a number, is elsewhere in the report, or is PEFT's name of what `method` says. `task` holds the
+# defaults of `train`.
+NOT_LISTED = {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys} | {
     "model.name",
     "model.hub",
     "model.revision",
-    "model.path",
     "model.bundled",
     "model.generates",
     "model.roles",
-    "model.architecture",
     "method.peft.peft_type",
     "method.peft.r",
     "method.peft.lora_alpha",
     "method.peft.lora_dropout",
     "method.peft.magnitude_ratio",
     "method.name",
-    "method.lr",
     "task.name",
     "task.epochs",
     "task.batch_size",
-    "task.train_rows",
-    "train.save_steps",
-    "train.save_minutes",
-    "train.log_steps",
-    "train.log_zeros",
-    "eval.before",
     "hardware.name",
     "hardware.accelerator",
 }
@@ -108,7 +100,7 @@ def format_listed_value(value: object) -> str:
 
 
 def has_effect(settings: Settings, name: str, given: Collection[str]) -> bool:
-    """Whether a setting changes anything in a run. given: the names of all that are set."""
+    """Return whether a setting changes anything in a run. given: the names of all that are set."""
     group, _, own = name.partition(".")
     if name == "train.epochs":
         return settings.train.max_steps is None
@@ -135,7 +127,7 @@ def summarize_values(values: list[object]) -> str:
 def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[str]:
     """Yield what a reader needs to judge and repeat the runs, and what is missing, from the records."""
     finished = [outcome for outcome in outcomes if outcome.result]
-    places = [outcome.record.read_environment() for outcome in finished]
+    environments = [outcome.record.read_environment() for outcome in finished]
     seeds = sorted({outcome.settings.seed for outcome in outcomes})
     yield f"runs: {len(finished)} of {len(outcomes)} finished; seeds {', '.join(map(str, seeds))}"
     hours = sum(outcome.result["train_seconds"] for outcome in finished) / 3600
@@ -155,7 +147,7 @@ def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
     else:
         yield "tuning: none; one given rate for each row"
     asked = sum(outcome.settings.deterministic for outcome in finished)
-    kinds = {get_machine(attempt) for place in places for attempt in list_attempts(place)}
+    kinds = {get_machine(attempt) for environment in environments for attempt in list_attempts(environment)}
     said = [
         f"determinism: deterministic=true in {asked} of {len(finished)} runs",
         "The seed sets data order, initial adapter and dropout",
@@ -168,7 +160,7 @@ def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
     if len(kinds) > 1:
         said.append(f"Runs are of {len(kinds)} kinds of machine, which round differently")
     yield ". ".join(said)
-    clean = sum(map(is_committed, places))
+    clean = sum(map(is_committed, environments))
     yield f"code: {clean} of {len(finished)} runs are of committed code; records hold commands and package versions"
     current = sum(is_current(outcome.result, outcome.settings) for outcome in finished)
     yield f"task version: {current} of {len(finished)} runs used the current task versions"

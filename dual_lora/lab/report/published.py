@@ -1,7 +1,7 @@
-"""Published rows beside ours: of the same model, method and rank, and of the same value of the columns' setting.
+"""Published rows next to ours: of the same model, method and rank, and of the same value of the columns' setting.
 
-A published row stands once in every part of a table: below the first row of ours it belongs to, or below the one with
-its learning rate where that is known. Keys that distinguish it from other rows of its table follow its name.
+Each published row appears once per part: below the first of our rows it matches, or the one with its learning rate.
+Keys that distinguish it from other rows of its table follow its name.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ Cells = dict[object, str]  # printed values by the heads of our columns
 
 @dataclass
 class Line:
-    """A line of published values: rows of one table, which differ in the columns' setting alone, and their cells."""
+    """A line of published values: rows of one table, which differ only in the columns' setting, and their cells."""
 
     table: Table
     rows: list[Row]
@@ -43,26 +43,29 @@ def find_published_lines(
     experiment: Experiment, outcomes: list[Outcome], ours: dict[RowPlace, list[Outcome]]
 ) -> dict[RowPlace, dict[str, Cells]]:
     """Return the published lines below each row of ours, by what names them."""
-    found, lines = list_columns(experiment, outcomes), {}
+    columns, lines = list_columns(experiment, outcomes), {}
     for table in map(paper.load_table, experiment.published):
         for row in table.rows if {"model", "method"} <= set(table.keys) else ():
-            for place, cells in find_places(experiment, row, ours, found):
+            for place, cells in find_places(experiment, row, ours, columns):
                 add_line(experiment, lines.setdefault(place, []), Line(table, [row], cells))
     return {place: dict(name_lines(some, ours[place])) for place, some in lines.items()}
 
 
-def find_places(experiment: Experiment, row: Row, ours: dict[RowPlace, list[Outcome]], found: list[Column]) -> Iterator:
-    """Yield where a published row stands, once for each part of our table, with its cells."""
+def find_places(
+    experiment: Experiment, row: Row, ours: dict[RowPlace, list[Outcome]], columns: list[Column]
+) -> Iterator[tuple[RowPlace, Cells]]:
+    """Yield the row of ours that a published row appears below, once for each part of our table, with its cells."""
     fitting: dict[tuple, list[tuple[RowPlace, Cells]]] = {}
     for place, runs in ours.items():
-        if cells := quote_row(experiment, row, [run for run in runs if is_comparable(experiment, row, run)], found):
+        if cells := quote_row(experiment, row, [run for run in runs if is_comparable(experiment, row, run)], columns):
             fitting.setdefault(place[0], []).append((place, cells))
     for some in fitting.values():
         yield next((one for one in some if has_same_rate(row, ours[one[0]])), some[0])
 
 
 def is_comparable(experiment: Experiment, row: Row, run: Outcome) -> bool:
-    """Whether a row is of a run's model, method and, where it has one, rank, and its value of the columns' setting."""
+    """Return whether a row is of a run's model, method and, where it has one, rank, and of its value of the columns'
+    setting."""
     settings = run.settings
     own = {"model": settings.model.name, "method": settings.method.name, "rank": settings.method.rank}
     alike = all(row.keys.get(key) is None or paper.is_same_key(row.keys[key], value) for key, value in own.items())
@@ -71,21 +74,21 @@ def is_comparable(experiment: Experiment, row: Row, run: Outcome) -> bool:
 
 
 def has_setting_columns(experiment: Experiment) -> bool:
-    """Whether the columns are the values of a setting."""
+    """Return whether the columns are the values of a setting."""
     return isinstance(experiment.columns, str) and experiment.columns != "published"
 
 
 def has_same_rate(row: Row, runs: list[Outcome]) -> bool:
-    """Whether one of our runs has a published row's learning rate, or none is known."""
+    """Return whether one of our runs has a published row's learning rate, or none is known."""
     known = row.values.get("lr")
     return known is None or any(isclose(known.number, run.settings.train.lr) for run in runs)
 
 
-def quote_row(experiment: Experiment, row: Row, runs: list[Outcome], found: list[Column]) -> Cells:
+def quote_row(experiment: Experiment, row: Row, runs: list[Outcome], columns: list[Column]) -> Cells:
     """Return the published values of a row by the heads of our columns. A value whose status is not that of its table
     has it behind it."""
     table, cells = paper.load_table(row.table), {}
-    for column in found:
+    for column in columns:
         called = {get_published_name(experiment, column, run) for run in runs} - {None}
         for head, value in row.values.items():
             if table.ours.get(head) in called:
@@ -141,7 +144,7 @@ def describe_other_start(line: Line, runs: list[Outcome]) -> list[str]:
 
 
 def iterate_published_blocks(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Block]:
-    """Yield the published tables an experiment is set beside, whatever our models are."""
+    """Yield the published tables that an experiment names, whatever our models are."""
     if experiment.published:
         yield Text("Set beside", heading=True)
     for table in map(paper.load_table, experiment.published):

@@ -15,7 +15,7 @@ from dual_lora.lab.present.document import MISSING, Table
 from dual_lora.lab.record.provenance import get_machine, list_attempts
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
-from dual_lora.lab.report.commands import build_command, build_sweep_command
+from dual_lora.lab.report.command_lines import build_command, build_sweep_command
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import group_by_inputs, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
@@ -46,7 +46,7 @@ MAX_NAMED_RUNS = 5
 
 
 def find_unreadable(experiment: Experiment, outcomes: list[Outcome]) -> list[str]:
-    """Return what the report needs and finished runs lack, and which records of the study are damaged."""
+    """Return what the report needs and is missing in finished runs, and which records of the study are damaged."""
     found = [
         error for study in {outcome.settings.study for outcome in outcomes} for error in find_damaged_records(study)
     ]
@@ -86,13 +86,13 @@ def build_main_table(
 ) -> Table:
     """Return the experiment's table: a row for each label, best values bold, published rows of the same model, method
     and rank below ours."""
-    found, lines, best, aside, commands = list_columns(experiment, outcomes), [], [], [], []
+    columns, lines, best, aside, commands = list_columns(experiment, outcomes), [], [], [], []
     groups = list(values.groupby(experiment.rows, sort=False)) if experiment.rows else [((), values)]
     parts = {(name, label): part for name, group in groups for label, part in group.groupby("label", sort=False)}
     runs = {place: list_outcomes(part, outcomes) for place, part in parts.items()}
     tops, quotes = (
         {
-            name: find_best(group, found, experiment, list_outcomes(group, outcomes) or outcomes)
+            name: find_best(group, columns, experiment, list_outcomes(group, outcomes) or outcomes)
             for name, group in groups
         },
         find_published_lines(experiment, outcomes, runs),
@@ -102,20 +102,20 @@ def build_main_table(
         cells = {
             format_value(c.head): format_cell(
                 part[part["column"] == c.head],
-                choose_format(experiment, c, found, runs[name, label] or outcomes),
+                choose_format(experiment, c, columns, runs[name, label] or outcomes),
                 reasons,
                 experiment.median,
             )
-            for c in found
+            for c in columns
         }
-        lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], found)})
+        lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], columns)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
         commands.append(
-            {format_value(c.head): find_command(part[part["column"] == c.head], outcomes, experiment) for c in found}
+            {format_value(c.head): find_command(part[part["column"] == c.head], outcomes, experiment) for c in columns}
         )
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
-            cells = {format_value(c.head): cells[c.head] for c in found if c.head in cells}
+            cells = {format_value(c.head): cells[c.head] for c in columns if c.head in cells}
             lines.append({**heads, "method": f"{label} [{table}]", **cells})
             best.append({})
             commands.append({})
@@ -126,7 +126,7 @@ def build_main_table(
 
 
 def find_command(part: pd.DataFrame, outcomes: list[Outcome], experiment: Experiment) -> str:
-    """Return the command that makes the runs of a cell; that of the whole table for a mean over several."""
+    """Return the command that makes the runs of a cell; that of the complete table for a mean over several."""
     runs = [outcome.settings for outcome in list_outcomes(part, outcomes)]
     if runs:
         return build_command(runs)
@@ -146,7 +146,7 @@ def tabulate_adapters(outcomes: list[Outcome]) -> Table:
             "adapter": f"{kind}: {outcome.result['adapter']}" if "adapter" in outcome.result else kind,
             "trained": f"{outcome.result['trainable_parameters']:,}",
             "of them the adapter's": MISSING if own is None else f"{own:,}",
-            "learning rates": ", ".join(rates) or MISSING,  # older records lack both
+            "learning rates": ", ".join(rates) or MISSING,  # missing in older records
             DROPOUT: describe_dropouts(outcome.result),
         }
         lines[tuple(line.values())] = line
@@ -193,11 +193,11 @@ def describe_metrics(outcomes: list[Outcome]) -> str:
     return f"({listed}){', %' if units == {100} else ''}"
 
 
-def choose_format(experiment: Experiment, column: Column, found: list[Column], outcomes: list[Outcome]) -> str:
-    """Return how the values that runs have in a column are printed. found: all columns."""
+def choose_format(experiment: Experiment, column: Column, columns: list[Column], outcomes: list[Outcome]) -> str:
+    """Return how the values that runs have in a column are printed."""
     if column.field in FIELDS:
         return FIELDS[column.field][1]
-    units = {get_unit(task, metric) for task, metric in list_scores(experiment, column, found, outcomes)}
+    units = {get_unit(task, metric) for task, metric in list_scores(experiment, column, columns, outcomes)}
     return SCORE_FORMATS[max(units, default=100)]
 
 
@@ -218,19 +218,22 @@ def format_cell(part: pd.DataFrame, style: str, reasons: dict[str, str], with_me
 
 
 def find_best(
-    group: pd.DataFrame, found: list[Column], experiment: Experiment, outcomes: list[Outcome]
+    group: pd.DataFrame, columns: list[Column], experiment: Experiment, outcomes: list[Outcome]
 ) -> set[tuple[str, str]]:
-    """Return the (label, heading) of the best mean of every column of scores, or of the whole table where its columns
-    are values of a setting other than the task; none where nothing stands beside it. outcomes: those of the group."""
+    """Return the cells with the best mean: per column, or over the table if its columns are values of a setting.
+
+    Each is (label, heading). The task does not count as such a setting. A mean that nothing can be compared with is not
+    the best. outcomes: those of the group.
+    """
     apart = experiment.columns == "task.name"
     means = group.groupby(["label", "column"], sort=False)["value"].mean().dropna()
-    named = [column for column in found if column.field not in FIELDS]
+    named = [column for column in columns if column.field not in FIELDS]
     single = apart or isinstance(experiment.columns, dict)
     families = [[c] for c in named if single or c.task or c.parts] or [named]
     top = set()
     for family in families:
         part = means[means.index.get_level_values("column").isin([c.head for c in family])]
-        scores = [score for column in family for score in list_scores(experiment, column, found, outcomes)]
+        scores = [score for column in family for score in list_scores(experiment, column, columns, outcomes)]
         lower = {task.is_lower_better(metric) for task, metric in scores}
         # A mean of scores of which some should be low and others high is not better for being higher or lower.
         if len(part) > 1 and len(lower) == 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
@@ -240,9 +243,9 @@ def find_best(
     return top
 
 
-def describe_cost(runs: list[Outcome], found: list[Column]) -> dict[str, str]:
+def describe_cost(runs: list[Outcome], columns: list[Column]) -> dict[str, str]:
     """Return trained parameters and seconds a step of a row's runs, unless these are the table's columns."""
-    if any(column.field in FIELDS for column in found):
+    if any(column.field in FIELDS for column in columns):
         return {}
     results = [outcome.result for outcome in runs if outcome.result]
     trained = sorted({result["trainable_parameters"] for result in results})
@@ -291,7 +294,7 @@ def iterate_notes(
 
 
 def iterate_direction_notes(learned: list[Outcome]) -> Iterator[str]:
-    """Yield that means over tasks rank nothing, where lower is better on some of the tasks alone."""
+    """Yield a note if lower is better on only some tasks: their means rank nothing."""
     lower = {task.name: task.is_lower_better() for task in map(load_task_of, learned)}
     if len(set(lower.values())) > 1:
         named = ", ".join(name for name, is_lower in lower.items() if is_lower)
@@ -311,7 +314,7 @@ def iterate_start_notes(experiment: Experiment, outcomes: list[Outcome]) -> Iter
 
 
 def describe_missing_rows(outcome: Outcome) -> str | None:
-    """Return that a run had fewer training rows than its protocol, where its data do not say so already."""
+    """Return a note if a run had fewer training rows than its protocol, unless its data say so already."""
     settings, train = outcome.settings, (outcome.result or {}).get("data", {}).get("train")
     official = settings.task.train_rows
     if not train or not official or settings.train.max_examples or NOT_OFFICIAL in train["origin"]:
@@ -342,10 +345,10 @@ def iterate_checkpoint_notes(outcomes: list[Outcome]) -> Iterator[str]:
 def iterate_last_scores(finished: list[Outcome]) -> Iterator[str]:
     """Yield the mean main scores after the last step by row, a line for each model and task."""
     models = {outcome.settings.model.name for outcome in finished}
-    places: dict[ModelTask, list[Outcome]] = {}
+    groups: dict[ModelTask, list[Outcome]] = {}
     for outcome in finished:
-        places.setdefault(get_model_task(outcome), []).append(outcome)
-    for (model, name), group in places.items():
+        groups.setdefault(get_model_task(outcome), []).append(outcome)
+    for (model, name), group in groups.items():
         task, last = load_task_of(group[0]), {}
         for outcome in group:
             if not isnan(score := get_score(task, outcome.result, of="metrics_last_epoch")):
@@ -370,14 +373,14 @@ def iterate_clipped_notes(outcomes: list[Outcome]) -> Iterator[str]:
 
 def iterate_origin_notes(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield machines and code of the runs, runs with other files of a model, and other records of the same settings."""
-    places = [outcome.record.read_environment() for outcome in outcomes if outcome.result]
-    known = [place for place in places if place]
+    environments = [outcome.record.read_environment() for outcome in outcomes if outcome.result]
+    known = [environment for environment in environments if environment]
     if known:
-        attempts = [attempt for place in known for attempt in list_attempts(place)]
+        attempts = [attempt for environment in known for attempt in list_attempts(environment)]
         machines = {f"{get_machine(a)}, {a['threads']} thread{'s' * (a['threads'] != 1)}" for a in attempts}
         yield f"machines: {'; '.join(sorted(machines))}"
-    if places:
-        commits = {c or "unknown" for p in places for c in (p.get("commit"), *p.get("earlier_commits", []))}
+    if environments:
+        commits = {c or "unknown" for e in environments for c in (e.get("commit"), *e.get("earlier_commits", []))}
         yield f"code: {', '.join(sorted(commit[:10] for commit in commits))}"
     for name, what, groups in group_by_inputs(outcomes):
         listed = "; ".join(", ".join(g[:MAX_NAMED_RUNS]) + " and more" * (len(g) > MAX_NAMED_RUNS) for g in groups)

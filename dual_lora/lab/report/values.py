@@ -18,7 +18,7 @@ from dual_lora.paper import Table
 from tasks import Task
 
 MEAN = "mean"
-# What can be asked of a run's result beside its scores: the value, NaN where it was not measured; how it is printed.
+# What a run's result holds in addition to its scores: the value, NaN where it was not measured; how it is printed.
 FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "seconds_per_step": (lambda result: result["train_seconds"] / (result["steps"] or 1), "{:.3f}"),
     "tokens_per_second": (lambda result: result["tokens_per_second"], "{:,.0f}"),
@@ -38,7 +38,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: its heading and what of a run's result stands in it, or None where that is the main score
+    """A column of the table: its heading and what of a run's result is in it, or None where that is the main score
     of the runs whose setting has this value. `parts` are the headings whose mean it is; `ours` is what tables of
     dual_lora/paper call it, where they have it."""
 
@@ -91,26 +91,26 @@ def get_heading(key: str) -> str:
 
 
 def get_column_value(outcome: Outcome, key: str) -> Any:
-    """Return the value of the columns' setting that a run stands under, in words where it has none: LoRA has
-    no magnitude ratio."""
+    """Return the value of the columns' setting that a run has, in words where it has none: LoRA has no magnitude
+    ratio."""
     value = get_setting(outcome.settings, key)
     return f"no {get_heading(key).replace('_', ' ')}" if value is None else value
 
 
 def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
     """Return the columns of a published table that the tasks asked for have, and its averages as far as they go."""
-    found = []
+    columns = []
     for head, ours in table.ours.items():
         task, _, metric = ours.partition(":")
         if task in asked:
-            found.append(Column(head, metric, task, ours=ours))
-    heads = {column.head for column in found}
+            columns.append(Column(head, metric, task, ours=ours))
+    heads = {column.head for column in columns}
     for head, parts in table.average.items():
         if head not in heads and len(heads) > 1:
-            whole = heads == set(parts)
-            called = {"head": head, "ours": table.ours.get(head)} if whole else {"head": f"mean of {len(heads)}"}
-            found.append(Column(parts=tuple(heads), **called))
-    return found
+            complete = heads == set(parts)
+            called = {"head": head, "ours": table.ours.get(head)} if complete else {"head": f"mean of {len(heads)}"}
+            columns.append(Column(parts=tuple(heads), **called))
+    return columns
 
 
 def build_frame(
@@ -121,9 +121,9 @@ def build_frame(
 
     unlearned: models and tasks that means leave out.
     """
-    found = list_columns(experiment, outcomes)
+    columns = list_columns(experiment, outcomes)
     values = pd.DataFrame(
-        [e | {"outcome": i} for i, outcome in enumerate(outcomes) for e in iterate_values(experiment, outcome, found)]
+        [e | {"outcome": i} for i, outcome in enumerate(outcomes) for e in iterate_values(experiment, outcome, columns)]
     )
     left_out = {
         i
@@ -133,7 +133,7 @@ def build_frame(
     learned = values[~values["outcome"].isin(left_out)]
     if experiment.mean in experiment.rows:
         return pd.concat([values, average_values(experiment, learned, experiment.mean)], ignore_index=True)
-    for column in found:
+    for column in columns:
         if column.parts:
             parts = learned[learned["column"].isin(column.parts)]
             extra = average_values(experiment, parts, "column").assign(column=column.head)
@@ -141,12 +141,12 @@ def build_frame(
     return values
 
 
-def iterate_values(experiment: Experiment, outcome: Outcome, found: list[Column]) -> Iterator[dict[str, Any]]:
+def iterate_values(experiment: Experiment, outcome: Outcome, columns: list[Column]) -> Iterator[dict[str, Any]]:
     """Yield the values one run gives."""
     heads = {key: get_row_value(outcome, key) for key in experiment.rows}
     common = {"label": outcome.label, "seed": outcome.settings.seed, "marks": get_marks(outcome)}
     common |= {"run": outcome.record.name if outcome.record else None, "lr": get_rate(outcome)}
-    for column in found:
+    for column in columns:
         if not belongs_to_column(experiment, outcome, column):
             continue
         value, reason = None, outcome.reason
@@ -167,14 +167,14 @@ def get_rate(outcome: Outcome) -> float | None:
 
 
 def get_row_value(outcome: Outcome, key: str) -> Any:
-    """Return the value of a row's setting that a run stands beside; in words where it has none, because a row without
-    a value would be left out of the table."""
+    """Return the value of a row's setting that a run has; in words where it has none, because a row without a value
+    would be left out of the table."""
     value = get_setting(outcome.settings, key)
     return "none" if value is None else value
 
 
 def belongs_to_column(experiment: Experiment, outcome: Outcome, column: Column) -> bool:
-    """Whether a run has a value in a column."""
+    """Return whether a run has a value in a column."""
     if column.field is None and not column.parts:
         return get_column_value(outcome, experiment.columns) == column.head
     return not column.parts and column.task in (None, outcome.settings.task.name)
@@ -186,10 +186,10 @@ def list_outcomes(part: pd.DataFrame, outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def list_scores(
-    experiment: Experiment, column: Column, found: list[Column], outcomes: list[Outcome]
+    experiment: Experiment, column: Column, columns: list[Column], outcomes: list[Outcome]
 ) -> list[tuple[Task, str]]:
-    """Return the tasks and scores that runs have in a column, or in its parts if it is a mean. found: all columns."""
-    parts = [part for part in found if part.head in (column.parts or [column.head])]
+    """Return the tasks and scores that runs have in a column, or in its parts if it is a mean."""
+    parts = [part for part in columns if part.head in (column.parts or [column.head])]
     pairs = [(outcome, part) for outcome in outcomes for part in parts if belongs_to_column(experiment, outcome, part)]
     return [((task := load_task_of(outcome)), part.field or task.metric) for outcome, part in pairs]
 
@@ -228,11 +228,11 @@ def format_value(value: object) -> str:
     """Return a setting's value as it heads a row or column: a number with all digits it was given with, so that
     different ones read differently; one that was computed, such as 2/3, with six."""
     if isinstance(value, float):
-        short, whole = (f"{value:.{digits}g}" for digits in DIGITS)
-        return whole if float(short) != value == float(whole) else short
+        short, full = (f"{value:.{digits}g}" for digits in DIGITS)
+        return full if float(short) != value == float(full) else short
     return "none" if value is None else str(value)
 
 
 def get_place(experiment: Experiment, outcome: Outcome) -> dict[str, object]:
-    """Return the settings that say where a run stands, beside its row's label and its task."""
+    """Return the settings that, in addition to label and task, say where in the table a run is."""
     return {key: get_setting(outcome.settings, key) for key in experiment.list_heads() if key != "task.name"}

@@ -1,6 +1,6 @@
-"""The report of an experiment, from run records alone. The same records give the same bytes.
+"""The report of an experiment, from only the run records. The same records give the same bytes.
 
-runs/STUDY/report/ (or beside it, see `choose_folder`)
+runs/STUDY/report/ (or next to it, see `choose_folder`)
     table.md         verdicts, the table, further differences, published figures
     table.tex        its tables for LaTeX, with booktabs
     table.csv        every value of every run, with the command that makes it
@@ -28,7 +28,7 @@ from dual_lora.lab.record.mirror import open_mirror
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import find_upload_commands
 from dual_lora.lab.report.analyses.kinds import iterate_analysis_blocks
-from dual_lora.lab.report.commands import build_command
+from dual_lora.lab.report.command_lines import build_command
 from dual_lora.lab.report.comparison.blocks import (
     iterate_exploratory_blocks,
     iterate_floor_blocks,
@@ -138,14 +138,14 @@ def find_owner(folder: Path) -> tuple[str, str] | None:
 
 
 def list_places(experiment: Experiment, cells: list[Cell]) -> set[tuple[str, ...]]:
-    """Return where in a table the values of cells stand, as text: what heads their row, label, column and seed."""
+    """Return the places of cells in a table, as text: what heads their row, label, column and seed."""
     unknown = [Outcome(cell, None, None, None) for cell in cells]
     return read_places(experiment, build_frame(experiment, unknown).to_csv(index=False))
 
 
 def list_shown_places(experiment: Experiment, folder: Path) -> set[tuple[str, ...]]:
-    """Return where in a written report values of finished runs stand, as `list_places`; nowhere if it cannot be read,
-    or has other headings."""
+    """Return the places of finished runs in a written report, as `list_places`; none if it cannot be read, or has other
+    headings."""
     try:
         return read_places(experiment, (folder / VALUES_FILE).read_text(encoding="utf-8"), finished=True)
     except (OSError, ValueError, KeyError):
@@ -153,7 +153,7 @@ def list_shown_places(experiment: Experiment, folder: Path) -> set[tuple[str, ..
 
 
 def read_places(experiment: Experiment, text: str, finished: bool = False) -> set[tuple[str, ...]]:
-    """Return the places of the runs in the text of a report's table.csv. finished: of those alone that have values.
+    """Return the places of the runs in the text of a report's table.csv. finished: of only those that have values.
 
     Raises:
         ValueError, KeyError: it is another file.

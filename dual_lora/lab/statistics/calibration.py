@@ -3,7 +3,7 @@
 The simulation. Example i is answered wrongly with probability h_i, drawn from a beta distribution with a mean of 9 %. A
 run's seed moves its accuracy by a normal number g of standard deviation `spread`: the run answers i wrongly with
 probability h_i (1 + g / 9 %). With `own` each method has difficulties of its own, so that two methods that are equal on
-all examples differ on the ones at hand: what a test over seeds alone cannot see. With `gap` the first method answers
+all examples differ on the ones at hand: what a test over only seeds cannot see. With `gap` the first method answers
 that share more of the examples rightly.
 
 What is promised of two methods:
@@ -25,8 +25,8 @@ from scipy.stats import t, ttest_1samp
 from dual_lora.lab.statistics.compare import Difference
 from dual_lora.lab.statistics.resampling import (
     bootstrap_difference,
+    compute_permutation_p,
     group_equal_examples,
-    test_by_permutation,
 )
 from dual_lora.lab.statistics.seeds import (
     LEVEL,
@@ -48,7 +48,7 @@ ERROR_RATE = 0.09
 SHAPE = 0.6  # of the beta distribution: most examples are easy, few are hard
 MARGIN = 0.01
 RESAMPLES = 400
-SLOW = 4
+OWN_DIFFICULTY_DIVISOR = 4  # of the studies with difficulties of their own: most need tests on predictions
 BLOCK = 100  # studies drawn at once, which bounds memory
 MAX_DIFFERENT, MAX_TOO_FAR, COVERAGE, TOLERANCE = 0.06, 0.06, (0.93, 0.97), 0.03
 SEEDS, SPREADS, EXAMPLES = (2, 3, 5, 8), (0.0, 0.005, 0.01, 0.02, 0.04), (277, 872)
@@ -140,7 +140,7 @@ def judge_study(right_MSN: np.ndarray, by_seed: np.ndarray, rng: np.random.Gener
     """Return the verdict on one study as a report would."""
     average, values = float(by_seed.mean()), tuple(by_seed.tolist())
     strata = [group_equal_examples(right_MSN[..., None].astype(float))]
-    p, low, high = test_by_permutation(strata, mean, average, RESAMPLES, rng), average, average
+    p, low, high = compute_permutation_p(strata, mean, average, RESAMPLES, rng), average, average
     if p < LEVEL:  # else the interval decides nothing
         low, high = np.percentile(bootstrap_difference(strata, mean, RESAMPLES, rng), (2.5, 97.5))
     found = Difference(average, low, high, p, "", right_MSN.shape[2], len(values), values)
@@ -148,10 +148,12 @@ def judge_study(right_MSN: np.ndarray, by_seed: np.ndarray, rng: np.random.Gener
 
 
 def calibrate_verdicts(studies: int, seed: int = 0, scenarios: list[Scenario] | None = None) -> pd.DataFrame:
-    """Return a row for every scenario, over so many studies each (a quarter of them with `own`, where most studies need
-    tests on predictions)."""
+    """Return a row for every scenario. studies: of each; with `own`, a quarter of them."""
     rng = np.random.default_rng(seed)
-    counts = [(scenario, studies // SLOW if scenario.own else studies) for scenario in scenarios or list_scenarios()]
+    counts = [
+        (scenario, studies // OWN_DIFFICULTY_DIVISOR if scenario.own else studies)
+        for scenario in scenarios or list_scenarios()
+    ]
     return pd.DataFrame([simulate_studies(scenario, count, rng) for scenario, count in counts])
 
 

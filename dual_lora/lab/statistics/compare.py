@@ -8,11 +8,11 @@ hypothesis each example's two outputs could be swapped (all seeds of it together
 exactly: McNemar's test. R draws give no p below 1 / (R + 1), so a p of at most 0.05 after 2000 draws is estimated again
 from as many as its correction needs.
 
-Limits of both. p holds for the runs at hand: where the seed alone moves accuracy by a point, p is below 0.05 for 16 to
+Limits of both. p holds for the runs at hand: where the seed itself moves accuracy by a point, p is below 0.05 for 16 to
 20 % of equal methods on 872 examples, whatever the number of seeds. The interval over S seeds contains (S - 1) / S of
 the seeds' variance: none with one seed, half of it with two. It counts interactions of seeds and examples about three
 times (Owen 2007, "The pigeonhole bootstrap"), so with several seeds it tends to be too wide. Therefore no verdict rests
-on them alone: `verdict` also tests the seeds.
+only on them: `verdict` also tests the seeds.
 
 Every metric here is a function of examples with weights, `measure(columns_NC, weights_RN) -> values_R`: a resample is
 how often each example occurs, a swap is a weight that moves from one method's output to the other's. Examples with
@@ -29,21 +29,20 @@ all pairs of one of ours and one of theirs, and a swap of an example's outputs i
 A task declares which of its scores are resampled, and how (tasks/measures.py).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
-from dual_lora.lab.statistics.pairing import Runs, UnscorableRows, pair_rows
+from dual_lora.lab.statistics.pairing import RowsBySeed, pair_rows, translate_score_errors
 from dual_lora.lab.statistics.resampling import (
     Stratum,
     bootstrap_difference,
     build_strata,
+    compute_mcnemar_p,
+    compute_permutation_p,
     subtract_measures,
-    test_by_mcnemar,
-    test_by_permutation,
 )
 from dual_lora.lab.statistics.seeds import LEVEL
 from tasks import Task, measures
@@ -75,16 +74,9 @@ class Difference:
     by_seed: tuple[float, ...] = ()
 
 
-def compare_runs(
-    ours: Runs, theirs: Runs, task: Task, metric: str, resamples: int = RESAMPLES, seed: int = 0, comparisons: int = 1
-) -> Difference:
-    """Return the difference of two methods, as `compare_means` does of several."""
-    return compare_means([ours], [theirs], task, metric, resamples, seed, comparisons)
-
-
 def compare_means(
-    ours: Sequence[Runs],
-    theirs: Sequence[Runs],
+    ours: Sequence[RowsBySeed],
+    theirs: Sequence[RowsBySeed],
     task: Task,
     metric: str,
     resamples: int = RESAMPLES,
@@ -112,25 +104,25 @@ def compare_means(
     examples, seeds = int(sum(s.sizes.sum() for s in strata)), len(by_seed)
     known = {"examples": examples, "seeds": seeds, "by_seed": tuple(by_seed.tolist())}
     if seeds == pairs == 1 and is_share(strata, score.measure):
-        return Difference(mean, float(low), float(high), test_by_mcnemar(strata[0]), "McNemar", **known)
-    p = test_by_permutation(strata, score.measure, mean, resamples, rng)
+        return Difference(mean, float(low), float(high), compute_mcnemar_p(strata[0]), "McNemar", **known)
+    p = compute_permutation_p(strata, score.measure, mean, resamples, rng)
     if p <= LEVEL and count_resamples(comparisons) > resamples:
-        p = test_by_permutation(strata, score.measure, mean, count_resamples(comparisons), rng)
+        p = compute_permutation_p(strata, score.measure, mean, count_resamples(comparisons), rng)
     return Difference(mean, float(low), float(high), p, "paired permutation", **known)
 
 
 def is_share(strata: list[Stratum], measure: measures.Measure) -> bool:
-    """Whether a score is a share of right answers on one set, which McNemar's test takes."""
+    """Return whether a score is a share of right answers on one set, which McNemar's test takes."""
     return len(strata) == 1 and measure is measures.mean and set(np.unique(strata[0].outputs)) <= {0, 1}
 
 
 def estimate_difference(
-    ours: Runs, theirs: Runs, task: Task, metric: str, resamples: int = 500, seed: int = 0
+    ours: RowsBySeed, theirs: RowsBySeed, task: Task, metric: str, resamples: int = 500, seed: int = 0
 ) -> tuple[float, float] | None:
     """Return the difference in `metric` and its standard error over examples and seeds; None where not resampled.
 
     Raises:
-        ValueError: as `compare_runs`.
+        ValueError: as `compare_means`.
     """
     runs = pair_rows([ours], [theirs])
     score = find_score(task, metric, runs[0][0][0])
@@ -143,12 +135,12 @@ def estimate_difference(
 
 
 def count_resamples(comparisons: int) -> int:
-    """Return how many resamples let the smallest p of so many comparisons stay a twentieth of 0.05 after correction."""
+    """Return how many resamples let the smallest p of N comparisons stay a twentieth of 0.05 after correction."""
     return max(RESAMPLES, ceil(20 * comparisons / LEVEL))
 
 
 def is_resampled(task: Task, metric: str, example: Row) -> bool:
-    """Whether a metric is one that is resampled; `example` is any row of the predictions.
+    """Return whether a metric is one that is resampled; `example` is any row of the predictions.
 
     Raises:
         UnscorableRows: as `find_score`.
@@ -162,23 +154,8 @@ def find_score(task: Task, metric: str, example: Row) -> Score | None:
     Raises:
         UnscorableRows: the task does not say it of such rows.
     """
-    with translate_score_errors(task):
+    with translate_score_errors(f"{task.name} cannot score these predictions"):
         return task.declare_scores(example).get(metric)
-
-
-@contextmanager
-def translate_score_errors(task: Task) -> Iterator[None]:
-    """Turn what a task's code raises over rows that lack what it reads into one line: another version of the task may
-    have written them.
-
-    Raises:
-        UnscorableRows: with the task and the error.
-    """
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        why = f"cannot score these predictions ({error!r}), which another version of it may have written"
-        raise UnscorableRows(f"{task.name} {why}; do the runs again") from error
 
 
 def subtract_scores(runs: list[list[list[Row]]], pairs: int, task: Task, metric: str) -> Difference:
@@ -196,12 +173,12 @@ def compute_score(rows: list[Row], task: Task, metric: str) -> float:
 
     Raises:
         ValueError: the task has no such score, or cannot compute it here.
-        UnscorableRows: they lack what the task reads.
+        UnscorableRows: what the task reads is missing in them.
     """
     results: dict[str, list[Row]] = {}
     for row in rows:
         results.setdefault(row["split"], []).append(row)
-    with translate_score_errors(task):
+    with translate_score_errors(f"{task.name} cannot score these predictions"):
         scores = task.score(results)
     if metric not in scores:
         raise ValueError(f"{task.name} gives no {metric} here, only {', '.join(scores)}")

@@ -13,7 +13,7 @@ PERMUTATIONS = 9999  # as many at most; of up to seven points every one is taken
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Spearman's rho of so many points, its 95 % interval and the two-sided p of no correlation. Both take the points
+    """Spearman's rho of N points, its 95 % interval and the two-sided p of no correlation. Both take the points
     for independent. A rho of 1 or -1 has no interval: that of few points would seem to be certain."""
 
     rho: float

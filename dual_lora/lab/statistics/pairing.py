@@ -1,18 +1,33 @@
 """Predictions of two sides, each of one method or several, on the same seeds and examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 
 from tasks.base import Row
 
-Runs = Mapping[int, Sequence[Row]]  # the judged rows of each seed
+RowsBySeed = Mapping[int, Sequence[Row]]  # judged rows: those of one run for each seed
 
 
 class UnscorableRows(ValueError):
-    """Judged rows that lack what a score is made of."""
+    """Judged rows without what a score is made of."""
 
 
-def pair_rows(ours: Sequence[Runs], theirs: Sequence[Runs]) -> list[list[list[Row]]]:
+@contextmanager
+def translate_score_errors(problem: str) -> Iterator[None]:
+    """Turn what a task's code raises over rows without what it reads into one line.
+
+    Raises:
+        UnscorableRows: with the problem and the error.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        why = f"{problem} ({error!r}), which another version of the task may have written"
+        raise UnscorableRows(f"{why}; do the runs again") from error
+
+
+def pair_rows(ours: Sequence[RowsBySeed], theirs: Sequence[RowsBySeed]) -> list[list[list[Row]]]:
     """Return the rows of pairs of runs, [side][pair][example], in one order of examples: seed by seed, for the seeds
     that all have, every one of ours with every one of theirs.
 

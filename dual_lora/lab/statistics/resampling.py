@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from statsmodels.stats.contingency_tables import mcnemar
 
-from dual_lora.lab.statistics.pairing import UnscorableRows
+from dual_lora.lab.statistics.pairing import UnscorableRows, translate_score_errors
 from tasks.base import Row
 from tasks.measures import TINY, Measure, Score, mean
 
@@ -30,21 +30,20 @@ def build_strata(runs: list[list[list[Row]]], score: Score, metric: str, pairs: 
 
     Raises:
         ValueError: no example belongs to the metric.
-        UnscorableRows: one lacks what the metric is made of.
+        UnscorableRows: what the metric is made of is missing in one.
     """
-    places: dict[str, list[int]] = {}
-    try:
-        for place, row in enumerate(runs[0][0]):
-            if (name := score.stratum(row)) is not None:
-                places.setdefault(name, []).append(place)
-        outputs = np.array([[[score.columns(row) for row in rows] for rows in method] for method in runs], dtype=float)
-    except KeyError as lack:
-        raise UnscorableRows(f"{metric}: the predictions of a run have no {lack}") from lack
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise UnscorableRows(f"{metric}: the predictions of a run do not say it ({error!r})") from error
-    if not places:
+    positions: dict[str, list[int]] = {}
+    with translate_score_errors(f"{metric}: cannot be read from the predictions of a run"):
+        try:
+            for position, row in enumerate(runs[0][0]):
+                if (name := score.stratum(row)) is not None:
+                    positions.setdefault(name, []).append(position)
+            outputs = np.array([[[score.columns(row) for row in rows] for rows in side] for side in runs], dtype=float)
+        except KeyError as missing:
+            raise UnscorableRows(f"{metric}: the predictions of a run have no {missing}") from missing
+    if not positions:
         raise ValueError(f"{metric}: no prediction belongs to it")
-    return [group_equal_examples(outputs[:, :, chosen], pairs) for chosen in places.values()]
+    return [group_equal_examples(outputs[:, :, chosen], pairs) for chosen in positions.values()]
 
 
 def group_equal_examples(outputs_MPNC: np.ndarray, pairs: int = 1) -> Stratum:
@@ -75,7 +74,7 @@ def bootstrap_difference(
     return np.concatenate(found)
 
 
-def test_by_permutation(
+def compute_permutation_p(
     strata: list[Stratum], measure: Measure, difference: float, resamples: int, rng: np.random.Generator
 ) -> float:
     """Return the p of a difference among those that swapping the sides' outputs gives."""
@@ -115,7 +114,7 @@ def iterate_blocks(resamples: int) -> Iterator[int]:
     yield from (min(BLOCK, resamples - start) for start in range(0, resamples, BLOCK))
 
 
-def test_by_mcnemar(stratum: Stratum) -> float:
+def compute_mcnemar_p(stratum: Stratum) -> float:
     """Return the p of McNemar's exact test on right and wrong answers of one run each."""
     ours, theirs = stratum.outputs[:, 0, :, 0]
     table = [[stratum.sizes[(ours == a) & (theirs == b)].sum() for b in (1, 0)] for a in (1, 0)]

@@ -100,9 +100,9 @@ def find_common_value(values_S: np.ndarray) -> float | None:
 def compute_detectable_difference(
     deviation: float | None, seeds: int, comparisons: int = 1, least: float = 0.0
 ) -> float | None:
-    """Return the smallest true difference that so many seeds find in four of five studies; None with one seed.
+    """Return the smallest true difference that this number of seeds finds in four of five studies; None with one seed.
 
-    Found is what a two-sided t-test over the seeds finds, at the strictest step of Holm's correction for so many
+    Found is what a two-sided t-test over the seeds finds, at the strictest step of Holm's correction for these
     comparisons, and what is larger than `least`. One comparison needs 11.5 standard deviations of two seeds, 1.7 of
     five, 1.2 of eight.
 

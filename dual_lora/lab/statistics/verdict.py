@@ -3,7 +3,7 @@
     better, worse     at least five seeds, p below 0.05, and an interval over examples and seeds that excludes zero. p
                       is the larger of two: the test on the predictions (would other examples say so?) and the t-test
                       on the seeds' differences (would other seeds?). In the planned family Holm's method corrects it.
-                      A mean over tasks has the t-test and its interval alone
+                      A mean over tasks has only the t-test and its interval
     equivalent        at least five seeds, and both one-sided t-tests reject a difference as large as the margin;
                       corrected likewise
     undecided         neither. The smallest difference that the design could have found says how much that means

@@ -12,6 +12,7 @@ from dual_lora.lab.errors import (
     EXIT_STOPPED,
     EXIT_USER,
     RunHeldElsewhere,
+    Stopped,
     UserError,
     get_first_line,
     translate_machine_errors,
@@ -21,7 +22,12 @@ from dual_lora.lab.record.summary import format_finished
 from dual_lora.lab.system.distributed import has_several_processes, wait_for_first_process_error
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
-EXIT_CODES = {"UserError": EXIT_USER, RunHeldElsewhere.__name__: EXIT_ELSEWHERE, "Stopped": EXIT_STOPPED}
+# By the name of the error, as failure.json holds it.
+EXIT_CODES = {
+    UserError.__name__: EXIT_USER,
+    RunHeldElsewhere.__name__: EXIT_ELSEWHERE,
+    Stopped.__name__: EXIT_STOPPED,
+}
 # Why runs of this process did not finish, by folder. Needed because on a full disk failure.json cannot be written.
 failures: dict[Path, dict[str, str]] = {}
 KILLED = {"error": "Killed", "message": "ended without a result; the same command tries again"}
@@ -50,7 +56,7 @@ def execute_run(run: Run) -> dict[str, str] | None:
         error = caught
     wait_for_first_process_error()
     if isinstance(error, RunHeldElsewhere):
-        print(f"done elsewhere: {run.record.format_path()}: {error}", file=sys.stderr)
+        print(describe_failure(run, describe_error(error)), file=sys.stderr)
     elif not isinstance(error, UserError):
         print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
     failures[run.record.folder] = describe_error(error)
@@ -92,8 +98,8 @@ def describe_failure(run: Run, failure: dict[str, str]) -> str:
     """Return the line for a run that did not finish."""
     error, message, path = failure["error"], get_first_line(failure["message"]), run.record.format_path()
     if error == RunHeldElsewhere.__name__:
-        return f"done elsewhere: {path}"
-    if error == "Stopped":
+        return f"skipped: {path}: {message}"
+    if error == Stopped.__name__:
         return f"stopped: {path}: by {message}; the same command resumes it"
     return f"failed: {path}: {message if error == UserError.__name__ else f'{error}: {message}'}"
 

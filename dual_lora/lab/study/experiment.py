@@ -9,11 +9,11 @@ A file gives these fields for all scales. Below the name of a scale it may give 
 
     title     heading of the report
     run       overrides that every run shares; those of the scale come after
-    seeds     the seeds every cell is run with that names none itself
-    blocks    lists of overrides, each crossed with all cells (a task with its published settings, say)
+    seeds     seeds of every cell that names none
+    blocks    lists of overrides, each crossed with all cells (such as a task with its published settings)
     cells     a row's label: its overrides, or several lists of them. A value such as 0.5x is this multiple of what run
               or block gives the same setting
-    rows      settings whose values head rows beside the label
+    rows      settings whose values head rows, in addition to the label
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
     mean      one of `rows`, over whose values a mean is added
@@ -22,24 +22,26 @@ A file gives these fields for all scales. Below the name of a scale it may give 
               p is corrected for their number. All other comparisons are exploratory
     contrasts planned differences within a row, {plus: [...], minus: [...]}: the mean over the columns of `plus` minus
               that over those of `minus`, for every row that has all of them. They belong to the planned family
-    margin    what difference counts as none, in points: {task: 1.0, mean: 0.5}, for one task and for a mean over tasks
-    floors    labels of rows that learn next to nothing, which every other row should beat: an untrained adapter, say
+    margin    the largest difference that counts as equivalent, in points: {task: 1.0, mean: 0.5}, for a task and for a
+              mean over tasks
+    floors    labels of rows that learn next to nothing, such as an untrained adapter, which every other row
+              should beat
     starts    tasks whose runs start from the row's own best run of another task, by its main score over all seeds:
               {glue/rte: glue/mnli}. Its adapter is taken, its head is not; that run is done first
-    median    true: the median of three and more runs stands beside their mean
-    published tables of dual_lora/paper to show beside ours; the first gives the columns if `columns` is `published`
+    median    true: the median of three and more runs follows their mean
+    published tables of dual_lora/paper to show with ours; the first gives the columns if `columns` is `published`
     tune      how each row's learning rate is chosen: see `Tune`
     limit     what a reader must not conclude from the table, printed above it
     analyse   what is measured of each finished run's weights and is part of the report: `ranks` of the updates,
               `entries` (the same, and layer by layer), `truncation` (scores with each update cut to rank 1, 2, 4, ...),
               `curvature` (of the loss, at the start), `similarity` (to the updates of the row `reference`) or `fit`
               (how well each method's form fits the updates). `truncation`, `similarity` and `fit` average over seeds:
-              beside the label only models and tasks may head rows and columns then
+              in addition to the label, only models and tasks may head rows and columns then
     reference label of the row whose updates `analyse: similarity` compares all others with
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
 conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
-before; within one list a key stands once.
+before; within one list a key appears once.
 """
 
 import re
@@ -63,7 +65,7 @@ SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "entries", "truncation", "curvature", "similarity", "fit")
 MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 AVERAGED = ("truncation", "similarity", "fit")  # analyses whose tables have a line for each label, model and task
-LISTS = ("seeds", "rows", "baselines", "planned", "floors", "published")  # fields whose values stand once
+LISTS = ("seeds", "rows", "baselines", "planned", "floors", "published")  # fields whose values appear once
 CONTRAST_SIDES = ("plus", "minus")
 MARGINS = ("task", "mean")
 MARGIN_FORM = "positive points for task or mean are needed"
@@ -154,7 +156,7 @@ class Experiment:
         """Return the experiment that the content of a file describes.
 
         Raises:
-            UserError: the file lacks the scale or a field, a field has the wrong form, or a list sets a key twice.
+            UserError: the scale or a field is missing, a field has the wrong form, or a list sets a key twice.
         """
         where = f"conf/experiment/{name}.yaml"
         scale, study = choose_scale(name, content, scale)
@@ -166,8 +168,8 @@ class Experiment:
             check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
         run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
         values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
-        lacking = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
-        require(not lacking, f"{where}: {', '.join(lacking)}: missing")
+        missing = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
+        require(not missing, f"{where}: {', '.join(missing)}: missing")
         if values.get("tune"):
             check_fields(Tune, values["tune"], f"{where}: tune")
             require("grid" in values["tune"], f"{where}: tune.grid: missing")
@@ -200,9 +202,12 @@ class Experiment:
             f"{where}: analyse: {self.analyse} would average over values of {', '.join(apart)} as over seeds; give "
             "each value a cell with a label of its own, and head rows and columns by model.name and task.name",
         )
-        wanted = self.analyse == "similarity"
-        known = self.reference in self.cells if wanted else not self.reference
-        require(known, f"{where}: reference: {self.reference}: the label of a cell, with analyse: similarity alone")
+        compares = self.analyse == "similarity"
+        has_right_reference = self.reference in self.cells if compares else not self.reference
+        require(
+            has_right_reference,
+            f"{where}: reference: {self.reference}: the label of a cell, only with analyse: similarity",
+        )
         for kind, points in self.margin.items():
             require(kind in MARGINS and points > 0, f"{where}: margin.{kind}: {points}: {MARGIN_FORM}")
         for table in self.published:
@@ -218,7 +223,7 @@ class Experiment:
         changes nothing in them.
 
         Raises:
-            UserError: one of them is wrong, or different runs would stand in one place of the table.
+            UserError: one of them is wrong, or different runs would have one place in the table.
         """
         return self.compose_jobs(self.list_jobs(extra), extra)
 
@@ -330,7 +335,7 @@ class Experiment:
             key, value = split_override(word)
             if multiple := MULTIPLE.fullmatch(value):
                 where = f"conf/experiment/{self.name}.yaml: {word}"
-                require(key in numbers, f"{where}: a multiple of what? run and block give it no number")
+                require(key in numbers, f"{where}: {value} needs a number for {key} in run or blocks; give one")
                 value = f"{float(multiple[1]) * numbers[key]:g}"
             if NUMBER.fullmatch(value):
                 numbers[key] = float(value)
@@ -346,9 +351,9 @@ class Experiment:
         rows = {label: {word for other, word in places if other == label} for label, _ in places}
         for contrast in self.contrasts:
             columns = [str(value) for side in CONTRAST_SIDES for value in contrast[side]]
-            known = any(set(columns) <= words for words in rows.values())
+            has_row = any(set(columns) <= words for words in rows.values())
             where = f"conf/experiment/{self.name}.yaml: contrasts"
-            require(known, f"{where}: no row has all of the columns {', '.join(columns)}; give them as cells do")
+            require(has_row, f"{where}: no row has all of the columns {', '.join(columns)}; give them as cells do")
 
     def check_task_seeds(self, known: set[str | None]) -> None:
         """Refuse seeds of trials for a task that no cell has. known: the tasks that cells have.
@@ -374,7 +379,7 @@ class Experiment:
         return self.study if study == self.find_run_study() else study
 
     def list_heads(self) -> list[str]:
-        """Return the settings that say where in the table a run stands, beside its label and its task."""
+        """Return the settings that, in addition to label and task, say where in the table a run is."""
         named = isinstance(self.columns, str) and self.columns != "published"
         return [*self.rows, *([self.columns] if named else [])]
 
@@ -426,13 +431,13 @@ class Experiment:
         scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=held, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})
         marked = replace(settings.wandb, job_type="tune")
-        alone = replace(settings, eval=scored, task=task, wandb=marked)
-        unit = alone.train.lr if self.tune.relative else 1
+        trial = replace(settings, eval=scored, task=task, wandb=marked)
+        unit = trial.train.lr if self.tune.relative else 1
         rates = [round_rate(float(rate) * unit) for rate in self.tune.grid[label]]
         seeds = self.tune.task_seeds.get(task.name, self.tune.seeds)
-        steps = self.tune.max_steps or alone.train.max_steps
-        trained = [replace(alone.train, lr=rate, max_steps=steps) for rate in rates]
-        return tuple(replace(alone, seed=seed, train=train) for train in trained for seed in seeds)
+        steps = self.tune.max_steps or trial.train.max_steps
+        trained = [replace(trial.train, lr=rate, max_steps=steps) for rate in rates]
+        return tuple(replace(trial, seed=seed, train=train) for train in trained for seed in seeds)
 
 
 def load_experiment_file(name: str) -> Any:
@@ -466,7 +471,7 @@ def choose_scale(name: str, content: Any, scale: str | None) -> tuple[str, str]:
 
 
 def list_alternatives(override_lists: list) -> list[list[str]]:
-    """Return a cell's lists of overrides; it may give one alone."""
+    """Return a cell's lists of overrides; it may give a single one."""
     return override_lists if isinstance(override_lists[0], list) else [override_lists]
 
 
@@ -477,7 +482,7 @@ def split_override(word: str) -> tuple[str, str]:
 
 
 def check_distinct(values: list, where: str) -> None:
-    """Refuse a list in which a value stands twice.
+    """Refuse a list that has a value twice.
 
     Raises:
         UserError: with `where` and the value.
@@ -493,8 +498,8 @@ def check_tune(tune: Tune, where: str) -> None:
         UserError: with `where` and the field.
     """
     sizes = {label: len(rates) for label, rates in tune.grid.items()}
-    equal = len(set(sizes.values())) == 1 and all(sizes.values())
-    require(equal, f"{where}.grid: every label needs as many rates, one at least, not {sizes}")
+    have_equal_sizes = len(set(sizes.values())) == 1 and all(sizes.values())
+    require(have_equal_sizes, f"{where}.grid: every label needs as many rates, one at least, not {sizes}")
     require(tune.describe_rows() != "", f"{where}: give holdout or options, rates need rows to be chosen on")
     for label, rates in tune.grid.items():
         check_distinct([round_rate(rate) for rate in rates], f"{where}.grid: {label}")
@@ -509,20 +514,24 @@ def round_rate(rate: float) -> float:
 
 
 def check_contrast(contrast: dict[str, list], columns: str | dict[str, str], where: str) -> None:
-    """Refuse a contrast that lacks a side or has a column on both, or columns that no setting heads.
+    """Refuse a contrast without one of the sides or with a column on both, or columns that no setting heads.
 
     Raises:
         UserError: with `where`, the contrast and the form that is needed.
     """
     sides = [contrast.get(side) for side in CONTRAST_SIDES]
-    whole = set(contrast) == set(CONTRAST_SIDES) and all(sides)
-    require(whole, f"{where}: contrasts: {contrast}: {{plus: [...], minus: [...]}} with values of columns is needed")
+    has_both_sides = set(contrast) == set(CONTRAST_SIDES) and all(sides)
+    form = "{plus: [...], minus: [...]} with values of columns is needed"
+    require(has_both_sides, f"{where}: contrasts: {contrast}: {form}")
     for name, values in zip(CONTRAST_SIDES, sides, strict=True):
         check_distinct(values, f"{where}: contrasts: {name}")
     both = [value for value in sides[0] if value in sides[1]]
     require(not both, f"{where}: contrasts: {both[:1]}: on both sides; give it on one")
-    headed = isinstance(columns, str) and columns not in ("published", "task.name")
-    require(headed, f"{where}: contrasts: need columns with the values of one setting, as method.magnitude_ratio has")
+    has_setting_columns = isinstance(columns, str) and columns not in ("published", "task.name")
+    require(
+        has_setting_columns,
+        f"{where}: contrasts: need columns with the values of one setting, as method.magnitude_ratio has",
+    )
 
 
 def is_required(field: Field) -> bool:
@@ -531,7 +540,7 @@ def is_required(field: Field) -> bool:
 
 
 def check_fields(cls: type, values: object, where: str) -> None:
-    """Refuse what is no mapping, fields that a class does not have, and values of other types than its fields'.
+    """Refuse what is not a mapping, fields that a class does not have, and values of other types than its fields'.
 
     Raises:
         UserError: with `where` and the field.
@@ -540,8 +549,9 @@ def check_fields(cls: type, values: object, where: str) -> None:
     known = {f.name: f.type for f in fields(cls) if f.name not in DERIVED_FIELDS}
     for key, value in values.items():
         require(key in known, f"{where}: {key}: no such field.{suggest_name(str(key), known)}")
-        fine = has_type(value, dict if known[key] == Tune | None and value else known[key])
-        require(fine, f"{where}: {key}: {str(value)[:80]!r} has the wrong form; {__name__} shows the right one")
+        kind = dict if known[key] == Tune | None and value else known[key]
+        wrong = f"{where}: {key}: {str(value)[:80]!r} has the wrong form; {__name__} shows the right one"
+        require(has_type(value, kind), wrong)
 
 
 def drop_replaced_overrides(overrides: list[str]) -> list[str]:

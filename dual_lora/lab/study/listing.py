@@ -5,17 +5,16 @@ from typing import Any
 from tabulate import tabulate
 
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.present.units import GB
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import format_score, name_score
+from dual_lora.lab.record.summary import GB, format_score, name_score
 
 DASH = "-"  # on the screen, where there is no value
 
 
 def format_results(runs: list[Run]) -> str:
     """Return the table of a command's runs: the main score of each task (in percent, but as it is where the task says
-    so), before and after training, trained weights and seconds of training. A dash stands where there is no result.
-    Runs that differ in their seed alone are followed by their mean and standard deviation."""
+    so), before and after training, trained weights and seconds of training. A dash means that there is no result.
+    Runs that differ only in their seed are followed by their mean and standard deviation."""
     results = [run.record.read_result() or {} for run in runs]
     metrics = list(dict.fromkeys(result["metric"] for result in results if result))
     unscaled = {name for run in runs for name in load_task(run.settings).unscaled}
@@ -35,7 +34,7 @@ def format_results(runs: list[Run]) -> str:
 def summarize_seeds(
     runs: list[Run], results: list[dict[str, Any]], metrics: list[str], unscaled: set[str]
 ) -> list[list[str]]:
-    """Return a row of `format_results` for each group of finished runs that differ in their seed alone: mean ± SD."""
+    """Return a row of `format_results` for each group of finished runs that differ only in their seed: mean ± SD."""
     import numpy as np  # here, since a command of one run need not wait for it
 
     groups: dict[str, list[dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""What is known of each cell of an experiment, from the records alone."""
+"""What is known of each cell of an experiment, from only the records."""
 
 import os
 from collections.abc import Iterator
@@ -69,8 +69,13 @@ class Outcome:
 
 
 def load_task_of(cell: Cell | Outcome) -> Task:
-    """Return the task of a cell's run as its settings have it."""
-    return tasks.load(cell.settings.task.name, cell.settings.task.options)
+    """Return the task of a cell's run."""
+    return load_task_by_name(cell.settings)
+
+
+def load_task_by_name(settings: Settings) -> Task:
+    """Return the task of a run. Without data_dir: a report is made where the user's files may be gone."""
+    return tasks.load(settings.task.name, settings.task.options)
 
 
 def find_records(study: str) -> dict[str, list[Record]]:
@@ -135,8 +140,8 @@ def rank_record(record: Record, settings: Settings) -> tuple[bool, bool, bool, s
 
 
 def is_current(result: dict, settings: Settings) -> bool:
-    """Whether a run was done with the present version of its task."""
-    return result.get("task_version") == tasks.load(settings.task.name, settings.task.options).version
+    """Return whether a run was done with the present version of its task."""
+    return result.get("task_version") == load_task_by_name(settings).version
 
 
 def resolve_start(cell: Cell, records: dict[str, list[Record]]) -> Cell | None:
@@ -164,7 +169,7 @@ def choose_learning_rate(cell: Cell, records: dict[str, list[Record]]) -> Cell |
     if not cell.tuning:
         return cell
     sign = 1 if load_task_of(cell).is_lower_better() else -1
-    # (loss to minimise, rate): of equal losses `min` takes the lower rate; a rate that diverged never wins
+    # (loss to minimize, rate): of equal losses `min` takes the lower rate; a rate that diverged never wins
     losses = [(inf if score == -inf else sign * score, rate) for rate, score in average_trials(cell, records)]
     if any(isnan(loss) for loss, _ in losses) or min(losses)[0] == inf:
         return None
@@ -192,7 +197,7 @@ def get_trial_score(trial: Settings, records: dict[str, list[Record]]) -> float:
 def get_main_score(settings: Settings, result: dict) -> float:
     """Return the main score of a result by its task as it is now; NaN where it was not measured: a plugin that has
     changed since may have had another one."""
-    return result["metrics"].get(tasks.load(settings.task.name, settings.task.options).metric, nan)
+    return result["metrics"].get(load_task_by_name(settings).metric, nan)
 
 
 def find_record(settings: Settings, records: dict[str, list[Record]]) -> Record | None:
@@ -255,7 +260,7 @@ def explain_missing_rate(cell: Cell, records: dict[str, list[Record]]) -> str:
 def explain_missing_score(settings: Settings, record: Record | None) -> str | None:
     """Return why a run that was begun has no main score; None if it may still get one."""
     if record and (result := record.read_result()) and isnan(get_main_score(settings, result)):
-        metric = tasks.load(settings.task.name, settings.task.options).metric
+        metric = load_task_by_name(settings).metric
         return f"{record.name}: {metric} not measured"
     return explain_failure(record)
 

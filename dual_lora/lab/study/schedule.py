@@ -15,7 +15,7 @@ from dual_lora.lab.study.execute import (
     report_failures,
 )
 from dual_lora.lab.study.experiment import Cell
-from dual_lora.lab.study.launch import launch_runs, uses_launcher
+from dual_lora.lab.study.launch.command import launch_runs, uses_launcher
 from dual_lora.lab.study.outcome import choose_learning_rate, find_records, resolve_start
 from dual_lora.lab.study.time_left import TimeLeft
 from dual_lora.lab.system.distributed import is_first_process, join_processes, share_from_first

@@ -1,9 +1,9 @@
 """`eval.py run=... analyse=true`: ranks and entries of the changes a finished run made to its base weights. Needs no
 data.
 
-Every number is reported beside that of random factors of the same shape (its null, *_null), because a high rank alone
-says nothing about training. These files are written into the run's folder: analysis.json (everything), analysis.csv
-(without histograms), and as PNG and PDF ranks, stable_ranks and, for Dual LoRA, histograms.
+Every number is reported next to that of random factors of the same shape (its null, *_null), because a high rank by
+itself says nothing about training. These files are written into the run's folder: analysis.json (everything),
+analysis.csv (without histograms), and as PNG and PDF ranks, stable_ranks and, for Dual LoRA, histograms.
 """
 
 import torch
@@ -12,8 +12,8 @@ from tabulate import tabulate
 from dual_lora import analysis
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
+from dual_lora.lab.present.analysis_tables import RANK_KINDS, UPDATE_ENTRIES, drop_histograms, format_with_null
 from dual_lora.lab.present.histogram_figure import draw_histograms
-from dual_lora.lab.present.medians import RANK_KINDS, UPDATE_ENTRIES, drop_histograms, format_with_null
 from dual_lora.lab.present.rank_figure import RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.record.record import ANALYSIS_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
@@ -47,8 +47,8 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
     check_changed(mine, settings, record)
     theirs = {update.module: update for update in load_updates(*other)} if other else {}
     if other:
-        common = any(update.module in theirs for update in mine)
-        require(common, f"against={other[1].format_path()}: changed none of the weights that this run changed")
+        shares_weights = any(update.module in theirs for update in mine)
+        require(shares_weights, f"against={other[1].format_path()}: changed none of the weights that this run changed")
     initial_factors, initial_match = rebuild_initial_factors(settings, mine)
     rows = [describe_update(u, theirs.get(u.module), initial_factors.get(u.module), settings, device) for u in mine]
     content = {
@@ -80,7 +80,7 @@ def analyse_run(settings: Settings, record: Record, other: tuple[Settings, Recor
 def draw_analysis(content: dict, record: Record) -> None:
     """Draw the figures of an analysis."""
     name = f"{content['model']}, {content['method']}"
-    run = AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
+    run = AnalysedRun.from_content(name, content)
     for kind in RANK_TITLES:
         draw_ranks([run], record.folder, kind)
     draw_histograms(content, record.folder)
@@ -96,7 +96,7 @@ def describe_update(
     (`Update.size_is_meaningful`).
     """
     W0 = update.get_weight().to(device)
-    theirs = None if other is None else other.get_whole_change()[update.block].to(device)
+    theirs = None if other is None else other.get_full_change()[update.block].to(device)
     trained = update.measure_parts(device) | measure_update(update.get_change().to(device), W0, theirs)
     drawn, null = update.draw_null(device)
     null |= measure_update(drawn.to(device), W0 if update.size_is_meaningful else None, theirs)

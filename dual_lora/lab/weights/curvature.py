@@ -60,7 +60,7 @@ def measure_curvature(settings: Settings, record: Record) -> None:
 
 
 def select_parameters(model: torch.nn.Module, settings: Settings) -> tuple[list[torch.nn.Parameter], list[float]]:
-    """Return what trains beside the heads, and the multiple of `train.lr` at which each does."""
+    """Return what trains in addition to the heads, and the multiple of `train.lr` at which each does."""
     found = [
         (parameter, rate / settings.train.lr)
         for name, parameter in model.named_parameters()

@@ -1,6 +1,6 @@
 """`eval.py run=... save_updates=FILE`: dW of every weight that a finished run changed, as one safetensors file.
 
-A weight stands under the name of its module; a bias, and any other parameter of a module, under its own. A task's head
+A weight has the name of its module; a bias, and any other parameter of a module, its own. A task's head
 has no W0 and is left out. The matrices can be the targets of `python -m dual_lora.analysis.fit --updates FILE`.
 """
 

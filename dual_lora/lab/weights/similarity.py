@@ -1,7 +1,7 @@
 """How similar a finished run's updates are to those of other runs of the same model, such as full tuning.
 
-Beside cosine and sign agreement stands how far each update changes size and direction of a weight's rows, whose
-correlation over layers DoRA (arXiv 2402.09353, section 3.2) tells methods apart by.
+In addition to cosine and sign agreement, it is measured how far each update changes size and direction of a weight's
+rows. By their correlation over layers DoRA (arXiv 2402.09353, section 3.2) tells methods apart.
 """
 
 from torch import Tensor
@@ -32,10 +32,12 @@ def measure_similarity(
     digests = {other[1].name: other[1].read_digest() for other in references.values() if other}
     mine = load_updates(settings, record)
     check_changed(mine, settings, record)
-    others = {name: other and load_changes(*other) for name, other in references.items()}
+    others = {
+        name: other and {update.module: update for update in load_updates(*other)} for name, other in references.items()
+    }
     for name, changes in others.items():
-        common = changes is None or any(update.module in changes for update in mine)
-        require(common, f"{where}: {name}: that run changed none of the weights that this one changed")
+        shares_weights = changes is None or any(update.module in changes for update in mine)
+        require(shares_weights, f"{where}: {name}: that run changed none of the weights that this one changed")
     content = {
         "run": record.name,
         "references": {name: other and other[1].name for name, other in references.items()},
@@ -43,15 +45,6 @@ def measure_similarity(
         "rows": [describe_similarity(update, others, settings) for update in mine],
     }
     record.write_sealed(SIMILARITY_FILE, content)
-
-
-def load_changes(settings: Settings, record: Record) -> dict[str, Update]:
-    """Return the updates of a run by module.
-
-    Raises:
-        UserError: the run cannot be loaded, or its dW is not known.
-    """
-    return {update.module: update for update in load_updates(settings, record)}
 
 
 def describe_similarity(
@@ -75,4 +68,4 @@ def describe_similarity(
 def compare_with(dW: Tensor, update: Update, changes: dict[str, Update] | None) -> dict[str, float | None] | None:
     """Return how similar dW (out x in) is to another run's update of the same weight; None where there is none."""
     other = (changes or {}).get(update.module)
-    return other and analysis.compare_updates(dW, other.get_whole_change()[update.block].to(dW))
+    return other and analysis.compare_updates(dW, other.get_full_change()[update.block].to(dW))

@@ -24,7 +24,7 @@ from dual_lora.lab.model.load import move_to_device
 from dual_lora.lab.model.merge import merge_and_unload
 from dual_lora.lab.record.record import TRUNCATION_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
-from dual_lora.lab.weights.updates import Update, list_updates, load_trained_and_base, orient_weight
+from dual_lora.lab.weights.updates import NAME_ROLES, Update, list_updates, load_trained_and_base, orient_weight
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def truncate_run(settings: Settings, record: Record) -> None:
     splits = load_recorded_splits(settings, record, stored, task)
     trained, base, tokenizer = load_trained_and_base(settings, record)
     weights = [CutWeight.take_apart(update) for update in list_updates(trained, base, settings)]
-    require(bool(weights), f"{where}: changed no weight that has a rank")
+    require(bool(weights), f"{where}: changed no weight that has a rank; {NAME_ROLES}")
     model = merge_and_unload(trained) if isinstance(trained, PeftModel) else trained
     move_to_device(model)
     ranks = list_cut_ranks(max(weight.change.numerical_rank for weight in weights))
@@ -84,9 +84,9 @@ def write_cut_weights(model: nn.Module, weights: list[CutWeight], rank: int) -> 
     modules = dict(model.named_modules())
     for weight in weights:
         layer = modules[weight.module]
-        whole = orient_weight(layer, layer.weight).clone()
-        whole[weight.block] = (weight.original + weight.change.truncate(rank)).to(whole.device)
-        turned = whole.T if isinstance(layer, Conv1D | nn.Embedding) else whole
+        matrix = orient_weight(layer, layer.weight).clone()
+        matrix[weight.block] = (weight.original + weight.change.truncate(rank)).to(matrix.device)
+        turned = matrix.T if isinstance(layer, Conv1D | nn.Embedding) else matrix
         layer.weight.copy_(turned.reshape(layer.weight.shape))
 
 

@@ -33,6 +33,7 @@ from dual_lora.tuner.layer import DualLoraLayer
 ADAPTER = "default"
 NULL_SEED = 0
 MATRIX_DIMENSIONS = 2  # of a weight with a rank
+NAME_ROLES = "name the adapted modules in model.roles"
 # Factors redrawn from the seed count as the run's own if the cosine of every trained factor with its redrawn self is
 # this many standard deviations above chance. For an unrelated draw of n entries the deviation is 1 / sqrt(n).
 MIN_DEVIATIONS = 8.0
@@ -42,6 +43,17 @@ def orient_weight(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight of this base layer, or dW in its shape, as out x in in float32."""
     weight = weight.detach().float()
     return weight.T if isinstance(layer, Conv1D | nn.Embedding) else weight.flatten(1)
+
+
+@torch.no_grad()
+def subtract_base(layer: BaseTunerLayer, base: nn.Module) -> Tensor:
+    """Return a layer's weight with its adapter merged, minus a base layer's weight, out x in.
+
+    It is computed in float64: in float32, rounding would make W0 + dW - W0 full rank.
+    """
+    merged = copy.deepcopy(layer).double()
+    merged.merge(adapter_names=[ADAPTER])
+    return orient_weight(base, merged.get_base_layer().weight - base.weight.double())
 
 
 class Update:
@@ -63,10 +75,10 @@ class Update:
 
     def get_change(self) -> Tensor:
         """Return dW."""
-        return self.get_whole_change()[self.block]
+        return self.get_full_change()[self.block]
 
-    def get_whole_change(self) -> Tensor:
-        """Return dW of the whole module. `get_change` may be a block of its rows."""
+    def get_full_change(self) -> Tensor:
+        """Return dW of the full module. `get_change` may be a block of its rows."""
         raise NotImplementedError
 
     def measure_parts(self, device: str) -> dict:
@@ -96,7 +108,7 @@ class TunedUpdate(Update):
         super().__init__(module, base)
         self.trained = trained
 
-    def get_whole_change(self) -> Tensor:
+    def get_full_change(self) -> Tensor:
         return orient_weight(self.trained, self.trained.weight) - orient_weight(self.base, self.base.weight)
 
 
@@ -115,27 +127,22 @@ class LowRankUpdate(Update):
         """Return alpha / r * B A, out x in."""
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
-    def get_whole_change(self) -> Tensor:
+    def get_full_change(self) -> Tensor:
         return self.get_product()
 
     def draw_null(self, device: str) -> tuple[Tensor, dict]:
         return self.draw_gaussian(*self.get_weight().shape, self.layer.r[ADAPTER]), {}
 
 
-class VariantUpdate(LowRankUpdate):
-    """DoRA: dW is the merged minus the base weight. B A is reported beside it as `product`."""
+class DoraUpdate(LowRankUpdate):
+    """DoRA: dW is the merged minus the base weight. B A is reported in addition, as `product`."""
 
     size_is_meaningful = True
     null = "B A with both factors Gaussian and ||B A|| as trained, all else as at initialisation"
     labels = {"product": "BA", "overall": "dW"}
 
-    def get_whole_change(self) -> Tensor:
-        return self.subtract_merged(copy.deepcopy(self.layer).double())
-
-    def subtract_merged(self, layer: LoraLayer) -> Tensor:
-        """Return what merging changes, in float64: in float32, rounding alone would make W0 + dW - W0 full rank."""
-        layer.merge(adapter_names=[ADAPTER])
-        return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
+    def get_full_change(self) -> Tensor:
+        return subtract_base(self.layer, self.base)
 
     def measure_parts(self, device: str) -> dict:
         return measure_product(self.get_product().to(device))
@@ -151,7 +158,7 @@ class VariantUpdate(LowRankUpdate):
             factor.copy_(torch.randn(factor.shape, generator=generator))
         B.mul_(self.get_product().norm() / layer.get_delta_weight(ADAPTER).norm())
         numbers = measure_product(orient_weight(self.base, layer.get_delta_weight(ADAPTER)).to(device))
-        return self.subtract_merged(layer), numbers
+        return subtract_base(layer, self.base), numbers
 
 
 def measure_product(BA: Tensor) -> dict:
@@ -160,7 +167,7 @@ def measure_product(BA: Tensor) -> dict:
 
 
 class MergedUpdate(Update):
-    """Any other method that changes weights, and LoRA whose initialisation changes the base (PiSSA, OLoRA, LoftQ).
+    """Any other method that changes weights, and LoRA whose initialization changes the base (PiSSA, OLoRA, LoftQ).
 
     dW is the merged weight minus that of the model as it is loaded. `original` is that model's layer."""
 
@@ -170,11 +177,8 @@ class MergedUpdate(Update):
         if isinstance(layer, LoraLayer) and ADAPTER in layer.r:
             self.ranks = str(layer.r[ADAPTER])
 
-    @torch.no_grad()
-    def get_whole_change(self) -> Tensor:
-        layer = copy.deepcopy(self.layer).double()  # for the reason `subtract_merged` gives
-        layer.merge(adapter_names=[ADAPTER])
-        return orient_weight(self.base, layer.get_base_layer().weight - self.base.weight.double())
+    def get_full_change(self) -> Tensor:
+        return subtract_base(self.layer, self.base)
 
 
 class DualLoraUpdate(Update):
@@ -205,7 +209,7 @@ class DualLoraUpdate(Update):
         four = (factors.A, factors.B, factors.C, factors.D)
         return [t.detach() if self.index is None else t.detach()[self.index] for t in four]
 
-    def get_whole_change(self) -> Tensor:
+    def get_full_change(self) -> Tensor:
         return orient_weight(self.base, self.layer.get_delta_weight(ADAPTER))
 
     def measure_factors(self, factors: DualLoraFactors, device: str) -> dict:
@@ -242,7 +246,7 @@ class DualLoraUpdate(Update):
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
     """Return an update for every weight that a finished run changed; for a fully trained model, those with a role. If
-    the base is in 4 bits, W0 is dequantised.
+    the base is in 4 bits, W0 is dequantized.
 
     Raises:
         UserError: the run cannot be loaded, holds NaN or Inf, or its method changes more than a weight can show.
@@ -257,13 +261,13 @@ def check_changed(updates: Collection, settings: Settings, record: Record) -> No
     Raises:
         UserError: with the run and the model whose roles were looked for.
     """
-    where = f"run={record.format_path()}"
-    require(bool(updates), f"{where}: no weight of a role that model={settings.model.name} names was changed")
+    unchanged = f"no weight of a role that model={settings.model.name} names was changed"
+    require(bool(updates), f"run={record.format_path()}: {unchanged}; {NAME_ROLES}")
 
 
 def load_trained_and_base(settings: Settings, record: Record) -> tuple[nn.Module, nn.Module, object]:
     """Return the model as a finished run left it, the model as it is loaded, and the tokenizer. A base in 4 bits is
-    dequantised.
+    dequantized.
 
     Raises:
         UserError: the run cannot be loaded, or holds NaN or Inf.
@@ -297,8 +301,8 @@ def check_update_scales(model: nn.Module, record: Record) -> None:
         UserError: with the adapter's name.
     """
     for name, buffer in model.named_buffers():
-        finite = not name.endswith("update_scale") or bool(buffer.isfinite().all())
-        require(finite, f"run={record.format_path()}: {name} contains NaN or Inf")
+        if name.endswith("update_scale"):
+            require(bool(buffer.isfinite().all()), f"run={record.format_path()}: {name} contains NaN or Inf")
 
 
 def list_adapter_updates(model: PeftModel, base: nn.Module, settings: Settings) -> Iterator[Update]:
@@ -336,7 +340,7 @@ def choose_update(name: str, layer: BaseTunerLayer, original: nn.Module, config:
         if ADAPTER not in layer.lora_variant:
             return LowRankUpdate(name, layer)
         if layer.use_dora[ADAPTER] and ADAPTER in layer.lora_A:
-            return VariantUpdate(name, layer)
+            return DoraUpdate(name, layer)
     return MergedUpdate(name, layer, original)
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.record.record import CURVATURE_FILE
+from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.report.figures.layout import COLORS, GREY, MARKERS, STYLE, WIDTH
 from dual_lora.lab.report.learning_rates import EDGE, is_at_edge
 from dual_lora.lab.report.values import format_value
@@ -33,8 +34,8 @@ class Point:
     content: dict
 
 
-def iterate_curvature_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
-    """Yield the eigenvalues, their figure and their rank correlation with the chosen rates."""
+def iterate_curvature_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
+    """Yield the eigenvalues, their figure and their rank correlation with the chosen rates. floors: not used."""
     several = len({outcome.settings.model.name for outcome in outcomes}) > 1
     points = [read_point(outcome, several) for outcome in outcomes]
     one = points[0].content
@@ -85,10 +86,10 @@ def tabulate_points(points: list[Point]) -> pd.DataFrame:
 
 def iterate_correlations(points: list[Point]) -> Iterator[dict[str, object]]:
     """Yield the correlation over all points, without each row in turn, and within each task."""
-    labels, places = (list(dict.fromkeys(getattr(p, name) for p in points)) for name in ("label", "task"))
+    labels, tasks = (list(dict.fromkeys(getattr(p, name) for p in points)) for name in ("label", "task"))
     groups = {"all": points}
     groups |= {f"without {label}": [p for p in points if p.label != label] for label in labels if len(labels) > 2}
-    groups |= {f"{task} alone": [p for p in points if p.task == task] for task in places if len(places) > 1}
+    groups |= {f"{task} alone": [p for p in points if p.task == task] for task in tasks if len(tasks) > 1}
     for name, some in groups.items():
         found = correlate_ranks([p.eigenvalue for p in some], [p.rate for p in some], some[0].content["tolerance"])
         if found:
@@ -107,11 +108,11 @@ def draw_scatter(points: list[Point]) -> Figure | None:
     shown = [p for p in points if p.eigenvalue > 0]
     if not shown:
         return None
-    labels, places = (list(dict.fromkeys(getattr(p, name) for p in points)) for name in ("label", "task"))
+    labels, tasks = (list(dict.fromkeys(getattr(p, name) for p in points)) for name in ("label", "task"))
     figure = Figure(figsize=(WIDTH * 0.75, 3.0), layout="constrained")
     axes = figure.subplots()
     for p in shown:
-        color, marker = COLORS[labels.index(p.label) % len(COLORS)], MARKERS[places.index(p.task) % len(MARKERS)]
+        color, marker = COLORS[labels.index(p.label) % len(COLORS)], MARKERS[tasks.index(p.task) % len(MARKERS)]
         axes.plot(p.eigenvalue, p.rate, marker, color=color, markersize=6, fillstyle="none" if p.at_edge else "full")
     xs = np.array([min(p.eigenvalue for p in shown), max(p.eigenvalue for p in shown)])
     middle = np.exp(np.mean([np.log(p.eigenvalue * p.rate) for p in shown]))
@@ -123,8 +124,8 @@ def draw_scatter(points: list[Point]) -> Figure | None:
         axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     dots = [Line2D([], [], marker="o", linestyle="", color=COLORS[i % len(COLORS)]) for i in range(len(labels))]
-    kinds = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], linestyle="", color=GREY) for i in range(len(places))]
-    figure.legend([*dots, *kinds], [*labels, *places], loc="outside right upper")
+    kinds = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], linestyle="", color=GREY) for i in range(len(tasks))]
+    figure.legend([*dots, *kinds], [*labels, *tasks], loc="outside right upper")
     return figure
 
 

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pandas as pd
 
+from dual_lora.lab.present.analysis_tables import format_median
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.histogram_figure import draw_histograms
-from dual_lora.lab.present.medians import format_median
 from dual_lora.lab.report.analyses.ranks import iterate_rank_blocks, read_analyses
+from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.outcome import Outcome
 
 
-def iterate_entry_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
+def iterate_entry_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
     """Yield what `iterate_rank_blocks` does, and then entries and histograms by layer."""
-    yield from iterate_rank_blocks(outcomes, folder)
+    yield from iterate_rank_blocks(outcomes, folder, floors)
     found = read_analyses(outcomes)
     yield Text("Entries by layer", heading=True)
     yield Table(

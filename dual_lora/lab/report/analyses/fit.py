@@ -1,4 +1,4 @@
-"""How well the form of each method fits the updates of a row's runs, full tuning say: one weight of every role."""
+"""How well the form of each method fits the updates of a row's runs, such as full tuning: one weight of every role."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import pandas as pd
 
 from dual_lora.lab.present.document import Block, Table, Text
 from dual_lora.lab.record.record import FIT_FILE
-from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import get_model_task
+from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_model_task
+from dual_lora.lab.report.comparison.floors import Floor, ModelTask, get_model_task
 from dual_lora.lab.study.outcome import Outcome
 
 
@@ -19,13 +19,14 @@ class FittedRun:
     """The fits of one run: for each weight and form the least share of ||dW||^2 left unexplained, of all rates, and the
     optimum of LoRA's form by SVD, where that is the form."""
 
-    place: tuple[str, str]
+    model_task: ModelTask
     label: str
     shares: dict[tuple[str, str], float]
     optima: dict[tuple[str, str], float]
 
     @classmethod
     def read(cls, outcome: Outcome, content: dict) -> "FittedRun":
+        """Return the fits of an analysed run. content: of its file."""
         shares: dict[tuple[str, str], float] = {}
         optima = {}
         for row in content["rows"]:
@@ -37,8 +38,9 @@ class FittedRun:
         return cls(get_model_task(outcome), outcome.label, shares, optima)
 
 
-def iterate_fit_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
-    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. folder: not used."""
+def iterate_fit_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
+    """Yield what each form leaves unexplained, and Dual LoRA's minus the others'. folder, floors:
+    not used."""
     contents = [
         outcome.record.read_sealed(FIT_FILE, "rows", "labels", "compared_with", "modules") for outcome in outcomes
     ]
@@ -64,13 +66,13 @@ def iterate_fit_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]
 
 def group_fits(runs: list[FittedRun]) -> Iterator[tuple[dict[str, str], str, list[FittedRun]]]:
     """Yield the first cells of each line, the weight and the runs: for every task, row and weight."""
-    for (place, label), some in group_runs(runs).items():
+    for (model_task, label), some in group_runs(runs).items():
         for target in dict.fromkeys(target for target, _ in some[0].shares):
-            yield name_place(place, runs) | {"updates of": label, "weight": target}, target, some
+            yield name_model_task(model_task, runs) | {"updates of": label, "weight": target}, target, some
 
 
 def tabulate_unexplained(runs: list[FittedRun], labels: dict[str, str]) -> pd.DataFrame:
-    """Return a row for each task and weight, a column for each form; LoRA's optima by SVD beside."""
+    """Return a row for each task and weight, a column for each form, with LoRA's optimum by SVD next to it."""
     lines = []
     for line, target, some in group_fits(runs):
         for method, label in labels.items():

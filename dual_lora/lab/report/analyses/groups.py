@@ -1,4 +1,4 @@
-"""What the tables of analyses share: runs that differ in the seed alone are one line, a mean with its interval."""
+"""What the tables of analyses share: runs that differ only in the seed are one line, a mean with its interval."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from dual_lora.lab.present.document import MISSING
+from dual_lora.lab.report.comparison.floors import ModelTask
 from dual_lora.lab.report.figures.layout import compute_half_interval
 
 
@@ -13,27 +14,28 @@ class Analysed(Protocol):
     """The analysis of one run: its model and task, and its row."""
 
     @property
-    def place(self) -> tuple[str, str]: ...
+    def model_task(self) -> ModelTask: ...
 
     @property
     def label(self) -> str: ...
 
 
-Run = TypeVar("Run", bound=Analysed)
+AnalysedT = TypeVar("AnalysedT", bound=Analysed)
 
 
-def group_runs(runs: Iterable[Run]) -> dict[tuple[tuple[str, str], str], list[Run]]:
-    """Return the runs by place and label, a run a seed."""
-    groups: dict[tuple[tuple[str, str], str], list[Run]] = {}
+def group_runs(runs: Iterable[AnalysedT]) -> dict[tuple[ModelTask, str], list[AnalysedT]]:
+    """Return the runs by model and task, and by label: a run a seed."""
+    groups: dict[tuple[ModelTask, str], list[AnalysedT]] = {}
     for run in runs:
-        groups.setdefault((run.place, run.label), []).append(run)
+        groups.setdefault((run.model_task, run.label), []).append(run)
     return groups
 
 
-def name_place(place: tuple[str, str], runs: Iterable[Analysed]) -> dict[str, str]:
+def name_model_task(model_task: ModelTask, runs: Iterable[Analysed]) -> dict[str, str]:
     """Return the first cells of a line; the model only where the runs are of several."""
-    several = len({run.place[0] for run in runs}) > 1
-    return ({"model": place[0]} if several else {}) | {"task": place[1]}
+    model, task = model_task
+    several = len({run.model_task[0] for run in runs}) > 1
+    return ({"model": model} if several else {}) | {"task": task}
 
 
 def format_mean(values: Sequence[float], style: str) -> str:

@@ -6,6 +6,7 @@ Rows that are floors train no weight update and are not analysed.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from dual_lora.lab.config.schema import Settings
@@ -35,27 +36,31 @@ SAME_SEED, OTHER_SEED = "same seed", "another seed"  # runs of the reference row
 
 @dataclass(frozen=True)
 class Kind:
-    """file: the analysis in a run's folder. keys: what it must hold. iterate_blocks: what a report says of all runs.
-    uses_floors: whether that depends on the floors; then `iterate_blocks` takes them last."""
+    """file: the analysis in a run's folder. keys: what it must hold. function: what makes it, as MODULE:FUNCTION of
+    `lab.weights`. iterate_blocks: what a report says of all runs."""
 
     file: str
     keys: tuple[str, ...]
-    iterate_blocks: Callable[..., Iterator[Block]]
-    uses_floors: bool = False
+    function: str
+    iterate_blocks: Callable[[list[Outcome], Path, list[Floor]], Iterator[Block]]
 
 
 KINDS = {
-    "ranks": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_rank_blocks),
-    "entries": Kind(ANALYSIS_FILE, ("rows", "labels"), iterate_entry_blocks),
-    "truncation": Kind(TRUNCATION_FILE, ("ranks", "scores", "kept"), iterate_truncation_blocks, uses_floors=True),
-    "curvature": Kind(CURVATURE_FILE, ("eigenvalue", "rows"), iterate_curvature_blocks),
-    "similarity": Kind(SIMILARITY_FILE, ("rows", "references"), iterate_similarity_blocks),
-    "fit": Kind(FIT_FILE, ("rows", "labels"), iterate_fit_blocks),
+    "ranks": Kind(ANALYSIS_FILE, ("rows", "labels"), "analyse:analyse_run", iterate_rank_blocks),
+    "entries": Kind(ANALYSIS_FILE, ("rows", "labels"), "analyse:analyse_run", iterate_entry_blocks),
+    "truncation": Kind(
+        TRUNCATION_FILE, ("ranks", "scores", "kept"), "truncate:truncate_run", iterate_truncation_blocks
+    ),
+    "curvature": Kind(CURVATURE_FILE, ("eigenvalue", "rows"), "curvature:measure_curvature", iterate_curvature_blocks),
+    "similarity": Kind(
+        SIMILARITY_FILE, ("rows", "references"), "similarity:measure_similarity", iterate_similarity_blocks
+    ),
+    "fit": Kind(FIT_FILE, ("rows", "labels"), "fit_updates:fit_updates", iterate_fit_blocks),
 }
 
 
 def is_analysed(experiment: Experiment, outcome: Outcome) -> bool:
-    """Whether a run is one that the experiment analyses, once it is finished."""
+    """Return whether a run is one that the experiment analyses, once it is finished."""
     return bool(experiment.analyse) and outcome.result is not None and outcome.label not in experiment.floors
 
 
@@ -67,17 +72,16 @@ def analyse_missing(experiment: Experiment, outcome: Outcome, outcomes: list[Out
     """
     if not is_analysed(experiment, outcome):
         return
-    made = (outcome.record.folder / KINDS[experiment.analyse].file).is_file()
-    if not (made and is_up_to_date(experiment, outcome, outcomes)):
+    exists = (outcome.record.folder / KINDS[experiment.analyse].file).is_file()
+    if not (exists and is_up_to_date(experiment, outcome, outcomes)):
         print(f"analysing {outcome.record.name}", flush=True)
-        alone = replace(outcome.settings.hardware, devices=1, sharding="none")  # whatever trained it
-        load_analysis(experiment, outcome, outcomes)(replace(outcome.settings, hardware=alone), outcome.record)
+        single = replace(outcome.settings.hardware, devices=1, sharding="none")  # whatever trained it
+        load_analysis(experiment, outcome, outcomes)(replace(outcome.settings, hardware=single), outcome.record)
 
 
 def is_up_to_date(experiment: Experiment, outcome: Outcome, outcomes: list[Outcome]) -> bool:
-    """Whether an analysis that is there is the one that this experiment makes: a comparison may be with the runs of
-    other seeds, where fewer were asked for, or with runs that were done again since. A damaged one counts as such: the
-    report names it.
+    """Return whether the stored analysis is the one this experiment makes. It is stale if it compares with other seeds
+    or with runs redone since. A damaged one counts as current; the report names it.
 
     Raises:
         UserError: as `find_references`.
@@ -112,19 +116,14 @@ def load_analysis(
     Raises:
         UserError: the runs that this one is compared with are not finished.
     """
-    kind = experiment.analyse
+    module, name = KINDS[experiment.analyse].function.split(":")
     with import_heavy_libraries():
-        from dual_lora.lab.weights.analyse import analyse_run
-        from dual_lora.lab.weights.curvature import measure_curvature
-        from dual_lora.lab.weights.fit_updates import fit_updates
-        from dual_lora.lab.weights.similarity import measure_similarity
-        from dual_lora.lab.weights.truncate import truncate_run
-
-    if kind == "similarity":
-        return partial(measure_similarity, references=find_references(experiment, outcome, outcomes))
-    if kind == "fit":
-        return partial(fit_updates, size="smoke" if experiment.scale == "smoke" else "full")
-    return {"truncation": truncate_run, "curvature": measure_curvature}.get(kind, analyse_run)
+        function = getattr(import_module(f"dual_lora.lab.weights.{module}"), name)
+    if experiment.analyse == "similarity":
+        return partial(function, references=find_references(experiment, outcome, outcomes))
+    if experiment.analyse == "fit":
+        return partial(function, size="smoke" if experiment.scale == "smoke" else "full")
+    return function
 
 
 def find_references(
@@ -136,8 +135,8 @@ def find_references(
     Raises:
         UserError: one of them is not finished.
     """
-    place, seed = get_model_task(outcome), outcome.settings.seed
-    runs = {c.settings.seed: c for c in outcomes if c.label == experiment.reference and get_model_task(c) == place}
+    seed, key = outcome.settings.seed, (experiment.reference, get_model_task(outcome))
+    runs = {other.settings.seed: other for other in outcomes if (other.label, get_model_task(other)) == key}
     others = sorted((other for other in runs if other != seed), key=lambda other: (other < seed, other))
     chosen = {
         SAME_SEED: runs.get(seed) if outcome.label != experiment.reference else None,
@@ -175,4 +174,4 @@ def iterate_analysis_blocks(
         if is_analysed(experiment, outcome) and (outcome.record.folder / kind.file).is_file()
     ]
     if found:
-        yield from kind.iterate_blocks(found, folder, *([floors] if kind.uses_floors else []))
+        yield from kind.iterate_blocks(found, folder, floors)

@@ -1,4 +1,4 @@
-"""What runs did to their weights, as part of a report: Figure 3 of arXiv 2512.03402 beside its null."""
+"""What runs did to their weights, as part of a report: Figure 3 of arXiv 2512.03402 next to its null."""
 
 from collections.abc import Callable, Iterator
 from itertools import compress
@@ -6,26 +6,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
-from dual_lora.lab.present.histogram_figure import draw_histograms
-from dual_lora.lab.present.medians import (
+from dual_lora.lab.present.analysis_tables import (
     RANK_KINDS,
     UPDATE_ENTRIES,
-    drop_histograms,
     format_median,
     format_with_null,
 )
+from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
+from dual_lora.lab.present.histogram_figure import draw_histograms
 from dual_lora.lab.present.rank_figure import PLACE_COLUMNS, RANK_TITLES, AnalysedRun, draw_ranks
 from dual_lora.lab.record.record import ANALYSIS_FILE
+from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.study.outcome import Outcome
 
 RAMP = "dW as it was used, at factor {f:g} of its ramp, and so its relative size; its null is at factor 1"
 
 
-def iterate_rank_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
-    """Yield the ranks of dW of analysed runs in short, the figures, and all medians."""
+def iterate_rank_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
+    """Yield the ranks of dW of analysed runs in short, the figures, and all medians. floors: not used."""
     found = read_analyses(outcomes)
-    runs = [load_analysed_run(name, content) for name, content in found.items()]
+    runs = [AnalysedRun.from_content(name, content) for name, content in found.items()]
     yield Text("Ranks of the update", heading=True)
     yield Table(
         tabulate_update_ranks(runs),
@@ -54,11 +54,6 @@ def read_analyses(outcomes: list[Outcome]) -> dict[str, dict]:
         unique = name if names.count(name) == 1 else f"{name}, {outcome.record.name}"
         found[unique] = outcome.record.read_sealed(ANALYSIS_FILE)
     return found
-
-
-def load_analysed_run(name: str, content: dict) -> AnalysedRun:
-    """Return an analysis file's content as the figures take it."""
-    return AnalysedRun(name, content["method"], content["labels"], drop_histograms(content["rows"]))
 
 
 def tabulate_update_ranks(runs: list[AnalysedRun]) -> pd.DataFrame:
@@ -91,5 +86,5 @@ def iterate_ranks(run: AnalysedRun, group: pd.DataFrame) -> Iterator[dict[str, s
 
 
 def iterate_entries(_: AnalysedRun, group: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Yield zeros, dead rows, size beside the weight's, and flipped signs of dW."""
+    """Yield zeros, dead rows, size relative to the weight's, and flipped signs of dW."""
     yield {name.replace("_", " "): format_with_null(group, name) for name in UPDATE_ENTRIES}

@@ -1,5 +1,5 @@
-"""How similar every row's updates are to those of a reference row, full tuning say, and what they change of a weight:
-the size of its rows or their direction."""
+"""How similar every row's updates are to those of a reference row, such as full tuning, and what they change of a
+weight: the size of its rows or their direction."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.record.record import SIMILARITY_FILE
-from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import get_model_task
+from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_model_task
+from dual_lora.lab.report.comparison.floors import Floor, ModelTask, get_model_task
 from dual_lora.lab.report.figures.layout import STYLE, add_legend, create_panels, get_style
 from dual_lora.lab.study.outcome import Outcome
 
@@ -26,7 +26,7 @@ MIN_POINTS = 4  # of a correlation
 class ComparedRun:
     """One run's comparison with the runs of the reference row: a row a weight."""
 
-    place: tuple[str, str]
+    model_task: ModelTask
     label: str
     rows: list[dict]
 
@@ -37,8 +37,8 @@ class ComparedRun:
         return float(np.median(values)) if values else np.nan
 
 
-def iterate_similarity_blocks(outcomes: list[Outcome], folder: Path) -> Iterator[Block]:
-    """Yield similarities, and the correlation of the two changes, as tables and as a figure."""
+def iterate_similarity_blocks(outcomes: list[Outcome], folder: Path, floors: list[Floor]) -> Iterator[Block]:
+    """Yield similarities, and the correlation of the two changes, as tables and as a figure. floors: not used."""
     contents = [outcome.record.read_sealed(SIMILARITY_FILE, "rows", "references") for outcome in outcomes]
     runs = [
         ComparedRun(get_model_task(outcome), outcome.label, content["rows"])
@@ -71,9 +71,10 @@ def iterate_similarity_blocks(outcomes: list[Outcome], folder: Path) -> Iterator
 
 
 def tabulate_groups(runs: list[ComparedRun], fill: Callable[[list[ComparedRun]], dict[str, str]]) -> pd.DataFrame:
-    """Return a row for each place and label."""
+    """Return a row for each model, task and label."""
     lines = [
-        name_place(place, runs) | {"method": label} | fill(some) for (place, label), some in group_runs(runs).items()
+        name_model_task(model_task, runs) | {"method": label} | fill(some)
+        for (model_task, label), some in group_runs(runs).items()
     ]
     return pd.DataFrame(lines).fillna(MISSING)
 
@@ -136,14 +137,14 @@ def list_changes(some: list[ComparedRun], role: str | None = None) -> list[tuple
 
 
 def draw_changes(runs: list[ComparedRun]) -> Figure:
-    """Return a panel for each place and label, a colour for each role."""
+    """Return a panel for each model, task and label, a colour for each role."""
     groups, roles = group_runs(runs), list_roles(runs)
     figure, panels = create_panels(len(groups), 1.9)
-    for axes, ((place, label), some) in zip(panels, groups.items(), strict=True):
+    for axes, ((model_task, label), some) in zip(panels, groups.items(), strict=True):
         for number, role in enumerate(roles):
             points = np.array(list_changes(some, role)).reshape(-1, 2)
             axes.plot(*points.T, linestyle="", markersize=3, alpha=0.7, label=role, **get_style(number))
-        axes.set(title=f"{label}, {place[1]}", xlim=(0, None), ylim=(0, None))
+        axes.set(title=f"{label}, {model_task[1]}", xlim=(0, None), ylim=(0, None))
         axes.locator_params(nbins=4)
         axes.ticklabel_format(style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.3)

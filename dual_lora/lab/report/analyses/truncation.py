@@ -13,8 +13,8 @@ from dual_lora.lab.errors import require
 from dual_lora.lab.present.document import MISSING, Block, Image, Table, Text
 from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.record.record import TRUNCATION_FILE
-from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_place
-from dual_lora.lab.report.comparison.floors import Floor, find_hardest, get_model_task
+from dual_lora.lab.report.analyses.groups import format_mean, group_runs, name_model_task
+from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_hardest, get_model_task
 from dual_lora.lab.report.figures.layout import (
     GREY,
     STYLE,
@@ -26,7 +26,7 @@ from dual_lora.lab.report.figures.layout import (
 from dual_lora.lab.report.values import DECIMALS, get_unit
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
-FULL = "full"  # the column of the whole update
+FULL = "full"  # the column of the complete update
 SAME = 0.1  # points by which a score may differ from the recorded one
 
 
@@ -37,7 +37,7 @@ class Curve:
     recorded: the run's own score; `metric`: which one it is; `decimals`: with how many it is printed.
     """
 
-    place: tuple[str, str]
+    model_task: ModelTask
     label: str
     scores: dict[int, float]
     kept: dict[int, float]
@@ -46,8 +46,8 @@ class Curve:
     decimals: int = DECIMALS[100]
 
     @property
-    def whole(self) -> float:
-        """The score with the whole update."""
+    def uncut(self) -> float:
+        """The score with the complete update."""
         return self.scores[max(self.scores)]
 
     def get_score(self, rank: int) -> float:
@@ -90,7 +90,7 @@ def iterate_truncation_blocks(outcomes: list[Outcome], folder: Path, floors: lis
         "beat the floor by three standard errors.",
     )
     yield Table(tabulate_kept(curves), "Share of ||dW||² that is left, a mean over weights and seeds.")
-    same = sum(abs(curve.whole - curve.recorded) <= SAME for curve in curves)
+    same = sum(abs(curve.uncut - curve.recorded) <= SAME for curve in curves)
     yield Text(items=(f"uncut, {same} of {len(curves)} runs have their recorded score up to {SAME} points",))
 
 
@@ -128,12 +128,12 @@ def list_ranks(curves: list[Curve]) -> list[int]:
 def tabulate_losses(curves: list[Curve]) -> pd.DataFrame:
     """Return what every cut costs, a row for each method and task."""
     lines = []
-    for (place, label), some in group_runs(curves).items():
-        line, style = name_place(place, curves) | {"method": label}, f".{some[0].decimals}f"
+    for (model_task, label), some in group_runs(curves).items():
+        line, style = name_model_task(model_task, curves) | {"method": label}, f".{some[0].decimals}f"
         for rank in list_ranks(curves):
-            line[str(rank)] = format_mean([curve.get_score(rank) - curve.whole for curve in some], f"+{style}")
+            line[str(rank)] = format_mean([curve.get_score(rank) - curve.uncut for curve in some], f"+{style}")
         ranks = sorted({max(curve.scores) for curve in some})
-        line[FULL] = f"{format_mean([curve.whole for curve in some], style)} ({ranks[-1]})"
+        line[FULL] = f"{format_mean([curve.uncut for curve in some], style)} ({ranks[-1]})"
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -141,21 +141,22 @@ def tabulate_losses(curves: list[Curve]) -> pd.DataFrame:
 def tabulate_shares(curves: list[Curve], floors: list[Floor]) -> pd.DataFrame:
     """Return the share of the gain over the floor that every cut leaves."""
     lines = []
-    for (place, label), some in group_runs(curves).items():
-        floor, line = find_beaten_floor(place, label, floors), name_place(place, curves) | {"method": label}
+    for (model_task, label), some in group_runs(curves).items():
+        floor = find_beaten_floor(model_task, label, floors)
+        line = name_model_task(model_task, curves) | {"method": label}
         for rank in list_ranks(curves):
             line[str(rank)] = MISSING
             left = np.mean([curve.get_score(rank) for curve in some])
             if floor is not None and not np.isnan(left):
-                line[str(rank)] = f"{(left - floor.score) / (np.mean([c.whole for c in some]) - floor.score):.0%}"
+                line[str(rank)] = f"{(left - floor.score) / (np.mean([c.uncut for c in some]) - floor.score):.0%}"
         line["floor"] = MISSING if floor is None else f"{floor.score:.{floor.decimals}f} ({floor.name})"
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def find_beaten_floor(place: tuple[str, str], label: str, floors: list[Floor]) -> Floor | None:
+def find_beaten_floor(model_task: ModelTask, label: str, floors: list[Floor]) -> Floor | None:
     """Return the hardest floor of a task if a row beats every floor of it; else None."""
-    here = [floor for floor in floors if floor.place == place]
+    here = [floor for floor in floors if floor.model_task == model_task]
     if not here or not all(floor.is_beaten_by(label) for floor in here):
         return None
     return find_hardest(here)
@@ -164,27 +165,31 @@ def find_beaten_floor(place: tuple[str, str], label: str, floors: list[Floor]) -
 def tabulate_kept(curves: list[Curve]) -> pd.DataFrame:
     """Return the share of the squared norm that every cut keeps."""
     lines = []
-    for (place, label), some in group_runs(curves).items():
+    for (model_task, label), some in group_runs(curves).items():
         kept = {str(rank): f"{np.mean([curve.get_kept(rank) for curve in some]):.2f}" for rank in list_ranks(curves)}
-        lines.append(name_place(place, curves) | {"method": label} | kept)
+        lines.append(name_model_task(model_task, curves) | {"method": label} | kept)
     return pd.DataFrame(lines)
 
 
 def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
     """Return a panel for each model and task, a line for each row."""
     groups, labels = group_runs(curves), list(dict.fromkeys(curve.label for curve in curves))
-    places = list(dict.fromkeys(curve.place for curve in curves))
+    model_tasks = list(dict.fromkeys(curve.model_task for curve in curves))
     ticks = sorted({rank for curve in curves for rank in curve.scores})
-    figure, panels = create_panels(len(places), 2.3)
-    for axes, place in zip(panels, places, strict=True):
-        for (where, label), some in groups.items():
-            if where == place:
+    figure, panels = create_panels(len(model_tasks), 2.3)
+    for axes, model_task in zip(panels, model_tasks, strict=True):
+        for (own, label), some in groups.items():
+            if own == model_task:
                 draw_curve(axes, some, label, labels.index(label), ticks)
         for floor in floors:
-            if floor.place == place:
+            if floor.model_task == model_task:
                 axes.axhline(floor.score, color=GREY, linestyle=":", linewidth=1)
-        metrics = " or ".join(dict.fromkeys(curve.metric for curve in curves if curve.place == place))
-        axes.set(title=", ".join(name_place(place, curves).values()), xlabel="rank kept", ylabel=f"{metrics}, points")
+        metrics = " or ".join(dict.fromkeys(curve.metric for curve in curves if curve.model_task == model_task))
+        axes.set(
+            title=", ".join(name_model_task(model_task, curves).values()),
+            xlabel="rank kept",
+            ylabel=f"{metrics}, points",
+        )
         axes.set_xticks(range(len(ticks)), list(map(str, ticks)))
         axes.grid(alpha=0.3)
     add_legend(figure, panels)
@@ -192,7 +197,7 @@ def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
 
 
 def draw_curve(axes: Axes, some: list[Curve], label: str, number: int, ticks: list[int]) -> None:
-    """Draw one row's seeds and their mean, up to its whole update."""
+    """Draw one row's seeds and their mean, up to its complete update."""
     style, known = get_style(number), sorted({rank for curve in some for rank in curve.scores})
     xs = np.array([ticks.index(rank) for rank in known]) + 0.08 * (number - 1)
     seeds = np.array([[curve.get_score(rank) for rank in known] for curve in some])

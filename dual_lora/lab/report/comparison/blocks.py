@@ -171,15 +171,15 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
     known = [floor for floor in floors if floor.best is not None]
     if not known:
         return
-    several = len({floor.place[0] for floor in known}) > 1
+    several = len({floor.model_task[0] for floor in known}) > 1
     lines = [
-        ({"model": f.place[0]} if several else {})
-        | {"task": f.place[1], "floor": f.name, "score": f"{f.score:.{f.decimals}f}", "clearest above": f.best}
+        ({"model": f.model_task[0]} if several else {})
+        | {"task": f.model_task[1], "floor": f.name, "score": f"{f.score:.{f.decimals}f}", "clearest above": f.best}
         | {"by": f"{f.above:+.{f.decimals}f}", "standard error": f"{f.error:.{f.decimals}f}"}
-        | {"task learned": "not learned" if f.place in unlearned else "learned"}
+        | {"task learned": "not learned" if f.model_task in unlearned else "learned"}
         for f in known
     ]
-    turned = sorted({floor.place[1] for floor in known if floor.lower_is_better})
+    turned = sorted({floor.model_task[1] for floor in known if floor.lower_is_better})
     yield Table(
         pd.DataFrame(lines),
         f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "

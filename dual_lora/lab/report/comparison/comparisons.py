@@ -29,7 +29,7 @@ from dual_lora.lab.report.comparison.matches import (
 from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
 from dual_lora.lab.statistics.compare import Difference, compare_means, is_resampled
 from dual_lora.lab.statistics.multiple import adjust_holm
-from dual_lora.lab.statistics.pairing import Runs
+from dual_lora.lab.statistics.pairing import RowsBySeed
 from dual_lora.lab.statistics.seeds import MIN_SEEDS, SeedTest, compute_detectable_difference, compute_seed_test
 from dual_lora.lab.statistics.verdict import combine_p, find_equivalence_p, reach_verdict
 from dual_lora.lab.study.experiment import Experiment
@@ -140,7 +140,7 @@ def compare_outcomes(
     means = list_mean_groups(matches, unlearned)
     plan = list_planned(experiment, outcomes, unlearned)
     family = len(plan)
-    tested = {match: list(test_match(experiment, outcomes, match, predictions, family)) for match in matches}
+    tested = {match: list(compare_match(experiment, outcomes, match, predictions, family)) for match in matches}
     found = [mark_unfinished(some[0], plan.get(get_key(match)), 1) for match, some in tested.items()]
     for key, group in means.items():
         mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
@@ -156,8 +156,8 @@ def list_planned(
 ) -> dict[Key, tuple[int, int]]:
     """Return the comparisons that the experiment plans on these outcomes, whether or not their runs are finished: of
     how many tasks and seeds each is, by `get_key` or, for means, `get_row_key`."""
-    whole = [outcome if outcome.result else pretend_finished(outcome) for outcome in outcomes]
-    matches = [*iterate_matches(experiment, whole), *iterate_contrasts(experiment, whole)]
+    all_finished = [outcome if outcome.result else pretend_finished(outcome) for outcome in outcomes]
+    matches = [*iterate_matches(experiment, all_finished), *iterate_contrasts(experiment, all_finished)]
     planned = [match for match in matches if is_planned(experiment, match)]
     found = {get_key(match): (1, len(match.seeds)) for match in planned}
     for key, group in list_mean_groups(planned, unlearned).items():
@@ -181,8 +181,8 @@ def mark_unfinished(comparison: Comparison, plan: tuple[int, int] | None, tasks:
     if plan is None or not comparison.difference.by_seed:
         return comparison
     here = {"tasks": (tasks, plan[0]), "seeds": (len(comparison.difference.by_seed), plan[1])}
-    lacking = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
-    return replace(comparison, unfinished=", ".join(lacking), p=None, p_equivalent=None) if lacking else comparison
+    missing = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
+    return replace(comparison, unfinished=", ".join(missing), p=None, p_equivalent=None) if missing else comparison
 
 
 def pretend_finished(outcome: Outcome) -> Outcome:
@@ -192,7 +192,7 @@ def pretend_finished(outcome: Outcome) -> Outcome:
 
 
 def is_planned(experiment: Experiment, match: Match) -> bool:
-    """Whether the main score of a match belongs to the planned family."""
+    """Return whether the main score of a match belongs to the planned family."""
     return match.contrast or match.label in experiment.planned
 
 
@@ -210,7 +210,7 @@ def estimate_spreads(found: list[Comparison]) -> list[Comparison]:
     ]
 
 
-def test_match(
+def compare_match(
     experiment: Experiment, outcomes: list[Outcome], match: Match, predictions: Predictions, family: int
 ) -> Iterator[Comparison]:
     """Yield a match by its task's main score, and a row by further ones. family: how many comparisons are planned."""
@@ -247,7 +247,7 @@ def test_match(
 
 
 def describe_over_seeds(by_seed: tuple[float, ...], examples: int) -> Difference:
-    """Return a difference that is tested over seeds alone. by_seed: at least one."""
+    """Return a difference that is tested only over seeds. by_seed: at least one."""
     test = compute_seed_test(by_seed)
     return Difference(test.mean, test.low, test.high, test.p, OVER_SEEDS, examples, len(by_seed), by_seed)
 
@@ -260,12 +260,12 @@ def add_tests(comparison: Comparison) -> Comparison:
 
 
 def list_further_scores(experiment: Experiment, outcomes: list[Outcome], match: Match) -> list[str]:
-    """Return the scores beside the main one that stand in columns of the table."""
+    """Return the scores other than the main one that are columns of the table."""
     here = [c.field for c in list_columns(experiment, outcomes) if c.field and c.task in (None, match.task.name)]
     return [field for field in here if field not in FIELDS and field != match.task.metric]
 
 
-def compare_scores(match: Match, sides: list[list[Runs]], metric: str, family: int) -> Difference:
+def compare_scores(match: Match, sides: list[list[RowsBySeed]], metric: str, family: int) -> Difference:
     """Return the difference in a score, tested where it can be."""
     rows = next(iter(sides[0][0].values()))
     try:
@@ -287,7 +287,7 @@ def describe_unknown(reason: object) -> Difference:
 
 def list_mean_groups(matches: list[Match], unlearned: set[ModelTask]) -> dict[Key, list[Match]]:
     """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks. Where
-    lower is better on some of these alone, a higher mean would be neither better nor worse, and none is compared."""
+    lower is better on only some of these, a higher mean would be neither better nor worse, and none is compared."""
     groups: dict[Key, list[Match]] = {}
     for match in matches:
         if get_model_task(match.first) not in unlearned:

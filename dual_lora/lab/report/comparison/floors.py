@@ -1,8 +1,8 @@
 """What a row must beat to have learned anything: the most frequent class, and rows that train next to nothing.
 
 On a task where no row beats every floor by three standard errors, differences between methods say nothing. Such a task
-is marked "not learned" and is left out of means over tasks. A floor that has a value of the setting that heads columns
-stands for the rows with this value, and one without for all.
+is marked "not learned" and is left out of means over tasks. A floor with a value of the columns' setting applies to
+rows with that value; a floor without one applies to all rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,8 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.matches import Key, Predictions, group_by_place
 from dual_lora.lab.report.values import DECIMALS, format_value, get_heading, get_place, get_score, get_unit
-from dual_lora.lab.statistics.compare import compute_score, estimate_difference, translate_score_errors
-from dual_lora.lab.statistics.pairing import UnscorableRows
+from dual_lora.lab.statistics.compare import compute_score, estimate_difference
+from dual_lora.lab.statistics.pairing import UnscorableRows, translate_score_errors
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 from tasks import Task
@@ -25,7 +25,7 @@ from tasks.base import Row
 MAJORITY = "majority class"
 STANDARD_ERRORS = 3
 ModelTask = tuple[str, str]  # names of a model and a task
-RowKey = tuple[str, Key]  # a row's label and where it stands, as `group_by_place`
+RowKey = tuple[str, Key]  # a row's label, and its task and place as in `group_by_place`
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Floor:
         beaten_by: the rows that beat it by three standard errors.
         lower_is_better: of the task's main score; `above` then is how far the row lies below.
         unit: of the task's main score, as `get_unit`.
-        where: where it stands, as `group_by_place`; None: it stands for all rows.
+        where: its task and place as in `group_by_place`; None: it applies to all rows.
         trouble: why its score, or some row's difference to it, cannot be computed; then the score may be NaN.
     """
 
-    place: ModelTask
+    model_task: ModelTask
     name: str
     score: float
     best: str | None
@@ -59,22 +59,22 @@ class Floor:
         """With how many decimals its score is printed."""
         return DECIMALS[self.unit]
 
-    def stands_for(self, where: Key) -> bool:
-        """Whether rows in a place should beat it: it has the same values of the settings there, or none."""
+    def applies_to(self, where: Key) -> bool:
+        """Return whether rows of a task and place should beat it: it has the same values of the settings, or none."""
         return self.where is None or all(own in (None, value) for own, value in zip(self.where, where, strict=True))
 
     def is_beaten_by(self, label: str) -> bool:
-        """Whether some row of a label beats it by three standard errors."""
+        """Return whether some row of a label beats it by three standard errors."""
         return any(label == row[0] for row in self.beaten_by)
 
 
 def find_floors(experiment: Experiment, outcomes: list[Outcome], predictions: Predictions) -> list[Floor]:
     """Return the floors of every model and task, as far as runs are finished."""
-    places: dict[ModelTask, list[Outcome]] = {}
+    groups: dict[ModelTask, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.result:
-            places.setdefault(get_model_task(outcome), []).append(outcome)
-    return [floor for place, some in places.items() for floor in iterate_floors(experiment, place, some, predictions)]
+            groups.setdefault(get_model_task(outcome), []).append(outcome)
+    return [floor for key, some in groups.items() for floor in iterate_floors(experiment, key, some, predictions)]
 
 
 def get_model_task(outcome: Outcome) -> ModelTask:
@@ -83,7 +83,7 @@ def get_model_task(outcome: Outcome) -> ModelTask:
 
 
 def iterate_floors(
-    experiment: Experiment, place: ModelTask, finished: list[Outcome], predictions: Predictions
+    experiment: Experiment, model_task: ModelTask, finished: list[Outcome], predictions: Predictions
 ) -> Iterator[Floor]:
     """Yield the floors of one model and task. finished: its finished runs."""
     task, groups = load_task_of(finished[0]), group_by_place(experiment, finished)
@@ -101,7 +101,7 @@ def iterate_floors(
         every = {seed: run for runs in rows.values() for seed, run in runs.items()}
         floors.append((MAJORITY, None, partial(predict_majority, task, every)))
     for name, where, predict in floors:
-        empty = Floor(place, name, nan, None, nan, nan, frozenset(), where=where)
+        empty = Floor(model_task, name, nan, None, nan, nan, frozenset(), where=where)
         try:
             yield measure_floor(empty, predict(), rows, names, task)
         except ValueError as error:
@@ -142,7 +142,7 @@ def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[R
         ValueError: as `compute_score`, or the rows say no class.
     """
     first = next(iter(runs.values()))
-    with translate_score_errors(task):
+    with translate_score_errors(f"{task.name} cannot score these predictions"):
         classes = sorted({row["gold"] for row in first})
     constant = [[row | {"answer": label} for row in first] for label in classes]
     find_best = np.argmin if task.is_lower_better() else np.argmax
@@ -157,7 +157,7 @@ def measure_floor(
     names: dict[RowKey, str],
     task: Task,
 ) -> Floor:
-    """Return by how much rows beat a floor. empty: its place and name. floor, rows: predictions by seed.
+    """Return by how much rows beat a floor. empty: which floor it is. floor, rows: predictions by seed.
 
     Raises:
         ValueError: as `compute_score`, of the floor.
@@ -166,7 +166,7 @@ def measure_floor(
     score = float(np.mean([compute_score(run, task, task.metric) for run in floor.values()])) * unit
     known, found = replace(empty, score=score, lower_is_better=lower, unit=unit), []
     for row, runs in rows.items():
-        if not empty.stands_for(row[1]):
+        if not empty.applies_to(row[1]):
             continue
         try:
             estimate = estimate_difference(runs, floor, task, task.metric)
@@ -186,7 +186,7 @@ def measure_floor(
 
 def describe_unscored_floors(floors: list[Floor]) -> list[str]:
     """Return why floors, or some row's difference to them, cannot be computed, a line each."""
-    return [f"{f.name}, floor of {f.place[1]} ({f.place[0]}): {f.trouble}" for f in floors if f.trouble]
+    return [f"{f.name}, floor of {f.model_task[1]} ({f.model_task[0]}): {f.trouble}" for f in floors if f.trouble]
 
 
 def find_hardest(floors: list[Floor]) -> Floor:
@@ -195,40 +195,40 @@ def find_hardest(floors: list[Floor]) -> Floor:
 
 
 def find_unlearned(floors: list[Floor]) -> set[ModelTask]:
-    """Return the models and tasks of which no row beats every floor that stands for it; a floor without a comparison
+    """Return the models and tasks of which no row beats every floor that applies to it; a floor without a comparison
     does not count."""
     groups: dict[ModelTask, list[Floor]] = {}
     for floor in floors:
         if floor.best is not None:
-            groups.setdefault(floor.place, []).append(floor)
-    return {place for place, some in groups.items() if not find_best_rows(some)}
+            groups.setdefault(floor.model_task, []).append(floor)
+    return {model_task for model_task, some in groups.items() if not find_best_rows(some)}
 
 
 def find_best_rows(floors: list[Floor]) -> set[RowKey]:
-    """Return the rows that beat every floor of one model and task that stands for them."""
+    """Return the rows that beat every floor of one model and task that applies to them."""
     rows = frozenset().union(*(floor.beaten_by for floor in floors))
-    return {row for row in rows if all(row in floor.beaten_by for floor in floors if floor.stands_for(row[1]))}
+    return {row for row in rows if all(row in floor.beaten_by for floor in floors if floor.applies_to(row[1]))}
 
 
 def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors: list[Floor]) -> Iterator[str]:
-    """Yield the rows of which some runs, but not the task as a whole, learned nothing: they score no better than the
-    floor. A mean and its interval do not show that."""
-    unlearned, several = find_unlearned(floors), len({floor.place[0] for floor in floors}) > 1
+    """Yield the rows of which some runs learned nothing, on tasks that were learned: these runs score no better than
+    the floor. A mean and its interval do not show that."""
+    unlearned, several = find_unlearned(floors), len({floor.model_task[0] for floor in floors}) > 1
     runs: dict[tuple[ModelTask, str, str], list[tuple[int, bool]]] = {}
     for outcome in outcomes:
-        place, task = get_model_task(outcome), load_task_of(outcome)
+        model_task, task = get_model_task(outcome), load_task_of(outcome)
         where = (task.name, *get_place(experiment, outcome).values())
-        faced = [floor for floor in floors if floor.place == place and floor.stands_for(where)]
+        faced = [floor for floor in floors if floor.model_task == model_task and floor.applies_to(where)]
         known = outcome.result and task.metric in outcome.result["metrics"]  # older versions had other scores
-        if not known or not faced or place in unlearned or outcome.label in experiment.floors:
+        if not known or not faced or model_task in unlearned or outcome.label in experiment.floors:
             continue
         sign, hardest = -1 if task.is_lower_better() else 1, find_hardest(faced)
         failed = sign * get_score(task, outcome.result, task.metric) <= sign * hardest.score
-        runs.setdefault((place, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))
-    for (place, label, floor), found in runs.items():
+        runs.setdefault((model_task, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))
+    for ((model, task), label, floor), found in runs.items():
         seeds = [seed for seed, failed in found if failed]
         if seeds:
-            where = f"{place[1]} ({place[0]})" if several else place[1]
+            where = f"{task} ({model})" if several else task
             yield (
                 f"{label} on {where}: {len(seeds)} of {len(found)} runs score no better than {floor} "
                 f"(seeds {', '.join(map(str, sorted(set(seeds))))})"

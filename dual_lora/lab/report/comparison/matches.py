@@ -72,8 +72,8 @@ class Match:
 def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Match]:
     """Yield every row that is neither baseline nor floor with every baseline on each task, as far as runs are finished.
 
-    A baseline none of whose runs, finished or not, has a value of the columns' setting stands against all columns. Rows
-    that are the same runs are compared once.
+    A baseline none of whose runs, finished or not, has a value of the columns' setting is compared with all columns.
+    Rows that are the same runs are compared once.
     """
     runs = group_by_place(experiment, outcomes)
     apart, seen = {*experiment.baselines, *experiment.floors}, set()
@@ -93,7 +93,7 @@ def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator
 
 
 def has_column_values(experiment: Experiment, outcomes: list[Outcome], label: str) -> bool:
-    """Whether a row has a value of the columns' setting; also where these are of published scores or other fields."""
+    """Return whether a row has a value of the columns' setting; also where columns are published scores or fields."""
     if experiment.columns not in experiment.list_heads():
         return True
     settings = [outcome.settings for outcome in outcomes if outcome.label == label]

@@ -11,7 +11,7 @@ from dual_lora.lab.statistics.verdict import BETTER, EQUIVALENT, WORSE
 
 ROW_HEIGHT = 0.19  # inches
 MIN_REACH = 2.0  # points to each side that are shown at least
-BULK = 3.0  # times the reach of the middle row are shown: one row of failed runs must not shrink all others
+MAX_MEDIANS = 3.0  # at most this many times the median reach of rows is shown: failed runs must not shrink the rest
 VERDICT_COLORS = {BETTER: COLORS[2], WORSE: COLORS[4], EQUIVALENT: COLORS[0]}
 
 
@@ -49,7 +49,7 @@ def find_reach(rows: list[Comparison]) -> float:
     """Return how many points to each side are shown: every band, and seeds and intervals as far as they do not dwarf
     those of the other rows."""
     furthest = [max(abs(value * c.unit) for value in c.difference.by_seed) for c in rows]
-    seeds = min(max(furthest), BULK * float(np.median(furthest)))
+    seeds = min(max(furthest), MAX_MEDIANS * float(np.median(furthest)))
     ends = [max(abs(c.seed_test.low), abs(c.seed_test.high)) for c in rows if c.seed_test.low is not None]
     intervals = min(max(ends, default=0.0), 1.5 * seeds)
     return 1.1 * max(MIN_REACH, seeds, intervals, *(1.5 * (c.margin or 0) for c in rows))

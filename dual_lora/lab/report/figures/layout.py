@@ -72,11 +72,11 @@ def equalize_spans(panels: Iterable[Axes]) -> None:
 
 def find_floor(outcomes: list[Outcome], floors: list[Floor]) -> Floor | None:
     """Return the hardest floor of the runs' one model and task; None where there are several or none."""
-    places = {get_model_task(outcome) for outcome in outcomes}
-    here = [floor for floor in floors if floor.place in places]
-    return find_hardest(here) if len(places) == 1 and here else None
+    model_tasks = {get_model_task(outcome) for outcome in outcomes}
+    here = [floor for floor in floors if floor.model_task in model_tasks]
+    return find_hardest(here) if len(model_tasks) == 1 and here else None
 
 
 def is_unlearned(outcomes: list[Outcome], floors: list[Floor]) -> bool:
-    """Whether all these runs are of tasks that were not learned."""
+    """Return whether all these runs are of tasks that were not learned."""
     return bool(outcomes) and {get_model_task(outcome) for outcome in outcomes} <= find_unlearned(floors)

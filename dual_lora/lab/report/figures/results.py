@@ -1,4 +1,4 @@
-"""The scores of an experiment: every seed a dot, the mean and its t-interval beside them."""
+"""The scores of an experiment: every seed a dot, with the mean and its t-interval."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -138,7 +138,7 @@ def draw_level_line(axes: Axes, scores: pd.Series, label: str, color: str, turn:
 
 
 def draw_means(axes: Axes, scores: SeriesGroupBy, label: str, style: dict[str, str], aside: float) -> None:
-    """Draw the seeds and their means, `aside` points beside their place, so that equal ones stay visible."""
+    """Draw the seeds and their means, `aside` points next to their place, so that equal ones stay visible."""
     mean, bars = scores.mean(), scores.agg(lambda seeds: compute_half_interval(list(seeds)))
     place = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(

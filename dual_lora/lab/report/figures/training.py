@@ -28,17 +28,17 @@ def draw_curves(outcomes: list[Outcome], what: tuple[str, str] = LOSS) -> Figure
     column, title = what
     frame = pd.DataFrame(
         [line for outcome in outcomes if outcome.result for line in iterate_logged_values(outcome, column)],
-        columns=["place", "label", "run", "step", "value"],
+        columns=["model_task", "label", "run", "step", "value"],
     )
-    steps = frame.groupby("place", sort=False)["step"].nunique()
-    places = [place for place in dict.fromkeys(frame["place"]) if steps[place] >= MIN_STEPS][:MAX_PANELS]
-    if not places:
+    steps = frame.groupby("model_task", sort=False)["step"].nunique()
+    model_tasks = [key for key in dict.fromkeys(frame["model_task"]) if steps[key] >= MIN_STEPS][:MAX_PANELS]
+    if not model_tasks:
         return None
     labels = list(dict.fromkeys(frame["label"]))
-    figure, panels = create_panels(len(places), 2.1)
-    for axes, place in zip(panels, places, strict=True):
-        draw_curve_panel(axes, frame[frame["place"] == place], labels)
-        axes.set(title=place[1] if len({model for model, _ in places}) == 1 else ", ".join(place))
+    figure, panels = create_panels(len(model_tasks), 2.1)
+    for axes, model_task in zip(panels, model_tasks, strict=True):
+        draw_curve_panel(axes, frame[frame["model_task"] == model_task], labels)
+        axes.set(title=model_task[1] if len({model for model, _ in model_tasks}) == 1 else ", ".join(model_task))
     panels[0].set_ylabel(title)
     add_legend(figure, panels)
     return figure
@@ -52,7 +52,7 @@ def iterate_logged_values(outcome: Outcome, column: str) -> Iterator[dict[str, o
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
     except (OSError, ValueError, RecursionError, UserError):  # `find_unreadable` names it
         return
-    where = {"place": get_model_task(outcome), "label": outcome.label, "run": outcome.record.name}
+    where = {"model_task": get_model_task(outcome), "label": outcome.label, "run": outcome.record.name}
     rows = [line for line in lines if isinstance(line, dict)]
     logged = [row for row in rows if all(isinstance(row.get(key), int | float) for key in (column, "step"))]
     yield from (where | {"step": line["step"], "value": line[column]} for line in logged)
@@ -82,7 +82,7 @@ def collect_costs(experiment: Experiment, outcomes: list[Outcome], unlearned: se
     lines = []
     for (label, model, *_), some in groups.items():
         by_task = pd.DataFrame(some).groupby("task").mean()
-        if {(model, task) for task in by_task.index} == {place for place in wanted if place[0] == model}:
+        if {(model, task) for task in by_task.index} == {pair for pair in wanted if pair[0] == model}:
             lines.append({"label": label, **by_task.mean().to_dict()})
     return pd.DataFrame(lines, columns=["label", "score", *COSTS])
 

@@ -23,17 +23,19 @@ from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import NOT_IDENTITY, serialize_identity_settings
 
-# Setting a value may change others that follow from it, so differences are looked for again, at most so often.
+# Setting a value may change others that follow from it, so differences are looked for again, up to this many times.
 MAX_ROUNDS = 4
 # A text that Hydra reads as it is, unless it looks like a number, true or null.
 PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 # What a command leaves out: where files are, and what changes neither the result nor the log.
-LEFT_OUT = {"wandb", "seed", "study", "data_dir", "init_from", "force", "plan", "hardware.accelerator"}
-LEFT_OUT |= {f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys if not key.startswith("log_")}
+LEFT_OUT = {
+    "wandb", "seed", "study", "data_dir", "init_from", "force", "plan", "hardware.accelerator",
+    *(f"{group}.{key}" for group, keys in NOT_IDENTITY.items() for key in keys if not key.startswith("log_")),
+}  # fmt: skip
 
 
 def build_command(all_settings: list[Settings]) -> str:
-    """Return the command that makes these runs, which differ in their seeds alone; empty where no command line gives
+    """Return the command that makes these runs, which differ only in their seeds; empty where no command line gives
     such settings."""
     first, seeds = all_settings[0], ",".join(dict.fromkeys(str(settings.seed) for settings in all_settings))
     words = build_words(replace(first, seed=0))
@@ -69,16 +71,16 @@ def name_plugin(plugin: tasks.Plugin) -> str:
 
 def build_words(settings: Settings) -> list[str] | None:
     """Return the overrides that compose settings of this identity; None if none do."""
-    alone = replace(settings, init_from=None, data_dir=None, model=replace(settings.model, path=None))
+    without_files = replace(settings, init_from=None, data_dir=None, model=replace(settings.model, path=None))
     words = {group: getattr(settings, group).name for group in GROUPS}
-    wanted = serialize_identity_settings(alone)
+    wanted = serialize_identity_settings(without_files)
     try:
         for _ in range(MAX_ROUNDS):
             found = [f"{key}={value}" for key, value in words.items() if (key, value) != ("hardware", "single")]
             made = compose_words((paths.CONF, *paths.own_folders), tuple(found))
             if serialize_identity_settings(made) == wanted:
                 return found
-            words |= dict(iterate_differences(asdict(made), asdict(alone)))
+            words |= dict(iterate_differences(asdict(made), asdict(without_files)))
     except UserError:  # a value that no command line gives
         pass
     return None

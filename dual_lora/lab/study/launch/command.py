@@ -1,15 +1,4 @@
-"""Runs handed to a launcher of Hydra's: to processes of this machine, or to the jobs of a cluster.
-
-Every launch has a folder of its own, removed when all its runs finished:
-
-    runs/.multirun/WHEN_XXXX/
-        N/config.yaml   the settings of run N, which its process reads, so that it does what was checked here
-        N/run.json      its identity, and the settings that distinguish it from the others, which its process prints
-        .submitit/JOB/  what a job of Slurm prints, and how submitit hands it over (pickles)
-        command.json    which process the command is, because its runs on this machine stop when it is gone, and the
-                        code and the folders of settings files that it named
-        stop            made when the command is stopped: all runs of the launch then stop, wherever they are
-"""
+"""The command's side: it checks a launcher, hands the runs to it and waits for all of them."""
 
 import json
 import multiprocessing
@@ -20,10 +9,9 @@ import signal
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,41 +21,25 @@ import psutil
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import MissingConfigException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, read_write
 
-import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
-from dual_lora.lab.config.outside.plugins import check_plugins, describe_plugins, get_plugin_word, import_plugin
+from dual_lora.lab.config.outside.plugins import describe_plugins
 from dual_lora.lab.config.paths import list_choices
-from dual_lora.lab.config.recorded import format_settings, load_recorded_settings
-from dual_lora.lab.errors import (
-    EXIT_STOPPED,
-    RunHeldElsewhere,
-    Stopped,
-    UserError,
-    get_first_line,
-    require,
-    suggest_name,
-)
+from dual_lora.lab.config.recorded import format_settings
+from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first_line, require, suggest_name
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import KILLED, describe_error, execute_run, failures
-from dual_lora.lab.system.environment import isolate_environment
+from dual_lora.lab.study.execute import KILLED, describe_failure, failures
+from dual_lora.lab.study.launch.process import end_with_command, execute_launched_run
 from dual_lora.lab.system.files import translate_write_errors
-from dual_lora.lab.system.libraries import hide_foreign_warnings
-from dual_lora.lab.system.signals import REQUEUE, STOP
 
 IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
 EXTRAS = {"ray_cluster": "ray"}  # of pyproject.toml; all others need `launchers`
-# Why this process was asked to stop. It then takes no more runs.
-stop_reasons: list[str] = []
-# Held while this process executes a run.
-run_in_progress = threading.Lock()
 
 
 def parse_key(word: str) -> str:
@@ -170,7 +142,7 @@ def note_failures(runs: list[Run], returned: list[JobReturn | None]) -> None:
         if failure:
             failures[run.record.folder] = failure
         if failure and failure["error"] == RunHeldElsewhere.__name__ and len(runs) == 1:
-            print(f"done elsewhere: {run.record.format_path()}: {failure['message']}", file=sys.stderr)
+            print(describe_failure(run, failure), file=sys.stderr)
 
 
 def prepare_launch_folder(runs: list[Run]) -> Path:
@@ -192,36 +164,6 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         command |= {"plugins": describe_plugins(), "settings": list(map(str, paths.own_folders))}
         (folder / "command.json").write_text(json.dumps(command))
     return folder
-
-
-def is_command_gone(folder: Path) -> bool:
-    """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
-    try:
-        command = json.loads((folder / "command.json").read_text())
-        return command["host"] == platform.node() and is_process_gone(command["pid"], command["since"])
-    except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
-        return not folder.exists()
-
-
-def is_process_gone(pid: int, since: float) -> bool:
-    """Return whether a process of this machine, started at a time in seconds, has ended."""
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() != since or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def end_with_command(pid: int, since: float) -> None:
-    """End this process of joblib's once the command that started it is gone and no run is in progress; joblib itself
-    lets it wait for work for five minutes. A run in progress is stopped by `stop_on_file`."""
-
-    def watch() -> None:
-        while not is_process_gone(pid, since) or run_in_progress.locked():
-            time.sleep(1)
-        os._exit(EXIT_STOPPED)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def call_in_thread(call: Callable[[], object]) -> Future:
@@ -274,91 +216,6 @@ def wait_for_all_jobs() -> AbstractContextManager:
     """Return a context in which submitit, if installed, waits for all jobs even if one of them fails."""
     if not find_spec("submitit"):
         return nullcontext()
-    from dual_lora.lab.study.slurm import wait_for_every_job
+    from dual_lora.lab.study.launch.slurm import wait_for_every_job
 
     return wait_for_every_job()
-
-
-def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | None:
-    """Execute one run in a launcher's process and return why it did not finish; None if it did."""
-    paths.RUNS = folder.parents[1]
-    hide_foreign_warnings()
-    try:
-        isolate_environment()
-        restore_outside(folder)
-        with run_in_progress, listen_in_process(), stop_on_file(folder / "stop"):
-            return execute_run(prepare_launched_run(folder / str(HydraConfig.get().job.num)))
-    except Stopped as stopped:
-        if str(stopped) == REQUEUE.name:
-            with suppress(Exception):
-                signal.raise_signal(REQUEUE)  # submitit has the job queued again and ends this process
-        stop_reasons.append(str(stopped))
-        return describe_error(stopped)
-    except Exception as error:
-        return describe_error(error)
-
-
-def restore_outside(folder: Path) -> None:
-    """Use what the command of a launch named from outside of the repository: folders of settings files, and code, which
-    is imported as it was then.
-
-    Raises:
-        UserError: the code is gone or changed.
-    """
-    command = json.loads((folder / "command.json").read_text())
-    paths.own_folders[:] = map(Path, command["settings"])
-    named = command["plugins"]
-    for name, about in named.items():
-        if name not in tasks.plugins:  # a launcher may use the command's own process
-            import_plugin(get_plugin_word(about))
-    check_plugins(named, "the command")
-
-
-def prepare_launched_run(place: Path) -> Run:
-    """Return the run whose settings are in a folder of a launch.
-
-    Raises:
-        UserError: it is another run than it was for the command, or see `Run.prepare`.
-    """
-    about = json.loads((place / "run.json").read_text())
-    run, expected = Run.prepare(load_recorded_settings(place), about["differences"]), about["identity"]
-    require(
-        run.identity == expected,
-        f"{run.identity} here, {expected} for the command: data, weights or settings files have changed since, or are "
-        "others on this machine; run the command again",
-    )
-    return run
-
-
-def listen_in_process() -> AbstractContextManager:
-    """Return a context in which signals stop this process's run. A launcher that does one run at a time may use a
-    thread of the command's own process, which already listens; Python allows only the main thread to handle signals."""
-    main = threading.current_thread() is threading.main_thread()
-    return STOP.listen() if main else nullcontext()
-
-
-@contextmanager
-def stop_on_file(file: Path) -> Iterator[None]:
-    """Stop this process's work, as a signal would, when the file exists or the command that started it is gone.
-
-    Raises:
-        Stopped: that is so already, or an earlier run of this process was stopped.
-    """
-    if stop_reasons or file.exists() or is_command_gone(file.parent):
-        raise Stopped(*stop_reasons[:1] or ["the command that started it"])
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1):
-            if file.exists() or is_command_gone(file.parent):
-                if not STOP.asked:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()

@@ -1,4 +1,5 @@
-"""An analysis read again: its rows, and medians beside their null. Needs neither torch nor a model."""
+"""What tables of an analysis are made of: its rows, and medians next to those of their null. Needs neither torch nor a
+model."""
 
 import pandas as pd
 
