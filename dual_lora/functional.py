@@ -219,15 +219,18 @@ def delta_weight(
     with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
         size = MAGNITUDES[magnitude](B @ A)
-        DC = D @ C if direction_dtype == "float32" else multiply_rounded(D, C, getattr(torch, direction_dtype))
+        DC = multiply_direction(D, C, direction_dtype)
         sign = sign_ste(DC, ste) if direction == "sign" else DIRECTIONS[direction](DC)
         return scale * size * sign
 
 
-def multiply_rounded(D: Tensor, C: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return D C, out x in, in the dtype of D. Both factors are rounded to `dtype` and multiplied in it, and so are
-    their gradients. D: out x r2, C: r2 x in."""
-    return (D.to(dtype) @ C.to(dtype)).to(D.dtype)
+def multiply_direction(D: Tensor, C: Tensor, direction_dtype: str = "float32") -> Tensor:
+    """Return D C, out x in, in the dtype of D. In 16 bits both factors are rounded to `direction_dtype` and multiplied
+    in it, and so are their gradients. D: out x r2, C: r2 x in."""
+    if direction_dtype == "float32":
+        return D @ C
+    rounded = getattr(torch, direction_dtype)
+    return (D.to(rounded) @ C.to(rounded)).to(D.dtype)
 
 
 def init_std(fan_in: int, r1: int, r2: int, alpha: float, magnitude: str = "relu", direction: str = "sign") -> float:

@@ -120,6 +120,17 @@ def test_variants_of_the_map_are_followed():
     assert analysis.measure_groups(A, B, C, D, "abs", "tanh")["magnitude_rank"] > 3
 
 
+def test_a_rounded_product_is_looked_at_as_it_was_computed():
+    A, B, C, D = factors()
+    rounded = (D.bfloat16() @ C.bfloat16()).float()
+    found = analysis.measure_groups(A, B, C, D, direction="identity", direction_dtype="bfloat16")
+    assert found["direction_rank"] == analysis.compute_ranks(rounded)["rank"] > 5  # rounding gives more than r2 = 5
+    flipped = ((rounded > 0) != (D @ C > 0)).double().mean().item()
+    assert flipped > 0
+    exact = analysis.compute_flipped_share(C.bfloat16(), D.bfloat16(), C, D, "bfloat16")
+    assert exact == 0 < analysis.compute_flipped_share(C.bfloat16(), D.bfloat16(), C, D)
+
+
 def test_histograms_count_every_entry_in_its_bin():
     assert analysis.count_by_bin(torch.tensor([-5.0, 0.0, 0.5, 1.0, 1.5, 9.0]), (0.0, 1.0)) == [2, 2, 2]
     A, B, C, D = factors()

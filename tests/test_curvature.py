@@ -1,5 +1,7 @@
 """The largest Hessian eigenvalue: of quadratics, of a tiny adapted model against torch.func, of runs at their start."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.func import functional_call, hessian
 
 from dual_lora import DualLoraConfig, set_update_scale
 from dual_lora.analysis.curvature import compute_curvature
+from dual_lora.lab.weights.curvature import compute_loss
 
 
 def generator() -> torch.Generator:
@@ -78,3 +81,18 @@ def test_a_tiny_adapted_model_has_the_curvature_of_torch_func(name):
     )
     torch.testing.assert_close(whole, whole.T, atol=1e-5, rtol=1e-4)  # also with Sign's straight-through gradient
     assert found.eigenvalue == pytest.approx(torch.linalg.eigvalsh(whole).max().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("form", ["classes", "generation"])
+def test_the_loss_is_smoothed_as_in_training(form):
+    shape, labels = (
+        ((2, 5, 7), torch.tensor([[-100, 3, 1, 2, 6], [-100, -100, 4, 0, 5]]))
+        if form == "generation"
+        else ((4, 3), torch.tensor([0, 2, 1, 1]))
+    )
+    logits = torch.randn(shape, generator=generator())
+    settings = SimpleNamespace(task=SimpleNamespace(label_smoothing=0.1))
+    found = compute_loss(lambda labels: {"logits": logits}, {"labels": labels}, settings, SimpleNamespace(form=form))
+    if form == "generation":  # a token is predicted from those before it
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    torch.testing.assert_close(found, nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))

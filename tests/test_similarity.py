@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from dual_lora.analysis import measure_decomposition
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.errors import EXIT_USER, UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.record.record import Record
@@ -19,6 +20,7 @@ from dual_lora.lab.report.analyses.fit import FittedRun, tabulate_differences, t
 from dual_lora.lab.report.analyses.kinds import OTHER_SEED, SAME_SEED, find_references, is_up_to_date
 from dual_lora.lab.report.analyses.similarity import ComparedRun, correlate_changes, tabulate_similarity
 from dual_lora.lab.study.experiment import Experiment, load_experiment_file
+from dual_lora.lab.weights.fit_updates import choose_middle_updates
 
 PLACE = ("tiny", "demo/sentiment")
 EXPERIMENTS = ("similarity", "fit_updates")
@@ -34,6 +36,14 @@ def test_size_and_direction_of_rows_are_told_apart():
     assert measure_decomposition(empty, empty) == {"magnitude_change": 0.0, "direction_change": 0.0}
     with pytest.raises(ValueError, match="expected matrices of one shape"):
         measure_decomposition(W0, torch.ones(2, 3))
+
+
+def test_each_block_of_a_fused_weight_has_a_middle_layer_of_its_own():
+    settings = load_settings(["model=tiny-gpt2", "task=demo/restaurants", "method=dual_lora"])
+    modules = [f"base_model.model.transformer.h.{layer}.attn.c_attn" for layer in range(3)]
+    updates = [SimpleNamespace(module=m, name=f"{m}[{block}]") for block in (0, 2) for m in modules]
+    chosen = choose_middle_updates(updates, settings)
+    assert sorted(update.name for update in chosen.values()) == [f"{modules[1]}[0]", f"{modules[1]}[2]"]
 
 
 def make_outcome(label: str, seed: int, finished: bool = True) -> SimpleNamespace:

@@ -6,7 +6,7 @@ Shares, ratios and cosines are fractions without a unit. A matrix is out x in.
 import torch
 from torch import Tensor
 
-from ..functional import sign_ste
+from ..functional import DIRECTION_DTYPES, check_choice, multiply_direction, sign_ste
 
 # Bins of half a decade, the same for every model. Bin i holds edges[i - 1] < x <= edges[i]; the first and the last are
 # open, so the first bin of a magnitude is its exact zeros, and the bin that ends in 0 has the sign -1.
@@ -78,13 +78,15 @@ def count_by_bin(x: Tensor, edges: tuple[float, ...]) -> list[int]:
 
 
 @torch.no_grad()
-def compute_flipped_share(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor) -> float:
-    """Return the share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2.
+def compute_flipped_share(C: Tensor, D: Tensor, C0: Tensor, D0: Tensor, direction_dtype: str = "float32") -> float:
+    """Return the share of entries whose Sign(D C) differs from Sign(D0 C0); C, C0: r2 x in, D, D0: out x r2, taken in
+    float32; direction_dtype as in `delta_weight`.
 
     Raises:
-        ValueError: the products are not finite matrices of one shape.
+        ValueError: unknown direction_dtype, or the products are not finite matrices of one shape.
     """
-    now, before = D.float() @ C.float(), D0.float() @ C0.float()
+    check_choice("direction_dtype", direction_dtype, DIRECTION_DTYPES)
+    now, before = (multiply_direction(d.float(), c.float(), direction_dtype) for d, c in ((D, C), (D0, C0)))
     check_matrices(**{"D C": now, "D0 C0": before})
     return (sign_ste(now) != sign_ste(before)).double().mean().item()
 

@@ -10,7 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..functional import DIRECTIONS, MAGNITUDES, check_choice, check_factors, sign_ste
+from ..functional import (
+    DIRECTION_DTYPES,
+    DIRECTIONS,
+    MAGNITUDES,
+    check_choice,
+    check_factors,
+    multiply_direction,
+    sign_ste,
+)
 from .entries import (
     DIRECTION_EDGES,
     MAGNITUDE_EDGES,
@@ -24,24 +32,33 @@ from .spectrum import compute_ranks
 
 @torch.no_grad()
 def measure_groups(
-    A: Tensor, B: Tensor, C: Tensor, D: Tensor, magnitude: str = "relu", direction: str = "sign"
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    magnitude: str = "relu",
+    direction: str = "sign",
+    direction_dtype: str = "float32",
 ) -> dict:
     """Return ranks and histograms of the two groups; one matrix is held at a time.
 
-    A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, taken in float32; magnitude and direction as in `delta_weight`.
+    A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, taken in float32; magnitude, direction and direction_dtype as in
+    `delta_weight`.
     Keys: magnitude_* and direction_* as in `compute_ranks`, magnitude_histogram of magnitude(B A) over MAGNITUDE_EDGES,
     direction_histogram of D C, before its sign, over DIRECTION_EDGES.
 
     Raises:
-        ValueError: unknown magnitude or direction, or the products are not finite matrices of one shape.
+        ValueError: unknown magnitude, direction or direction_dtype, or products that are not finite matrices of one
+            shape.
     """
     check_choice("magnitude", magnitude, MAGNITUDES)
     check_choice("direction", direction, DIRECTIONS)
+    check_choice("direction_dtype", direction_dtype, DIRECTION_DTYPES)
     A, B, C, D = (t.float() for t in (A, B, C, D))
     check_factors(A, B, C, D)
-    return _measure_group(
-        "magnitude", MAGNITUDES[magnitude](B @ A), lambda size: size, MAGNITUDE_EDGES
-    ) | _measure_group("direction", D @ C, sign_ste if direction == "sign" else DIRECTIONS[direction], DIRECTION_EDGES)
+    activate = sign_ste if direction == "sign" else DIRECTIONS[direction]
+    sizes = _measure_group("magnitude", MAGNITUDES[magnitude](B @ A), lambda size: size, MAGNITUDE_EDGES)
+    return sizes | _measure_group("direction", multiply_direction(D, C, direction_dtype), activate, DIRECTION_EDGES)
 
 
 def _measure_group(name: str, entries: Tensor, activate: Callable[[Tensor], Tensor], edges: tuple[float, ...]) -> dict:

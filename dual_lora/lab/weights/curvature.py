@@ -8,6 +8,7 @@ gradient, and so no curvature.
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.trainer_pt_utils import LabelSmoother
 
 from dual_lora.analysis.curvature import TOLERANCE, compute_curvature
 from dual_lora.lab.config.schema import Settings
@@ -19,6 +20,7 @@ from dual_lora.lab.model.encode import build_collator, encode_rows
 from dual_lora.lab.record.record import CURVATURE_FILE, Record
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.tuner.warmup import list_factors
+from tasks import Task
 
 ROWS, ROWS_SEED = 64, 2512
 HEAD = "head"  # the group of a head's weights
@@ -46,7 +48,7 @@ def measure_curvature(settings: Settings, record: Record) -> None:
     parameters, multipliers = select_parameters(model, settings)
     require(bool(parameters), f"run={record.format_path()}: nothing but a head trains; leave it out of the experiment")
     with sdpa_kernel(SDPBackend.MATH):  # the fast ones differentiate once
-        found = compute_curvature(lambda: model(**batch).loss, parameters, multipliers)
+        found = compute_curvature(lambda: compute_loss(model, batch, settings, task), parameters, multipliers)
     content = {
         "run": record.name,
         "eigenvalue": found.eigenvalue,
@@ -57,6 +59,14 @@ def measure_curvature(settings: Settings, record: Record) -> None:
         "parameters": sum(p.numel() for p in parameters),
     }
     record.write_sealed(CURVATURE_FILE, content)
+
+
+def compute_loss(model: torch.nn.Module, batch: dict, settings: Settings, task: Task) -> torch.Tensor:
+    """Return the loss that training minimizes, with its label smoothing: the Trainer's."""
+    output = model(**batch)
+    if not settings.task.label_smoothing:
+        return output.loss
+    return LabelSmoother(settings.task.label_smoothing)(output, batch["labels"], shift_labels=task.form == "generation")
 
 
 def select_parameters(model: torch.nn.Module, settings: Settings) -> tuple[list[torch.nn.Parameter], list[float]]:

@@ -50,10 +50,11 @@ def fit_updates(settings: Settings, record: Record, size: str) -> None:
 
 
 def choose_middle_updates(updates: list[Update], settings: Settings) -> dict[str, Update]:
-    """Return the update of the middle layer for each role, by role."""
+    """Return the update of the middle layer for each role, by role; blocks of a fused weight count apart."""
     by_role: dict[str, list[Update]] = {}
     for update in updates:
-        by_role.setdefault(find_role(update.module, settings), []).append(update)
+        block = update.name.removeprefix(update.module)  # "[0]", or nothing
+        by_role.setdefault(f"{find_role(update.module, settings)}{block}", []).append(update)
     found = {}
     for role, some in by_role.items():
         some.sort(key=lambda update: find_layer_number(update.module) or 0)

@@ -215,7 +215,7 @@ class DualLoraUpdate(Update):
     def measure_factors(self, factors: DualLoraFactors, device: str) -> dict:
         variants = factors.variants
         four = (t.to(device) for t in self.get_factors(factors))
-        return analysis.measure_groups(*four, variants["magnitude"], variants["direction"])
+        return analysis.measure_groups(*four, **{name: value for name, value in variants.items() if name != "ste"})
 
     def measure_parts(self, device: str) -> dict:
         return self.measure_factors(self.factors, device)
@@ -241,7 +241,7 @@ class DualLoraUpdate(Update):
         C, D, C0, D0 = (
             t.to(device) for t in (*self.get_factors(self.factors)[2:], *self.get_factors(initial_factors)[2:])
         )
-        return analysis.compute_flipped_share(C, D, C0, D0)
+        return analysis.compute_flipped_share(C, D, C0, D0, self.factors.variants["direction_dtype"])
 
 
 def load_updates(settings: Settings, record: Record) -> list[Update]:
