@@ -1,12 +1,14 @@
-"""Where the repository, its configuration and the run records are; paths that a setting gives; YAML files."""
+"""Where the repository, its configuration and the run records are; paths that a setting gives; YAML and JSON files."""
 
 import io
+import json
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.errors import UserError, find_remedy, get_first_line, require
+from tasks.base import build_unique_keys
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = Path(os.path.expanduser(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs"))
@@ -156,3 +158,23 @@ def count_yaml_values(node: Any, known: dict[int, int]) -> int:
         parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(count_yaml_values(part, known) for part in parts)
     return known[id(node)]
+
+
+def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds, with at least these keys.
+
+    Raises:
+        UserError: it holds something else; `remedy` says what to do.
+    """
+    check_plain_file(path)
+    try:
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=build_unique_keys)
+    except OSError as error:
+        remedy = find_remedy(error.errno, remedy)
+        raise UserError(f"{path}: cannot be read ({error.strerror or get_first_line(error)}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({get_first_line(error)}); {remedy}") from error
+    require(isinstance(content, dict), f"{path}: damaged (not a JSON object); {remedy}")
+    lacking = [key for key in keys if key not in content]
+    require(not lacking, f"{path}: damaged (no {', '.join(lacking)}); {remedy}")
+    return content

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dual_lora.lab.errors import is_out_of_memory
-from dual_lora.lab.model.load import differ_by_rounding, is_sharded
+from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded
 
 PROBE_START, PROBE_ENDS = 4, (2, 12)  # tokens that the two prompts of `probe_prompts` share, and that follow them
 PROBE_BEAMS = 2
@@ -172,4 +172,4 @@ def reads_as_alone(model: PreTrainedModel, pad: int, shared: int) -> bool:
             raise
         return False
     beside = torch.stack([first, second], 1)[::PROBE_BEAMS].flatten(0, 1)
-    return differ_by_rounding(beside, alone, model)
+    return agree_up_to_rounding(beside, alone, model)

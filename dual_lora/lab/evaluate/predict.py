@@ -27,7 +27,7 @@ from dual_lora.lab.model.encode import (
     encode_rows,
     get_position_limit,
 )
-from dual_lora.lab.model.load import autocast_products, differ_by_rounding, unwrap_adapter
+from dual_lora.lab.model.load import agree_up_to_rounding, autocast_products, unwrap_adapter
 from tasks import Task
 from tasks.base import Row
 
@@ -103,7 +103,7 @@ def probe_padding(
     beside = compute_class_logits(model, tokenizer, texts)
     alone = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
     model.train(training)
-    return differ_by_rounding(beside, alone, model)
+    return agree_up_to_rounding(beside, alone, model)
 
 
 def check_batches(

@@ -7,13 +7,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dual_lora.lab.config.outside.hub import fetch_files
-from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
-from dual_lora.lab.config.schema import PLAIN_STARTS, Settings, format_typed_value
+from dual_lora.lab.config.paths import find_choices, load_yaml, read_json_object, resolve_path
+from dual_lora.lab.config.schema import PLAIN_STARTS, Settings, format_typed_value, is_hub_id
 from dual_lora.lab.errors import UserError, require, translate_read_errors
-from dual_lora.lab.system.files import read_json_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Fields of an adapter's configuration that do not change what its weights compute, or that follow from their names
 # and shapes.
 HARMLESS_FIELDS = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"}
@@ -34,7 +32,7 @@ def find_adapter(settings: Settings) -> Path | None:
     if not settings.init_from or settings.method.peft is None:
         return None
     folder = resolve_path("init_from", settings.init_from)
-    if not folder.exists() and HUB_NAME.fullmatch(settings.init_from):
+    if not folder.exists() and is_hub_id(settings.init_from):
         folder = fetch_adapter(settings.init_from)
     if not (folder / ADAPTER_CONFIG).is_file():
         return None

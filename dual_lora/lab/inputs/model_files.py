@@ -18,14 +18,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dual_lora.lab.config.outside.hub import fetch_files, find_conversion
-from dual_lora.lab.config.outside.models import explain_no_model, list_lacking_files
-from dual_lora.lab.config.paths import BUNDLED, resolve_path
+from dual_lora.lab.config.outside.models import (
+    RESAVE_REMEDY,
+    explain_no_model,
+    list_lacking_files,
+    read_config_json,
+)
+from dual_lora.lab.config.paths import BUNDLED, read_json_object, resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line, require, translate_read_errors
 from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
 from dual_lora.lab.inputs.gguf import is_gguf_file, link_alone, read_gguf_header
 from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
-from dual_lora.lab.system.files import read_json_object
 from dual_lora.lab.system.sealed import hash_file
 
 # Bytes of either end of a weight file that identify it.
@@ -39,7 +43,6 @@ RARE_TOKENIZER_FILES = ("*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json"
 RARE_TOKENIZER_FILES += ("normalizer.json", "entity_vocab.json", "target_vocab.json", "byte_maps.json", "word_*.json")
 # Files of a model's folder that a record hashes. generation_config.json is no longer read, but old records contain it.
 RECORDED_FILES = ("*.safetensors", "config.json", "generation_config.json", *TOKENIZER_FILES)
-RESAVE_REMEDY = "save the model again"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -122,7 +125,7 @@ def read_config_fields(folder: Path, weights: bool = True) -> dict[str, Any]:
         UserError: the file is damaged, or a field cannot be honoured.
     """
     file = folder / "config.json"
-    values = read_json_object(file, RESAVE_REMEDY)
+    values = read_config_json(folder)
     kind = values.get("model_type")
     require(isinstance(kind, str), f"{file}: names no model_type; give a saved Hugging Face model")
     tensors = sum(len(list_tensors(found)) for found in list_weight_files(folder)) if weights else None

@@ -1,4 +1,4 @@
-"""Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
+"""Base models, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 import re
 import sys
@@ -22,13 +22,12 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
-from dual_lora.lab.config.outside.models import ALL_LINEAR
+from dual_lora.lab.config.outside.models import ALL_LINEAR, RESAVE_REMEDY
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
 from dual_lora.lab.inputs.model_config import AFTER_PADDING
 from dual_lora.lab.inputs.model_files import (
-    RESAVE_REMEDY,
     check_model_folder,
     link_model,
     list_tensors,
@@ -327,9 +326,9 @@ def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> 
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 
 
-def differ_by_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
-    """Return whether a model's logits differ from expected ones by no more than rounding can make. If those are not all
-    finite, nothing can be said, which counts as yes."""
+def agree_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
+    """Return whether a model's logits differ from expected ones by no more than rounding can make. Expected logits that
+    are not all finite decide nothing, which counts as yes."""
     exact = min(model.dtype.itemsize, expected.dtype.itemsize) >= 4 and not allows_tf32()
     found, expected = found.float(), expected.float()
     near = (found - expected).norm() <= (ROUNDING if exact else COARSE_ROUNDING) * expected.norm()

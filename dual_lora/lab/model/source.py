@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from dual_lora.lab.config.outside.models import read_config_json
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import is_gguf_file
-from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, fetch_model, find_model, link_model, translate_model_errors
-from dual_lora.lab.system.files import read_json_object
+from dual_lora.lab.inputs.model_files import fetch_model, find_model, link_model, translate_model_errors
 from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
@@ -68,8 +68,7 @@ def get_config_fields(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be found, read or honoured.
     """
-    file = find_links(settings) / "config.json"
-    return read_json_object(file, RESAVE_REMEDY) if file.is_file() else {}
+    return {} if find_gguf_file(settings) else read_config_json(find_links(settings))
 
 
 def load_config(settings: Settings, task: Task) -> PreTrainedConfig:

@@ -17,15 +17,16 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
+from dual_lora.lab.config.outside.models import RESAVE_REMEDY
+from dual_lora.lab.config.paths import read_json_object
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, get_first_line, is_out_of_memory, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
-from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, translate_model_errors
+from dual_lora.lab.inputs.model_files import translate_model_errors
 from dual_lora.lab.model.encode import apply_chat_template
 from dual_lora.lab.model.source import find_gguf_file, find_links, get_config_fields, locate_model
 from dual_lora.lab.system.distributed import is_first_process
-from dual_lora.lab.system.files import read_json_object
 
 # How a tokenizer is used, whatever was saved with it. GPT-2 counts positions, and encoders classify, from the first
 # column, so padding goes to the right.

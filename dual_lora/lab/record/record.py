@@ -4,7 +4,7 @@
         config.yaml          every setting, resolved
         environment.json     versions, machine, code commit
         metrics.jsonl        one line per logged step
-        predictions.jsonl    one line per example: id, raw output, answer, gold
+        predictions.jsonl    one line per example: split, id, raw output, and the columns of `Task.judge`
         adapter/ or model/   what was trained
         result.json          metrics, parameters, time, memory, identity
 
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.paths import read_json_object
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
@@ -34,7 +35,6 @@ from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_file
 from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
 from dual_lora.lab.system.files import (
     append_text,
-    read_json_object,
     remove_path,
     remove_temporary_files,
     translate_access_errors,

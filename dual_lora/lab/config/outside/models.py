@@ -4,7 +4,6 @@ They follow from config.json alone. conf/family/ has the names of modules by `mo
 modules are those of PEFT's own table for LoRA, or else all linear layers but the head.
 """
 
-import json
 import os
 import re
 from functools import cache
@@ -12,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
-from dual_lora.lab.config.paths import check_plain_file, find_choices, load_yaml, resolve_path
-from dual_lora.lab.config.schema import MAX_NAME
+from dual_lora.lab.config.paths import find_choices, load_yaml, read_json_object, resolve_path
+from dual_lora.lab.config.schema import MAX_NAME, is_hub_id
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 
 # PEFT's word for every linear layer but the head, as the role that a model of an unknown type has.
 ALL_LINEAR = "all-linear"
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+HUB_PLACE = re.compile(r"(?P<id>[^@]+)(?:@(?P<revision>[\w./-]+))?")
 HUB_CACHE = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/[0-9a-f]{40}")
 WRITERS = ("ForCausalLM", "LMHeadModel")  # how the classes of models that write text end
 SIXTEEN_BITS = ("bfloat16", "float16")
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json")
+TOKENIZER_SIGNS = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SAVED_MODEL = "a saved Hugging Face model"
+RESAVE_REMEDY = "save the model again"
 # What this process found, one line for each model.
 found_models: dict[str, str] = {}
 
@@ -36,7 +36,8 @@ def is_model_place(name: str) -> bool:
 
 def find_hub_id(name: str) -> re.Match | None:
     """Return the match of a hub id, ORG/NAME or ORG/NAME@REVISION; None for a folder that exists, or any other path."""
-    return None if name.startswith((".", "~", "/")) or Path(name).is_dir() else HUB_ID.fullmatch(name)
+    found = HUB_PLACE.fullmatch(name)
+    return found if found and is_hub_id(found["id"]) and not Path(name).is_dir() else None
 
 
 def describe_model(name: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def describe_model(name: str) -> dict[str, Any]:
         called = hub["id"]
     else:
         folder = locate_folder(name)
-        config, place, called = read_config_file(folder), {"path": str(folder)}, name_folder(folder)
+        config, place, called = read_config_json(folder), {"path": str(folder)}, name_folder(folder)
     where, kind = f"model={name}", str(config.get("model_type"))
     require(kind != "None", f"{where}: its config.json names no model_type; give {SAVED_MODEL}")
     seq2seq = config.get("is_encoder_decoder") and not config.get("is_decoder")
@@ -87,7 +88,7 @@ def list_lacking_files(folder: Path) -> list[str]:
     patterns = {
         "config.json": ("config.json",),
         "weights (*.safetensors)": ("*.safetensors",),
-        "tokenizer (tokenizer.json)": TOKENIZER_FILES,
+        "tokenizer (tokenizer.json)": TOKENIZER_SIGNS,
     }
     return [what for what, names in patterns.items() if not any(any(folder.glob(name)) for name in names)]
 
@@ -125,19 +126,13 @@ def name_folder(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-.")[:MAX_NAME] or "model"
 
 
-def read_config_file(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config.json.
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's config.json, as they are there.
 
     Raises:
-        UserError: it is damaged, or no file.
+        UserError: it is damaged, or not a file.
     """
-    file = folder / "config.json"
-    check_plain_file(file)
-    with translate_read_errors(f"{file}: damaged", "save the model again"):
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-    return values
+    return read_json_object(folder / "config.json", RESAVE_REMEDY)
 
 
 @cache
@@ -154,7 +149,7 @@ def read_hub_model(hub: str, revision: str | None) -> tuple[dict[str, Any], dict
     remedy = "check its name, log in for a gated one (hf auth login), or give model=DIR, a saved model"
     with translate_read_errors(f"model={hub}{at}: cannot fetch its config.json from the hub", remedy):
         file = Path(hf_hub_download(hub, "config.json", revision=revision))
-    return read_config_file(file.parent), {"hub": hub, "revision": file.parent.name}
+    return read_config_json(file.parent), {"hub": hub, "revision": file.parent.name}
 
 
 def load_families() -> dict[str, dict[str, Any]]:
