@@ -600,7 +600,7 @@ CASES = [
     Case("disk", "full under the adapter", "", "cannot be written (No space left on device); free some space", under=raising("peft.PeftModel.save_pretrained", FULL)),
     Case("disk", "full under an export", "run={here}/run export={here}/out", "export=", finished, EVAL, under=raising("transformers.PreTrainedModel.save_pretrained", FULL)),
     Case("disk", "broken under the data", RTE, "dev.tsv: cannot be read (Input/output error", rte, under=failing("dev.tsv", errno.EIO, "r")),
-    Case("disk", "too many open files", "run={here}/run", "Too many open files; allow more open files", finished, EVAL, under=raising("dual_lora.lab.evaluate.reevaluation.load_task", OSError(errno.EMFILE, "Too many open files"))),
+    Case("disk", "too many open files", "run={here}/run", "Too many open files; allow more open files", finished, EVAL, under=raising("dual_lora.lab.evaluate.trained.load_task", OSError(errno.EMFILE, "Too many open files"))),
     # permissions
     Case("permission", "runs that may not be written", "", "is not a writable folder; set DUAL_LORA_RUNS=DIR", under=forbidden),
     Case("permission", "an export that may not be written", "run={here}/run export={here}/out", "is not a writable folder; give another folder as export=DIR", finished, EVAL, under=forbidden),
@@ -610,7 +610,7 @@ CASES = [
     Case("permission", "data that may not be read", RTE, "dev.tsv: cannot be read (Permission denied); check that you may read it", rte, under=failing("dev.tsv", errno.EACCES, "r")),
     Case("permission", "a model that may not be read", PLACED, "config.json: cannot be read (Permission denied); check that you may read", model, under=failing("model/config.json", errno.EACCES, "r")),
     Case("permission", "settings that may not be read", "run={here}/run", "config.yaml: not settings that", finished, EVAL, under=failing("run/config.yaml", errno.EACCES, "r")),
-    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; check that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.reevaluation.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
+    Case("permission", "something else that may not be read", "run={here}/run", "HERE/x: Permission denied; check that you may read and write there", finished, EVAL, under=lambda patch, here: raising("dual_lora.lab.evaluate.trained.load_task", PermissionError(errno.EACCES, "Permission denied", f"{here}/x"))(patch, here)),
     # memory
     Case("memory", "too little to load", "", "a smaller model or model.dtype=bfloat16 takes less", under=raising(LOADING, CUDA)),
     Case("memory", "too little to load, without an accelerator", "", "can't allocate memory: you tried 9 bytes); a smaller model", under=raising(LOADING, CPU)),

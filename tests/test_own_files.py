@@ -22,7 +22,7 @@ from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
-from dual_lora.lab.evaluate.reevaluation import reevaluate_run
+from dual_lora.lab.evaluate.trained import reevaluate_run
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.encode import encode_prompt
 from dual_lora.lab.model.load import load_model, load_tokenizer

@@ -21,7 +21,7 @@ from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.export import compute_probe_logits
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.load import get_head_class, load_model
 from dual_lora.lab.model.merge import merge_adapter

@@ -76,7 +76,7 @@ def evaluate_command(argv: list[str]) -> int:
     if updates_file:
         return save_updates_command(settings, record, Path(updates_file))
     with import_heavy_libraries():
-        from dual_lora.lab.evaluate.reevaluation import reevaluate_run
+        from dual_lora.lab.evaluate.trained import reevaluate_run
 
     return reevaluate_run(settings, record)
 

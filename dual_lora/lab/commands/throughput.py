@@ -67,7 +67,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
 
     from dual_lora.lab.evaluate.evaluate import compute_outputs
     from dual_lora.lab.evaluate.predict import encode_scored_rows
-    from dual_lora.lab.evaluate.reevaluation import load_trained_model
+    from dual_lora.lab.evaluate.trained import load_trained_model
     from dual_lora.lab.inputs.splits import load_split
     from dual_lora.lab.model.load import move_to_device
     from dual_lora.lab.model.merge import merge_adapter

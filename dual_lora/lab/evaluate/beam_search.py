@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from dual_lora.lab.evaluate.cache import compute_next_logits, expand_cache
+from dual_lora.lab.evaluate.kv_cache import compute_next_logits, expand_cache
 
 IMPOSSIBLE = -1e9  # the score of a beam that must not continue
 

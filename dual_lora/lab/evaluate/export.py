@@ -17,13 +17,13 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, describe_machine_error, require
 from dual_lora.lab.evaluate.model_card import CARD_NAME, format_adapter_card, format_model_card
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
+from dual_lora.lab.model.fused_layers import fuse_layers
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
-from dual_lora.lab.model.split import fuse_layers
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries

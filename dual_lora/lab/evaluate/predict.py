@@ -15,7 +15,7 @@ from transformers import (
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.beam_search import search_beams
-from dual_lora.lab.evaluate.cache import expand_cache, probe_prompts, read_prompts
+from dual_lora.lab.evaluate.kv_cache import expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.model.encode import (
     build_sentence_encoder,
     check_choices,

@@ -34,6 +34,7 @@ from dual_lora.lab.inputs.model_files import (
     list_weight_files,
     translate_model_errors,
 )
+from dual_lora.lab.model.fused_layers import split_layers
 from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
 from dual_lora.lab.model.source import (
     NO_CODE,
@@ -45,7 +46,6 @@ from dual_lora.lab.model.source import (
     locate_model,
     name_model,
 )
-from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes, is_first_process
 from dual_lora.lab.system.libraries import allows_tf32

@@ -21,10 +21,10 @@ from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
 from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
+from dual_lora.lab.model.fused_layers import split_layers
 from dual_lora.lab.model.load import cast_heads_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
 from dual_lora.lab.model.nf4 import list_quantisable_layers
 from dual_lora.lab.model.source import get_head_options, load_config, set_dropout
-from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from tasks import Task
 

@@ -22,7 +22,7 @@ from dual_lora.functional import delta_weight
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.model.adapt import draw_initial_model
 from dual_lora.lab.model.load import load_dequantised_model, load_model
 from dual_lora.lab.model.merge import explain_unmergeable

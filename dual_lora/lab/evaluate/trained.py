@@ -1,4 +1,4 @@
-"""A finished run evaluated again, from its record alone."""
+"""What a finished run trained, loaded from its record, and its evaluation again."""
 
 import sys
 from itertools import islice
@@ -31,37 +31,6 @@ from dual_lora.lab.system.distributed import is_first_process, join_processes, s
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.memory import suggest_fewer_rows
 from tasks import Split, Task
-
-
-def reevaluate_run(settings: Settings, record: Record) -> int:
-    """Evaluate a run again and print the scores beside the recorded ones, also into evaluation.json. Return 0 if every
-    digit is equal, else 1. Print a warning where the scores depend on the rows of a batch: training refuses such a
-    model today, but did not always.
-
-    Raises:
-        UserError: the run is not finished, cannot be loaded, or the rows are not those it was evaluated on.
-    """
-    stored = record.require_result(f"run={record.format_path()}")
-    silence_libraries()
-    join_processes()
-    task = load_task(settings)
-    splits = load_recorded_splits(settings, record, stored, task)
-    model, tokenizer = load_trained_model(settings, record, task)
-    move_to_device(model)
-    if stored.get("merged"):
-        merge_adapter(model)
-    model.requires_grad_(False)  # of a run, only its evaluation is done again
-    try:
-        check_batches(model, tokenizer, task, list(islice(next(iter(splits.values())).rows, PROBE_ROWS)), settings)
-    except UserError as error:
-        if is_first_process():
-            print(f"warning: {error}", file=sys.stderr)
-    with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
-        metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
-    print(format_comparison(task, stored, metrics, record))
-    kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
-    share_from_first(lambda: record.try_write_file("evaluation.json", kept))
-    return 0 if metrics == stored["metrics"] else 1
 
 
 def load_recorded_splits(settings: Settings, record: Record, stored: dict[str, Any], task: Task) -> dict[str, Split]:
@@ -121,3 +90,34 @@ def load_trained_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     if model.mixes_dtypes:  # what was loaded was rounded to 16 bits
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     return model.requires_grad_(False).eval()
+
+
+def reevaluate_run(settings: Settings, record: Record) -> int:
+    """Evaluate a run again and print the scores beside the recorded ones, also into evaluation.json. Return 0 if every
+    digit is equal, else 1. Print a warning where the scores depend on the rows of a batch: training refuses such a
+    model today, but did not always.
+
+    Raises:
+        UserError: the run is not finished, cannot be loaded, or the rows are not those it was evaluated on.
+    """
+    stored = record.require_result(f"run={record.format_path()}")
+    silence_libraries()
+    join_processes()
+    task = load_task(settings)
+    splits = load_recorded_splits(settings, record, stored, task)
+    model, tokenizer = load_trained_model(settings, record, task)
+    move_to_device(model)
+    if stored.get("merged"):
+        merge_adapter(model)
+    model.requires_grad_(False)  # of a run, only its evaluation is done again
+    try:
+        check_batches(model, tokenizer, task, list(islice(next(iter(splits.values())).rows, PROBE_ROWS)), settings)
+    except UserError as error:
+        if is_first_process():
+            print(f"warning: {error}", file=sys.stderr)
+    with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
+        metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
+    print(format_comparison(task, stored, metrics, record))
+    kept = {"metrics": metrics, "equal": metrics == stored["metrics"]}
+    share_from_first(lambda: record.try_write_file("evaluation.json", kept))
+    return 0 if metrics == stored["metrics"] else 1
