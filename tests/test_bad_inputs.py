@@ -504,7 +504,7 @@ CASES = [
     Case("record", "no run named", "", "run=runs/STUDY/ID is needed", script=EVAL),
     Case("record", "a folder that is no run", "run={here}", "no config.yaml there", script=EVAL),
     Case("record", "a file for a folder", "run={here}/x", "no config.yaml there", write("x", ""), EVAL),
-    Case("record", "not finished", "run={here}/run", "not finished, it has no result.json", unfinished, EVAL),
+    Case("record", "not finished", "run={here}/run", "not finished (no result.json); run its command to the end first", unfinished, EVAL),
     Case("record", "not finished, to analyse", "run={here}/run analyse=true", "not finished", unfinished, EVAL),
     Case("record", "not finished, to export", "run={here}/run export={here}/out", "not finished", unfinished, EVAL),
     Case("record", "result.json cut short", "run={here}/run", "result.json: damaged", changed("run/result.json", lambda c: c[:40], finished), EVAL),

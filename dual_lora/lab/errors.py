@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
 
-# Done; a run failed; something the user can fix; stopped on request, the same command resumes; another process does it.
+# Done; a run failed; something the user can fix; stopped on request; another process is working on it.
 EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
 
 
@@ -46,21 +46,20 @@ def get_first_line(error: BaseException | str) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-RESUMES = "resumes from here"
-RESTARTS = "starts this run again from the beginning: a sharded model that is trained in full has no checkpoints"
-
-
 class Stopped(BaseException):
-    """A stop was requested by the signal named `asked`; `next_action` says what the same command will do next. It is
-    not an `Exception`, so that no handler on the way mistakes it for a failure."""
+    """A stop was requested. It is not an `Exception`, so that no handler on the way mistakes it for a failure.
 
-    def __init__(self, asked: str, next_action: str = RESUMES) -> None:
-        super().__init__(asked)
-        self.next_action = next_action
+    by: what requested it, usually a signal's name. can_resume: whether the same command resumes from here; otherwise it
+    starts the run again.
+    """
+
+    def __init__(self, by: str, can_resume: bool = True) -> None:
+        super().__init__(by)
+        self.by, self.can_resume = by, can_resume
 
 
 class RunHeldElsewhere(Exception):
-    """Another process is doing this run."""
+    """Another process is working on this run."""
 
 
 # How torch, CUDA, the dynamic loader and safetensors report a lack of memory without a type of its own.

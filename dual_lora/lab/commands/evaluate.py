@@ -12,10 +12,9 @@ from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import check_data_dir
-from dual_lora.lab.errors import require
+from dual_lora.lab.errors import EXIT_OK, require
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.study.execute import EXIT_OK
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
 PATH_KEYS = {"run", "data_dir", "model.path", "export", "against", "save_updates"}
@@ -63,12 +62,12 @@ def evaluate_command(argv: list[str]) -> int:
     require(len(asked_names) < 2, f"{' and '.join(asked_names)}: one at a time")
     scores = not asked_names or "eval.batch_size" not in values
     require(scores, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
-    check_plugins(Record(run).read_environment().get("plugins", {}), f"run={run}")
+    record = Record(run.resolve())
+    check_plugins(record.read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:
         check_data_dir(settings)
     settings.hardware.check_installed()
-    record = Record(run.resolve())
     if folder:
         return export_command(settings, record, Path(folder), dtype or settings.model.dtype, push)
     if analyse == "true":

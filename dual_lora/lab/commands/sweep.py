@@ -10,8 +10,15 @@ from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import UserError, get_first_line, require, translate_machine_errors
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
+from dual_lora.lab.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USER,
+    UserError,
+    get_first_line,
+    require,
+    translate_machine_errors,
+)
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.launch import check_launcher, select_launcher_words
 from dual_lora.lab.study.outcome import Outcome, find_outcomes

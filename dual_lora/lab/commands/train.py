@@ -14,10 +14,18 @@ from dual_lora.lab.config.overrides import iterate_given_keys, parse_override, p
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import UserError, describe_machine_error, get_first_line, require
+from dual_lora.lab.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USER,
+    UserError,
+    describe_machine_error,
+    get_first_line,
+    require,
+)
 from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.run import Run, prepare_runs
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
+from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.study.launch import check_launcher, launch_runs, select_launcher_words, uses_launcher
 from dual_lora.lab.study.listing import format_plans, format_results
 from dual_lora.lab.study.schedule import run_in_process
@@ -165,9 +173,8 @@ def plan_runs(runs: list[Run]) -> int:
     others.
 
     Raises:
-        UserError: the only plan is refused, or `plan` is not the same for all runs.
+        UserError: the only plan is refused.
     """
-    require(all(run.settings.plan for run in runs), "plan: true for all runs or for none")
     drawn = [draw_plan(run, alone=len(runs) == 1) for run in runs]
     plans, refusals, codes = zip(*drawn, strict=True)
     if len(runs) > 1:

@@ -253,8 +253,8 @@ def check_group_choice(group: str, name: str) -> None:
 
 
 def suggest_setting(key: str) -> str:
-    """Return " Did you mean X?" for the setting a mistyped key most likely means: one that lacks its group, such as
-    `lr`, or has another's, one that Hugging Face calls so, or one that is spelt alike."""
+    """Return " Did you mean X?" for the setting that an unknown key most likely means: a key without its group (`lr`),
+    with the wrong group, under its Hugging Face name, or misspelt."""
     name = key.rpartition(".")[2]
     parts = [f"{group}.{name}" for group in LIKELY_GROUPS if f"{group}.{name}" in KNOWN_KEYS]
     parts += [HUGGING_FACE_NAMES[name]] if name in HUGGING_FACE_NAMES else []
@@ -304,9 +304,9 @@ def check_repeats(words: list[str], where: str = "") -> None:
     seen: set[str] = set()
     for override in map(parse_override, words):
         names = list(iterate_given_keys(override.key_or_group, override.value()))
-        for name in [name for name in names if name in seen]:
-            several = "" if LAUNCHER_KEY.match(name) else f", or write {name}=VALUE,VALUE for a run of each"
-            require(False, f"{where}{name}: given twice; drop one{several}")
+        if repeated := next((name for name in names if name in seen), None):
+            several = "" if LAUNCHER_KEY.match(repeated) else f", or write {repeated}=VALUE,VALUE for a run of each"
+            raise UserError(f"{where}{repeated}: given twice; drop one{several}")
         seen.update(names)
 
 

@@ -271,7 +271,7 @@ class Record:
             UserError: it is not finished, or see `read_result`.
         """
         result = self.read_result()
-        require(result is not None, f"{label}: not finished, it has no result.json")
+        require(result is not None, f"{label}: not finished (no result.json); run its command to the end first")
         return result
 
     def read_finished(self) -> dict[str, Any] | None:

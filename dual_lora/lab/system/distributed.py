@@ -49,7 +49,7 @@ def wait_for_first_process_error() -> None:
     try:
         time.sleep(FIRST_PROCESS_SECONDS)
     except Stopped as stopped:
-        if str(stopped) != "SIGINT":
+        if stopped.by != "SIGINT":
             raise
 
 
