@@ -208,8 +208,8 @@ def extract_answer_leniently(dataset: str, text: str) -> str | None:
     kind, numbers = words[0].rstrip("1"), "".join(word[-1] for word in words)
     option = r"\b(true|false)\b" if kind == "true" else rf"\b{kind}[\s#:]*([{numbers}])\b"
     number = r"(?!)" if kind == "true" else rf"([{numbers}])\b"
-    said = re.search(rf"\banswer is:?\s*(?:{option}|{number})", text, re.I) or re.search(option, text, re.I)
-    value = next((group for group in said.groups() if group), "") if said else ""
+    found = re.search(rf"\banswer is:?\s*(?:{option}|{number})", text, re.I) or re.search(option, text, re.I)
+    value = next((group for group in found.groups() if group), "") if found else ""
     return value.lower() if kind == "true" or not value else kind + value
 
 
@@ -311,8 +311,8 @@ class Commonsense(Task):
             rest = [number for number, item in enumerate(items) if get_content(item) not in apart]
         numbers = held_out[name] if name in SPECS else rest
         prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
-        said = "" if name == "train" else " (held out)"
-        origin = f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else said}"
+        note = self.describe_missing(path, items) if name == "train" else " (held out)"
+        origin = f"{path.parent.name}/{path.name}{note}"
         return Split(self.build_chosen_rows("train", items, numbers, prompt, path), origin)
 
     def describe_missing(self, path: Path, items: list[Item]) -> str:

@@ -402,8 +402,8 @@ def meteor(hypotheses: Texts, references: References, parts: dict[str, Sequence[
                 return {name: meteor_process.score_segments([counts[i] for i in part]) for name, part in parts.items()}
         except (OSError, ValueError) as error:
             errors.seek(0)
-            said = " ".join(errors.read().split())[:300]
-            raise Unavailable(f"{command[0]} failed on METEOR: {said or error}") from error
+            printed = " ".join(errors.read().split())[:300]
+            raise Unavailable(f"{command[0]} failed on METEOR: {printed or error}") from error
 
 
 class MeteorProcess:

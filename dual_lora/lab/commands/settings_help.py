@@ -135,8 +135,8 @@ def render_settings_markdown() -> str:
     for key, about, group in iterate_settings():
         value = f"`{defaults[key]}`" if key in defaults else ""
         if group:
-            said = f"{about[0].upper()}{about[1:]}" + (f", by default {value}" if value else "")
-            lines += ["", f"## {key}", "", f"{said}.", "", *TABLE_HEAD]
+            line = f"{about[0].upper()}{about[1:]}" + (f", by default {value}" if value else "")
+            lines += ["", f"## {key}", "", f"{line}.", "", *TABLE_HEAD]
         else:
             lines.append(f"| `{key}` | {value} | {about} |")
     return "\n".join(lines) + "\n"

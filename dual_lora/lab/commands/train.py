@@ -78,8 +78,8 @@ def check_length(settings: Settings, words: list[str]) -> None:
     """
     given = {key for o in map(parse_override, words) for key in iterate_given_keys(o.key_or_group, o.value())}
     for key in sorted(given & {"task.epochs", "train.epochs"}):
-        said = f"train.max_steps={settings.train.max_steps} is used instead; drop one"
-        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {said}")
+        reason = f"train.max_steps={settings.train.max_steps} is used instead"
+        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {reason}; drop one")
 
 
 def select_named_settings(settings: Settings, words: list[str]) -> dict[str, Any]:

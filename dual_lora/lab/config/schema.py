@@ -283,9 +283,10 @@ class Method:
         check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio", "alpha")
         for key in METHOD_SETTINGS:
             value = getattr(self, key)
-            used = self.peft is not None and value is not None
-            told = f"method.{key}={value}: method {self.name} has no adapter, so no {key}; drop it"
-            require(value is None or used, told)
+            require(
+                value is None or self.peft is not None,
+                f"method.{key}={value}: method {self.name} has no adapter, so no {key}; drop it",
+            )
         if self.peft is not None:
             named = isinstance(self.peft.get("peft_type"), str)
             require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
@@ -295,8 +296,10 @@ class Method:
                 require(known, f"method.{key}={value}: method {self.name} has no {key}; drop it")
         require(self.rank is None or self.rank >= 1, f"method.rank={self.rank}: must be at least 1")
         shared = self.rank is not None and "magnitude_ratio" in (self.peft or {})
-        told = f"method.rank={self.rank}: {self.name} shares it between two groups of at least 1 each; take 2 or more"
-        require(not shared or self.rank >= 2, told)
+        require(
+            not shared or self.rank >= 2,
+            f"method.rank={self.rank}: {self.name} shares it between two groups of at least 1 each; take 2 or more",
+        )
         require((self.r1 is None) == (self.r2 is None), "method.r1 and method.r2: give both or neither")
 
 

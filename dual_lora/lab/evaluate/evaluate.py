@@ -127,8 +127,8 @@ def collect_scores(task: Task, judged: dict[str, list[Row]]) -> dict[str, float]
 
 
 def check_scoring(task: Task, splits: dict[str, Split]) -> None:
-    """Refuse a task whose scores or judged rows have another form than a record takes, before anything is loaded or
-    trained: targets are judged in place of outputs. A few of the rows will do, unless they lack a score.
+    """Refuse a task whose scores or judged rows a record cannot hold. Targets stand in for outputs; a few rows suffice
+    unless a score is undefined on them.
 
     Raises:
         UserError: as `evaluate_splits`, but a score may be no number here: that of so few rows may be undefined.

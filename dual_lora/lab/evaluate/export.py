@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -198,11 +199,11 @@ def check_difference(folder: Path, error: float, tolerance: float = float("inf")
     Raises:
         UserError: it is NaN or Inf, or above the tolerance.
     """
-    fine = error < tolerance  # false for NaN
+    wrong = "are NaN" if math.isnan(error) else f"differ from the run's by {error:.1e} of their norm"
     require(
-        fine,
-        f"export={folder}: the merged model's logits differ from the run's by {error:.1e} of their norm, so its "
-        "weights or its method cannot be exported; take another run, or the adapter alone",
+        error < tolerance,
+        f"export={folder}: the merged model's logits {wrong}, so its weights or its method cannot be exported; take "
+        "another run, or only the adapter",
     )
 
 

@@ -109,8 +109,7 @@ def probe_padding(
 def check_batches(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> None:
-    """Refuse a model whose outputs for a row depend on the rows beside it, before it is trained, or scored if nothing
-    of it trains. Some rows will do.
+    """Refuse a model whose output for a row depends on the other rows of its batch. A few rows suffice.
 
     Raises:
         UserError: with the model and its class.

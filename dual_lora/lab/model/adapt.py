@@ -436,8 +436,8 @@ def find_rounded_ratio(model: torch.nn.Module, settings: Settings) -> list[str]:
         return []
     rank = model.active_peft_config.r
     r1, r2 = model.active_peft_config.split(rank)
-    told = f"method.magnitude_ratio={asked:g}: the ranks are {r1} and {r2}, a ratio of {r1 / rank:.3g}"
-    return [told] if abs(r1 / rank - asked) > RATIO_TOLERANCE else []
+    warning = f"method.magnitude_ratio={asked:g}: the ranks are {r1} and {r2}, a ratio of {r1 / rank:.3g}"
+    return [warning] if abs(r1 / rank - asked) > RATIO_TOLERANCE else []
 
 
 def find_untouched_experts(model: torch.nn.Module, settings: Settings) -> list[str]:

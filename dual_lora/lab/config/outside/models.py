@@ -96,17 +96,17 @@ def list_lacking_files(folder: Path) -> list[str]:
 def explain_no_model(folder: Path, lacking: list[str], key: str) -> str:
     """Return what a folder lacks to be a saved model and what to do about it, in one line. key: the setting that names
     the folder."""
-    said = ", ".join(f"no {what}" for what in lacking) + " there"
+    missing = ", ".join(f"no {what}" for what in lacking) + " there"
     if near := find_near_model(folder):
-        return f"{said}, but a model in {near}; give {key}={near}"
+        return f"{missing}, but a model in {near}; give {key}={near}"
     if (folder / "adapter_config.json").exists():
-        return f"{said}, but an adapter; give the model that it belongs to"
+        return f"{missing}, but an adapter; give the model that it belongs to"
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles and "config.json" not in lacking:
-        return f"{said}, and {pickles[0]} is a pickle, which is never read; save the model again (save_pretrained)"
+        return f"{missing}, and {pickles[0]} is a pickle, which is never read; save the model again (save_pretrained)"
     if lacking == ["tokenizer (tokenizer.json)"]:
-        return f"{said}; save it into the same folder (tokenizer.save_pretrained)"
-    return f"{said}; give the folder of {SAVED_MODEL}"
+        return f"{missing}; save it into the same folder (tokenizer.save_pretrained)"
+    return f"{missing}; give the folder of {SAVED_MODEL}"
 
 
 def find_near_model(folder: Path) -> Path | None:
