@@ -47,8 +47,8 @@ class CellStudy:
         require(content["kind"] == KIND, f"{where}: kind: {content['kind']}: {KIND} is the only kind")
         scale, study = choose_scale(name, content, scale)
         own = content[scale]
-        fine = isinstance(own, dict) and set(own) == {"size"}
-        require(fine, f"{where}: {scale}: {{size: ...}} of dual_lora/analysis/{name}.py is needed")
+        is_size = isinstance(own, dict) and set(own) == {"size"}
+        require(is_size, f"{where}: {scale}: {{size: ...}} of dual_lora/analysis/{name}.py is needed")
         return cls(name, study, str(own["size"]))
 
     def check_words(self, words: list[str], launcher: list[str]) -> None:

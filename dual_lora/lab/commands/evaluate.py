@@ -32,8 +32,8 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
     known = {**RUN_WORDS, **more}
     given: dict[str, str | int] = split_words(argv, known, Path(sys.argv[0]).name, first="run")
     for key, value in given.items():
-        whole = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
-        require(whole, f"{key}={value[:80]}: must be a whole number above 0")
+        is_valid = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
+        require(is_valid, f"{key}={value[:80]}: must be a whole number above 0")
         given[key] = known[key](value)
     for key in PATH_KEYS & given.keys():
         given[key] = str(resolve_path(key, given[key]))
@@ -60,8 +60,8 @@ def evaluate_command(argv: list[str]) -> int:
     asked = {"analyse=true": analyse == "true", "export=DIR": folder, "save_updates=FILE": updates_file}
     asked_names = [name for name, given in asked.items() if given]
     require(len(asked_names) < 2, f"{' and '.join(asked_names)}: one at a time")
-    scores = not asked_names or "eval.batch_size" not in values
-    require(scores, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
+    scores_rows = not asked_names or "eval.batch_size" not in values
+    require(scores_rows, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
     record = Record(run.resolve())
     check_plugins(record.read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)

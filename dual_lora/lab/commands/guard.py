@@ -69,9 +69,9 @@ def run_guarded(name: str, command: Callable[..., int], *args: object) -> int:
             try:
                 with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
                     return command(*args)
-            except Exception as error:
+            except Exception:
                 if STOP.raised:  # the library that was interrupted raised an error of its own
-                    raise Stopped(STOP.asked, STOP.can_resume) from error
+                    return print_stop(name, Stopped(STOP.asked, STOP.can_resume))
                 wait_for_first_process_error()
                 raise
     except Exception as error:

@@ -223,9 +223,9 @@ def check_list(override: Override) -> None:
         UserError: with the list that was most likely meant.
     """
     key, values = override.key_or_group, list_values(override)
-    lists = any(value == "null" or value.startswith(("[", "{", "$")) for value in values)
+    gives_list = any(value == "null" or value.startswith(("[", "{", "$")) for value in values)
     shown = ",".join(values)
-    require(lists, f"{key}={shown}: must be a list; write {key}=[{shown}]")
+    require(gives_list, f"{key}={shown}: must be a list; write {key}=[{shown}]")
 
 
 def check_group_choice(group: str, name: str) -> None:

@@ -55,8 +55,8 @@ def check_plain_file(path: Path) -> None:
     Raises:
         UserError: it is one.
     """
-    plain = path.is_file() or path.is_dir() or not path.exists()
-    require(plain, f"{path}: a pipe or a device, not a file; replace it")
+    is_plain = path.is_file() or path.is_dir() or not path.exists()
+    require(is_plain, f"{path}: a pipe or a device, not a file; replace it")
 
 
 ELSEWHERE_REMEDY = "set DUAL_LORA_RUNS=DIR to keep runs elsewhere"
@@ -69,8 +69,8 @@ def check_writable(folder: Path, remedy: str = ELSEWHERE_REMEDY) -> None:
         UserError: with the part of the path that is in the way, and `remedy`.
     """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    require(able, f"{folder}: {there} is not a writable folder; {remedy}")
+    is_writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    require(is_writable, f"{folder}: {there} is not a writable folder; {remedy}")
 
 
 # The largest YAML file here has a few hundred values. Nested aliases can turn ten lines into billions.

@@ -197,8 +197,10 @@ class Model:
         self.check_split()
         check_range("model", self, 0, 1, "dropout")
         layers = self.architecture.get("num_hidden_layers", 1)
-        fine = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
-        require(fine, f"model.architecture.num_hidden_layers={layers}: must be a whole number from 1 to {MAX_LAYERS:,}")
+        is_count = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
+        require(
+            is_count, f"model.architecture.num_hidden_layers={layers}: must be a whole number from 1 to {MAX_LAYERS:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -419,8 +421,8 @@ class Hardware:
         Raises:
             UserError: with what is to be installed.
         """
-        here = self.base is None or importlib.util.find_spec("bitsandbytes") is not None
-        require(here, f"hardware.base={self.base}: needs bitsandbytes; pip install -e '.[quantised]'")
+        is_installed = self.base is None or importlib.util.find_spec("bitsandbytes") is not None
+        require(is_installed, f"hardware.base={self.base}: needs bitsandbytes; pip install -e '.[quantised]'")
 
 
 @dataclass(frozen=True)
@@ -463,10 +465,13 @@ class Settings:
         """
         self.hardware.check_installed()
         compiler = os.environ.get("CXX") or "g++"
-        able = not self.train.compile or shutil.which(compiler) is not None
-        require(able, f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it")
-        here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
-        require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
+        has_compiler = not self.train.compile or shutil.which(compiler) is not None
+        require(
+            has_compiler,
+            f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it",
+        )
+        is_installed = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
+        require(is_installed, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
 
     def count_steps(self, rows: int) -> int:
         """Return the optimizer steps of training on so many examples an epoch."""
@@ -496,20 +501,31 @@ class Settings:
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
         base, frozen = self.hardware.base, self.method.peft is not None
         patience, development = self.train.early_stopping, self.eval.development_rows
-        judged = patience is None or development is not None
-        require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
+        can_judge = patience is None or development is not None
+        require(
+            can_judge, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by"
+        )
         other = "task.validation_rows" if self.task.validation_rows else "task.checkpoint=best_loss"
-        alone = not (patience and self.task.validation_size)
-        require(alone, f"train.early_stopping={patience}: not with {other}, which watches the loss; drop one")
-        held = self.hardware.sharding != "full" or not self.train.log_zeros
-        require(held, "train.log_zeros=true: not with hardware.sharding=full, where no device holds an update; drop it")
-        kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
-        require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
-        whole = self.hardware.sharding != "full" and base is None
+        watches_loss = patience and self.task.validation_size
+        require(
+            not watches_loss, f"train.early_stopping={patience}: not with {other}, which watches the loss; drop one"
+        )
+        sharded = self.hardware.sharding == "full"
+        hides_zeros = sharded and self.train.log_zeros
+        remedy = "not with hardware.sharding=full, where no device holds an update; drop it"
+        require(not hides_zeros, f"train.log_zeros=true: {remedy}")
+        cannot_save = sharded and not frozen and self.train.save_steps
+        require(
+            not cannot_save, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it"
+        )
+        plain = not sharded and base is None  # the layers are as transformers makes them
         packed = (self.model.path or "").lower().endswith(".gguf")
-        require(whole or not packed, f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single")
+        require(
+            plain or not packed,
+            f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single",
+        )
         packs = f"hardware.base={base}" if base else "hardware.sharding=full"
-        require(whole or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
+        require(plain or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         check_file_name("study", self.study, "it names a folder below runs/")

@@ -116,8 +116,8 @@ def check_export_folder(folder: Path) -> None:
     require(not folder.is_symlink(), f"export={folder}: a link; {remedy}")
     place = folder.resolve()
     for parent in (place, *place.parents):
-        inside = all((parent / name).is_file() for name in RECORD_FILES)
-        require(not inside, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
+        is_record = all((parent / name).is_file() for name in RECORD_FILES)
+        require(not is_record, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
 
 
 def report_unfinished_exports(folder: Path) -> None:

@@ -46,9 +46,9 @@ def load_recorded_splits(settings: Settings, record: Record, stored: dict[str, A
     )
     splits = load_scored_splits(task, settings)
     for name, split in splits.items():
-        same = split.describe()["sha256"] == stored["data"].get(name, {}).get("sha256")
+        is_same = split.describe()["sha256"] == stored["data"].get(name, {}).get("sha256")
         require(
-            same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
+            is_same, f"{split.origin}: not the {name} rows this run was evaluated on; give their folder as data_dir=DIR"
         )
     return splits
 
@@ -73,8 +73,8 @@ def load_trained_model(
     file = record.get_weights_file(settings)
     folder = file.parent
     # Large weights are in parts, with an index.
-    whole = file.is_file() or (folder / f"{file.name}.index.json").is_file()
-    require(whole, f"{folder}: cannot be loaded (no {file.name}, the only format that is read); {RERUN_REMEDY}")
+    has_weights = file.is_file() or (folder / f"{file.name}.index.json").is_file()
+    require(has_weights, f"{folder}: cannot be loaded (no {file.name}, the only format that is read); {RERUN_REMEDY}")
     with translate_read_errors(f"{folder}: cannot be loaded", RERUN_REMEDY):
         set_seed(settings.seed)
         model = load_tuned_model(folder, settings, task, tokenizer) if tuned else load_trained_adapter(base, folder)

@@ -37,8 +37,8 @@ def find_adapter(settings: Settings) -> Path | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     where = f"init_from={settings.init_from}"
-    whole = (folder / ADAPTER_WEIGHTS).is_file()
-    require(whole, f"{where}: no {ADAPTER_WEIGHTS} there, the only format that is read; save the adapter again")
+    has_weights = (folder / ADAPTER_WEIGHTS).is_file()
+    require(has_weights, f"{where}: no {ADAPTER_WEIGHTS} there, the only format that is read; save the adapter again")
     check_saved_adapter(folder, settings.method.peft, settings)
     start = get_random_start(settings)
     require(

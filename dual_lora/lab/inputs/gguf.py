@@ -182,9 +182,10 @@ def check_gguf_model(path: Path, found: Header) -> None:
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
     known = {name.replace("_", "") for name in {*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}}
-    able = found.architecture.replace("-", "").replace("_", "") in known
+    is_known = found.architecture.replace("-", "").replace("_", "") in known
     require(
-        able, f"model.path={path}: transformers cannot read {found.architecture} models from GGUF; {SAVED_MODEL_REMEDY}"
+        is_known,
+        f"model.path={path}: transformers cannot read {found.architecture} models from GGUF; {SAVED_MODEL_REMEDY}",
     )
     scaled = found.values.get(f"{found.architecture}.rope.scaling.type", "none") != "none"
     scaled = scaled and found.architecture != "gpt-oss" or any(name.startswith("rope_") for name in found.tensors)

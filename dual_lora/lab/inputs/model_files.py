@@ -155,12 +155,12 @@ def list_shards(index: Path) -> list[str]:
         UserError: the index is damaged, or names files that cannot be shards in the same folder.
     """
     shards = read_json_object(index, RESAVE_REMEDY, "weight_map")["weight_map"]
-    named = shards and isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
-    require(bool(named), f"{index}: damaged (weight_map names no files); {RESAVE_REMEDY}")
+    names_files = shards and isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
+    require(bool(names_files), f"{index}: damaged (weight_map names no files); {RESAVE_REMEDY}")
     names = sorted(set(shards.values()))
     for name in names:
-        here = Path(name).name == name and name.endswith(".safetensors")
-        require(here, f"{index}: names {name[:80]!r}; weights are read from *.safetensors in the same folder only")
+        is_shard = Path(name).name == name and name.endswith(".safetensors")
+        require(is_shard, f"{index}: names {name[:80]!r}; weights are read from *.safetensors in the same folder only")
     return names
 
 
@@ -221,10 +221,10 @@ def identify_weights(settings: Settings) -> dict[str, str]:
     """
     folder = find_model(settings)
     if folder is None:
-        known = settings.model.hub or settings.plan
-        require(bool(known), f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
-        here = os.path.isdir(settings.model.hub or "")
-        require(not here, f"model.hub={settings.model.hub}: is a folder here; give it as model.path=DIR")
+        needs_place = not settings.model.hub and not settings.plan
+        require(not needs_place, f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
+        is_folder = os.path.isdir(settings.model.hub or "")
+        require(not is_folder, f"model.hub={settings.model.hub}: is a folder here; give it as model.path=DIR")
         return {"hub": f"{settings.model.hub}@{settings.model.revision}"}
     if is_gguf_file(folder):
         ends = read_file_ends(folder, read_gguf_header(folder).size + END_BYTES)

@@ -51,8 +51,8 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     with translate_model_errors(settings):
         tokenizer = load_gguf_tokenizer(file) if file else load_saved_tokenizer(settings)
         reset_use(tokenizer, settings)
-    bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
-    require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
+    is_empty = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
+    require(not is_empty, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
     check_special_tokens(tokenizer, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -138,13 +138,13 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     where = f"model={settings.model.name}: its tokenizer"
     remedy = "set it in tokenizer_config.json, or save the tokenizer with it"
     longest = tokenizer.model_max_length
-    numeric = isinstance(longest, (int, float)) and longest > 0
-    require(numeric, f"{where} has model_max_length={longest!r}, which is not a length; {remedy}")
-    ends = tokenizer.eos_token_id is not None
+    is_length = isinstance(longest, (int, float)) and longest > 0
+    require(is_length, f"{where} has model_max_length={longest!r}, which is not a length; {remedy}")
+    has_end = tokenizer.eos_token_id is not None
     writes = load_task(settings).form == "generation"
-    require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
-    pads = ends or tokenizer.pad_token_id is not None
-    require(pads, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
+    require(has_end or not writes, f"{where} names no end of text (eos_token); {remedy}")
+    can_pad = has_end or tokenizer.pad_token_id is not None
+    require(can_pad, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
     words = read_ordinary_words(find_links(settings) / "tokenizer.json")
     added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     turned = sorted(words & (added | set(tokenizer.all_special_tokens)))

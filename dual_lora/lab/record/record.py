@@ -183,11 +183,11 @@ class Record:
             if not path.is_file():
                 return None
         found = self.read_json(path.name, *sorted(RESULT_FIELDS))
-        whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
-        require(whole, f"{path}: changed since the run; {RERUN_REMEDY}")
+        is_intact = is_digest_right(found) if "digest" in found else self.predates_seals(found)
+        require(is_intact, f"{path}: changed since the run; {RERUN_REMEDY}")
         identity = found["identity"]
-        mine = identity == self.name or not self.is_named_by_run
-        require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
+        is_own = identity == self.name or not self.is_named_by_run
+        require(is_own, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
 
     def read_digest(self) -> str | None:
@@ -248,12 +248,13 @@ class Record:
             path = self.folder / name
             with translate_access_errors(path):
                 require(path.exists(), f"{path}: removed since the run; {RERUN_REMEDY}")
-                same = path.is_file() and hash_file(path) == kept[name]
-            require(same, f"{path}: changed since the run; {RERUN_REMEDY}")
+                is_unchanged = path.is_file() and hash_file(path) == kept[name]
+            require(is_unchanged, f"{path}: changed since the run; {RERUN_REMEDY}")
         for folder in (folder for folder in SEALED_FOLDERS if kept and folder.startswith(names or "")):
             for path in list_files(self.folder / folder):
-                known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
-                require(known, f"{path}: added after the run; remove it")
+                # a model card is not loaded
+                is_recorded = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"
+                require(is_recorded, f"{path}: added after the run; remove it")
 
     def verify_kept_files(self) -> None:
         """Compare all files of a finished run, except weights that are not there: a record may be kept without them.
@@ -344,8 +345,8 @@ class Record:
         found, path = self.read_json(name, *keys), self.folder / name
         if self.is_named_by_run:
             check_owner(found, self.name, path)
-        whole = is_digest_right(found) if "digest" in found else self.predates_sealed_files()
-        require(whole, f"{path}: changed since it was written; remove it, and it is made again")
+        is_intact = is_digest_right(found) if "digest" in found else self.predates_sealed_files()
+        require(is_intact, f"{path}: changed since it was written; remove it, and it is made again")
         return found
 
     def write_sealed(self, name: str, content: dict[str, Any]) -> None:

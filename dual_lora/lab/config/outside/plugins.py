@@ -56,8 +56,8 @@ def locate_plugin(word: str) -> tuple[Path | None, str]:
     """
     path = resolve_path("plugins", word)
     if path.suffix == ".py" or path.is_dir() or "/" in word:
-        packaged = not path.is_dir() or (path / "__init__.py").is_file()
-        require(packaged, f"plugins={word}: no __init__.py there, so it is not a package; {PLUGIN_REMEDY}")
+        is_package = not path.is_dir() or (path / "__init__.py").is_file()
+        require(is_package, f"plugins={word}: no __init__.py there, so it is not a package; {PLUGIN_REMEDY}")
         require(path.exists(), f"plugins={word}: no such file; {PLUGIN_REMEDY}")
         check_plain_file(path)
         path = path.absolute()
@@ -137,5 +137,7 @@ def check_plugins(recorded: dict[str, Any], where: str) -> None:
     require(not missing, f"{where}: done with code of {', '.join(missing)}; to run that code again, add plugins={word}")
     for name, found in tasks.plugins.items():
         require(name in recorded, f"plugins={found.path}: {where} was done without it; drop it")
-        same = found.sha256 == recorded[name]["sha256"]
-        require(same, f"plugins={found.path}: changed since {where} was done; restore the file, or do the run again")
+        is_unchanged = found.sha256 == recorded[name]["sha256"]
+        require(
+            is_unchanged, f"plugins={found.path}: changed since {where} was done; restore the file, or do the run again"
+        )
