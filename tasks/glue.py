@@ -142,7 +142,7 @@ class Glue(Task):
             return None
         found = [path.with_name(name) for name in ("dev_ids.tsv", "dev_ids.tsv.gz") if path.with_name(name).is_file()]
         if not found:
-            raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv beside it")
+            raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv next to it")
         return found[0]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
@@ -188,7 +188,7 @@ class Glue(Task):
         """Return a label of an official file as a class index or, for STS-B, as its score.
 
         Raises:
-            ValueError: it is no such label.
+            ValueError: it is not such a label.
         """
         if self.form == "regression":
             score = base.parse_number(word)
@@ -210,7 +210,7 @@ class Glue(Task):
         }
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
-        """Return every metric of the column; MNLI's mismatched set stands beside as "mismatched_..."."""
+        """Return every metric of the column; MNLI's mismatched set is added as "mismatched_..."."""
         from tasks import metrics
 
         scores = {}
@@ -243,5 +243,5 @@ class Glue(Task):
 
 
 def is_mismatched(split: str) -> bool:
-    """Whether a split is MNLI's of other genres than training's."""
+    """Return whether a split is MNLI's of other genres than training's."""
     return split.endswith("mismatched")

@@ -7,7 +7,7 @@ A row has one of three forms, which its columns tell:
     messages                      [{"role": "user", "content": "..."}, ...]; the last one, an assistant's, is the
                                   response, all before it the prompt
 
-Loss is on the response alone. With model.chat=true the prompt goes through the tokenizer's chat template, as messages;
+Loss is only on the response. With model.chat=true the prompt goes through the tokenizer's chat template, as messages;
 else messages are written as text, each below a line with its role, and the model writes text.
 
 Scores: exact match (but for white space at the ends), ROUGE-L and chrF, means over rows, of the text that is generated;
@@ -163,7 +163,7 @@ def get_input(place: Place, row: Row) -> str:
     """Return the input of an Alpaca row without the blanks around it; "" if it is empty, null or no column.
 
     Raises:
-        TaskError: it is no text, or its column is spelt in another way.
+        TaskError: it is not text, or its column is spelt in another way.
     """
     if "input" not in row and (near := base.find_similar_column("input", row)):
         raise TaskError(f"{place}: no column 'input', but {base.quote(near)}; name it input, or remove it")

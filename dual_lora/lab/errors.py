@@ -62,7 +62,7 @@ class RunHeldElsewhere(Exception):
     """Another process is working on this run."""
 
 
-# How torch, CUDA, the dynamic loader and safetensors report a lack of memory without a type of its own.
+# How torch, CUDA, the dynamic loader and safetensors report that memory ran out, without a type of its own.
 OUT_OF_MEMORY_WORDS = ("out of memory", "allocate memory", "ALLOC_FAILED", "failed to map segment", "bad_alloc")
 # Remedies by errno. Some libraries raise errors with the system's message but no errno: see LIMIT_WORDS.
 REMEDIES = {
@@ -84,12 +84,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return False
     named = any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__)
-    lacking = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return named or lacking or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+    numbered = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return named or numbered or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
 def describe_out_of_memory(error: BaseException, remedy: str) -> str:
-    """Return a lack of memory as one line with its remedy."""
+    """Return an out-of-memory error as one line with its remedy."""
     return f"out of memory ({get_first_line(error) if str(error) else type(error).__name__}); {remedy}"
 
 
@@ -168,8 +168,8 @@ def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever libraries raise while reading a user's files into one line.
 
     Raises:
-        UserError: `what`, the reason and the remedy. A lack of memory passes, and so does a library's refusal of the
-            environment.
+        UserError: `what`, the reason and the remedy. An out-of-memory error passes, and so does a library's
+            refusal of the environment.
     """
     try:
         yield
@@ -182,7 +182,7 @@ def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def translate_memory_errors(remedy: str) -> Iterator[None]:
-    """Turn a lack of memory into one line.
+    """Turn an out-of-memory error into one line.
 
     Raises:
         UserError: what ran out, and the remedy: what needs less. Other errors pass.

@@ -1,7 +1,7 @@
 """Experiments that are studies of many small cells, not tables of runs: no model or task is loaded for them.
 
 conf/experiment/NAME.yaml says `kind: cells` and, below the name of a scale, the `size` of dual_lora/analysis/NAME.py.
-The rows are in runs/STUDY/rows.jsonl, one line a cell, and the report beside them; a stopped study resumes cell by
+The rows are in runs/STUDY/rows.jsonl, one line a cell, and the report next to them; a stopped study resumes cell by
 cell.
 """
 
@@ -64,7 +64,7 @@ class CellStudy:
     def run(self, missing: bool, force: bool) -> int:
         """Run the cells that have no row, write the report, print it and return the exit code.
 
-        missing: False writes the report from the rows alone. force: all cells run again; the new rows replace the old
+        missing: False only writes the report from the rows. force: all cells run again; the new rows replace the old
         ones once they are complete.
 
         Raises:

@@ -42,7 +42,7 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
 
 
 def evaluate_command(argv: list[str]) -> int:
-    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export or analyse
+    """Evaluate the finished run that `argv` names and print its scores next to the recorded ones, or export or analyse
     it, or save its updates; return the exit code.
 
     Raises:

@@ -121,11 +121,11 @@ def analyse_outcomes(experiment: Experiment, outcomes: list[Outcome]) -> bool:
     """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
     from dual_lora.lab.report.analyses.kinds import analyse_missing
 
-    whole = True
+    complete = True
     for outcome in outcomes:
         try:
             analyse_missing(experiment, outcome, outcomes)
         except Exception as error:
             print(f"not analysed: {outcome.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
-            whole = False
-    return whole
+            complete = False
+    return complete

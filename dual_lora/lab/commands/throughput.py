@@ -82,7 +82,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
     move_to_device(model)
     model.eval()
     started = time.perf_counter()
-    alone = generate_one_by_one(model, tokenizer, rows, settings)
+    single = generate_one_by_one(model, tokenizer, rows, settings)
     one_by_one, started = time.perf_counter() - started, time.perf_counter()
     merge_adapter(model)
     together = compute_outputs(model, tokenizer, task, rows, settings, name)
@@ -97,7 +97,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
         "one_by_one_seconds": one_by_one,
         "batched_seconds": batched,
         "ratio": one_by_one / batched,
-        "equal_outputs": sum(a == b for a, b in zip(alone, together, strict=True)),
+        "equal_outputs": sum(a == b for a, b in zip(single, together, strict=True)),
     }
 
 

@@ -105,7 +105,7 @@ def asks_hydra(argv: list[str]) -> bool:
         UserError: it is to do more than that, or to show settings that are wrong.
     """
     flags, shown, words = split_hydra_options(argv)
-    require(not flags & HELP, "--help: stands alone; --cfg job KEY=VALUE shows the values of a run")
+    require(not flags & HELP, "--help: takes no other words; --cfg job KEY=VALUE shows the values of a run")
     if not flags & HYDRA_FLAGS:
         return False
     for flag in flags:
@@ -175,7 +175,7 @@ def plan_runs(runs: list[Run]) -> int:
     Raises:
         UserError: the only plan is refused.
     """
-    drawn = [draw_plan(run, alone=len(runs) == 1) for run in runs]
+    drawn = [draw_plan(run, is_only=len(runs) == 1) for run in runs]
     plans, refusals, codes = zip(*drawn, strict=True)
     if len(runs) > 1:
         print(f"\n{format_plans(runs, plans, refusals)}")
@@ -185,7 +185,7 @@ def plan_runs(runs: list[Run]) -> int:
     return min((code for code in codes if code), default=EXIT_OK)
 
 
-def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None, int]:
+def draw_plan(run: Run, is_only: bool) -> tuple[dict[str, Any] | None, str | None, int]:
     """Return the plan of a run if one can be made, why the run is refused if it is, and the exit code.
 
     Raises:
@@ -200,11 +200,11 @@ def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None,
         check_fit(run.settings, plan)
         return plan, None, EXIT_OK
     except UserError as error:
-        if alone:
+        if is_only:
             raise
         return plan, get_first_line(error), EXIT_USER
     except Exception as error:
-        if alone:
+        if is_only:
             raise
         if message := describe_machine_error(error):
             return plan, message, EXIT_USER

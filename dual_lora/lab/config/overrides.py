@@ -82,9 +82,9 @@ def measure_range(sweep: RangeSweep) -> tuple[int | Fraction, int | Fraction, in
         ValueError: the step is 0, or a bound is infinite or NaN.
     """
     bounds = (sweep.start, sweep.stop, sweep.step)
-    whole = all(isinstance(bound, int) for bound in bounds)
+    integers = all(isinstance(bound, int) for bound in bounds)
     try:
-        start, stop, step = (bound if whole else Fraction(str(bound)) for bound in bounds)
+        start, stop, step = (bound if integers else Fraction(str(bound)) for bound in bounds)
         return start, step, max(0, math.ceil(Fraction(stop - start) / Fraction(step)))
     except ZeroDivisionError as error:
         raise ValueError("its step is 0") from error
@@ -118,7 +118,7 @@ def get_parser() -> OverridesParser:
 
 @cache
 def parse_override(word: str) -> Override:
-    """Return one word of a command line as Hydra's grammar has it.
+    """Return one word of a command line as Hydra's grammar reads it.
 
     Raises:
         UserError: it is not of the form KEY=VALUE.
@@ -274,7 +274,7 @@ def list_option_keys() -> list[str]:
 
 
 def check_text(text: str, key: str) -> None:
-    """Refuse what is no value: code to run, or text to be filled in from elsewhere than the settings.
+    """Refuse what is not a value: code to run, or text to be filled in from elsewhere than the settings.
 
     Raises:
         UserError: what is wrong, and the remedy.

@@ -16,7 +16,7 @@ BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
 CONF = ROOT / "conf"
 
 
-# Folders of settings files beside CONF, which a command line adds.
+# Folders of settings files next to CONF, which a command line adds.
 own_folders: list[Path] = []
 
 
@@ -137,7 +137,7 @@ def format_yaml(content: Any) -> str:
 
 @cache
 def build_yaml_dumper() -> type:
-    """Return PyYAML's dumper, made to quote also text like 1e3, which OmegaConf's loader alone reads as a number."""
+    """Return PyYAML's dumper, made to quote also text like 1e3, which only OmegaConf's loader reads as a number."""
     from yaml import SafeDumper
 
     class Dumper(SafeDumper):
@@ -175,6 +175,6 @@ def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({get_first_line(error)}); {remedy}") from error
     require(isinstance(content, dict), f"{path}: damaged (not a JSON object); {remedy}")
-    lacking = [key for key in keys if key not in content]
-    require(not lacking, f"{path}: damaged (no {', '.join(lacking)}); {remedy}")
+    missing = [key for key in keys if key not in content]
+    require(not missing, f"{path}: damaged (no {', '.join(missing)}); {remedy}")
     return content

@@ -1,4 +1,4 @@
-"""The types of every setting and the line that explains it; their values live in conf/ alone.
+"""The types of every setting and the line that explains it; their values live only in conf/.
 
 `Settings` is the schema that a command line is composed against, so an unknown key or a wrong type is refused while it
 is read. Checks that need more than a type are in `__post_init__`; they raise `UserError` with the culprit and the
@@ -45,7 +45,7 @@ def setting(about: str) -> Any:
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of a setting's choices, naming the nearest.
+    """Refuse a value that is not one of a setting's choices, naming the nearest.
 
     Raises:
         UserError: with the setting and its value.
@@ -151,7 +151,7 @@ class Model:
     )
     dropout: float | None = setting("dropout inside the base model while it trains; null: as its config.json says")
     head: list[str] = setting(
-        "modules that are not in the base model (the task's head), trained in full beside the adapter"
+        "modules that are not in the base model (the task's head), trained in full along with the adapter"
     )
     architecture: dict[str, Any] = setting("the model's configuration, for plans without a download")
 
@@ -318,8 +318,8 @@ class Train:
     schedule: str = setting("learning rate over time: linear, cosine, constant or constant_with_warmup")
     max_grad_norm: float = setting("gradients are clipped to this norm; 0: no clipping")
     log_zeros: bool | None = setting("true: also log the share of exact zeros in the update (train/zeros)")
-    save_steps: int | None = setting("steps between checkpoints; null: by time alone")
-    save_minutes: float | None = setting("minutes between checkpoints; null: by steps alone")
+    save_steps: int | None = setting("steps between checkpoints; null: only by time")
+    save_minutes: float | None = setting("minutes between checkpoints; null: only by steps")
     log_steps: int = setting("steps between two rows of metrics.jsonl")
     max_examples: int | None = setting("train on this many examples only, for a quick test")
     group_by_length: bool | None = setting("true: batch examples of similar length; made results worse (runs/LOG.md)")
@@ -449,7 +449,7 @@ class Settings:
 
     @property
     def splits_layers(self) -> bool:
-        """Whether fused layers are split: for an adapter. Full tuning trains their whole weight either way."""
+        """Whether fused layers are split: for an adapter. Full tuning trains their full weight either way."""
         return bool(self.model.split) and self.method.peft is not None
 
     @property
@@ -474,11 +474,11 @@ class Settings:
         require(is_installed, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
 
     def count_steps(self, rows: int) -> int:
-        """Return the optimizer steps of training on so many examples an epoch."""
+        """Return the optimizer steps of training on `rows` examples an epoch."""
         return self.train.max_steps or math.ceil(self.count_epoch_steps(rows) * self.train.epochs)
 
     def count_epoch_steps(self, rows: int) -> int:
-        """Return the optimizer steps of an epoch of so many examples."""
+        """Return the optimizer steps of an epoch of `rows` examples."""
         return math.ceil(rows / self.examples_per_step)
 
     @property
@@ -522,7 +522,7 @@ class Settings:
         packed = (self.model.path or "").lower().endswith(".gguf")
         require(
             plain or not packed,
-            f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single",
+            f"model.path={self.model.path}: a GGUF file is read in full; take hardware=single",
         )
         packs = f"hardware.base={base}" if base else "hardware.sharding=full"
         require(plain or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
@@ -532,7 +532,7 @@ class Settings:
 
 
 def format_typed_value(value: Any) -> str:
-    """Return a setting's value as a command line has it."""
+    """Return a setting's value as on a command line."""
     if isinstance(value, float):
         return str(value).removesuffix(".0")
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

@@ -100,7 +100,7 @@ def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Reco
     require(
         why is None,
         f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share the "
-        f"adapter alone, {record.format_path()}/adapter, which PEFT loads onto the base model",
+        f"only the adapter, {record.format_path()}/adapter, which PEFT loads onto the base model",
     )
     return fuse_layers(merge_and_unload(model))
 
@@ -121,7 +121,7 @@ def check_export_folder(folder: Path) -> None:
 
 
 def report_unfinished_exports(folder: Path) -> None:
-    """Print the hidden folders that killed exports to `folder` left beside it: they may be as large as the model.
+    """Print the hidden folders that killed exports to `folder` left next to it: they may be as large as the model.
     Another process may be writing one now, so they are not removed."""
     for path in sorted(folder.parent.glob(f".{glob.escape(folder.name[:NAME_CHARACTERS])}.*{PARTIAL}")):
         print(f"{path}: an unfinished export; remove it, unless it is still being written", file=sys.stderr)
@@ -129,7 +129,7 @@ def report_unfinished_exports(folder: Path) -> None:
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write into. It takes that name when the block ends. If the block fails, it
+    """Yield a new folder next to `folder` to write into. It takes that name when the block ends. If the block fails, it
     is removed and nothing else is touched.
 
     Raises:
@@ -154,7 +154,7 @@ def build_folder(folder: Path) -> Iterator[Path]:
 
 def apply_umask(folder: Path) -> None:
     """Give a folder of `mkdtemp`, and the files in it, the permissions of new ones: some writers make their files
-    readable by the owner alone."""
+    readable only by the owner."""
     mask = read_umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
@@ -162,7 +162,7 @@ def apply_umask(folder: Path) -> None:
 
 
 def install_folder(partial: Path, folder: Path) -> None:
-    """Rename a whole folder into place. The system allows this only if there is nothing, or an empty folder.
+    """Rename a complete folder into place. The system allows this only if there is nothing, or an empty folder.
 
     Raises:
         UserError: somebody else was first.

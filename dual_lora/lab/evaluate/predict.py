@@ -92,18 +92,18 @@ def compute_class_logits(
 def probe_padding(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features: list[dict[str, list[int]]]
 ) -> bool:
-    """Return whether rows get the logits of each alone in a batch where they are padded. The first tokens of encoded
-    rows are tried, of each row two more than of the one before it."""
+    """Return whether rows get the same logits in a padded batch as each by itself. The first tokens of encoded rows are
+    tried, of each row two more than of the one before it."""
     texts = [
         {name: values[: 2 * count] for name, values in row.items()}
         for count, row in enumerate(islice(cycle(features), PROBE_ROWS), 1)
     ]
     training = model.training
     model.eval()
-    beside = compute_class_logits(model, tokenizer, texts)
-    alone = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
+    batched = compute_class_logits(model, tokenizer, texts)
+    single = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
     model.train(training)
-    return agree_up_to_rounding(beside, alone, model)
+    return agree_up_to_rounding(batched, single, model)
 
 
 def check_batches(

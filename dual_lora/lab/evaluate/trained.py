@@ -93,7 +93,7 @@ def load_trained_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def reevaluate_run(settings: Settings, record: Record) -> int:
-    """Evaluate a run again and print the scores beside the recorded ones, also into evaluation.json. Return 0 if every
+    """Evaluate a run again and print the scores next to the recorded ones, also into evaluation.json. Return 0 if every
     digit is equal, else 1. Print a warning where the scores depend on the rows of a batch: training refuses such a
     model today, but did not always.
 

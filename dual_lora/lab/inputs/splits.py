@@ -142,7 +142,7 @@ def split_training_rows(train: Split, settings: Evaluate) -> tuple[Split, Split,
 
 
 def read_split(task: Task, name: str, settings: Settings) -> Split:
-    """Return a whole split of the task.
+    """Return a full split of the task.
 
     Raises:
         UserError: the data is missing, damaged or cannot be fetched.

@@ -54,7 +54,7 @@ from tasks import Task
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
 # Relative difference that rounding can make in a model's logits: in float32, and in 16 bits or TF32.
 ROUNDING, COARSE_ROUNDING = 1e-4, 5e-2
-# Names of tensors beside a weight that quantised weights and adapters consist of.
+# Names of tensors next to a weight that quantised weights and adapters consist of.
 PACKED = re.compile(
     r"\.(lora_\w+|base_layer|original_module|modules_to_save|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|"
     r"weight_(scale\w*|packed|zero_point|shape)|weight\.(absmax|quant_map|quant_state|nested_\w+))(\.|$)"
@@ -154,7 +154,7 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
-    """Return the option that stops `from_pretrained` from reading decoding settings beside the weights."""
+    """Return the option that stops `from_pretrained` from reading decoding settings next to the weights."""
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
 
 
@@ -217,18 +217,18 @@ def check_loaded_weights(
         UserError: with what does not fit.
     """
     fresh, where = settings.model.heads, f"model={settings.model.name}"
-    lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
+    missing = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
     other = sorted(name for name, *_ in found["mismatched_keys"] if not fresh & set(name.split(".")))
     require(
         not other,
         f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
-    outer = sorted({name.split(".")[0] for name in lacking})
+    outer = sorted({name.split(".")[0] for name in missing})
     own = f", or the task's head: then take model.head=[{','.join(outer)}]"
     require(
-        not lacking,
-        f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
-        f"are another model's{'' if model.base_model_prefix in outer else own}",
+        not missing,
+        f"{where}: its weights are missing {len(missing)} tensors that its config.json asks for, first {missing[:1]}; "
+        f"they are another model's{'' if model.base_model_prefix in outer else own}",
     )
     check_left_out_weights(model, found["unexpected_keys"], settings)
     if file := find_gguf_file(settings):
@@ -320,7 +320,7 @@ def cast_to_float32(weight: torch.nn.Parameter) -> None:
 
 def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> AbstractContextManager[None]:
     """Return a context that computes products in `model.dtype`, as the Trainer does in training. It is active only if
-    the model mixes dtypes: it has a head, was trained in full, or trains weights of the base beside an adapter."""
+    the model mixes dtypes: it has a head, was trained in full, or trains weights of the base along with an adapter."""
     kind = getattr(torch, settings.model.dtype)
     mixed = form != "generation" or settings.method.peft is None or getattr(model, "mixes_dtypes", False)
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)

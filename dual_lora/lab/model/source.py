@@ -17,8 +17,10 @@ from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
 # Fields for the dropout before a head. A kind of model may have several; its task's head reads the first.
-HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout")
-HEAD_DROPOUTS += ("summary_last_dropout", "summary_first_dropout")
+HEAD_DROPOUTS = (
+    "classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout",
+    "summary_last_dropout", "summary_first_dropout",
+)  # fmt: skip
 # What tells models apart in their configurations. Vocabularies are padded, and positions extended.
 SIZES = ("model_type", "hidden_size", "num_hidden_layers", "n_embd", "n_layer")
 DROPOUT_WORDS = {"dropout", "pdrop", "layerdrop"}
@@ -122,7 +124,7 @@ def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
 
 
 def list_dropouts(config: PreTrainedConfig) -> dict[str, float]:
-    """Return every dropout of a configuration: also the head's and that of whole layers."""
+    """Return every dropout of a configuration: also the head's and that of entire layers."""
     values = config.to_dict().items()
     return {n: v for n, v in values if DROPOUT_WORDS & set(n.split("_")) and type(v) in (int, float)}
 

@@ -1,6 +1,6 @@
 """A model's tokenizer: the model decides its vocabulary and special tokens, the run's settings decide how it is used.
 
-Without a tokenizer.json its class decides which special tokens stand around a text (`add_bos_token` and
+Without a tokenizer.json its class decides which special tokens surround a text (`add_bos_token` and
 `add_eos_token` of tokenizer_config.json); with one, that file does. Around prompts only those in front are kept.
 """
 
@@ -30,8 +30,12 @@ from dual_lora.lab.system.distributed import is_first_process
 
 # How a tokenizer is used, whatever was saved with it. GPT-2 counts positions, and encoders classify, from the first
 # column, so padding goes to the right.
-USE = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
-USE |= {"clean_up_tokenization_spaces": False}
+USE = {
+    "padding_side": "right",
+    "truncation_side": "right",
+    "split_special_tokens": False,
+    "clean_up_tokenization_spaces": False,
+}
 ALL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
 # A text that classes split differently. Words from all over the vocabulary follow it, since it may be of any language.
@@ -45,14 +49,14 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. One without a padding token pads with the end of text (masked everywhere).
 
     Raises:
-        UserError: there is none, it lacks a token that the task needs, or its chat template cannot be used.
+        UserError: there is none, it has no token that the task needs, or its chat template cannot be used.
     """
     file = find_gguf_file(settings)
     with translate_model_errors(settings):
         tokenizer = load_gguf_tokenizer(file) if file else load_saved_tokenizer(settings)
         reset_use(tokenizer, settings)
     is_empty = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
-    require(not is_empty, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
+    require(not is_empty, f"model={settings.model.name}: no tokenizer next to the model; save it into the same folder")
     check_special_tokens(tokenizer, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

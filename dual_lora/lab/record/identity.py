@@ -165,7 +165,7 @@ def drop_implied(method: Method) -> dict[str, Any]:
 
 @cache
 def list_empty_fields(path: Path) -> list[tuple[str, Any]]:
-    """Return the fields of PEFT's that are empty as a method's file has them, each with this value: those written so,
+    """Return the fields of PEFT's that are empty in a method's file, each with this value: those written so,
     and null of those taken from another setting (`r1: ${method.r1}`), which counts itself."""
     peft = OmegaConf.to_container(load_yaml(path)).get("peft") or {}  # references stay unresolved
     taken = [(key, None) for key, value in peft.items() if str(value).startswith("${")]

@@ -61,14 +61,20 @@ SEALED_FOLDERS = ("adapter", "model")
 SEALED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", *SEALED_FOLDERS)
 RERUN_FOLDER, TRAINED_FILE = ".again", "trained.json"
 # Files that are written while the lock is held, so partial copies of them are leftovers.
-LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json")
-LOCKED_FILES += (TRAINED_FILE,)
-# Files that become invalid when a run is trained again.
-OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json", "tensorboard")
+LOCKED_FILES = (
+    "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json",
+    TRAINED_FILE,
+)  # fmt: skip
 ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
 SIMILARITY_FILE, FIT_FILE = "similarity.json", "fit.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
-OUTDATED_FILES += (
+# Files that become invalid when a run is trained again.
+OUTDATED_FILES = (
+    "checkpoints",
+    TRAINED_FILE,
+    "failure.json",
+    "evaluation.json",
+    "tensorboard",
     ANALYSIS_FILE,
     TRUNCATION_FILE,
     CURVATURE_FILE,
@@ -145,7 +151,7 @@ class Record:
 
     def finish_cleanup(self) -> None:
         """Finish the cleanup of a run that was killed right after it wrote its result. A run that another process
-        holds, or on a read-only disk, is left as it is; so are the checkpoints beside a result that is damaged or
+        holds, or on a read-only disk, is left as it is; so are the checkpoints next to a result that is damaged or
         another run's, because they may be all that is left of this one."""
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
         if not any((self.folder / name).exists() for name in left) or not os.access(self.folder, os.W_OK):
@@ -394,7 +400,7 @@ class Record:
 
         Raises:
             OSError: a file cannot be removed.
-            UserError: a folder stands where the run writes a file, or a file where it makes one.
+            UserError: a folder is where the run writes a file, or a file where it makes one.
         """
         for name in LOCKED_FILES:
             require(not (self.folder / name).is_dir(), f"{self.folder / name}: a folder, not a file; remove it")
@@ -415,7 +421,7 @@ class Record:
             return {}
 
     def find_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint of an unfinished attempt.
+        """Return the newest intact checkpoint of an unfinished attempt.
 
         Raises:
             UserError: it is another run's.
@@ -432,7 +438,7 @@ class Record:
         return self.get_weights_folder(settings) / name
 
     def read_training(self) -> dict[str, Any] | None:
-        """Return what is known of a finished training, if the weights it left are whole.
+        """Return what is known of a finished training, if the weights it left are intact.
 
         Raises:
             UserError: it is another run's.
@@ -478,7 +484,7 @@ class Record:
         self.write_file(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_file(self, name: str, content: Any) -> None:
-        """Write a text, or anything else as JSON, whole or not at all.
+        """Write a text, or anything else as JSON, completely or not at all.
 
         Raises:
             UserError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Files that reach the disk whole or not at all, and one clear line when they cannot."""
+"""Files that reach the disk complete or not at all, and one clear line when they cannot."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ def translate_write_errors(path: Path) -> Iterator[None]:
     """Turn a failure to write at or below `path` into one line.
 
     Raises:
-        UserError: the path, the reason and the remedy. A lack of memory passes.
+        UserError: the path, the reason and the remedy. An out-of-memory error passes.
     """
     try:
         yield
@@ -59,7 +59,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def name_temporary_file(path: Path) -> Path:
-    """Return a name beside `path` that no other writer uses, in this process or another."""
+    """Return a name next to `path` that no other writer uses, in this process or another."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
@@ -77,7 +77,7 @@ def remove_temporary_files(folder: Path, *names: str) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a new empty file beside `path`, to be filled; it takes the place of `path` when it is whole and on disk.
+    """Yield a new empty file next to `path`, to be filled; it replaces `path` once it is complete and on disk.
 
     A link at `path` is replaced, never followed, and the umask decides the file's mode.
 
@@ -98,7 +98,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all.
+    """Write a UTF-8 file completely or not at all.
 
     Raises:
         OSError: it cannot be written.

@@ -1,6 +1,6 @@
 """Models that have no file in conf/model: a folder or a hub id, with the settings that such a file would hold.
 
-They follow from config.json alone. conf/family/ has the names of modules by `model_type`; of a type that it lacks, the
+They follow from config.json only. conf/family/ has the names of modules by `model_type`; of any other type, the
 modules are those of PEFT's own table for LoRA, or else all linear layers but the head.
 """
 
@@ -70,7 +70,7 @@ def locate_folder(name: str) -> Path:
     """Return the absolute path of a model's folder.
 
     Raises:
-        UserError: what the folder lacks to be a model.
+        UserError: what is missing in the folder.
     """
     packed = name.lower().endswith(".gguf")
     require(not packed, f"model={name}: a GGUF file does not say all of its model; take model=NAME model.path={name}")
@@ -78,13 +78,13 @@ def locate_folder(name: str) -> Path:
     if not folder.is_dir():
         remedy = f"give {SAVED_MODEL}, or a model of the hub as model=ORG/NAME"
         raise UserError(f"model={name}: {'a file' if folder.exists() else 'no such folder'}; {remedy}")
-    lacking = list_lacking_files(folder)
-    require(not lacking, f"model={name}: {explain_no_model(folder, lacking, 'model')}")
+    missing = list_missing_files(folder)
+    require(not missing, f"model={name}: {explain_no_model(folder, missing, 'model')}")
     return folder
 
 
-def list_lacking_files(folder: Path) -> list[str]:
-    """Return what a folder lacks to be a saved model, in words."""
+def list_missing_files(folder: Path) -> list[str]:
+    """Return what is missing in a folder that should hold a saved model, in words."""
     patterns = {
         "config.json": ("config.json",),
         "weights (*.safetensors)": ("*.safetensors",),
@@ -93,27 +93,27 @@ def list_lacking_files(folder: Path) -> list[str]:
     return [what for what, names in patterns.items() if not any(any(folder.glob(name)) for name in names)]
 
 
-def explain_no_model(folder: Path, lacking: list[str], key: str) -> str:
-    """Return what a folder lacks to be a saved model and what to do about it, in one line. key: the setting that names
-    the folder."""
-    missing = ", ".join(f"no {what}" for what in lacking) + " there"
+def explain_no_model(folder: Path, missing: list[str], key: str) -> str:
+    """Return what is missing in a folder that should hold a saved model and what to do about it, in one line. key: the
+    setting that names the folder."""
+    found = ", ".join(f"no {what}" for what in missing) + " there"
     if near := find_near_model(folder):
-        return f"{missing}, but a model in {near}; give {key}={near}"
+        return f"{found}, but a model in {near}; give {key}={near}"
     if (folder / "adapter_config.json").exists():
-        return f"{missing}, but an adapter; give the model that it belongs to"
+        return f"{found}, but an adapter; give the model that it belongs to"
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles and "config.json" not in lacking:
-        return f"{missing}, and {pickles[0]} is a pickle, which is never read; save the model again (save_pretrained)"
-    if lacking == ["tokenizer (tokenizer.json)"]:
-        return f"{missing}; save it into the same folder (tokenizer.save_pretrained)"
-    return f"{missing}; give the folder of {SAVED_MODEL}"
+    if pickles and "config.json" not in missing:
+        return f"{found}, and {pickles[0]} is a pickle, which is never read; save the model again (save_pretrained)"
+    if missing == ["tokenizer (tokenizer.json)"]:
+        return f"{found}; save it into the same folder (tokenizer.save_pretrained)"
+    return f"{found}; give the folder of {SAVED_MODEL}"
 
 
 def find_near_model(folder: Path) -> Path | None:
     """Return the folder above or the only one below that holds a model."""
     below = [child for child in sorted(folder.iterdir()) if child.is_dir()] if folder.is_dir() else []
-    below = [child for child in below if not list_lacking_files(child)]
-    above = [] if list_lacking_files(folder.parent) else [folder.parent]
+    below = [child for child in below if not list_missing_files(child)]
+    above = [] if list_missing_files(folder.parent) else [folder.parent]
     return next(iter(above or (below if len(below) == 1 else [])), None)
 
 

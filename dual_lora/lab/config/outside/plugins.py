@@ -1,7 +1,7 @@
 """Code from outside of this repository, which a command line names on purpose: plugins=FILE.py, DIR or MODULE.
 
-It defines tasks, and it is the only code that a command runs beside this repository's and its libraries'. A file of
-settings and a record cannot name any. Its hash is part of the identity of every run of the command.
+It defines tasks. A command runs no other code except this repository's and its libraries'. A file of settings and a
+record cannot name any. Its hash is part of the identity of every run of the command.
 """
 
 import hashlib
@@ -120,7 +120,7 @@ def describe_plugin(plugin: tasks.Plugin) -> dict[str, str]:
 
 
 def get_plugin_word(recorded: dict[str, str]) -> str:
-    """Return what `plugins=` names a recorded plugin by. A module of a package cannot be imported as a file alone."""
+    """Return what `plugins=` names a recorded plugin by. A module of a package cannot be imported from its file."""
     return recorded.get("module", recorded["path"])
 
 
