@@ -4,7 +4,7 @@ Every metric of a column is stored; `metric` is the one LoRA's table prints: mat
 correlation for CoLA, Pearson for STS-B, accuracy for the rest. Scores are of the development sets, whose labels are
 public. Sources: the hub's `nyu-mll/glue`, or the official TSV files below `data_dir` (plain or gzipped, in `glue/SST-2`
 or `SST-2`). MRPC may also be Microsoft's msr_paraphrase_train.txt, which GLUE's dev_ids.tsv divides. One difference is
-known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not.
+known: the hub's MRPC text is tokenized ("doesn 't"), the official file's is not.
 """
 
 from collections.abc import Callable

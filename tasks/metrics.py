@@ -114,7 +114,7 @@ def score_webnlg(hypotheses: Texts, references: References, groups: Sequence[str
 
     Outputs and references are lower-cased and split at every character that is not a letter or digit (gpt2_decode.py
     --tokenize --lower), and the first six references count. BLEU is mteval's on that text (multi-bleu-detok.perl has
-    the same tokens). METEOR and TER split the few words that NLTK's tokeniser splits ("cannot"); TER is pyter's, the
+    the same tokens). METEOR and TER split the few words that NLTK's tokenizer splits ("cannot"); TER is pyter's, the
     best over the references, its mean over the outputs. `groups` names each output's group; every group's scores then
     are added to those of all, as "GROUP_BLEU".
 
@@ -342,7 +342,7 @@ def split_penn_tokens(texts: Texts) -> list[str]:
     """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out.
 
     Raises:
-        Unavailable: there is no Java or no tokeniser, or it fails.
+        Unavailable: there is no Java or no tokenizer, or it fails.
     """
     command = [
         find_java(),
@@ -353,7 +353,7 @@ def split_penn_tokens(texts: Texts) -> list[str]:
     ]
     lines = run_program([*command, "-preserveLines", "-lowerCase"], "\n".join([*texts, ""])).split("\n")[:-1]
     if len(lines) != len(texts):
-        raise Unavailable(f"the tokeniser made {len(lines)} lines of {len(texts)}")
+        raise Unavailable(f"the tokenizer made {len(lines)} lines of {len(texts)}")
     return [" ".join(word for word in line.split() if word not in PUNCTUATION) for line in lines]
 
 

@@ -150,7 +150,7 @@ def test_the_exported_model_computes_what_was_evaluated(model, method, finished,
     chosen, record, _, _ = finished(model, method)
     assert evaluate_command([f"run={record.folder}", f"export={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
-    assert "(float32, its 4-bit base dequantised)" in said and float(re.search(r"by (\S+) of", said)[1]) < 1e-5
+    assert "(float32, its 4-bit base dequantized)" in said and float(re.search(r"by (\S+) of", said)[1]) < 1e-5
     kept = json.loads((tmp_path / "out/config.json").read_text())
     assert "quantization_config" not in kept
     task = load_task(chosen)

@@ -46,7 +46,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
 
     An adapter of split layers is left out: the model it fits exists only here.
 
-    The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantised first, because the adapter was
+    The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantized first, because the adapter was
     trained and evaluated on those values. The folder appears complete or not at all.
 
     Raises:
@@ -75,7 +75,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
         check_difference(folder, error)
         card = format_model_card(settings, record, task, dtype, (partial / "adapter").is_dir())
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    base = ", its 4-bit base dequantised" if settings.hardware.base else ""
+    base = ", its 4-bit base dequantized" if settings.hardware.base else ""
     return f"exported: {folder} ({dtype}{base}); its logits differ from the unmerged run's by {error:.1e} of their norm"
 
 

@@ -18,7 +18,7 @@ from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.load import (
     cast_trained_to_float32,
     is_sharded,
-    load_dequantised_model,
+    load_dequantized_model,
     load_model,
     load_tuned_model,
     move_to_device,
@@ -56,7 +56,7 @@ def load_recorded_splits(settings: Settings, record: Record, stored: dict[str, A
 def load_trained_model(
     settings: Settings, record: Record, task: Task, plain: bool = False
 ) -> tuple[torch.nn.Module, object]:
-    """Return the model as it was when the run ended, and its tokenizer. plain: see `load_dequantised_model`.
+    """Return the model as it was when the run ended, and its tokenizer. plain: see `load_dequantized_model`.
 
     Seeds are set as for training, because what no file holds is recomputed: a head that did not train, and the initial
     decomposition of a method that changes the base weights (PiSSA).
@@ -67,7 +67,7 @@ def load_trained_model(
     record.verify_files("config.yaml", "environment.json")  # the latter says with which model files
     record.verify_model_files(settings)
     tuned = settings.method.peft is None
-    load = load_dequantised_model if plain else load_model
+    load = load_dequantized_model if plain else load_model
     set_seed(settings.seed)
     base, tokenizer = (None, load_tokenizer(settings)) if tuned else load(settings, task)
     file = record.get_weights_file(settings)

@@ -52,7 +52,7 @@ def find_adapter(settings: Settings) -> Path | None:
 
 
 def get_random_start(settings: Settings) -> str | None:
-    """Return the setting of a start that changes the base weights by random numbers (PiSSA by a randomised SVD): an
+    """Return the setting of a start that changes the base weights by random numbers (PiSSA by a randomized SVD): an
     adapter trained on them fits no others. None for all other starts."""
     start = (settings.method.peft or {}).get("init_lora_weights")
     return f"init_lora_weights={start}" if "_niter_" in str(start) else None

@@ -143,7 +143,7 @@ def read_checked_header(path: Path, size: int, changed: int) -> Header:
 
 
 def read_magic(path: Path) -> bytes:
-    """Return the first bytes of a file, by which the format is recognised."""
+    """Return the first bytes of a file, by which the format is recognized."""
     with path.open("rb") as stream:
         return stream.read(len(MAGIC))
 

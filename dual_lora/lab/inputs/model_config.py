@@ -35,7 +35,7 @@ PLACE_FIELDS = {
 DROPPED_FIELDS = HEAD_FIELDS | TOKEN_FIELDS | PRECISION_FIELDS | KERNEL_FIELDS | OUTPUT_FIELDS | PLACE_FIELDS
 # Fields that are refused if they hold anything, with the remedy.
 REFUSED_FIELDS = {
-    "quantization_config": "its weights are quantised; take the plain model, with hardware=qlora for 4 bits",
+    "quantization_config": "its weights are quantized; take the plain model, with hardware=qlora for 4 bits",
     "compression_config": "its weights are compressed; take the plain model, with hardware=qlora for 4 bits",
     "transformers_weights": "it names another file of weights; name that file model.safetensors and drop the field",
     "pruned_heads": "its attention heads are pruned; take a model without",

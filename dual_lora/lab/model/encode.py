@@ -1,4 +1,4 @@
-"""From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
+"""From a task's rows to tensors: tokenized examples and the collators that pad a batch."""
 
 from collections.abc import Callable
 from datetime import datetime

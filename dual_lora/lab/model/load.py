@@ -35,7 +35,7 @@ from dual_lora.lab.inputs.model_files import (
     translate_model_errors,
 )
 from dual_lora.lab.model.fused_layers import split_layers
-from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
+from dual_lora.lab.model.nf4 import copy_dequantized_weights, get_quantization_options, keep_as_loaded, list_4bit_layers
 from dual_lora.lab.model.source import (
     NO_CODE,
     find_gguf_file,
@@ -54,7 +54,7 @@ from tasks import Task
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
 # Relative difference that rounding can make in a model's logits: in float32, and in 16 bits or TF32.
 ROUNDING, COARSE_ROUNDING = 1e-4, 5e-2
-# Names of tensors next to a weight that quantised weights and adapters consist of.
+# Names of tensors next to a weight that quantized weights and adapters consist of.
 PACKED = re.compile(
     r"\.(lora_\w+|base_layer|original_module|modules_to_save|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|"
     r"weight_(scale\w*|packed|zero_point|shape)|weight\.(absmax|quant_map|quant_state|nested_\w+))(\.|$)"
@@ -81,8 +81,8 @@ class RandomState:
 
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the base model with the head that the task's form needs, and its tokenizer. GGUF weights are dequantised.
-    A head is always freshly initialised, even if the weights contain one: otherwise two copies of a model would start
+    """Return the base model with the head that the task's form needs, and its tokenizer. GGUF weights are dequantized.
+    A head is always freshly initialized, even if the weights contain one: otherwise two copies of a model would start
     differently.
 
     Raises:
@@ -94,7 +94,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     config = load_config(settings, task)
     set_own_padding(config, tokenizer, settings)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
-    options |= get_quantisation_options(settings) | get_decoding_default(task)
+    options |= get_quantization_options(settings) | get_decoding_default(task)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -175,7 +175,7 @@ def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:
-    """Reinitialise a head that came with the weights, with the random numbers it would have got without them."""
+    """Reinitialize a head that came with the weights, with the random numbers it would have got without them."""
     heads = {name: module for name, module in model.named_children() if name in settings.model.heads}
     if not any(f"{name}.{part}" not in missing for name, head in heads.items() for part, _ in head.named_parameters()):
         return
@@ -238,7 +238,7 @@ def check_loaded_weights(
 
 
 def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings: Settings) -> None:
-    """Refuse weights of which a part that belongs to the model would not be loaded: further layers, what quantised
+    """Refuse weights of which a part that belongs to the model would not be loaded: further layers, what quantized
     weights or adapters consist of, or one parameter under two names. Parts that the model has no place for, such as
     another head, are left out.
 
@@ -253,7 +253,7 @@ def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings:
     parts = sorted(name for name in left_out if PACKED.search(name))
     require(
         not parts,
-        f"{where} hold {parts[:1]}, a part of quantised weights or of an adapter, which would be left out; take the "
+        f"{where} hold {parts[:1]}, a part of quantized weights or of an adapter, which would be left out; take the "
         "plain model, with the adapter merged",
     )
     twice = find_duplicate_tensor(list_held_tensors(settings), model.base_model_prefix)
@@ -381,8 +381,8 @@ def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
     require(held <= taken, f"model.path={file}: holds {held} weights, {kind} takes {taken}; {SAVED_MODEL_REMEDY}")
 
 
-def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return what `load_model` does, but a base in 4 bits as a plain model with the dequantised values, in float32.
+def load_dequantized_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return what `load_model` does, but a base in 4 bits as a plain model with the dequantized values, in float32.
 
     Raises:
         UserError: as `load_model`.
@@ -391,7 +391,7 @@ def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedMo
     if settings.hardware.base is None:
         return model, tokenizer
     plain, _ = load_model(replace(settings, hardware=replace(settings.hardware, base=None)), task)
-    copy_dequantised_weights(model, plain.float())
+    copy_dequantized_weights(model, plain.float())
     return plain, tokenizer
 
 

@@ -90,7 +90,7 @@ def reset_backend(backend: Tokenizer) -> None:
 
 def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model's files. Most classes of transformers take the vocabulary from tokenizer.json,
-    but not how texts are normalised and split, or which special tokens surround them. Where the class that transformers
+    but not how texts are normalized and split, or which special tokens surround them. Where the class that transformers
     chooses encodes texts differently from the file, or cannot be built from it, the file is used as it is, and a
     warning printed."""
     place, file = locate_model(settings), find_links(settings) / "tokenizer.json"
