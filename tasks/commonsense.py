@@ -7,7 +7,7 @@ sixteen blanks come from an indented string.
 
 Answers are read from the text after the prompt, up to a second "### Response:". The strict form is the published one:
 the first option word in the text, case-sensitive, with no regard to word ends ("untrue" holds "true"). The lenient form
-beside it takes capitals and a blank ("Solution 2"), whole words only, and what follows "answer is" first. Accuracy is
+also takes capitals and a blank ("Solution 2"), whole words only, and what follows "answer is" first. Accuracy is
 right / all, an output without an answer is wrong, and the average is the unweighted mean of the eight accuracies.
 
 Data: below `data_dir`, ft-training_set/commonsense_{170k,15k}.json and dataset/NAME/test.json, below a folder

@@ -66,7 +66,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
         raise TaskError(f"task={name}: reads files of your own; {WHERE}")
     root = Path(data_dir).expanduser()
     if root.is_file():
-        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in, with no other table beside it")
+        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in, with no other table next to it")
     if not root.is_dir():
         raise TaskError(f"data_dir={data_dir}: no such folder")
     try:
