@@ -38,11 +38,11 @@ test-slow: env  ## the minutes-long tests
 test-slurm: env  ## runs on a real Slurm of one node (Debian's packages, as root), minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/test_slurm.py
 
-test-torch: env  ## the method alone beside the oldest and the newest torch and PEFT, minutes and several GB (network)
-	OMP_NUM_THREADS=1 $(PY) -m tools.try_releases
+test-torch: env  ## only the method, with the oldest and the newest torch and PEFT, minutes and several GB (network)
+	OMP_NUM_THREADS=1 $(PY) -m tools.try_environments oldest newest
 
 test-tools: env  ## the method in TRL and lm-evaluation-harness, installed in a temporary environment (network)
-	OMP_NUM_THREADS=1 $(PY) -m tools.try_tools
+	OMP_NUM_THREADS=1 $(PY) -m tools.try_environments tools
 
 smoke: env  ## every experiment with bundled models, report included, minutes
 	$(PY) sweep.py experiment=all scale=smoke force=true wandb.mode=disabled

@@ -78,7 +78,7 @@ def build_own_task(plugin: Plugin, subset: str, options: dict[str, Any]) -> Task
     """Return the task that a plugin's function `task` returns.
 
     Raises:
-        TaskError: it fails, or returns something else than a whole task.
+        TaskError: it fails, or returns something other than a complete task.
     """
     try:
         found = plugin.module.task(subset, **options)
@@ -88,6 +88,6 @@ def build_own_task(plugin: Plugin, subset: str, options: dict[str, Any]) -> Task
         raise TaskError(f"{plugin.path}: its function task(subset, **options) fails ({error!r}); fix it") from error
     if not isinstance(found, Task):
         raise TaskError(f"{plugin.path}: task() returns {str(found)[:80]!r}; return a subclass of tasks.base.Task")
-    if lacking := [name for name in REQUIRED if not hasattr(found, name)]:
-        raise TaskError(f"{plugin.path}: its task has no {', '.join(lacking)}; set it")
+    if missing := [name for name in REQUIRED if not hasattr(found, name)]:
+        raise TaskError(f"{plugin.path}: its task has no {', '.join(missing)}; set it")
     return found

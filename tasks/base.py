@@ -68,14 +68,14 @@ def translate_shape_errors(what: str, source: object) -> Iterator[None]:
     except TaskError:
         raise
     except SHAPE as error:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)  # of a KeyError str() is the key alone
+        reason = str(error) if isinstance(error, ValueError) else repr(error)  # of a KeyError str() is only the key
         raise TaskError(f"{source}: {reason[:200]} where {what} was expected; {FETCH}") from error
 
 
 @dataclass(frozen=True)
 class Split:
     """Rows of one split and where they came from (`origin` names a file or a hub revision, for the run's record).
-    `in_training` is how many of them, set apart from training's, are known to stand among the rest, too."""
+    `in_training` is how many of them, set apart from training's, are known to be among the rest, too."""
 
     rows: "Dataset"
     origin: str
@@ -124,7 +124,7 @@ class Task:
     scoring_options: tuple[str, ...] = ()
 
     def is_lower_better(self, metric: str | None = None) -> bool:
-        """Whether less of a score is better: of the main one, if none is named."""
+        """Return whether less of a score is better: of the main one, if none is named."""
         return (metric or self.metric) in self.lower_is_better
 
     @property
@@ -167,7 +167,7 @@ class Task:
         raise NotImplementedError
 
     def judge(self, row: Row, output: Output) -> Row:
-        """Return the columns that the predictions file keeps for one example beside its id and raw output."""
+        """Return the columns that the predictions file keeps for one example in addition to its id and raw output."""
         gold = row["target"] if self.form == "generation" else row["label"]
         return {"answer": output, "gold": gold}
 
@@ -253,7 +253,7 @@ def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ..
 
 
 def check_packed_copy(path: Path) -> None:
-    """Refuse a file beside a .gz of the same name that holds other data.
+    """Refuse a file next to a .gz of the same name that holds other data.
 
     Raises:
         TaskError: with both.
@@ -291,7 +291,7 @@ def read_table(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the number of its first line and the columns of every row of a text table; empty lines are left out.
 
-    quoted: fields may stand in quotation marks (CSV), else these are text (the official TSV files). `needed` columns
+    quoted: fields may be in quotation marks (CSV), else these are text (the official TSV files). `needed` columns
     must be there; `columns` names those of a file without a header; `skip_short` drops rows with missing fields.
     `remedy` is what to do about a bad row.
 
@@ -310,7 +310,7 @@ def read_table(
 
 
 def check_header(path: object, header: Iterable[str], needed: Iterable[str], remedy: str) -> None:
-    """Refuse a table that lacks a column or has one twice (one of the two would be dropped).
+    """Refuse a table without a column or has one twice (one of the two would be dropped).
 
     Raises:
         TaskError: with the columns it has.
@@ -318,13 +318,13 @@ def check_header(path: object, header: Iterable[str], needed: Iterable[str], rem
     header = [name for name in header if name]
     if twice := find_duplicate(header):
         raise TaskError(f"{path}: the column {twice!r} occurs twice in its header; keep one of them")
-    if lacking := [name for name in needed if name not in header]:
+    if missing := [name for name in needed if name not in header]:
         if not header:
             raise TaskError(f"{path}: no rows; {remedy}")
-        near = find_similar_column(lacking[0], header)
+        near = find_similar_column(missing[0], header)
         listed = ", ".join(name if name.isprintable() else quote(name) for name in header)
         known = f"but {quote(near)}" if near else f"only {listed[:200]}"
-        *names, last = map(quote, lacking[:1] if near else lacking)
+        *names, last = map(quote, missing[:1] if near else missing)
         no = f"columns {', '.join(names)} and" if names else "column"
         raise TaskError(f"{path}: no {no} {last}, {known}; {remedy}")
 
@@ -338,7 +338,7 @@ def parse_number(word: str) -> float:
     """Return a plain decimal number. Python's float() reads more: 1_0, digits of other scripts, nan and infinity.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: it is not such a number.
     """
     if not NUMBER.fullmatch(word.strip()) or math.isinf(float(word)):
         raise ValueError(f"{quote(word)} is not a finite number")
@@ -348,8 +348,8 @@ def parse_number(word: str) -> float:
 def quote(value: object) -> str:
     """Return a value as a message shows it: on one line, text in quotation marks, a long one cut."""
     shown = repr(value[:LONGEST_QUOTE] if isinstance(value, str) else value)
-    whole = len(value) <= LONGEST_QUOTE if isinstance(value, str) else len(shown) <= LONGEST_QUOTE
-    return shown if whole else f"{shown[: LONGEST_QUOTE + 2]}..."
+    is_short = len(value) <= LONGEST_QUOTE if isinstance(value, str) else len(shown) <= LONGEST_QUOTE
+    return shown if is_short else f"{shown[: LONGEST_QUOTE + 2]}..."
 
 
 def iterate_records(
@@ -447,7 +447,7 @@ def read_json(path: Path) -> Any:
     """Return what an official JSON file holds.
 
     Raises:
-        TaskError: it is no readable JSON, or an object has a key twice.
+        TaskError: it is not readable JSON, or an object has a key twice.
     """
     return parse_json(read_text(path), str(path), FETCH)
 
@@ -469,7 +469,7 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
 
 
 def build_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; json alone would keep the last of two equal keys and drop the first.
+    """Return a JSON object; json by itself would keep the last of two equal keys and drop the first.
 
     Raises:
         ValueError: a key occurs twice.

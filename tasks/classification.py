@@ -57,7 +57,7 @@ def task(
     if metric not in METRICS:
         raise TaskError(f"task.options.metric={metric}: must be one of {', '.join(METRICS)}")
     if odd := [name for name in labels if not isinstance(name, (str, int, float))]:
-        raise TaskError(f"task.options.labels: {odd[0]!r} is no class name; write a list of names")
+        raise TaskError(f"task.options.labels: {odd[0]!r} is not a class name; write a list of names")
     names = [str(name).lower() if isinstance(name, bool) else str(name).strip() for name in labels]
     if len(set(names)) < len(names) or len(names) == 1 or "" in names:
         raise TaskError(f"task.options.labels={names}: must be two class names or more, all different")
@@ -112,7 +112,7 @@ class Classification(OwnFiles):
             remedy = "fill it in, remove the row, or list all classes with task.options.labels"
             raise TaskError(f"{place}, column {self.label!r}: {label!r} stands for a missing value; {remedy}")
         if self.listed and self.form == "classification" and label not in self.listed:
-            what = f"{place}, column {self.label!r}: {quote(label)} is none of task.options.labels"
+            what = f"{place}, column {self.label!r}: {quote(label)} is not one of task.options.labels"
             raise TaskError(f"{what}, {', '.join(self.listed)[:200]}; fix the row or list it")
         return {"text": get_text(place, row, self.text), "text_pair": pair, "label": label}
 
@@ -131,7 +131,7 @@ class Classification(OwnFiles):
             raise TaskError(f"task.options.metric=f1: there are {classes} classes, not 2; take macro_f1")
 
     def check_spelling(self, first: dict[str, dict[str, Place]]) -> None:
-        """Refuse two classes that are most likely one; `first` is where each stands first, by split.
+        """Refuse two classes that are most likely one; `first` is where each occurs first, by split.
 
         Raises:
             TaskError: with a row of the second.
@@ -221,8 +221,8 @@ class Classification(OwnFiles):
 
 def sort_labels(labels: Any) -> list[str]:
     """Return class names in sorted order, whole numbers by their value."""
-    whole = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
-    return sorted(labels, key=lambda label: (int(label) if whole else 0, label))
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
+    return sorted(labels, key=lambda label: (int(label) if numbers else 0, label))
 
 
 def normalize_label(label: str) -> Hashable:

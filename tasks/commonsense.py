@@ -7,12 +7,12 @@ sixteen blanks come from an indented string.
 
 Answers are read from the text after the prompt, up to a second "### Response:". The strict form is the published one:
 the first option word in the text, case-sensitive, with no regard to word ends ("untrue" holds "true"). The lenient form
-beside it takes capitals and a blank ("Solution 2"), whole words only, and what follows "answer is" first. Accuracy is
+also takes capitals and a blank ("Solution 2"), whole words only, and what follows "answer is" first. Accuracy is
 right / all, an output without an answer is wrong, and the average is the unweighted mean of the eight accuracies.
 
 Data: below `data_dir`, ft-training_set/commonsense_{170k,15k}.json and dataset/NAME/test.json, below a folder
-`commonsense` or not; a training file that is not the whole one ("commonsense_130k.no-hellaswag.json") is taken and the
-record says what it lacks. Without `data_dir` the training file comes from LLM-Adapters' repository and the eight sets
+`commonsense` or not; a training file that is not the full one ("commonsense_130k.no-hellaswag.json") is taken and the
+record says what is missing. Without `data_dir` the training file comes from LLM-Adapters' repository and the eight sets
 are written out of the hub's columns, which gives the same text; by size its "test" is the public validation set except
 for ARC and OpenBookQA.
 
@@ -57,7 +57,7 @@ Item = dict[str, str]  # instruction, output, answer
 
 @dataclass(frozen=True)
 class Spec:
-    """One set: its option words as the published rule searches them, and where the hub has it."""
+    """One set: its option words as the published rule searches them, and where it is on the hub."""
 
     words: tuple[str, ...]
     hub: str
@@ -82,7 +82,7 @@ def build_item(instruction: str, answer: str) -> Item:
 
 
 def list_offered_answers(prompt: str) -> list[str]:
-    """Return the answers a prompt offers, which stand in its line of the answer format."""
+    """Return the answers a prompt offers, which are in its line of the answer format."""
     return prompt.rpartition("Answer format: ")[2].partition("\n")[0].strip().split("/")
 
 
@@ -208,8 +208,8 @@ def extract_answer_leniently(dataset: str, text: str) -> str | None:
     kind, numbers = words[0].rstrip("1"), "".join(word[-1] for word in words)
     option = r"\b(true|false)\b" if kind == "true" else rf"\b{kind}[\s#:]*([{numbers}])\b"
     number = r"(?!)" if kind == "true" else rf"([{numbers}])\b"
-    said = re.search(rf"\banswer is:?\s*(?:{option}|{number})", text, re.I) or re.search(option, text, re.I)
-    value = next((group for group in said.groups() if group), "") if said else ""
+    found = re.search(rf"\banswer is:?\s*(?:{option}|{number})", text, re.I) or re.search(option, text, re.I)
+    value = next((group for group in found.groups() if group), "") if found else ""
     return value.lower() if kind == "true" or not value else kind + value
 
 
@@ -311,8 +311,8 @@ class Commonsense(Task):
             rest = [number for number, item in enumerate(items) if get_content(item) not in apart]
         numbers = held_out[name] if name in SPECS else rest
         prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
-        said = "" if name == "train" else " (held out)"
-        origin = f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else said}"
+        note = self.describe_missing(path, items) if name == "train" else " (held out)"
+        origin = f"{path.parent.name}/{path.name}{note}"
         return Split(self.build_chosen_rows("train", items, numbers, prompt, path), origin)
 
     def describe_missing(self, path: Path, items: list[Item]) -> str:
@@ -326,7 +326,7 @@ class Commonsense(Task):
         """Return the items as rows.
 
         Raises:
-            TaskError: they are no items of LLM-Adapters, or there are none.
+            TaskError: they are not items of LLM-Adapters, or there are none.
         """
         items = list(items)
         prompt = TRAINING_PROMPT if split == "train" else EVALUATION_PROMPT
@@ -363,7 +363,7 @@ class Commonsense(Task):
         return [TARGET.format(word) for word in list_offered_answers(row["prompt"])] if self.likelihood else []
 
     def judge_choice(self, row: Row, likelihoods: list[float], tokens: list[int]) -> Row:
-        """Return the likeliest answer. The targets differ in the answer's name alone, so lengths need no correction."""
+        """Return the likeliest answer. The targets differ only in the answer's name, so lengths need no correction."""
         best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
         answer = list_offered_answers(row["prompt"])[best]
         right = answer == row["references"][0]

@@ -234,11 +234,11 @@ class Demo(Task):
         """
         if name not in self.sizes:
             raise TaskError(f"{self.name} has no split {name!r}, only {' and '.join(self.sizes)}")
-        return Split(self.dataset(self.drawn()[name], self.name), self.source()["generator"])
+        return Split(self.dataset(self.draw_rows()[name], self.name), self.source()["generator"])
 
     @classmethod
     @cache
-    def drawn(cls) -> dict[str, list[Row]]:
+    def draw_rows(cls) -> dict[str, list[Row]]:
         """Return the rows of every split, which are not to be changed."""
         task, rng, splits, seen = cls(), random.Random(SEED), {}, set()
         for split, size in cls.sizes.items():
@@ -294,8 +294,8 @@ class Restaurants(Demo):
     def judge(self, row: Row, output: Output) -> Row:
         answer = output.strip()
         values = re.findall(r" : (.+?) \|", row["prompt"])
-        said = all(value in answer for value in values)
-        return {"answer": answer, "gold": row["target"], "references": row["references"], "slots": said}
+        complete = all(value in answer for value in values)
+        return {"answer": answer, "gold": row["target"], "references": row["references"], "slots": complete}
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
         import sacrebleu

@@ -134,7 +134,7 @@ def spell_out_record(record: str) -> str:
     """Return "name[Blue Spice], eatType[pub]" as "name : Blue Spice | Type : pub".
 
     Raises:
-        ValueError: it is no record.
+        ValueError: it is not a record.
     """
     if not re.fullmatch(rf"{SLOT}(?:,{SLOT})*\s*", record):
         raise ValueError(f"{record!r} lists no slots")

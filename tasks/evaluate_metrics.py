@@ -93,7 +93,7 @@ class E2eMetrics(Checked):
         )
 
     def check(self, predictions: Iterable[Any], references: Iterable[Any]) -> None:
-        """Refuse outputs that are no texts, and references that are no lists of texts.
+        """Refuse outputs that are not texts, and references that are not lists of texts.
 
         Raises:
             ValueError: with the first such value.

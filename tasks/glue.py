@@ -4,7 +4,7 @@ Every metric of a column is stored; `metric` is the one LoRA's table prints: mat
 correlation for CoLA, Pearson for STS-B, accuracy for the rest. Scores are of the development sets, whose labels are
 public. Sources: the hub's `nyu-mll/glue`, or the official TSV files below `data_dir` (plain or gzipped, in `glue/SST-2`
 or `SST-2`). MRPC may also be Microsoft's msr_paraphrase_train.txt, which GLUE's dev_ids.tsv divides. One difference is
-known: the hub's MRPC text is tokenised ("doesn 't"), the official file's is not.
+known: the hub's MRPC text is tokenized ("doesn 't"), the official file's is not.
 """
 
 from collections.abc import Callable
@@ -145,7 +145,7 @@ class Glue(Task):
             return None
         found = [path.with_name(name) for name in ("dev_ids.tsv", "dev_ids.tsv.gz") if path.with_name(name).is_file()]
         if not found:
-            raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv beside it")
+            raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv next to it")
         return found[0]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
@@ -198,7 +198,7 @@ class Glue(Task):
         """Return a label of an official file as a class index or, for STS-B, as its score.
 
         Raises:
-            ValueError: it is no such label.
+            ValueError: it is not such a label.
         """
         if self.form == "regression":
             score = base.parse_number(word)
@@ -220,7 +220,7 @@ class Glue(Task):
         }
 
     def score(self, results: dict[str, list[Row]]) -> dict[str, float]:
-        """Return every metric of the column; MNLI's mismatched set stands beside as "mismatched_..."."""
+        """Return every metric of the column; MNLI's mismatched set is added as "mismatched_..."."""
         from tasks import metrics
 
         scores = {}
@@ -261,5 +261,5 @@ def restore_score(score: float) -> float:
 
 
 def is_mismatched(split: str) -> bool:
-    """Whether a split is MNLI's of other genres than training's."""
+    """Return whether a split is MNLI's of other genres than training's."""
     return split.endswith("mismatched")

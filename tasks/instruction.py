@@ -7,7 +7,7 @@ A row has one of three forms, which its columns tell:
     messages                      [{"role": "user", "content": "..."}, ...]; the last one, an assistant's, is the
                                   response, all before it the prompt
 
-Loss is on the response alone. With model.chat=true the prompt goes through the tokenizer's chat template, as messages;
+Loss is only on the response. With model.chat=true the prompt goes through the tokenizer's chat template, as messages;
 else messages are written as text, each below a line with its role, and the model writes text.
 
 Scores: exact match (but for white space at the ends), ROUGE-L and chrF, means over rows, of the text that is generated;
@@ -107,17 +107,17 @@ class Instruction(OwnFiles):
         place, row = placed
         if set(self.columns) <= row.keys():
             prompt, target = (get_text(place, row, name) for name in self.columns)
-            used, messages, prompt = self.columns, [said(prompt)], prompt + self.separator
+            used, messages, prompt = self.columns, [build_user_message(prompt)], prompt + self.separator
         elif set(ALPACA) <= row.keys():
             used = (*ALPACA, "input")
             instruction, target = (get_text(place, row, name) for name in ALPACA)
             given = get_input(place, row)
-            messages = [said(f"{instruction}\n\n{given}" if given else instruction)]
+            messages = [build_user_message(f"{instruction}\n\n{given}" if given else instruction)]
             context = f"\n\n### Input:\n{given}" if given else ""
             prompt = f"{PREAMBLES[bool(given)]}{instruction}{context}\n\n### Response:\n"
         else:
             used = ("messages",)
-            *messages, answer = checked_messages(place, row["messages"])
+            *messages, answer = parse_messages(place, row["messages"])
             target = answer["content"]
             turns = [*(f"{ROLES[m['role']]}\n{m['content']}" for m in messages), f"{ROLES['assistant']}\n"]
             prompt = "\n\n".join(turns)
@@ -165,7 +165,7 @@ def get_input(place: Place, row: Row) -> str:
     """Return the input of an Alpaca row without the blanks around it; "" if it is empty, null or no column.
 
     Raises:
-        TaskError: it is no text, or its column is spelt in another way.
+        TaskError: it is not text, or its column is spelt in another way.
     """
     if "input" not in row and (near := base.find_similar_column("input", row)):
         raise TaskError(f"{place}: no column 'input', but {base.quote(near)}; name it input, or remove it")
@@ -186,16 +186,16 @@ def check_other_columns(place: Place, row: Row, used: tuple[str, ...]) -> None:
             raise TaskError(f"{what}; merge it into {used[0]!r}, or remove or rename the column")
 
 
-def said(text: str) -> Row:
+def build_user_message(text: str) -> Row:
     """Return a text as the message of a user."""
     return {"role": "user", "content": text}
 
 
-def checked_messages(place: Place, value: Any) -> list[Row]:
+def parse_messages(place: Place, value: Any) -> list[Row]:
     """Return the messages of a row.
 
     Raises:
-        TaskError: they are none, have another role than is known, or do not end in an answer.
+        TaskError: they are not messages, one has an unknown role or no content, or the last is not an answer.
     """
     column = f"{place}, column 'messages'"
     like = 'write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'

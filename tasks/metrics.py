@@ -40,17 +40,17 @@ References = Sequence[Sequence[str]]  # every accepted text of each output; at l
 
 
 class Unavailable(Exception):
-    """A scorer that cannot run here; the message says what it lacks."""
+    """A scorer that cannot run here; the message says what is missing."""
 
 
 def score_classification(answers: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
     """Return accuracy and Matthews correlation, and F1 of class 1 where the task has two classes, whichever occur.
 
     Raises:
-        ValueError: an answer or label is none of the classes 0, 1, ..., `classes` - 1.
+        ValueError: an answer or label is not one of the classes 0, 1, ..., `classes` - 1.
     """
     if odd := [value for value in (*answers, *gold) if value not in range(classes)]:
-        raise ValueError(f"{odd[0]!r} is none of the {classes} classes, 0 to {classes - 1}")
+        raise ValueError(f"{odd[0]!r} is not one of the {classes} classes, 0 to {classes - 1}")
     varied = len({*gold, *answers}) > 1  # else sklearn gives the same 0 with a warning
     scores = {
         "accuracy": accuracy_score(gold, answers),
@@ -113,11 +113,11 @@ def score_e2e(hypotheses: Texts, references: References) -> dict[str, float]:
 def score_webnlg(hypotheses: Texts, references: References, groups: Sequence[str] = ()) -> dict[str, float]:
     """Return BLEU, METEOR and TER (lower is better) as LoRA computed them for WebNLG and DART.
 
-    Outputs and references are lower-cased and split at every character that is no letter or digit (gpt2_decode.py
+    Outputs and references are lower-cased and split at every character that is not a letter or digit (gpt2_decode.py
     --tokenize --lower), and the first six references count. BLEU is mteval's on that text (multi-bleu-detok.perl has
-    the same tokens). METEOR and TER split the few words that NLTK's tokeniser splits ("cannot"); TER is pyter's, the
+    the same tokens). METEOR and TER split the few words that NLTK's tokenizer splits ("cannot"); TER is pyter's, the
     best over the references, its mean over the outputs. `groups` names each output's group; every group's scores then
-    stand beside those of all, as "GROUP_BLEU".
+    are added to those of all, as "GROUP_BLEU".
 
     Raises:
         ValueError: as `check_texts`, or there are groups, but not one for each output.
@@ -153,7 +153,7 @@ def check_texts(hypotheses: Texts, references: References) -> None:
     by letter.
 
     Raises:
-        ValueError: there are no outputs, one has no references, or something else stands where a text or a list should.
+        ValueError: there are no outputs, one has no references, or something else is where a text or a list should be.
     """
     if isinstance(hypotheses, str) or any(not isinstance(h, str) for h in hypotheses):
         raise ValueError("the outputs are not a list of texts")
@@ -308,7 +308,7 @@ def find_java() -> str:
 
 
 def get_java_environment() -> dict[str, str]:
-    """Return this process's environment for Java, so that its options are those of the command alone."""
+    """Return this process's environment for Java, so that its options are only those of the command."""
     return {name: value for name, value in os.environ.items() if name not in JAVA_OPTIONS}
 
 
@@ -325,7 +325,7 @@ def find_jar(name: str) -> str:
 
 
 def score_on_penn_tokens(hypotheses: Texts, references: References) -> dict[str, float]:
-    """Return METEOR, ROUGE_L and CIDEr, all three on Penn Treebank tokens without punctuation; METEOR alone is left out
+    """Return METEOR, ROUGE_L and CIDEr, all three on Penn Treebank tokens without punctuation; only METEOR is left out
     with a warning where it fails.
 
     Raises:
@@ -351,7 +351,7 @@ def split_penn_tokens(texts: Texts) -> list[str]:
     """Return each one-line text as CoreNLP 3.4.1 splits it, lower-cased, without the punctuation COCO leaves out.
 
     Raises:
-        Unavailable: there is no Java or no tokeniser, or it fails.
+        Unavailable: there is no Java or no tokenizer, or it fails.
     """
     command = [
         find_java(),
@@ -362,7 +362,7 @@ def split_penn_tokens(texts: Texts) -> list[str]:
     ]
     lines = run_program([*command, "-preserveLines", "-lowerCase"], "\n".join([*texts, ""])).split("\n")[:-1]
     if len(lines) != len(texts):
-        raise Unavailable(f"the tokeniser made {len(lines)} lines of {len(texts)}")
+        raise Unavailable(f"the tokenizer made {len(lines)} lines of {len(texts)}")
     return [" ".join(word for word in line.split() if word not in PUNCTUATION) for line in lines]
 
 
@@ -411,8 +411,8 @@ def meteor(hypotheses: Texts, references: References, parts: dict[str, Sequence[
                 return {name: meteor_process.score_segments([counts[i] for i in part]) for name, part in parts.items()}
         except (OSError, ValueError) as error:
             errors.seek(0)
-            said = " ".join(errors.read().split())[:300]
-            raise Unavailable(f"{command[0]} failed on METEOR: {said or error}") from error
+            printed = " ".join(errors.read().split())[:300]
+            raise Unavailable(f"{command[0]} failed on METEOR: {printed or error}") from error
 
 
 class MeteorProcess:
@@ -441,7 +441,7 @@ class MeteorProcess:
 
 
 def split_words(text: str) -> str:
-    """Return lower-case words with blanks around every character that is no letter, digit or underscore."""
+    """Return lower-case words with blanks around every character that is not a letter, digit or underscore."""
     return " ".join(" ".join(re.split(r"(\W)", text.lower())).split())
 
 
@@ -488,7 +488,7 @@ def count_edits_with_shifts(words: list[str], reference: list[str]) -> int:
 
 
 def list_shifts(text: tuple[int, ...], goal: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """Return what becomes of `text` when a run of words, as long as it lasts, moves to where the goal has it."""
+    """Return what becomes of `text` when a run of words, as long as it lasts, moves to where it is in the goal."""
     found = set()
     for i, j in itertools.product(range(len(text)), range(len(goal))):
         if i != j and text[i] == goal[j]:

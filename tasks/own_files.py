@@ -1,4 +1,4 @@
-"""Tables of your own in a folder: which file is which split, and their rows with the place each stands at.
+"""Tables of your own in a folder: which file is which split, and their rows with the place of each.
 
     data_dir/train.csv validation.csv test.csv      or .tsv, .jsonl, .json (a list of objects), .parquet; all but the
                                                     last also as .gz
@@ -29,7 +29,7 @@ KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
 SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
-# How content begins that is no text: what it is, the ending it is read by, and the remedy where it has another one.
+# How content begins that is not text: what it is, the ending it is read by, and the remedy where it has another one.
 MAGIC = {
     b"\x1f\x8b": ("gzipped", ".gz", "add .gz to its name"),
     b"PAR1": ("Parquet", ".parquet", "name it .parquet"),
@@ -46,7 +46,7 @@ Files = dict[str, tuple[Path, ...]]  # the files of each split; several where it
 
 
 class Place:
-    """Where a row stands: a file, and a line or row of it."""
+    """Where a row is: a file, and a line or row of it."""
 
     def __init__(self, path: Path, number: int, unit: str) -> None:
         self.path, self.number, self.unit = path, number, unit
@@ -65,13 +65,13 @@ def find_files(data_dir: str | None, name: str) -> Files:
     """Return the files of every split in a folder, or {"train": its only file}.
 
     Raises:
-        TaskError: there is no such folder, no table in it, or a file that is no split's or one too many.
+        TaskError: there is no such folder, no table in it, or a file that is not a split's or one too many.
     """
     if data_dir is None:
         raise TaskError(f"task={name}: reads files of your own; {WHERE}")
     root = Path(data_dir).expanduser()
     if root.is_file():
-        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in, with no other table beside it")
+        raise TaskError(f"data_dir={data_dir}: is a file; give the folder it is in, with no other table next to it")
     if not root.is_dir():
         raise TaskError(f"data_dir={data_dir}: no such folder")
     try:
@@ -100,13 +100,13 @@ def find_files(data_dir: str | None, name: str) -> Files:
 
 
 def find_ending(path: Path) -> str | None:
-    """Return the ending by which a file is read, without .gz; None if it is no table."""
+    """Return the ending by which a file is read, without .gz; None if it is not a table."""
     kind = next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
     return kind and kind.removesuffix(".gz")
 
 
 def check_content(path: Path) -> None:
-    """Refuse what is no file, and a file whose content is of another kind than its ending says.
+    """Refuse what is not a file, and a file whose content is of another kind than its ending says.
 
     Raises:
         TaskError: with what it is.
@@ -179,7 +179,7 @@ def describe_folder(root: Path) -> str:
 
 
 def read_rows(path: Path, quotes: bool) -> list[Placed]:
-    """Return every row of a table with its place. quotes: fields of CSV and TSV may stand in quotation marks; else
+    """Return every row of a table with its place. quotes: fields of CSV and TSV may be in quotation marks; else
     these are text.
 
     Raises:
@@ -238,7 +238,7 @@ def read_lines(path: Path, delimiter: str, quotes: bool) -> Iterator[Placed]:
 
 
 def check_swallowed_rows(path: Path, rows: list[tuple[int, Row]], delimiter: str) -> None:
-    """Refuse a field with line breaks that holds whole rows: two quotation marks without partners, which are text,
+    """Refuse a field with line breaks that holds full rows: two quotation marks without partners, which are text,
     make one field of all rows between them. rows: with the numbers of their first lines.
 
     Raises:
@@ -292,7 +292,7 @@ def read_objects(path: Path) -> Iterator[Placed]:
     """Yield the rows of a .jsonl file.
 
     Raises:
-        TaskError: a line is no JSON object, or the file is one list.
+        TaskError: a line is not a JSON object, or the file is one list.
     """
     text = base.read_text(path)
     if text.lstrip().startswith("[") and text.rstrip().endswith("]") and "{" in text[:LIST_START]:
@@ -323,7 +323,7 @@ def require_object(value: Any, place: Place) -> Row:
     """Return a row as it was read.
 
     Raises:
-        TaskError: it is no object with columns.
+        TaskError: it is not an object with columns.
     """
     if not isinstance(value, dict):
         raise TaskError(f"{place}: {base.quote(value)} is not an object with columns; write {{...}}")
@@ -403,7 +403,7 @@ def get_text(place: Place, row: Row, column: str, empty: bool = False) -> str:
     """Return a text column of a row.
 
     Raises:
-        TaskError: it is no text, or empty where it must not be.
+        TaskError: it is not text, or empty where it must not be.
     """
     value = row[column]
     if value is None or isinstance(value, str) and not value.strip() and not empty:

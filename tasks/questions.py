@@ -3,7 +3,7 @@
     python train.py task=questions data_dir=DIR
 
 DIR holds train.tsv and test.tsv (plain or gzipped), with columns `label` and `question`; quotation marks are text.
-Scores: accuracy and, beside it, macro-F1 (the unweighted mean over classes).
+Scores: accuracy and macro-F1 (the unweighted mean over classes).
 """
 
 from pathlib import Path
@@ -69,7 +69,7 @@ class Questions(Task):
         """Return the index of a class.
 
         Raises:
-            ValueError: it is none of the six.
+            ValueError: it is not one of the six.
         """
         if word not in self.labels:
             raise ValueError(f"the label {word!r}, not one of {', '.join(self.labels)},")

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from tasks.measures import Score
 
 VERSION = 2  # 1: no output repeated an n-gram of its prompt
-SEEN = {"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam", "University"}
-SEEN |= {"WrittenWork"}
+SEEN = {
+    "Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam", "University",
+    "WrittenWork",
+}  # fmt: skip
 
 
 def task(subset: str, separator: str = SEPARATOR, scored: str = "test") -> "WebNlg":
@@ -75,11 +77,11 @@ class WebNlg(DataToText):
         """Return BLEU of all rows, of the seen and of the unseen categories."""
         from tasks import measures
 
-        whole = super().declare_scores(example)
+        scores = super().declare_scores(example)
         parts = [
-            measures.restrict_scores(whole, f"{group}_", partial(is_in_group, group)) for group in ("seen", "unseen")
+            measures.restrict_scores(scores, f"{group}_", partial(is_in_group, group)) for group in ("seen", "unseen")
         ]
-        return whole | parts[0] | parts[1]
+        return scores | parts[0] | parts[1]
 
 
 def is_in_group(group: str, row: Row) -> bool:

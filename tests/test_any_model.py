@@ -307,7 +307,7 @@ LACKING = {
     "an adapter": (adapter, "tokenizer (tokenizer.json) there, but an adapter; give the model that it belongs to"),
     "no type": (write("config.json", "{}"), "model=HERE: its config.json names no model_type"),
     "damaged": (write("config.json", "{"), "HERE/config.json: damaged (Expecting property name"),
-    "a list": (write("config.json", "[]"), "HERE/config.json: damaged (not an object); save the model again"),
+    "a list": (write("config.json", "[]"), "HERE/config.json: damaged (not a JSON object); save the model again"),
     "two stacks": (seq2seq, "model=HERE: t5 has an encoder and a decoder, which no task here trains; take one"),
 }
 

@@ -52,7 +52,7 @@ def test_the_settings_alone_decide_precision_compilation_and_accumulation(name, 
     environment(**{name: value})
     isolate_environment()
     assert name not in os.environ and name not in describe_variables()
-    assert capsys.readouterr().err.startswith(f"ignored: {name}={value}; the settings alone decide")
+    assert capsys.readouterr().err.startswith(f"ignored: {name}={value}; only the settings decide")
 
 
 def test_what_accelerate_launch_sets_by_default_is_removed_without_a_word(environment, capsys):

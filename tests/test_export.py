@@ -169,3 +169,8 @@ def test_weights_that_float16_does_not_hold_are_not_exported(trained, tmp_path):
     with pytest.raises(UserError, match=r"contains NaN or Inf in float16; take model\.dtype=float32"):
         export(run, tmp_path / "out", "model.dtype=float16")
     assert list_names(tmp_path) == {"run"}
+
+
+def test_logits_that_are_nan_are_called_so(tmp_path):
+    with pytest.raises(UserError, match="the merged model's logits are NaN, so its weights or its method cannot be"):
+        evaluate_export.check_difference(tmp_path, float("nan"))

@@ -19,8 +19,8 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import evaluate, predict
 from dual_lora.lab.evaluate.beam_search import search_beams
-from dual_lora.lab.evaluate.cache import read_prompts
 from dual_lora.lab.evaluate.evaluate import compute_outputs
+from dual_lora.lab.evaluate.kv_cache import read_prompts
 from dual_lora.lab.evaluate.predict import score_choices
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import attach_method

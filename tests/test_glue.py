@@ -137,7 +137,7 @@ def test_microsofts_own_mrpc_file_is_divided_by_glues_list(tmp_path):
     rows = [f"{i % 2}\t{i}\t{i + 90}\tone {i}\tother {i}" for i in range(5)]
     (folder / "msr_paraphrase_train.txt").write_bytes("\r\n".join([HEADERS["mrpc"], *rows, ""]).encode())
     task = tasks.load("glue/mrpc")
-    with pytest.raises(TaskError, match=r"msr_paraphrase_train.txt: not divided .*; put GLUE's dev_ids.tsv beside it"):
+    with pytest.raises(TaskError, match=r"msr_paraphrase_train.txt: not divided .*; put GLUE's dev_ids.tsv next to it"):
         task.split("train", str(tmp_path))
     (folder / "dev_ids.tsv").write_text("1\t91\n3\t93\n")
     train, held_out = (task.split(split, str(tmp_path)).rows for split in ("train", "validation"))
@@ -235,7 +235,7 @@ def test_f1_belongs_to_tasks_of_two_classes_whichever_labels_occur():
 def test_what_is_no_class_is_not_scored(odd):
     from tasks import metrics
 
-    with pytest.raises(ValueError, match="none of the 2 classes, 0 to 1"):
+    with pytest.raises(ValueError, match="not one of the 2 classes, 0 to 1"):
         metrics.score_classification([0, odd], [0, 1], classes=2)
     with pytest.raises(ValueError, match="nan is not a number"):
         metrics.score_regression([0.0, float("nan")], [0.0, 1.0])

@@ -45,7 +45,7 @@ QUERY = "roberta.encoder.layer.0.attention.self.query"
 )
 def test_parts_of_adapters_and_quantised_weights_are_not_left_out(name, tmp_path):
     folder = add_tensors(copy("tiny-roberta", tmp_path), lambda held: {name: torch.ones(2)})
-    assert f"['{name}'], a part of quantised weights or of an adapter" in refused(folder, "tiny-roberta")
+    assert f"['{name}'], a part of quantized weights or of an adapter" in refused(folder, "tiny-roberta")
 
 
 def swap_prefix(held):

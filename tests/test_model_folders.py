@@ -349,7 +349,7 @@ def test_an_index_that_chooses_between_weights_is_part_of_the_identity(tmp_path)
         ("pytorch_model.bin", "weights are read from *.safetensors in the same folder only"),
         ("../outside.safetensors", "weights are read from *.safetensors in the same folder only"),
         ("sub/a.safetensors", "weights are read from *.safetensors in the same folder only"),
-        ("b.safetensors", "names b.safetensors, which is not there; get the whole model"),
+        ("b.safetensors", "names b.safetensors, which is not there; get the complete model"),
         (7, "damaged (weight_map names no files)"),
     ],
 )
@@ -370,7 +370,7 @@ def test_two_shards_with_one_tensor_are_refused(tmp_path):
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     folder = change(copy("tiny-llama", tmp_path), "adapter_config.json", peft_type="LORA")
-    assert "adapter_config.json: an adapter beside the model, which may be merged already" in refused(
+    assert "adapter_config.json: an adapter next to the model, which may be merged already" in refused(
         folder, "tiny-llama"
     )
 
@@ -446,7 +446,7 @@ def repeat_tensor(folder: Path) -> None:
         (lambda folder: change(folder, SPECIAL, mask_token="the"), "special tokens of ordinary words"),
         (lambda folder: change(folder, SPECIAL, eos_token="the"), "special_tokens_map.json: eos_token is 'the', but"),
         (lambda folder: (folder / CONFIG).write_text('{"model_type": 1, "model_type": 2}'), "config.json: damaged"),
-        (lambda folder: change(folder, "adapter_config.json"), "holds an adapter beside the model"),
+        (lambda folder: change(folder, "adapter_config.json"), "holds an adapter next to the model"),
         (lambda folder: (folder / CONFIG).unlink(), "some/model@main: no config.json there"),
         (lambda folder: (folder / WEIGHTS).unlink(), "neither model.safetensors nor"),
         (repeat_tensor, "hold one parameter under two names"),

@@ -18,12 +18,12 @@ from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.evaluate import compute_outputs
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.encode import IGNORED_LABEL, build_generation_encoder, encode_prompt
+from dual_lora.lab.model.fused_layers import fuse_layers
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.model.split import fuse_layers
 from dual_lora.lab.record.identity import select_identity_settings
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run

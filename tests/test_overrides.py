@@ -127,7 +127,7 @@ def test_two_pluses_override_what_is_there():
     "words", [["--cfg", "job", "seed=1,2"], ["--cfg", "job", "-m", "seed=1"], ["--help", "seed=1"]]
 )
 def test_what_hydra_shows_is_one_run(words):
-    with pytest.raises(UserError, match="shows one; give single|no such option here|--help: stands alone"):
+    with pytest.raises(UserError, match="shows one; give single|no such option here|--help: takes no other words"):
         asks_hydra(words)
 
 

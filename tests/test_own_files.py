@@ -22,7 +22,7 @@ from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
-from dual_lora.lab.evaluate.reevaluation import reevaluate_run
+from dual_lora.lab.evaluate.trained import reevaluate_run
 from dual_lora.lab.inputs.splits import load_scored_splits
 from dual_lora.lab.model.encode import encode_prompt
 from dual_lora.lab.model.load import load_model, load_tokenizer
@@ -424,7 +424,7 @@ WRONG = {
     "classes that differ in capitals": (C, {}, GOOD | {"train.csv": "text,label\na,x\nb,X\nz,y\n"}, "train.csv: line 2, column 'label': 'x' and 'X' differ in spelling only"),
     "one class": (C, {}, {"train.csv": "text,label\na,x\nb,x\n", "test.csv": "text,label\nc,x\n"}, "column 'label' has one class only, 'x'"),
     "a class for every row": (C, {}, {"data.csv": "text,label\n" + "".join(f"t{i},{i}.5\n" for i in range(40))}, "column 'label' has 40 classes in 40 rows; name another column, or take task.options.metric=pearson"),
-    "a class that is not listed": (C, {"labels": ["x", "z"]}, GOOD, "train.csv: line 3, column 'label': 'y' is none of task.options.labels, x, z"),
+    "a class that is not listed": (C, {"labels": ["x", "z"]}, GOOD, "train.csv: line 3, column 'label': 'y' is not one of task.options.labels, x, z"),
     "a text in both splits": (C, {}, GOOD | {"test.csv": "text,label\nc,x\nb,y\n"}, "test.csv: line 3: the same example as train.csv line 3, which training sees; remove one"),
     "Latin-1": (C, {}, GOOD | {"train.csv": "text,label\na,x\né,y\n".encode("latin-1")}, "train.csv: cannot be read (line 3 is not UTF-8: invalid continuation byte); save it as UTF-8"),
     "UTF-16": (C, {}, GOOD | {"train.csv": "text,label\na,x\n".encode("utf-16")}, "train.csv: cannot be read (it is UTF-16); save it as UTF-8"),
@@ -502,8 +502,8 @@ def test_an_overlap_may_be_allowed_on_purpose(tmp_path):
         (C, {"metric": "bleu"}, "task.options.metric=bleu: must be one of accuracy, macro_f1"),
         (C, {"labels": ["x"]}, "must be two class names or more, all different"),
         (C, {"labels": ["x", " x"]}, "must be two class names or more, all different"),
-        (C, {"labels": [["x"], "y"]}, "is no class name"),
-        (C, {"labels": [None, "y"]}, "None is no class name"),
+        (C, {"labels": [["x"], "y"]}, "is not a class name"),
+        (C, {"labels": [None, "y"]}, "None is not a class name"),
         (C, {"labels": ["x", "y"], "metric": "pearson"}, "pearson is of numbers, which have no classes"),
         (C, {"label": "text"}, "must be the names of different columns"),
         (C, {"held_out": 1.0}, "task.options.held_out=1.0: must be between 0 and 1"),

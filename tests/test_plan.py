@@ -15,7 +15,7 @@ import train  # noqa: F401 - sets the lazy import the command line uses
 from dual_lora import paper
 from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.lab.commands.sweep import sweep_command
-from dual_lora.lab.commands.train import plan_runs, train_command
+from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
@@ -217,9 +217,8 @@ def test_a_plan_takes_a_dropout_that_the_head_has(given):
 
 
 def test_plans_and_runs_are_not_mixed(runs_folder):
-    jobs = [load_settings([f"seed={seed}", "plan=true"]) for seed in (0, 1)]
     with pytest.raises(UserError, match="plan: true for all runs or for none"):
-        plan_runs([Run.prepare(jobs[0]), Run.prepare(replace(jobs[1], plan=False))])
+        train_command(["-m", "plan=true,false"])
 
 
 def test_an_experiment_is_planned_and_not_run(runs_folder, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import push
 from dual_lora.lab.evaluate.export import compute_probe_logits
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.record.record import Record
 
 TOKEN = "hf_" + "a1B2c3D4" * 4

@@ -21,7 +21,7 @@ from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.export import compute_probe_logits
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.load import get_head_class, load_model
 from dual_lora.lab.model.merge import merge_adapter
@@ -150,7 +150,7 @@ def test_the_exported_model_computes_what_was_evaluated(model, method, finished,
     chosen, record, _, _ = finished(model, method)
     assert evaluate_command([f"run={record.folder}", f"export={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
-    assert "(float32, its 4-bit base dequantised)" in said and float(re.search(r"by (\S+) of", said)[1]) < 1e-5
+    assert "(float32, its 4-bit base dequantized)" in said and float(re.search(r"by (\S+) of", said)[1]) < 1e-5
     kept = json.loads((tmp_path / "out/config.json").read_text())
     assert "quantization_config" not in kept
     task = load_task(chosen)

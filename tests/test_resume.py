@@ -24,7 +24,7 @@ from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import RESTARTS, RESUMES, RunHeldElsewhere, Stopped, UserError, translate_memory_errors
+from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
@@ -458,7 +458,7 @@ def test_a_run_is_done_by_one_process_at_a_time(runs_folder, capsys):
     folder = Run.prepare(settings).record.folder
     folder.mkdir(parents=True)
     with hold_lock(folder):
-        with pytest.raises(RunHeldElsewhere, match=f"process {os.getpid()} on .* has been doing it since"):
+        with pytest.raises(RunHeldElsewhere, match=f"process {os.getpid()} on .* has held the lock since"):
             train_run(Run.prepare(settings))
         execute_run(Run.prepare(settings))
         assert report_failures([Run.prepare(settings)]) == EXIT_ELSEWHERE
@@ -661,10 +661,13 @@ def test_out_of_memory_tells_the_settings_that_need_less(runs_folder, monkeypatc
     assert "task.max_length" in suggest_smaller_batch(chosen("train.batch_size=1"))
 
 
-@pytest.mark.parametrize(("then", "kept"), [(RESUMES, "with a checkpoint"), (RESTARTS, "without a checkpoint")])
-def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(then, kept, capfd):
+@pytest.mark.parametrize(
+    ("can_resume", "kept", "then"),
+    [(True, "with a checkpoint", "resumes from here"), (False, "without a checkpoint", "starts this run again")],
+)
+def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(can_resume, kept, then, capfd):
     def work() -> int:
-        with STOP.defer(next_action=then):
+        with STOP.defer(can_resume=can_resume):
             os.kill(os.getpid(), signal.SIGTERM)
             STOP.raise_if_asked()
         return 0

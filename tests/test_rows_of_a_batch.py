@@ -43,8 +43,8 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.evaluate.beam_search import search_beams
-from dual_lora.lab.evaluate.cache import compute_next_logits, expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.evaluate.evaluate import compute_outputs
+from dual_lora.lab.evaluate.kv_cache import compute_next_logits, expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, probe_padding, score_choices
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import get_position_limit

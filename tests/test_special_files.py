@@ -10,19 +10,18 @@ from test_export import export, trained  # noqa: F401 - a fixture
 
 from dual_lora.analysis.cells import StudyError, read_rows
 from dual_lora.lab.commands.evaluate import evaluate_command
-from dual_lora.lab.config.outside.models import read_config_file
+from dual_lora.lab.config.outside.models import read_config_json
 from dual_lora.lab.config.outside.plugins import import_plugin
-from dual_lora.lab.config.paths import load_yaml
+from dual_lora.lab.config.paths import load_yaml, read_json_object
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import export as evaluate_export
-from dual_lora.lab.system.files import read_json_object
 from dual_lora.lab.system.lock import LOCK_NAME, hold_lock
 from dual_lora.lab.weights import save
 from tasks.base import TaskError, read_text
 
 READERS = {
     "settings.yaml": load_yaml,
-    "config.json": lambda path: read_config_file(path.parent),
+    "config.json": lambda path: read_config_json(path.parent),
     "plugin.py": lambda path: import_plugin(str(path)),
     "result.json": lambda path: read_json_object(path, "remedy"),
     "rows.jsonl": read_rows,

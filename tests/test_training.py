@@ -24,7 +24,7 @@ from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.evaluate import compute_outputs, evaluate_splits
 from dual_lora.lab.evaluate.predict import classify_rows, score_choices
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.encode import get_position_limit

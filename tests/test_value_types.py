@@ -25,8 +25,8 @@ WRONG = {
     "task.stop=[{a:1}]": "task.stop=.*: must be a list of texts",
     "wandb.tags=[[a]]": "wandb.tags=.*: must be a list of texts",
     "train=${eval}": "train.*: missing",
-    "train.lr=???": r"train.lr: \?\?\? is no value",
-    "train=???": r"train: \?\?\? is no value",
+    "train.lr=???": r"train.lr: \?\?\? is a placeholder",
+    "train=???": r"train: \?\?\? is a placeholder",
     "method.peft={peft_type: [LORA]}": "names no peft_type",
 }
 

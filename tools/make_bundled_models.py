@@ -116,7 +116,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def task_texts() -> list[str]:
+def list_task_texts() -> list[str]:
     """Return what the demo tasks train on, which the tokenizers (and not the models) see."""
     rows = [row for subset in demo.SUBSETS for row in demo.task(subset).split("train").rows]
     return [row.get("text") or row["prompt"] + row["target"] for row in rows]
@@ -138,8 +138,9 @@ def train_tokenizer(family: Family, texts: list[str]) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=256, **family.special)
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, family: Family, documents: list[str]) -> list[dict]:
-    """Return an encoder's documents one by one, a decoder's end to end with eos between, cut into equal blocks."""
+def encode_examples(tokenizer: PreTrainedTokenizerFast, family: Family, documents: list[str]) -> list[dict]:
+    """Return an encoder's documents one by one; a decoder's joined by the end-of-text token and cut into equal
+    blocks."""
     ids = tokenizer(documents)["input_ids"]
     if not family.masked:
         stream = [token for document in ids for token in (*document, tokenizer.eos_token_id)]
@@ -148,7 +149,7 @@ def examples(tokenizer: PreTrainedTokenizerFast, family: Family, documents: list
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, collate: DataCollatorForLanguageModeling, rows: list[dict]) -> float:
+def measure_loss(model: PreTrainedModel, collate: DataCollatorForLanguageModeling, rows: list[dict]) -> float:
     """Return the mean loss in nats a token, with the same masks at every call."""
     torch.manual_seed(0)
     batches = [collate(rows[i : i + 32]) for i in range(0, len(rows), 32)]
@@ -158,7 +159,9 @@ def held_out_loss(model: PreTrainedModel, collate: DataCollatorForLanguageModeli
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def train(model: PreTrainedModel, collate: DataCollatorForLanguageModeling, rows: list[dict], family: Family) -> None:
+def train_model(
+    model: PreTrainedModel, collate: DataCollatorForLanguageModeling, rows: list[dict], family: Family
+) -> None:
     """Train for the family's number of steps, on the rows in a new order at each pass."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=family.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, family.steps // 10, family.steps)
@@ -177,38 +180,39 @@ def train(model: PreTrainedModel, collate: DataCollatorForLanguageModeling, rows
             print(f"  step {step}: loss {loss.item():.3f}", flush=True)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write weights in float16 beside a configuration that asks for float32."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write weights in float16, with a configuration that asks for float32."""
     model.half().save_pretrained(folder)
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def make(name: str) -> None:
+def make_model(name: str) -> None:
     """Pretrain one model into its folder, with what was measured in pretraining.json."""
     family, folder = FAMILIES[name], HERE / name
     documents = list(demo.iterate_corpus(READS["encoder" if family.masked else "decoder"]))
-    tokenizer = train_tokenizer(family, documents + task_texts())
-    held_out = examples(tokenizer, family, documents[:HELD_OUT])
+    tokenizer = train_tokenizer(family, documents + list_task_texts())
+    held_out = encode_examples(tokenizer, family, documents[:HELD_OUT])
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=family.masked, mlm_probability=0.15)
     torch.manual_seed(0)
     model = (AutoModelForMaskedLM if family.masked else AutoModelForCausalLM).from_config(family.config)
-    untrained = held_out_loss(model, collate, held_out)
+    untrained = measure_loss(model, collate, held_out)
     print(f"{name}: {model.num_parameters():,} parameters, untrained loss {untrained:.3f}", flush=True)
-    train(model, collate, examples(tokenizer, family, documents[HELD_OUT:]), family)
-    save(model, tokenizer, folder)
+    train_model(model, collate, encode_examples(tokenizer, family, documents[HELD_OUT:]), family)
+    save_model(model, tokenizer, folder)
     facts = {
         "objective": "masked tokens" if family.masked else "next token",
         "parameters": model.num_parameters(),
         "steps": family.steps,
         "untrained_loss": round(untrained, 3),
-        "loss": round(held_out_loss(model.float(), collate, held_out), 3),
+        "loss": round(measure_loss(model.float(), collate, held_out), 3),
     }
     (folder / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def readme_row(folder: Path) -> str:
+def format_readme_row(folder: Path) -> str:
+    """Return a model's row of the README's table."""
     facts = json.loads((folder / "pretraining.json").read_text())
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     measured = f"{facts['untrained_loss']:.2f} | {facts['loss']:.2f} | {math.exp(facts['loss']):.2f}"
@@ -219,6 +223,6 @@ def readme_row(folder: Path) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     for chosen in sys.argv[1:] or FAMILIES:
-        make(chosen)
+        make_model(chosen)
     made = [HERE / name for name in FAMILIES if (HERE / name / "pretraining.json").exists()]
-    (HERE / "README.md").write_text(README.format(uniform=math.log(VOCABULARY)) + "".join(map(readme_row, made)))
+    (HERE / "README.md").write_text(README.format(uniform=math.log(VOCABULARY)) + "".join(map(format_readme_row, made)))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
 
-# Done; a run failed; something the user can fix; stopped on request, the same command resumes; another process does it.
+# Done; a run failed; something the user can fix; stopped on request; another process is working on it.
 EXIT_OK, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ELSEWHERE = 0, 1, 2, 3, 4
 
 
@@ -46,24 +46,23 @@ def get_first_line(error: BaseException | str) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
-RESUMES = "resumes from here"
-RESTARTS = "starts this run again from the beginning: a sharded model that is trained in full has no checkpoints"
-
-
 class Stopped(BaseException):
-    """A stop was requested by the signal named `asked`; `next_action` says what the same command will do next. It is
-    not an `Exception`, so that no handler on the way mistakes it for a failure."""
+    """A stop was requested. It is not an `Exception`, so that no handler on the way mistakes it for a failure.
 
-    def __init__(self, asked: str, next_action: str = RESUMES) -> None:
-        super().__init__(asked)
-        self.next_action = next_action
+    by: what requested it, usually a signal's name. can_resume: whether the same command resumes from here; otherwise it
+    starts the run again.
+    """
+
+    def __init__(self, by: str, can_resume: bool = True) -> None:
+        super().__init__(by)
+        self.by, self.can_resume = by, can_resume
 
 
 class RunHeldElsewhere(Exception):
-    """Another process is doing this run."""
+    """Another process is working on this run."""
 
 
-# How torch, CUDA, the dynamic loader and safetensors report a lack of memory without a type of its own.
+# How torch, CUDA, the dynamic loader and safetensors report that memory ran out, without a type of its own.
 OUT_OF_MEMORY_WORDS = ("out of memory", "allocate memory", "ALLOC_FAILED", "failed to map segment", "bad_alloc")
 # Remedies by errno. Some libraries raise errors with the system's message but no errno: see LIMIT_WORDS.
 REMEDIES = {
@@ -85,12 +84,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return False
     named = any(kind.__name__ in ("MemoryError", "OutOfMemoryError") for kind in type(error).__mro__)
-    lacking = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return named or lacking or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+    numbered = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return named or numbered or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
 def describe_out_of_memory(error: BaseException, remedy: str) -> str:
-    """Return a lack of memory as one line with its remedy."""
+    """Return an out-of-memory error as one line with its remedy."""
     return f"out of memory ({get_first_line(error) if str(error) else type(error).__name__}); {remedy}"
 
 
@@ -169,8 +168,8 @@ def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever libraries raise while reading a user's files into one line.
 
     Raises:
-        UserError: `what`, the reason and the remedy. A lack of memory passes, and so does a library's refusal of the
-            environment.
+        UserError: `what`, the reason and the remedy. An out-of-memory error passes, and so does a library's
+            refusal of the environment.
     """
     try:
         yield
@@ -183,7 +182,7 @@ def translate_read_errors(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def translate_memory_errors(remedy: str) -> Iterator[None]:
-    """Turn a lack of memory into one line.
+    """Turn an out-of-memory error into one line.
 
     Raises:
         UserError: what ran out, and the remedy: what needs less. Other errors pass.

@@ -1,7 +1,7 @@
 """Experiments that are studies of many small cells, not tables of runs: no model or task is loaded for them.
 
 conf/experiment/NAME.yaml says `kind: cells` and, below the name of a scale, the `size` of dual_lora/analysis/NAME.py.
-The rows are in runs/STUDY/rows.jsonl, one line a cell, and the report beside them; a stopped study resumes cell by
+The rows are in runs/STUDY/rows.jsonl, one line a cell, and the report next to them; a stopped study resumes cell by
 cell.
 """
 
@@ -47,8 +47,8 @@ class CellStudy:
         require(content["kind"] == KIND, f"{where}: kind: {content['kind']}: {KIND} is the only kind")
         scale, study = choose_scale(name, content, scale)
         own = content[scale]
-        fine = isinstance(own, dict) and set(own) == {"size"}
-        require(fine, f"{where}: {scale}: {{size: ...}} of dual_lora/analysis/{name}.py is needed")
+        is_size = isinstance(own, dict) and set(own) == {"size"}
+        require(is_size, f"{where}: {scale}: {{size: ...}} of dual_lora/analysis/{name}.py is needed")
         return cls(name, study, str(own["size"]))
 
     def check_words(self, words: list[str], launcher: list[str]) -> None:
@@ -64,7 +64,7 @@ class CellStudy:
     def run(self, missing: bool, force: bool) -> int:
         """Run the cells that have no row, write the report, print it and return the exit code.
 
-        missing: False writes the report from the rows alone. force: all cells run again; the new rows replace the old
+        missing: False only writes the report from the rows. force: all cells run again; the new rows replace the old
         ones once they are complete.
 
         Raises:

@@ -12,10 +12,9 @@ from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import check_data_dir
-from dual_lora.lab.errors import require
+from dual_lora.lab.errors import EXIT_OK, require
 from dual_lora.lab.inputs.model_files import identify_weights
 from dual_lora.lab.record.record import Record
-from dual_lora.lab.study.execute import EXIT_OK
 from dual_lora.lab.system.libraries import import_heavy_libraries
 
 PATH_KEYS = {"run", "data_dir", "model.path", "export", "against", "save_updates"}
@@ -33,8 +32,8 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
     known = {**RUN_WORDS, **more}
     given: dict[str, str | int] = split_words(argv, known, Path(sys.argv[0]).name, first="run")
     for key, value in given.items():
-        whole = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
-        require(whole, f"{key}={value[:80]}: must be a whole number above 0")
+        is_valid = known[key] is str or (value.isdecimal() and len(value) < 10 and int(value) > 0)
+        require(is_valid, f"{key}={value[:80]}: must be a whole number above 0")
         given[key] = known[key](value)
     for key in PATH_KEYS & given.keys():
         given[key] = str(resolve_path(key, given[key]))
@@ -43,7 +42,7 @@ def parse_run_words(argv: list[str], **more: type) -> tuple[Path, dict[str, str 
 
 
 def evaluate_command(argv: list[str]) -> int:
-    """Evaluate the finished run that `argv` names and print its scores beside the recorded ones, or export or analyse
+    """Evaluate the finished run that `argv` names and print its scores next to the recorded ones, or export or analyse
     it, or save its updates; return the exit code.
 
     Raises:
@@ -61,14 +60,14 @@ def evaluate_command(argv: list[str]) -> int:
     asked = {"analyse=true": analyse == "true", "export=DIR": folder, "save_updates=FILE": updates_file}
     asked_names = [name for name, given in asked.items() if given]
     require(len(asked_names) < 2, f"{' and '.join(asked_names)}: one at a time")
-    scores = not asked_names or "eval.batch_size" not in values
-    require(scores, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
-    check_plugins(Record(run).read_environment().get("plugins", {}), f"run={run}")
+    scores_rows = not asked_names or "eval.batch_size" not in values
+    require(scores_rows, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
+    record = Record(run.resolve())
+    check_plugins(record.read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:
         check_data_dir(settings)
     settings.hardware.check_installed()
-    record = Record(run.resolve())
     if folder:
         return export_command(settings, record, Path(folder), dtype or settings.model.dtype, push)
     if analyse == "true":
@@ -76,7 +75,7 @@ def evaluate_command(argv: list[str]) -> int:
     if updates_file:
         return save_updates_command(settings, record, Path(updates_file))
     with import_heavy_libraries():
-        from dual_lora.lab.evaluate.reevaluation import reevaluate_run
+        from dual_lora.lab.evaluate.trained import reevaluate_run
 
     return reevaluate_run(settings, record)
 

@@ -24,7 +24,6 @@ from dual_lora.lab.errors import (
     EXIT_FAILED,
     EXIT_STOPPED,
     EXIT_USER,
-    RESUMES,
     Stopped,
     UserError,
     describe_machine_error,
@@ -62,29 +61,19 @@ def check_surroundings() -> None:
     resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
 
 
-def call_command(command: Callable[..., int], *args: object) -> int:
-    """Return what `command` returns.
-
-    Raises:
-        Stopped: a stop was requested, also where the library that was interrupted raised an error of its own.
-        Exception: whatever else `command` raises, after the first process had time to report it.
-    """
-    try:
-        return command(*args)
-    except Exception as error:
-        if STOP.raised:
-            raise Stopped(STOP.asked, STOP.next_action) from error
-        wait_for_first_process_error()
-        raise
-
-
 def run_guarded(name: str, command: Callable[..., int], *args: object) -> int:
     """Return what `command` returns; whatever else ends it is printed as one line, and its exit code returned."""
     try:
         with STOP.listen():
             check_surroundings()
-            with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
-                return call_command(command, *args)
+            try:
+                with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):
+                    return command(*args)
+            except Exception:
+                if STOP.raised:  # the library that was interrupted raised an error of its own
+                    return print_stop(name, Stopped(STOP.asked, STOP.can_resume))
+                wait_for_first_process_error()
+                raise
     except Exception as error:
         code, message = describe_end(error)
         print(f"{name}: {redact_secrets(message)}", file=sys.stderr)
@@ -95,15 +84,17 @@ def run_guarded(name: str, command: Callable[..., int], *args: object) -> int:
 
 def print_stop(name: str, stopped: BaseException) -> int:
     """Print what stopped the work and what the same command does next, and return the exit code."""
-    asked, next_action = (str(stopped), stopped.next_action) if isinstance(stopped, Stopped) else ("SIGINT", RESUMES)
+    by, can_resume = (stopped.by, stopped.can_resume) if isinstance(stopped, Stopped) else ("SIGINT", True)
+    restarts = "starts this run again from the beginning: a sharded model that is trained in full has no checkpoints"
     if is_first_process():
-        print(f"{name}: stopped by {asked}; the same command {next_action}", file=sys.stderr)
+        then = "resumes from here" if can_resume else restarts
+        print(f"{name}: stopped by {by}; the same command {then}", file=sys.stderr)
     return EXIT_STOPPED
 
 
 def run_command(command: Callable[..., int], *args: object) -> NoReturn:
-    """Call `command` and exit, at once if nothing but the script that calls this waits for it to return; a debugger, a
-    profiler or a test that runs the script goes on.
+    """Run `command` and exit. Skip Python's teardown if the caller is the top-level script; under a debugger, profiler
+    or test, exit normally.
 
     Raises:
         SystemExit: with the exit code that `command` returns or that belongs to what ended it.

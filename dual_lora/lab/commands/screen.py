@@ -13,14 +13,14 @@ from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import Stopped
 from dual_lora.lab.system.libraries import hide_foreign_warnings
 
-# What stands for characters that an encoding lacks; any other becomes "?".
+# What replaces characters that are not in an encoding; any other becomes "?".
 PLAIN = {"–": "-", "—": "-", "−": "-", "±": "+-", "×": "x", "…": "...", "≤": "<=", "≥": ">=", "†": "+", "‡": "++"}
 
 
 def replace_unencodable(error: UnicodeError) -> tuple[str, int]:
-    """Return plain text for characters that an encoding lacks, and where to continue (a codecs error handler)."""
-    lacking = error.object[error.start : error.end]
-    return "".join(PLAIN.get(character, "?") for character in lacking), error.end
+    """Return plain text for characters that are not in an encoding, and where to continue (a codecs error handler)."""
+    missing = error.object[error.start : error.end]
+    return "".join(PLAIN.get(character, "?") for character in missing), error.end
 
 
 codecs.register_error("plain", replace_unencodable)

@@ -27,7 +27,7 @@ EXAMPLES = {
     "python eval.py run=runs/STUDY/ID": "evaluate again from the run's own record",
     "python sweep.py experiment=NAME": "all runs that a table needs, and the table",
 }
-# What a command line may hold beside the settings, by the programs that take it.
+# What a command line may hold in addition to the settings, by the programs that take it.
 WORDS = {
     "train.py and sweep.py": {
         "--config-dir DIR": "a folder of your own settings files, DIR/GROUP/NAME.yaml",
@@ -45,7 +45,7 @@ WORDS = {
         "data_dir=DIR": "its data, if they lie elsewhere now",
         "model.path=DIR": "its base model, if it lies elsewhere now",
         "eval.batch_size=N": "rows scored at a time, if not as in the run",
-        "export=DIR": "write the model with its adapter merged, and the adapter alone, instead of evaluating",
+        "export=DIR": "write the model with its adapter merged, and the adapter separately, instead of evaluating",
         "model.dtype=TYPE": "type of the exported weights",
         "push_to_hub=ORG/NAME": "send the exported folder to the Hugging Face hub, too",
         "analyse=true": "measure what the run did to each weight: ranks, zeros, norms, flipped signs",
@@ -124,7 +124,7 @@ def render_settings_markdown() -> str:
         "",
         "## Words of the programs",
         "",
-        "What they take beside the settings.",
+        "What they take in addition to the settings.",
         "",
         "| program | word | meaning |",
         "|---|---|---|",
@@ -135,8 +135,8 @@ def render_settings_markdown() -> str:
     for key, about, group in iterate_settings():
         value = f"`{defaults[key]}`" if key in defaults else ""
         if group:
-            said = f"{about[0].upper()}{about[1:]}" + (f", by default {value}" if value else "")
-            lines += ["", f"## {key}", "", f"{said}.", "", *TABLE_HEAD]
+            line = f"{about[0].upper()}{about[1:]}" + (f", by default {value}" if value else "")
+            lines += ["", f"## {key}", "", f"{line}.", "", *TABLE_HEAD]
         else:
             lines.append(f"| `{key}` | {value} | {about} |")
     return "\n".join(lines) + "\n"

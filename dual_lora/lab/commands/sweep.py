@@ -10,8 +10,15 @@ from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import UserError, get_first_line, require, translate_machine_errors
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER
+from dual_lora.lab.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USER,
+    UserError,
+    get_first_line,
+    require,
+    translate_machine_errors,
+)
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.launch.command import check_launcher, select_launcher_words
 from dual_lora.lab.study.outcome import Outcome, find_outcomes
@@ -114,11 +121,11 @@ def analyse_outcomes(experiment: Experiment, outcomes: list[Outcome]) -> bool:
     """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
     from dual_lora.lab.report.analyses.kinds import analyse_missing
 
-    whole = True
+    complete = True
     for outcome in outcomes:
         try:
             analyse_missing(experiment, outcome, outcomes)
         except Exception as error:
             print(f"not analysed: {outcome.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
-            whole = False
-    return whole
+            complete = False
+    return complete

@@ -67,7 +67,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
 
     from dual_lora.lab.evaluate.evaluate import compute_outputs
     from dual_lora.lab.evaluate.predict import encode_scored_rows
-    from dual_lora.lab.evaluate.reevaluation import load_trained_model
+    from dual_lora.lab.evaluate.trained import load_trained_model
     from dual_lora.lab.inputs.splits import load_split
     from dual_lora.lab.model.load import move_to_device
     from dual_lora.lab.model.merge import merge_adapter
@@ -82,7 +82,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
     move_to_device(model)
     model.eval()
     started = time.perf_counter()
-    alone = generate_one_by_one(model, tokenizer, rows, settings)
+    single = generate_one_by_one(model, tokenizer, rows, settings)
     one_by_one, started = time.perf_counter() - started, time.perf_counter()
     merge_adapter(model)
     together = compute_outputs(model, tokenizer, task, rows, settings, name)
@@ -97,7 +97,7 @@ def measure_throughput(settings: Settings, record: Record, name: str) -> dict[st
         "one_by_one_seconds": one_by_one,
         "batched_seconds": batched,
         "ratio": one_by_one / batched,
-        "equal_outputs": sum(a == b for a, b in zip(alone, together, strict=True)),
+        "equal_outputs": sum(a == b for a, b in zip(single, together, strict=True)),
     }
 
 

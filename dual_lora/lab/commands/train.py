@@ -15,10 +15,18 @@ from dual_lora.lab.config.overrides import iterate_given_keys, parse_override, p
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import UserError, describe_machine_error, get_first_line, require
+from dual_lora.lab.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USER,
+    UserError,
+    describe_machine_error,
+    get_first_line,
+    require,
+)
 from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.run import Run, prepare_runs
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
+from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.study.launch.command import check_launcher, launch_runs, select_launcher_words, uses_launcher
 from dual_lora.lab.study.listing import format_plans, format_results
 from dual_lora.lab.study.schedule import run_in_process
@@ -72,8 +80,8 @@ def check_length(settings: Settings, words: list[str]) -> None:
     """
     given = {key for o in map(parse_override, words) for key in iterate_given_keys(o.key_or_group, o.value())}
     for key in sorted(given & {"task.epochs", "train.epochs"}):
-        said = f"train.max_steps={settings.train.max_steps} is used instead; drop one"
-        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {said}")
+        reason = f"train.max_steps={settings.train.max_steps} is used instead"
+        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {reason}; drop one")
 
 
 def select_named_settings(settings: Settings, words: list[str]) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def asks_hydra(argv: list[str]) -> bool:
         UserError: it is to do more than that, or to show settings that are wrong.
     """
     flags, shown, words = split_hydra_options(argv)
-    require(not flags & HELP, "--help: stands alone; --cfg job KEY=VALUE shows the values of a run")
+    require(not flags & HELP, "--help: takes no other words; --cfg job KEY=VALUE shows the values of a run")
     if not flags & HYDRA_FLAGS:
         return False
     for flag in flags:
@@ -167,10 +175,9 @@ def plan_runs(runs: list[Run]) -> int:
     others.
 
     Raises:
-        UserError: the only plan is refused, or `plan` is not the same for all runs.
+        UserError: the only plan is refused.
     """
-    require(all(run.settings.plan for run in runs), "plan: true for all runs or for none")
-    drawn = [draw_plan(run, alone=len(runs) == 1) for run in runs]
+    drawn = [draw_plan(run, is_only=len(runs) == 1) for run in runs]
     plans, refusals, codes = zip(*drawn, strict=True)
     if len(runs) > 1:
         print(f"\n{format_plans(runs, plans, refusals)}")
@@ -180,7 +187,7 @@ def plan_runs(runs: list[Run]) -> int:
     return min((code for code in codes if code), default=EXIT_OK)
 
 
-def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None, int]:
+def draw_plan(run: Run, is_only: bool) -> tuple[dict[str, Any] | None, str | None, int]:
     """Return the plan of a run if one can be made, why the run is refused if it is, and the exit code.
 
     Raises:
@@ -195,11 +202,11 @@ def draw_plan(run: Run, alone: bool) -> tuple[dict[str, Any] | None, str | None,
         check_fit(run.settings, plan)
         return plan, None, EXIT_OK
     except UserError as error:
-        if alone:
+        if is_only:
             raise
         return plan, get_first_line(error), EXIT_USER
     except Exception as error:
-        if alone:
+        if is_only:
             raise
         if message := describe_machine_error(error):
             return plan, message, EXIT_USER

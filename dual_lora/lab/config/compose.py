@@ -61,7 +61,7 @@ def unfreeze_schema(cls: type) -> type:
 
 def freeze_values(cls: type, values: dict, prefix: str = "") -> object:
     """Return the frozen dataclass `cls` from plain values. OmegaConf checks neither the type of what another setting
-    gives (`seed=${train.lr}`) nor what stands in a list.
+    gives (`seed=${train.lr}`) nor what is in a list.
 
     Raises:
         UserError: a value is missing, of another type or impossible.
@@ -140,7 +140,7 @@ def describe_config_error(error: Exception) -> str:
     if isinstance(cause, MarkedYAMLError) and cause.problem_mark:
         return f"{cause.problem_mark.name}: line {cause.problem_mark.line + 1}: {cause.problem}; fix the file"
     if isinstance(cause, MissingMandatoryValue):
-        return f"{key}: ??? is no value; give it one"
+        return f"{key}: ??? is a placeholder; give a value"
     if isinstance(cause, UnsupportedInterpolationType):
         return f"{key}: {text}; write the value itself"
     kind = find_type(str(key))

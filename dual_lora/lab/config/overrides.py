@@ -82,9 +82,9 @@ def measure_range(sweep: RangeSweep) -> tuple[int | Fraction, int | Fraction, in
         ValueError: the step is 0, or a bound is infinite or NaN.
     """
     bounds = (sweep.start, sweep.stop, sweep.step)
-    whole = all(isinstance(bound, int) for bound in bounds)
+    integers = all(isinstance(bound, int) for bound in bounds)
     try:
-        start, stop, step = (bound if whole else Fraction(str(bound)) for bound in bounds)
+        start, stop, step = (bound if integers else Fraction(str(bound)) for bound in bounds)
         return start, step, max(0, math.ceil(Fraction(stop - start) / Fraction(step)))
     except ZeroDivisionError as error:
         raise ValueError("its step is 0") from error
@@ -118,7 +118,7 @@ def get_parser() -> OverridesParser:
 
 @cache
 def parse_override(word: str) -> Override:
-    """Return one word of a command line as Hydra's grammar has it.
+    """Return one word of a command line as Hydra's grammar reads it.
 
     Raises:
         UserError: it is not of the form KEY=VALUE.
@@ -223,9 +223,9 @@ def check_list(override: Override) -> None:
         UserError: with the list that was most likely meant.
     """
     key, values = override.key_or_group, list_values(override)
-    lists = any(value == "null" or value.startswith(("[", "{", "$")) for value in values)
+    gives_list = any(value == "null" or value.startswith(("[", "{", "$")) for value in values)
     shown = ",".join(values)
-    require(lists, f"{key}={shown}: must be a list; write {key}=[{shown}]")
+    require(gives_list, f"{key}={shown}: must be a list; write {key}=[{shown}]")
 
 
 def check_group_choice(group: str, name: str) -> None:
@@ -253,8 +253,8 @@ def check_group_choice(group: str, name: str) -> None:
 
 
 def suggest_setting(key: str) -> str:
-    """Return " Did you mean X?" for the setting a mistyped key most likely means: one that lacks its group, such as
-    `lr`, or has another's, one that Hugging Face calls so, or one that is spelt alike."""
+    """Return " Did you mean X?" for the setting that an unknown key most likely means: a key without its group (`lr`),
+    with the wrong group, under its Hugging Face name, or misspelt."""
     name = key.rpartition(".")[2]
     parts = [f"{group}.{name}" for group in LIKELY_GROUPS if f"{group}.{name}" in KNOWN_KEYS]
     parts += [HUGGING_FACE_NAMES[name]] if name in HUGGING_FACE_NAMES else []
@@ -274,7 +274,7 @@ def list_option_keys() -> list[str]:
 
 
 def check_text(text: str, key: str) -> None:
-    """Refuse what is no value: code to run, or text to be filled in from elsewhere than the settings.
+    """Refuse what is not a value: code to run, or text to be filled in from elsewhere than the settings.
 
     Raises:
         UserError: what is wrong, and the remedy.
@@ -304,9 +304,9 @@ def check_repeats(words: list[str], where: str = "") -> None:
     seen: set[str] = set()
     for override in map(parse_override, words):
         names = list(iterate_given_keys(override.key_or_group, override.value()))
-        for name in [name for name in names if name in seen]:
-            several = "" if LAUNCHER_KEY.match(name) else f", or write {name}=VALUE,VALUE for a run of each"
-            require(False, f"{where}{name}: given twice; drop one{several}")
+        if repeated := next((name for name in names if name in seen), None):
+            several = "" if LAUNCHER_KEY.match(repeated) else f", or write {repeated}=VALUE,VALUE for a run of each"
+            raise UserError(f"{where}{repeated}: given twice; drop one{several}")
         seen.update(names)
 
 

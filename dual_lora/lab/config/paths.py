@@ -1,12 +1,14 @@
-"""Where the repository, its configuration and the run records are; paths that a setting gives; YAML files."""
+"""Where the repository, its configuration and the run records are; paths that a setting gives; YAML and JSON files."""
 
 import io
+import json
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.errors import UserError, find_remedy, get_first_line, require
+from tasks.base import build_unique_keys
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = Path(os.path.expanduser(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs"))
@@ -14,7 +16,7 @@ BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
 CONF = ROOT / "conf"
 
 
-# Folders of settings files beside CONF, which a command line adds.
+# Folders of settings files next to CONF, which a command line adds.
 own_folders: list[Path] = []
 
 
@@ -53,8 +55,8 @@ def check_plain_file(path: Path) -> None:
     Raises:
         UserError: it is one.
     """
-    plain = path.is_file() or path.is_dir() or not path.exists()
-    require(plain, f"{path}: a pipe or a device, not a file; replace it")
+    is_plain = path.is_file() or path.is_dir() or not path.exists()
+    require(is_plain, f"{path}: a pipe or a device, not a file; replace it")
 
 
 ELSEWHERE_REMEDY = "set DUAL_LORA_RUNS=DIR to keep runs elsewhere"
@@ -67,8 +69,8 @@ def check_writable(folder: Path, remedy: str = ELSEWHERE_REMEDY) -> None:
         UserError: with the part of the path that is in the way, and `remedy`.
     """
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    able = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    require(able, f"{folder}: {there} is not a writable folder; {remedy}")
+    is_writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    require(is_writable, f"{folder}: {there} is not a writable folder; {remedy}")
 
 
 # The largest YAML file here has a few hundred values. Nested aliases can turn ten lines into billions.
@@ -135,7 +137,7 @@ def format_yaml(content: Any) -> str:
 
 @cache
 def build_yaml_dumper() -> type:
-    """Return PyYAML's dumper, made to quote also text like 1e3, which OmegaConf's loader alone reads as a number."""
+    """Return PyYAML's dumper, made to quote also text like 1e3, which only OmegaConf's loader reads as a number."""
     from yaml import SafeDumper
 
     class Dumper(SafeDumper):
@@ -156,3 +158,23 @@ def count_yaml_values(node: Any, known: dict[int, int]) -> int:
         parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(count_yaml_values(part, known) for part in parts)
     return known[id(node)]
+
+
+def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds, with at least these keys.
+
+    Raises:
+        UserError: it holds something else; `remedy` says what to do.
+    """
+    check_plain_file(path)
+    try:
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=build_unique_keys)
+    except OSError as error:
+        remedy = find_remedy(error.errno, remedy)
+        raise UserError(f"{path}: cannot be read ({error.strerror or get_first_line(error)}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({get_first_line(error)}); {remedy}") from error
+    require(isinstance(content, dict), f"{path}: damaged (not a JSON object); {remedy}")
+    missing = [key for key in keys if key not in content]
+    require(not missing, f"{path}: damaged (no {', '.join(missing)}); {remedy}")
+    return content

@@ -17,9 +17,14 @@ from dual_lora.lab.config.paths import format_yaml, load_yaml, parse_yaml
 from dual_lora.lab.config.schema import Settings, get_setting, iterate_leaves
 from dual_lora.lab.errors import UserError, require
 
-# Settings added after the first records. A record that lacks one behaved as conf/ says, unless OLD_VALUES differs.
-ADDED_SETTINGS = ("init_from", "plan", "model.architecture", "model.chat", "task.stop", "task.train_rows")
-ADDED_SETTINGS += (
+# Settings added after the first records. A record without one behaved as conf/ says, unless OLD_VALUES differs.
+ADDED_SETTINGS = (
+    "init_from",
+    "plan",
+    "model.architecture",
+    "model.chat",
+    "task.stop",
+    "task.train_rows",
     "train.group_by_length",
     "train.loss_scale",
     "eval.holdout",
@@ -85,7 +90,7 @@ def format_settings(settings: Settings) -> str:
     """Return the text of a record's config.yaml.
 
     Raises:
-        UserError: it would be read as other settings, or not at all: a text `${seed}` stands for the seed there.
+        UserError: it would be read as other settings, or not at all: a text `${seed}` means the seed there.
     """
     text = format_yaml(asdict(settings))
     try:

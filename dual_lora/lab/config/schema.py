@@ -1,4 +1,4 @@
-"""The types of every setting and the line that explains it; their values live in conf/ alone.
+"""The types of every setting and the line that explains it; their values live only in conf/.
 
 `Settings` is the schema that a command line is composed against, so an unknown key or a wrong type is refused while it
 is read. Checks that need more than a type are in `__post_init__`; they raise `UserError` with the culprit and the
@@ -45,7 +45,7 @@ def setting(about: str) -> Any:
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of a setting's choices, naming the nearest.
+    """Refuse a value that is not one of a setting's choices, naming the nearest.
 
     Raises:
         UserError: with the setting and its value.
@@ -151,7 +151,7 @@ class Model:
     )
     dropout: float | None = setting("dropout inside the base model while it trains; null: as its config.json says")
     head: list[str] = setting(
-        "modules that are not in the base model (the task's head), trained in full beside the adapter"
+        "modules that are not in the base model (the task's head), trained in full along with the adapter"
     )
     architecture: dict[str, Any] = setting("the model's configuration, for plans without a download")
 
@@ -197,8 +197,10 @@ class Model:
         self.check_split()
         check_range("model", self, 0, 1, "dropout")
         layers = self.architecture.get("num_hidden_layers", 1)
-        fine = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
-        require(fine, f"model.architecture.num_hidden_layers={layers}: must be a whole number from 1 to {MAX_LAYERS:,}")
+        is_count = isinstance(layers, int) and 0 < layers <= MAX_LAYERS
+        require(
+            is_count, f"model.architecture.num_hidden_layers={layers}: must be a whole number from 1 to {MAX_LAYERS:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -283,9 +285,10 @@ class Method:
         check_range("method", self, 0, MAX_MULTIPLIER, "lr", "lr_ratio", "alpha")
         for key in METHOD_SETTINGS:
             value = getattr(self, key)
-            used = self.peft is not None and value is not None
-            told = f"method.{key}={value}: method {self.name} has no adapter, so no {key}; drop it"
-            require(value is None or used, told)
+            require(
+                value is None or self.peft is not None,
+                f"method.{key}={value}: method {self.name} has no adapter, so no {key}; drop it",
+            )
         if self.peft is not None:
             named = isinstance(self.peft.get("peft_type"), str)
             require(named, f"method.peft: {self.name} names no peft_type; give one, such as LORA")
@@ -295,8 +298,10 @@ class Method:
                 require(known, f"method.{key}={value}: method {self.name} has no {key}; drop it")
         require(self.rank is None or self.rank >= 1, f"method.rank={self.rank}: must be at least 1")
         shared = self.rank is not None and "magnitude_ratio" in (self.peft or {})
-        told = f"method.rank={self.rank}: {self.name} shares it between two groups of at least 1 each; take 2 or more"
-        require(not shared or self.rank >= 2, told)
+        require(
+            not shared or self.rank >= 2,
+            f"method.rank={self.rank}: {self.name} shares it between two groups of at least 1 each; take 2 or more",
+        )
         require((self.r1 is None) == (self.r2 is None), "method.r1 and method.r2: give both or neither")
 
 
@@ -313,8 +318,8 @@ class Train:
     schedule: str = setting("learning rate over time: linear, cosine, constant or constant_with_warmup")
     max_grad_norm: float = setting("gradients are clipped to this norm; 0: no clipping")
     log_zeros: bool | None = setting("true: also log the share of exact zeros in the update (train/zeros)")
-    save_steps: int | None = setting("steps between checkpoints; null: by time alone")
-    save_minutes: float | None = setting("minutes between checkpoints; null: by steps alone")
+    save_steps: int | None = setting("steps between checkpoints; null: only by time")
+    save_minutes: float | None = setting("minutes between checkpoints; null: only by steps")
     log_steps: int = setting("steps between two rows of metrics.jsonl")
     max_examples: int | None = setting("train on this many examples only, for a quick test")
     group_by_length: bool | None = setting("true: batch examples of similar length; made results worse (runs/LOG.md)")
@@ -416,8 +421,8 @@ class Hardware:
         Raises:
             UserError: with what is to be installed.
         """
-        here = self.base is None or importlib.util.find_spec("bitsandbytes") is not None
-        require(here, f"hardware.base={self.base}: needs bitsandbytes; pip install -e '.[quantised]'")
+        is_installed = self.base is None or importlib.util.find_spec("bitsandbytes") is not None
+        require(is_installed, f"hardware.base={self.base}: needs bitsandbytes; pip install -e '.[quantised]'")
 
 
 @dataclass(frozen=True)
@@ -444,7 +449,7 @@ class Settings:
 
     @property
     def splits_layers(self) -> bool:
-        """Whether fused layers are split: for an adapter. Full tuning trains their whole weight either way."""
+        """Whether fused layers are split: for an adapter. Full tuning trains their full weight either way."""
         return bool(self.model.split) and self.method.peft is not None
 
     @property
@@ -460,17 +465,20 @@ class Settings:
         """
         self.hardware.check_installed()
         compiler = os.environ.get("CXX") or "g++"
-        able = not self.train.compile or shutil.which(compiler) is not None
-        require(able, f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it")
-        here = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
-        require(here, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
+        has_compiler = not self.train.compile or shutil.which(compiler) is not None
+        require(
+            has_compiler,
+            f"train.compile=true: needs a C++ compiler, and there is no {compiler}; install it, or drop it",
+        )
+        is_installed = not self.tensorboard or importlib.util.find_spec("tensorboard") is not None
+        require(is_installed, "tensorboard=true: not installed; pip install -e '.[tensorboard]'")
 
     def count_steps(self, rows: int) -> int:
-        """Return the optimizer steps of training on so many examples an epoch."""
+        """Return the optimizer steps of training on `rows` examples an epoch."""
         return self.train.max_steps or math.ceil(self.count_epoch_steps(rows) * self.train.epochs)
 
     def count_epoch_steps(self, rows: int) -> int:
-        """Return the optimizer steps of an epoch of so many examples."""
+        """Return the optimizer steps of an epoch of `rows` examples."""
         return math.ceil(rows / self.examples_per_step)
 
     @property
@@ -493,27 +501,38 @@ class Settings:
         require(not idle, f"model.adapt=[]: nothing for {self.method.name} to adapt; name roles, such as [q,v]")
         base, frozen = self.hardware.base, self.method.peft is not None
         patience, development = self.train.early_stopping, self.eval.development_rows
-        judged = patience is None or development is not None
-        require(judged, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by")
+        can_judge = patience is None or development is not None
+        require(
+            can_judge, f"train.early_stopping={patience}: needs eval.development_rows=N, training rows to judge it by"
+        )
         other = "task.validation_rows" if self.task.validation_rows else "task.checkpoint=best_loss"
-        alone = not (patience and self.task.validation_size)
-        require(alone, f"train.early_stopping={patience}: not with {other}, which watches the loss; drop one")
-        held = self.hardware.sharding != "full" or not self.train.log_zeros
-        require(held, "train.log_zeros=true: not with hardware.sharding=full, where no device holds an update; drop it")
-        kept = self.hardware.sharding != "full" or frozen or not self.train.save_steps
-        require(kept, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it")
-        whole = self.hardware.sharding != "full" and base is None
+        watches_loss = patience and self.task.validation_size
+        require(
+            not watches_loss, f"train.early_stopping={patience}: not with {other}, which watches the loss; drop one"
+        )
+        sharded = self.hardware.sharding == "full"
+        hides_zeros = sharded and self.train.log_zeros
+        remedy = "not with hardware.sharding=full, where no device holds an update; drop it"
+        require(not hides_zeros, f"train.log_zeros=true: {remedy}")
+        cannot_save = sharded and not frozen and self.train.save_steps
+        require(
+            not cannot_save, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it"
+        )
+        plain = not sharded and base is None  # the layers are as transformers makes them
         packed = (self.model.path or "").lower().endswith(".gguf")
-        require(whole or not packed, f"model.path={self.model.path}: a GGUF file is read whole; take hardware=single")
+        require(
+            plain or not packed,
+            f"model.path={self.model.path}: a GGUF file is read in full; take hardware=single",
+        )
         packs = f"hardware.base={base}" if base else "hardware.sharding=full"
-        require(whole or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
+        require(plain or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         check_file_name("study", self.study, "it names a folder below runs/")
 
 
 def format_typed_value(value: Any) -> str:
-    """Return a setting's value as a command line has it."""
+    """Return a setting's value as on a command line."""
     if isinstance(value, float):
         return str(value).removesuffix(".0")
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

@@ -7,8 +7,8 @@ transformers  each step considers at least twice as many continuations as beams,
               when as many texts have ended as there are beams, and no beam is better than the worst of them.
 gpt2_beam     that of LoRA's experiments (microsoft/LoRA@c4593f06, examples/NLG/src/gpt2_beam.py): each step considers
               as many continuations as beams. One that ends takes a beam's place, and the next step starts with one
-              fewer. Bans come before the softmax, so that what is allowed shares the whole probability. It always
-              goes on to the maximum length and returns the best text, ended or not. Here a prompt is done as soon as
+              fewer. Bans come before the softmax, so that what is allowed shares the full probability. It always
+              continues to the maximum length and returns the best text, ended or not. Here a prompt is done as soon as
               no beam can become better than the best text, which changes no output.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from dual_lora.lab.evaluate.cache import compute_next_logits, expand_cache
+from dual_lora.lab.evaluate.kv_cache import compute_next_logits, expand_cache
 
 IMPOSSIBLE = -1e9  # the score of a beam that must not continue
 
@@ -42,7 +42,7 @@ def search_beams(
     config, beams = generation_config, generation_config.num_beams
     start, end, fill = input_ids.shape[1], config.max_length, config.pad_token_id
     # Enough that `beams` of them continue even if all others end, but for gpt2_beam.
-    candidates = beams if gpt2_beam else max(2, 1 + len(config._eos_token_tensor)) * beams
+    count = beams if gpt2_beam else max(2, 1 + len(config._eos_token_tensor)) * beams
     kept = 1 if gpt2_beam else beams  # ended texts of a prompt
     patient = gpt2_beam or config.early_stopping == "never"
     cache, attention_mask = inputs["past_key_values"], inputs["attention_mask"]
@@ -51,7 +51,7 @@ def search_beams(
     tokens = input_ids.unflatten(0, (-1, beams))
     scores = torch.full(tokens.shape[:2], IMPOSSIBLE, device=tokens.device)
     scores[:, 0] = 0  # at first all beams of a prompt are one
-    found, best = tokens[:, :kept], torch.full_like(scores[:, :kept], -torch.inf)
+    finished, best = tokens[:, :kept], torch.full_like(scores[:, :kept], -torch.inf)
     prompt_indices = torch.arange(len(tokens), device=tokens.device)
     results = torch.full((len(tokens), end), fill, device=tokens.device)
     while len(prompt_indices):
@@ -63,38 +63,43 @@ def search_beams(
         else:
             logits = compute_next_logits(model, rows, attention_mask, cache)
         if gpt2_beam:
-            gains = logits_processor(rows, logits).log_softmax(-1)
+            log_probs = logits_processor(rows, logits).log_softmax(-1)
         else:
-            gains = logits_processor(rows, logits.log_softmax(-1))
-        gains = gains.unflatten(0, (-1, beams))
-        sums, chosen = (scores[..., None] + gains).flatten(1).topk(candidates)
-        parents, words = chosen // gains.shape[-1], chosen % gains.shape[-1]
-        grown = torch.cat([tokens.take_along_dim(parents[..., None], 1), words[..., None]], -1)
-        ended = stopping_criteria(grown.flatten(0, 1), None).unflatten(0, (-1, candidates))
-        length = grown.shape[-1] - start
+            log_probs = logits_processor(rows, logits.log_softmax(-1))
+        log_probs = log_probs.unflatten(0, (-1, beams))
+        candidate_scores, chosen = (scores[..., None] + log_probs).flatten(1).topk(count)
+        parents, next_tokens = chosen // log_probs.shape[-1], chosen % log_probs.shape[-1]
+        candidates = torch.cat([tokens.take_along_dim(parents[..., None], 1), next_tokens[..., None]], -1)
+        ended = stopping_criteria(candidates.flatten(0, 1), None).unflatten(0, (-1, count))
+        length = candidates.shape[-1] - start
 
-        ending = (sums / length**config.length_penalty).masked_fill(~ended, -torch.inf)
-        best, found = keep_best_texts(best, pad(found, (0, 1), value=fill), ending[:, :beams], grown[:, :beams])
-        scores, order = (sums + ended * IMPOSSIBLE).topk(beams)
-        tokens, parents = grown.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
+        ending = (candidate_scores / length**config.length_penalty).masked_fill(~ended, -torch.inf)
+        best, finished = keep_best_texts(
+            best, pad(finished, (0, 1), value=fill), ending[:, :beams], candidates[:, :beams]
+        )
+        scores, order = (candidate_scores + ended * IMPOSSIBLE).topk(beams)
+        tokens, parents = candidates.take_along_dim(order[..., None], 1), parents.take_along_dim(order, 1)
 
         has_all_texts = best.isfinite().all(1)
         best_length = end - start if patient and config.length_penalty > 0 else length
-        hopeless = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]  # no beam can beat the worst text
-        done = ended.all(1) | (has_all_texts & (hopeless | (config.early_stopping is True)))
-        results[prompt_indices[done], : grown.shape[-1]] = found[done, 0]
+        # no beam can beat the worst text
+        cannot_improve = scores[:, 0] / best_length**config.length_penalty <= best[:, -1]
+        done = ended.all(1) | (has_all_texts & (cannot_improve | (config.early_stopping is True)))
+        results[prompt_indices[done], : candidates.shape[-1]] = finished[done, 0]
         rows = (torch.arange(len(prompt_indices), device=parents.device)[:, None] * beams + parents)[~done].flatten()
         cache.reorder_cache(rows)
         attention_mask = pad(attention_mask[rows], (0, 1), value=1)
-        tokens, scores, found, best, prompt_indices = (t[~done] for t in (tokens, scores, found, best, prompt_indices))
+        tokens, scores, finished, best, prompt_indices = (
+            t[~done] for t in (tokens, scores, finished, best, prompt_indices)
+        )
     return results
 
 
-def keep_best_texts(best: Tensor, found: Tensor, scores: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+def keep_best_texts(best: Tensor, finished: Tensor, scores: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Return the best of the ended texts so far and those that end now, best first, as many as so far.
 
-    best: prompts x kept, with found: prompts x kept x tokens. scores: prompts x beams, -inf for a text that goes on,
-    with texts: prompts x beams x tokens.
+    best: prompts x kept, with finished: prompts x kept x tokens. scores: prompts x beams, -inf for a text that
+    continues, with texts: prompts x beams x tokens.
     """
     kept, order = torch.cat([best, scores], 1).topk(best.shape[1])
-    return kept, torch.cat([found, texts], 1).take_along_dim(order[..., None], 1)
+    return kept, torch.cat([finished, texts], 1).take_along_dim(order[..., None], 1)

@@ -1,6 +1,6 @@
 """Outputs of a model on a task's evaluation splits, judged and scored by the task.
 
-The outputs depend on the batch size by rounding alone: padding is masked, and rows are put back into their own order,
+The outputs depend on the batch size only by rounding: padding is masked, and rows are put back into their own order,
 but how much padding there is changes the order of sums. In float32 that hardly ever changes an output; in 16 bits it
 may where two tokens or classes are nearly tied. A model of which more depends on the batch is refused before training
 (`check_batches`).
@@ -46,7 +46,7 @@ def evaluate_splits(
     """Return the task's scores (fractions) and one row per example: split, id, output, and how it was judged.
 
     Raises:
-        UserError: a score is no finite number or missing, or a judged row holds something that JSON has not.
+        UserError: a score is missing or not finite, or a judged row holds a value that JSON cannot represent.
     """
     judged: dict[str, list[Row]] = {}
     predictions: list[Row] = []
@@ -75,7 +75,7 @@ def judge_rows(
     `score_choices` returns them; None if the task ranks nothing.
 
     Raises:
-        UserError: a column holds something that JSON has not.
+        UserError: a column holds a value that JSON cannot represent.
     """
     judged = []
     for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
@@ -89,10 +89,10 @@ def judge_rows(
 
 
 def convert_to_json(value: Any, where: str) -> Any:
-    """Return a value as JSON has it, with Python's numbers in place of NumPy's. where: says whose value it is.
+    """Return a value as JSON represents it, with Python's numbers in place of NumPy's. where: says whose value it is.
 
     Raises:
-        UserError: there is no such value in JSON.
+        UserError: JSON cannot represent it.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -110,7 +110,7 @@ def collect_scores(task: Task, judged: dict[str, list[Row]]) -> dict[str, float]
     """Return the task's scores of judged rows, by split, as Python's numbers; they may be NaN or infinite.
 
     Raises:
-        UserError: a score is no number, or the main one is not among them.
+        UserError: a score is not a number, or the main one is not among them.
     """
     where, scores = f"task={task.name}: score() returns", task.score(judged)
     require(isinstance(scores, dict), f"{where} a {type(scores).__name__}; return a dictionary of numbers by name")
@@ -128,8 +128,8 @@ def collect_scores(task: Task, judged: dict[str, list[Row]]) -> dict[str, float]
 
 
 def check_scoring(task: Task, splits: dict[str, Split]) -> None:
-    """Refuse a task whose scores or judged rows have another form than a record takes, before anything is loaded or
-    trained: targets are judged in place of outputs. A few of the rows will do, unless they lack a score.
+    """Refuse a task whose scores or judged rows a record cannot hold. Targets stand in for outputs; a few rows suffice
+    unless a score is undefined on them.
 
     Raises:
         UserError: as `evaluate_splits`, but a score may be no number here: that of so few rows may be undefined.
@@ -143,7 +143,7 @@ def check_scoring(task: Task, splits: dict[str, Split]) -> None:
         except UserError:
             if count is None:
                 raise
-        except Exception:  # of any kind: a task may fail on a few rows, or on right answers alone
+        except Exception:  # of any kind: a task may fail on a few rows, or only on right answers
             continue
 
 
@@ -200,23 +200,25 @@ def compute_outputs(
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     size = settings.eval.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    alone = not is_sharded(model)  # a sharded model needs all processes for every batch
-    mine = batches[get_process_index() :: count_processes()] if alone else batches
+    independent = not is_sharded(model)  # a sharded model needs all processes for every batch
+    mine = batches[get_process_index() :: count_processes()] if independent else batches
     found: list[tuple[int, Output]] = []
-    no_gradients = torch.inference_mode() if alone else torch.no_grad()  # training reuses the gathered weights
+    no_gradients = torch.inference_mode() if independent else torch.no_grad()  # training reuses the gathered weights
     with no_gradients, autocast_products(model, settings, task.form), closing(show_progress(mine, title)) as shown:
         for batch in shown:
-            found += zip(batch, split_until_fits(predict_batch, [rows[i] for i in batch], halve=alone), strict=True)
-    for module in () if alone else model.modules():
+            found += zip(
+                batch, split_until_fits(predict_batch, [rows[i] for i in batch], halve=independent), strict=True
+            )
+    for module in () if independent else model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # training must gather again, with gradients
     model.train(training)
-    output = dict(gather_items(found) if alone else found)
+    output = dict(gather_items(found) if independent else found)
     return [output[i] for i in range(len(rows))]
 
 
 def show_progress(batches: list[list[int]], title: str) -> Iterator[list[int]]:
-    """Yield batches under a progress bar. If stderr is not a terminal but, say, a log file, a line a minute is printed
+    """Yield batches under a progress bar. If stderr is not a terminal (such as a log file), a line a minute is printed
     instead: a bar would become one endless line."""
     prints = not sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ  # set where several runs share the screen
     silent = not is_first_process() or not sys.stderr.isatty()

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -17,13 +18,13 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, describe_machine_error, require
 from dual_lora.lab.evaluate.model_card import CARD_NAME, format_adapter_card, format_model_card
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
+from dual_lora.lab.model.fused_layers import fuse_layers
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
-from dual_lora.lab.model.split import fuse_layers
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.files import flush_to_disk, raise_disk_errors, read_umask, remove_path
 from dual_lora.lab.system.libraries import silence_libraries
@@ -45,7 +46,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
 
     An adapter of split layers is left out: the model it fits exists only here.
 
-    The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantised first, because the adapter was
+    The merge is done in float32 and rounded once to `dtype`. A 4-bit base is dequantized first, because the adapter was
     trained and evaluated on those values. The folder appears complete or not at all.
 
     Raises:
@@ -74,7 +75,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
         check_difference(folder, error)
         card = format_model_card(settings, record, task, dtype, (partial / "adapter").is_dir())
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    base = ", its 4-bit base dequantised" if settings.hardware.base else ""
+    base = ", its 4-bit base dequantized" if settings.hardware.base else ""
     return f"exported: {folder} ({dtype}{base}); its logits differ from the unmerged run's by {error:.1e} of their norm"
 
 
@@ -99,7 +100,7 @@ def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Reco
     require(
         why is None,
         f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share the "
-        f"adapter alone, {record.format_path()}/adapter, which PEFT loads onto the base model",
+        f"only the adapter, {record.format_path()}/adapter, which PEFT loads onto the base model",
     )
     return fuse_layers(merge_and_unload(model))
 
@@ -115,12 +116,12 @@ def check_export_folder(folder: Path) -> None:
     require(not folder.is_symlink(), f"export={folder}: a link; {remedy}")
     place = folder.resolve()
     for parent in (place, *place.parents):
-        inside = all((parent / name).is_file() for name in RECORD_FILES)
-        require(not inside, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
+        is_record = all((parent / name).is_file() for name in RECORD_FILES)
+        require(not is_record, f"export={folder}: within the record of a run, {parent}; {remedy} elsewhere")
 
 
 def report_unfinished_exports(folder: Path) -> None:
-    """Print the hidden folders that killed exports to `folder` left beside it: they may be as large as the model.
+    """Print the hidden folders that killed exports to `folder` left next to it: they may be as large as the model.
     Another process may be writing one now, so they are not removed."""
     for path in sorted(folder.parent.glob(f".{glob.escape(folder.name[:NAME_CHARACTERS])}.*{PARTIAL}")):
         print(f"{path}: an unfinished export; remove it, unless it is still being written", file=sys.stderr)
@@ -128,7 +129,7 @@ def report_unfinished_exports(folder: Path) -> None:
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write into. It takes that name when the block ends. If the block fails, it
+    """Yield a new folder next to `folder` to write into. It takes that name when the block ends. If the block fails, it
     is removed and nothing else is touched.
 
     Raises:
@@ -153,7 +154,7 @@ def build_folder(folder: Path) -> Iterator[Path]:
 
 def apply_umask(folder: Path) -> None:
     """Give a folder of `mkdtemp`, and the files in it, the permissions of new ones: some writers make their files
-    readable by the owner alone."""
+    readable only by the owner."""
     mask = read_umask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
@@ -161,7 +162,7 @@ def apply_umask(folder: Path) -> None:
 
 
 def install_folder(partial: Path, folder: Path) -> None:
-    """Rename a whole folder into place. The system allows this only if there is nothing, or an empty folder.
+    """Rename a complete folder into place. The system allows this only if there is nothing, or an empty folder.
 
     Raises:
         UserError: somebody else was first.
@@ -198,11 +199,11 @@ def check_difference(folder: Path, error: float, tolerance: float = float("inf")
     Raises:
         UserError: it is NaN or Inf, or above the tolerance.
     """
-    fine = error < tolerance  # false for NaN
+    wrong = "are NaN" if math.isnan(error) else f"differ from the run's by {error:.1e} of their norm"
     require(
-        fine,
-        f"export={folder}: the merged model's logits differ from the run's by {error:.1e} of their norm, so its "
-        "weights or its method cannot be exported; take another run, or the adapter alone",
+        error < tolerance,
+        f"export={folder}: the merged model's logits {wrong}, so its weights or its method cannot be exported; take "
+        "another run, or only the adapter",
     )
 
 

@@ -110,7 +110,7 @@ import dual_lora"""
 
 def format_model_card(settings: Settings, record: Record, task: Task, dtype: str, adapter: bool) -> str:
     """Return the card of the merged model as Markdown with the hub's YAML header. adapter: whether the adapter is
-    beside the weights."""
+    next to the weights."""
     facts = collect_facts(settings, record, task)
     header = format_header(settings, task, "transformers", ["peft"] if adapter else [])
     about = SPLIT.format(roles=",".join(settings.model.split)) if settings.splits_layers else ""
@@ -118,7 +118,7 @@ def format_model_card(settings: Settings, record: Record, task: Task, dtype: str
 
 
 def format_adapter_card(settings: Settings, record: Record, task: Task) -> str:
-    """Return the card of the adapter alone; PEFT's own card has only placeholders."""
+    """Return the card of the adapter; PEFT's own card has only placeholders."""
     facts, classes = collect_facts(settings, record, task), {"classification": len(task.labels), "regression": 1}
     values = {key: value for key, value in settings.method.peft.items() if value not in (None, {}, [])}
     return ADAPTER_CARD.format(

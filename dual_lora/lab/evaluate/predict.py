@@ -15,7 +15,7 @@ from transformers import (
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.beam_search import search_beams
-from dual_lora.lab.evaluate.cache import expand_cache, probe_prompts, read_prompts
+from dual_lora.lab.evaluate.kv_cache import expand_cache, probe_prompts, read_prompts
 from dual_lora.lab.model.encode import (
     build_sentence_encoder,
     check_choices,
@@ -27,7 +27,7 @@ from dual_lora.lab.model.encode import (
     encode_rows,
     get_position_limit,
 )
-from dual_lora.lab.model.load import autocast_products, differ_by_rounding, unwrap_adapter
+from dual_lora.lab.model.load import agree_up_to_rounding, autocast_products, unwrap_adapter
 from tasks import Task
 from tasks.base import Row
 
@@ -93,25 +93,24 @@ def compute_class_logits(
 def probe_padding(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features: list[dict[str, list[int]]]
 ) -> bool:
-    """Return whether rows get the logits of each alone in a batch where they are padded. The first tokens of encoded
-    rows are tried, of each row two more than of the one before it."""
+    """Return whether rows get the same logits in a padded batch as each by itself. The first tokens of encoded rows are
+    tried, of each row two more than of the one before it."""
     texts = [
         {name: values[: 2 * count] for name, values in row.items()}
         for count, row in enumerate(islice(cycle(features), PROBE_ROWS), 1)
     ]
     training = model.training
     model.eval()
-    beside = compute_class_logits(model, tokenizer, texts)
-    alone = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
+    batched = compute_class_logits(model, tokenizer, texts)
+    single = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
     model.train(training)
-    return differ_by_rounding(beside, alone, model)
+    return agree_up_to_rounding(batched, single, model)
 
 
 def check_batches(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, rows: list[Row], settings: Settings
 ) -> None:
-    """Refuse a model whose outputs for a row depend on the rows beside it, before it is trained, or scored if nothing
-    of it trains. Some rows will do.
+    """Refuse a model whose output for a row depends on the other rows of its batch. A few rows suffice.
 
     Raises:
         UserError: with the model and its class.

@@ -30,8 +30,8 @@ def check_push(name: str) -> None:
     except HFValidationError as error:
         raise UserError(f"push_to_hub={name[:80]}: not a repository name; give ORG/NAME") from error
     require("/" in name, f"push_to_hub={name[:80]}: names no owner; give ORG/NAME")
-    ready = is_offline() or get_token() is not None
-    require(ready, f"push_to_hub={name}: no token for the hub; run hf auth login, or set HF_TOKEN")
+    can_push = is_offline() or get_token() is not None
+    require(can_push, f"push_to_hub={name}: no token for the hub; run hf auth login, or set HF_TOKEN")
 
 
 def push_export(folder: Path, name: str) -> str:

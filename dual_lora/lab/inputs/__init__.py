@@ -1,1 +1,1 @@
-"""What a run reads: model files and their hashes, GGUF headers, the hub, and splits of the data."""
+"""What a run reads: model files and their hashes, config.json, GGUF headers, saved adapters, splits."""

@@ -7,20 +7,20 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dual_lora.lab.config.outside.hub import fetch_files
-from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
-from dual_lora.lab.config.schema import PLAIN_STARTS, Settings, format_typed_value
+from dual_lora.lab.config.paths import find_choices, load_yaml, read_json_object, resolve_path
+from dual_lora.lab.config.schema import PLAIN_STARTS, Settings, format_typed_value, is_hub_id
 from dual_lora.lab.errors import UserError, require, translate_read_errors
-from dual_lora.lab.system.files import read_json_object
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Fields of an adapter's configuration that do not change what its weights compute, or that follow from their names
 # and shapes.
-HARMLESS_FIELDS = {"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version"}
-HARMLESS_FIELDS |= {"target_modules", "exclude_modules", "modules_to_save", "target_parameters", "runtime_config"}
-HARMLESS_FIELDS |= {"layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2"}
-HARMLESS_FIELDS |= {"lora_dropout", "module_dropout", "vera_dropout", "randlora_dropout", "rank_dropout"}
-HARMLESS_FIELDS |= {"scale_warmup_steps", "kernel", "ste", "init_std", "direction_init_std", "init_weights"}
+HARMLESS_FIELDS = {
+    "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version",
+    "target_modules", "exclude_modules", "modules_to_save", "target_parameters", "runtime_config",
+    "layers_to_transform", "layers_pattern", "layer_replication", "r1", "r2", "lora_dropout", "module_dropout",
+    "vera_dropout", "randlora_dropout", "rank_dropout", "scale_warmup_steps", "kernel", "ste", "init_std",
+    "direction_init_std", "init_weights",
+}  # fmt: skip
 
 
 def find_adapter(settings: Settings) -> Path | None:
@@ -34,13 +34,13 @@ def find_adapter(settings: Settings) -> Path | None:
     if not settings.init_from or settings.method.peft is None:
         return None
     folder = resolve_path("init_from", settings.init_from)
-    if not folder.exists() and HUB_NAME.fullmatch(settings.init_from):
+    if not folder.exists() and is_hub_id(settings.init_from):
         folder = fetch_adapter(settings.init_from)
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     where = f"init_from={settings.init_from}"
-    whole = (folder / ADAPTER_WEIGHTS).is_file()
-    require(whole, f"{where}: no {ADAPTER_WEIGHTS} there, the only format that is read; save the adapter again")
+    has_weights = (folder / ADAPTER_WEIGHTS).is_file()
+    require(has_weights, f"{where}: no {ADAPTER_WEIGHTS} there, the only format that is read; save the adapter again")
     check_saved_adapter(folder, settings.method.peft, settings)
     start = get_random_start(settings)
     require(
@@ -52,7 +52,7 @@ def find_adapter(settings: Settings) -> Path | None:
 
 
 def get_random_start(settings: Settings) -> str | None:
-    """Return the setting of a start that changes the base weights by random numbers (PiSSA by a randomised SVD): an
+    """Return the setting of a start that changes the base weights by random numbers (PiSSA by a randomized SVD): an
     adapter trained on them fits no others. None for all other starts."""
     start = (settings.method.peft or {}).get("init_lora_weights")
     return f"init_lora_weights={start}" if "_niter_" in str(start) else None
@@ -80,18 +80,18 @@ def fetch_adapter(name: str) -> Path:
     return folder
 
 
-def check_saved_adapter(folder: Path, own: dict[str, Any], settings: Settings, whole: bool = False) -> None:
+def check_saved_adapter(folder: Path, own: dict[str, Any], settings: Settings, complete: bool = False) -> None:
     """Refuse a saved adapter whose configuration gives its weights another meaning than this run's, such as another
     alpha.
 
-    own: fields of this run's configuration. Unless they are the whole of it, those that are missing or null are not
+    own: fields of this run's configuration. Unless they are `complete`, those that are missing or null are not
     compared, because PEFT fills them in.
 
     Raises:
         UserError: with the first such field, both values and the setting to take.
     """
     saved = read_adapter_config(folder)
-    own = own if whole else saved | {field: value for field, value in own.items() if value is not None}
+    own = own if complete else saved | {field: value for field, value in own.items() if value is not None}
     for field, (theirs, ours) in find_differing_fields(saved, own).items():
         what = f"an adapter with {field}={format_typed_value(theirs)}, this run's has {format_typed_value(ours)}"
         raise UserError(f"init_from={settings.init_from}: {what}; {suggest_field(field, theirs, settings)}")
@@ -115,7 +115,7 @@ def suggest_field(field: str, value: Any, settings: Settings) -> str:
 
 
 def read_method_fields(path: Path) -> dict[str, Any]:
-    """Return PEFT's fields as the file of a method has them, references to other settings unresolved."""
+    """Return PEFT's fields as in the file of a method, references to other settings unresolved."""
     return OmegaConf.to_container(load_yaml(path)).get("peft") or {}
 
 
@@ -128,7 +128,7 @@ def compute_rank_share(config: dict[str, Any]) -> float | None:
 
 def find_differing_fields(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields that make a saved adapter compute something other than this run's with the same weights, and
-    both values of each; method and rank first. A field that is not set equals one that a version of PEFT lacks."""
+    both values of each; method and rank first. A field that a version of PEFT does not have counts as not set."""
     shares = [compute_rank_share(config) for config in (saved, own)]
     if None not in shares:
         saved, own = ({**c, "magnitude_ratio": share} for c, share in zip((saved, own), shares, strict=True))

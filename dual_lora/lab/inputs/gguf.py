@@ -29,8 +29,9 @@ LIKE_GPT2 = {"gpt-2", "jais", "mpt", "olmo", "phi-2"}
 DIGITS = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 # A piece that is itself a token is not split by the merges, and a text begins with a special token unless the file says
 # otherwise. transformers does neither.
-IGNORE_MERGES = {"falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0"}
-IGNORE_MERGES |= {"pixtral", "tekken"}
+IGNORE_MERGES = {
+    "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Cursor:
         self.data, self.offset = data, 0
 
     def skip(self, size: int) -> None:
-        """Move forward by so many bytes.
+        """Move forward by `size` bytes.
 
         Raises:
             EOFError: the file ends before that.
@@ -92,7 +93,7 @@ class Cursor:
         )
 
     def skip_list(self, kind: int, length: int) -> None:
-        """Move past a list of so many values of one type."""
+        """Move past a list of `length` values of one type."""
         if kind in FORMATS:
             self.skip(length * struct.calcsize(f"<{FORMATS[kind]}"))
             return
@@ -142,7 +143,7 @@ def read_checked_header(path: Path, size: int, changed: int) -> Header:
 
 
 def read_magic(path: Path) -> bytes:
-    """Return the first bytes of a file, by which the format is recognised."""
+    """Return the first bytes of a file, by which the format is recognized."""
     with path.open("rb") as stream:
         return stream.read(len(MAGIC))
 
@@ -182,9 +183,10 @@ def check_gguf_model(path: Path, found: Header) -> None:
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
     known = {name.replace("_", "") for name in {*GGUF_CONFIG_MAPPING, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}}
-    able = found.architecture.replace("-", "").replace("_", "") in known
+    is_known = found.architecture.replace("-", "").replace("_", "") in known
     require(
-        able, f"model.path={path}: transformers cannot read {found.architecture} models from GGUF; {SAVED_MODEL_REMEDY}"
+        is_known,
+        f"model.path={path}: transformers cannot read {found.architecture} models from GGUF; {SAVED_MODEL_REMEDY}",
     )
     scaled = found.values.get(f"{found.architecture}.rope.scaling.type", "none") != "none"
     scaled = scaled and found.architecture != "gpt-oss" or any(name.startswith("rope_") for name in found.tensors)
@@ -219,7 +221,7 @@ def check_gguf_tokenizer(path: Path, found: Header) -> None:
 @cache
 def link_alone(path: Path) -> TemporaryDirectory:
     """Return a folder, kept while Python runs, that holds a link to the file and nothing else. transformers would also
-    read an adapter or decoding settings beside it."""
+    read an adapter or decoding settings next to it."""
     folder = TemporaryDirectory(prefix="gguf-")
     atexit.register(folder.cleanup)  # Python would do it with a warning
     (Path(folder.name) / path.name).symlink_to(path.resolve())

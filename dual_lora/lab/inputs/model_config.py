@@ -14,21 +14,28 @@ from dual_lora.lab.errors import require
 HEAD_FIELDS = {"id2label", "label2id", "num_labels", "_num_labels", "problem_type", "finetuning_task", "loss_type"}
 TOKEN_FIELDS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # the tokenizer knows them
 # Kinds of models whose positions start after the padding id that their weights were trained with.
-AFTER_PADDING = {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "longformer"}
-AFTER_PADDING |= {"data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "luke", "markuplm", "xglm"}
+AFTER_PADDING = {
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "longformer",
+    "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "luke", "markuplm", "xglm",
+}  # fmt: skip
 PRECISION_FIELDS = {"dtype", "torch_dtype", "use_bfloat16"}
-KERNEL_FIELDS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "use_kernels"}
-KERNEL_FIELDS |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal"}
-KERNEL_FIELDS |= {"chunk_size_feed_forward", "gradient_checkpointing", "torchscript", "use_cache", "pretraining_tp"}
-KERNEL_FIELDS |= {"fusion_config", "distributed_config", "device_map", "tp_plan", "compile_config"}
-OUTPUT_FIELDS = {"return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits"}
-OUTPUT_FIELDS |= {"_output_attentions", "output_scores", "return_dict_in_generate", "tie_last_hidden_states"}
-PLACE_FIELDS = {"name_or_path", "_name_or_path", "_commit_hash", "configuration_files", "task_specific_params"}
-PLACE_FIELDS |= {"generation_config"}
+KERNEL_FIELDS = {
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "use_kernels",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "chunk_size_feed_forward",
+    "gradient_checkpointing", "torchscript", "use_cache", "pretraining_tp", "fusion_config", "distributed_config",
+    "device_map", "tp_plan", "compile_config",
+}  # fmt: skip
+OUTPUT_FIELDS = {
+    "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "_output_attentions", "output_scores", "return_dict_in_generate", "tie_last_hidden_states",
+}  # fmt: skip
+PLACE_FIELDS = {
+    "name_or_path", "_name_or_path", "_commit_hash", "configuration_files", "task_specific_params", "generation_config",
+}  # fmt: skip
 DROPPED_FIELDS = HEAD_FIELDS | TOKEN_FIELDS | PRECISION_FIELDS | KERNEL_FIELDS | OUTPUT_FIELDS | PLACE_FIELDS
 # Fields that are refused if they hold anything, with the remedy.
 REFUSED_FIELDS = {
-    "quantization_config": "its weights are quantised; take the plain model, with hardware=qlora for 4 bits",
+    "quantization_config": "its weights are quantized; take the plain model, with hardware=qlora for 4 bits",
     "compression_config": "its weights are compressed; take the plain model, with hardware=qlora for 4 bits",
     "transformers_weights": "it names another file of weights; name that file model.safetensors and drop the field",
     "pruned_heads": "its attention heads are pruned; take a model without",
@@ -73,7 +80,7 @@ def fit_class_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     transformers, so it comes last.
 
     Raises:
-        UserError: a flag is not as the class of the model has it, or it has no such part.
+        UserError: a flag is not what the class of the model has, or it has no such part.
     """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -1,8 +1,8 @@
-"""The files a model is read from: which they are, a folder that holds these alone, and hashes that identify them.
+"""The files a model is read from: which they are, a folder that holds only these, and hashes that identify them.
 
 transformers follows what lies in a model's folder: an adapter, an index that names other weights, a file with decoding
 settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json. Of a
-model of the hub, that is the folder in the cache, where these files alone are fetched to.
+model of the hub, that is the folder in the cache, where only these files are fetched to.
 """
 
 import atexit
@@ -18,28 +18,34 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dual_lora.lab.config.outside.hub import fetch_files, find_conversion
-from dual_lora.lab.config.outside.models import explain_no_model, list_lacking_files
-from dual_lora.lab.config.paths import BUNDLED, resolve_path
+from dual_lora.lab.config.outside.models import (
+    RESAVE_REMEDY,
+    explain_no_model,
+    list_missing_files,
+    read_config_json,
+)
+from dual_lora.lab.config.paths import BUNDLED, read_json_object, resolve_path
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line, require, translate_read_errors
 from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
 from dual_lora.lab.inputs.gguf import is_gguf_file, link_alone, read_gguf_header
 from dual_lora.lab.inputs.model_config import clean_config, fit_class_fields
-from dual_lora.lab.system.files import read_json_object
 from dual_lora.lab.system.sealed import hash_file
 
 # Bytes of either end of a weight file that identify it.
 END_BYTES = 1 << 20
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-TOKENIZER_FILES += ("chat_template*",)
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
+)  # fmt: skip
 SPECIAL_TOKENS, SPECIAL_TOKEN_LISTS = "special_tokens_map.json", ("additional_special_tokens", "extra_special_tokens")
 # Of rarer tokenizers; records of earlier versions do not hold them.
-RARE_TOKENIZER_FILES = ("*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json", "dict.txt", "emoji.json")
-RARE_TOKENIZER_FILES += ("normalizer.json", "entity_vocab.json", "target_vocab.json", "byte_maps.json", "word_*.json")
+RARE_TOKENIZER_FILES = (
+    "*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json", "dict.txt", "emoji.json", "normalizer.json",
+    "entity_vocab.json", "target_vocab.json", "byte_maps.json", "word_*.json",
+)  # fmt: skip
 # Files of a model's folder that a record hashes. generation_config.json is no longer read, but old records contain it.
 RECORDED_FILES = ("*.safetensors", "config.json", "generation_config.json", *TOKENIZER_FILES)
-RESAVE_REMEDY = "save the model again"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -67,7 +73,7 @@ def translate_model_errors(settings: Settings) -> AbstractContextManager[None]:
     """Turn a failure to find, fetch or read a model into one line."""
     where = find_model(settings) or settings.model.hub
     return translate_read_errors(
-        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a whole saved model"
+        f"model={settings.model.name}: cannot load {where}", "give model.path=DIR, a complete saved model"
     )
 
 
@@ -84,15 +90,15 @@ def fetch_model(settings: Settings, weights: bool = False) -> Path:
         folder = fetch_files(hub, revision, "config.json", ADAPTER_CONFIG, *TOKENIZER_FILES, *RARE_TOKENIZER_FILES)
         require((folder / "config.json").is_file(), f"{where}: no config.json there; give the repository of a model")
         adapter = (folder / ADAPTER_CONFIG).exists()
-        require(not adapter, f"model.hub={hub}: holds an adapter beside the model; take the model it belongs to")
+        require(not adapter, f"model.hub={hub}: holds an adapter next to the model; take the model it belongs to")
         if weights:
             fetch_files(hub, folder.name, WEIGHTS, INDEX)
-            whole = (folder / WEIGHTS).is_file()
-            if not whole and not (folder / INDEX).is_file():
+            in_one_file = (folder / WEIGHTS).is_file()
+            if not in_one_file and not (folder / INDEX).is_file():
                 found = find_conversion(hub)
                 remedy = f"model.revision={found}, the hub's conversion" if found else "a revision that has one"
                 raise UserError(f"{where}: neither {WEIGHTS} nor {INDEX} there; take {remedy}, or give model.path=DIR")
-            if not whole:
+            if not in_one_file:
                 fetch_files(hub, folder.name, *list_shards(folder / INDEX))
     return folder
 
@@ -101,15 +107,15 @@ def check_model_folder(path: Path) -> None:
     """Refuse a folder that holds no model, or more than one.
 
     Raises:
-        UserError: a file is missing or damaged, or an adapter lies beside the weights.
+        UserError: a file is missing or damaged, or an adapter lies next to the weights.
     """
-    lacking = list_lacking_files(path)
-    if any("tokenizer" not in what for what in lacking):  # a tuned model's folder has none, nor does a plan need it
-        raise UserError(f"model.path={path}: {explain_no_model(path, lacking, 'model.path')}")
+    missing = list_missing_files(path)
+    if any("tokenizer" not in what for what in missing):  # a tuned model's folder has none, nor does a plan need it
+        raise UserError(f"model.path={path}: {explain_no_model(path, missing, 'model.path')}")
     adapter = path / ADAPTER_CONFIG
     require(
         not adapter.exists(),
-        f"{adapter}: an adapter beside the model, which may be merged already; move it away, or merge it first",
+        f"{adapter}: an adapter next to the model, which may be merged already; move it away, or merge it first",
     )
     read_config_fields(path)
 
@@ -122,7 +128,7 @@ def read_config_fields(folder: Path, weights: bool = True) -> dict[str, Any]:
         UserError: the file is damaged, or a field cannot be honoured.
     """
     file = folder / "config.json"
-    values = read_json_object(file, RESAVE_REMEDY)
+    values = read_config_json(folder)
     kind = values.get("model_type")
     require(isinstance(kind, str), f"{file}: names no model_type; give a saved Hugging Face model")
     tensors = sum(len(list_tensors(found)) for found in list_weight_files(folder)) if weights else None
@@ -141,7 +147,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     require(index.is_file(), f"model.path={folder}: neither {WEIGHTS} nor {INDEX} there; {RESAVE_REMEDY}")
     names = list_shards(index)
     for name in names:
-        require((folder / name).is_file(), f"{index}: names {name}, which is not there; get the whole model")
+        require((folder / name).is_file(), f"{index}: names {name}, which is not there; get the complete model")
     return [folder / name for name in names]
 
 
@@ -152,12 +158,12 @@ def list_shards(index: Path) -> list[str]:
         UserError: the index is damaged, or names files that cannot be shards in the same folder.
     """
     shards = read_json_object(index, RESAVE_REMEDY, "weight_map")["weight_map"]
-    named = shards and isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
-    require(bool(named), f"{index}: damaged (weight_map names no files); {RESAVE_REMEDY}")
+    names_files = shards and isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
+    require(bool(names_files), f"{index}: damaged (weight_map names no files); {RESAVE_REMEDY}")
     names = sorted(set(shards.values()))
     for name in names:
-        here = Path(name).name == name and name.endswith(".safetensors")
-        require(here, f"{index}: names {name[:80]!r}; weights are read from *.safetensors in the same folder only")
+        is_shard = Path(name).name == name and name.endswith(".safetensors")
+        require(is_shard, f"{index}: names {name[:80]!r}; weights are read from *.safetensors in the same folder only")
     return names
 
 
@@ -218,10 +224,10 @@ def identify_weights(settings: Settings) -> dict[str, str]:
     """
     folder = find_model(settings)
     if folder is None:
-        known = settings.model.hub or settings.plan
-        require(bool(known), f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
-        here = os.path.isdir(settings.model.hub or "")
-        require(not here, f"model.hub={settings.model.hub}: is a folder here; give it as model.path=DIR")
+        needs_place = not settings.model.hub and not settings.plan
+        require(not needs_place, f"model={settings.model.name}: not on the hub; give model.path=DIR, a saved model")
+        is_folder = os.path.isdir(settings.model.hub or "")
+        require(not is_folder, f"model.hub={settings.model.hub}: is a folder here; give it as model.path=DIR")
         return {"hub": f"{settings.model.hub}@{settings.model.revision}"}
     if is_gguf_file(folder):
         ends = read_file_ends(folder, read_gguf_header(folder).size + END_BYTES)
@@ -244,7 +250,7 @@ def read_file_ends(file: Path, first: int) -> bytes:
 
 def hash_model_files(settings: Settings) -> dict[str, str]:
     """Return the SHA-256 of every file in the model's folder that can change a digit. A model of the hub is identified
-    by its revision: empty for a commit; for a name such as main, the commit that it stands for. A run's identity uses
+    by its revision: empty for a commit; for a name such as main, the commit that it names. A run's identity uses
     fewer files, so that it stays the same between versions.
 
     Raises:
@@ -307,7 +313,7 @@ def link_model(path: Path, weights: bool = True) -> Path:
 
 @cache
 def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...], weights: bool) -> TemporaryDirectory:
-    """Link the files named in `stamps`, beside a cleaned copy of config.json.
+    """Link the files named in `stamps`, next to a cleaned copy of config.json.
 
     Raises:
         UserError: config.json cannot be honoured.
@@ -346,5 +352,5 @@ def read_special_tokens(file: Path) -> dict[str, Any]:
 
 
 def get_token_text(token: Any) -> Any:
-    """Return the text of a special token, which may stand in an object with more about it."""
+    """Return the text of a special token, which may be in an object with more about it."""
     return token.get("content") if isinstance(token, dict) else token

@@ -113,8 +113,8 @@ def label_as_first_split(task: Task, train: Split, apart: Split, settings: Setti
     chosen = select_rows(apart, settings.eval.max_examples or len(apart.rows))
     copies = count_copies(chosen, select_training_rows(train, settings))
     if copies and is_first_process():
-        said = f"{copies:,} of {len(chosen.rows):,} rows set apart also occur among the training rows"
-        print(f"warning: {chosen.origin}: {said}", file=sys.stderr)
+        warning = f"{copies:,} of {len(chosen.rows):,} rows set apart also occur among the training rows"
+        print(f"warning: {chosen.origin}: {warning}", file=sys.stderr)
     return {name: replace(chosen, in_training=copies)}
 
 
@@ -171,7 +171,7 @@ def split_training_rows(train: Split, settings: Evaluate) -> tuple[Split, Split,
 
 
 def read_split(task: Task, name: str, settings: Settings) -> Split:
-    """Return a whole split of the task.
+    """Return a full split of the task.
 
     Raises:
         UserError: the data is missing, damaged or cannot be fetched.

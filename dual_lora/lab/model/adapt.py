@@ -111,8 +111,8 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     """Return the PEFT configuration of an adapter method for a task of `form`.
 
     What the YAML leaves open or null (`FILLED_FIELDS`) is filled in where the type has such a field: the modules of the
-    roles in `model.adapt`, and the heads that train beside the adapter. rows: how many examples training sees an epoch,
-    which the length of a ramp may depend on; None where it does not matter.
+    roles in `model.adapt`, and the heads that train along with the adapter. rows: how many examples training sees an
+    epoch, which the length of a ramp may depend on; None where it does not matter.
 
     Raises:
         UserError: PEFT has no such type, refuses a field, or the type does not fit this harness or this task.
@@ -208,8 +208,8 @@ def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -
     headless = form != "generation" and "modules_to_save" not in known
     require(
         not headless,
-        f"{where}: cannot train a head beside it, and {settings.task.name} needs one; take another method, or a task "
-        "that generates text",
+        f"{where}: cannot train a head along with it, and {settings.task.name} needs one; take another method, or a "
+        "task that generates text",
     )
 
 
@@ -297,7 +297,7 @@ def check_adapted_roles(model: PeftModel, settings: Settings) -> None:
 
 
 def check_trained_biases(model: PeftModel, settings: Settings) -> None:
-    """Refuse to train biases beside an adapter where the model, or the layers that are adapted, have none.
+    """Refuse to train biases along with an adapter where the model, or the layers that are adapted, have none.
 
     Raises:
         UserError: with the setting.
@@ -404,7 +404,7 @@ def check_init_adapter(model: PeftModel, folder: Path, settings: Settings) -> No
     Raises:
         UserError: with the first field that differs.
     """
-    check_saved_adapter(folder, model.active_peft_config.to_dict(), settings, whole=True)
+    check_saved_adapter(folder, model.active_peft_config.to_dict(), settings, complete=True)
     saved, where = read_adapter_config(folder), f"init_from={settings.init_from}"
     base, known = Path(saved.get("base_model_name_or_path") or "").name, model.get_base_model().name_or_path
     if base and base != Path(known).name and is_first_process():
@@ -436,8 +436,8 @@ def find_rounded_ratio(model: torch.nn.Module, settings: Settings) -> list[str]:
         return []
     rank = model.active_peft_config.r
     r1, r2 = model.active_peft_config.split(rank)
-    told = f"method.magnitude_ratio={asked:g}: the ranks are {r1} and {r2}, a ratio of {r1 / rank:.3g}"
-    return [told] if abs(r1 / rank - asked) > RATIO_TOLERANCE else []
+    warning = f"method.magnitude_ratio={asked:g}: the ranks are {r1} and {r2}, a ratio of {r1 / rank:.3g}"
+    return [warning] if abs(r1 / rank - asked) > RATIO_TOLERANCE else []
 
 
 def find_untouched_experts(model: torch.nn.Module, settings: Settings) -> list[str]:
@@ -522,7 +522,7 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     heads = sum(n for name, n in trained.items() if "modules_to_save" in name)
     return {
-        # PEFT keeps the original beside a head that trains
+        # PEFT keeps the original next to a head that trains
         "parameters": sum(count_entries(p) for name, p in model.named_parameters() if ".original_module." not in name),
         "trainable_parameters": sum(trained.values()),
         "adapter_parameters": sum(trained.values()) - heads if hasattr(model, "peft_config") else 0,

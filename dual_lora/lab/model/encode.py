@@ -1,4 +1,4 @@
-"""From a task's rows to tensors: tokenised examples and the collators that pad a batch."""
+"""From a task's rows to tensors: tokenized examples and the collators that pad a batch."""
 
 import sys
 from collections.abc import Callable
@@ -139,7 +139,7 @@ def count_longest(choices: list[list[list[int]]]) -> list[int]:
 
 def get_position_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model has positions for; None if there is no such limit, which XLNet calls -1. In
-    RoBERTa, positions start after the padding index. Under longrope it is how many a row may have beside others."""
+    RoBERTa, positions start after the padding index. Under longrope it is how many a row may have in a batch."""
     limit, long = getattr(model.config, "max_position_embeddings", None), find_longrope_limit(model)
     if limit is None or limit < 1:
         return long

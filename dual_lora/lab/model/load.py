@@ -1,4 +1,4 @@
-"""Base models and tokenizers, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
+"""Base models, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 import re
 import sys
@@ -22,20 +22,20 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 import dual_lora.tuner  # noqa: F401  registers the method with PEFT, before any adapter is read
-from dual_lora.lab.config.outside.models import ALL_LINEAR
+from dual_lora.lab.config.outside.models import ALL_LINEAR, RESAVE_REMEDY
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import SAVED_MODEL_REMEDY, read_gguf_header
 from dual_lora.lab.inputs.model_config import AFTER_PADDING
 from dual_lora.lab.inputs.model_files import (
-    RESAVE_REMEDY,
     check_model_folder,
     link_model,
     list_tensors,
     list_weight_files,
     translate_model_errors,
 )
-from dual_lora.lab.model.nf4 import copy_dequantised_weights, get_quantisation_options, keep_as_loaded, list_4bit_layers
+from dual_lora.lab.model.fused_layers import split_layers
+from dual_lora.lab.model.nf4 import copy_dequantized_weights, get_quantization_options, keep_as_loaded, list_4bit_layers
 from dual_lora.lab.model.source import (
     NO_CODE,
     find_gguf_file,
@@ -46,7 +46,6 @@ from dual_lora.lab.model.source import (
     locate_model,
     name_model,
 )
-from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.system.distributed import count_processes, has_several_processes, is_first_process
 from dual_lora.lab.system.libraries import allows_tf32
@@ -55,7 +54,7 @@ from tasks import Task
 CONFIG_REMEDY = "use the config.json that belongs to the weights"
 # Relative difference that rounding can make in a model's logits: in float32, and in 16 bits or TF32.
 ROUNDING, COARSE_ROUNDING = 1e-4, 5e-2
-# Names of tensors beside a weight that quantised weights and adapters consist of.
+# Names of tensors next to a weight that quantized weights and adapters consist of.
 PACKED = re.compile(
     r"\.(lora_\w+|base_layer|original_module|modules_to_save|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|"
     r"weight_(scale\w*|packed|zero_point|shape)|weight\.(absmax|quant_map|quant_state|nested_\w+))(\.|$)"
@@ -82,8 +81,8 @@ class RandomState:
 
 
 def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the base model with the head that the task's form needs, and its tokenizer. GGUF weights are dequantised.
-    A head is always freshly initialised, even if the weights contain one: otherwise two copies of a model would start
+    """Return the base model with the head that the task's form needs, and its tokenizer. GGUF weights are dequantized.
+    A head is always freshly initialized, even if the weights contain one: otherwise two copies of a model would start
     differently.
 
     Raises:
@@ -95,7 +94,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     config = load_config(settings, task)
     set_own_padding(config, tokenizer, settings)
     options = {"config": config, "dtype": get_weight_dtype(settings), "use_safetensors": True}
-    options |= get_quantisation_options(settings) | get_decoding_default(task)
+    options |= get_quantization_options(settings) | get_decoding_default(task)
     file = find_gguf_file(settings)
     if file:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -155,7 +154,7 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
-    """Return the option that stops `from_pretrained` from reading decoding settings beside the weights."""
+    """Return the option that stops `from_pretrained` from reading decoding settings next to the weights."""
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
 
 
@@ -176,7 +175,7 @@ def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:
-    """Reinitialise a head that came with the weights, with the random numbers it would have got without them."""
+    """Reinitialize a head that came with the weights, with the random numbers it would have got without them."""
     heads = {name: module for name, module in model.named_children() if name in settings.model.heads}
     if not any(f"{name}.{part}" not in missing for name, head in heads.items() for part, _ in head.named_parameters()):
         return
@@ -218,18 +217,18 @@ def check_loaded_weights(
         UserError: with what does not fit.
     """
     fresh, where = settings.model.heads, f"model={settings.model.name}"
-    lacking = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
+    missing = sorted(name for name in found["missing_keys"] if not fresh & set(name.split(".")))
     other = sorted(name for name, *_ in found["mismatched_keys"] if not fresh & set(name.split(".")))
     require(
         not other,
         f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
-    outer = sorted({name.split(".")[0] for name in lacking})
+    outer = sorted({name.split(".")[0] for name in missing})
     own = f", or the task's head: then take model.head=[{','.join(outer)}]"
     require(
-        not lacking,
-        f"{where}: its weights lack {len(lacking)} tensors that its config.json asks for, first {lacking[:1]}; they "
-        f"are another model's{'' if model.base_model_prefix in outer else own}",
+        not missing,
+        f"{where}: its weights are missing {len(missing)} tensors that its config.json asks for, first {missing[:1]}; "
+        f"they are another model's{'' if model.base_model_prefix in outer else own}",
     )
     check_left_out_weights(model, found["unexpected_keys"], settings)
     if file := find_gguf_file(settings):
@@ -239,7 +238,7 @@ def check_loaded_weights(
 
 
 def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings: Settings) -> None:
-    """Refuse weights of which a part that belongs to the model would not be loaded: further layers, what quantised
+    """Refuse weights of which a part that belongs to the model would not be loaded: further layers, what quantized
     weights or adapters consist of, or one parameter under two names. Parts that the model has no place for, such as
     another head, are left out.
 
@@ -254,7 +253,7 @@ def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings:
     parts = sorted(name for name in left_out if PACKED.search(name))
     require(
         not parts,
-        f"{where} hold {parts[:1]}, a part of quantised weights or of an adapter, which would be left out; take the "
+        f"{where} hold {parts[:1]}, a part of quantized weights or of an adapter, which would be left out; take the "
         "plain model, with the adapter merged",
     )
     twice = find_duplicate_tensor(list_held_tensors(settings), model.base_model_prefix)
@@ -321,15 +320,15 @@ def cast_to_float32(weight: torch.nn.Parameter) -> None:
 
 def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> AbstractContextManager[None]:
     """Return a context that computes products in `model.dtype`, as the Trainer does in training. It is active only if
-    the model mixes dtypes: it has a head, was trained in full, or trains weights of the base beside an adapter."""
+    the model mixes dtypes: it has a head, was trained in full, or trains weights of the base along with an adapter."""
     kind = getattr(torch, settings.model.dtype)
     mixed = form != "generation" or settings.method.peft is None or getattr(model, "mixes_dtypes", False)
     return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
 
 
-def differ_by_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
-    """Return whether a model's logits differ from expected ones by no more than rounding can make. If those are not all
-    finite, nothing can be said, which counts as yes."""
+def agree_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
+    """Return whether a model's logits differ from expected ones by no more than rounding can make. Expected logits that
+    are not all finite decide nothing, which counts as yes."""
     exact = min(model.dtype.itemsize, expected.dtype.itemsize) >= 4 and not allows_tf32()
     found, expected = found.float(), expected.float()
     near = (found - expected).norm() <= (ROUNDING if exact else COARSE_ROUNDING) * expected.norm()
@@ -382,8 +381,8 @@ def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
     require(held <= taken, f"model.path={file}: holds {held} weights, {kind} takes {taken}; {SAVED_MODEL_REMEDY}")
 
 
-def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return what `load_model` does, but a base in 4 bits as a plain model with the dequantised values, in float32.
+def load_dequantized_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return what `load_model` does, but a base in 4 bits as a plain model with the dequantized values, in float32.
 
     Raises:
         UserError: as `load_model`.
@@ -392,7 +391,7 @@ def load_dequantised_model(settings: Settings, task: Task) -> tuple[PreTrainedMo
     if settings.hardware.base is None:
         return model, tokenizer
     plain, _ = load_model(replace(settings, hardware=replace(settings.hardware, base=None)), task)
-    copy_dequantised_weights(model, plain.float())
+    copy_dequantized_weights(model, plain.float())
     return plain, tokenizer
 
 

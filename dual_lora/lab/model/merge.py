@@ -26,7 +26,7 @@ MERGE_TOLERANCE = 1e-3
 # Standard deviation of the noise added to an adapter before the comparison: many adapters start as a no-op, where any
 # merge looks right.
 PROBE_NOISE = 0.01
-PROBE_ROWS = 4
+PROBE_INPUTS = 4  # random inputs of a layer on which merged and unmerged outputs are compared
 
 
 def merge_adapter(model: nn.Module) -> bool:
@@ -118,11 +118,11 @@ def draw_inputs(base: nn.Module) -> Tensor | None:
     """Return a few random inputs of a layer; None for kinds that are merged without a comparison (convolutions)."""
     weight = base.weight
     if isinstance(base, nn.Embedding):
-        return torch.randint(0, base.num_embeddings, (PROBE_ROWS,), device=weight.device)
+        return torch.randint(0, base.num_embeddings, (PROBE_INPUTS,), device=weight.device)
     if weight.ndim > 2:
         return None
     width = weight.shape[0] if isinstance(base, Conv1D) else weight.shape[-1]
-    return torch.randn(PROBE_ROWS, width).to(weight)
+    return torch.randn(PROBE_INPUTS, width).to(weight)
 
 
 def merge_and_unload(model: PeftModel) -> PreTrainedModel:

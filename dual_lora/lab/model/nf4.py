@@ -1,7 +1,7 @@
-"""The frozen base model in 4 bits: NF4 with double quantisation, as in QLoRA (arXiv 2305.14314, section 3), by
+"""The frozen base model in 4 bits: NF4 with double quantization, as in QLoRA (arXiv 2305.14314, section 3), by
 bitsandbytes.
 
-Only linear weights are quantised. Embeddings, norms, biases and heads keep their type, so that runs with and without
+Only linear weights are quantized. Embeddings, norms, biases and heads keep their type, so that runs with and without
 `hardware.base` differ in nothing but 4-bit weights. PEFT's `prepare_model_for_kbit_training` would cast all of these to
 float32 (4 GB more for a 70B model's embeddings, and activations twice as large) and recompute activations. RMS norms
 compute in float32 anyway, and an adapter freezes the base by itself.
@@ -25,7 +25,7 @@ def list_head_names(model: Model) -> set[str]:
     return {"lm_head", *model.heads}
 
 
-def get_quantisation_options(settings: Settings) -> dict[str, BitsAndBytesConfig]:
+def get_quantization_options(settings: Settings) -> dict[str, BitsAndBytesConfig]:
     """Return the options of `from_pretrained` for a base in 4 bits; none for another."""
     if settings.hardware.base is None:
         return {}
@@ -51,7 +51,7 @@ def is_4bit(weight: object) -> bool:
 
 def keep_as_loaded(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking weights at the first evaluation, as it does on CPUs with AVX512-BF16. Repacking
-    permanently rounds the quantisation constants, and packed weights give no gradient."""
+    permanently rounds the quantization constants, and packed weights give no gradient."""
     for _, layer in list_4bit_layers(model):
         layer.support_avx512bf16_for_cpu = False
 
@@ -64,8 +64,8 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def copy_dequantised_weights(model: nn.Module, plain: nn.Module) -> None:
-    """Copy the dequantised values of a model's 4-bit weights to an unquantised model, in float32."""
+def copy_dequantized_weights(model: nn.Module, plain: nn.Module) -> None:
+    """Copy the dequantized values of a model's 4-bit weights to an unquantized model, in float32."""
     from bitsandbytes.functional import dequantize_4bit
 
     for name, layer in list_4bit_layers(compute_in_float32(model)):
@@ -73,8 +73,8 @@ def copy_dequantised_weights(model: nn.Module, plain: nn.Module) -> None:
         target.weight.copy_(W.T if isinstance(target, Conv1D) else W)
 
 
-def list_quantisable_layers(model: nn.Module, known: Model) -> list[nn.Module]:
-    """Return the layers of an unquantised model, with its method attached, that would be in 4 bits."""
+def list_quantizable_layers(model: nn.Module, known: Model) -> list[nn.Module]:
+    """Return the layers of an unquantized model, with its method attached, that would be in 4 bits."""
     return [
         module
         for name, module in model.named_modules()

@@ -7,18 +7,20 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from dual_lora.lab.config.outside.models import read_config_json
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require
 from dual_lora.lab.inputs.gguf import is_gguf_file
-from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, fetch_model, find_model, link_model, translate_model_errors
-from dual_lora.lab.system.files import read_json_object
+from dual_lora.lab.inputs.model_files import fetch_model, find_model, link_model, translate_model_errors
 from tasks import Task
 
 NO_CODE = {"trust_remote_code": False}  # explicit, because transformers would otherwise ask on the terminal
 # Fields for the dropout before a head. A kind of model may have several; its task's head reads the first.
-HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout")
-HEAD_DROPOUTS += ("summary_last_dropout", "summary_first_dropout")
+HEAD_DROPOUTS = (
+    "classifier_dropout", "classifier_dropout_prob", "classifier_dropout_rate", "seq_classif_dropout",
+    "summary_last_dropout", "summary_first_dropout",
+)  # fmt: skip
 # What tells models apart in their configurations. Vocabularies are padded, and positions extended.
 SIZES = ("model_type", "hidden_size", "num_hidden_layers", "n_embd", "n_layer")
 DROPOUT_WORDS = {"dropout", "pdrop", "layerdrop"}
@@ -68,8 +70,7 @@ def get_config_fields(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be found, read or honoured.
     """
-    file = find_links(settings) / "config.json"
-    return read_json_object(file, RESAVE_REMEDY) if file.is_file() else {}
+    return {} if find_gguf_file(settings) else read_config_json(find_links(settings))
 
 
 def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
@@ -123,7 +124,7 @@ def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
 
 
 def list_dropouts(config: PreTrainedConfig) -> dict[str, float]:
-    """Return every dropout of a configuration: also the head's and that of whole layers."""
+    """Return every dropout of a configuration: also the head's and that of entire layers."""
     values = config.to_dict().items()
     return {n: v for n, v in values if DROPOUT_WORDS & set(n.split("_")) and type(v) in (int, float)}
 

@@ -1,6 +1,6 @@
 """A model's tokenizer: the model decides its vocabulary and special tokens, the run's settings decide how it is used.
 
-Without a tokenizer.json its class decides which special tokens stand around a text (`add_bos_token` and
+Without a tokenizer.json its class decides which special tokens surround a text (`add_bos_token` and
 `add_eos_token` of tokenizer_config.json); with one, that file does. Around prompts only those in front are kept.
 """
 
@@ -17,20 +17,25 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
+from dual_lora.lab.config.outside.models import RESAVE_REMEDY
+from dual_lora.lab.config.paths import read_json_object
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, get_first_line, is_out_of_memory, require, translate_read_errors
 from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
-from dual_lora.lab.inputs.model_files import RESAVE_REMEDY, translate_model_errors
+from dual_lora.lab.inputs.model_files import translate_model_errors
 from dual_lora.lab.model.encode import apply_chat_template
 from dual_lora.lab.model.source import find_gguf_file, find_links, get_config_fields, locate_model
 from dual_lora.lab.system.distributed import is_first_process
-from dual_lora.lab.system.files import read_json_object
 
 # How a tokenizer is used, whatever was saved with it. GPT-2 counts positions, and encoders classify, from the first
 # column, so padding goes to the right.
-USE = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
-USE |= {"clean_up_tokenization_spaces": False}
+USE = {
+    "padding_side": "right",
+    "truncation_side": "right",
+    "split_special_tokens": False,
+    "clean_up_tokenization_spaces": False,
+}
 ALL_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
 TEMPLATE_SECONDS = 5.0  # a chat template takes milliseconds
 # A text that classes split differently. Words from all over the vocabulary follow it, since it may be of any language.
@@ -44,14 +49,14 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. One without a padding token pads with the end of text (masked everywhere).
 
     Raises:
-        UserError: there is none, it lacks a token that the task needs, or its chat template cannot be used.
+        UserError: there is none, it has no token that the task needs, or its chat template cannot be used.
     """
     file = find_gguf_file(settings)
     with translate_model_errors(settings):
         tokenizer = load_gguf_tokenizer(file) if file else load_saved_tokenizer(settings)
         reset_use(tokenizer, settings)
-    bare = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
-    require(not bare, f"model={settings.model.name}: no tokenizer beside the model; save it into the same folder")
+    is_empty = len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids))  # transformers makes one up
+    require(not is_empty, f"model={settings.model.name}: no tokenizer next to the model; save it into the same folder")
     check_special_tokens(tokenizer, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -85,7 +90,7 @@ def reset_backend(backend: Tokenizer) -> None:
 
 def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model's files. Most classes of transformers take the vocabulary from tokenizer.json,
-    but not how texts are normalised and split, or which special tokens surround them. Where the class that transformers
+    but not how texts are normalized and split, or which special tokens surround them. Where the class that transformers
     chooses encodes texts differently from the file, or cannot be built from it, the file is used as it is, and a
     warning printed."""
     place, file = locate_model(settings), find_links(settings) / "tokenizer.json"
@@ -137,13 +142,13 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, settings: Settings)
     where = f"model={settings.model.name}: its tokenizer"
     remedy = "set it in tokenizer_config.json, or save the tokenizer with it"
     longest = tokenizer.model_max_length
-    numeric = isinstance(longest, (int, float)) and longest > 0
-    require(numeric, f"{where} has model_max_length={longest!r}, which is not a length; {remedy}")
-    ends = tokenizer.eos_token_id is not None
+    is_length = isinstance(longest, (int, float)) and longest > 0
+    require(is_length, f"{where} has model_max_length={longest!r}, which is not a length; {remedy}")
+    has_end = tokenizer.eos_token_id is not None
     writes = load_task(settings).form == "generation"
-    require(ends or not writes, f"{where} names no end of text (eos_token); {remedy}")
-    pads = ends or tokenizer.pad_token_id is not None
-    require(pads, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
+    require(has_end or not writes, f"{where} names no end of text (eos_token); {remedy}")
+    can_pad = has_end or tokenizer.pad_token_id is not None
+    require(can_pad, f"{where} names neither padding (pad_token) nor an end of text (eos_token); {remedy}")
     words = read_ordinary_words(find_links(settings) / "tokenizer.json")
     added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     turned = sorted(words & (added | set(tokenizer.all_special_tokens)))

@@ -53,8 +53,8 @@ def find_init_weights(settings: Settings) -> Path:
     result = Record(folder).read_result()
     for part, mine in (("method", settings.method.name), ("model", settings.model.name)):
         if result[part] != mine:
-            told = f"trained with {part}={result[part]}, this run has {part}={mine}; take {part}={result[part]}"
-            raise UserError(f"init_from={folder}: {told}")
+            reason = f"trained with {part}={result[part]}, this run has {part}={mine}; take {part}={result[part]}"
+            raise UserError(f"init_from={folder}: {reason}")
     start, seed = get_random_start(settings), result["seed"]
     if start and seed != settings.seed:
         what = f"{start} draws the base weights from the seed, {seed} there and {settings.seed} here"
@@ -75,8 +75,8 @@ def check_adapted_modules(folder: Path, settings: Settings) -> None:
     saved = load_recorded_settings(folder, "init_from")
     theirs, ours = ({run.roles[role] for role in run.model.adapt} for run in (saved, settings))
     adapt, own = (f"[{','.join(run.model.adapt)}]" for run in (saved, settings))
-    told = f"trained with model.adapt={adapt}, this run has {own}; take model.adapt={adapt}"
-    require(theirs == ours, f"init_from={folder}: {told}")
+    reason = f"trained with model.adapt={adapt}, this run has {own}; take model.adapt={adapt}"
+    require(theirs == ours, f"init_from={folder}: {reason}")
 
 
 def check_base_weights(settings: Settings) -> None:
@@ -92,14 +92,20 @@ def check_base_weights(settings: Settings) -> None:
     now = hash_model_files(settings) if known else {}
     for name in sorted(known.keys() & now.keys()):
         weights = name.endswith(".safetensors") or name in ("gguf", "commit")
-        told = f"init_from={settings.init_from}: trained on other base weights ({name}) of model={settings.model.name}"
-        require(known[name] == now[name] or not weights, f"{told}; give the folder it was trained on as model.path=DIR")
+        reason = (
+            f"init_from={settings.init_from}: trained on other base weights ({name}) of model={settings.model.name}"
+        )
+        require(
+            known[name] == now[name] or not weights, f"{reason}; give the folder it was trained on as model.path=DIR"
+        )
 
 
 def select_identity_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings that can change a digit of the result. Null and empty ones are left out, so that a setting
-    that is added later does not rename the runs done before; of method.peft only those that change nothing, because
-    PEFT's default of a field may be another value (`drop_implied`)."""
+    """Return the settings that can change a digit of the result.
+
+    Null and empty settings are left out, so a setting added later does not rename old runs. Of `method.peft`, only
+    fields that equal PEFT's or the file's own default are left out (`drop_implied`).
+    """
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
     where = settings.hardware
@@ -159,7 +165,7 @@ def drop_implied(method: Method) -> dict[str, Any]:
 
 @cache
 def list_empty_fields(path: Path) -> list[tuple[str, Any]]:
-    """Return the fields of PEFT's that are empty as a method's file has them, each with this value: those written so,
+    """Return the fields of PEFT's that are empty in a method's file, each with this value: those written so,
     and null of those taken from another setting (`r1: ${method.r1}`), which counts itself."""
     peft = OmegaConf.to_container(load_yaml(path)).get("peft") or {}  # references stay unresolved
     taken = [(key, None) for key, value in peft.items() if str(value).startswith("${")]

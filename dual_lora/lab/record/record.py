@@ -4,7 +4,7 @@
         config.yaml          every setting, resolved
         environment.json     versions, machine, code commit
         metrics.jsonl        one line per logged step
-        predictions.jsonl    one line per example: id, raw output, answer, gold
+        predictions.jsonl    one line per example: split, id, raw output, and the columns of `Task.judge`
         adapter/ or model/   what was trained
         result.json          metrics, parameters, time, memory, identity
 
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.config.paths import read_json_object
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
@@ -34,7 +35,6 @@ from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_file
 from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
 from dual_lora.lab.system.files import (
     append_text,
-    read_json_object,
     remove_path,
     remove_temporary_files,
     translate_access_errors,
@@ -61,14 +61,20 @@ SEALED_FOLDERS = ("adapter", "model")
 SEALED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", *SEALED_FOLDERS)
 RERUN_FOLDER, TRAINED_FILE = ".again", "trained.json"
 # Files that are written while the lock is held, so partial copies of them are leftovers.
-LOCKED_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json")
-LOCKED_FILES += (TRAINED_FILE,)
-# Files that become invalid when a run is trained again.
-OUTDATED_FILES = ("checkpoints", TRAINED_FILE, "failure.json", "evaluation.json", "tensorboard")
+LOCKED_FILES = (
+    "config.yaml", "environment.json", "metrics.jsonl", "predictions.jsonl", "result.json", "failure.json",
+    TRAINED_FILE,
+)  # fmt: skip
 ANALYSIS_FILE, TRUNCATION_FILE, CURVATURE_FILE = "analysis.json", "truncation.json", "curvature.json"
 SIMILARITY_FILE, FIT_FILE = "similarity.json", "fit.json"
 ANALYSIS_FIGURES = ("ranks", "stable_ranks", "histograms")  # of an analysis
-OUTDATED_FILES += (
+# Files that become invalid when a run is trained again.
+OUTDATED_FILES = (
+    "checkpoints",
+    TRAINED_FILE,
+    "failure.json",
+    "evaluation.json",
+    "tensorboard",
     ANALYSIS_FILE,
     TRUNCATION_FILE,
     CURVATURE_FILE,
@@ -145,7 +151,7 @@ class Record:
 
     def finish_cleanup(self) -> None:
         """Finish the cleanup of a run that was killed right after it wrote its result. A run that another process
-        holds, or on a read-only disk, is left as it is; so are the checkpoints beside a result that is damaged or
+        holds, or on a read-only disk, is left as it is; so are the checkpoints next to a result that is damaged or
         another run's, because they may be all that is left of this one."""
         left = (RERUN_FOLDER, TRAINED_FILE, "checkpoints", LOCK_NAME)
         if not any((self.folder / name).exists() for name in left) or not os.access(self.folder, os.W_OK):
@@ -183,11 +189,11 @@ class Record:
             if not path.is_file():
                 return None
         found = self.read_json(path.name, *sorted(RESULT_FIELDS))
-        whole = is_digest_right(found) if "digest" in found else self.predates_seals(found)
-        require(whole, f"{path}: changed since the run; {RERUN_REMEDY}")
+        is_intact = is_digest_right(found) if "digest" in found else self.predates_seals(found)
+        require(is_intact, f"{path}: changed since the run; {RERUN_REMEDY}")
         identity = found["identity"]
-        mine = identity == self.name or not self.is_named_by_run
-        require(mine, f"{path}: the result of run {identity}; remove it, or give the folder that name")
+        is_own = identity == self.name or not self.is_named_by_run
+        require(is_own, f"{path}: the result of run {identity}; remove it, or give the folder that name")
         return found
 
     def read_digest(self) -> str | None:
@@ -248,12 +254,13 @@ class Record:
             path = self.folder / name
             with translate_access_errors(path):
                 require(path.exists(), f"{path}: removed since the run; {RERUN_REMEDY}")
-                same = path.is_file() and hash_file(path) == kept[name]
-            require(same, f"{path}: changed since the run; {RERUN_REMEDY}")
+                is_unchanged = path.is_file() and hash_file(path) == kept[name]
+            require(is_unchanged, f"{path}: changed since the run; {RERUN_REMEDY}")
         for folder in (folder for folder in SEALED_FOLDERS if kept and folder.startswith(names or "")):
             for path in list_files(self.folder / folder):
-                known = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"  # a model card is not loaded
-                require(known, f"{path}: added after the run; remove it")
+                # a model card is not loaded
+                is_recorded = str(path.relative_to(self.folder)) in kept or path.suffix == ".md"
+                require(is_recorded, f"{path}: added after the run; remove it")
 
     def verify_kept_files(self) -> None:
         """Compare all files of a finished run, except weights that are not there: a record may be kept without them.
@@ -271,7 +278,7 @@ class Record:
             UserError: it is not finished, or see `read_result`.
         """
         result = self.read_result()
-        require(result is not None, f"{label}: not finished, it has no result.json")
+        require(result is not None, f"{label}: not finished (no result.json); run its command to the end first")
         return result
 
     def read_finished(self) -> dict[str, Any] | None:
@@ -344,8 +351,8 @@ class Record:
         found, path = self.read_json(name, *keys), self.folder / name
         if self.is_named_by_run:
             check_owner(found, self.name, path)
-        whole = is_digest_right(found) if "digest" in found else self.predates_sealed_files()
-        require(whole, f"{path}: changed since it was written; remove it, and it is made again")
+        is_intact = is_digest_right(found) if "digest" in found else self.predates_sealed_files()
+        require(is_intact, f"{path}: changed since it was written; remove it, and it is made again")
         return found
 
     def write_sealed(self, name: str, content: dict[str, Any]) -> None:
@@ -393,7 +400,7 @@ class Record:
 
         Raises:
             OSError: a file cannot be removed.
-            UserError: a folder stands where the run writes a file, or a file where it makes one.
+            UserError: a folder is where the run writes a file, or a file where it makes one.
         """
         for name in LOCKED_FILES:
             require(not (self.folder / name).is_dir(), f"{self.folder / name}: a folder, not a file; remove it")
@@ -414,7 +421,7 @@ class Record:
             return {}
 
     def find_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint of an unfinished attempt.
+        """Return the newest intact checkpoint of an unfinished attempt.
 
         Raises:
             UserError: it is another run's.
@@ -431,7 +438,7 @@ class Record:
         return self.get_weights_folder(settings) / name
 
     def read_training(self) -> dict[str, Any] | None:
-        """Return what is known of a finished training, if the weights it left are whole.
+        """Return what is known of a finished training, if the weights it left are intact.
 
         Raises:
             UserError: it is another run's.
@@ -477,7 +484,7 @@ class Record:
         self.write_file(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_file(self, name: str, content: Any) -> None:
-        """Write a text, or anything else as JSON, whole or not at all.
+        """Write a text, or anything else as JSON, completely or not at all.
 
         Raises:
             UserError: it cannot be written.

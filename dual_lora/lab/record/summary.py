@@ -78,7 +78,7 @@ def format_finished(result: dict[str, Any], run: Run) -> str:
 
 
 def format_comparison(task: Task, result: dict[str, Any], now: dict[str, float], record: Record) -> str:
-    """Return the scores of a second evaluation beside the recorded ones, and whether every digit is equal."""
+    """Return the scores of a second evaluation next to the recorded ones, and whether every digit is equal."""
     table = format_score_table(task, list(now), recorded=result["metrics"], now=now)
     verdict = "reproduced exactly" if result["metrics"] == now else "NOT reproduced"
     return f"{table}\n\n{verdict}: {record.format_path()}"

@@ -22,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from dual_lora import paper
+from dual_lora.lab.config.paths import read_json_object
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.present.document import Block, Image, Text, render_html, render_latex, render_markdown
 from dual_lora.lab.record.mirror import open_mirror
@@ -60,7 +61,7 @@ from dual_lora.lab.report.table import (
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import Outcome
-from dual_lora.lab.system.files import read_json_object, write_text
+from dual_lora.lab.system.files import write_text
 from dual_lora.lab.system.sealed import hash_file
 
 TABLE_FILE, VALUES_FILE = "table.md", "table.csv"

@@ -49,7 +49,7 @@ def wait_for_first_process_error() -> None:
     try:
         time.sleep(FIRST_PROCESS_SECONDS)
     except Stopped as stopped:
-        if str(stopped) != "SIGINT":
+        if stopped.by != "SIGINT":
             raise
 
 
@@ -85,13 +85,13 @@ def share_from_first(make: Callable[[], Any]) -> Any:
         return make()
     from accelerate.utils import broadcast_object_list
 
-    said: list[Any] = [None, None]
+    made_or_raised: list[Any] = [None, None]
     if is_first_process():
         try:
-            said[0] = make()
+            made_or_raised[0] = make()
         except Exception as error:
-            said[1] = error
-    made, error = broadcast_object_list(said)
+            made_or_raised[1] = error
+    made, error = broadcast_object_list(made_or_raised)
     if error:
         raise error
     return made

@@ -1,7 +1,7 @@
 """The process's environment, as libraries will read it when they are imported.
 
-What would silently change a run is removed or refused: precision, compilation and accumulation come from the settings
-alone. Other variables that can change a digit are left as they are and recorded in environment.json.
+What would silently change a run is removed or refused: precision, compilation and accumulation come only from the
+settings. Other variables that can change a digit are left as they are and recorded in environment.json.
 
 Threads: OpenMP threads spin while they wait for each other. If other programs share the cores, one thread that is not
 scheduled then holds up all the others at the end of every small parallel region: training becomes up to ten times
@@ -19,21 +19,25 @@ from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require
 
 # Prefixes of variables that libraries read and that could override the settings.
-OVERRIDES = ("ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TORCHDYNAMO_", "TORCH_COMPILE_")
-OVERRIDES += ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "USE_TORCH_XLA", "TRANSFORMERS_SDPA_FORCE_GQA", "USE_HUB_KERNELS")
-OVERRIDES += ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
-OVERRIDES += ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+OVERRIDES = (
+    "ACCELERATE_", "FSDP_", "FP8_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "TORCHDYNAMO_", "TORCH_COMPILE_",
+    "XLA_USE_BF16", "XLA_DOWNCAST_BF16", "USE_TORCH_XLA", "TRANSFORMERS_SDPA_FORCE_GQA", "USE_HUB_KERNELS",
+    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+)  # fmt: skip
 # Of those, what asks for another kind of training altogether.
 UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 OFF_VALUES = ("", "0", "no", "false", "none", "default", "off", "strict")
-# What decides which kernels run or in which order numbers are added, by how the names begin.
-RECORDED = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "VECLIB_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH")
-RECORDED += ("PYTORCH_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "HIP_", "MIOPEN_", "TRITON_", "FLASH_ATTENTION_")
-RECORDED += ("DISABLE_ADDMM_", "NCCL_", "GLOO_", "BNB_", "TRANSFORMERS_DISABLE_", "PYTHONHASHSEED", "GLIBC_TUNABLES")
-RECORDED += ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "LC_ALL", "LC_NUMERIC", "LANG")
-RECORDED += ("NPY_", "SCIPY_", "ROCBLAS_", "HIPBLAS", "TENSILE_")
-RECORDED += ("LD_PRELOAD",)  # may bring another BLAS or OpenMP
+# What decides which kernels run or in which order numbers are added, by how the names begin. LD_PRELOAD
+# may bring another BLAS or OpenMP.
+RECORDED = (
+    "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "VECLIB_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH", "PYTORCH_",
+    "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "HIP_", "MIOPEN_", "TRITON_", "FLASH_ATTENTION_", "DISABLE_ADDMM_", "NCCL_",
+    "GLOO_", "BNB_", "TRANSFORMERS_DISABLE_", "PYTHONHASHSEED", "GLIBC_TUNABLES", "JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS",
+    "JDK_JAVA_OPTIONS", "LC_ALL", "LC_NUMERIC", "LANG", "NPY_", "SCIPY_", "ROCBLAS_", "HIPBLAS", "TENSILE_",
+    "LD_PRELOAD",
+)  # fmt: skip
 # What torchrun sets, and how the variables of other launchers begin.
 OWN_PROCESS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OTHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -67,7 +71,7 @@ def isolate_environment() -> None:
         del removed[ACCUMULATION]
     asked = [f"{name}={value[:80]}" for name, value in removed.items() if value.lower() not in OFF_VALUES]
     if asked:
-        print(f"ignored: {', '.join(asked)}; the settings alone decide how a run computes", file=sys.stderr)
+        print(f"ignored: {', '.join(asked)}; only the settings decide how a run computes", file=sys.stderr)
     check_processes()
     configure_threads()
 
@@ -90,7 +94,7 @@ def check_processes() -> None:
         require(index < size, f"RANK={index}: must be below WORLD_SIZE={size}; {TORCHRUN}")
         read_whole_number("LOCAL_RANK")
         read_whole_number("MASTER_PORT")
-        require(bool(variables.get("MASTER_ADDR")), f"MASTER_ADDR: not set beside WORLD_SIZE={size}; {TORCHRUN}")
+        require(bool(variables.get("MASTER_ADDR")), f"MASTER_ADDR: not set along with WORLD_SIZE={size}; {TORCHRUN}")
     useless = OTHER_PROCESSES if int(variables.get("WORLD_SIZE", 1)) > 1 else (*OTHER_PROCESSES, *OWN_PROCESS)
     for name in list_variables(useless):
         del variables[name]
@@ -103,8 +107,8 @@ def read_whole_number(name: str, least: int = 0) -> int:
         UserError: it does not, or holds a lower one than `least`.
     """
     value = os.environ.get(name, "")
-    whole = value.isascii() and value.isdigit() and len(value) < 10
-    if not whole or int(value) < least:
+    is_number = value.isascii() and value.isdigit() and len(value) < 10
+    if not is_number or int(value) < least:
         raise UserError(f"{name}={value[:80]}: must be a whole number from {least}; unset it, or {TORCHRUN}")
     return int(value)
 

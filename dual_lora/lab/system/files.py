@@ -1,7 +1,6 @@
-"""Files that reach the disk whole or not at all, and one clear line when they cannot."""
+"""Files that reach the disk complete or not at all, and one clear line when they cannot."""
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -9,10 +8,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from dual_lora.lab.config.paths import check_plain_file
-from dual_lora.lab.errors import UserError, find_remedy, get_first_line, is_out_of_memory, require
+from dual_lora.lab.errors import UserError, find_remedy, get_first_line, is_out_of_memory
 
 
 @contextmanager
@@ -20,7 +17,7 @@ def translate_write_errors(path: Path) -> Iterator[None]:
     """Turn a failure to write at or below `path` into one line.
 
     Raises:
-        UserError: the path, the reason and the remedy. A lack of memory passes.
+        UserError: the path, the reason and the remedy. An out-of-memory error passes.
     """
     try:
         yield
@@ -62,7 +59,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def name_temporary_file(path: Path) -> Path:
-    """Return a name beside `path` that no other writer uses, in this process or another."""
+    """Return a name next to `path` that no other writer uses, in this process or another."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
@@ -80,7 +77,7 @@ def remove_temporary_files(folder: Path, *names: str) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a new empty file beside `path`, to be filled; it takes the place of `path` when it is whole and on disk.
+    """Yield a new empty file next to `path`, to be filled; it replaces `path` once it is complete and on disk.
 
     A link at `path` is replaced, never followed, and the umask decides the file's mode.
 
@@ -101,7 +98,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all.
+    """Write a UTF-8 file completely or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -177,37 +174,3 @@ def raise_disk_errors(folder: Path) -> Iterator[None]:
         full = shutil.disk_usage(there).free < MIN_FREE_BYTES
         number = int(found[1]) if found else errno.ENOSPC if full else errno.EIO
         raise OSError(number, os.strerror(number)) from error
-
-
-def build_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; json alone would keep the last of two equal names and drop the first.
-
-    Raises:
-        ValueError: a name occurs twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice!r} occurs twice in one object")
-    return found
-
-
-def read_json_object(path: Path, remedy: str, *keys: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds, with at least these keys.
-
-    Raises:
-        UserError: it holds something else; `remedy` says what to do.
-    """
-    check_plain_file(path)
-    try:
-        content = json.loads(path.read_text("utf-8"), object_pairs_hook=build_unique)
-    except OSError as error:
-        remedy = find_remedy(error.errno, remedy)
-        raise UserError(f"{path}: cannot be read ({error.strerror or get_first_line(error)}); {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({get_first_line(error)}); {remedy}") from error
-    require(isinstance(content, dict), f"{path}: damaged (not a JSON object); {remedy}")
-    lacking = [key for key in keys if key not in content]
-    require(not lacking, f"{path}: damaged (no {', '.join(lacking)}); {remedy}")
-    return content

@@ -137,7 +137,7 @@ def describe_float32_products() -> dict[str, Any]:
 @contextmanager
 def keep_float32_products() -> Iterator[None]:
     """Restore, at the end, the precision of float32 products. Where a model is to be compiled, transformers and
-    accelerate allow TF32 for the whole process, which no setting of a run says."""
+    accelerate allow TF32 for the entire process, which no setting of a run says."""
     import torch
 
     parts = [torch.backends, torch.backends.cuda.matmul]

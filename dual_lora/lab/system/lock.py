@@ -167,5 +167,5 @@ def read_holder(stream: TextIO) -> dict[str, str | int]:
 def describe_holder(other: dict[str, str | int]) -> str:
     """Return the holder of a lock in words."""
     if not other:
-        return "another process does it"
-    return f"process {other.get('pid')} on {other.get('host')} has been doing it since {other.get('since')}"
+        return "another process is working on it"
+    return f"process {other.get('pid')} on {other.get('host')} has held the lock since {other.get('since')}"

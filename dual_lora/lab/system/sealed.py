@@ -1,6 +1,6 @@
 """Sealed folders and files: a manifest, written last, holds the size and SHA-256 of every file in a folder, the
 identity of the run that they belong to, and a digest of itself. A folder with an added, missing or changed file is not
-whole."""
+intact."""
 
 import hashlib
 import json
@@ -72,13 +72,13 @@ def read_seal(folder: Path, manifest: Path | None = None) -> dict[str, Any] | No
     manifest = manifest or folder / MANIFEST
     try:
         held = json.loads(manifest.read_text("utf-8"))
-        whole = is_digest_right(held)
+        intact = is_digest_right(held)
         names = {str(path.relative_to(folder)) for path in list_files(folder) if path != manifest}
         same = names == held["files"].keys()
         same = same and all(describe_file(folder / name) == facts for name, facts in held["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return {name: value for name, value in held.items() if name != "digest"} if whole and same else None
+    return {name: value for name, value in held.items() if name != "digest"} if intact and same else None
 
 
 def check_owner(held: dict[str, Any], identity: str, path: Path) -> None:
@@ -97,7 +97,7 @@ def parse_checkpoint_step(checkpoint: Path) -> int:
 
 
 def find_newest_checkpoint(folder: Path, identity: str) -> Path | None:
-    """Return a run's newest whole checkpoint below `folder`; incomplete and damaged ones are removed.
+    """Return a run's newest intact checkpoint below `folder`; incomplete and damaged ones are removed.
 
     Raises:
         UserError: a checkpoint is another run's, or of another step than its name says.

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from dual_lora.lab.errors import RESUMES, Stopped
+from dual_lora.lab.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What a queue sends shortly before the time limit; it means something only where submitit listens to it.
@@ -16,14 +16,14 @@ class StopRequest:
     """A stop requested by a signal.
 
     asked: the signal's name, or None. waits: whether work may continue to a safe point first. safe_point: when that is
-    reached, in words, if it is not the end of a training step. next_action: what the same command does next. raised:
-    whether `Stopped` was raised at once; an interrupted library may turn it into its own error.
+    reached, in words, if it is not the end of a training step. can_resume: whether the same command resumes from there.
+    raised: whether `Stopped` was raised at once; an interrupted library may turn it into its own error.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self.raised = False
-        self.waits, self.safe_point, self.next_action = False, None, RESUMES
+        self.waits, self.safe_point, self.can_resume = False, None, True
         self.before: dict[int, object] = {}
 
     def handle_signal(self, number: int, frame: object) -> None:
@@ -35,8 +35,8 @@ class StopRequest:
         first, self.asked = self.asked is None, signal.Signals(number).name
         if not (first and self.waits):
             self.raised = True
-            raise Stopped(self.asked, self.next_action)
-        kept = "with a checkpoint" if self.next_action == RESUMES else "without a checkpoint"
+            raise Stopped(self.asked, self.can_resume)
+        kept = "with a checkpoint" if self.can_resume else "without a checkpoint"
         safe_point = self.safe_point or f"after this step, {kept}"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, f"\n{self.asked}: stopping {safe_point}; once more ends at once\n".encode())
@@ -54,7 +54,7 @@ class StopRequest:
         Raises:
             Stopped: a stop was requested.
         """
-        self.asked, self.raised, self.waits, self.safe_point, self.next_action = None, False, False, None, RESUMES
+        self.asked, self.raised, self.waits, self.safe_point, self.can_resume = None, False, False, None, True
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
@@ -65,18 +65,18 @@ class StopRequest:
             self.asked = None
 
     @contextmanager
-    def defer(self, wait: bool = True, next_action: str | None = None, safe_point: str | None = None) -> Iterator[None]:
+    def defer(self, wait: bool = True, can_resume: bool = True, safe_point: str | None = None) -> Iterator[None]:
         """Within this context, remember a requested stop and continue (wait=True), or stop at once (wait=False).
 
         Raises:
             Stopped: a second stop was requested.
         """
-        before = self.waits, self.next_action, self.safe_point
-        self.waits, self.next_action, self.safe_point = wait, next_action or self.next_action, safe_point
+        before = self.waits, self.can_resume, self.safe_point
+        self.waits, self.can_resume, self.safe_point = wait, self.can_resume and can_resume, safe_point
         try:
             yield
         finally:
-            self.waits, self.next_action, self.safe_point = before
+            self.waits, self.can_resume, self.safe_point = before
 
     def raise_if_asked(self) -> None:
         """End here if a stop was requested.
@@ -85,7 +85,7 @@ class StopRequest:
             Stopped: it was.
         """
         if self.asked:
-            raise Stopped(self.asked, self.next_action)
+            raise Stopped(self.asked, self.can_resume)
 
 
 STOP = StopRequest()

@@ -21,10 +21,10 @@ from dual_lora.lab.errors import UserError, require, translate_read_errors
 from dual_lora.lab.inputs.model_files import find_model
 from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
+from dual_lora.lab.model.fused_layers import split_layers
 from dual_lora.lab.model.load import cast_heads_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
-from dual_lora.lab.model.nf4 import list_quantisable_layers
+from dual_lora.lab.model.nf4 import list_quantizable_layers
 from dual_lora.lab.model.source import get_head_options, load_config, set_dropout
-from dual_lora.lab.model.split import split_layers
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from tasks import Task
 
@@ -159,7 +159,7 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
         model.to(getattr(torch, settings.model.dtype))  # the dtype it computes in, except for a head
     else:
         imitate_autocast(model, getattr(torch, settings.model.dtype))
-    for layer in list_quantisable_layers(model, settings.model) if settings.hardware.base else ():
+    for layer in list_quantizable_layers(model, settings.model) if settings.hardware.base else ():
         layer.register_forward_hook(lambda *_: None)  # so that no adapter computes its product and the layer's in one
     limit = get_position_limit(unwrap_adapter(model)) or settings.task.max_length
     ids = torch.zeros(settings.train.batch_size, min(settings.task.max_length, limit), dtype=torch.long, device="meta")

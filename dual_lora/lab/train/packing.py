@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dual_lora.lab.errors import require
 from dual_lora.lab.model.encode import IGNORED_LABEL
-from dual_lora.lab.model.load import differ_by_rounding, is_sharded, unwrap_adapter
+from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded, unwrap_adapter
 
 PROBE_LENGTHS = (5, 4)  # tokens of the two texts on which `check_packing` tries a model
 
@@ -90,5 +90,5 @@ def check_packing(model: torch.nn.Module) -> None:
     alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
     model.train(training)
     kind = type(unwrap_adapter(model)).__name__
-    apart = differ_by_rounding(packed, alone, model)
-    require(apart, f"train.packing=true: {kind} does not keep packed examples apart; drop it")
+    independent = agree_up_to_rounding(packed, alone, model)
+    require(independent, f"train.packing=true: {kind} does not keep packed examples apart; drop it")

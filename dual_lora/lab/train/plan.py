@@ -23,7 +23,7 @@ from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.adapt import check_named_modules, count_parameters
 from dual_lora.lab.model.load import check_head_dropout, explain_unshardable, unwrap_adapter
-from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantisable_layers
+from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantizable_layers
 from dual_lora.lab.model.source import find_gguf_file
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
@@ -179,7 +179,7 @@ def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dic
     ("trained"), the 16-bit copies that autocast makes of float32 weights ("copies"), and what FSDP2 gathers at once
     ("gathered"): two layers, or everything outside the layers (embeddings, head), whichever is more."""
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    small = [layer.weight for layer in list_quantisable_layers(model, settings.model)]
+    small = [layer.weight for layer in list_quantizable_layers(model, settings.model)]
     kind = getattr(torch, settings.model.dtype)
     one, two = (sum(p.numel() for p in build_meta_model(settings, task, count).parameters()) for count in (1, 2))
     copied = [

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 
 from dual_lora.functional import CLIPPED
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import RESTARTS, RESUMES, UserError, get_first_line
+from dual_lora.lab.errors import UserError, get_first_line
 from dual_lora.lab.model.adapt import split_by_rate, start_ramp
 from dual_lora.lab.model.load import is_sharded
 from dual_lora.lab.record.record import Record
@@ -137,7 +137,7 @@ class RunTrainer(Trainer):
         """
         self.began = self.saved_at = time.perf_counter()
         CLIPPED.pop_share()  # counts left by a run that failed before this one
-        with STOP.defer(next_action=RESUMES if self.can_save else RESTARTS), translate_compile_errors(self.settings):
+        with STOP.defer(can_resume=self.can_save), translate_compile_errors(self.settings):
             done = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             STOP.raise_if_asked()
         self.check_losses()

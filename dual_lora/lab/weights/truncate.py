@@ -19,7 +19,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.evaluate.evaluate import evaluate_splits
-from dual_lora.lab.evaluate.reevaluation import load_recorded_splits
+from dual_lora.lab.evaluate.trained import load_recorded_splits
 from dual_lora.lab.model.load import move_to_device
 from dual_lora.lab.model.merge import merge_and_unload
 from dual_lora.lab.record.record import TRUNCATION_FILE, Record

@@ -22,9 +22,9 @@ from dual_lora.functional import delta_weight
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
-from dual_lora.lab.evaluate.reevaluation import load_trained_model
+from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.model.adapt import draw_initial_model
-from dual_lora.lab.model.load import load_dequantised_model, load_model
+from dual_lora.lab.model.load import load_dequantized_model, load_model
 from dual_lora.lab.model.merge import explain_unmergeable
 from dual_lora.lab.record.record import Record
 from dual_lora.tuner.factors import DualLoraFactors
@@ -277,7 +277,7 @@ def load_trained_and_base(settings: Settings, record: Record) -> tuple[nn.Module
     for name, parameter in trained.named_parameters():
         require(bool(parameter.isfinite().all()), f"run={record.format_path()}: {name} contains NaN or Inf")
     check_update_scales(trained, record)
-    base, _ = (load_dequantised_model if settings.hardware.base else load_model)(settings, task)
+    base, _ = (load_dequantized_model if settings.hardware.base else load_model)(settings, task)
     return trained, base, tokenizer
 
 

@@ -43,7 +43,7 @@ def is_hub_unreachable() -> bool:
 
 
 def use_cache_if_unreachable(models: bool = False, data: bool = False) -> None:
-    """Read models or data sets from the cache alone if the hub cannot be reached."""
+    """Read models or data sets only from the cache if the hub cannot be reached."""
     if models and is_hub_unreachable():
         constants.HF_HUB_OFFLINE = True
     if data and is_hub_unreachable():

@@ -1,10 +1,9 @@
 """Models that have no file in conf/model: a folder or a hub id, with the settings that such a file would hold.
 
-They follow from config.json alone. conf/family/ has the names of modules by `model_type`; of a type that it lacks, the
+They follow from config.json only. conf/family/ has the names of modules by `model_type`; of any other type, the
 modules are those of PEFT's own table for LoRA, or else all linear layers but the head.
 """
 
-import json
 import os
 import re
 from functools import cache
@@ -12,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
-from dual_lora.lab.config.paths import check_plain_file, find_choices, load_yaml, resolve_path
-from dual_lora.lab.config.schema import MAX_NAME
+from dual_lora.lab.config.paths import find_choices, load_yaml, read_json_object, resolve_path
+from dual_lora.lab.config.schema import MAX_NAME, is_hub_id
 from dual_lora.lab.errors import UserError, require, translate_read_errors
 
 # PEFT's word for every linear layer but the head, as the role that a model of an unknown type has.
 ALL_LINEAR = "all-linear"
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+HUB_PLACE = re.compile(r"(?P<id>[^@]+)(?:@(?P<revision>[\w./-]+))?")
 HUB_CACHE = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/[0-9a-f]{40}")
 WRITERS = ("ForCausalLM", "LMHeadModel")  # how the classes of models that write text end
 SIXTEEN_BITS = ("bfloat16", "float16")
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json")
+TOKENIZER_SIGNS = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.bpe", "*.codes", "*.tiktoken", "tekken.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SAVED_MODEL = "a saved Hugging Face model"
+RESAVE_REMEDY = "save the model again"
 # What this process found, one line for each model.
 found_models: dict[str, str] = {}
 
@@ -36,7 +36,8 @@ def is_model_place(name: str) -> bool:
 
 def find_hub_id(name: str) -> re.Match | None:
     """Return the match of a hub id, ORG/NAME or ORG/NAME@REVISION; None for a folder that exists, or any other path."""
-    return None if name.startswith((".", "~", "/")) or Path(name).is_dir() else HUB_ID.fullmatch(name)
+    found = HUB_PLACE.fullmatch(name)
+    return found if found and is_hub_id(found["id"]) and not Path(name).is_dir() else None
 
 
 def describe_model(name: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def describe_model(name: str) -> dict[str, Any]:
         called = hub["id"]
     else:
         folder = locate_folder(name)
-        config, place, called = read_config_file(folder), {"path": str(folder)}, name_folder(folder)
+        config, place, called = read_config_json(folder), {"path": str(folder)}, name_folder(folder)
     where, kind = f"model={name}", str(config.get("model_type"))
     require(kind != "None", f"{where}: its config.json names no model_type; give {SAVED_MODEL}")
     seq2seq = config.get("is_encoder_decoder") and not config.get("is_decoder")
@@ -69,7 +70,7 @@ def locate_folder(name: str) -> Path:
     """Return the absolute path of a model's folder.
 
     Raises:
-        UserError: what the folder lacks to be a model.
+        UserError: what is missing in the folder.
     """
     packed = name.lower().endswith(".gguf")
     require(not packed, f"model={name}: a GGUF file does not say all of its model; take model=NAME model.path={name}")
@@ -77,42 +78,42 @@ def locate_folder(name: str) -> Path:
     if not folder.is_dir():
         remedy = f"give {SAVED_MODEL}, or a model of the hub as model=ORG/NAME"
         raise UserError(f"model={name}: {'a file' if folder.exists() else 'no such folder'}; {remedy}")
-    lacking = list_lacking_files(folder)
-    require(not lacking, f"model={name}: {explain_no_model(folder, lacking, 'model')}")
+    missing = list_missing_files(folder)
+    require(not missing, f"model={name}: {explain_no_model(folder, missing, 'model')}")
     return folder
 
 
-def list_lacking_files(folder: Path) -> list[str]:
-    """Return what a folder lacks to be a saved model, in words."""
+def list_missing_files(folder: Path) -> list[str]:
+    """Return what is missing in a folder that should hold a saved model, in words."""
     patterns = {
         "config.json": ("config.json",),
         "weights (*.safetensors)": ("*.safetensors",),
-        "tokenizer (tokenizer.json)": TOKENIZER_FILES,
+        "tokenizer (tokenizer.json)": TOKENIZER_SIGNS,
     }
     return [what for what, names in patterns.items() if not any(any(folder.glob(name)) for name in names)]
 
 
-def explain_no_model(folder: Path, lacking: list[str], key: str) -> str:
-    """Return what a folder lacks to be a saved model and what to do about it, in one line. key: the setting that names
-    the folder."""
-    said = ", ".join(f"no {what}" for what in lacking) + " there"
+def explain_no_model(folder: Path, missing: list[str], key: str) -> str:
+    """Return what is missing in a folder that should hold a saved model and what to do about it, in one line. key: the
+    setting that names the folder."""
+    found = ", ".join(f"no {what}" for what in missing) + " there"
     if near := find_near_model(folder):
-        return f"{said}, but a model in {near}; give {key}={near}"
+        return f"{found}, but a model in {near}; give {key}={near}"
     if (folder / "adapter_config.json").exists():
-        return f"{said}, but an adapter; give the model that it belongs to"
+        return f"{found}, but an adapter; give the model that it belongs to"
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles and "config.json" not in lacking:
-        return f"{said}, and {pickles[0]} is a pickle, which is never read; save the model again (save_pretrained)"
-    if lacking == ["tokenizer (tokenizer.json)"]:
-        return f"{said}; save it into the same folder (tokenizer.save_pretrained)"
-    return f"{said}; give the folder of {SAVED_MODEL}"
+    if pickles and "config.json" not in missing:
+        return f"{found}, and {pickles[0]} is a pickle, which is never read; save the model again (save_pretrained)"
+    if missing == ["tokenizer (tokenizer.json)"]:
+        return f"{found}; save it into the same folder (tokenizer.save_pretrained)"
+    return f"{found}; give the folder of {SAVED_MODEL}"
 
 
 def find_near_model(folder: Path) -> Path | None:
     """Return the folder above or the only one below that holds a model."""
     below = [child for child in sorted(folder.iterdir()) if child.is_dir()] if folder.is_dir() else []
-    below = [child for child in below if not list_lacking_files(child)]
-    above = [] if list_lacking_files(folder.parent) else [folder.parent]
+    below = [child for child in below if not list_missing_files(child)]
+    above = [] if list_missing_files(folder.parent) else [folder.parent]
     return next(iter(above or (below if len(below) == 1 else [])), None)
 
 
@@ -125,19 +126,13 @@ def name_folder(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-.")[:MAX_NAME] or "model"
 
 
-def read_config_file(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config.json.
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's config.json, as they are there.
 
     Raises:
-        UserError: it is damaged, or no file.
+        UserError: it is damaged, or not a file.
     """
-    file = folder / "config.json"
-    check_plain_file(file)
-    with translate_read_errors(f"{file}: damaged", "save the model again"):
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-    return values
+    return read_json_object(folder / "config.json", RESAVE_REMEDY)
 
 
 @cache
@@ -154,7 +149,7 @@ def read_hub_model(hub: str, revision: str | None) -> tuple[dict[str, Any], dict
     remedy = "check its name, log in for a gated one (hf auth login), or give model=DIR, a saved model"
     with translate_read_errors(f"model={hub}{at}: cannot fetch its config.json from the hub", remedy):
         file = Path(hf_hub_download(hub, "config.json", revision=revision))
-    return read_config_file(file.parent), {"hub": hub, "revision": file.parent.name}
+    return read_config_json(file.parent), {"hub": hub, "revision": file.parent.name}
 
 
 def load_families() -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Code from outside of this repository, which a command line names on purpose: plugins=FILE.py, DIR or MODULE.
 
-It defines tasks, and it is the only code that a command runs beside this repository's and its libraries'. A file of
-settings and a record cannot name any. Its hash is part of the identity of every run of the command.
+It defines tasks. A command runs no other code except this repository's and its libraries'. A file of settings and a
+record cannot name any. Its hash is part of the identity of every run of the command.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from dual_lora.lab.config.paths import check_plain_file, resolve_path
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 PREFIX = "dual_lora_plugin_"  # of the names of modules that are imported from a path
-KINDS = "give a file FILE.py, the folder of a package, or the name of an installed module"
+PLUGIN_REMEDY = "give a file FILE.py, the folder of a package, or the name of an installed module"
 
 
 def import_plugin(word: str) -> None:
-    """Import what `word` names, and have its tasks found by its name: that of its file or folder.
+    """Import a plugin and register its tasks under the name of its file or folder.
 
     Raises:
         UserError: there is no such code, it cannot be imported, or a task here has its name.
@@ -56,15 +56,15 @@ def locate_plugin(word: str) -> tuple[Path | None, str]:
     """
     path = resolve_path("plugins", word)
     if path.suffix == ".py" or path.is_dir() or "/" in word:
-        packaged = not path.is_dir() or (path / "__init__.py").is_file()
-        require(packaged, f"plugins={word}: no __init__.py there, so it is not a package; {KINDS}")
-        require(path.exists(), f"plugins={word}: no such file; {KINDS}")
+        is_package = not path.is_dir() or (path / "__init__.py").is_file()
+        require(is_package, f"plugins={word}: no __init__.py there, so it is not a package; {PLUGIN_REMEDY}")
+        require(path.exists(), f"plugins={word}: no such file; {PLUGIN_REMEDY}")
         check_plain_file(path)
         path = path.absolute()
         return path, path.name.removesuffix(".py")
     with translate_import_errors(word):
         found = all(part.isidentifier() for part in word.split(".")) and find_spec(word)
-    require(bool(found and found.origin), f"plugins={word}: no such file, and no module of that name; {KINDS}")
+    require(bool(found and found.origin), f"plugins={word}: no such file, and no module of that name; {PLUGIN_REMEDY}")
     return None, word.rpartition(".")[2]
 
 
@@ -92,8 +92,8 @@ def translate_import_errors(word: str) -> Iterator[None]:
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
-        said = f"{type(error).__name__}: {get_first_line(error)}"
-        raise UserError(f"plugins={word}: cannot be imported ({said}; {file}, line {line}); fix it") from error
+        reason = f"{type(error).__name__}: {get_first_line(error)}"
+        raise UserError(f"plugins={word}: cannot be imported ({reason}; {file}, line {line}); fix it") from error
 
 
 def hash_plugin(path: Path) -> str:
@@ -113,13 +113,14 @@ def describe_plugins() -> dict[str, dict[str, str]]:
 
 
 def describe_plugin(plugin: tasks.Plugin) -> dict[str, str]:
+    """Return a plugin's path and hash, and the name of an installed module."""
     named = plugin.module.__name__
     installed = {} if named.startswith(PREFIX) else {"module": named}
     return {"path": str(plugin.path), "sha256": plugin.sha256, **installed}
 
 
 def get_plugin_word(recorded: dict[str, str]) -> str:
-    """Return what `plugins=` names a recorded plugin by. A module of a package cannot be imported as a file alone."""
+    """Return what `plugins=` names a recorded plugin by. A module of a package cannot be imported from its file."""
     return recorded.get("module", recorded["path"])
 
 
@@ -136,5 +137,7 @@ def check_plugins(recorded: dict[str, Any], where: str) -> None:
     require(not missing, f"{where}: done with code of {', '.join(missing)}; to run that code again, add plugins={word}")
     for name, found in tasks.plugins.items():
         require(name in recorded, f"plugins={found.path}: {where} was done without it; drop it")
-        same = found.sha256 == recorded[name]["sha256"]
-        require(same, f"plugins={found.path}: changed since {where} was done; restore the file, or do the run again")
+        is_unchanged = found.sha256 == recorded[name]["sha256"]
+        require(
+            is_unchanged, f"plugins={found.path}: changed since {where} was done; restore the file, or do the run again"
+        )

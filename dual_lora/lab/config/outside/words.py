@@ -57,7 +57,7 @@ def list_plugins(word: str) -> list[str]:
 
 
 def use_config_folder(flag: str, value: str) -> None:
-    """Have the settings files in a folder found beside those in conf/.
+    """Have the settings files in a folder found in addition to those in conf/.
 
     Raises:
         UserError: there is no such folder, or a file in it lies in the wrong place or has a name that is taken.

@@ -41,10 +41,10 @@ def execute_launched_run(folder: Path, config: DictConfig) -> dict[str, str] | N
         with run_in_progress, listen_in_process(), stop_on_file(folder / "stop"):
             return execute_run(prepare_launched_run(folder / str(HydraConfig.get().job.num)))
     except Stopped as stopped:
-        if str(stopped) == REQUEUE.name:
+        if stopped.by == REQUEUE.name:
             with suppress(Exception):
                 signal.raise_signal(REQUEUE)  # submitit has the job queued again and ends this process
-        stop_reasons.append(str(stopped))
+        stop_reasons.append(stopped.by)
         return describe_error(stopped)
     except Exception as error:
         return describe_error(error)

@@ -11,11 +11,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dual_lora.lab.errors import is_out_of_memory
-from dual_lora.lab.model.load import differ_by_rounding, is_sharded
+from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded
 
 PROBE_START, PROBE_ENDS = 4, (2, 12)  # tokens that the two prompts of `probe_prompts` share, and that follow them
 PROBE_BEAMS = 2
-# What `probe_prompts` found. It depends on the architecture alone, so once for each model is enough.
+# What `probe_prompts` found. It depends only on the architecture, so once for each model is enough.
 PROBED: WeakKeyDictionary[PreTrainedModel, bool | None] = WeakKeyDictionary()
 
 
@@ -76,7 +76,7 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]], pad: int, roo
     """Return token ids and mask (prompts x tokens), and the cache of all tokens but the last, one row per prompt.
 
     A prefix that all prompts share is read once, and padding goes between the prefix and the rest. A model that counts
-    columns, padding included, reads the whole prompts, padded on the left: one with ALiBi by column, or with a window
+    columns, padding included, reads the full prompts, padded on the left: one with ALiBi by column, or with a window
     too narrow for the prompts and `room` more tokens.
     """
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
@@ -135,9 +135,9 @@ def compute_next_logits(model: PreTrainedModel, rows: Tensor, attention_mask: Te
 
 @torch.no_grad()
 def probe_prompts(model: PreTrainedModel, pad: int) -> bool | None:
-    """Return whether a batch of prompts, read through a cache, gets the logits of each prompt alone: True even if the
-    prefix they share is read once, False only if each is read whole, None in neither case. Two short prompts are tried,
-    once for each model. A sharded model is not tried.
+    """Return whether prompts get the same logits in a batch, read through a cache, as each by itself: True even if the
+    prefix they share is read once, False only if each is read in full, None in neither case. Two short prompts are
+    tried, once for each model. A sharded model is not tried.
     """
     if is_sharded(model):
         return True
@@ -150,14 +150,14 @@ def probe_prompts(model: PreTrainedModel, pad: int) -> bool | None:
 
 
 def reads_as_alone(model: PreTrainedModel, pad: int, shared: int) -> bool:
-    """Return whether two short prompts of different lengths get the logits of each alone, for the token after them and
-    for the next one. The first `shared` tokens are read once."""
+    """Return whether two short prompts of different lengths get the same logits in a batch as each by itself, for the
+    token after them and for the next one. The first `shared` tokens are read once."""
     known = [token for token in range(min(model.config.get_text_config().vocab_size, 64)) if token != pad]
     tokens = islice(cycle(known), PROBE_START + sum(PROBE_ENDS) + 1)
     start, following, *ends = (list(islice(tokens, count)) for count in (PROBE_START, 1, *PROBE_ENDS))
     prompts = [start + end for end in ends]
     texts = [torch.tensor([prompt + following], device=model.device) for prompt in prompts]
-    alone = torch.cat([model(input_ids=text, use_cache=False).logits[0, -2:] for text in texts])
+    single = torch.cat([model(input_ids=text, use_cache=False).logits[0, -2:] for text in texts])
     try:
         inputs = read_behind_prefix(model, prompts, pad, shared)
         cache = inputs["past_key_values"]
@@ -171,5 +171,5 @@ def reads_as_alone(model: PreTrainedModel, pad: int, shared: int) -> bool:
         if is_out_of_memory(error):
             raise
         return False
-    beside = torch.stack([first, second], 1)[::PROBE_BEAMS].flatten(0, 1)
-    return differ_by_rounding(beside, alone, model)
+    batched = torch.stack([first, second], 1)[::PROBE_BEAMS].flatten(0, 1)
+    return agree_up_to_rounding(batched, single, model)

@@ -53,8 +53,10 @@ def split_layers(model: nn.Module, settings: Settings) -> None:
     fused = {name: layer for name, layer in model.named_modules() if pattern.fullmatch(name)}
     require(fused, f"{where}: {chosen.name} has no module {pattern.pattern}; name its roles' modules in model.roles")
     for name, layer in fused.items():
-        even = isinstance(layer, Conv1D) and layer.nf % len(chosen.split) == 0
-        require(even, f"{where}: {name} is not a fused layer of equal blocks, as GPT-2's is; take model.split=[]")
+        splits_evenly = isinstance(layer, Conv1D) and layer.nf % len(chosen.split) == 0
+        require(
+            splits_evenly, f"{where}: {name} is not a fused layer of equal blocks, as GPT-2's is; take model.split=[]"
+        )
         model.set_submodule(name, SplitLayer(layer, chosen.split))
 
 

@@ -5,12 +5,12 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from tools import try_releases
+from tools import try_environments
 
 
 def test_the_oldest_releases_are_those_that_the_package_allows():
     allowed = (ROOT / "pyproject.toml").read_text()
-    floors = [pin.split("==") for pin in try_releases.list_floors()]
+    floors = [pin.split("==") for pin in try_environments.list_floors()]
     assert [name for name, _ in floors] == ["torch", "peft"]
     assert all(f'"{name}>={version}"' in allowed or f'"{name}>={version},' in allowed for name, version in floors)
 
@@ -24,22 +24,22 @@ def commands(monkeypatch) -> list[list[str]]:
         found.append(command)
         return subprocess.CompletedProcess(command, 3 if "pytest" in command[2:3] else 0)
 
-    monkeypatch.setattr(try_releases.subprocess, "run", note)
+    monkeypatch.setattr(try_environments.subprocess, "run", note)
     return found
 
 
 def test_a_kept_environment_is_brought_up_to_date_and_not_made_again(commands, monkeypatch, tmp_path):
     (tmp_path / "newest/bin").mkdir(parents=True)
     (tmp_path / "newest/bin/python").touch()
-    monkeypatch.setattr("sys.argv", ["try_releases", "newest", "--keep", str(tmp_path)])
-    assert try_releases.main() == 3, "pytest's exit code"
+    monkeypatch.setattr("sys.argv", ["try_environments", "newest", "--keep", str(tmp_path)])
+    assert try_environments.main() == 3, "pytest's exit code"
     python = str(tmp_path / "newest/bin/python")
     assert [command[0] for command in commands] == [python] * 3
     assert "--upgrade" in commands[0] and commands[2][-2:] == ["tests/tuner", "tests/kernels"]
 
 
 def test_an_unknown_environment_is_refused(monkeypatch, capsys, commands):
-    monkeypatch.setattr("sys.argv", ["try_releases", "newst"])
+    monkeypatch.setattr("sys.argv", ["try_environments", "newst"])
     with pytest.raises(SystemExit):
-        try_releases.main()
-    assert "newst: no such environment; known: oldest, newest" in capsys.readouterr().err and not commands
+        try_environments.main()
+    assert "newst: no such environment; known: oldest, newest, tools" in capsys.readouterr().err and not commands
