@@ -264,8 +264,8 @@ def find_unfinished_warmup(settings: Settings, steps: int, planned: int) -> list
 def encode_scored_splits(
     rows: RunRows, model: torch.nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> dict[str, Dataset]:
-    """Refuse scored and development rows that the model cannot be scored on. Return the scored splits, encoded, except
-    those of which only prompts are.
+    """Refuse scored and development rows that the model cannot be scored on. Return the scored splits, encoded; splits
+    that are scored by what the model generates, of which only the prompts are encoded, are left out.
 
     Raises:
         UserError: a row has no tokens, or more than the model has positions for.
@@ -429,8 +429,8 @@ def build_best_epoch(settings: Settings, task: Task, log: LogCallback, measure: 
 def train_and_save(trainer: RunTrainer, record: Record, settings: Settings) -> dict[str, Any]:
     """Train, from the newest checkpoint if there is one, and return the facts about training for the result.
 
-    The weights are saved, and then `trained.json`, so that a later kill does not lose the training. Where the last step
-    is scored first, its checkpoint does not (`RunTrainer.is_checkpoint_due`).
+    The weights are saved, and then `trained.json`, so that a later kill does not lose the training. If the last step is
+    scored before that, its checkpoint holds the training until then (`RunTrainer.is_checkpoint_due`).
     """
     best = trainer.best
     with PeakMemory() as peak:
