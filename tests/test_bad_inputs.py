@@ -457,7 +457,8 @@ CASES = [
     ),
     Case("data", "a line without a bar", E2E, "test.txt: line 2 is not", changed("e2e/test.txt", lambda c: c + b"x\n", e2e_files)),
     Case("data", "an empty sentence", E2E, "test.txt: line 2 is not", changed("e2e/test.txt", lambda c: c + b"name : Elm|| \n", e2e_files)),
-    Case("data", "an empty sentence, to a model without special tokens", "model=tiny-gpt2 task=glue/sst2 data_dir={here}", "train-2 is empty", changed("glue/SST-2/train.tsv", lambda c: c + b"\t1\n", lambda h: write_official(h, "sst2"))),
+    Case("data", "an empty sentence of GLUE", "task=glue/sst2 data_dir={here}", "line 4: an empty text", changed("glue/SST-2/train.tsv", lambda c: c + b"\t1\n", lambda h: write_official(h, "sst2"))),
+    Case("data", "empty questions, to a model without special tokens", "model=tiny-gpt2 task=glue/qqp data_dir={here}", "train-2 is empty", changed("glue/QQP/train.tsv", lambda c: c + b"8\t8\t8\t\t\t1\n", lambda h: write_official(h, "qqp"))),
     Case("data", "an empty text file", E2E, "train.txt: no rows", changed("e2e/train.txt", lambda c: b"", e2e_files)),
     Case(
         "data",

@@ -277,27 +277,29 @@ def test_a_model_without_a_limit_of_positions_has_none():
     assert model.config.max_position_embeddings == -1 and get_position_limit(model) is None
 
 
-CUT = ["task.max_length=8", "task.loss_on_prompt=true"]
+CUT = ["task.max_length=30", "task.loss_on_prompt=true"]
 
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "limit", "said"),
     [
-        (["task=demo/sentiment"], "of train has "),
-        (["task=demo/restaurants"], "of train has "),
-        (["task=demo/restaurants", *CUT], "of validation alone has "),
+        (["task=demo/sentiment"], 8, "of train has "),
+        (["task=demo/restaurants"], 8, "of train has "),
+        (["task=demo/restaurants", *CUT], 30, "of validation alone has "),
     ],
 )
-def test_a_row_that_would_change_the_positions_of_others_is_refused(field, words, said, tmp_path, runs_folder, capsys):
+def test_a_row_that_would_change_the_positions_of_others_is_refused(
+    field, words, limit, said, tmp_path, runs_folder, capsys
+):
     """longrope has two sets of frequencies, and the longest row of a batch chooses."""
     folder = shutil.copytree(BUNDLED / "tiny-llama", tmp_path / "model")
     long = {"rope_type": "longrope", "factor": 32.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
-    long |= {"rope_theta": 10000.0, "original_max_position_embeddings": 8}
+    long |= {"rope_theta": 10000.0, "original_max_position_embeddings": limit}
     config = json.loads((folder / "config.json").read_text())
     config.pop("rope_parameters", None)
     (folder / "config.json").write_text(json.dumps(config | {field: long}))
     assert train_command(["model=tiny-llama", f"model.path={folder}", *words, *SHORT]) == 2
     line = capsys.readouterr().err
-    assert "tiny-llama takes 8 tokens (longrope: a longer row would change the others of its batch), and" in line
+    assert f"tiny-llama takes {limit} tokens (longrope: a longer row would change the others of its batch), and" in line
     assert said in line

@@ -250,8 +250,8 @@ def test_a_prompt_that_leaves_no_room_for_its_target_is_refused(runs_folder):
 
 
 def test_rows_that_are_cut_are_counted(runs_folder):
-    """With the loss on the prompt, too, nothing is refused, as in LLM-Adapters' script."""
-    words = ["task.max_length=8", "task.loss_on_prompt=true", "train.max_examples=9", "train.max_steps=1"]
+    """With the loss on the prompt, too, rows are cut and not refused, as in LLM-Adapters' script."""
+    words = ["task.max_length=30", "task.loss_on_prompt=true", "train.max_examples=9", "train.max_steps=1"]
     result = train_run(Run.prepare(settings("tiny-llama", *words)))
     assert result["data"]["train"]["rows"] == result["data"]["train"]["cut"] == 9
     assert describe_data(result["data"]).startswith("9 rows to train on (9 of them cut at task.max_length), ")
