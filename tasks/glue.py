@@ -173,7 +173,7 @@ class Glue(Task):
         """Return the rows of an official file in this project's columns.
 
         Raises:
-            TaskError: it is damaged, or has an empty text that the official one has not.
+            TaskError: it is damaged, or has an empty text, which the official one does not.
         """
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
         belongs = self.build_split_filter(path, split)
@@ -253,8 +253,8 @@ class Glue(Task):
 
 
 def restore_score(score: float) -> float:
-    """Return one of the hub's scores of STS-B, which are float32, as the official file has it: with at most three
-    decimals, or, of a few means of up to 15 judgements such as 32/7, with 15 digits."""
+    """Return a score of STS-B from the hub, which is float32, as in the official file: with at most three decimals, or
+    with 15 digits if it is one of the few means of up to 15 judgements, such as 32/7."""
     rounded = round(score, 3)
     mean = Fraction(score).limit_denominator(15)
     return rounded if abs(rounded - score) < 1e-6 else float(f"{float(mean):.15g}")

@@ -209,8 +209,8 @@ def build_generation_config(tokenizer: PreTrainedTokenizerBase, settings: Settin
 
 
 def encode_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a string at the start of a text, and behind a word, where an output has it. In SentencePiece
-    they differ: the first of the former includes a blank."""
+    """Return the tokens of a string at the start of a text, and behind a word, where an output has it. With
+    SentencePiece they differ: at the start of a text the first token includes a blank."""
     word, start, behind = tokenizer([STOP_CONTEXT, text, STOP_CONTEXT + text], add_special_tokens=False)["input_ids"]
     return start, behind[len(word) :] if behind[: len(word)] == word else start
 

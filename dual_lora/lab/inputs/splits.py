@@ -1,12 +1,11 @@
 """Rows of a task: its own splits, and training rows held out for evaluation."""
 
 import itertools
-import re
 import sys
 from dataclasses import replace
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
-from dual_lora.lab.config.schema import Evaluate, Settings
+from dual_lora.lab.config.schema import Evaluate, Settings, is_hub_id
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
 from dual_lora.lab.system.distributed import is_first_process
@@ -16,8 +15,6 @@ from tasks import Split, Task
 HOLDOUT_SEED = 2512
 # Seed of the draw of the rows whose loss may choose the checkpoint, that of LLM-Adapters' and DoRA's scripts.
 VALIDATION_SEED = 42
-# A source of the hub, as tasks write it: a data set at a revision.
-HUB_SOURCE = re.compile(r"[^/@]+/[^/@]+@")
 
 
 def load_split(task: Task, name: str, settings: Settings) -> Split:
@@ -38,7 +35,7 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
 
 
 def warn_of_one_label(name: str, chosen: Split, split: Split) -> None:
-    """Print a warning if rows chosen from a split, which may be sorted, have one class or number, and others more."""
+    """Print a warning if rows chosen from a split, which may be sorted, have only one label and the split has more."""
     if "label" not in split.rows.column_names or not is_first_process():
         return
     if len(set(chosen.rows["label"])) < 2 <= len(set(split.rows["label"])):
@@ -69,7 +66,7 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
     """Return the rows a run is evaluated on, by split: the task's own, or training rows that are held out.
 
     Raises:
-        UserError: as `load_split`, or the training rows are no rows of one split.
+        UserError: as `load_split`, or the training rows are of several sets.
     """
     if not settings.eval.holdout:
         with translate_task_errors():
@@ -178,7 +175,7 @@ def read_split(task: Task, name: str, settings: Settings) -> Split:
     """
     if settings.data_dir is None:
         source = task.source()
-        if "hub" in source or HUB_SOURCE.match(source.get(name, "")):
+        if "hub" in source or is_hub_id(source.get(name, "").partition("@")[0]):
             use_cache_if_unreachable(data=True)
     with (
         translate_read_errors(f"task={task.name}: cannot load its {name} split", "give data_dir=DIR"),

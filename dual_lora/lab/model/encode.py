@@ -35,21 +35,21 @@ def encode_rows(rows: "Dataset", task: Task, tokenizer: PreTrainedTokenizerBase,
         if task.form == "generation"
         else build_sentence_encoder(tokenizer, settings)
     )
-    found = rows.to_list()
-    examples = [columns(row) for row in found]
+    listed = rows.to_list()
+    examples = [columns(row) for row in listed]
     if task.form == "generation" and settings.task.loss_on_prompt:
-        check_targets(found, examples, tokenizer, settings)
+        check_targets(listed, examples, tokenizer, settings)
     return Dataset.from_list(examples)
 
 
 def check_targets(
     rows: list[Row], examples: list[dict], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> None:
-    """Say of how many rows, which `encode_rows` made `examples`, only the prompt is trained on, since it is as long as
-    `task.max_length`.
+    """Print a warning if prompts fill `task.max_length`, so that nothing of their targets is trained on. examples: the
+    rows as `encode_rows` returns them.
 
     Raises:
-        UserError: that is so of all of them.
+        UserError: all prompts do.
     """
     limit = settings.task.max_length
     full = [row for row, example in zip(rows, examples, strict=True) if len(example["input_ids"]) == limit]
