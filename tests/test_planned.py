@@ -66,6 +66,13 @@ def test_a_value_may_be_a_multiple_of_its_block_s():
     full = {"seeds": [0], "run": ["model=tiny-roberta"], "blocks": blocks}
     found = Experiment.from_content("made", SPEC | {"cells": cells, "full": full}).compose_cells([])
     assert [cell.settings.method.alpha for cell in found] == [8, 4, 30, 15]
+    for written, wanted in (("8", 4), (".8e+1", 4), ("1E1", 5)):
+        over = full | {
+            "run": ["model=tiny-roberta", "method.alpha=30"],
+            "blocks": [["task=glue/rte", f"method.alpha={written}"]],
+        }
+        (_, halved) = Experiment.from_content("made", SPEC | {"cells": cells, "full": over}).compose_cells([])
+        assert halved.settings.method.alpha == wanted, written
     alone = Experiment.from_content("made", SPEC | {"cells": cells})
     with pytest.raises(
         UserError, match="^conf/experiment/made.yaml: method.alpha=0.5x: 0.5x needs a number for method"

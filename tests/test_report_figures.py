@@ -123,6 +123,28 @@ def test_a_rate_that_diverged_has_no_score(study):  # noqa: F811
     assert frame["score"].isna().tolist() == [True, False] and frame["score"][1] == pytest.approx(70)
 
 
+def test_a_row_s_rate_of_which_one_seed_diverged_has_no_score(study):  # noqa: F811
+    cells = {"LoRA": ["method=lora", "train.lr=1e-3,8e-3"]}
+    spec = GLUE | {"columns": "train.lr", "published": [], "baselines": [], "cells": cells}
+    spec |= {"full": GLUE["full"] | {"blocks": [["task=glue/rte"]]}}
+    experiment, outcomes = study(spec, lambda label, s: None if (s.train.lr, s.seed) == (8e-3, 1) else 80)
+    (lost,) = [outcome for outcome in outcomes if not outcome.result]
+    record = finish(lost.settings, 80)
+    (record.folder / "result.json").unlink()
+    record.write_file("failure.json", {"error": "DivergedError", "message": "the loss is nan", "diverged": True})
+    frame = collect_rates(experiment, find_outcomes([outcome.cell for outcome in outcomes], "made"))
+    assert frame["rate"].tolist() == [1e-3, 8e-3] and frame["score"].isna().tolist() == [False, True]
+
+
+def test_rows_are_named_at_the_left_of_every_line_of_panels(study):  # noqa: F811
+    spec = GLUE | {"columns": "task.name", "published": []}
+    blocks = [[f"task=glue/{name}"] for name in ("sst2", "rte", "qnli", "mrpc")]
+    spec |= {"full": GLUE["full"] | {"blocks": blocks}}
+    experiment, outcomes = study(spec, lambda label, s: 80 + s.seed)
+    figure = draw_results(experiment, build_frame(experiment, outcomes), outcomes, [])
+    assert [bool(axes.get_yticklabels()[0].get_text()) for axes in figure.axes] == [True, False, True, False]
+
+
 def test_learning_curves_are_drawn_from_the_records(study, tmp_path):  # noqa: F811
     experiment, outcomes = study(GLUE, lambda label, s: 80)
     assert draw_curves(outcomes) is None  # nothing logged

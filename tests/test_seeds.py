@@ -14,6 +14,8 @@ from dual_lora.lab.statistics import calibration
 from dual_lora.lab.statistics.calibration import Scenario, calibrate_verdicts, find_misses, summarize_worst_cases
 from dual_lora.lab.statistics.compare import Difference
 from dual_lora.lab.statistics.seeds import (
+    MIN_SEEDS,
+    SeedTest,
     compute_detectable_difference,
     compute_equivalence_p,
     compute_equivalence_power,
@@ -53,15 +55,18 @@ def test_seeds_that_all_agree_and_one_seed():
 
 
 @pytest.mark.parametrize("same", [0.01, -0.07, 1234.1])
-def test_equal_differences_decide_alike_whatever_their_number(same):
+def test_equal_differences_of_enough_seeds_decide_alike_whatever_their_number(same):
     """The mean of ten times 0.01 is not 0.01 in floats, and what it is off by is no deviation of theirs."""
-    for seeds in range(2, 21):
+    for seeds in range(MIN_SEEDS, 21):
         for values in ([same] * seeds, [same * (1 + (-1) ** seed * 1e-15) for seed in range(seeds)]):
             found = compute_seed_test(values)
             assert (found.deviation, found.p) == (0, 0) and found.low == found.high == pytest.approx(same, rel=1e-12)
             assert compute_equivalence_p(values, abs(same)) == 1  # a margin apart is not within the margin
             assert compute_equivalence_p(values, abs(same) * 1.001) == 0
             assert compute_equivalence_p(values, abs(same) * 0.999) == 1
+    for few in range(2, MIN_SEEDS):  # 2 of 400 examples, twice, say nothing of the spread
+        assert compute_seed_test([same] * few) == SeedTest(pytest.approx(same), few, 0.0)
+        assert compute_equivalence_p([same] * few, 2 * abs(same)) is None
 
 
 @pytest.mark.parametrize(("seeds", "comparisons", "least"), [(2, 1, 0), (5, 1, 0), (8, 1, 0), (8, 20, 0), (8, 4, 1.1)])

@@ -126,10 +126,11 @@ def summarize_values(values: list[object]) -> str:
 
 def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[str]:
     """Yield what a reader needs to judge and repeat the runs, and what is missing, from the records."""
-    finished = [outcome for outcome in outcomes if outcome.result]
+    runs = {outcome.run_key: outcome for outcome in outcomes}.values()  # rows may share some
+    finished = [outcome for outcome in runs if outcome.result]
     environments = [outcome.record.read_environment() for outcome in finished]
     seeds = sorted({outcome.settings.seed for outcome in outcomes})
-    yield f"runs: {len(finished)} of {len(outcomes)} finished; seeds {', '.join(map(str, seeds))}"
+    yield f"runs: {len(finished)} of {len(runs)} finished; seeds {', '.join(map(str, seeds))}"
     hours = sum(outcome.result["train_seconds"] for outcome in finished) / 3600
     trials = len({trial for outcome in outcomes for trial in map(repr, outcome.cell.tuning)})
     scored = len(

@@ -39,13 +39,14 @@ MARKS = {
 @dataclass(frozen=True)
 class Column:
     """A column of the table: its heading and what of a run's result is in it, or None where that is the main score
-    of the runs whose setting has this value. `parts` are the headings whose mean it is; `ours` is what tables of
-    dual_lora/paper call it, where they have it."""
+    of the runs whose setting has this value. `parts` are the headings whose mean it is, and `is_published` whether a
+    published table has just this mean; `ours` is what tables of dual_lora/paper call it, where they have it."""
 
     head: Any
     field: str | None = None
     task: str | None = None
     parts: tuple[str, ...] = ()
+    is_published: bool = False
     ours: str | None = None
 
     def get_value(self, outcome: Outcome) -> float:
@@ -108,8 +109,8 @@ def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
     for head, parts in table.average.items():
         if head not in heads and len(heads) > 1:
             complete = heads == set(parts)
-            called = {"head": head, "ours": table.ours.get(head)} if complete else {"head": f"mean of {len(heads)}"}
-            columns.append(Column(parts=tuple(heads), **called))
+            called = {"head": head, "ours": table.ours.get(head)} if complete else {"head": MEAN}
+            columns.append(Column(parts=tuple(heads), is_published=complete, **called))
     return columns
 
 
@@ -119,7 +120,8 @@ def build_frame(
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
     marks, run, its learning rate, and the position of its run in `outcomes` (-1 for a mean).
 
-    unlearned: models and tasks that means leave out.
+    unlearned: models and tasks that means leave out. A published average needs all its parts: a mean of fewer could not
+        stand beside it.
     """
     columns = list_columns(experiment, outcomes)
     values = pd.DataFrame(
@@ -135,7 +137,9 @@ def build_frame(
         return pd.concat([values, average_values(experiment, learned, experiment.mean)], ignore_index=True)
     for column in columns:
         if column.parts:
-            parts = learned[learned["column"].isin(column.parts)]
+            known = values.assign(value=values["value"].mask(values["outcome"].isin(left_out)))
+            parts = known if column.is_published else learned
+            parts = parts[parts["column"].isin(column.parts)]
             extra = average_values(experiment, parts, "column").assign(column=column.head)
             values = pd.concat([values, extra], ignore_index=True)
     return values
@@ -209,7 +213,7 @@ def average_values(experiment: Experiment, values: pd.DataFrame, over: str) -> p
     complete = groups[over].nunique().reset_index(drop=True) == found["parts"]
     found["value"] = found["value"].where(complete)
     found["reason"] = None
-    found.loc[found["value"].isna(), "reason"] = "a part is missing"
+    found.loc[found["value"].isna(), "reason"] = "a part is missing or not learned"
     found["marks"] = groups["marks"].agg(lambda column: "".join(sorted(set("".join(column))))).reset_index(drop=True)
     return found.drop(columns="parts").assign(**{over: MEAN, "run": None, "lr": None, "outcome": -1})
 

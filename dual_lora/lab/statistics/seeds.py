@@ -29,7 +29,8 @@ TOLERANCE = 10.0**-DECIMALS
 
 @dataclass(frozen=True)
 class SeedTest:
-    """The mean of the seeds' differences and its t-test against zero; what one seed cannot say is None.
+    """The mean of the seeds' differences and its t-test against zero; what one seed, or a few equal differences, cannot
+    say is None.
 
     Attributes:
         deviation: sample standard deviation of the differences.
@@ -54,8 +55,10 @@ def compute_seed_test(differences: Sequence[float]) -> SeedTest:
     values_S = check_differences(differences)
     if len(values_S) == 1:
         return SeedTest(float(values_S[0]), 1)
-    if (same := find_common_value(values_S)) is not None:  # t is infinite, or nothing speaks against equality
-        return SeedTest(same, len(values_S), 0.0, same, same, float(same == 0))
+    if (same := find_common_value(values_S)) is not None:
+        if len(values_S) < MIN_SEEDS:  # scores are multiples of 1/n, so that a few are easily equal: no spread is known
+            return SeedTest(same, len(values_S), 0.0)
+        return SeedTest(same, len(values_S), 0.0, same, same, float(same == 0))  # t is infinite, or 0 / 0
     found = DescrStatsW(values_S)
     low, high = found.tconfint_mean(LEVEL)
     mean, deviation = float(values_S.mean()), float(values_S.std(ddof=1))
@@ -63,7 +66,8 @@ def compute_seed_test(differences: Sequence[float]) -> SeedTest:
 
 
 def compute_equivalence_p(differences: Sequence[float], margin: float) -> float | None:
-    """Return the p of two one-sided t-tests that the mean lies within -margin and +margin; None with one seed.
+    """Return the p of two one-sided t-tests that the mean lies within -margin and +margin; None with one seed, or a few
+    equal differences.
 
     Raises:
         ValueError: as `compute_seed_test`, or the margin is not positive.
@@ -74,7 +78,7 @@ def compute_equivalence_p(differences: Sequence[float], margin: float) -> float 
     if len(values_S) == 1:
         return None
     if (same := find_common_value(values_S)) is not None:
-        return float(abs(same) >= margin * (1 - TOLERANCE))
+        return None if len(values_S) < MIN_SEEDS else float(abs(same) >= margin * (1 - TOLERANCE))
     return float(DescrStatsW(values_S).ttost_mean(-margin, margin)[0])
 
 

@@ -63,7 +63,7 @@ from dual_lora.lab.errors import UserError, require, suggest_name
 
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "entries", "truncation", "curvature", "similarity", "fit")
-MULTIPLE, NUMBER = re.compile(r"(\d+(?:\.\d+)?)x"), re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
+MULTIPLE = re.compile(r"(\d+(?:\.\d+)?)x")
 AVERAGED = ("truncation", "similarity", "fit")  # analyses whose tables have a line for each label, model and task
 LISTS = ("seeds", "rows", "baselines", "planned", "floors", "published")  # fields whose values appear once
 CONTRAST_SIDES = ("plus", "minus")
@@ -337,8 +337,10 @@ class Experiment:
                 where = f"conf/experiment/{self.name}.yaml: {word}"
                 require(key in numbers, f"{where}: {value} needs a number for {key} in run or blocks; give one")
                 value = f"{float(multiple[1]) * numbers[key]:g}"
-            if NUMBER.fullmatch(value):
+            try:
                 numbers[key] = float(value)
+            except ValueError:  # several values, or words: no multiple can be taken of these, nor of what they replace
+                numbers.pop(key, None)
             found.append(f"{key}={value}" if multiple else word)
         return found
 

@@ -52,6 +52,12 @@ class Outcome:
         return self.cell.settings
 
     @property
+    def run_key(self) -> str:
+        """What outcomes of one run share, finished or not: its settings and, while no rate is chosen, its trials."""
+        trials = () if self.rate is not None else self.cell.tuning
+        return "\n".join(map(serialize_identity_settings, (self.settings, *trials)))
+
+    @property
     def scored_rates(self) -> frozenset[float]:
         """The rates of which all trials are finished."""
         return frozenset(rate for rate, score in self.trials if not isnan(score))

@@ -58,7 +58,7 @@ def describe_correction(found: Comparisons) -> str:
     if found.family < 2:
         return ""
     missing = found.family - sum(c.p is not None for c in found.planned)
-    unknown = f"; {missing} of them cannot be tested yet and count as p = 1" if missing else ""
+    unknown = f"; {missing} of them are not tested and count as p = 1" if missing else ""
     return f"; p is corrected for all {found.family} by Holm's method{unknown}"
 
 
@@ -77,10 +77,8 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
         if known
         else "equivalent: never, as the experiment gives no margin"
     )
-    unfinished = (
-        ", or not tested, since seeds or tasks of the plan are missing" if any(c.unfinished for c in found) else ""
-    )
-    yield f"undecided: neither{unfinished}"
+    untested = ", or not tested, for the reason given" if any(c.untested for c in found) else ""
+    yield f"undecided: neither{untested}"
     yield (
         "could find: the smallest true difference that as many seeds would find in four of five studies by the t-test "
         "at the strictest step of the correction, given the spread of the seeds' differences, and by an interval over "
@@ -141,14 +139,14 @@ def format_comparisons(found: list[Comparison]) -> pd.DataFrame:
 
 
 def format_verdict(comparison: Comparison) -> str:
-    """Return a verdict with what it depends on: the margin, or that seeds or tasks are missing."""
+    """Return a verdict with what it depends on: the margin, or why it was not tested."""
     verdict, difference = comparison.verdict, comparison.difference
     if np.isnan(difference.mean):
         return f"cannot be compared ({difference.test})"
     if verdict == EQUIVALENT:
         return f"{verdict} within {comparison.margin:g}"
-    if comparison.unfinished:
-        return f"{verdict}: {comparison.unfinished}"
+    if comparison.untested:
+        return f"{verdict}: {comparison.untested}"
     if verdict == UNDECIDED and difference.seeds < MIN_SEEDS:
         return f"{verdict}: under {MIN_SEEDS} seeds"
     if verdict == UNDECIDED and difference.p is None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.report.comparison.contrasts import iterate_contrasts
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
@@ -51,8 +50,8 @@ class Comparison:
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
         family: how many comparisons they are corrected for.
-        unfinished: of a planned one, how much of its seeds or tasks there is, unless it is all. It has no p: looking
-            repeatedly and stopping at a pleasing result produces false positives.
+        untested: why it has no p: its task was not learned, or, of a planned one, how much of its seeds or tasks there
+            is (looking repeatedly and stopping at a pleasing result produces false positives).
         contrast: whether it sets several runs of one row against each other.
         model: the name of its model.
         decimals: with how many a difference is printed.
@@ -73,7 +72,7 @@ class Comparison:
     p: float | None = None
     p_equivalent: float | None = None
     family: int = 1
-    unfinished: str = ""
+    untested: str = ""
     spread: float | None = None
     contrast: bool = False
     model: str = ""
@@ -135,12 +134,15 @@ class Comparisons:
 def compare_outcomes(
     experiment: Experiment, outcomes: list[Outcome], predictions: Predictions, unlearned: set[ModelTask]
 ) -> Comparisons:
-    """Return every comparison. unlearned: models and tasks that are left out of means."""
+    """Return every comparison. unlearned: models and tasks that rank no methods: left out of means, and not tested."""
     matches = [*iterate_matches(experiment, outcomes), *iterate_contrasts(experiment, outcomes)]
     means = list_mean_groups(matches, unlearned)
     plan = list_planned(experiment, outcomes, unlearned)
     family = len(plan)
     tested = {match: list(compare_match(experiment, outcomes, match, predictions, family)) for match in matches}
+    for match, some in tested.items():
+        if get_model_task(match.first) in unlearned:
+            tested[match] = [leave_untested(comparison, "task not learned") for comparison in some]
     found = [mark_unfinished(some[0], plan.get(get_key(match)), 1) for match, some in tested.items()]
     for key, group in means.items():
         mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
@@ -182,12 +184,17 @@ def mark_unfinished(comparison: Comparison, plan: tuple[int, int] | None, tasks:
         return comparison
     here = {"tasks": (tasks, plan[0]), "seeds": (len(comparison.difference.by_seed), plan[1])}
     missing = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
-    return replace(comparison, unfinished=", ".join(missing), p=None, p_equivalent=None) if missing else comparison
+    return leave_untested(comparison, ", ".join(missing)) if missing else comparison
+
+
+def leave_untested(comparison: Comparison, why: str) -> Comparison:
+    """Return a comparison without its p-values."""
+    return replace(comparison, untested=why, p=None, p_equivalent=None)
 
 
 def pretend_finished(outcome: Outcome) -> Outcome:
-    """Return an outcome as if its run had finished, under a name that only the same settings have."""
-    name = hashlib.sha256(serialize_identity_settings(outcome.settings).encode()).hexdigest()
+    """Return an outcome as if its run had finished, under a name that only the same run has."""
+    name = hashlib.sha256(outcome.run_key.encode()).hexdigest()
     return replace(outcome, record=Record(Path(name)), result={"metrics": {}})
 
 
@@ -332,6 +339,9 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match, Comparison]) -
 
 
 def correct_family(found: list[Comparison], family: int) -> list[Comparison]:
-    """Return the comparisons of one family with Holm's correction. family: how many it has, finished or not."""
-    both = (adjust_holm(ps, family) for ps in ([c.p for c in found], [c.p_equivalent for c in found]))
+    """Return the comparisons of one family with Holm's correction. Those with too few seeds for a verdict have no p, so
+    that they do not change others' by chance. family: how many it has, finished or not."""
+    enough = [c.difference.seeds >= MIN_SEEDS for c in found]
+    known = [(c.p, c.p_equivalent) if is_enough else (None, None) for c, is_enough in zip(found, enough, strict=True)]
+    both = (adjust_holm(ps, family) for ps in zip(*known, strict=True)) if known else ([], [])
     return [replace(c, p=p, p_equivalent=same, family=family) for c, p, same in zip(found, *both, strict=True)]

@@ -24,6 +24,7 @@ from tasks.base import Row
 
 MAJORITY = "majority class"
 STANDARD_ERRORS = 3
+SCORE_TOLERANCE = 1e-9  # points: means of the same scores differ by the rounding of their sums
 ModelTask = tuple[str, str]  # names of a model and a task
 RowKey = tuple[str, Key]  # a row's label, and its task and place as in `group_by_place`
 
@@ -163,7 +164,7 @@ def measure_floor(
         ValueError: as `compute_score`, of the floor.
     """
     unit, lower = get_unit(task, task.metric), task.is_lower_better()
-    score = float(np.mean([compute_score(run, task, task.metric) for run in floor.values()])) * unit
+    score = float(np.mean([compute_score(run, task, task.metric) * unit for run in floor.values()]))
     known, found = replace(empty, score=score, lower_is_better=lower, unit=unit), []
     for row, runs in rows.items():
         if not empty.applies_to(row[1]):
@@ -223,7 +224,8 @@ def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors
         if not known or not faced or model_task in unlearned or outcome.label in experiment.floors:
             continue
         sign, hardest = -1 if task.is_lower_better() else 1, find_hardest(faced)
-        failed = sign * get_score(task, outcome.result, task.metric) <= sign * hardest.score
+        above = sign * (get_score(task, outcome.result, task.metric) - hardest.score)
+        failed = above <= SCORE_TOLERANCE
         runs.setdefault((model_task, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))
     for ((model, task), label, floor), found in runs.items():
         seeds = [seed for seed, failed in found if failed]

@@ -73,12 +73,12 @@ def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator
     """Yield every row that is neither baseline nor floor with every baseline on each task, as far as runs are finished.
 
     A baseline none of whose runs, finished or not, has a value of the columns' setting is compared with all columns.
-    Rows that are the same runs are compared once.
+    Rows that are the same runs are compared once, under the planned label if one is.
     """
     runs = group_by_place(experiment, outcomes)
     apart, seen = {*experiment.baselines, *experiment.floors}, set()
     without = [label for label in experiment.baselines if not has_column_values(experiment, outcomes, label)]
-    for label in [label for label in runs if label not in apart]:
+    for label in sorted((label for label in runs if label not in apart), key=lambda one: one not in experiment.planned):
         for baseline in experiment.baselines:
             known = runs.get(baseline, {})
             for where, ours in runs[label].items():

@@ -40,12 +40,12 @@ def get_style(number: int) -> dict[str, str]:
 
 
 def compute_half_interval(scores: Sequence[float]) -> float:
-    """Return half the width of the 95 % t-interval over seeds; 0 where there are too few to draw one."""
+    """Return half the width of the 95 % t-interval over seeds; 0 where there are too few to know it."""
     values = np.asarray(scores, dtype=float)
     if len(values) < MIN_INTERVAL_SEEDS:
         return 0.0
     test = compute_seed_test(values.tolist())
-    return test.high - test.mean
+    return test.high - test.mean if test.high is not None else 0.0
 
 
 def add_legend(figure: Figure, panels: list[Axes], title: str | None = None) -> None:

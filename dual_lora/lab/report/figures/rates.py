@@ -1,6 +1,6 @@
 """Scores by learning rate: a dot for each method and rate, its colour the score, the chosen one ringed."""
 
-from math import isfinite
+from math import inf, isfinite, nan
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from dual_lora.lab.report.figures.layout import MAX_PANELS, create_panels
 from dual_lora.lab.report.values import DECIMALS, format_value, get_place, get_score, get_unit
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import Outcome, load_task_of
+from dual_lora.lab.study.outcome import Outcome, load_task_of, read_failure_or_empty
 
 RATE_SETTING = "train.lr"
 
@@ -32,13 +32,15 @@ def collect_rates(experiment: Experiment, outcomes: list[Outcome]) -> pd.DataFra
         unit = get_unit(task, task.metric)
         line["decimals"] = 0 if unit == 100 else DECIMALS[unit]  # points of percent: a dot has room for two digits
         lines += [line | {"rate": r, "score": score * unit, "chosen": r == outcome.rate} for r, score in outcome.trials]
-        if experiment.columns == RATE_SETTING and outcome.result:
-            lines.append(line | {"rate": outcome.rate, "score": get_score(task, outcome.result), "chosen": False})
+        if experiment.columns == RATE_SETTING:
+            diverged = read_failure_or_empty(outcome.record).get("diverged")
+            score = get_score(task, outcome.result) if outcome.result else -inf if diverged else nan
+            lines.append(line | {"rate": outcome.rate, "score": score, "chosen": False})
     columns = ["place", "label", "rate", "score", "lower", "decimals", "chosen"]
     frame = pd.DataFrame(lines, columns=columns).dropna(subset="score")
-    frame["score"] = frame["score"].where(frame["score"].map(isfinite))
     groups = frame.groupby(["place", "label", "rate", "lower", "decimals"], sort=False)
-    return groups.agg(score=("score", "mean"), chosen=("chosen", "any")).reset_index()
+    found = groups.agg(score=("score", "mean"), chosen=("chosen", "any")).reset_index()  # one -inf makes it -inf
+    return found.assign(score=found["score"].where(found["score"].map(isfinite)))
 
 
 def draw_rates(frame: pd.DataFrame) -> Figure | None:

@@ -204,7 +204,7 @@ def draw_points(experiment: Experiment, values: pd.DataFrame, outcomes: list[Out
             if floor is not None and axes.get_xlim()[0] <= floor.score <= axes.get_xlim()[1]:
                 axes.axvline(floor.score, color=GREY, linestyle=":", linewidth=1)
         axes.set(title=str(head), xlabel=unit, yticks=range(len(order)), ylim=(-0.6, len(order) - 0.4))
-        axes.set_yticklabels(order if axes in panels[::PANELS] else [])
+        axes.set_yticklabels(order if axes.get_subplotspec().is_first_col() else [])
         axes.grid(alpha=0.3)
     return figure
 
