@@ -15,6 +15,7 @@ from dual_lora.lab.model.adapt import attach_method, list_kernels
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record import provenance as record_provenance
 from dual_lora.lab.record.provenance import (
+    describe_code,
     describe_environment,
     has_uncommitted_changes,
     hash_code,
@@ -128,7 +129,11 @@ def test_the_kernel_that_was_used_is_told(override, used, monkeypatch):
 def test_uncommitted_changes_are_seen(monkeypatch):
     said = {"rev-parse": "abc", "status": " M file"}
     monkeypatch.setattr(record_provenance, "run_git", lambda command, *rest: said[command])
+    describe_code.cache_clear()
     assert describe_environment()["uncommitted_changes"] is True and describe_environment()["commit"] == "abc"
+    said |= {"rev-parse": "def", "status": ""}  # committed while this process runs: not what it runs
+    assert describe_environment()["uncommitted_changes"] is True and describe_environment()["commit"] == "abc"
+    describe_code.cache_clear()
 
 
 @pytest.fixture
@@ -168,7 +173,8 @@ def test_the_tries_of_a_run_are_kept_with_their_code(tmp_path, monkeypatch):
     """Also where nothing but the scores before training is left of one."""
     record, chosen = Record(tmp_path), load_settings(["model=tiny-roberta", "task=demo/sentiment"])
     for code in "abc":
-        monkeypatch.setattr(record_provenance, "hash_code", lambda code=code: code)
+        known = {"commit": None, "uncommitted_changes": None, "code": code}
+        monkeypatch.setattr(record_provenance, "describe_code", lambda known=known: known)
         record.prepare_folder(chosen)
         record.append_log({"step": 0, "eval/accuracy": 0.5})
     found = record.read_environment()

@@ -20,9 +20,11 @@ from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import compose_choices, load_choice_file
+from dual_lora.lab.config.compose import compose_choices, load_choice_file, load_settings
+from dual_lora.lab.config.outside.models import load_families
 from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.errors import EXIT_USER, UserError
+from dual_lora.lab.record.identity import compute_identity, select_identity_settings
 
 CODE = """
 from sklearn.metrics import cohen_kappa_score
@@ -203,6 +205,35 @@ def test_a_record_s_code_is_not_run_unless_it_is_named(own, tmp_path, runs_folde
     with pytest.raises(UserError):
         evaluate_command([f"run={run}"])
     assert not (tmp_path / "code-was-run").exists()
+
+
+def test_what_is_empty_in_an_own_file_counts(tmp_path, runs_folder):
+    """PEFT's default of this field is not empty, and neither need be that of an option."""
+    names = {}
+    for name, line in (("a", ""), ("b", "  init_lora_weights: null\n")):
+        content = f"name: mine\nlr: 1e-3\nrank: 4\nalpha: 4\npeft:\n  peft_type: LORA\n  r: ${{method.rank}}\n{line}"
+        write_files(tmp_path / name, {"method/mine.yaml": content})
+        words = take_outside_words(["--config-dir", str(tmp_path / name), "method=mine", "model=tiny-roberta"])
+        names[name] = compute_identity(load_settings([*words, "task=demo/sentiment"]))
+    assert names["a"] != names["b"]
+    code = CODE.replace('label="label"', 'label="label", words=["great"]')
+    assert code != CODE
+    (tmp_path / "stars.py").write_text(code)
+    write_files(tmp_path / "c", {"task/stars.yaml": FILES["task/stars.yaml"]})
+    own = ["model=tiny-roberta", "task=stars"]
+    words = take_outside_words([f"plugins={tmp_path / 'stars.py'}", "--config-dir", str(tmp_path / "c"), *own])
+    plain, empty = (
+        select_identity_settings(load_settings([*words, *more])) for more in ([], ["+task.options.words=[]"])
+    )
+    assert plain != empty
+
+
+def test_a_misspelt_field_of_a_family_is_refused(tmp_path):
+    write_files(tmp_path, {"family/mine.yaml": "types: [mine]\nadpt: [q]\nroles: {q: query, k: key}\n"})
+    take_outside_words(["--config-dir", str(tmp_path)])
+    said = "family/mine.yaml: adpt: a family has types, generates, roles, head, adapt. Did you mean adapt[?]$"
+    with pytest.raises(UserError, match=said):
+        load_families()
 
 
 # What is wrong.

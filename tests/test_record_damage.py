@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_resume import Killed, at_step, kept, kill, reference  # noqa: F401 - a
 
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import run_experiment
+from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.errors import EXIT_USER, UserError
 from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
@@ -103,6 +105,48 @@ def test_a_forced_run_removes_a_damaged_result_of_the_one_before_it(record, monk
     assert not (again.folder / "result.json").exists() and (record.folder / "result.json").read_bytes() == before
     result = train_run(Run.prepare(load_settings(FORCED)))
     assert record.read_finished() == result and not again.folder.exists()
+
+
+def test_train_and_eval_install_a_complete_rerun_before_they_look_at_it(record, monkeypatch):  # noqa: F811
+    again = rerun_until_result(record)
+    (again.folder / "environment.json").replace(record.folder / "environment.json")
+    monkeypatch.setattr("dual_lora.lab.evaluate.trained.reevaluate_run", lambda settings, record: 0)
+    assert evaluate_command([f"run={record.folder}"]) == 0 and not again.folder.exists()
+    again = rerun_until_result(record)
+    (again.folder / "environment.json").replace(record.folder / "environment.json")
+    (run,) = check_command(RUN)
+    assert run.record.read_finished() and not again.folder.exists()
+
+
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """A disk that fails for a moment would cost every checkpoint."""
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text(str(step))
+        seal_folder(tmp_path / f"checkpoint-{step}", identity="x")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "dual_lora.lab.system.sealed.hash_file", lambda path: (_ for _ in ()).throw(OSError(116, "stale"))
+        )
+        with pytest.raises(UserError, match=r"checkpoint-2: cannot be read \(stale\)"):
+            find_newest_checkpoint(tmp_path, "x")
+    assert find_newest_checkpoint(tmp_path, "x").name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "weights").unlink()
+    assert find_newest_checkpoint(tmp_path, "x").name == "checkpoint-1" and not (tmp_path / "checkpoint-2").exists()
+
+
+def test_weights_that_cannot_be_compared_are_told(record, tmp_path, capsys):  # noqa: F811
+    """A run on a commit of the hub names no files; a folder given in its place may hold other weights."""
+    settings = load_settings(RUN)
+    other = replace(settings, model=replace(settings.model, path=str(tmp_path)))
+    said = (
+        f"not checked: {record.folder} names no files of model={settings.model.name}, so whether model.path={tmp_path}"
+    )
+    edit(record.folder / "environment.json", model_files={})
+    record.verify_model_files(settings)
+    assert capsys.readouterr().err == ""
+    record.verify_model_files(other)
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_an_empty_folder_of_a_rerun_goes(record):  # noqa: F811

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dual_lora.lab.commands import guard as commands_guard
 from dual_lora.lab.commands.evaluate import evaluate_command
-from dual_lora.lab.commands.guard import run_command
+from dual_lora.lab.commands.guard import print_stop, run_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
@@ -677,6 +677,20 @@ def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(can_resume
     said = capfd.readouterr().err
     assert ended.value.code == EXIT_STOPPED
     assert f"SIGTERM: stopping after this step, {kept};" in said and f"the same command {then}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "then"),
+    [
+        (["train.py", "force=true"], "resumes from here"),
+        (["train.py", "-m", "seed=0,1", "force=true"], "starts with the first run again"),
+        (["sweep.py", "experiment=cost", "force=true"], "starts with the first run again"),
+    ],
+)
+def test_a_stop_of_forced_runs_says_that_finished_ones_are_done_again(words, then, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", words)
+    assert print_stop(words[0], Stopped("SIGTERM")) == EXIT_STOPPED
+    assert capsys.readouterr().err.startswith(f"{words[0]}: stopped by SIGTERM; the same command {then}")
 
 
 def test_a_stop_while_weights_are_kept_costs_no_training(runs_folder, monkeypatch):

@@ -16,7 +16,7 @@ from dual_lora import kernels, paper
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.schema import get_setting
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_USER, UserError
 from dual_lora.lab.inputs.splits import load_scored_splits, load_split
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.record.run import prepare_runs
@@ -245,6 +245,27 @@ def test_missing_runs_are_done_once_and_the_report_is_the_same_from_the_records(
     report.rename(report.with_name("old"))
     assert sweep_command([name, "run=false", *SMALL]) == 0
     assert {p.name: p.read_bytes() for p in report.iterdir()} == first
+
+
+def test_a_damaged_result_does_not_stop_the_other_runs(experiment, runs_folder, capsys):
+    name = experiment()
+    assert sweep_command([name, *SMALL]) == 0
+    damaged, lost = sorted((runs_folder / "small").glob("*/result.json"))[:2]
+    damaged.write_text(damaged.read_text()[:40])
+    lost.unlink()
+    capsys.readouterr()
+    assert sweep_command([name, *SMALL]) == EXIT_USER
+    printed = capsys.readouterr()
+    assert "4 runs, 2 finished, 1 to do" in printed.out and lost.is_file()
+    assert f"{damaged}: damaged (" in printed.err
+
+
+def test_words_that_an_experiment_would_not_use_are_refused(experiment):
+    name = experiment()
+    with pytest.raises(UserError, match="^train.epochs=9: train.max_steps=2 is used instead; drop one$"):
+        sweep_command([name, *SMALL, "train.epochs=9"])
+    with pytest.raises(UserError, match="^run=false force=true: nothing is to run; drop one$"):
+        sweep_command([name, *SMALL, "run=false", "force=true"])
 
 
 def test_the_time_left_is_judged_by_the_runs_most_like_those_to_do():

@@ -63,6 +63,7 @@ def evaluate_command(argv: list[str]) -> int:
     scores_rows = not asked_names or "eval.batch_size" not in values
     require(scores_rows, f"eval.batch_size: {' '.join(asked_names)} scores no rows; drop it")
     record = Record(run.resolve())
+    record.finish_cleanup()
     check_plugins(record.read_environment().get("plugins", {}), f"run={run}")
     settings = replace_settings(load_recorded_settings(run), values)
     if settings.data_dir:

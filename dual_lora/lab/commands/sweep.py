@@ -61,6 +61,8 @@ def sweep_command(argv: list[str]) -> int:
         from dual_lora.lab.report.plans import plan_experiments
 
         return plan_experiments(composed)
+    forced = force or any(cell.settings.force for _, cells in composed for cell in cells)
+    require(run == "true" or not forced, "run=false force=true: nothing is to run; drop one")
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
         cell.settings.check_installed()

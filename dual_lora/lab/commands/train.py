@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import tasks
+from dual_lora.lab.commands.guard import MULTIRUN
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_untrained
-from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.compose import check_length, load_settings
 from dual_lora.lab.config.outside.models import found_models, print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
-from dual_lora.lab.config.overrides import iterate_given_keys, parse_override, parse_overrides
+from dual_lora.lab.config.overrides import parse_override, parse_overrides
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
@@ -38,7 +39,6 @@ from dual_lora.lab.system.libraries import import_heavy_libraries
 HYDRA_FLAGS = {"--hydra-help", "--version", "--cfg", "-c", "--resolve"}
 CFG_FLAGS = {"--cfg", "-c"}
 HELP = {"--help", "-h"}
-MULTIRUN = {"-m", "--multirun"}
 NAMED_GROUPS = ("method.", "train.")
 
 
@@ -66,22 +66,10 @@ def check_command(argv: list[str]) -> list[Run]:
     if len(jobs) == 1:
         runs = [replace(runs[0], differences=select_named_settings(found[0], jobs[0]))]
     for run in runs:
+        run.record.finish_cleanup()
         if not run.settings.force:
             run.record.read_finished()  # a damaged one is refused before the first run
     return runs
-
-
-def check_length(settings: Settings, words: list[str]) -> None:
-    """Refuse a command line that gives a number of steps and one of epochs. Experiments may: their scales shorten runs
-    whose cells give epochs.
-
-    Raises:
-        UserError: with the epochs.
-    """
-    given = {key for o in map(parse_override, words) for key in iterate_given_keys(o.key_or_group, o.value())}
-    for key in sorted(given & {"task.epochs", "train.epochs"}):
-        reason = f"train.max_steps={settings.train.max_steps} is used instead"
-        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {reason}; drop one")
 
 
 def select_named_settings(settings: Settings, words: list[str]) -> dict[str, Any]:

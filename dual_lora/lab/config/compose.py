@@ -30,7 +30,7 @@ from dual_lora.lab.config.compatibility import check_compatibility, check_unused
 from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
 from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
-from dual_lora.lab.config.schema import GROUPS, Settings, find_type
+from dual_lora.lab.config.schema import GROUPS, Settings, find_type, get_setting
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 __all__ = ["GROUPS", "build_settings", "describe_config_error", "iterate_keys", "list_choices", "load_settings"]
@@ -248,3 +248,16 @@ def apply_override(override: Override, config: DictConfig) -> None:
         message = describe_config_error(error)
         key = override.key_or_group
         raise UserError(message if message.startswith(key.partition(".")[0]) else f"{key}: {message}") from error
+
+
+def check_length(settings: Settings, words: list[str]) -> None:
+    """Refuse words of a command line that give epochs to a run that has a number of steps. Experiments may: their
+    scales shorten runs whose cells give epochs.
+
+    Raises:
+        UserError: with the epochs.
+    """
+    given = {key for o in map(parse_override, words) for key in iterate_given_keys(o.key_or_group, o.value())}
+    for key in sorted(given & {"task.epochs", "train.epochs"}):
+        reason = f"train.max_steps={settings.train.max_steps} is used instead"
+        require(settings.train.max_steps is None, f"{key}={get_setting(settings, key):g}: {reason}; drop one")

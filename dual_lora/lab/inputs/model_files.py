@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import cache
@@ -277,6 +278,15 @@ def find_changed_files(known: dict[str, str], settings: Settings) -> list[str]:
     now = hash_model_files(settings)
     rare = {name for name in now.keys() - known.keys() if any(fnmatch(name, p) for p in RARE_TOKENIZER_FILES)}
     return sorted(name for name in (known | now).keys() - rare if known.get(name) != now.get(name))
+
+
+def warn_unchecked_weights(folder: Path, settings: Settings) -> None:
+    """Print that the record in `folder` does not say which files its base model had: a commit of the hub tells the
+    weights, but not whether another folder holds the same."""
+    what = f"whether model.path={settings.model.path} holds the weights that it was trained on"
+    print(
+        f"not checked: {folder} names no files of model={settings.model.name}, so {what} is not known", file=sys.stderr
+    )
 
 
 def get_file_stamp(path: Path) -> tuple[int, int, int]:

@@ -14,13 +14,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import tasks
-from dual_lora.lab.config.paths import find_choices, load_yaml, resolve_path
+from dual_lora.lab.config.paths import CONF, find_choices, load_yaml, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings
-from dual_lora.lab.config.schema import FILLED_FIELDS, MAX_NAME, Method, Settings
+from dual_lora.lab.config.schema import FILLED_FIELDS, MAX_NAME, Settings
 from dual_lora.lab.config.tasks import load_task, translate_task_errors
 from dual_lora.lab.errors import UserError, require
 from dual_lora.lab.inputs.adapter_files import ADAPTER_WEIGHTS, check_saved_adapter, find_adapter, get_random_start
-from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights
+from dual_lora.lab.inputs.model_files import hash_model_files, identify_weights, warn_unchecked_weights
 from dual_lora.lab.record.record import Record
 
 # Settings that cannot change the result, by group. method.lr is only the default of train.lr.
@@ -89,6 +89,8 @@ def check_base_weights(settings: Settings) -> None:
         return
     folder = find_init_weights(settings).parent.parent
     known = Record(folder).read_environment().get("model_files") or {}
+    if not known and settings.model.path:
+        warn_unchecked_weights(folder, settings)
     now = hash_model_files(settings) if known else {}
     for name in sorted(known.keys() & now.keys()):
         weights = name.endswith(".safetensors") or name in ("gguf", "commit")
@@ -103,8 +105,9 @@ def check_base_weights(settings: Settings) -> None:
 def select_identity_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings that can change a digit of the result.
 
-    Null and empty settings are left out, so a setting added later does not rename old runs. Of `method.peft`, only
-    fields that equal PEFT's or the file's own default are left out (`drop_implied`).
+    Null and empty settings are left out, so a setting added later does not rename old runs. Of `method.peft` and
+    `task.options`, whose defaults need not be empty, only those that say no more than leaving them out are
+    (`drop_implied`).
     """
     values = asdict(settings)
     kept = {key: values[key] for key in ("model", "task", "method", "train", "eval", "seed", "deterministic")}
@@ -117,8 +120,11 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
     for group, keys in SWITCHES.items():
         kept[group] |= {key: kept[group][key] or None for key in keys}
     kept = drop_empty(kept)
-    if peft := drop_implied(settings.method):
-        kept["method"]["peft"] = peft
+    own = {"method": drop_implied("method", settings.method.name, "peft", settings.method.peft)}
+    own["task"] = drop_implied("task", settings.task.name, "options", settings.task.options)
+    for (group, values), field in zip(own.items(), ("peft", "options"), strict=True):
+        kept[group].pop(field, None)
+        kept[group] |= {field: values} if values else {}
     return kept
 
 
@@ -155,21 +161,26 @@ def drop_empty(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value not in EMPTY}
 
 
-def drop_implied(method: Method) -> dict[str, Any]:
-    """Return a method's PEFT configuration without empty values that say no more than leaving them out: null of a field
-    that the harness fills in, and what the method's own file has for a field, which its name implies."""
-    path = find_choices("method").get(method.name)
-    implied = [*((key, None) for key in FILLED_FIELDS), *(list_empty_fields(path) if path else ())]
-    return dict(field for field in (method.peft or {}).items() if field not in implied)
+def drop_implied(group: str, name: str, field: str, values: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a setting holds without empty values that say no more than leaving them out: null of a field that the
+    harness fills in, and what the file of this name has for a field, which its name implies.
+
+    group, name, field: the setting, such as `method`, `lora` and `peft`.
+    """
+    path = find_choices(group).get(name)
+    implied = [*((key, None) for key in FILLED_FIELDS), *(list_empty_fields(path, field) if path else ())]
+    return {key: value for key, value in (values or {}).items() if (key, value) not in implied}
 
 
 @cache
-def list_empty_fields(path: Path) -> list[tuple[str, Any]]:
-    """Return the fields of PEFT's that are empty in a method's file, each with this value: those written so,
-    and null of those taken from another setting (`r1: ${method.r1}`), which counts itself."""
-    peft = OmegaConf.to_container(load_yaml(path)).get("peft") or {}  # references stay unresolved
-    taken = [(key, None) for key, value in peft.items() if str(value).startswith("${")]
-    return taken + [(key, value) for key, value in peft.items() if value in EMPTY]
+def list_empty_fields(path: Path, field: str) -> list[tuple[str, Any]]:
+    """Return what is empty in a setting of a bundled file, each key with its value: what is written so, and null of
+    what is taken from another setting (`r1: ${method.r1}`), which counts itself. Of a user's own file only the latter:
+    there `init_lora_weights: null`, whose default is not null, may come and go under one name."""
+    held = OmegaConf.to_container(load_yaml(path)).get(field) or {}  # references stay unresolved
+    taken = [(key, None) for key, value in held.items() if str(value).startswith("${")]
+    written = [(key, value) for key, value in held.items() if value in EMPTY] if path.is_relative_to(CONF) else []
+    return taken + written
 
 
 def compute_identity(settings: Settings) -> str:

@@ -79,6 +79,17 @@ def hash_code() -> str:
     return digest.hexdigest()
 
 
+@cache
+def describe_code() -> dict[str, Any]:
+    """Return the commit and the code of this process as they were when it first asked: a commit made later is not what
+    it runs."""
+    return {
+        "commit": run_git("rev-parse", "HEAD"),
+        "uncommitted_changes": has_uncommitted_changes(),
+        "code": hash_code(),
+    }
+
+
 def name_program(path: str) -> str:
     """Return a script's path within the repository; of one from elsewhere only its name, because where it lies says
     nothing about the run."""
@@ -114,9 +125,7 @@ def describe_environment() -> dict[str, Any]:
         },
         **describe_float32_products(),
         "variables": describe_variables(),
-        "commit": run_git("rev-parse", "HEAD"),
-        "uncommitted_changes": has_uncommitted_changes(),
-        "code": hash_code(),
+        **describe_code(),
         **({"plugins": plugins} if (plugins := describe_plugins()) else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [name_program(sys.argv[0]), *(redact_secrets(word) for word in sys.argv[1:])],

@@ -31,7 +31,7 @@ from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import RunHeldElsewhere, UserError, get_first_line, require
-from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files
+from dual_lora.lab.inputs.model_files import find_changed_files, hash_model_files, warn_unchecked_weights
 from dual_lora.lab.record.provenance import RECORD_VERSION, describe_environment, merge_environments
 from dual_lora.lab.system.files import (
     append_text,
@@ -298,13 +298,16 @@ class Record:
         return any(any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size for path in paths)
 
     def verify_model_files(self, settings: Settings) -> None:
-        """Compare the model's files with those that the run began with. Earlier versions did not record them.
+        """Compare the model's files with those that the run began with. Earlier versions did not record them, and of a
+        commit of the hub they are not recorded: files given instead cannot be compared, which is printed.
 
         Raises:
             UserError: one is different.
         """
         known = self.read_environment().get("model_files")
         known = known if isinstance(known, dict) else {}
+        if not known and settings.model.path:
+            warn_unchecked_weights(self.folder, settings)
         other = find_changed_files(known, settings) if known else []
         require(
             not other,

@@ -54,7 +54,7 @@ from yaml import YAMLError
 
 from dual_lora import paper
 from dual_lora.lab.config.compatibility import check_model_paths
-from dual_lora.lab.config.compose import describe_config_error, has_type, load_settings
+from dual_lora.lab.config.compose import check_length, describe_config_error, has_type, load_settings
 from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
@@ -246,6 +246,7 @@ class Experiment:
                 if all(job.get(key, value) == value for key, value in chosen.items()):
                     self.check_replaced(label, job | rest, rest)
                     settings = load_settings(list(map("=".join, (job | rest).items())))
+                    check_length(settings, list(map("=".join, rest.items())))
                     found += [
                         cell
                         for cell in self.create_seeded_cells(label, settings, "seed" in job | rest)

@@ -18,7 +18,7 @@ from dual_lora.lab.study.experiment import Cell
 from dual_lora.lab.study.launch.command import launch_runs, uses_launcher
 from dual_lora.lab.study.outcome import choose_learning_rate, find_records, resolve_start
 from dual_lora.lab.study.time_left import TimeLeft
-from dual_lora.lab.system.distributed import is_first_process, join_processes, share_from_first
+from dual_lora.lab.system.distributed import join_processes, share_from_first
 
 
 def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str = "runs", later: list[Run] = ()) -> int:
@@ -27,29 +27,40 @@ def run_missing(runs: list[Run], launcher: list[str], left: TimeLeft, what: str 
     launcher: the words of the command line that choose one; without them runs are executed here, one after the other.
     left: estimates the remaining time; finished runs count with their training time. later: runs that follow these.
     """
-    for run in runs if is_first_process() else ():
-        run.record.finish_cleanup()
-        note_damage(run)
-    missing = share_from_first(lambda: [number for number, run in enumerate(runs) if run.is_pending])
-    missing = [runs[number] for number in missing]  # the same list in all processes, whenever each looks
-    print(f"{len(runs)} {what}, {len(runs) - len(missing)} finished, {len(missing)} to do")
+    missing, finished = share_from_first(lambda: sort_runs(runs))
+    missing, finished = ([runs[number] for number in numbers] for numbers in (missing, finished))
+    print(f"{len(runs)} {what}, {len(finished)} finished, {len(missing)} to do")
     if uses_launcher(launcher):
         launch_runs(missing, launcher)
         return report_failures(runs)
-    for run in runs if missing else ():
-        if result := run.record.read_result():
-            left.add_run(run.settings, result["train_seconds"])
+    for run in finished if missing else ():
+        left.add_run(run.settings, run.record.read_result()["train_seconds"])
     run_in_process(missing, left, later)
     return report_failures(runs)
 
 
-def note_damage(run: Run) -> None:
-    """Keep for `report_failures` why a finished run is not as it was left."""
+def sort_runs(runs: list[Run]) -> tuple[list[int], list[int]]:
+    """Return the positions of the runs that are still to be done and of those that are finished. Why one is not as it
+    was left is kept for `report_failures`; it is in neither, and does not stop the others."""
+    missing, finished = [], []
+    for number, run in enumerate(runs):
+        run.record.finish_cleanup()
+        try:
+            pending = run.is_pending
+            if not pending:
+                run.record.verify_kept_files()
+            (missing if pending else finished).append(number)
+        except UserError as error:
+            failures[run.record.folder] = describe_error(error)
+    return missing, finished
+
+
+def is_left(run: Run) -> bool:
+    """Return whether a run is still to be done; one with a damaged result is told of later, by `sort_runs`."""
     try:
-        if not run.is_pending:
-            run.record.verify_kept_files()
-    except UserError as error:
-        failures[run.record.folder] = describe_error(error)
+        return run.is_pending
+    except UserError:
+        return False
 
 
 def run_in_process(runs: list[Run], left: TimeLeft, later: list[Run] = ()) -> None:
@@ -86,7 +97,7 @@ def run_tuned_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
     join_processes()
     code = EXIT_OK
     if trials:
-        later = [run for run in prepare_runs([cell.settings for cell in cells]) if run.is_pending]
+        later = [run for run in prepare_runs([cell.settings for cell in cells]) if is_left(run)]
         code = run_missing(trials, launcher, left, "runs to choose learning rates", later)
     records = share_from_first(lambda: find_records(study)) if trials else {}
     ready = [chosen.settings for cell in cells if (chosen := choose_learning_rate(cell, records))]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from dual_lora.lab.errors import UserError, find_remedy, get_first_line, is_out_of_memory
 
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors that say a file is not there
+
 
 @contextmanager
 def translate_write_errors(path: Path) -> Iterator[None]:
@@ -32,8 +34,8 @@ def translate_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def translate_access_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to read `path` into one line.
+def translate_access_errors(path: Path, missing_too: bool = True) -> Iterator[None]:
+    """Turn a failure to read `path` into one line. missing_too: also where there is no such file.
 
     Raises:
         UserError: the path, the reason and the remedy.
@@ -41,6 +43,8 @@ def translate_access_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not missing_too and isinstance(error, MISSING):
+            raise
         reason, remedy = error.strerror or get_first_line(error), find_remedy(error.errno, "check the disk")
         raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from error
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import require
-from dual_lora.lab.system.files import allow_by_umask, flush_to_disk, remove_path, remove_temporary_files, write_text
+from dual_lora.lab.system.files import (
+    MISSING,
+    allow_by_umask,
+    flush_to_disk,
+    remove_path,
+    remove_temporary_files,
+    translate_access_errors,
+    write_text,
+)
 
 MANIFEST = "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
@@ -68,15 +76,20 @@ def seal_folder(folder: Path, manifest: Path | None = None, **more: Any) -> None
 
 
 def read_seal(folder: Path, manifest: Path | None = None) -> dict[str, Any] | None:
-    """Return the manifest's content if it and all files are as they were sealed and there are no others, else None."""
+    """Return the manifest's content if it and all files are as they were sealed and there are no others, else None.
+
+    Raises:
+        UserError: a file cannot be read, which says nothing of what it holds.
+    """
     manifest = manifest or folder / MANIFEST
     try:
-        held = json.loads(manifest.read_text("utf-8"))
-        intact = is_digest_right(held)
-        names = {str(path.relative_to(folder)) for path in list_files(folder) if path != manifest}
-        same = names == held["files"].keys()
-        same = same and all(describe_file(folder / name) == facts for name, facts in held["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with translate_access_errors(folder, missing_too=False):
+            held = json.loads(manifest.read_text("utf-8"))
+            intact = is_digest_right(held)
+            names = {str(path.relative_to(folder)) for path in list_files(folder) if path != manifest}
+            same = names == held["files"].keys()
+            same = same and all(describe_file(folder / name) == facts for name, facts in held["files"].items())
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return {name: value for name, value in held.items() if name != "digest"} if intact and same else None
 
@@ -100,7 +113,7 @@ def find_newest_checkpoint(folder: Path, identity: str) -> Path | None:
     """Return a run's newest intact checkpoint below `folder`; incomplete and damaged ones are removed.
 
     Raises:
-        UserError: a checkpoint is another run's, or of another step than its name says.
+        UserError: a checkpoint is another run's, or of another step than its name says, or cannot be read.
     """
     found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
     for path in sorted(found, key=parse_checkpoint_step, reverse=True):

@@ -13,10 +13,11 @@ from typing import Any
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.paths import find_choices, load_yaml, read_json_object, resolve_path
 from dual_lora.lab.config.schema import MAX_NAME, is_hub_id
-from dual_lora.lab.errors import UserError, require, translate_read_errors
+from dual_lora.lab.errors import UserError, require, suggest_name, translate_read_errors
 
 # PEFT's word for every linear layer but the head, as the role that a model of an unknown type has.
 ALL_LINEAR = "all-linear"
+FAMILY_FIELDS = ("types", "generates", "roles", "head", "adapt")
 HUB_PLACE = re.compile(r"(?P<id>[^@]+)(?:@(?P<revision>[\w./-]+))?")
 HUB_CACHE = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/[0-9a-f]{40}")
 WRITERS = ("ForCausalLM", "LMHeadModel")  # how the classes of models that write text end
@@ -161,6 +162,9 @@ def load_families() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, path in find_choices("family").items():
         values = load_yaml(path)
+        for key in values:
+            near = suggest_name(key, FAMILY_FIELDS)
+            require(key in FAMILY_FIELDS, f"{path}: {key}: a family has {', '.join(FAMILY_FIELDS)}.{near}")
         roles = dict(values.roles)
         family = {"generates": bool(values.get("generates")), "roles": roles, "head": list(values.get("head", []))}
         family["adapt"] = list(values.get("adapt", roles))
