@@ -172,7 +172,7 @@ def list_rows(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("section", "report", "rows"),
     [
-        ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 18),
+        ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 26),
         ("### At half the rates", "half_rates", 9),
         ("## What training can fit", "fit", 9),
         ("## How similar updates are", "similarity", 10),
