@@ -120,11 +120,10 @@ def select_identity_settings(settings: Settings) -> dict[str, Any]:
     for group, keys in SWITCHES.items():
         kept[group] |= {key: kept[group][key] or None for key in keys}
     kept = drop_empty(kept)
-    own = {"method": drop_implied("method", settings.method.name, "peft", settings.method.peft)}
-    own["task"] = drop_implied("task", settings.task.name, "options", settings.task.options)
-    for (group, values), field in zip(own.items(), ("peft", "options"), strict=True):
+    for group, field in (("method", "peft"), ("task", "options")):
         kept[group].pop(field, None)
-        kept[group] |= {field: values} if values else {}
+        if said := drop_implied(group, values[group]["name"], field, values[group][field]):
+            kept[group][field] = said
     return kept
 
 
