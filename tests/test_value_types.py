@@ -134,3 +134,10 @@ def test_a_run_whose_labels_look_like_numbers_is_evaluated_from_its_record(tmp_p
 def test_a_reports_command_keeps_a_text_that_looks_like_another_value(text):
     settings = load_settings([*WRITER, f"task.stop=['{text}']"])
     assert load_settings(build_words(settings)).task.stop == [text]
+
+
+@pytest.mark.parametrize("word", ["2024_01", "1.10", "1e3", "007", "-0"])
+def test_a_text_that_looks_like_a_number_stays_as_it_is_written(word):
+    """Hydra reads these as numbers, whose text is another: 202401, 1.1, 1000.0."""
+    assert load_settings([f"study={word}"]).study == word
+    assert load_settings([f"model.path={word}"]).model.path == word

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Collection
-from dataclasses import fields, is_dataclass, make_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -242,6 +242,11 @@ def apply_override(override: Override, config: DictConfig) -> None:
     Raises:
         UserError: it is of the wrong type, or there is no such setting.
     """
+    kind, value = find_type(override.key_or_group), override.value()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_text = kind is str or get_origin(kind) is UnionType and str in get_args(kind)
+    if is_number and is_text:  # study=1.10 is not study=1.1
+        override = replace(override, _value=override.get_value_string().strip())
     try:
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given
