@@ -136,8 +136,8 @@ def test_a_reports_command_keeps_a_text_that_looks_like_another_value(text):
     assert load_settings(build_words(settings)).task.stop == [text]
 
 
-@pytest.mark.parametrize("word", ["2024_01", "1.10", "1e3", "007", "-0"])
+@pytest.mark.parametrize("word", ["2024_01", "1.10", "1e3", "007", "-0", "true"])
 def test_a_text_that_looks_like_a_number_stays_as_it_is_written(word):
-    """Hydra reads these as numbers, whose text is another: 202401, 1.1, 1000.0."""
+    """Hydra reads these as numbers, or true, whose text is another: 202401, 1.1, 1000.0, True."""
     assert load_settings([f"study={word}"]).study == word
     assert load_settings([f"model.path={word}"]).model.path == word

@@ -242,11 +242,10 @@ def apply_override(override: Override, config: DictConfig) -> None:
     Raises:
         UserError: it is of the wrong type, or there is no such setting.
     """
-    kind, value = find_type(override.key_or_group), override.value()
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_text = kind is str or get_origin(kind) is UnionType and str in get_args(kind)
-    if is_number and is_text:  # study=1.10 is not study=1.1
-        override = replace(override, _value=override.get_value_string().strip())
+    kind = find_type(override.key_or_group)
+    if isinstance(override.value(), int | float) and kind not in (None, Any):  # bool is an int, too
+        text = override.get_value_string().strip()
+        override = replace(override, _value=text) if has_type(text, kind) else override  # study=1.10 is not study=1.1
     try:
         ConfigLoaderImpl._apply_overrides_to_config([override], config)
     except Exception as error:  # Hydra and OmegaConf raise a dozen kinds over what they are given

@@ -341,7 +341,6 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match, Comparison]) -
 def correct_family(found: list[Comparison], family: int) -> list[Comparison]:
     """Return the comparisons of one family with Holm's correction. Those with too few seeds for a verdict have no p, so
     that they do not change others' by chance. family: how many it has, finished or not."""
-    enough = [c.difference.seeds >= MIN_SEEDS for c in found]
-    known = [(c.p, c.p_equivalent) if is_enough else (None, None) for c, is_enough in zip(found, enough, strict=True)]
-    both = (adjust_holm(ps, family) for ps in zip(*known, strict=True)) if known else ([], [])
+    tested = [c if c.difference.seeds >= MIN_SEEDS else leave_untested(c, c.untested) for c in found]
+    both = (adjust_holm(ps, family) for ps in ([c.p for c in tested], [c.p_equivalent for c in tested]))
     return [replace(c, p=p, p_equivalent=same, family=family) for c, p, same in zip(found, *both, strict=True)]
