@@ -13,6 +13,7 @@ from dual_lora.lab.config import paths
 REPORTS = {
     "verdict": ["experiment=verdict", "scale=small"],
     "half_rates": ["experiment=half_rates", "scale=small"],
+    "own_knobs": ["experiment=own_knobs", "scale=small", "train.lr=4e-3"],
     "similarity": ["experiment=similarity", "scale=small"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "ratio": ["experiment=ratio", "scale=small"],

@@ -170,20 +170,21 @@ def list_rows(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("section", "report", "rows"),
+    ("page", "section", "report", "rows"),
     [
-        ("## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 26),
-        ("### At half the rates", "half_rates", 9),
-        ("## What training can fit", "fit", 9),
-        ("## How similar updates are", "similarity", 10),
-        ("## How much rank the score needs", "truncation", 3),
-        ("## The ratio of the two ranks", "ratio", 4),
-        ("## Do trained signs", "frozen_groups", 12),
-        ("## Gradients in bfloat16", "gradient_dtype", 2),
+        ("results", "## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 26),
+        ("results", "## The ratio of the two ranks", "ratio", 4),
+        ("results", "## Do trained signs", "frozen_groups", 12),
+        ("results", "## Gradients in bfloat16", "gradient_dtype", 2),
+        ("explorations", "## All methods at half their rates", "half_rates", 9),
+        ("explorations", "## Dual LoRA's own settings", "own_knobs", 4),
+        ("explorations", "## What training can fit", "fit", 9),
+        ("explorations", "## How similar updates are", "similarity", 10),
+        ("explorations", "## How much rank the score needs", "truncation", 3),
     ],
 )
-def test_the_results_are_those_of_the_reports(section, report, rows):
-    part = PAGES["docs/results.md"].partition(section)[2].partition("\n#")[0]
+def test_the_results_are_those_of_the_reports(page, section, report, rows):
+    part = PAGES[f"docs/{page}.md"].partition(section)[2].partition("\n#")[0]
     known = list_rows((ROOT / "runs" / report / "report/table.md").read_text())
     lines = list_rows(part)
     assert len(lines) == rows
