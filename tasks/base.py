@@ -456,10 +456,11 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
     """Return what a JSON text holds.
 
     Raises:
-        TaskError: it is not JSON, holds NaN or Infinity, or an object has a key twice.
+        TaskError: it is not JSON, holds a number that is not finite, or an object has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=build_unique_keys, parse_constant=refuse_constant)
+        numbers = {"parse_constant": parse_finite, "parse_float": parse_finite}
+        return json.loads(text, object_pairs_hook=build_unique_keys, **numbers)
     except json.JSONDecodeError as error:  # of a single line, the source names the line
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
         reason = error.msg.removesuffix(" at")  # as in "Unterminated string starting at"
@@ -479,13 +480,16 @@ def build_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python's json would take.
+def parse_finite(text: str) -> float:
+    """Return a number of a JSON text; Python's json would also take NaN, Infinity, and 1e999 as infinity.
 
     Raises:
-        ValueError: always.
+        ValueError: it is not finite.
     """
-    raise ValueError(f"{name} is not a valid JSON number")
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def text_sha256(text: str) -> str:

@@ -267,7 +267,8 @@ def test_predictions_hold_both_answers_and_scores_are_unweighted(files):
         ("[]", "piqa/test.json: no rows"),
         ('[{"question": "a"}]', "piqa/test.json: KeyError.'instruction'"),
         ('[{"answer": "solution1", "answer": "solution2"}]', "not JSON .the key 'answer' occurs twice in one object"),
-        ("[NaN]", "not JSON .NaN is not a valid JSON number"),
+        ("[NaN]", "not JSON .NaN is not a finite number"),
+        ("[-1e999]", "not JSON .-1e999 is not a finite number"),
     ],
 )
 def test_a_missing_or_damaged_file_names_itself(content, message, files):

@@ -226,6 +226,18 @@ def test_what_is_not_planned_is_exploratory_and_not_corrected(study, tmp_path):
     assert not listed["planned"].any() and listed["p"].tolist() == pytest.approx(larger.tolist())
 
 
+def test_other_baselines_are_compared_with_the_first_outside_the_planned_family(study, tmp_path):
+    cells = {"DoRA": ["method=dora"], "LoRA+": ["method=lora_plus"], "Low": ["method=lora", "method.alpha=1"]}
+    spec = PLANNED | {"cells": cells | PLANNED["cells"], "baselines": ["LoRA", "DoRA", "LoRA+"], "floors": ["Low"]}
+    scores = {"LoRA": 90, "DoRA": 80, "LoRA+": 85, "Dual LoRA": 75, "Low": 50}
+    experiment, outcomes = study(spec, lambda label, s: scores[label])
+    write_report(experiment, outcomes, tmp_path)
+    listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
+    found = {(row.method, row.baseline): (row.planned, round(row.difference)) for row in listed.itertuples()}
+    planned = {("Dual LoRA", name): (True, 75 - scores[name]) for name in experiment.baselines}
+    assert found == planned | {("DoRA", "LoRA"): (False, -10), ("LoRA+", "LoRA"): (False, -5)}
+
+
 def test_a_task_that_no_row_learns_leaves_the_mean(study, tmp_path):
     spec = PLANNED | {"full": PLANNED["full"] | {"blocks": [[f"task=glue/{name}"] for name in ("sst2", "rte", "mrpc")]}}
     low = "glue/mrpc"  # of which the most frequent class gives 50

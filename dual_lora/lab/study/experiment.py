@@ -17,7 +17,7 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
     mean      one of `rows`, over whose values a mean is added
-    baselines labels of the rows the others are compared to
+    baselines labels of the rows the others are compared to; they themselves are compared to the first of them
     planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
               p is corrected for their number. All other comparisons are exploratory
     contrasts planned differences within a row, {plus: [...], minus: [...]}: the mean over the columns of `plus` minus

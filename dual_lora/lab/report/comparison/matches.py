@@ -1,7 +1,7 @@
 """Which runs are compared with which, and their predictions."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,26 +70,35 @@ class Match:
 
 
 def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Match]:
-    """Yield every row that is neither baseline nor floor with every baseline on each task, as far as runs are finished.
+    """Yield the pairs of rows that are compared, on each task, as far as runs are finished.
 
     A baseline none of whose runs, finished or not, has a value of the columns' setting is compared with all columns.
     Rows that are the same runs are compared once, under the planned label if one is.
     """
-    runs = group_by_place(experiment, outcomes)
-    apart, seen = {*experiment.baselines, *experiment.floors}, set()
+    runs, seen = group_by_place(experiment, outcomes), set()
     without = [label for label in experiment.baselines if not has_column_values(experiment, outcomes, label)]
-    for label in sorted((label for label in runs if label not in apart), key=lambda one: one not in experiment.planned):
-        for baseline in experiment.baselines:
-            known = runs.get(baseline, {})
-            for where, ours in runs[label].items():
-                theirs = known.get((*where[:-1], None) if baseline in without else where, [])
-                same = tuple(frozenset(outcome.record.name for outcome in side) for side in (ours, theirs))
-                if not theirs or same[0] == same[1] or same in seen:
-                    continue
-                match = Match(label, baseline, get_place(experiment, ours[0]), [ours], [theirs])
-                if match.seeds:
-                    seen.add(same)
-                    yield match
+    for label, baseline in list_compared(experiment, runs):
+        known = runs.get(baseline, {})
+        for where, ours in runs[label].items():
+            theirs = known.get((*where[:-1], None) if baseline in without else where, [])
+            same = tuple(frozenset(outcome.record.name for outcome in side) for side in (ours, theirs))
+            if not theirs or same[0] == same[1] or same in seen:
+                continue
+            match = Match(label, baseline, get_place(experiment, ours[0]), [ours], [theirs])
+            if match.seeds:
+                seen.add(same)
+                yield match
+
+
+def list_compared(experiment: Experiment, labels: Collection[str]) -> list[tuple[str, str]]:
+    """Return which rows are compared with which baselines: all that are neither baseline nor floor with every one, the
+    planned rows first; and the other baselines with the first, so that a row's difference from it stands beside theirs.
+    """
+    first, *others = experiment.baselines or [None]
+    apart = {*experiment.baselines, *experiment.floors}
+    rows = sorted((label for label in labels if label not in apart), key=lambda one: one not in experiment.planned)
+    pairs = [(label, baseline) for label in rows for baseline in experiment.baselines]
+    return [*pairs, *((label, first) for label in others if label in labels)]
 
 
 def has_column_values(experiment: Experiment, outcomes: list[Outcome], label: str) -> bool:
