@@ -195,6 +195,7 @@ def test_a_study_resumes_cell_by_cell(tmp_path):
     rows = cells.read_rows(path)
     assert [row["result"] for row in rows] == [json.loads(line)["result"] for line in whole.splitlines()]
     assert rows[0]["torch"] == torch.__version__ and rows[0]["threads"] == torch.get_num_threads()
+    assert {row["code"] for row in rows} == {cells.hash_package()}
     assert cells.select_rows(rows, [Square(3), Square(7), Square(1)]) == [rows[2], rows[0]]
 
 

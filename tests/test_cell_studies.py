@@ -3,8 +3,8 @@
 import pytest
 
 from dual_lora.analysis import fit
-from dual_lora.analysis.cells import append_row, hash_row, read_rows
-from dual_lora.lab.commands.cell_study import CellStudy
+from dual_lora.analysis.cells import append_row, hash_package, hash_row, read_rows
+from dual_lora.lab.commands.cell_study import RERUN_FILE, CellStudy
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import experiment
@@ -55,6 +55,20 @@ def test_force_runs_all_cells_again_and_keeps_those_of_another_size(runs_folder,
     assert "60 of 60 cells to run" in capsys.readouterr().out
     assert results(rows) == [*before, (other["cell"], other["result"])]  # the same cell gives the same bits
     assert [path.name for path in rows.parent.iterdir() if path.is_file()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(("code", "left"), [(None, 58), ("of another day", 60)])
+def test_a_forced_study_resumes_the_rows_of_its_own_code_only(code, left, runs_folder, capsys):
+    assert sweep_command(FIT) == 0
+    rows = runs_folder / "fit_smoke/rows.jsonl"
+    for row in read_rows(rows)[:2]:
+        row |= {"code": code or row["code"]}
+        append_row(rows.with_name(RERUN_FILE), row | {"digest": hash_row(row)})
+    capsys.readouterr()
+    assert sweep_command([*FIT, "force=true"]) == 0
+    assert f"{left} of 60 cells to run" in capsys.readouterr().out
+    assert {row["code"] for row in read_rows(rows)} == {hash_package()}
+    assert f"code {hash_package()[:10]}." in (rows.parent / "report/table.md").read_text()
 
 
 def test_a_study_leaves_the_number_of_threads_to_the_runs_after_it(runs_folder):

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from dual_lora.analysis import fit
+from dual_lora.analysis import fit, teacher
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config import paths
 
@@ -77,3 +77,11 @@ def test_a_committed_report_of_fits_is_written_again_from_its_rows(report, commi
     table.unlink()
     fit.main(["--out", str(committed / report / "rows.jsonl"), "--rows-only"])
     assert table.read_bytes() == before
+
+
+def test_the_committed_report_of_the_longer_training_is_written_again_from_its_rows(committed, tmp_path):
+    rows = committed / "teacher/rows.jsonl"
+    kept = rows.read_bytes()
+    teacher.main(["--out", str(rows), "--size", "long", "--report", str(tmp_path)])
+    assert (tmp_path / "table.md").read_bytes() == (ROOT / "runs/teacher/report/long/table.md").read_bytes()
+    assert rows.read_bytes() == kept  # no cell ran

@@ -6,6 +6,7 @@ dataclass of plain values; the same cell gives the same result, bit for bit, on 
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -62,6 +63,18 @@ def hash_row(row: Mapping) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache
+def hash_package() -> str:
+    """Return a SHA-256 over the code of this package that this process started with. The harness is left out, because
+    no cell uses it."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith("lab/"):
+            digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def append_row(path: Path, row: dict) -> None:
     """Append a row as one line and wait until it is on the disk."""
     with path.open("a") as file:
@@ -73,25 +86,36 @@ def append_row(path: Path, row: dict) -> None:
 def run_missing(cells: Sequence, run_cell: Callable, path: Path) -> Iterator[dict]:
     """Run the cells that have no row in the file, in order, and yield each row once it is written.
 
-    run_cell: cell -> its result as plain values. A row holds the cell, the result, torch's version, the number of
-    threads and the seconds it took.
+    run_cell: cell -> its result as plain values. A row holds the cell, the result, the hash of the code, torch's
+    version, the number of threads and the seconds it took.
 
     Raises:
         StudyError: another process writes to the file.
     """
     with hold_file(path):
         os.truncate(path, len(_read_complete_lines(path)))  # else the next row would continue the line of a crash
-        finished = {serialize_cell(row["cell"]) for row in read_rows(path)}
+        finished, code = {serialize_cell(row["cell"]) for row in read_rows(path)}, hash_package()
         for cell in cells:
             if serialize_cell(asdict(cell)) in finished:
                 continue
             start = time.perf_counter()
             row = {"cell": asdict(cell), "result": run_cell(cell)}
-            row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            row |= {"code": code, "torch": torch.__version__, "threads": torch.get_num_threads()}
             row |= {"seconds": round(time.perf_counter() - start, 3)}
             row |= {"digest": hash_row(row)}
             append_row(path, row)
             yield row
+
+
+def discard_other_code(path: Path) -> None:
+    """Empty a file of rows if not all of them are of this code, as of a forced run that was stopped.
+
+    Raises:
+        StudyError: another process writes to the file, or as `read_rows`.
+    """
+    with hold_file(path):
+        if any(row.get("code") != hash_package() for row in read_rows(path)):
+            os.truncate(path, 0)
 
 
 @contextlib.contextmanager
@@ -201,8 +225,10 @@ def describe_rows(rows: Sequence[dict], study: str) -> str:
     """Return the line of a report that says what its numbers come from."""
     seeds = len({row["cell"]["seed"] for row in rows})
     versions = " and ".join(sorted({f"torch {row['torch']}, {row['threads']} thread" for row in rows}))
+    code = ", ".join(sorted({row["code"][:10] if "code" in row else "not recorded" for row in rows}))
     return (
-        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seed{'s' * (seeds > 1)}, {versions}. "
+        f"`python -m dual_lora.analysis.{study}`: {len(rows)} runs, {seeds} seed{'s' * (seeds > 1)}, {versions}, "
+        f"code {code}. "
         "Every comparison is exploratory: each interval is of 95 %, not corrected for their number.\n\n"
     )
 

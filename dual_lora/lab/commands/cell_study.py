@@ -91,12 +91,14 @@ class CellStudy:
 
     def run_module(self, module: ModuleType, missing: bool, force: bool) -> None:
         """Run the cells and write the report with the functions of the study's module."""
-        from dual_lora.analysis.cells import copy_other_rows, rewrite_report, run_study
+        from dual_lora.analysis.cells import copy_other_rows, discard_other_code, rewrite_report, run_study
 
         folder, cells = paths.RUNS / self.study, module.plan_cells(self.size)
         rows, report = folder / ROWS_FILE, folder / "report"
         if missing:
             path = folder / RERUN_FILE if force else rows
+            if force:
+                discard_other_code(path)
             run_study(cells, module.run_cell, module.write_report, path, report)
             copy_other_rows(rows, path)
             path.replace(rows)
