@@ -31,6 +31,20 @@ def test_what_cannot_be_planned_is_refused(changes, said):
         Experiment.from_content("made", SPEC | changes)
 
 
+def test_a_scale_gives_fields_of_every_experiment_and_no_others(tmp_path, monkeypatch):
+    path = tmp_path / "full.yaml"
+    monkeypatch.setattr("dual_lora.lab.study.experiment.find_choices", lambda group: {"full": path})
+    path.write_text("run: [train.max_steps=7]\nseeds: [4]\nmargin: {task: 2.0}\n")
+    spec = SPEC | {"full": {"run": SPEC["full"]["run"]}}
+    found = Experiment.from_content("made", spec)
+    assert found.run == ["train.max_steps=7", *spec["full"]["run"]]
+    assert found.seeds == [4] and found.margin == {"task": 2.0}
+    assert Experiment.from_content("made", SPEC).seeds == [0]
+    path.write_text("seed: [4]\n")
+    with pytest.raises(UserError, match="^conf/scale/full.yaml: seed: no such field. Did you mean seeds?"):
+        Experiment.from_content("made", SPEC)
+
+
 @pytest.mark.parametrize("name", ["nlu", "nlg", "commonsense"])
 def test_the_papers_claims_are_planned_against_every_method_it_names(name):
     experiment = Experiment.load(name, "full")

@@ -40,8 +40,8 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     reference label of the row whose updates `analyse: similarity` compares all others with
     records   another experiment, among whose runs these are kept and found; so runs that both have are done once
 
-conf/scale/NAME.yaml holds overrides of every experiment at that scale. An override of a key replaces those of the lists
-before; within one list a key appears once.
+conf/scale/NAME.yaml gives these fields for every experiment at that scale; an experiment's own come after. An override
+of a key replaces those of the lists before; within one list a key appears once.
 """
 
 import re
@@ -161,13 +161,13 @@ class Experiment:
         where = f"conf/experiment/{name}.yaml"
         scale, study = choose_scale(name, content, scale)
         common, own = {k: v for k, v in content.items() if k not in SCALES}, content[scale] or {}
-        for part in (common, own):
-            check_fields(cls, part, where)
         shared = OmegaConf.to_container(load_yaml(find_choices("scale")[scale]))
+        for part, file in ((common, where), (own, where), (shared, f"conf/scale/{scale}.yaml")):
+            check_fields(cls, part, file)
         for part in (shared, common, own):
             check_repeats(part.get("run", []), f"{where}, scale={scale}: run: ")
-        run = [*shared["run"], *common.get("run", []), *own.get("run", [])]
-        values = {"seeds": shared.get("seeds"), **common, **own, "run": run}
+        run = [*shared.get("run", []), *common.get("run", []), *own.get("run", [])]
+        values = shared | common | own | {"run": run}
         missing = [f.name for f in fields(cls) if f.name not in (*DERIVED_FIELDS, *values) and is_required(f)]
         require(not missing, f"{where}: {', '.join(missing)}: missing")
         if values.get("tune"):
