@@ -9,6 +9,7 @@ import yaml
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.paths import ROOT, format_yaml
 from dual_lora.lab.config.recorded import format_settings, load_recorded_settings
 from dual_lora.lab.errors import UserError
@@ -141,3 +142,4 @@ def test_a_text_that_looks_like_a_number_stays_as_it_is_written(word):
     """Hydra reads these as numbers, or true, whose text is another: 202401, 1.1, 1000.0, True."""
     assert load_settings([f"study={word}"]).study == word
     assert load_settings([f"model.path={word}"]).model.path == word
+    assert [load_settings(run).study for run in parse_overrides([f"study=a, {word},7"])] == ["a", word, "7"]

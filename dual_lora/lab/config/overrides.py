@@ -159,10 +159,18 @@ def list_values(override: Override) -> list[str]:
         require(bool(sweep.list), f"{where}: gives no runs; give at least one value")
         mixed = any(isinstance(value, Sweep) for value in sweep.list)
         require(not mixed, f"{where}: a range, choice or sort cannot be one of several values; write the values out")
-        values = [Transformer.str(value) for value in sweep.list]
+        values = list_choice(sweep, override.input_line.partition("=")[2])
     if sweep.shuffle:
         random.shuffle(values)
     return values
+
+
+def list_choice(sweep: ChoiceSweep, text: str) -> list[str]:
+    """Return the values of a choice as they are written, so that study=1.10,1.20 is not study=1.1,1.2. Where the text
+    after KEY= holds a call, a list or quotes, they are as Hydra writes them."""
+    written = [value.strip() for value in text.split(",")]
+    is_plain = len(written) == len(sweep.list) and not set(text) & set("([{'\"")
+    return written if is_plain else [Transformer.str(value) for value in sweep.list]
 
 
 def list_range(sweep: RangeSweep, where: str) -> list[str]:
