@@ -127,5 +127,12 @@ def test_mistakes_in_a_file(changes, said, monkeypatch):
         CellStudy.find("fit", "smoke")
 
 
+def test_a_study_of_cells_needs_its_module(monkeypatch):
+    content = {"title": "x", "kind": "cells", "smoke": {"size": "smoke"}}
+    monkeypatch.setattr("dual_lora.lab.commands.cell_study.load_experiment_file", lambda name: content)
+    with pytest.raises(UserError, match="kind: cells: there is no dual_lora/analysis/cost.py"):
+        CellStudy.find("cost", "smoke")
+
+
 def test_an_experiment_of_runs_is_no_study_of_cells():
     assert CellStudy.find("cost", "smoke") is None and "kind" not in experiment.load_experiment_file("cost")

@@ -246,7 +246,7 @@ WRONG = {
     "nothing after the flag": ({}, "--config-dir=", "--config-dir: needs a folder; write --config-dir DIR"),
     "two folders": ({"x/task/a.yaml": TASK}, "--config-dir=HERE/x -cd HERE/x", "-cd: given twice; drop one"),
     "an empty folder": ({"x/a.txt": ""}, "--config-dir HERE/x", "x: no settings in it; settings are in --config-dir DIR as DIR/GROUP/NAME.yaml"),
-    "a group misspelt": ({"x/tasks/a.yaml": TASK}, "--config-dir HERE/x", "x/tasks/a.yaml: not read; settings are in --config-dir DIR as DIR/GROUP/NAME.yaml, GROUP one of model, task, method, hardware, experiment, scale, family. Did you mean task?"),
+    "a group misspelt": ({"x/tasks/a.yaml": TASK}, "--config-dir HERE/x", "x/tasks/a.yaml: not read; settings are in --config-dir DIR as DIR/GROUP/NAME.yaml, GROUP one of model, task, method, hardware, experiment, family. Did you mean task?"),
     "a launcher": ({"x/hydra/launcher/a.yaml": "_target_: os.system"}, "--config-dir HERE/x", "x/hydra/launcher/a.yaml: not read"),
     "no group": ({"x/a.yaml": TASK}, "--config-dir HERE/x", "x/a.yaml: not read; settings are in"),
     "another ending": ({"x/task/a.yml": TASK}, "--config-dir HERE/x", "x/task/a.yml: not read; name it a.yaml"),
@@ -313,5 +313,5 @@ def test_what_one_command_named_the_next_does_not_know(own, runs_folder):
 def test_the_names_of_groups_are_those_of_conf():
     from dual_lora.lab.config.outside.words import FOLDERS
 
-    assert {path.name for path in paths.CONF.iterdir() if path.is_dir()} == {*FOLDERS, "hydra"}
+    assert {path.name for path in paths.CONF.iterdir() if path.is_dir()} == {*FOLDERS, "scale", "hydra"}
     assert re.fullmatch(r"\w+", FOLDERS[0])

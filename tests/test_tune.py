@@ -9,7 +9,7 @@ import tasks
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.report.learning_rates import describe_seeds
-from dual_lora.lab.study import outcome
+from dual_lora.lab.study import outcome, schedule
 from dual_lora.lab.study.experiment import Experiment
 
 SPEC = {
@@ -111,3 +111,11 @@ def test_of_scores_that_should_be_low_the_lowest_chooses(cells, monkeypatch):
     assert outcome.choose_learning_rate(cell, SimpleNamespace()).settings.train.lr == 1e-3
     scores[serialize_identity_settings(cell.tuning[0])] = float("-inf")  # it diverged
     assert outcome.choose_learning_rate(cell, SimpleNamespace()).settings.train.lr == 2e-3
+
+
+@pytest.mark.parametrize(("trials", "own", "wanted"), [(1, 2, 1), (2, 1, 1), (4, 0, 4), (0, 2, 2), (0, 0, 0)])
+def test_the_exit_code_is_the_smallest_failure_of_trials_and_runs(trials, own, wanted, cells, runs_folder, monkeypatch):
+    """Rates that no trial could choose count; no record is here, so that none can."""
+    codes = iter([trials, own])
+    monkeypatch.setattr(schedule, "run_missing", lambda *arguments: next(codes))
+    assert schedule.run_tuned_cells(cells, "made", []) == wanted

@@ -21,6 +21,11 @@ class UserError(Exception):
         self.details = details
 
 
+def choose_exit_code(codes: Iterable[int]) -> int:
+    """Return the exit code of several pieces of work: the smallest one other than 0."""
+    return min((code for code in codes if code), default=EXIT_OK)
+
+
 def suggest_name(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean X?" for the known name closest to an unknown one, or "" if none is close."""
     known = list(known)

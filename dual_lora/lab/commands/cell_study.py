@@ -45,10 +45,12 @@ class CellStudy:
             return None
         where = f"conf/experiment/{name}.yaml"
         require(content["kind"] == KIND, f"{where}: kind: {content['kind']}: {KIND} is the only kind")
+        module = f"dual_lora/analysis/{name}.py"
+        require((paths.ROOT / module).is_file(), f"{where}: kind: {KIND}: there is no {module}, which has the study")
         scale, study = choose_scale(name, content, scale)
         own = content[scale]
         is_size = isinstance(own, dict) and set(own) == {"size"}
-        require(is_size, f"{where}: {scale}: {{size: ...}} of dual_lora/analysis/{name}.py is needed")
+        require(is_size, f"{where}: {scale}: {{size: ...}} of {module} is needed")
         return cls(name, study, str(own["size"]))
 
     def check_words(self, words: list[str], launcher: list[str]) -> None:

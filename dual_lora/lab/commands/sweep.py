@@ -15,6 +15,7 @@ from dual_lora.lab.errors import (
     EXIT_OK,
     EXIT_USER,
     UserError,
+    choose_exit_code,
     get_first_line,
     require,
     translate_machine_errors,
@@ -68,7 +69,7 @@ def sweep_command(argv: list[str]) -> int:
         cell.settings.check_installed()
     codes = [study.run(run == "true", force) for study in cell_studies.values()]
     codes += [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
-    return min((code for code in codes if code), default=EXIT_OK)
+    return choose_exit_code(codes)
 
 
 def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str] | None) -> int:

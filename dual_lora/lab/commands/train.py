@@ -21,6 +21,7 @@ from dual_lora.lab.errors import (
     EXIT_OK,
     EXIT_USER,
     UserError,
+    choose_exit_code,
     describe_machine_error,
     get_first_line,
     require,
@@ -172,7 +173,7 @@ def plan_runs(runs: list[Run]) -> int:
     for run, refusal in zip(runs, refusals, strict=True):
         if refusal:
             print(redact_secrets(f"no plan: {run.label}: {refusal}"), file=sys.stderr)
-    return min((code for code in codes if code), default=EXIT_OK)
+    return choose_exit_code(codes)
 
 
 def draw_plan(run: Run, is_only: bool) -> tuple[dict[str, Any] | None, str | None, int]:

@@ -16,7 +16,7 @@ import pandas as pd
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, get_first_line
+from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, choose_exit_code, get_first_line
 from dual_lora.lab.record.summary import GB
 from dual_lora.lab.report.write import choose_path
 from dual_lora.lab.study.experiment import Cell, Experiment
@@ -38,7 +38,7 @@ def plan_experiments(composed: list[tuple[Experiment, list[Cell]]]) -> int:
         silence_libraries()
     known: dict[str, dict[str, Any]] = {}
     codes = [plan_experiment(experiment, cells, known) for experiment, cells in composed]
-    return min((code for code in codes if code), default=EXIT_OK)
+    return choose_exit_code(codes)
 
 
 def plan_experiment(experiment: Experiment, cells: list[Cell], known: dict[str, dict[str, Any]]) -> int:

@@ -8,12 +8,12 @@ from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import (
     EXIT_ELSEWHERE,
     EXIT_FAILED,
-    EXIT_OK,
     EXIT_STOPPED,
     EXIT_USER,
     RunHeldElsewhere,
     Stopped,
     UserError,
+    choose_exit_code,
     get_first_line,
     translate_machine_errors,
 )
@@ -91,7 +91,7 @@ def report_failures(runs: list[Run]) -> int:
             print(redact_secrets(line), file=sys.stderr)
     if len(runs) > 1:
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished", file=sys.stderr)
-    return min((EXIT_CODES.get(failure["error"], EXIT_FAILED) for _, failure in failed), default=EXIT_OK)
+    return choose_exit_code(EXIT_CODES.get(failure["error"], EXIT_FAILED) for _, failure in failed)
 
 
 def describe_failure(run: Run, failure: dict[str, str]) -> str:

@@ -4,10 +4,9 @@ import sys
 import time
 
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_OK, UserError, choose_exit_code
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.study.execute import (
-    EXIT_OK,
     describe_error,
     describe_failure,
     execute_run,
@@ -87,7 +86,7 @@ def run_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
         return code
     records = share_from_first(lambda: find_records(study))
     started = [cell for cell in (resolve_start(cell, records) for cell in later) if cell]
-    return run_tuned_cells(started, study, launcher) or code
+    return choose_exit_code([run_tuned_cells(started, study, launcher), code])
 
 
 def run_tuned_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
@@ -101,4 +100,5 @@ def run_tuned_cells(cells: list[Cell], study: str, launcher: list[str]) -> int:
         code = run_missing(trials, launcher, left, "runs to choose learning rates", later)
     records = share_from_first(lambda: find_records(study)) if trials else {}
     ready = [chosen.settings for cell in cells if (chosen := choose_learning_rate(cell, records))]
-    return run_missing(prepare_runs(ready), launcher, left) or (code if len(ready) < len(cells) else EXIT_OK)
+    own = run_missing(prepare_runs(ready), launcher, left)
+    return own if len(ready) == len(cells) else choose_exit_code([own, code])

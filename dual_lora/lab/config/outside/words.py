@@ -10,7 +10,7 @@ from dual_lora.lab.config.paths import find_choices, resolve_path
 from dual_lora.lab.errors import require, suggest_name
 
 FOLDER_FLAGS = ("--config-dir", "-cd")  # Hydra's names for it
-FOLDERS = ("model", "task", "method", "hardware", "experiment", "scale", "family")
+FOLDERS = ("model", "task", "method", "hardware", "experiment", "family")
 CODE_KEY = "plugins"
 
 
