@@ -43,6 +43,7 @@ MAGNITUDES = {
 }
 # "sign" is `sign_ste`, which needs `ste`. "sigmoid" with the magnitude "identity" is a gated linear unit (GLU).
 DIRECTIONS = {"sign": None, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda x: x}
+MAP_NAMES = {"relu": "ReLU", "sign": "Sign", "identity": ""}  # as formulas show them; the others by their own names
 # What D and C may be rounded to before their product.
 DIRECTION_DTYPES = ("float32", "bfloat16", "float16")
 # The straight-through gradients of "sign", see `sign_ste`.

@@ -7,7 +7,6 @@ or `SST-2`). MRPC may also be Microsoft's msr_paraphrase_train.txt, which GLUE's
 known: the hub's MRPC text is tokenized ("doesn 't"), the official file's is not.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -146,12 +145,16 @@ class Glue(Task):
         found = [path.with_name(name) for name in ("dev_ids.tsv", "dev_ids.tsv.gz") if path.with_name(name).is_file()]
         if not found:
             raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv next to it")
+        base.check_packed_copy(found[0])
         return found[0]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         if data_dir is None:
             return {"hub": f"{HUB}@{REVISION}"}
         paths = {split: self.find_file(split, data_dir) for split in ("train", *self.eval_splits)}
+        if len(folders := {path.parent for path in paths.values()}) > 1:  # they may be of different versions
+            one, other = sorted(map(str, folders))
+            raise TaskError(f"data_dir={data_dir}: {one} and {other} each hold some of the files; keep one of them")
         files = {split: filter(None, (path, self.find_dev_ids(path))) for split, path in paths.items()}
         return {split: " ".join(map(base.file_sha256, found)) for split, found in files.items()}
 
@@ -176,23 +179,25 @@ class Glue(Task):
             TaskError: it is damaged, or has an empty text, which the official one does not.
         """
         spec, rows, needed = self.spec, [], (*self.spec.text, self.spec.label)
-        belongs = self.build_split_filter(path, split)
+        listed = self.find_dev_ids(path)
+        ids = self.read_dev_ids(listed) if listed else set()
+        left = set(ids)
         for line, row in base.read_table(path, "\t", False, needed, spec.header, skip_short=spec.holes):
             with base.translate_shape_errors(f"GLUE's {spec.folder}", f"{path}: line {line}"):
                 label, texts = self.parse_label(row[spec.label]), [row[c] for c in spec.text]
                 if self.subset in WITHOUT_EMPTY_TEXTS and not all(text.strip() for text in texts):
                     raise ValueError("an empty text")
-                if belongs(row):
+                pair = tuple(row[name] for name in IDS) if listed else None
+                left.discard(pair)
+                if not listed or (pair in ids) == (split == "validation"):
                     rows.append(self.build_row(split, len(rows), texts, label))
+        if left:  # a damaged id would leave its row in the training set
+            raise TaskError(f"{listed}: no row of {path.name} has the ids {' and '.join(min(left))}; {base.FETCH}")
         return self.dataset(rows, path)
 
-    def build_split_filter(self, path: Path, split: str) -> Callable[[Row], bool]:
-        """Return what tells whether a row of the file is of this split: all are, but of Microsoft's MRPC file."""
-        listed = self.find_dev_ids(path)
-        if not listed:
-            return lambda row: True
-        ids = {tuple(row.values()) for _, row in base.read_table(listed, "\t", False, columns=IDS)}
-        return lambda row: (tuple(row[name] for name in IDS) in ids) == (split == "validation")
+    def read_dev_ids(self, path: Path) -> set[tuple[str, ...]]:
+        """Return the pairs of ids of the rows of Microsoft's MRPC file that GLUE validates on."""
+        return {tuple(row.values()) for _, row in base.read_table(path, "\t", False, columns=IDS)}
 
     def parse_label(self, word: str) -> int | float:
         """Return a label of an official file as a class index or, for STS-B, as its score.

@@ -164,10 +164,14 @@ def check_texts(hypotheses: Texts, references: References) -> None:
             raise ValueError(f"{accepted!r:.80} is not a list of accepted texts; every output needs one")
 
 
+class MissingScoreWarning(UserWarning):
+    """Scores were not computed, because a program that computes them is missing; a run's record keeps its text."""
+
+
 def report_missing(names: Sequence[str], scores: dict[str, float], lack: Unavailable) -> None:
     """Warn which of these scores were not computed, and why."""
     missing = ", ".join(name for name in names if name not in scores)
-    warnings.warn(f"{missing} not computed: {lack}", stacklevel=3)
+    warnings.warn(f"{missing} not computed: {lack}", MissingScoreWarning, stacklevel=3)
 
 
 # n-grams on mteval-13a tokens

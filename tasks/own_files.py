@@ -26,6 +26,7 @@ ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid",
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
+UNREAD_ENDINGS = (".xlsx", ".xls", ".ods", ".zip", ".bz2", ".xz", ".zst", ".arrow", ".feather", ".pkl")
 SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
@@ -82,6 +83,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
         ) from error
     if not paths:
         raise TaskError(f"data_dir={data_dir}: {describe_folder(root)}")
+    check_unread(root)
     for path in paths:
         check_content(path)
     if len(paths) == 1 and find_split(paths[0]) is None:
@@ -103,6 +105,18 @@ def find_ending(path: Path) -> str | None:
     """Return the ending by which a file is read, without .gz; None if it is not a table."""
     kind = next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
     return kind and kind.removesuffix(".gz")
+
+
+def check_unread(root: Path) -> None:
+    """Refuse a table of a kind that is not read whose name says a split: the run would do without it.
+
+    Raises:
+        TaskError: with the file.
+    """
+    for path in sorted(root.iterdir()):
+        word = re.split(r"[-_. ]", path.name.lower())[0]
+        if path.suffix.lower() in UNREAD_ENDINGS and any(word in words for words in ALIASES.values()):
+            raise TaskError(f"{path}: not read; save it as one of {', '.join(TEXT_KINDS)} or .parquet, or move it away")
 
 
 def check_content(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -146,6 +147,25 @@ def test_microsofts_own_mrpc_file_is_divided_by_glues_list(tmp_path):
     before = task.source(str(tmp_path))
     (folder / "dev_ids.tsv").write_text("1\t91\n")
     assert task.source(str(tmp_path)) != before
+    (folder / "dev_ids.tsv").write_text("1\t91\n3\t93 \n")  # would train on that row, and say nothing
+    with pytest.raises(TaskError, match="dev_ids.tsv: no row of msr_paraphrase_train.txt has the ids 3 and 93 ; fetch"):
+        task.split("train", str(tmp_path))
+    with gzip.open(folder / "dev_ids.tsv.gz", "wt") as packed:
+        packed.write("1\t91\n")
+    with pytest.raises(TaskError, match="dev_ids.tsv and dev_ids.tsv.gz: hold different data"):
+        task.source(str(tmp_path))
+
+
+def test_splits_come_from_one_folder(tmp_path):
+    write_official(tmp_path, "rte")
+    task, folder = tasks.load("glue/rte"), tmp_path / "glue/RTE"
+    shutil.copytree(folder, tmp_path / "RTE")
+    before = task.source(str(tmp_path))
+    (folder / "dev.tsv").unlink()
+    with pytest.raises(TaskError, match="RTE and .*RTE each hold some of the files; keep one of them"):
+        task.source(str(tmp_path))
+    shutil.rmtree(folder)
+    assert task.source(str(tmp_path)) == before
 
 
 def test_microsofts_file_gives_the_rows_of_glues_own(official_data, tmp_path):

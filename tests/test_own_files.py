@@ -459,6 +459,9 @@ WRONG = {
     "an input of 0": (N, {}, {"data.jsonl": '{"instruction": "a", "input": 0, "output": "b"}\n'}, "data.jsonl: line 1, column 'input': 0 is not text; write it in quotation marks"),
     "an input of false": (N, {}, {"data.jsonl": '{"instruction": "a", "input": false, "output": "b"}\n'}, "data.jsonl: line 1, column 'input': False is not text"),
     "an input in capitals": (N, {}, {"data.csv": "instruction,Input ,output\na,b,c\n"}, "data.csv: line 2: no column 'input', but 'Input '; name it input, or remove it"),
+    "a field of a message": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace('"b"', '"b", "name": null, "weight": 0')}, "train.jsonl: line 1, column 'messages': message 2 has 'weight', of which nothing is trained on; remove it"),
+    "a spreadsheet beside tables": (C, {}, {"train.csv": GOOD["train.csv"], "test.xlsx": "x"}, "test.xlsx: not read; save it as one of .csv, .tsv"),
+    "a packed table beside others": (C, {}, {"train.csv": GOOD["train.csv"], "Validation-1.csv.zip": "x"}, "Validation-1.csv.zip: not read"),
     "a message without content": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace('"a"', "null")}, "column 'messages': message 1 has no content"),
 }
 # fmt: on

@@ -11,11 +11,13 @@ from huggingface_hub import ModelCard
 from test_export import export, trained  # noqa: F401
 
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.recorded import load_recorded_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import push
 from dual_lora.lab.evaluate.export import compute_probe_logits
+from dual_lora.lab.evaluate.model_card import describe_base, format_about, format_adapter_card
 from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.record.record import Record
 
@@ -99,6 +101,21 @@ def test_without_an_export_there_is_nothing_to_push(trained):
 
     with pytest.raises(UserError, match="^push_to_hub: only with export=DIR"):
         evaluate_command([f"run={trained}", "push_to_hub=me/model"])
+
+
+def test_cards_name_the_maps_and_the_base_of_the_run(trained):
+    dual = ["task=glue/sst2", "method=dual_lora", "model=smollm2-135m"]
+    own = load_settings([*dual, "+method.peft.magnitude=abs", "+method.peft.direction=identity"])
+    assert "abs(B A) ⊙ (D C) to a weight" in format_about(own)
+    assert describe_base(own) == f"{own.model.hub} ({own.model.revision})"
+    moved = load_settings([*dual, "model.path=elsewhere", "hardware.base=nf4"])
+    assert (
+        describe_base(moved) == f"{moved.model.hub}, from files that were not compared with the hub's, in 4 bits (nf4)"
+    )
+    settings = load_recorded_settings(trained)
+    settings.method.peft["exclude_modules"] = ".*(q_proj|o_proj)"
+    card = format_adapter_card(settings, Record(trained), load_task(settings))
+    assert "(q_proj\\|o_proj)" in card
 
 
 def test_an_adapters_card_says_what_it_is_and_loads_it(trained, tmp_path):

@@ -74,6 +74,10 @@ WRONG = {
         {"scores": {"accuracy": "0.5"}},
         "task=demo/choice: score() returns a str for accuracy; return a number",
     ),
+    "a score named by a number": (
+        {"scores": {"accuracy": 1.0, 0: 0.5}},
+        "task=demo/choice: score() returns a score named 0, a int; name it by a text",
+    ),
     "a missing score": ({"scores": {"accuracy": None}}, "score() returns a NoneType for accuracy; return a number"),
     "a set in a row": (
         {"columns": {"words": {"a"}}},

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -230,6 +231,14 @@ def test_float16_is_not_trained_in_without_a_gpu(runs_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="^model.dtype=float16: trains on a GPU only; take model.dtype=bfloat16"):
         train_run(Run.prepare(settings("tiny-roberta", "model.dtype=float16")))
+
+
+def test_a_composite_models_positions_are_those_of_its_text():
+    from transformers import Gemma3Config
+
+    text = {"max_position_embeddings": 16, "num_hidden_layers": 1, "hidden_size": 8, "layer_types": ["full_attention"]}
+    model = SimpleNamespace(config=Gemma3Config(text_config=text), base_model=None)
+    assert not hasattr(model.config, "max_position_embeddings") and get_position_limit(model) == 16
 
 
 def test_a_model_has_room_behind_the_position_of_padding():

@@ -150,7 +150,7 @@ def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequenc
         names, n, digest = list(read_updates(updates)), None, _hash_file(updates)
     if unknown := [target for target in targets or () if target not in names]:
         raise StudyError(f"target {unknown[0]}: not among {', '.join(names)}")
-    names = list(targets or names)
+    names = list(dict.fromkeys(targets or names))  # a target given twice would count as two seeds
     return [
         Cell(target, method, rate, seed, n, chosen["r"], chosen["max_steps"], digest)
         for seed in chosen["seeds"]
@@ -161,12 +161,15 @@ def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequenc
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """Return the cells that a file of rows holds, in its order.
+    """Return the cells that a file of rows holds, each once, in its order.
 
     Raises:
         StudyError: they are not those of one complete study.
     """
-    cells = [Cell(**row["cell"]) for row in read_rows(path)]
+    try:
+        cells = list(dict.fromkeys(Cell(**row["cell"]) for row in read_rows(path)))
+    except TypeError as error:
+        raise StudyError(f"{path}: holds rows of another study than this one ({error})") from error
     studies = {(cell.n, cell.r, cell.max_steps, cell.digest) for cell in cells}
     if len(studies) != 1:
         raise StudyError(f"{path}: holds rows of {len(studies)} studies; expected those of one")

@@ -36,7 +36,7 @@ WORDS = {
         "plugins=FILE.py": "your own code: a file, the folder of a package, or a module; several: [FILE.py,FILE.py]",
     },
     "sweep.py": {
-        "experiment=NAME": "the table to fill and report, conf/experiment/NAME.yaml; several: NAME,NAME; every one: all",
+        "experiment=NAME": "the table to fill and report, conf/experiment/NAME.yaml; several: NAME,NAME, or all",
         "scale=NAME": "how large its runs are: full, small or smoke",
         "run=false": "run nothing, report what there is",
     },

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from dual_lora.lab.system.distributed import count_processes, gather_items, get_
 from dual_lora.lab.system.memory import keep_freed_memory
 from tasks import Split, Task
 from tasks.base import Output, Row
+from tasks.metrics import MissingScoreWarning
 
 LINE_SECONDS = 60.0  # between two lines of progress in a log file
 MIN_FOR_CONSTANT = 100  # with fewer rows, equal outputs may be an accident
@@ -110,18 +111,19 @@ def collect_scores(task: Task, judged: dict[str, list[Row]]) -> dict[str, float]
     """Return the task's scores of judged rows, by split, as Python's numbers; they may be NaN or infinite.
 
     Raises:
-        UserError: a score is not a number, or the main one is not among them.
+        UserError: a score is not a number or its name is not text, or the main one is not among them.
     """
     where, scores = f"task={task.name}: score() returns", task.score(judged)
     require(isinstance(scores, dict), f"{where} a {type(scores).__name__}; return a dictionary of numbers by name")
     found = {}
     for name, score in scores.items():
+        require(isinstance(name, str), f"{where} a score named {name!r}, a {type(name).__name__}; name it by a text")
         try:
             found[name] = float(None if isinstance(score, str | bytes) else score)
         except (OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{where} a {type(score).__name__} for {name}; return a number") from error
     if task.metric not in found:
-        known, close = ", ".join(map(str, found)) or "nothing", suggest_name(task.metric, map(str, found))
+        known, close = ", ".join(found) or "nothing", suggest_name(task.metric, found)
         remedy = "set metric to one of them, or return it"
         raise UserError(f"{where} no {task.metric!r}, the task's metric, but {known}; {remedy}.{close}")
     return found
@@ -157,6 +159,18 @@ def judge_targets(task: Task, split: Split, count: int | None) -> list[Row]:
     outputs = [row["target" if task.form == "generation" else "label"] for row in rows]
     likelihoods = [[(-1.0, 1) for _ in task.choices(row)] for row in rows] if task.choices(rows[0]) else None
     return judge_rows(task, rows, outputs, likelihoods)
+
+
+@contextmanager
+def collect_missing_scores() -> Iterator[list[str]]:
+    """Yield a list that holds afterwards which scores were not computed, and why. Warnings are shown as ever."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MissingScoreWarning)
+        yield found
+    for warning in caught:
+        found += [str(warning.message)] if issubclass(warning.category, MissingScoreWarning) else []
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def find_warnings(task: Task, predictions: list[Row]) -> list[str]:

@@ -20,6 +20,7 @@ from dual_lora.lab.errors import UserError, describe_machine_error, require
 from dual_lora.lab.evaluate.model_card import CARD_NAME, format_adapter_card, format_model_card
 from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
+from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.fused_layers import fuse_layers
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
@@ -215,6 +216,8 @@ def compare_logits(found: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.inference_mode()
 def compute_probe_logits(model: torch.nn.Module) -> torch.Tensor:
     """Return the logits of random token ids, batch x length x vocabulary, in float64 on the CPU."""
-    ids = torch.randint(0, model.config.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    rows, length = PROBE_SHAPE
+    shape, generator = (rows, min(length, get_position_limit(model) or length)), torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator)
     ids = ids.to(model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.double().cpu()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dual_lora.functional import MAP_NAMES
 from dual_lora.lab.config.paths import format_yaml
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.model.encode import TEMPLATE_DATE
@@ -9,6 +10,7 @@ from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_score, name_score
+from dual_lora.tuner.config import PAPERS_MAP
 from tasks import Task
 
 CARD_NAME = "README.md"
@@ -99,8 +101,8 @@ model = PeftModel.from_pretrained(base, "DIR")
 # What this package's own method computes.
 ABOUT = """
 Dual LoRA ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402)) adds
-dW = f * alpha / sqrt(r1 r2) * ReLU(B A) ⊙ Sign(D C) to a weight, with A, B of rank r1, C, D of rank r2, and a factor f
-that training ramps from 0 to 1.
+dW = f * alpha / sqrt(r1 r2) * {size}(B A) ⊙ {sign}(D C) to a weight, with A, B of rank r1, C, D of rank r2, and a
+factor f that training ramps from 0 to 1.
 """
 # PEFT finds types of its own; those of this package are known once it is imported.
 REGISTER = """
@@ -123,12 +125,27 @@ def format_adapter_card(settings: Settings, record: Record, task: Task) -> str:
     values = {key: value for key, value in settings.method.peft.items() if value not in (None, {}, [])}
     return ADAPTER_CARD.format(
         header=format_header(settings, task, "peft", ["peft", *(["dual-lora"] if facts["register"] else [])]),
-        settings=", ".join(f"{key}={value}" for key, value in values.items()),
+        settings=escape_markdown_cell(", ".join(f"{key}={value}" for key, value in values.items())),
         peft=record.read_environment().get("packages", {}).get("peft", "?"),
-        about=ABOUT if facts["register"] else "",
+        about=format_about(settings) if facts["register"] else "",
         labels=f", num_labels={classes[task.form]}" if task.form in classes else "",
         **facts,
     )
+
+
+def format_about(settings: Settings) -> str:
+    """Return what this package's own method computes, by the maps of the run."""
+    found = PAPERS_MAP | settings.method.peft
+    size, sign = (MAP_NAMES.get(found[group], found[group]) for group in ("magnitude", "direction"))
+    return ABOUT.format(size=size, sign=sign)
+
+
+def describe_base(settings: Settings) -> str:
+    """Return a run's base model: its name, and its commit unless its files were given; in how many bits it was held."""
+    model, name = settings.model, settings.model.hub or settings.model.name
+    source = f" ({model.revision})" if model.revision and not model.path else ""
+    source += ", from files that were not compared with the hub's" if model.path and model.hub else ""
+    return name + source + (f", in 4 bits ({settings.hardware.base})" if settings.hardware.base else "")
 
 
 def format_header(settings: Settings, task: Task, library: str, tags: list[str]) -> str:
@@ -143,13 +160,12 @@ def format_header(settings: Settings, task: Task, library: str, tags: list[str])
 def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, Any]:
     """Return what both cards say of a run."""
     result, method = record.read_result(), settings.method
-    base = settings.model.hub or settings.model.name
     chat = f"\n| prompts | in the tokenizer's chat template; its date, if it prints one, is {TEMPLATE_DATE:%d %B %Y} |"
     return {
         "model": settings.model.name,
         "task": task.name,
         "method": method.name,
-        "base": base + (f" ({settings.model.revision})" if settings.model.revision else ""),
+        "base": describe_base(settings),
         "rank": f", rank {method.rank}" if method.rank else "",
         "trained": result["trainable_parameters"],
         "parameters": result["parameters"],

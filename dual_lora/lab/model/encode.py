@@ -140,7 +140,8 @@ def count_longest(choices: list[list[list[int]]]) -> list[int]:
 def get_position_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model has positions for; None if there is no such limit, which XLNet calls -1. In
     RoBERTa, positions start after the padding index. Under longrope it is how many a row may have in a batch."""
-    limit, long = getattr(model.config, "max_position_embeddings", None), find_longrope_limit(model)
+    config = model.config.get_text_config()
+    limit, long = getattr(config, "max_position_embeddings", None), find_longrope_limit(model)
     if limit is None or limit < 1:
         return long
     places = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
@@ -152,7 +153,7 @@ def get_position_limit(model: PreTrainedModel) -> int | None:
 def find_longrope_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a row may have if the model's rotary positions are of the kind longrope; None for other
     kinds. With a longer row in a batch, transformers changes the positions of all its rows."""
-    found = getattr(model.config, "rope_parameters", None) or {}
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     parts = [found, *found.values()]  # one for all layers, or one for each type of layer
     long = [part for part in parts if isinstance(part, dict) and part.get("rope_type") == "longrope"]
     return min((part["original_max_position_embeddings"] for part in long), default=None)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import enable_full_determinism
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
-from dual_lora.lab.evaluate.evaluate import check_scoring, evaluate_splits, find_warnings
+from dual_lora.lab.evaluate.evaluate import check_scoring, collect_missing_scores, evaluate_splits, find_warnings
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, encode_scored_rows, find_idle_stops
 from dual_lora.lab.inputs.splits import (
     load_development_split,
@@ -238,11 +238,12 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
         log.write_scores(0, before)
     trained = train_or_load(trainer, record, settings)
     merged = merge_adapter(model)
-    metrics, predictions = score_model("after")
+    with collect_missing_scores() as missing:
+        metrics, predictions = score_model("after")
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
-    warnings += find_warnings(task, predictions) + find_unfinished_ramp(model)
+    warnings += missing + find_warnings(task, predictions) + find_unfinished_ramp(model)
     warnings += find_unfinished_warmup(settings, trained["steps"], settings.count_steps(len(rows.train.rows)))
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     for name, count in cut.items():

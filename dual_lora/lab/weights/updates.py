@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import analysis
-from dual_lora.functional import delta_weight
+from dual_lora.functional import MAP_NAMES, delta_weight
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require
@@ -186,7 +186,6 @@ class DualLoraUpdate(Update):
 
     size_is_meaningful = True
     null = "fresh factors by the adapter's own rule and shapes, at full scale"
-    NAMES = {"relu": "ReLU", "sign": "Sign", "identity": ""}
 
     def __init__(self, module: str, layer: DualLoraLayer, config: object, index: int | None = None) -> None:
         super().__init__(module, layer.get_base_layer())
@@ -196,7 +195,7 @@ class DualLoraUpdate(Update):
         self.r1, self.r2 = len(A), len(C)
         self.ranks = f"{self.r1}+{self.r2}"
         variants = self.factors.variants
-        size, sign = (self.NAMES.get(variants[k], variants[k]) for k in ("magnitude", "direction"))
+        size, sign = (MAP_NAMES.get(variants[k], variants[k]) for k in ("magnitude", "direction"))
         self.labels = {"magnitude": f"{size}(BA)", "direction": f"{sign}(DC)", "overall": "dW"}
         if index is not None:
             n, blocks = layer.fused_slices[ADAPTER]
