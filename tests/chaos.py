@@ -45,11 +45,11 @@ from wandb_stub import WandbStub
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config import paths
+from dual_lora.lab.errors import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from dual_lora.lab.evaluate import evaluate
 from dual_lora.lab.model import adapt
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.report import write as report_write
-from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.train import run as train_run
 from dual_lora.lab.train import trainer as train_trainer

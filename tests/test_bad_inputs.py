@@ -44,12 +44,11 @@ from dual_lora.lab.config.outside import hub as inputs_hub
 from dual_lora.lab.config.outside.hub import is_hub_unreachable
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_ELSEWHERE, EXIT_OK, EXIT_USER, UserError
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.train.run import train_run
 from tasks.commonsense import SPECS

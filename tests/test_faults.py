@@ -11,10 +11,10 @@ from dual_lora.bench.__main__ import main as run_bench
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
-from dual_lora.lab.errors import UserError, describe_machine_error, translate_machine_errors
+from dual_lora.lab.errors import EXIT_USER, UserError, describe_machine_error, translate_machine_errors
 from dual_lora.lab.record import record as record_record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import EXIT_USER, execute_run, report_failures
+from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.train import trainer as train_trainer
 
 

@@ -22,12 +22,11 @@ from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import GROUPS, iterate_keys, list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_FAILED, EXIT_OK, UserError
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import encode_rows
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK
 from dual_lora.lab.train.run import train_run
 from tasks.base import build_features
 

@@ -15,10 +15,11 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.recorded import find_differences
 from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_USER
 from dual_lora.lab.record import run as record_run
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.record.summary import format_seconds
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_OK, EXIT_USER, execute_run, report_failures
+from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.study.experiment import Experiment, drop_replaced_overrides
 from dual_lora.lab.study.listing import format_results
 from dual_lora.lab.study.schedule import run_cells

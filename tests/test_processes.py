@@ -19,9 +19,10 @@ from test_readme import COMMANDS, words
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.errors import EXIT_FAILED, EXIT_STOPPED
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import EXIT_FAILED, EXIT_STOPPED, execute_run
+from dual_lora.lab.study.execute import execute_run
 from dual_lora.lab.system import distributed
 from dual_lora.lab.train.run import train_run
 

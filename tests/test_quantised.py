@@ -19,7 +19,7 @@ from dual_lora.lab.commands.train import check_command, train_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import EXIT_USER, UserError
 from dual_lora.lab.evaluate.export import compute_probe_logits
 from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.model.adapt import attach_method, count_parameters
@@ -28,7 +28,6 @@ from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.nf4 import count_entries, list_4bit_layers
 from dual_lora.lab.record.identity import compute_identity
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import EXIT_USER
 from dual_lora.lab.train.callbacks import get_trained_state
 from dual_lora.lab.train.plan import compute_plan
 from dual_lora.lab.train.run import train_run

@@ -24,12 +24,21 @@ from dual_lora.lab.commands.guard import print_stop, run_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, translate_memory_errors
+from dual_lora.lab.errors import (
+    EXIT_ELSEWHERE,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    RunHeldElsewhere,
+    Stopped,
+    UserError,
+    translate_memory_errors,
+)
 from dual_lora.lab.evaluate.evaluate import evaluate_splits, find_warnings
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.study.execute import EXIT_ELSEWHERE, EXIT_OK, EXIT_STOPPED, EXIT_USER, execute_run, report_failures
+from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.system import lock
 from dual_lora.lab.system.files import translate_save_errors
 from dual_lora.lab.system.lock import LOCK_NAME, STALE_SECONDS, acquire_lock, hold_lock

@@ -9,8 +9,8 @@ from conftest import ROOT
 from test_many_runs import TINY
 
 from dual_lora.lab.commands.train import check_command, train_command
+from dual_lora.lab.errors import EXIT_OK
 from dual_lora.lab.evaluate import evaluate
-from dual_lora.lab.study.execute import EXIT_OK
 
 
 def test_the_headline_of_a_single_run_names_its_settings(runs_folder):
