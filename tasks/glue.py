@@ -149,6 +149,11 @@ class Glue(Task):
         return found[0]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:
+        """Return the revision of the hub's data, or the hash of every split's file.
+
+        Raises:
+            TaskError: a file is missing, or the files lie in two folders.
+        """
         if data_dir is None:
             return {"hub": f"{HUB}@{REVISION}"}
         paths = {split: self.find_file(split, data_dir) for split in ("train", *self.eval_splits)}
