@@ -38,7 +38,7 @@ PREAMBLES = {
     True: f"{BELOW}, paired with an input that provides further context. {RESPOND}",
     False: f"{BELOW}. {RESPOND}",
 }
-MESSAGE, NOTHING = ("role", "content"), (None, "", [], {})
+MESSAGE_KEYS, NOTHING = ("role", "content"), (None, "", [], {})
 ROLES = {"system": "### System:", "user": "### User:", "assistant": "### Assistant:"}
 
 
@@ -216,7 +216,7 @@ def parse_messages(place: Place, value: Any) -> list[Row]:
         if not isinstance(content, str):
             what = f"the content of message {number} is {base.quote(content)}, not text"
             raise TaskError(f"{column}: {what}; {like}")
-        if other := [key for key, part in message.items() if key not in MESSAGE and part not in NOTHING]:
+        if other := [key for key, part in message.items() if key not in MESSAGE_KEYS and part not in NOTHING]:
             what = f"message {number} has {base.quote(other[0])}, of which nothing is trained on"
             raise TaskError(f"{column}: {what}; remove it, or put what matters of it into the content")
         found.append({"role": role, "content": get_text(place, {"messages": content}, "messages")})

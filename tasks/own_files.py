@@ -114,8 +114,7 @@ def check_unread(root: Path) -> None:
         TaskError: with the file.
     """
     for path in sorted(root.iterdir()):
-        word = re.split(r"[-_. ]", path.name.lower())[0]
-        if path.suffix.lower() in UNREAD_ENDINGS and any(word in words for words in ALIASES.values()):
+        if path.suffix.lower() in UNREAD_ENDINGS and find_split(path):
             raise TaskError(f"{path}: not read; save it as one of {', '.join(TEXT_KINDS)} or .parquet, or move it away")
 
 
@@ -144,9 +143,9 @@ def check_content(path: Path) -> None:
 
 
 def get_stem(path: Path) -> str:
-    """Return a table's name without its ending, in lower case."""
+    """Return a file's name in lower case, without the ending by which it is read as a table."""
     name = path.name.lower().removesuffix(".gz")
-    return name.removesuffix(find_ending(path))
+    return name.removesuffix(find_ending(path) or "")
 
 
 def find_split(path: Path) -> str | None:

@@ -109,9 +109,8 @@ def test_cards_name_the_maps_and_the_base_of_the_run(trained):
     assert "abs(B A) ⊙ (D C) to a weight" in format_about(own)
     assert describe_base(own) == f"{own.model.hub} ({own.model.revision})"
     moved = load_settings([*dual, "model.path=elsewhere", "hardware.base=nf4"])
-    assert (
-        describe_base(moved) == f"{moved.model.hub}, from files that were not compared with the hub's, in 4 bits (nf4)"
-    )
+    wanted = f"{moved.model.hub}, from files that were not compared with the hub's, in 4 bits (nf4)"
+    assert describe_base(moved) == wanted
     settings = load_recorded_settings(trained)
     settings.method.peft["exclude_modules"] = ".*(q_proj|o_proj)"
     card = format_adapter_card(settings, Record(trained), load_task(settings))
