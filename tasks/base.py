@@ -103,6 +103,7 @@ class Task:
         labels: class names in index order; empty unless `form` is "classification".
         eval_splits: the splits whose predictions are scored, in order.
         metric: key of the score a table shows first.
+        further_metrics: keys of the scores on further sets that a report shows beside `metric`, outside of means.
         unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
         lower_is_better: keys of scores for which lower is better.
         held_out_option: the option that scores training rows set by set, of a task whose training rows mix the sets of
@@ -118,6 +119,7 @@ class Task:
     labels: tuple[str, ...] = ()
     eval_splits: tuple[str, ...] = ("validation",)
     metric: str
+    further_metrics: tuple[str, ...] = ()
     unscaled: tuple[str, ...] = ()
     lower_is_better: tuple[str, ...] = ()
     held_out_option: str = ""

@@ -113,6 +113,7 @@ class Glue(Task):
         self.labels, self.metric = self.spec.labels, self.spec.metric
         if subset == "mnli":
             self.eval_splits = ("validation_matched", "validation_mismatched")
+            self.further_metrics = (f"mismatched_{self.metric}",)
 
     def find_file(self, split: str, data_dir: str) -> Path:
         """Return the official file of a split; a file named "sample" stands in where the full one is absent.

@@ -443,6 +443,37 @@ def test_that_a_run_was_resumed_on_another_kind_of_processor_is_said(study, tmp_
     assert "machines: abacus, 1 thread; slide rule, 2 threads\n" in resumed
 
 
+def test_comparisons_that_pair_runs_of_two_machines_are_named(study, tmp_path):
+    def change(outcome):
+        outcome.record.write_file("environment.json", outcome.record.read_environment() | {"processor": "slide rule"})
+
+    spec = PLANNED | {"full": PLANNED["full"] | {"blocks": [["task=glue/sst2"], ["task=glue/rte"]]}}
+    experiment, outcomes = study(spec, lambda label, s: 80)
+    assert "a seed pairs" not in write_report(experiment, outcomes, tmp_path)
+    for outcome in outcomes:  # all runs of one task are of another machine: no pair is mixed
+        if outcome.settings.task.name == "glue/rte":
+            change(outcome)
+    assert "a seed pairs" not in write_report(experiment, outcomes, tmp_path)
+    change(next(o for o in outcomes if (o.label, o.settings.task.name) == ("LoRA", "glue/sst2")))
+    text = write_report(experiment, outcomes, tmp_path)
+    assert (
+        "a seed pairs runs of different machines (abacus, slide rule), which round differently, in: "
+        "Dual LoRA - LoRA (glue/sst2); Dual LoRA - LoRA (mean of 2 tasks)\n"
+    ) in text
+
+
+def test_a_further_set_of_a_task_is_reported_beside_its_main_score(study, tmp_path):
+    spec = GLUE | {"full": GLUE["full"] | {"blocks": [["task=glue/mnli"]]}}
+    experiment, outcomes = study(spec, lambda label, s: 80)
+    assert "mismatched" not in write_report(experiment, outcomes, tmp_path)  # not measured by any run
+    for outcome in outcomes:
+        outcome.result["metrics"]["mismatched_accuracy"] = 0.7 + 0.1 * (outcome.label == "Dual LoRA")
+    text = write_report(experiment, outcomes, tmp_path)
+    assert "mismatched_accuracy, glue/mnli: LoRA 70.0 (2), Dual LoRA 80.0 (2)\n" in text
+    listed = pd.read_csv(tmp_path / DIFFERENCES_FILE)
+    assert listed["score"].tolist() == ["accuracy", "mismatched_accuracy"] and not listed["planned"].any()
+
+
 def test_that_seeds_alone_differ_is_said_of_deterministic_runs_alone(study, tmp_path):
     spec = GLUE | {"full": GLUE["full"] | {"run": [*GLUE["full"]["run"], "deterministic=true"]}}
     text = write_report(*study(spec, lambda label, s: 80), tmp_path)

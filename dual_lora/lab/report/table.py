@@ -281,6 +281,7 @@ def iterate_notes(
     yield from iterate_start_notes(experiment, outcomes)
     yield from iterate_clipped_notes(outcomes)
     yield from iterate_checkpoint_notes(outcomes)
+    yield from iterate_further_scores(outcomes)
     files = {
         f"{name} {facts['origin']}, {facts['rows']:,} rows"
         for outcome in outcomes
@@ -337,26 +338,44 @@ def iterate_checkpoint_notes(outcomes: list[Outcome]) -> Iterator[str]:
     for rule, names in rules.items():
         caveat = ", as LoRA reports it; scores, intervals and p do not account for that choice"
         yield f"checkpoint: of {', '.join(sorted(names))} the {rule}{caveat if rule == BY_REPORTED_ROWS else ''}"
-    yield from iterate_last_scores(
-        [outcome for outcome in outcomes if outcome.result and outcome.settings.task.checkpoint == "best_loss"]
-    )
+    chosen = [outcome for outcome in outcomes if outcome.result and outcome.settings.task.checkpoint == "best_loss"]
+    for model_task, group in group_by_task(chosen):
+        if listed := list_mean_scores(group, load_task_of(group[0]).metric, "metrics_last_epoch"):
+            yield f"after the last step instead, {name_model_task(model_task, chosen)}: {listed}"
 
 
-def iterate_last_scores(finished: list[Outcome]) -> Iterator[str]:
-    """Yield the mean main scores after the last step by row, a line for each model and task."""
-    models = {outcome.settings.model.name for outcome in finished}
+def iterate_further_scores(outcomes: list[Outcome]) -> Iterator[str]:
+    """Yield the mean scores on a task's further sets by row, a line for each model and task."""
+    finished = [outcome for outcome in outcomes if outcome.result]
+    for model_task, group in group_by_task(finished):
+        for metric in load_task_of(group[0]).further_metrics:
+            if listed := list_mean_scores(group, metric, "metrics"):
+                yield f"{metric}, {name_model_task(model_task, finished)}: {listed}"
+
+
+def group_by_task(finished: list[Outcome]) -> Iterator[tuple[ModelTask, list[Outcome]]]:
+    """Yield the runs of every model and task."""
     groups: dict[ModelTask, list[Outcome]] = {}
     for outcome in finished:
         groups.setdefault(get_model_task(outcome), []).append(outcome)
-    for (model, name), group in groups.items():
-        task, last = load_task_of(group[0]), {}
-        for outcome in group:
-            if not isnan(score := get_score(task, outcome.result, of="metrics_last_epoch")):
-                last.setdefault(outcome.label, []).append(score)
-        style = SCORE_FORMATS[get_unit(task, task.metric)]
-        listed = ", ".join(f"{label} {style.format(np.mean(some))} ({len(some)})" for label, some in last.items())
-        if listed:
-            yield f"after the last step instead, {name}{f' ({model})' * (len(models) > 1)}: {listed}"
+    yield from groups.items()
+
+
+def name_model_task(model_task: ModelTask, finished: list[Outcome]) -> str:
+    """Return a task's name, with that of the model where there are several."""
+    model, name = model_task
+    return name + f" ({model})" * (len({outcome.settings.model.name for outcome in finished}) > 1)
+
+
+def list_mean_scores(group: list[Outcome], metric: str, of: str) -> str:
+    """Return the means of a score by row, with the number of runs; empty where none was measured. group: runs of one
+    task. of: as in `get_score`."""
+    task, known = load_task_of(group[0]), {}
+    for outcome in group:
+        if not isnan(score := get_score(task, outcome.result, metric, of)):
+            known.setdefault(outcome.label, []).append(score)
+    style = SCORE_FORMATS[get_unit(task, metric)]
+    return ", ".join(f"{label} {style.format(np.mean(some))} ({len(some)})" for label, some in known.items())
 
 
 def iterate_clipped_notes(outcomes: list[Outcome]) -> Iterator[str]:

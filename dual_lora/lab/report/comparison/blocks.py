@@ -91,6 +91,20 @@ def explain_verdicts(found: list[Comparison]) -> Iterator[str]:
     if any(c.contrast for c in found):
         yield "a contrast sets the mean over some columns of a row against that over others"
     yield "the interval is the t-interval over seeds; it holds for these test examples only"
+    yield from describe_mixed_machines(found)
+
+
+def describe_mixed_machines(found: list[Comparison]) -> Iterator[str]:
+    """Yield which comparisons pair runs of several kinds of machine, and of which."""
+    mixed: dict[frozenset[str], list[str]] = {}
+    for c in found:
+        if c.machines:
+            mixed.setdefault(c.machines, []).append(f"{c.name} ({c.task})")
+    for machines, names in mixed.items():
+        yield (
+            f"a seed pairs runs of different machines ({', '.join(sorted(machines))}), which round differently, in: "
+            + "; ".join(names)
+        )
 
 
 def iterate_exploratory_blocks(found: Comparisons) -> Iterator[Block]:
@@ -105,6 +119,8 @@ def iterate_exploratory_blocks(found: Comparisons) -> Iterator[Block]:
     for name, some in groups.items():
         if some:
             yield Table(format_comparisons(some), f"Exploratory differences {name}, in points, uncorrected.")
+            if mixed := list(describe_mixed_machines(some)):
+                yield Text(items=tuple(mixed))
 
 
 def format_comparisons(found: list[Comparison]) -> pd.DataFrame:

@@ -55,6 +55,7 @@ class Comparison:
         contrast: whether it sets several runs of one row against each other.
         model: the name of its model.
         decimals: with how many a difference is printed.
+        machines: those that runs of equal seeds are from, where there are several.
         spread: standard deviation of the seeds' differences in points. That of fewer than MIN_SEEDS seeds is hardly
             known, so it is pooled over the comparisons of its `pool` with as few.
     """
@@ -77,6 +78,7 @@ class Comparison:
     contrast: bool = False
     model: str = ""
     decimals: int = DIFFERENCE_DECIMALS[100]
+    machines: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -249,6 +251,7 @@ def compare_match(
                 contrast=match.contrast,
                 model=match.first.settings.model.name,
                 decimals=DIFFERENCE_DECIMALS[unit],
+                machines=match.mixed_machines,
             )
         )
 
@@ -267,9 +270,11 @@ def add_tests(comparison: Comparison) -> Comparison:
 
 
 def list_further_scores(experiment: Experiment, outcomes: list[Outcome], match: Match) -> list[str]:
-    """Return the scores other than the main one that are columns of the table."""
+    """Return the scores other than the main one that are columns of the table, or were measured on further sets."""
     here = [c.field for c in list_columns(experiment, outcomes) if c.field and c.task in (None, match.task.name)]
-    return [field for field in here if field not in FIELDS and field != match.task.metric]
+    measured = [key for key in match.task.further_metrics if any(key in run.result["metrics"] for run in match.runs)]
+    known = dict.fromkeys([*here, *measured])
+    return [field for field in known if field not in FIELDS and field != match.task.metric]
 
 
 def compare_scores(match: Match, sides: list[list[RowsBySeed]], metric: str, family: int) -> Difference:
@@ -334,6 +339,7 @@ def average_over_tasks(experiment: Experiment, parts: dict[Match, Comparison]) -
             contrast=one.contrast,
             model=one.first.settings.model.name,
             decimals=max(part.decimals for part in parts.values()),
+            machines=frozenset().union(*(part.machines for part in parts.values())),
         )
     )
 

@@ -1,5 +1,6 @@
 """Which runs are compared with which, and their predictions."""
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 
 from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.errors import UserError, require
+from dual_lora.lab.record.provenance import get_machine, list_attempts
 from dual_lora.lab.report.values import get_place
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
@@ -56,6 +58,16 @@ class Match:
         return sorted(
             set.intersection(*({run.settings.seed for run in column} for column in (*self.ours, *self.theirs)))
         )
+
+    @functools.cached_property
+    def mixed_machines(self) -> frozenset[str]:
+        """The machines of the runs that a seed pairs, of all seeds for which these are several."""
+        by_seed: dict[int, set[str]] = {seed: set() for seed in self.seeds}
+        for run in self.runs:
+            if run.settings.seed in by_seed:
+                attempts = list_attempts(run.record.read_environment())
+                by_seed[run.settings.seed].update(filter(None, map(get_machine, attempts)))
+        return frozenset().union(*(machines for machines in by_seed.values() if len(machines) > 1))
 
     def subtract_recorded(self, metric: str) -> tuple[float, ...]:
         """Return, for each seed, the mean of our recorded scores minus that of theirs; nothing where one is missing."""
