@@ -341,7 +341,7 @@ def iterate_checkpoint_notes(outcomes: list[Outcome]) -> Iterator[str]:
     chosen = [outcome for outcome in outcomes if outcome.result and outcome.settings.task.checkpoint == "best_loss"]
     for model_task, group in group_by_task(chosen):
         if listed := list_mean_scores(group, load_task_of(group[0]).metric, "metrics_last_epoch"):
-            yield f"after the last step instead, {name_model_task(model_task, chosen)}: {listed}"
+            yield f"after the last step instead, {label_task(model_task, chosen)}: {listed}"
 
 
 def iterate_further_scores(outcomes: list[Outcome]) -> Iterator[str]:
@@ -350,7 +350,7 @@ def iterate_further_scores(outcomes: list[Outcome]) -> Iterator[str]:
     for model_task, group in group_by_task(finished):
         for metric in load_task_of(group[0]).further_metrics:
             if listed := list_mean_scores(group, metric, "metrics"):
-                yield f"{metric}, {name_model_task(model_task, finished)}: {listed}"
+                yield f"{metric}, {label_task(model_task, finished)}: {listed}"
 
 
 def group_by_task(finished: list[Outcome]) -> Iterator[tuple[ModelTask, list[Outcome]]]:
@@ -361,7 +361,7 @@ def group_by_task(finished: list[Outcome]) -> Iterator[tuple[ModelTask, list[Out
     yield from groups.items()
 
 
-def name_model_task(model_task: ModelTask, finished: list[Outcome]) -> str:
+def label_task(model_task: ModelTask, finished: list[Outcome]) -> str:
     """Return a task's name, with that of the model where there are several."""
     model, name = model_task
     return name + f" ({model})" * (len({outcome.settings.model.name for outcome in finished}) > 1)
