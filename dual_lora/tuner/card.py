@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .warmup import describe_unfinished_ramp
+from .ramp import describe_unfinished_ramp
 
 FACTORS = (".A", ".B", ".C", ".D")
 TAGS = ("dual-lora", "peft")

@@ -10,6 +10,7 @@ import torch
 from peft.config import PeftConfig
 
 from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIGHT_THROUGH
+from .card import extend_card, find_low_precision, find_saved_ramp
 from .precision import find_stacklevel
 from .register import NAME, add_peft_type
 
@@ -155,8 +156,6 @@ class DualLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As in PEFT, which has already written the adapter's weights. Also extends the model card, and warns once if
         the ramp of f has not ended, and once if the factors are in 16 bits."""
-        from .card import extend_card, find_low_precision, find_saved_ramp  # here, because they import this module
-
         super().save_pretrained(save_directory, **kwargs)
         extend_card(Path(save_directory))
         ramp = None if hasattr(self, "_warned") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)

@@ -18,8 +18,8 @@ from .config import DualLoraConfig
 from .factors import TENSORS, DualLoraFactors
 from .layer import DualLoraLayer, Embedding, find_layer_class
 from .precision import find_stacklevel, warn_of_rounded_products
+from .ramp import describe_unfinished_ramp
 from .register import NAME
-from .warmup import describe_unfinished_ramp
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend

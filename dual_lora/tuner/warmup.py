@@ -11,10 +11,9 @@ ZeroRedundancyOptimizer); each round of them counts once (`_count_step`).
 import itertools
 import math
 import weakref
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
@@ -58,22 +57,6 @@ def set_update_scale(model: nn.Module, factor: float, ramp: bool = False) -> Non
         raise ValueError("an adapter is merged, with the f of that time; call unmerge_adapter() before setting f")
     for f in factors:
         f.set_update_scale(factor, ramp)
-
-
-def describe_unfinished_ramp(states: Iterable[tuple[Tensor | int, Tensor | float, int]]) -> str | None:
-    """Return the end of a sentence about the least advanced unfinished ramp; None if all ramps have ended.
-
-    states: (optimizer steps done, f, steps of the ramp) for each layer. An f set by hand ends the ramp.
-    """
-    open_ramps = [(float(f), int(step), steps) for step, f, steps in states if int(step) < steps and float(f) < 1]
-    if not open_ramps:
-        return None
-    f, step, steps = min(open_ramps)
-    return (
-        f"at f = {f:.3g}, {step} of {steps} steps into its ramp, so it computes only that fraction of dW. Train "
-        "longer, set scale_warmup_steps well below the number of optimizer steps, or end the ramp with "
-        "dual_lora.set_update_scale(model, 1.0), after unmerge_adapter() if it is merged."
-    )
 
 
 def is_trained(factors: DualLoraFactors) -> bool:
