@@ -1,6 +1,7 @@
 """The studies of analysis/: targets of known structure, fits, teachers and students, rows that survive a crash."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -32,6 +33,13 @@ def test_a_target_has_size_one_and_is_the_generators_alone(kind):
     torch.rand(3)
     assert np.array_equal(update, drawn(kind))
     assert not np.array_equal(update, targets.draw_update(kind, 20, 30, generator(1)).numpy())
+
+
+def test_a_study_without_the_libraries_of_its_report_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(SystemExit, match=r"error: the report needs scipy; .*\.\[analysis\]"):
+        fit.main(["--out", str(tmp_path / "rows.jsonl"), "--size", "smoke"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_targets_have_the_structure_they_are_named_for():

@@ -1,6 +1,7 @@
 """Rules about the tree: who may import whom, and that names, files and settings agree."""
 
 import ast
+import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_import_directions(folder):
     for path in [place] if place.is_file() else place.rglob("*.py"):
         for name in imported(path):
             assert not any(name == f or name.startswith(f + ".") for f in FORBIDDEN[folder]), f"{path} imports {name}"
+
+
+# What works with the package's own dependencies; the other files of its folder need the extra `analysis`.
+PLAIN_ANALYSIS = ("__init__", "entries", "memory", "spectrum", "truncation", "update")
+
+
+@pytest.mark.parametrize("name", PLAIN_ANALYSIS)
+def test_the_plain_analyses_need_only_torch_and_the_map(name):
+    found = imported(ROOT / f"dual_lora/analysis/{name}.py")
+    others = {n for n in found if n.split(".")[0] not in sys.stdlib_module_names | {"torch"}}
+    allowed = tuple(f"dual_lora.analysis.{n}." for n in PLAIN_ANALYSIS)
+    assert all(n.startswith(("dual_lora.functional.", *allowed)) for n in others), others
 
 
 def test_methods_and_tasks_do_not_know_each_other():

@@ -1,9 +1,9 @@
-"""What an adapter did to a weight, as plain numbers. Needs only torch and `dual_lora.functional`.
+"""What an adapter did to a weight, as plain numbers. What this module exports needs only torch and
+`dual_lora.functional`, and so do `truncation` and `memory`, which measures what autograd keeps in a training step.
 
-`memory` measures what autograd keeps in a training step.
-
-Two studies of what the method's form can express are commands of their own: `python -m dual_lora.analysis.fit` and
-`python -m dual_lora.analysis.teacher`, which adapts small models through PEFT.
+The others need the extra `analysis` (SciPy and matplotlib): `curvature`, and two studies of what the method's form can
+express, which are commands of their own, `python -m dual_lora.analysis.fit` and `python -m dual_lora.analysis.teacher`.
+The second adapts small models through PEFT.
 """
 
 from .entries import (

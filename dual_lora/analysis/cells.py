@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from .dots import Panel, draw_dots
 CONFIDENCE = 0.95  # of the intervals
 # The best rate counts as at the edge of its grid only if it beats its neighbour by more than this.
 EDGE = 0.005
+REPORT_LIBRARIES = ("matplotlib", "scipy")  # the extra `analysis`
 
 
 class StudyError(ValueError):
@@ -309,6 +311,16 @@ def run_command(chosen: Namespace, plan: Callable[[], Sequence], run_cell: Calla
         SystemExit: with one line and exit status 1, in place of a StudyError.
     """
     try:
+        _check_report_libraries()
         run_study(plan(), run_cell, write_report, chosen.out, chosen.report)
     except StudyError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _check_report_libraries() -> None:
+    """Refuse to start a study, which may take hours, whose report cannot be written."""
+    missing = [name for name in REPORT_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StudyError(
+            f"the report needs {' and '.join(missing)}; in a clone of the repository: pip install '.[analysis]'"
+        )
