@@ -48,7 +48,7 @@ from dual_lora.lab.evaluate.kv_cache import compute_next_logits, expand_cache, p
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, probe_padding, score_choices
 from dual_lora.lab.inputs.splits import load_split
 from dual_lora.lab.model.encode import get_position_limit
-from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.load import load_model, switch_mode
 
 SHORT = ["eval.max_examples=8", "train.max_examples=8", "train.max_steps=2", "eval.before=false", "wandb.mode=disabled"]
 PAD = 0
@@ -303,3 +303,11 @@ def test_a_row_that_would_change_the_positions_of_others_is_refused(
     line = capsys.readouterr().err
     assert f"tiny-llama takes {limit} tokens (longrope: a longer row would change the others of its batch), and" in line
     assert said in line
+
+
+def test_a_model_returns_to_its_mode_even_if_what_is_tried_fails():
+    model = torch.nn.Dropout().train()
+    with pytest.raises(ZeroDivisionError), switch_mode(model, training=False):
+        assert not model.training
+        raise ZeroDivisionError
+    assert model.training

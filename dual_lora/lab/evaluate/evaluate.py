@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, is_out_of_memory, require, suggest_name
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, cut_at_stop, generate_texts, score_choices
-from dual_lora.lab.model.load import autocast_products, is_sharded
+from dual_lora.lab.model.load import autocast_products, is_sharded, switch_mode
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
 from dual_lora.lab.system.memory import keep_freed_memory
@@ -202,8 +201,6 @@ def compute_outputs(
 ) -> list[Output]:
     """Return the model's output for every row: a class index, a number or a text; or what `predict` returns."""
     keep_freed_memory()
-    training = model.training
-    model.eval()
     predict = predict or (generate_texts if task.form == "generation" else classify_rows)
 
     def predict_batch(rows: list[Row]) -> list[Output]:
@@ -218,15 +215,16 @@ def compute_outputs(
     mine = batches[get_process_index() :: count_processes()] if independent else batches
     found: list[tuple[int, Output]] = []
     no_gradients = torch.inference_mode() if independent else torch.no_grad()  # training reuses the gathered weights
-    with no_gradients, autocast_products(model, settings, task.form), closing(show_progress(mine, title)) as shown:
+    with (
+        switch_mode(model, training=False),
+        no_gradients,
+        autocast_products(model, settings, task.form),
+        closing(show_progress(mine, title)) as shown,
+    ):
         for batch in shown:
             found += zip(
                 batch, split_until_fits(predict_batch, [rows[i] for i in batch], halve=independent), strict=True
             )
-    for module in () if independent else model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # training must gather again, with gradients
-    model.train(training)
     output = dict(gather_items(found) if independent else found)
     return [output[i] for i in range(len(rows))]
 

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from dual_lora.lab.errors import is_out_of_memory
-from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded
+from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded, switch_mode
 
 PROBE_START, PROBE_ENDS = 4, (2, 12)  # tokens that the two prompts of `probe_prompts` share, and that follow them
 PROBE_BEAMS = 2
@@ -142,10 +142,8 @@ def probe_prompts(model: PreTrainedModel, pad: int) -> bool | None:
     if is_sharded(model):
         return True
     if model not in PROBED:
-        training = model.training
-        model.eval()
-        PROBED[model] = next((bool(n) for n in (PROBE_START, 0) if reads_as_alone(model, pad, n)), None)
-        model.train(training)
+        with switch_mode(model, training=False):
+            PROBED[model] = next((bool(n) for n in (PROBE_START, 0) if reads_as_alone(model, pad, n)), None)
     return PROBED[model]
 
 

@@ -27,7 +27,7 @@ from dual_lora.lab.model.encode import (
     encode_rows,
     get_position_limit,
 )
-from dual_lora.lab.model.load import agree_up_to_rounding, autocast_products, unwrap_adapter
+from dual_lora.lab.model.load import agree_up_to_rounding, autocast_products, switch_mode, unwrap_adapter
 from tasks import Task
 from tasks.base import Row
 
@@ -99,11 +99,9 @@ def probe_padding(
         {name: values[: 2 * count] for name, values in row.items()}
         for count, row in enumerate(islice(cycle(features), PROBE_ROWS), 1)
     ]
-    training = model.training
-    model.eval()
-    batched = compute_class_logits(model, tokenizer, texts)
-    single = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
-    model.train(training)
+    with switch_mode(model, training=False):
+        batched = compute_class_logits(model, tokenizer, texts)
+        single = torch.cat([compute_class_logits(model, tokenizer, [text]) for text in texts])
     return agree_up_to_rounding(batched, single, model)
 
 

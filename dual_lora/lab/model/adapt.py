@@ -51,6 +51,7 @@ from dual_lora.lab.model.load import (
     cast_trained_to_float32,
     is_sharded,
     load_model,
+    switch_mode,
     unwrap_adapter,
 )
 from dual_lora.lab.model.nf4 import count_entries
@@ -357,15 +358,13 @@ def check_forward(model: PeftModel, settings: Settings, form: str) -> None:
     if is_sharded(model) or model.device.type == "meta" or model.dtype == torch.float16:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
-    training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     kind, ways = getattr(torch, settings.model.dtype), [autocast_products(model, settings, form)]
     if kind.itemsize < 4:  # in float32 both are the same
         ways.append(torch.autocast(model.device.type, kind))
     for products in ways:
-        with torch.random.fork_rng(devices), products:  # dropout draws random numbers
-            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    model.train(training)
+        with torch.random.fork_rng(devices), products, switch_mode(model, training=True):  # dropout draws numbers
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def load_init_weights(model: torch.nn.Module, settings: Settings) -> None:

@@ -2,13 +2,15 @@
 
 import re
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -366,6 +368,21 @@ def get_shard_options(settings: Settings, task: Task) -> dict[str, DistributedCo
 def is_sharded(model: torch.nn.Module) -> bool:
     """Return whether this process holds only a shard of each weight."""
     return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+@contextmanager
+def switch_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """A context in which the model is in training or in evaluation mode; after it, however it ends, in its own again.
+    A sharded model frees the weights that it gathered: training must gather them again, with gradients."""
+    own = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module in model.modules() if is_sharded(model) else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train(own)
 
 
 def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dual_lora.lab.errors import require
 from dual_lora.lab.model.encode import IGNORED_LABEL
-from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded, unwrap_adapter
+from dual_lora.lab.model.load import agree_up_to_rounding, is_sharded, switch_mode, unwrap_adapter
 
 PROBE_LENGTHS = (5, 4)  # tokens of the two texts on which `check_packing` tries a model
 
@@ -81,14 +81,12 @@ def check_packing(model: torch.nn.Module) -> None:
     """
     if is_sharded(model):
         return
-    training = model.training
     ids = torch.arange(2, 2 + sum(PROBE_LENGTHS), device=model.device)
     texts = ids.split(PROBE_LENGTHS)
     inputs = {"position_ids": torch.cat([torch.arange(len(text), device=ids.device) for text in texts])[None]}
-    model.eval()
-    packed = model(input_ids=ids[None], **inputs, use_cache=False).logits[0]
-    alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
-    model.train(training)
+    with switch_mode(model, training=False):
+        packed = model(input_ids=ids[None], **inputs, use_cache=False).logits[0]
+        alone = torch.cat([model(input_ids=text[None], use_cache=False).logits[0] for text in texts])
     kind = type(unwrap_adapter(model)).__name__
     independent = agree_up_to_rounding(packed, alone, model)
     require(independent, f"train.packing=true: {kind} does not keep packed examples apart; drop it")

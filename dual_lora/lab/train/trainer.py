@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
@@ -24,7 +23,7 @@ from dual_lora.functional import CLIPPED
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, get_first_line
 from dual_lora.lab.model.adapt import split_by_rate, start_ramp
-from dual_lora.lab.model.load import is_sharded
+from dual_lora.lab.model.load import is_sharded, switch_mode
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.system.distributed import gather_items, share_from_first, wait_for_everyone
 from dual_lora.lab.system.files import remove_path, translate_save_errors
@@ -159,20 +158,16 @@ class RunTrainer(Trainer):
         Raises:
             UserError: it is NaN or Inf.
         """
-        training, found = self.model.training, 0.0
-        self.model.eval()
-        for start in range(0, len(examples), LOSS_BATCH):
-            rows = [examples[i] for i in range(start, min(start + LOSS_BATCH, len(examples)))]
-            inputs = self._prepare_inputs(self.data_collator(rows))
-            if self.settings.train.packing:
-                unmask_packed_batch(inputs)
-            with self.compute_loss_context_manager():
-                loss = super().compute_loss(self.model, inputs)
-            found += float(loss) * len(rows)
-        for module in self.model.modules() if is_sharded(self.model) else ():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # training must gather again, with gradients
-        self.model.train(training)
+        found = 0.0
+        with switch_mode(self.model, training=False):
+            for start in range(0, len(examples), LOSS_BATCH):
+                rows = [examples[i] for i in range(start, min(start + LOSS_BATCH, len(examples)))]
+                inputs = self._prepare_inputs(self.data_collator(rows))
+                if self.settings.train.packing:
+                    unmask_packed_batch(inputs)
+                with self.compute_loss_context_manager():
+                    loss = super().compute_loss(self.model, inputs)
+                found += float(loss) * len(rows)
         loss = found / len(examples)
         self.unchecked.append(("validation loss", self.state.global_step, [], loss))
         self.check_losses()
