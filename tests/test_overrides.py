@@ -13,7 +13,7 @@ from test_glue import write_official
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import asks_hydra, check_command, train_command
-from dual_lora.lab.config import compatibility, paths
+from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import GROUPS, compose_choices, load_settings
 from dual_lora.lab.config.overrides import parse_overrides
 from dual_lora.lab.config.paths import list_choices, load_yaml
@@ -21,7 +21,6 @@ from dual_lora.lab.config.recorded import ADDED_SETTINGS, load_old_defaults, loa
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study.experiment import drop_replaced_overrides
-from dual_lora.tuner import config
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 WRITER = ["model=tiny-llama", "task=demo/restaurants"]
@@ -382,10 +381,6 @@ def test_a_setting_without_effect_is_refused(words):
 )
 def test_a_setting_with_an_effect_is_taken(words):
     load_settings(words)
-
-
-def test_the_map_of_the_kernels_is_that_of_the_method():
-    assert compatibility.PAPERS_MAP == config.PAPERS_MAP
 
 
 def test_a_setting_that_a_method_does_not_name_is_refused_for_any_method(tmp_path, monkeypatch):

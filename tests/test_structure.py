@@ -65,6 +65,7 @@ FORBIDDEN = {
     "dual_lora/analysis": ("dual_lora.lab", "dual_lora.paper", "tasks", "transformers", "hydra", "pandas"),
     "dual_lora/bench": ("dual_lora.lab", "dual_lora.paper", "tasks", "hydra", "datasets", "wandb"),
     "dual_lora/functional.py": ("dual_lora", "tasks", "peft", "transformers", "hydra"),
+    "dual_lora/papers_map.py": ("dual_lora", "tasks", "torch", "peft"),
     "dual_lora/lab": ("train", "eval", "sweep"),
 }
 

@@ -10,6 +10,7 @@ import torch
 from peft.config import PeftConfig
 
 from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIGHT_THROUGH
+from ..papers_map import PAPERS_MAP
 from .card import extend_card, find_low_precision, find_saved_ramp
 from .precision import find_stacklevel
 from .register import NAME, add_peft_type
@@ -17,8 +18,6 @@ from .register import NAME, add_peft_type
 KERNELS = ("auto", "eager", "recompute", "triton")
 GRADIENT_DTYPES = (None, "bfloat16")
 GROUPS = {"magnitude": ("A", "B"), "direction": ("C", "D")}
-# The map that the kernels compute, with any `ste`.
-PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 
 
 @dataclass

@@ -22,6 +22,7 @@ from dual_lora.lab.config.schema import (
 )
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
+from dual_lora.papers_map import PAPERS_MAP
 
 # Settings that only a generation task has: decoding, and which tokens the loss covers.
 GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "search", "length_penalty", "no_repeat_ngram", "stop"}
@@ -35,8 +36,6 @@ MODULE_FREE_FIELDS = {"peft_type", "task_type", "inference_mode", "target_module
 MODULE_FREE_FIELDS |= {"modules_to_save", "bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"}
 # Fields of a method on no module that trains a task's head at most.
 HEAD_ONLY_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save"}
-# The map that Dual LoRA's kernels compute: that of dual_lora.tuner.config, which takes seconds to import.
-PAPERS_MAP = {"magnitude": "relu", "direction": "sign", "direction_dtype": "float32"}
 # Fields of PEFT's that no adapter here reads, and why.
 UNREAD_FIELDS = {
     "fan_in_fan_out": "PEFT sets it by the class of each layer",

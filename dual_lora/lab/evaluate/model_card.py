@@ -10,7 +10,7 @@ from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.present.document import escape_markdown_cell
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_score, name_score
-from dual_lora.tuner.config import PAPERS_MAP
+from dual_lora.papers_map import PAPERS_MAP
 from tasks import Task
 
 CARD_NAME = "README.md"
