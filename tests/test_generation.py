@@ -288,7 +288,7 @@ def test_a_stop_is_the_token_it_is_behind_a_word():
     tokenizer = build_sentencepiece()
     chosen = load_settings(["model=tiny-llama", "task=demo/restaurants", "task.stop=['.','###']"])
     assert predict.build_generation_config(tokenizer, chosen).eos_token_id == [0, 5, 4, 8]
-    (warning,) = predict.find_idle_stops(tokenizer, chosen)
+    (warning,) = predict.describe_idle_stops(tokenizer, chosen)
     assert warning.startswith("task.stop: '###' is 2 tokens here: outputs are cut there")
 
 

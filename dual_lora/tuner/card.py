@@ -49,7 +49,7 @@ def extend_card(folder: Path) -> None:
     card.save(file)
 
 
-def find_saved_ramp(folder: Path, steps: int) -> str | None:
+def describe_saved_ramp(folder: Path, steps: int) -> str | None:
     """Return what `describe_unfinished_ramp` says of the weights saved in this folder, whose ramp takes `steps` steps.
 
     A Trainer's checkpoints (checkpoint-N) are skipped: training continues from them.
@@ -63,7 +63,7 @@ def find_saved_ramp(folder: Path, steps: int) -> str | None:
     return describe_unfinished_ramp(states)
 
 
-def find_low_precision(folder: Path) -> str | None:
+def describe_low_precision(folder: Path) -> str | None:
     """Return the end of a sentence about the factors saved in this folder; None if they have more than 16 bits."""
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():

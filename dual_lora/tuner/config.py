@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 
 from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIGHT_THROUGH
 from ..papers_map import PAPERS_MAP
-from .card import extend_card, find_low_precision, find_saved_ramp
+from .card import describe_low_precision, describe_saved_ramp, extend_card
 from .precision import find_stacklevel
 from .register import NAME, add_peft_type
 
@@ -157,11 +157,11 @@ class DualLoraConfig(PeftConfig):
         the ramp of f has not ended, and once if the factors are in 16 bits."""
         super().save_pretrained(save_directory, **kwargs)
         extend_card(Path(save_directory))
-        ramp = None if hasattr(self, "_warned") else find_saved_ramp(Path(save_directory), self.scale_warmup_steps)
+        ramp = None if hasattr(self, "_warned") else describe_saved_ramp(Path(save_directory), self.scale_warmup_steps)
         if ramp is not None:
             self._warned = True  # no field, so it is not saved
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=find_stacklevel())
-        low = None if hasattr(self, "_warned_of_low") else find_low_precision(Path(save_directory))
+        low = None if hasattr(self, "_warned_of_low") else describe_low_precision(Path(save_directory))
         if low is not None:
             self._warned_of_low = True
             warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {low}", stacklevel=find_stacklevel())

@@ -213,7 +213,7 @@ def encode_stop(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
     return start, behind[len(word) :] if behind[: len(word)] == word else start
 
 
-def find_idle_stops(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
+def describe_idle_stops(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
     """Return a warning for every string of `task.stop` that is no single token of this tokenizer in an output."""
     lengths = {text: len(encode_stop(tokenizer, text)[1]) for text in settings.task.stop}
     cut = "tokens here: outputs are cut there, but only after they are generated in full"

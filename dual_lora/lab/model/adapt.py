@@ -419,7 +419,7 @@ def start_ramp(model: torch.nn.Module) -> None:
             factors.advance_ramp()
 
 
-def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
+def describe_incomplete_ramp(model: torch.nn.Module) -> list[str]:
     """Return a warning where training ended before an update was at its full scale; none otherwise."""
     reached = min((float(factors.update_scale) for factors in list_factors(model)), default=1.0)
     if reached >= 1:
@@ -427,7 +427,7 @@ def find_unfinished_ramp(model: torch.nn.Module) -> list[str]:
     return [f"the update only reached {reached:.2g} of its full scale; train longer or lower method.ramp_share"]
 
 
-def find_rounded_ratio(model: torch.nn.Module, settings: Settings) -> list[str]:
+def describe_rounded_ratio(model: torch.nn.Module, settings: Settings) -> list[str]:
     """Return a warning where Dual LoRA's ranks have another ratio than was asked for, so that runs of several ratios
     are the same; none otherwise."""
     asked = settings.method.magnitude_ratio
@@ -439,7 +439,7 @@ def find_rounded_ratio(model: torch.nn.Module, settings: Settings) -> list[str]:
     return [warning] if abs(r1 / rank - asked) > RATIO_TOLERANCE else []
 
 
-def find_untouched_experts(model: torch.nn.Module, settings: Settings) -> list[str]:
+def describe_untouched_experts(model: torch.nn.Module, settings: Settings) -> list[str]:
     """Return a warning where "all linear layers" leaves out most of a mixture of experts: transformers holds the
     experts of a layer as one weight of three dimensions, which belongs to no linear layer."""
     if not isinstance(model, PeftModel) or build_target_pattern(settings) != ALL_LINEAR:

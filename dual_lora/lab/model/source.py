@@ -86,7 +86,7 @@ def load_config(settings: Settings, task: Task) -> PreTrainedConfig:
     return config
 
 
-def find_other_architecture(settings: Settings) -> list[str]:
+def describe_other_architecture(settings: Settings) -> list[str]:
     """Return a warning where the folder given as `model.path` holds a model of another kind or size than the one that
     the run names; none otherwise."""
     known = {key: value for key, value in settings.model.architecture.items() if key in SIZES}

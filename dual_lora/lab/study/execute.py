@@ -84,7 +84,7 @@ def show_finished(run: Run) -> bool:
 
 def report_failures(runs: list[Run]) -> int:
     """Print every run that did not finish, with the reason, and return the exit code."""
-    failed = [(run, failure) for run in runs if (failure := find_failure(run))]
+    failed = [(run, failure) for run in runs if (failure := pop_failure(run))]
     for run, failure in failed:
         line = describe_failure(run, failure)
         if failure["error"] != RunHeldElsewhere.__name__ or len(runs) > 1:  # of a single one it was printed before
@@ -104,7 +104,7 @@ def describe_failure(run: Run, failure: dict[str, str]) -> str:
     return f"failed: {path}: {message if error == UserError.__name__ else f'{error}: {message}'}"
 
 
-def find_failure(run: Run) -> dict[str, str] | None:
+def pop_failure(run: Run) -> dict[str, str] | None:
     """Return why an attempted run has no result; None if it has one. Forgets the failure, so call it once per run."""
     failure = failures.pop(run.record.folder, None) or run.record.select_attempt_record(run.settings).read_failure()
     held = failure is not None and failure["error"] == RunHeldElsewhere.__name__

@@ -19,7 +19,7 @@ from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import Stopped, UserError, require, translate_machine_errors, translate_memory_errors
 from dual_lora.lab.evaluate.evaluate import check_scoring, collect_missing_scores, evaluate_splits, find_warnings
-from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, encode_scored_rows, find_idle_stops
+from dual_lora.lab.evaluate.predict import PROBE_ROWS, check_batches, describe_idle_stops, encode_scored_rows
 from dual_lora.lab.inputs.splits import (
     load_development_split,
     load_scored_splits,
@@ -31,17 +31,17 @@ from dual_lora.lab.model.adapt import (
     check_named_modules,
     count_parameters,
     describe_adapter,
+    describe_incomplete_ramp,
+    describe_rounded_ratio,
+    describe_untouched_experts,
     draw_initial_model,
-    find_rounded_ratio,
-    find_unfinished_ramp,
-    find_untouched_experts,
     list_kernels,
     list_rates,
 )
 from dual_lora.lab.model.encode import build_collator, check_chats, check_examples, count_cut_rows, encode_rows
 from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
-from dual_lora.lab.model.source import find_other_architecture, list_dropouts
+from dual_lora.lab.model.source import describe_other_architecture, list_dropouts
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.identity import check_base_weights, find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
@@ -217,10 +217,10 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
     warnings = [
-        *find_other_architecture(settings),
-        *find_rounded_ratio(model, settings),
-        *find_untouched_experts(model, settings),
-        *find_idle_stops(tokenizer, settings),
+        *describe_other_architecture(settings),
+        *describe_rounded_ratio(model, settings),
+        *describe_untouched_experts(model, settings),
+        *describe_idle_stops(tokenizer, settings),
     ]
     log = LogCallback(record, mirror, bool(settings.train.log_zeros))
 
@@ -243,15 +243,15 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     log.write_scores(trained["steps"], metrics)
     share_from_first(lambda: record.write_lines("predictions.jsonl", predictions))
     scores = {"metrics": metrics, "merged": merged, "metrics_before": before}
-    warnings += missing + find_warnings(task, predictions) + find_unfinished_ramp(model)
-    warnings += find_unfinished_warmup(settings, trained["steps"], settings.count_steps(len(rows.train.rows)))
+    warnings += missing + find_warnings(task, predictions) + describe_incomplete_ramp(model)
+    warnings += describe_incomplete_warmup(settings, trained["steps"], settings.count_steps(len(rows.train.rows)))
     result = collect_result(settings, record, task, model, rows, trained, scores, warnings)
     for name, count in cut.items():
         result["data"][name]["cut"] = count
     return share_from_first(lambda: record.write_result(result))
 
 
-def find_unfinished_warmup(settings: Settings, steps: int, planned: int) -> list[str]:
+def describe_incomplete_warmup(settings: Settings, steps: int, planned: int) -> list[str]:
     """Return a warning if training ended before the learning rate had reached train.lr; none otherwise, or if nothing
     trained. steps: those done. planned: those of a run that does not stop early."""
     task = settings.task
