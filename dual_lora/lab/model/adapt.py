@@ -120,18 +120,18 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
     """
     values: dict[str, Any] = copy.deepcopy(settings.method.peft)  # PEFT extends lists that it is given
     values = {key: value for key, value in values.items() if value is not None or key not in FILLED_FIELDS}
-    kind = values.pop("peft_type")
+    peft_type = values.pop("peft_type")
     resolve_ramp(settings, values, rows)
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        hint = suggest_name(kind, [k.value for k in PEFT_TYPE_TO_CONFIG_MAPPING])
-        raise UserError(f"method.peft.peft_type={kind}: PEFT has no such method.{hint}")
-    config_type = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        hint = suggest_name(peft_type, [k.value for k in PEFT_TYPE_TO_CONFIG_MAPPING])
+        raise UserError(f"method.peft.peft_type={peft_type}: PEFT has no such method.{hint}")
+    config_type = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     known = {field.name for field in fields(config_type)}
-    check_peft_type(settings, kind, known, form)
+    check_peft_type(settings, peft_type, known, form)
     refuse_unknown_fields(settings, values.keys() - known, known)
     check_decided_fields(values, form)
     values.setdefault("task_type", TASK_TYPES[form])
-    if "target_modules" in known and kind not in TYPES_OF_OTHER_MODULES:
+    if "target_modules" in known and peft_type not in TYPES_OF_OTHER_MODULES:
         values.setdefault("target_modules", build_target_pattern(settings))
         if values["target_modules"] == ALL_LINEAR and "exclude_modules" in known:
             values.setdefault("exclude_modules", rf"(?:.*\.)?(?:{'|'.join(sorted(settings.model.heads))})(?:\..*)?")
@@ -173,14 +173,14 @@ def check_decided_fields(values: dict[str, Any], form: str) -> None:
     require(trains, "method.peft.inference_mode=true: nothing of the adapter would train; drop it")
 
 
-def check_peft_type(settings: Settings, kind: str, known: set[str], form: str) -> None:
+def check_peft_type(settings: Settings, peft_type: str, known: set[str], form: str) -> None:
     """Refuse PEFT types that this harness cannot train as intended. known: the fields of the type's configuration.
 
     Raises:
         UserError: with the reason and the remedy.
     """
-    where, tuner = f"method={settings.method.name} ({kind})", PEFT_TYPE_TO_TUNER_MAPPING[kind]
-    prompts = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig)
+    where, tuner = f"method={settings.method.name} ({peft_type})", PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
+    prompts = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], PromptLearningConfig)
     require(
         not prompts,
         f"{where}: puts virtual tokens before the text, which decoding and the scoring of answers do not expect; take "
@@ -303,9 +303,9 @@ def check_trained_biases(model: PeftModel, settings: Settings) -> None:
     Raises:
         UserError: with the setting.
     """
-    kind, asked = settings.method.peft["peft_type"], settings.method.peft.get("bias") or "none"
+    peft_type, asked = settings.method.peft["peft_type"], settings.method.peft.get("bias") or "none"
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad and name.endswith(".bias")]
-    found = any(is_base_weight(name, kind) and "modules_to_save" not in name.split(".") for name in trained)
+    found = any(is_base_weight(name, peft_type) and "modules_to_save" not in name.split(".") for name in trained)
     require(found or asked == "none", f"method.peft.bias={asked}: {settings.model.name} has no such bias; drop it")
 
 
@@ -359,9 +359,9 @@ def check_forward(model: PeftModel, settings: Settings, form: str) -> None:
         return
     ids = torch.arange(2, 2 + PROBE_TOKENS, device=model.device)[None]
     devices = [model.device] if model.device.type == "cuda" else []
-    kind, ways = getattr(torch, settings.model.dtype), [autocast_products(model, settings, form)]
-    if kind.itemsize < 4:  # in float32 both are the same
-        ways.append(torch.autocast(model.device.type, kind))
+    dtype, ways = getattr(torch, settings.model.dtype), [autocast_products(model, settings, form)]
+    if dtype.itemsize < 4:  # in float32 both are the same
+        ways.append(torch.autocast(model.device.type, dtype))
     for products in ways:
         with torch.random.fork_rng(devices), products, switch_mode(model, training=True):  # dropout draws numbers
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -476,10 +476,10 @@ def find_group_and_rate(name: str, settings: Settings) -> tuple[str, float]:
     return ("weights" if method.peft is None or is_base_weight(name, method.peft["peft_type"]) else "adapter"), rate
 
 
-def is_base_weight(name: str, kind: str) -> bool:
+def is_base_weight(name: str, peft_type: str) -> bool:
     """Return whether a weight that a PEFT type trains is one of the base model, in a copied module or a bias, and not
     the adapter's."""
-    parts, prefix = name.split("."), PEFT_TYPE_TO_PREFIX_MAPPING[kind]
+    parts, prefix = name.split("."), PEFT_TYPE_TO_PREFIX_MAPPING[peft_type]
     return "modules_to_save" in parts or (parts[-1] == "bias" and not any(part.startswith(prefix) for part in parts))
 
 

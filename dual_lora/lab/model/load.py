@@ -166,10 +166,10 @@ def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
     Raises:
         UserError: there is no dropout before the head, or it is the base model's.
     """
-    kind, chosen, base = model.config.model_type, settings.task.head_dropout, set(model.base_model.modules())
+    model_type, chosen, base = model.config.model_type, settings.task.head_dropout, set(model.base_model.modules())
     found = [part.p for part in model.modules() if isinstance(part, torch.nn.Dropout) and part not in base]
-    where, follows = f"task.head_dropout={chosen}", f"the head of a {kind} has the dropout of the base model"
-    require(chosen is None or found, f"{where}: a {kind} has no dropout before its head; drop it")
+    where, follows = f"task.head_dropout={chosen}", f"the head of a {model_type} has the dropout of the base model"
+    require(chosen is None or found, f"{where}: a {model_type} has no dropout before its head; drop it")
     require(chosen is None or chosen in found, f"{where}: {follows}; drop it, or take model.dropout={chosen} for both")
     shared = found and settings.model.dropout is not None and not find_head_dropout_field(model.config)
     if shared and is_first_process():
@@ -323,9 +323,9 @@ def cast_to_float32(weight: torch.nn.Parameter) -> None:
 def autocast_products(model: torch.nn.Module, settings: Settings, form: str) -> AbstractContextManager[None]:
     """Return a context that computes products in `model.dtype`, as the Trainer does in training. It is active only if
     the model mixes dtypes: it has a head, was trained in full, or trains weights of the base along with an adapter."""
-    kind = getattr(torch, settings.model.dtype)
+    dtype = getattr(torch, settings.model.dtype)
     mixed = form != "generation" or settings.method.peft is None or getattr(model, "mixes_dtypes", False)
-    return torch.autocast(model.device.type, kind, enabled=mixed and kind.itemsize < 4)
+    return torch.autocast(model.device.type, dtype, enabled=mixed and dtype.itemsize < 4)
 
 
 def agree_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, model: torch.nn.Module) -> bool:
@@ -337,12 +337,12 @@ def agree_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, model: tor
     return bool(near) or not bool(expected.isfinite().all())
 
 
-def explain_unshardable(settings: Settings, task: Task, kind: type) -> str | None:
+def explain_unshardable(settings: Settings, task: Task, model_class: type) -> str | None:
     """Return why FSDP2 cannot shard a model of this class for this task and method; None if it can."""
     if task.form != "generation":
         return f"not for {task.name}, whose head trains"
-    if not getattr(kind, "_fsdp_plan", None):
-        return f"transformers cannot shard a {kind.config_class.model_type}"
+    if not getattr(model_class, "_fsdp_plan", None):
+        return f"transformers cannot shard a {model_class.config_class.model_type}"
     if settings.method.peft is None and settings.model.dtype == "float16":
         return "transformers shards full tuning in bfloat16 or float32"
     if (settings.method.peft or {}).get("use_dora"):
@@ -394,8 +394,8 @@ def check_all_weights_read(model: PreTrainedModel, file: Path) -> None:
     """
     held = sum("_exps" not in name for name in read_gguf_header(file).tensors)
     taken = len(list(model.parameters()))
-    kind = type(model).__name__
-    require(held <= taken, f"model.path={file}: holds {held} weights, {kind} takes {taken}; {SAVED_MODEL_REMEDY}")
+    class_name = type(model).__name__
+    require(held <= taken, f"model.path={file}: holds {held} weights, {class_name} takes {taken}; {SAVED_MODEL_REMEDY}")
 
 
 def load_dequantized_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -108,8 +108,8 @@ def skip_initialisation(settings: Settings) -> Settings:
     own = settings.method.peft
     if own is None:
         return settings
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(own.get("peft_type"))
-    named = [field.name for field in fields(kind)] if kind else []
+    config_type = PEFT_TYPE_TO_CONFIG_MAPPING.get(own.get("peft_type"))
+    named = [field.name for field in fields(config_type)] if config_type else []
     drawn = {name: False for name in named if name in INITIALISERS}
     return replace(settings, method=replace(settings.method, peft={**own, **drawn}))
 
@@ -122,8 +122,8 @@ def compute_flash_attention(
 
     query: batch x heads x tokens x size; key, value: the same with key-value heads. Returns batch x tokens x heads x
     size, and None for the attention weights."""
-    kind = next(module.parameters()).dtype  # positions and a cache may have made them float32; autocast undoes that
-    query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    dtype = next(module.parameters()).dtype  # positions and a cache may have made them float32; autocast undoes that
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     causal = getattr(module, "is_causal", True)
@@ -190,11 +190,11 @@ def take_meta_step(settings: Settings, task: Task, layers: int, sharded: bool) -
     return {"tokens": ids.numel(), "kept": kept, **found}
 
 
-def imitate_autocast(model: torch.nn.Module, kind: torch.dtype) -> None:
-    """Have a model in float32 compute as under autocast, which the meta device does not know: linear layers in `kind`,
+def imitate_autocast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have a model in float32 compute as under autocast, which the meta device does not know: linear layers in `dtype`,
     all else in float32."""
     for layer in model.modules():
         if type(layer) in (torch.nn.Linear, Conv1D):
             for name, weight in list(layer.named_parameters()):
-                setattr(layer, name, torch.nn.Parameter(weight.to(kind)))  # a new one: some are embeddings, too
-            layer.register_forward_pre_hook(lambda _, inputs: tuple(x.to(kind) for x in inputs))
+                setattr(layer, name, torch.nn.Parameter(weight.to(dtype)))  # a new one: some are embeddings, too
+            layer.register_forward_pre_hook(lambda _, inputs: tuple(x.to(dtype) for x in inputs))
