@@ -136,7 +136,7 @@ def test_all_parts_make_the_published_average(study, tmp_path):
     whole = GLUE | {"full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names]}}
     experiment = Experiment.from_content("made", whole)
     outcomes = find_outcomes(experiment.compose_cells(["seed=0"]), "made")
-    heads = [column.head for column in list_columns(experiment, outcomes)]
+    heads = [column.heading for column in list_columns(experiment, outcomes)]
     assert heads == ["MNLI", "SST-2", "MRPC", "CoLA", "QNLI", "QQP", "RTE", "STS-B", "avg"]
 
 

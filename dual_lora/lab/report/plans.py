@@ -74,7 +74,7 @@ def find_plan_owner(file: Path) -> tuple[str, str] | None:
 def read_planned_places(experiment: Experiment, plan: Path | io.StringIO) -> set[tuple[str, ...]]:
     """Return the places of a plan's runs: what heads their row and column, and the seed. Another rate or machine is the
     same place."""
-    return read_columns(plan, ["model", "task", "label", "purpose", "seed", *list_plan_heads(experiment)])
+    return read_columns(plan, ["model", "task", "label", "purpose", "seed", *list_plan_headings(experiment)])
 
 
 def read_columns(plan: Path | io.StringIO, columns: list[str]) -> set[tuple[str, ...]]:
@@ -87,9 +87,9 @@ def read_columns(plan: Path | io.StringIO, columns: list[str]) -> set[tuple[str,
         return set()
 
 
-def list_plan_heads(experiment: Experiment) -> list[str]:
+def list_plan_headings(experiment: Experiment) -> list[str]:
     """Return the settings that head the rows and columns of an experiment's table, except model and task."""
-    return [key for key in experiment.list_heads() if key not in ("model.name", "task.name")]
+    return [key for key in experiment.list_heading_settings() if key not in ("model.name", "task.name")]
 
 
 def list_jobs(cells: list[Cell]) -> list[tuple[str, str, Settings]]:
@@ -107,7 +107,7 @@ def plan_row(
     place = {"experiment": experiment.name, "scale": experiment.scale}
     place |= {"model": settings.model.name, "task": settings.task.name, "label": label, "purpose": purpose}
     # As text: numbers of a column would be written otherwise once one of them is missing.
-    place |= {key: str(get_setting(settings, key)) for key in list_plan_heads(experiment)}
+    place |= {key: str(get_setting(settings, key)) for key in list_plan_headings(experiment)}
     place |= {"seed": settings.seed, "lr": settings.train.lr, "hardware": settings.hardware.name}
     found = plan_step(settings, known)
     if "refused" in found:

@@ -92,7 +92,7 @@ def quote_row(experiment: Experiment, row: Row, runs: list[Outcome], columns: li
         called = {get_published_name(experiment, column, run) for run in runs} - {None}
         for head, value in row.values.items():
             if table.ours.get(head) in called:
-                cells[column.head] = value.text + format_status(value.status, table)
+                cells[column.heading] = value.text + format_status(value.status, table)
     return cells
 
 
@@ -101,7 +101,7 @@ def get_published_name(experiment: Experiment, column: Column, run: Outcome) -> 
     if not has_setting_columns(experiment):
         return column.ours
     task = load_task_of(run)
-    return f"{task.name}:{task.metric}" if get_column_value(run, experiment.columns) == column.head else None
+    return f"{task.name}:{task.metric}" if get_column_value(run, experiment.columns) == column.heading else None
 
 
 def format_status(value: str, table: Table) -> str:

@@ -100,8 +100,8 @@ def build_main_table(
     for (name, label), part in parts.items():
         heads = dict(zip(map(get_heading, experiment.rows), map(str, name), strict=True))
         cells = {
-            format_value(c.head): format_cell(
-                part[part["column"] == c.head],
+            format_value(c.heading): format_cell(
+                part[part["column"] == c.heading],
                 choose_format(experiment, c, columns, runs[name, label] or outcomes),
                 reasons,
                 experiment.median,
@@ -111,11 +111,14 @@ def build_main_table(
         lines.append({**heads, "method": label, **cells, **describe_cost(runs[name, label], columns)})
         best.append({key: (label, key) in tops[name] for key in lines[-1]})
         commands.append(
-            {format_value(c.head): find_command(part[part["column"] == c.head], outcomes, experiment) for c in columns}
+            {
+                format_value(c.heading): find_command(part[part["column"] == c.heading], outcomes, experiment)
+                for c in columns
+            }
         )
         for table, cells in quotes.get((name, label), {}).items():
             aside.append(len(lines))
-            cells = {format_value(c.head): cells[c.head] for c in columns if c.head in cells}
+            cells = {format_value(c.heading): cells[c.heading] for c in columns if c.heading in cells}
             lines.append({**heads, "method": f"{label} [{table}]", **cells})
             best.append({})
             commands.append({})
@@ -232,13 +235,13 @@ def find_best(
     families = [[c] for c in named if single or c.task or c.parts] or [named]
     top = set()
     for family in families:
-        part = means[means.index.get_level_values("column").isin([c.head for c in family])]
+        part = means[means.index.get_level_values("column").isin([c.heading for c in family])]
         scores = [score for column in family for score in list_scores(experiment, column, columns, outcomes)]
         lower = {task.is_lower_better(metric) for task, metric in scores}
         # A mean of scores of which some should be low and others high is not better for being higher or lower.
         if len(part) > 1 and len(lower) == 1 and not np.isclose(part.min(), part.max(), rtol=0, atol=1e-9):
             best = part.min() if True in lower else part.max()
-            names = {c.head: format_value(c.head) for c in family}
+            names = {c.heading: format_value(c.heading) for c in family}
             top |= {(label, names[head]) for label, head in part.index[np.isclose(part, best, rtol=0, atol=1e-9)]}
     return top
 

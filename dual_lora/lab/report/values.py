@@ -42,7 +42,7 @@ class Column:
     of the runs whose setting has this value. `parts` are the headings whose mean it is, and `is_published` whether a
     published table has just this mean; `ours` is what tables of dual_lora/paper call it, where they have it."""
 
-    head: Any
+    heading: Any
     field: str | None = None
     task: str | None = None
     parts: tuple[str, ...] = ()
@@ -79,10 +79,10 @@ def list_columns(experiment: Experiment, outcomes: list[Outcome]) -> list[Column
             paper.load_table(experiment.published[0]), {outcome.settings.task.name for outcome in outcomes}
         )
     if isinstance(experiment.columns, dict):
-        return [Column(head, field) for head, field in experiment.columns.items()]
-    heads = list(dict.fromkeys(get_column_value(outcome, experiment.columns) for outcome in outcomes))
-    heads.sort(key=lambda head: (not isinstance(head, str), 0 if isinstance(head, str) else head))
-    return [Column(head) for head in heads]
+        return [Column(heading, field) for heading, field in experiment.columns.items()]
+    headings = list(dict.fromkeys(get_column_value(outcome, experiment.columns) for outcome in outcomes))
+    headings.sort(key=lambda heading: (not isinstance(heading, str), 0 if isinstance(heading, str) else heading))
+    return [Column(heading) for heading in headings]
 
 
 def get_heading(key: str) -> str:
@@ -101,16 +101,16 @@ def get_column_value(outcome: Outcome, key: str) -> Any:
 def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
     """Return the columns of a published table that the tasks asked for have, and its averages as far as they go."""
     columns = []
-    for head, ours in table.ours.items():
+    for heading, ours in table.ours.items():
         task, _, metric = ours.partition(":")
         if task in asked:
-            columns.append(Column(head, metric, task, ours=ours))
-    heads = {column.head for column in columns}
-    for head, parts in table.average.items():
-        if head not in heads and len(heads) > 1:
-            complete = heads == set(parts)
-            called = {"head": head, "ours": table.ours.get(head)} if complete else {"head": MEAN}
-            columns.append(Column(parts=tuple(heads), is_published=complete, **called))
+            columns.append(Column(heading, metric, task, ours=ours))
+    headings = {column.heading for column in columns}
+    for heading, parts in table.average.items():
+        if heading not in headings and len(headings) > 1:
+            complete = headings == set(parts)
+            called = {"heading": heading, "ours": table.ours.get(heading)} if complete else {"heading": MEAN}
+            columns.append(Column(parts=tuple(headings), is_published=complete, **called))
     return columns
 
 
@@ -140,14 +140,14 @@ def build_frame(
             known = values.assign(value=values["value"].mask(values["outcome"].isin(left_out)))
             parts = known if column.is_published else learned
             parts = parts[parts["column"].isin(column.parts)]
-            extra = average_values(experiment, parts, "column").assign(column=column.head)
+            extra = average_values(experiment, parts, "column").assign(column=column.heading)
             values = pd.concat([values, extra], ignore_index=True)
     return values
 
 
 def iterate_values(experiment: Experiment, outcome: Outcome, columns: list[Column]) -> Iterator[dict[str, Any]]:
     """Yield the values one run gives."""
-    heads = {key: get_row_value(outcome, key) for key in experiment.rows}
+    headings = {key: get_row_value(outcome, key) for key in experiment.rows}
     common = {"label": outcome.label, "seed": outcome.settings.seed, "marks": get_marks(outcome)}
     common |= {"run": outcome.record.name if outcome.record else None, "lr": get_rate(outcome)}
     for column in columns:
@@ -159,7 +159,7 @@ def iterate_values(experiment: Experiment, outcome: Outcome, columns: list[Colum
                 value = column.get_value(outcome)
             if value is None or isnan(value):
                 value, reason = None, f"{column.field or load_task_of(outcome).metric} not measured"
-        yield {**heads, **common, "column": column.head, "value": value, "reason": reason}
+        yield {**headings, **common, "column": column.heading, "value": value, "reason": reason}
 
 
 def get_rate(outcome: Outcome) -> float | None:
@@ -180,7 +180,7 @@ def get_row_value(outcome: Outcome, key: str) -> Any:
 def belongs_to_column(experiment: Experiment, outcome: Outcome, column: Column) -> bool:
     """Return whether a run has a value in a column."""
     if column.field is None and not column.parts:
-        return get_column_value(outcome, experiment.columns) == column.head
+        return get_column_value(outcome, experiment.columns) == column.heading
     return not column.parts and column.task in (None, outcome.settings.task.name)
 
 
@@ -193,7 +193,7 @@ def list_scores(
     experiment: Experiment, column: Column, columns: list[Column], outcomes: list[Outcome]
 ) -> list[tuple[Task, str]]:
     """Return the tasks and scores that runs have in a column, or in its parts if it is a mean."""
-    parts = [part for part in columns if part.head in (column.parts or [column.head])]
+    parts = [part for part in columns if part.heading in (column.parts or [column.heading])]
     pairs = [(outcome, part) for outcome in outcomes for part in parts if belongs_to_column(experiment, outcome, part)]
     return [((task := load_task_of(outcome)), part.field or task.metric) for outcome, part in pairs]
 
@@ -239,4 +239,4 @@ def format_value(value: object) -> str:
 
 def get_place(experiment: Experiment, outcome: Outcome) -> dict[str, object]:
     """Return the settings that, in addition to label and task, say where in the table a run is."""
-    return {key: get_setting(outcome.settings, key) for key in experiment.list_heads() if key != "task.name"}
+    return {key: get_setting(outcome.settings, key) for key in experiment.list_heading_settings() if key != "task.name"}

@@ -196,7 +196,7 @@ class Experiment:
         for contrast in self.contrasts:
             check_contrast(contrast, self.columns, where)
         require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
-        apart = [key for key in self.list_heads() if key not in ("model.name", "task.name")]
+        apart = [key for key in self.list_heading_settings() if key not in ("model.name", "task.name")]
         require(
             self.analyse not in AVERAGED or not apart,
             f"{where}: analyse: {self.analyse} would average over values of {', '.join(apart)} as over seeds; give "
@@ -233,7 +233,7 @@ class Experiment:
         Raises:
             UserError: as `compose_cells`.
         """
-        places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heads()}
+        places = {"model", "task", "method"} | {key.removesuffix(".name") for key in self.list_heading_settings()}
         has = {key: {job[key] for _, job in jobs if key in job} for key in places}
         self.check_contrasts([(label, job.get(str(self.columns))) for label, job in jobs])
         found: list[Cell] = []
@@ -310,7 +310,7 @@ class Experiment:
         task = self.starts.get(cell.settings.task.name)
         if task is None:
             return ()
-        heads = [key for key in self.list_heads() if key != "task.name"]
+        heads = [key for key in self.list_heading_settings() if key != "task.name"]
         place = [get_setting(cell.settings, key) for key in heads]
         found = tuple(
             other
@@ -381,7 +381,7 @@ class Experiment:
         """Return the folder below runs/ that the report is in. study: that of the runs."""
         return self.study if study == self.find_run_study() else study
 
-    def list_heads(self) -> list[str]:
+    def list_heading_settings(self) -> list[str]:
         """Return the settings that, in addition to label and task, say where in the table a run is."""
         named = isinstance(self.columns, str) and self.columns != "published"
         return [*self.rows, *([self.columns] if named else [])]
@@ -396,7 +396,7 @@ class Experiment:
         for cell in cells:
             mine = cell.settings
             task = mine.task.name if self.columns == "published" else None  # whose columns are of tasks
-            where = (cell.label, mine.seed, task, *(get_setting(mine, key) for key in self.list_heads()))
+            where = (cell.label, mine.seed, task, *(get_setting(mine, key) for key in self.list_heading_settings()))
             other = known.setdefault(where, mine)
             for key in (
                 dict.fromkeys((*iterate_setting_names(asdict(mine)), *iterate_setting_names(asdict(other))))

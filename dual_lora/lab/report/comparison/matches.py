@@ -115,7 +115,7 @@ def list_compared(experiment: Experiment, labels: Collection[str]) -> list[tuple
 
 def has_column_values(experiment: Experiment, outcomes: list[Outcome], label: str) -> bool:
     """Return whether a row has a value of the columns' setting; also where columns are published scores or fields."""
-    if experiment.columns not in experiment.list_heads():
+    if experiment.columns not in experiment.list_heading_settings():
         return True
     settings = [outcome.settings for outcome in outcomes if outcome.label == label]
     return any(get_setting(one, experiment.columns) is not None for one in settings)

@@ -190,7 +190,7 @@ def draw_points(experiment: Experiment, values: pd.DataFrame, outcomes: list[Out
     names = [" ".join(map(str, key)) for key in values[[*experiment.rows, "label"]].itertuples(index=False)]
     values = values.assign(name=names)
     order = list(dict.fromkeys(values["name"]))[::-1]
-    found = {column.head: column for column in list_columns(experiment, outcomes)}
+    found = {column.heading: column for column in list_columns(experiment, outcomes)}
     heads = list(dict.fromkeys(values["column"]))
     figure, panels = create_panels(len(heads), 0.7 + 0.2 * len(order))
     for axes, head in zip(panels, heads, strict=True):
