@@ -248,21 +248,21 @@ def find_data_file(data_dir: str, folders: tuple[str, ...], names: tuple[str, ..
                     several = " and ".join(path.name for path in found)
                     raise TaskError(f"data_dir={data_dir}: {several} could each be {names[0]}; keep one of them")
                 if found:
-                    check_packed_copy(found[0])
+                    check_gzipped_copy(found[0])
                     return found[0]
     looked = " or ".join(f"{folder}/{names[0]}" for folder in folders)
     raise TaskError(f"data_dir={data_dir}: no {looked} (plain or .gz) below it")
 
 
-def check_packed_copy(path: Path) -> None:
+def check_gzipped_copy(path: Path) -> None:
     """Refuse a file next to a .gz of the same name that holds other data.
 
     Raises:
         TaskError: with both.
     """
-    packed = path.with_name(f"{path.name}.gz")
-    if packed.is_file() and file_sha256(packed) != file_sha256(path):
-        raise TaskError(f"{path} and {packed.name}: hold different data; keep one of them")
+    gzipped = path.with_name(f"{path.name}.gz")
+    if gzipped.is_file() and file_sha256(gzipped) != file_sha256(path):
+        raise TaskError(f"{path} and {gzipped.name}: hold different data; keep one of them")
 
 
 @contextmanager

@@ -146,7 +146,7 @@ class Glue(Task):
         found = [path.with_name(name) for name in ("dev_ids.tsv", "dev_ids.tsv.gz") if path.with_name(name).is_file()]
         if not found:
             raise TaskError(f"{path}: not divided into train and dev; put GLUE's dev_ids.tsv next to it")
-        base.check_packed_copy(found[0])
+        base.check_gzipped_copy(found[0])
         return found[0]
 
     def source(self, data_dir: str | None = None) -> dict[str, str]:

@@ -519,13 +519,13 @@ class Settings:
             not cannot_save, "train.save_steps: no checkpoints of a model that is sharded and trained in full; drop it"
         )
         plain = not sharded and base is None  # the layers are as transformers makes them
-        packed = (self.model.path or "").lower().endswith(".gguf")
+        is_gguf = (self.model.path or "").lower().endswith(".gguf")
         require(
-            plain or not packed,
+            plain or not is_gguf,
             f"model.path={self.model.path}: a GGUF file is read in full; take hardware=single",
         )
-        packs = f"hardware.base={base}" if base else "hardware.sharding=full"
-        require(plain or not self.splits_layers, f"{packs}: its layers cannot be split; take model.split=[]")
+        where = f"hardware.base={base}" if base else "hardware.sharding=full"
+        require(plain or not self.splits_layers, f"{where}: its layers cannot be split; take model.split=[]")
         require(frozen or not base, f"hardware.base={base}: method {self.method.name} trains the base; take an adapter")
         require(self.seed >= 0, f"seed={self.seed}: must not be negative")
         check_file_name("study", self.study, "it names a folder below runs/")

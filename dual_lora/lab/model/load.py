@@ -57,7 +57,7 @@ CONFIG_REMEDY = "use the config.json that belongs to the weights"
 # Relative difference that rounding can make in a model's logits: in float32, and in 16 bits or TF32.
 ROUNDING, COARSE_ROUNDING = 1e-4, 5e-2
 # Names of tensors next to a weight that quantized weights and adapters consist of.
-PACKED = re.compile(
+QUANTIZED_PART = re.compile(
     r"\.(lora_\w+|base_layer|original_module|modules_to_save|qweight|qzeros|scales|g_idx|SCB|weight_format|absmax|"
     r"weight_(scale\w*|packed|zero_point|shape)|weight\.(absmax|quant_map|quant_state|nested_\w+))(\.|$)"
 )
@@ -252,7 +252,7 @@ def check_left_out_weights(model: PreTrainedModel, left_out: set[str], settings:
     known = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
     layers = sorted(n for n in left_out if re.sub(r"\d+", "N", n) in known and not heads & set(n.split(".")))
     require(not layers, f"{where} hold layers that its config.json leaves out, first {layers[:1]}; {CONFIG_REMEDY}")
-    parts = sorted(name for name in left_out if PACKED.search(name))
+    parts = sorted(name for name in left_out if QUANTIZED_PART.search(name))
     require(
         not parts,
         f"{where} hold {parts[:1]}, a part of quantized weights or of an adapter, which would be left out; take the "

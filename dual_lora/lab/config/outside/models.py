@@ -73,8 +73,8 @@ def locate_folder(name: str) -> Path:
     Raises:
         UserError: what is missing in the folder.
     """
-    packed = name.lower().endswith(".gguf")
-    require(not packed, f"model={name}: a GGUF file does not say all of its model; take model=NAME model.path={name}")
+    is_gguf = name.lower().endswith(".gguf")
+    require(not is_gguf, f"model={name}: a GGUF file does not say all of its model; take model=NAME model.path={name}")
     folder = Path(os.path.abspath(resolve_path("model", name)))
     if not folder.is_dir():
         remedy = f"give {SAVED_MODEL}, or a model of the hub as model=ORG/NAME"
