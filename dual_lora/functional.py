@@ -219,10 +219,10 @@ def delta_weight(
     check_choice("direction_dtype", direction_dtype, DIRECTION_DTYPES)
     with suspend_autocast(A.device.type):
         A, B, C, D = (t if t.dtype == torch.float64 else t.float() for t in (A, B, C, D))
-        size = MAGNITUDES[magnitude](B @ A)
+        magnitude_BA = MAGNITUDES[magnitude](B @ A)
         DC = multiply_direction(D, C, direction_dtype)
         sign = sign_ste(DC, ste) if direction == "sign" else DIRECTIONS[direction](DC)
-        return scale * size * sign
+        return scale * magnitude_BA * sign
 
 
 def multiply_direction(D: Tensor, C: Tensor, direction_dtype: str = "float32") -> Tensor:

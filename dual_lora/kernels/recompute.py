@@ -116,12 +116,12 @@ def rebuild(
     Shapes as in `dual_linear`; weight and out: out x in. dW: an earlier result without a weight, to be read instead.
     """
     # |scale| goes into B, where it costs out x r1 products, and its sign into Sign(S): ReLU must see B A itself.
-    size, sign = scale.abs(), _get_scale_sign(scale)
+    abs_scale, sign = scale.abs(), _get_scale_sign(scale)
     W = A.new_empty(B.shape[0], A.shape[1], dtype=dtype or A.dtype) if out is None else out
     with suspend_autocast(A.device.type):
         for rows, (M, S) in _iterate_tiles(W, A.dtype, scratch=2):
             if dW is None:
-                torch.mm(B[rows] * size, A, out=M).relu_()
+                torch.mm(B[rows] * abs_scale, A, out=M).relu_()
                 _take_sign_(torch.mm(D[rows], C, out=S)).mul_(sign)
             else:
                 _split_update(dW[rows], M, S)
@@ -146,11 +146,11 @@ def project(
     rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself. dW: as in `rebuild`, but
     not with ste="hardtanh".
     """
-    size, sign = scale.abs(), _get_scale_sign(scale)
+    abs_scale, sign = scale.abs(), _get_scale_sign(scale)
     dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)
     with suspend_autocast(A.device.type):
         for rows, (M, S, P, *own) in _iterate_tiles(G, A.dtype, scratch=3 if G.dtype == A.dtype else 4):
-            scaled_B = B[rows] * size
+            scaled_B = B[rows] * abs_scale
             if dW is None:
                 torch.mm(scaled_B, A, out=M)
                 torch.mm(D[rows], C, out=S)
@@ -174,7 +174,7 @@ def project(
             torch.addmm(dC, D[rows].T, Q, out=dC)
             if rebuilt is not None:
                 _add_product(weight, rows, M, S, out=rebuilt[rows])
-    return dA, dB.mul_(size), dC.mul_(sign), dD.mul_(sign)
+    return dA, dB.mul_(abs_scale), dC.mul_(sign), dD.mul_(sign)
 
 
 TORCH = Ops(rebuild, project)
@@ -276,9 +276,9 @@ def _iterate_tiles(matrix: Tensor, dtype: torch.dtype, scratch: int) -> Iterator
     share their memory, since fresh memory costs a CPU page faults."""
     small = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
     rows, width = matrix.shape
-    size = min(rows, _count_rows(TILE, width)) if small else rows
-    room = [matrix.new_empty(size, width, dtype=dtype) for _ in range(scratch)]
-    for part in _iterate_slices(rows, size):
+    tile_rows = min(rows, _count_rows(TILE, width)) if small else rows
+    room = [matrix.new_empty(tile_rows, width, dtype=dtype) for _ in range(scratch)]
+    for part in _iterate_slices(rows, tile_rows):
         yield part, [piece[: part.stop - part.start] for piece in room]
 
 
@@ -287,9 +287,9 @@ def _count_rows(entries: int, width: int) -> int:
     return max(1, entries // max(1, width))
 
 
-def _iterate_slices(rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+def _iterate_slices(rows: int, step: int) -> Iterator[slice]:
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def _get_scale_sign(scale: Tensor) -> Tensor:
