@@ -62,20 +62,20 @@ def compare_kernel(dtype: torch.dtype, size: int, ops: Any, device: torch.device
     """Return the largest relative error of y, dL/dx and the factors' gradients of one square layer."""
     draw = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
+    def draw_normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, device=device)
 
     # Multiples of 1/256 with a standard deviation of 0.05: float32 adds up their products exactly. Otherwise rounding
     # may flip one sign among a million, and a right kernel would fail.
-    factors = [(12.8 * normal(*shape)).round() / 256 for shape in ((8, size), (size, 8), (8, size), (size, 8))]
+    factors = [(12.8 * draw_normal(*shape)).round() / 256 for shape in ((8, size), (size, 8), (8, size), (size, 8))]
     x, weight, g = (
-        normal(size, size).to(dtype),
-        (normal(size, size) / size**0.5).to(dtype),
-        normal(size, size).to(dtype),
+        draw_normal(size, size).to(dtype),
+        (draw_normal(size, size) / size**0.5).to(dtype),
+        draw_normal(size, size).to(dtype),
     )
     scale = torch.tensor(2.0, device=device)
 
-    def gradients(dtype: torch.dtype, compute: Callable) -> list[Tensor]:
+    def compute_gradients(dtype: torch.dtype, compute: Callable) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *factors)]
         y = compute(*leaves)
         return [t.double() for t in (y, *torch.autograd.grad(y, leaves, g.to(y.dtype)))]
@@ -86,7 +86,8 @@ def compare_kernel(dtype: torch.dtype, size: int, ops: Any, device: torch.device
     def compute_triton(x: Tensor, *factors: Tensor) -> Tensor:
         return dual_linear(x.to(dtype), *factors, scale, weight=weight, ops=ops)
 
-    exact, found = gradients(torch.float64, compute_readable), gradients(torch.float32, compute_triton)
+    exact = compute_gradients(torch.float64, compute_readable)
+    found = compute_gradients(torch.float32, compute_triton)
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
 
 
@@ -242,8 +243,8 @@ def run_missing_parts(parts: list[str], device: str) -> int:
             known[part] = run_part(part, device)
             write_record(record | {"checks": known}, get_folder())
         failed += "result" not in known[part]
-        told = known[part].get("result") or known[part]["failed"]
-        print(f"| {part} | {known[part].get('seconds', '–')} s | {told} |", flush=True)
+        outcome = known[part].get("result") or known[part]["failed"]
+        print(f"| {part} | {known[part].get('seconds', '–')} s | {outcome} |", flush=True)
     return failed
 
 

@@ -174,13 +174,13 @@ def build_sentence_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setting
     The encoder raises UserError for a row without any token.
     """
 
-    def columns(row: Row) -> dict:
+    def encode_row(row: Row) -> dict:
         found = tokenizer(*list_texts(row), truncation=True, max_length=settings.task.max_length)
         where = f"task={settings.task.name}: {row['id']} is empty"
         require(found["input_ids"], f"{where}, and {settings.model.name} adds no special tokens; remove the row")
         return {**found, "labels": row["label"]}
 
-    return columns
+    return encode_row
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, row: Row, settings: Settings) -> list[int]:
@@ -275,7 +275,7 @@ def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setti
     The encoder raises UserError for a row without any loss, since it is too long, or on which the chat template fails.
     """
 
-    def columns(row: Row) -> dict:
+    def encode_row(row: Row) -> dict:
         prompt = encode_prompt(tokenizer, row, settings)
         target = tokenizer(row["target"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids = (prompt + target)[: settings.task.max_length]
@@ -287,7 +287,7 @@ def build_generation_encoder(tokenizer: PreTrainedTokenizerBase, settings: Setti
         )
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[: len(ids)]}
 
-    return columns
+    return encode_row
 
 
 def count_cut_rows(

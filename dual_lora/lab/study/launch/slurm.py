@@ -26,13 +26,13 @@ def wait_for_every_job() -> Iterator[None]:
     """Make submitit wait for every job: a job that died yields None as its result instead of ending the wait."""
     results, watcher = Job.results, SlurmJob.watcher
 
-    def found(job: Job) -> list:
+    def get_results(job: Job) -> list:
         try:
             return results(job)
         except UncompletedJobError:
             return [None]
 
-    Job.results, SlurmJob.watcher = found, SqueueWatcher(delay_s=60)
+    Job.results, SlurmJob.watcher = get_results, SqueueWatcher(delay_s=60)
     try:
         yield
     finally:
