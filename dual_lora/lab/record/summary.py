@@ -11,8 +11,6 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from tasks import Task
 
-GB, MB = 1e9, 1e6  # bytes
-
 
 def format_summary(result: dict[str, Any], run: Run) -> str:
     """Return a finished run as text: a table of scores, what it trained, for how long, and its folder."""

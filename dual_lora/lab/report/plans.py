@@ -17,7 +17,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, choose_exit_code, get_first_line
-from dual_lora.lab.record.summary import GB
+from dual_lora.lab.present.units import GB
 from dual_lora.lab.report.write import choose_path
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.listing import format_rows

@@ -5,8 +5,9 @@ from typing import Any
 from tabulate import tabulate
 
 from dual_lora.lab.config.tasks import load_task
+from dual_lora.lab.present.units import GB
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import GB, format_score, name_score
+from dual_lora.lab.record.summary import format_score, name_score
 
 DASH = "-"  # on the screen, where there is no value
 

@@ -25,9 +25,9 @@ from dual_lora.lab.model.adapt import check_named_modules, count_parameters
 from dual_lora.lab.model.load import check_head_dropout, explain_unshardable, unwrap_adapter
 from dual_lora.lab.model.nf4 import count_nf4_bytes, list_quantizable_layers
 from dual_lora.lab.model.source import find_gguf_file
+from dual_lora.lab.present.units import GB, MB
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import GB, MB
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model, trace_step
 from tasks import Task

@@ -1,0 +1,3 @@
+"""Units of printed amounts."""
+
+GB, MB = 1e9, 1e6  # bytes
