@@ -232,7 +232,7 @@ def test_an_experiment_is_planned_and_not_run(runs_folder, capsys, monkeypatch):
 def short_plans(monkeypatch):
     """A step is planned at once: no model is built."""
     step = {"hours": 1.0, "gb": 1.0, "count_rows": lambda run: 8}
-    monkeypatch.setattr("dual_lora.lab.report.plans.compute_step", lambda settings: step)
+    monkeypatch.setattr("dual_lora.lab.study.plans.compute_step", lambda settings: step)
 
 
 def read_plan_rows(file: Path) -> list[dict]:

@@ -59,7 +59,7 @@ def sweep_command(argv: list[str]) -> int:
     print_found_models()
     if any(cell.settings.plan for _, cells in composed for cell in cells):
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
-        from dual_lora.lab.report.plans import plan_experiments
+        from dual_lora.lab.study.plans import plan_experiments
 
         return plan_experiments(composed)
     forced = force or any(cell.settings.force for _, cells in composed for cell in cells)

@@ -13,8 +13,7 @@ runs/STUDY/report/ (or next to it, see `choose_folder`)
 import io
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -61,6 +60,7 @@ from dual_lora.lab.report.table import (
 from dual_lora.lab.report.values import build_frame
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import Outcome
+from dual_lora.lab.study.output_path import choose_path
 from dual_lora.lab.system.files import write_text
 from dual_lora.lab.system.sealed import hash_file
 
@@ -103,29 +103,6 @@ def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Pat
         find_owner,
         lambda folder: bool(list_shown_places(experiment, folder) - places),
     )
-
-
-def choose_path(
-    name_path: Callable[[str], Path],
-    experiment: Experiment,
-    find_owner: Callable[[Path], tuple[str, str] | None],
-    leaves_out: Callable[[Path], bool],
-) -> Path:
-    """Return where a report or plan is written to, so that it replaces neither another experiment's nor one of more
-    runs. That of a selection replaces that of another selection, which is said on the screen.
-
-    name_path: ending of the name -> path. find_owner: path -> name and scale of the experiment whose it is, None where
-    there is none. leaves_out: path -> whether it has runs that the new one leaves out.
-    """
-    ending = ""
-    if find_owner(name_path(ending)) not in (None, (experiment.name, experiment.scale)):
-        ending = f"_{experiment.name}_{experiment.scale}"
-    if not leaves_out(name_path(ending)):
-        return name_path(ending)
-    path = name_path(f"{ending}_selection")
-    if leaves_out(path):
-        print(f"{path}: replaces that of another selection; repeat its command to have it back", file=sys.stderr)
-    return path
 
 
 def find_owner(folder: Path) -> tuple[str, str] | None:

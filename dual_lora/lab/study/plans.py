@@ -18,9 +18,9 @@ from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError, choose_exit_code, get_first_line
 from dual_lora.lab.present.units import GB
-from dual_lora.lab.report.write import choose_path
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.listing import format_rows
+from dual_lora.lab.study.output_path import choose_path
 from dual_lora.lab.system.files import translate_write_errors, write_text
 from dual_lora.lab.system.libraries import import_heavy_libraries, silence_libraries
 from dual_lora.lab.system.lock import hold_lock
