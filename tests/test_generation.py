@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tasks
-from dual_lora.lab.commands.throughput import measure_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
@@ -31,6 +30,7 @@ from dual_lora.lab.record.identity import compute_identity, select_identity_sett
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
 from tasks import TaskError
+from tools.throughput import measure_command
 
 WRITERS = ("tiny-gpt2", "tiny-llama")
 READERS = ("tiny-roberta", "tiny-deberta")

@@ -1,6 +1,6 @@
 """Compares the speed of our evaluation with LLM-Adapters' loop over single prompts, and counts equal outputs.
 
-    python -m dual_lora.lab.commands.throughput run=runs/STUDY/ID split=NAME [eval.batch_size=N eval.max_examples=N]
+    python -m tools.throughput run=runs/STUDY/ID split=NAME [eval.batch_size=N eval.max_examples=N]
 
 Both decode alike, with the adapter of a finished run of a generation task; the loop calls `generate` once a prompt on
 the adapter as it was saved, unmerged, as LLM-Adapters does (commonsense_evaluate.py, 4 beams). data_dir and model.path
