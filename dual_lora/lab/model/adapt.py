@@ -55,7 +55,7 @@ from dual_lora.lab.model.load import (
     unwrap_adapter,
 )
 from dual_lora.lab.model.nf4 import count_entries
-from dual_lora.lab.record.identity import find_init_weights
+from dual_lora.lab.record.init_from import find_init_weights
 from dual_lora.lab.system.distributed import is_first_process
 from dual_lora.tuner.warmup import list_factors
 from tasks import Task

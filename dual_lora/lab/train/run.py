@@ -43,7 +43,7 @@ from dual_lora.lab.model.load import is_sharded, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.source import describe_other_architecture, list_dropouts
 from dual_lora.lab.model.tokenizer import load_tokenizer
-from dual_lora.lab.record.identity import check_base_weights, find_init_weights
+from dual_lora.lab.record.init_from import check_base_weights, find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
