@@ -11,7 +11,6 @@ bytes of a run that was never disturbed. Prints a table; exits with 1 if a resul
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import json
 import mmap
@@ -110,17 +109,14 @@ class Study:
         self.folder, self.command, self.log = folder, command, folder.with_suffix(".log")
         self.phase = mmap.mmap(-1, 1)
 
-    def kept(self, marks: bool = True) -> dict[str, str]:
-        """Return a hash of everything that must not depend on faults, by file; of tables without their marks, if so."""
+    def kept(self) -> dict[str, str]:
+        """Return a hash of everything that must not depend on faults, by file."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name, data = str(path.relative_to(self.folder)), path.read_bytes() if path.is_file() else b""
             if path.name == "result.json":
                 result = json.loads(data)
                 data = json.dumps({k: v for k, v in result.items() if k not in TIMES}).encode()
-            elif path.name == "table.csv" and not marks:
-                rows = csv.DictReader(data.decode().splitlines())
-                data = json.dumps([{k: v for k, v in row.items() if k != "marks"} for row in rows]).encode()
             elif path.suffix != ".safetensors" and path.name not in ("metrics.jsonl", "predictions.jsonl", "table.csv"):
                 continue
             found[name] = hashlib.sha256(data).hexdigest()
@@ -269,7 +265,7 @@ class Chaos:
         began = time.monotonic()
         self.points = kinds(study)
         self.seconds = time.monotonic() - began
-        self.whole, self.unmarked = study.kept(), study.kept(marks=False)
+        self.whole = study.kept()
         assert not study.leftovers(), study.leftovers()
         print(f"undisturbed: {self.seconds:.1f} s, {len(self.points)} changes of files, {dict(Counter(self.points))}")
 
@@ -283,11 +279,11 @@ class Chaos:
         self.rows.append(Row(fault))
         return self.rows[-1]
 
-    def concluded(self, row: Row, study: Study, finished: dict[str, bytes] | None = None, marks: bool = True) -> bool:
+    def concluded(self, row: Row, study: Study, finished: dict[str, bytes] | None = None) -> bool:
         """Run the command to its end, compare, and count."""
         code = study.finish()
         row.lost += sum(study.results().get(name) != data for name, data in (finished or {}).items())
-        kept, whole = study.kept(marks), self.whole if marks else self.unmarked
+        kept, whole = study.kept(), self.whole
         equal = kept == whole and not study.leftovers()
         row.compared += 1
         row.identical += equal
@@ -405,17 +401,22 @@ class Chaos:
             study = self.study()
             hits = [i for i, kind in enumerate(self.points, start=1) if kind == ("result" if late else "adapter")]
             killed(study, None, self.draw.choice(hits) if late else hits[0])
-            hit = False
+            damaged, told = [], True
             for folder in study.folder.glob("chaos/*"):
                 found = sorted(folder.glob(pattern))
                 if found and not (folder / "result.json").is_file():
-                    hit = True
+                    damaged.append(folder)
                     spoil(found[-1], self.draw)
-            row.tried += hit
-            row.where[pattern.rpartition("/")[2]] += hit
-            marks = pattern != "environment.json"  # without it nobody can say what code began the run: it is marked
-            row.survived += self.concluded(row, study, marks=marks) and hit
-            if not hit:
+            if damaged and pattern == "environment.json":  # which model began the run is unknown: refused, as it says
+                code = study.finish()
+                told = code == EXIT_USER and "Traceback" not in study.said()
+                for folder in damaged:
+                    told = told and f"{folder}/{pattern}: " in study.said()
+                    shutil.rmtree(folder)
+            row.tried += bool(damaged)
+            row.where[pattern.rpartition("/")[2]] += bool(damaged)
+            row.survived += self.concluded(row, study) and bool(damaged) and told
+            if not damaged:
                 print(f"damage: no {pattern} to damage")
 
     def damage_finished(self) -> None:

@@ -92,6 +92,10 @@ def test_an_adapter_of_other_base_weights_is_refused(tmp_path, runs_folder):
         with pytest.raises(UserError, match=said):
             train(other, f"init_from={place}")
     assert train(one.rename(tmp_path / "moved"), f"init_from={folder}")["steps"] == 4
+    (folder / "environment.json").write_text("{")
+    for place in (folder, folder / "adapter"):
+        with pytest.raises(UserError, match=f"^{folder}/environment.json: changed since the run"):
+            train(other, f"init_from={place}")
 
 
 def test_a_run_and_its_adapter_alone_start_alike(runs_folder):

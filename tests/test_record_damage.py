@@ -224,6 +224,25 @@ def test_what_a_killed_run_left_is_not_taken_for_another_runs(runs_folder):
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"{damaged"])
+@pytest.mark.parametrize("scored_only", [True, False])
+def test_a_run_whose_environment_is_damaged_does_not_resume(scored_only, damage, runs_folder):
+    """Nothing else says which run, and which model files, its checkpoint and its scores before training are of."""
+    words = [word for word in RUN if not word.startswith("eval.before")]
+    words += [] if scored_only else ["train.max_steps=4", "train.save_steps=2"]
+    with at_step(1 if scored_only else 3, kill), pytest.raises(Killed):
+        train_run(Run.prepare(load_settings(words)))
+    begun = Run.prepare(load_settings(words)).record
+    path = begun.folder / "environment.json"
+    before = path.read_bytes()
+    path.unlink() if damage is None else path.write_bytes(damage)
+    said = f"{path}: (missing|damaged).*; put it back, or remove {begun.folder} to start the run again$"
+    with pytest.raises(UserError, match=said):
+        train_run(Run.prepare(load_settings(words)))
+    path.write_bytes(before)
+    train_run(Run.prepare(load_settings(words)))
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{damaged"])
 def test_a_result_without_seals_passes_only_if_its_environment_says_how_old_it_is(damage, record):  # noqa: F811
     edit(record.folder / "result.json", metrics={"accuracy": 0.99}, digest=None, sha256=None)
     record.write_file("analysis.json", {"rows": []})

@@ -58,12 +58,15 @@ def check_base_weights(settings: Settings) -> None:
     """Refuse an adapter to start from that was trained on other base weights, as far as its run recorded them.
 
     Raises:
-        UserError: with a file of the weights.
+        UserError: with a file of the weights, or that record is damaged.
     """
     if not settings.init_from or settings.method.peft is None:
         return
     folder = find_init_weights(settings).parent.parent
-    known = Record(folder).read_environment().get("model_files") or {}
+    record = Record(folder)
+    if record.holds_result():
+        record.verify_files("environment.json")
+    known = record.read_environment().get("model_files") or {}
     if not known and settings.model.path:
         warn_unchecked_weights(folder, settings)
     now = hash_model_files(settings) if known else {}

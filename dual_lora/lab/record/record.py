@@ -374,7 +374,8 @@ class Record:
         earlier training goes, as its result did.
 
         Raises:
-            UserError: it cannot be written, or what it holds so far is another run's.
+            UserError: it cannot be written, what it holds so far is another run's, or it resumes and does not say with
+                which model files it began.
         """
         with translate_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -388,7 +389,8 @@ class Record:
             rows = [row for row in self.read_log() if row["step"] == 0]
         resumes = bool(trained or checkpoint or rows)
         if resumes:
-            check_owner(self.read_environment(), self.name, self.folder / "environment.json")
+            begun = self.read_begun_environment()
+            check_owner(begun, self.name, self.folder / "environment.json")
             self.verify_model_files(settings)
         if not (trained or checkpoint):
             with translate_write_errors(self.folder):
@@ -396,7 +398,7 @@ class Record:
         self.write_lines("metrics.jsonl", rows)
         self.write_file("config.yaml", format_settings(settings))
         now = describe_environment() | {"identity": self.name, "model_files": hash_model_files(settings)}
-        self.write_file("environment.json", merge_environments(self.read_environment(), now) if resumes else now)
+        self.write_file("environment.json", merge_environments(begun, now) if resumes else now)
 
     def remove_stale_files(self) -> None:
         """Remove what an earlier attempt left that must not be read, and links where the run makes folders.
@@ -422,6 +424,18 @@ class Record:
             return self.read_json("environment.json", *ENVIRONMENT_FIELDS)
         except UserError:
             return {}
+
+    def read_begun_environment(self) -> dict[str, Any]:
+        """Return the environment of the attempt that this one resumes. Without it nobody knows whose work that is.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path, remedy = self.folder / "environment.json", f"put it back, or remove {self.folder} to start the run again"
+        with translate_access_errors(path):
+            found = path.is_file()
+        require(found, f"{path}: missing, so the model files of the interrupted attempt are unknown; {remedy}")
+        return read_json_object(path, remedy, *ENVIRONMENT_FIELDS)
 
     def find_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint of an unfinished attempt.
