@@ -95,7 +95,7 @@ def test_scores_of_another_form_are_told_before_the_model_is_loaded(what, monkey
     assert said in refuse(PLANTED)
 
 
-def test_a_task_that_fails_on_right_answers_or_few_rows_is_left_to_its_outputs(monkeypatch):
+def test_a_task_that_fails_on_right_answers_or_few_rows_is_left_to_its_outputs(monkeypatch, capsys):
     task = plant(monkeypatch)
     splits = {"validation": task.split("validation")}
 
@@ -104,10 +104,14 @@ def test_a_task_that_fails_on_right_answers_or_few_rows_is_left_to_its_outputs(m
 
     task.score = fail
     check_scoring(task, splits)
+    said = f"fails (ZeroDivisionError: no wrong answer; {__file__}, line {fail.__code__.co_firstlineno + 1}); unless"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: task=demo/choice: scoring the targets as outputs ") and said in line
     task.score = lambda results: {"accuracy": float("nan")}  # as a correlation of a few equal numbers
     check_scoring(task, splits)
     task.score = lambda results: {"accuracy": 1.0} if len(results["validation"]) == 9 else {}
     check_scoring(task, splits)
+    assert not capsys.readouterr().err
 
 
 def test_an_empty_prompt_to_score_is_named_before_training(monkeypatch, runs_folder):

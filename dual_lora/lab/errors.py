@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from traceback import walk_tb
+from traceback import extract_tb, walk_tb
 from typing import Any
 
 # Done; a run failed; something the user can fix; stopped on request; another process is working on it.
@@ -49,6 +49,13 @@ def get_first_line(error: BaseException | str) -> str:
     if isinstance(error, LookupError) or not lines:
         return repr(error)  # str() of a KeyError is only the key
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def describe_with_place(error: BaseException) -> str:
+    """Return an error in code from outside of this repository as one line: type, message, file and line."""
+    last = extract_tb(error.__traceback__)[-1]
+    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
+    return f"{type(error).__name__}: {get_first_line(error)}; {file}, line {line}"
 
 
 class Stopped(BaseException):

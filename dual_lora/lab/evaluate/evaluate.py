@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dual_lora.lab.config.schema import Settings
-from dual_lora.lab.errors import UserError, is_out_of_memory, require, suggest_name
+from dual_lora.lab.errors import UserError, describe_with_place, is_out_of_memory, require, suggest_name
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, cut_at_stop, generate_texts, score_choices
 from dual_lora.lab.model.load import autocast_products, is_sharded, switch_mode
 from dual_lora.lab.record.summary import format_seconds
@@ -130,7 +130,8 @@ def collect_scores(task: Task, judged: dict[str, list[Row]]) -> dict[str, float]
 
 def check_scoring(task: Task, splits: dict[str, Split]) -> None:
     """Refuse a task whose scores or judged rows a record cannot hold. Targets stand in for outputs; a few rows suffice
-    unless a score is undefined on them.
+    unless a score is undefined on them. Print any other error that the task raises on all rows: it may be one that only
+    right answers cause, such as a division by the number of wrong ones.
 
     Raises:
         UserError: as `evaluate_splits`, but a score may be no number here: that of so few rows may be undefined.
@@ -144,8 +145,10 @@ def check_scoring(task: Task, splits: dict[str, Split]) -> None:
         except UserError:
             if count is None:
                 raise
-        except Exception:  # of any kind: a task may fail on a few rows, or only on right answers
-            continue
+        except Exception as error:  # of any kind: a task may fail on a few rows, or only on right answers
+            if count is None and is_first_process():
+                what = f"warning: task={task.name}: scoring the targets as outputs fails ({describe_with_place(error)})"
+                print(f"{what}; unless only right answers do that, stop here and fix it", file=sys.stderr)
 
 
 def judge_targets(task: Task, split: Split, count: int | None) -> list[Row]:

@@ -6,7 +6,6 @@ record cannot name any. Its hash is part of the identity of every run of the com
 
 import hashlib
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,7 +16,7 @@ from typing import Any
 
 import tasks
 from dual_lora.lab.config.paths import check_plain_file, resolve_path
-from dual_lora.lab.errors import UserError, get_first_line, require
+from dual_lora.lab.errors import UserError, describe_with_place, require
 
 PREFIX = "dual_lora_plugin_"  # of the names of modules that are imported from a path
 PLUGIN_REMEDY = "give a file FILE.py, the folder of a package, or the name of an installed module"
@@ -90,10 +89,7 @@ def translate_import_errors(word: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, UserError):
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (last.filename, last.lineno)
-        reason = f"{type(error).__name__}: {get_first_line(error)}"
-        raise UserError(f"plugins={word}: cannot be imported ({reason}; {file}, line {line}); fix it") from error
+        raise UserError(f"plugins={word}: cannot be imported ({describe_with_place(error)}); fix it") from error
 
 
 def hash_plugin(path: Path) -> str:
