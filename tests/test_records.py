@@ -315,6 +315,18 @@ def test_a_record_that_cannot_be_written_is_found_finished_and_evaluated(record,
     assert "not kept: " in capsys.readouterr().err and not (record.folder / "evaluation.json").exists()
 
 
+def test_the_first_reason_of_an_attempt_is_kept(tmp_path):
+    """Of several processes the others only find that the first one that failed is gone."""
+    record, settings = Record(tmp_path), load_settings(RUN)
+    record.prepare_folder(settings)
+    record.write_failure(UserError("a follower's own reason"))
+    assert record.read_failure()["message"] == "a follower's own reason"
+    record.write_failure(RuntimeError("connection reset by peer"))
+    assert record.read_failure() == {"error": "UserError", "message": "a follower's own reason"}
+    record.prepare_folder(settings)  # the next attempt
+    assert record.read_failure() is None
+
+
 def test_details_of_a_failure_hold_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://user:hunter2secret@mirror:9")
     Record(tmp_path).write_failure(UserError("no http://user:hunter2secret@mirror:9", examples=["hunter2secret", 3]))

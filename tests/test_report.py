@@ -1038,6 +1038,7 @@ def test_a_rate_that_diverged_is_the_worst_and_one_that_failed_says_why(study, t
     def fail(trial, error):
         record = Run.prepare(trial).record
         record.folder.mkdir(parents=True, exist_ok=True)
+        record.remove_stale_files()  # as an attempt begins
         record.write_file("config.yaml", yaml.safe_dump(asdict(trial)))
         record.write_failure(error)
 

@@ -324,11 +324,14 @@ class Record:
         return self.read_json("failure.json", "error", "message") if (self.folder / "failure.json").is_file() else None
 
     def write_failure(self, error: BaseException) -> None:
-        """Keep why an attempt failed.
+        """Keep why an attempt failed: of several processes, what the first one that failed says. The others only find
+        that it is gone.
 
         Raises:
             UserError: it cannot be written.
         """
+        if (self.folder / "failure.json").exists():  # of this attempt, which began by removing an older one
+            return
         content = {"error": type(error).__name__, "message": str(error), **getattr(error, "details", {})}
         self.write_file("failure.json", redact_values(content))
 
