@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import forked
+import pytest
 from conftest import ROOT
 from test_many_runs import TINY
+from tqdm.utils import envwrap
 
 from dual_lora.lab.commands.train import check_command, train_command
 from dual_lora.lab.errors import EXIT_OK
 from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.system.environment import hides_bars
 
 
 def test_the_headline_of_a_single_run_names_its_settings(runs_folder):
@@ -42,12 +45,24 @@ def test_runs_of_a_launcher_name_what_varies(runs_folder, capfd):
     assert len(lines) == 2, "in a file that several runs share, a line of progress says whose it is"
 
 
-def test_an_evaluation_writes_lines_into_a_log_file_and_no_bar(monkeypatch, capsys):
+@pytest.mark.parametrize("variable", [None, ""])
+def test_an_evaluation_writes_lines_into_a_log_file_and_no_bar(variable, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LINE_SECONDS", 0.0)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which runs beside others set
+    if variable is not None:
+        monkeypatch.setenv("TQDM_DISABLE", variable)
     assert list(evaluate.show_progress([[0], [1], [2]], "after")) == [[0], [1], [2]]
     said = capsys.readouterr().err
     assert re.findall(r"(?m)^after: batch (\d)/3, \d+ s left$", said)[-2:] == ["1", "2"] and "\r" not in said
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "1", "false"])
+def test_bars_are_hidden_where_tqdm_hides_them(value, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TQDM_DISABLE", value)
+    disabled = envwrap("tqdm")(lambda disable=False: disable)()
+    assert hides_bars() is disabled is (value not in (None, ""))
 
 
 def test_a_run_mirrored_offline_says_how_to_upload_it(runs_folder):

@@ -7,7 +7,6 @@ may where two tokens or classes are nearly tied. A model of which more depends o
 """
 
 import math
-import os
 import sys
 import time
 import warnings
@@ -26,6 +25,7 @@ from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, cut_at_sto
 from dual_lora.lab.model.load import autocast_products, is_sharded, switch_mode
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
+from dual_lora.lab.system.environment import hides_bars
 from dual_lora.lab.system.memory import keep_freed_memory
 from tasks import Split, Task
 from tasks.base import Output, Row
@@ -235,7 +235,7 @@ def compute_outputs(
 def show_progress(batches: list[list[int]], title: str) -> Iterator[list[int]]:
     """Yield batches under a progress bar. If stderr is not a terminal (such as a log file), a line a minute is printed
     instead: a bar would become one endless line."""
-    prints = not sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ  # set where several runs share the screen
+    prints = not sys.stderr.isatty() and not hides_bars()  # as where several runs share the screen
     silent = not is_first_process() or not sys.stderr.isatty()
     began = printed = time.monotonic()
     with tqdm(batches, desc=title, unit="batch", leave=False, disable=silent) as bar:

@@ -44,6 +44,7 @@ OTHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 OTHER_PROCESSES = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "MPI_LOCAL", "LOCAL_WORLD_SIZE")
 TORCHRUN = "start several processes with torchrun --nproc-per-node N"
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+BARS_VARIABLE = "TQDM_DISABLE"
 # If the user set one of these, for whichever OpenMP torch is built with, it takes precedence over ours.
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
@@ -121,6 +122,16 @@ def describe_variables() -> dict[str, str]:
     if "LD_PRELOAD" in found:
         found["LD_PRELOAD"] = re.sub(r"[^\s:]*/", "", found["LD_PRELOAD"])
     return found
+
+
+def hide_bars() -> None:
+    """Have progress bars hidden in this process and in those that it starts: several runs share the screen."""
+    os.environ[BARS_VARIABLE] = "1"
+
+
+def hides_bars() -> bool:
+    """Return whether progress bars are hidden. As for tqdm itself, any value but an empty one says so, also 0."""
+    return bool(os.environ.get(BARS_VARIABLE))
 
 
 def count_available_cores() -> int:

@@ -1,6 +1,5 @@
 """Callbacks of the Trainer: the progress bar, the log, and the scores of every epoch."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dual_lora.lab.record.mirror import Mirrors
 from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.summary import format_seconds
 from dual_lora.lab.system.distributed import has_several_processes, is_first_process, is_true_in_any_process
+from dual_lora.lab.system.environment import hides_bars
 from dual_lora.lab.system.signals import STOP
 from dual_lora.tuner.warmup import list_factors
 
@@ -42,7 +42,7 @@ class ProgressBar(ProgressCallback):
         self.name = name
 
     def on_train_begin(self, args, state, control, **kwargs):
-        shares_screen = "TQDM_DISABLE" in os.environ  # set where several runs print to it
+        shares_screen = hides_bars()
         self.prints, self.label = not sys.stderr.isatty(), f"{self.name}: " if shares_screen else ""
         if state.is_world_process_zero:
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=self.prints or shares_screen)

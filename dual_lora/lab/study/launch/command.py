@@ -36,6 +36,7 @@ from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import KILLED, describe_failure, failures
 from dual_lora.lab.study.launch.process import end_with_command, execute_launched_run
+from dual_lora.lab.system.environment import hide_bars
 from dual_lora.lab.system.files import translate_write_errors
 
 IN_PROCESS = "basic"  # Hydra's name for: in this process, one after the other
@@ -198,7 +199,7 @@ def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobRet
         settings |= {"initializer": end_with_command, "initargs": identity}
     # A new process must find this tree, wherever it starts. Progress bars of several runs would fill one screen.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    hide_bars()
     try:
         with wait_for_all_jobs():
             return launcher.launch([[] for _ in range(number)], initial_job_idx=0)
