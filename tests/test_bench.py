@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from dual_lora.bench import __main__ as command
-from dual_lora.bench import cases, measure, page, threads
+from dual_lora.bench import cases, measure, page, record, threads
 
 CPU = torch.device("cpu")
 
@@ -150,6 +150,36 @@ def test_cost_page_is_that_of_the_newest_files():
     """`python -m dual_lora.bench --page` writes them."""
     text = (ROOT / "docs/cost.md").read_text()
     assert page.update_page(text, page.format_page_tables(ROOT / "benchmarks")) == text
+
+
+def test_the_page_is_rewritten_wherever_the_command_starts(tmp_path, monkeypatch):
+    """In UTF-8, whatever the locale's encoding, and only if all of it can be written."""
+    (tmp_path / "repository/docs").mkdir(parents=True)
+    (tmp_path / "repository/benchmarks").mkdir()
+    (tmp_path / "repository/benchmarks/a.json").write_text(json.dumps(build_record("2026-01-02", 1.6)))
+    text = f"a \u00b1 b\n{page.START}\nold\n{page.END}\n"
+    cost, folder = tmp_path / "repository/docs/cost.md", tmp_path / "repository/benchmarks"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "ROOT", tmp_path / "repository")
+    with pytest.raises(SystemExit, match="cost.md is not there; only the repository has it"):
+        command.main(["--page"])
+    cost.write_text(text, "utf-8")
+    command.main(["--page"])
+    assert cost.read_text("utf-8") == page.update_page(text, page.format_page_tables(folder))
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(record.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "full")))
+        record.replace_text(cost, "half")
+    assert cost.read_text("utf-8").startswith("a \u00b1 b") and list(cost.parent.iterdir()) == [cost]
+
+
+def test_a_record_is_added_to_completely_or_not_at_all(tmp_path, monkeypatch):
+    record.write_record(build_record("2026-01-02", 1.6), tmp_path)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    monkeypatch.setattr(record.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError):
+        record.write_record(build_record("2026-01-02", 1.7), tmp_path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
 
 
 @pytest.mark.slow

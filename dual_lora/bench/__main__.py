@@ -20,8 +20,10 @@ import torch
 from .cases import Case, build_layer_case, build_model_case
 from .measure import measure_case
 from .page import format_page_tables, format_record, format_table, format_threads, format_trend, update_page
-from .record import create_record, write_record
+from .record import create_record, replace_text, write_record
 from .threads import measure_threads
+
+ROOT = Path(__file__).resolve().parents[2]  # the repository
 
 
 def parse_batch_shape(text: str) -> tuple[int, int]:
@@ -63,18 +65,28 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what the arguments ask for, print the tables, and write a JSON file if `--out` is given.
 
     Raises:
-        SystemExit: an argument is wrong.
+        SystemExit: an argument is wrong, or there is no page to rewrite.
     """
     given = build_parser().parse_args(arguments)
     if given.show:
-        print(format_record(json.loads(given.show.read_text())))
+        print(format_record(json.loads(given.show.read_text("utf-8"))))
     elif given.trend:
         print(format_trend(given.trend))
     elif given.page:
-        page = Path("docs/cost.md")
-        page.write_text(update_page(page.read_text(encoding="utf-8"), format_page_tables(Path("benchmarks"))))
+        rewrite_page(ROOT / "docs" / "cost.md", ROOT / "benchmarks")
     else:
         run_benchmark(given)
+
+
+def rewrite_page(page: Path, folder: Path) -> None:
+    """Replace the tables of the page of costs by those of a folder's files.
+
+    Raises:
+        SystemExit: there is no such page, as next to an installed package.
+    """
+    if not page.is_file():
+        raise SystemExit(f"--page: {page} is not there; only the repository has it")
+    replace_text(page, update_page(page.read_text("utf-8"), format_page_tables(folder)))
 
 
 def run_benchmark(given: argparse.Namespace) -> None:

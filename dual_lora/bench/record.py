@@ -1,6 +1,7 @@
 """The JSON file of a benchmark: what it holds from the start, its name, and adding to the one of the same day."""
 
 import json
+import os
 import platform
 from datetime import date
 from pathlib import Path
@@ -18,7 +19,7 @@ def describe_hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
     return f"{names[0] if names else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
@@ -33,7 +34,20 @@ def get_record_path(record: dict, folder: Path) -> Path:
 def write_record(record: dict, folder: Path) -> None:
     """Write the record, keeping what else a file of the same day and hardware already has."""
     path = get_record_path(record, folder)
-    earlier = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    earlier = json.loads(path.read_text("utf-8")) if path.exists() else {"cases": {}}
     folder.mkdir(parents=True, exist_ok=True)
     merged = {**earlier, **record, "cases": {**earlier["cases"], **record["cases"]}}
-    path.write_text(json.dumps(merged, indent=1) + "\n")
+    replace_text(path, json.dumps(merged, indent=1) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file completely or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
