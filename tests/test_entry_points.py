@@ -36,6 +36,14 @@ def test_eval_reads_an_adapter_of_the_method(record, tmp_path, words):
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
+def test_a_relative_folder_of_runs_is_named_in_full(tmp_path):
+    """Records name the runs that others start from; a report may be made from another folder."""
+    code = "from dual_lora.lab.config import paths; print(paths.RUNS)"
+    env = {**os.environ, "DUAL_LORA_RUNS": "mine", "PYTHONPATH": str(ROOT), "DUAL_LORA_LAZY": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{tmp_path / 'mine'}\n", "")
+
+
 def test_a_run_that_never_began_takes_a_repaired_model(tmp_path):
     """What failed before anything was trained has nothing to protect: the model is repaired, the same command runs."""
     model = tmp_path / "model"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from tasks.base import build_unique_keys
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = Path(os.path.expanduser(os.environ.get("DUAL_LORA_RUNS") or ROOT / "runs"))
+with suppress(FileNotFoundError):  # the current folder is gone, which commands refuse
+    RUNS = RUNS.absolute()  # records name runs that others start from
 BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
 CONF = ROOT / "conf"
 
