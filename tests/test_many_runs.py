@@ -167,7 +167,7 @@ def test_one_failing_plan_stops_no_other(runs_folder, monkeypatch, capsys):
     assert rows[1][1:5] == ["-"] * 4 and rows[2][1] == "28,311,552"
     said = [line for line in shown.err.splitlines() if line.startswith("no plan: ")]
     assert said[0].startswith("no plan: full: plan: llama3-8b with full needs") and "would fit: " in said[0]
-    assert said[1] == "no plan: lora: RuntimeError: a kernel is missing"
+    assert said[1] == "no plan: lora: RuntimeError: a kernel is missing; internal error, please report it"
 
 
 @pytest.mark.parametrize(

@@ -1098,6 +1098,18 @@ def test_an_analysis_that_fails_is_told_and_the_report_is_written(study, tmp_pat
     assert "The rest of the analyses is missing: " in capsys.readouterr().out
 
 
+def test_a_bug_in_an_analysis_shows_where_it_is(study, capsys, monkeypatch):
+    spec = GLUE | {"analyse": "ranks", "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
+    experiment, outcomes = study(spec, lambda label, s: 80)
+    monkeypatch.setattr(report_write, "mirror_report", lambda *_: None)
+    monkeypatch.setattr("dual_lora.lab.commands.sweep.run_cells", lambda *_: 0)
+    monkeypatch.setattr("dual_lora.lab.report.analyses.kinds.analyse_missing", lambda *_: 1 / 0)
+    assert run_experiment(experiment, [outcome.cell for outcome in outcomes], []) == 1
+    said = capsys.readouterr().err
+    assert "lambda *_: 1 / 0" in said and "not analysed: " in said
+    assert "ZeroDivisionError: division by zero; internal error, please report it" in said
+
+
 def test_a_report_computes_what_it_says_once(study, monkeypatch):
     experiment, outcomes = study(GLUE, lambda label, s: 80)
     counts = {"compare_outcomes": 0, "find_unreadable": 0}

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 
 from dual_lora.lab.commands import guard as commands_guard
 from dual_lora.lab.commands.evaluate import evaluate_command
-from dual_lora.lab.commands.guard import print_stop, run_command
+from dual_lora.lab.commands.guard import run_command, run_guarded
+from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.tasks import load_task
@@ -689,17 +691,24 @@ def test_a_stop_says_what_is_kept_and_what_the_same_command_does_next(can_resume
 
 
 @pytest.mark.parametrize(
-    ("words", "then"),
+    ("command", "words", "then"),
     [
-        (["train.py", "force=true"], "resumes from here"),
-        (["train.py", "-m", "seed=0,1", "force=true"], "starts with the first run again"),
-        (["sweep.py", "experiment=cost", "force=true"], "starts with the first run again"),
+        (train_command, ["force=true"], "resumes from here"),
+        (train_command, ["-m", "seed=0,1"], "resumes from here"),
+        (train_command, ["-m", "seed=0,1", "force=True"], "starts with the first run again"),
+        (sweep_command, ["experiment=cost", "scale=smoke", "force=1"], "starts with the first run again"),
     ],
 )
-def test_a_stop_of_forced_runs_says_that_finished_ones_are_done_again(words, then, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", words)
-    assert print_stop(words[0], Stopped("SIGTERM")) == EXIT_STOPPED
-    assert capsys.readouterr().err.startswith(f"{words[0]}: stopped by SIGTERM; the same command {then}")
+def test_a_stop_of_forced_runs_says_that_finished_ones_are_done_again(
+    command, words, then, runs_folder, monkeypatch, capsys
+):
+    def stop(*_):
+        raise Stopped("SIGTERM")
+
+    for name in ("train.execute_run", "train.run_in_process", "sweep.run_cells"):
+        monkeypatch.setattr(f"dual_lora.lab.commands.{name}", stop)
+    assert run_guarded("command", command, [*words, "wandb.mode=disabled"]) == EXIT_STOPPED
+    assert f"command: stopped by SIGTERM; the same command {then}" in capsys.readouterr().err
 
 
 def test_a_stop_while_weights_are_kept_costs_no_training(runs_folder, monkeypatch):

@@ -34,8 +34,6 @@ from dual_lora.lab.system.distributed import is_first_process, wait_for_first_pr
 from dual_lora.lab.system.environment import isolate_environment
 from dual_lora.lab.system.signals import STOP
 
-MULTIRUN = {"-m", "--multirun"}
-
 
 def describe_end(error: Exception) -> tuple[int, str]:
     """Return the exit code and the message for the error that ended the command. If it is neither the user's nor the
@@ -90,7 +88,7 @@ def print_stop(name: str, stopped: BaseException) -> int:
     restarts = "starts this run again from the beginning: a sharded model that is trained in full has no checkpoints"
     if is_first_process():
         then = "resumes from here" if can_resume else restarts
-        if "force=true" in sys.argv and (name == "sweep.py" or MULTIRUN & set(sys.argv)):
+        if STOP.repeats:
             then = "starts with the first run again, since force=true does finished ones again"
         print(f"{name}: stopped by {by}; the same command {then}", file=sys.stderr)
     return EXIT_STOPPED

@@ -1,25 +1,16 @@
 """`sweep.py`: run what an experiment needs, then write its report."""
 
 import sys
-import traceback
 
 from dual_lora.lab.commands.cell_study import CellStudy, is_forced
+from dual_lora.lab.commands.guard import describe_end
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.outside.models import print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
 from dual_lora.lab.config.overrides import parse_overrides, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_USER,
-    UserError,
-    choose_exit_code,
-    get_first_line,
-    require,
-    translate_machine_errors,
-)
+from dual_lora.lab.errors import EXIT_OK, EXIT_USER, choose_exit_code, require
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.launch.command import check_launcher, select_launcher_words
 from dual_lora.lab.study.outcome import Outcome, find_outcomes
@@ -27,6 +18,7 @@ from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.system.distributed import check_process_count, is_first_process
 from dual_lora.lab.system.files import remove_temporary_files, translate_write_errors
 from dual_lora.lab.system.lock import hold_lock
+from dual_lora.lab.system.signals import STOP
 
 OWN_WORDS = ("experiment", "scale", "run")  # all other words are settings of every run
 
@@ -64,6 +56,7 @@ def sweep_command(argv: list[str]) -> int:
         return plan_experiments(composed)
     forced = force or any(cell.settings.force for _, cells in composed for cell in cells)
     require(run == "true" or not forced, "run=false force=true: nothing is to run; drop one")
+    STOP.repeats = forced
     for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
         check_process_count(cell.settings)
         cell.settings.check_installed()
@@ -82,14 +75,10 @@ def run_experiment(experiment: Experiment, cells: list[Cell], launcher: list[str
     if not is_first_process():
         return code
     try:
-        with translate_machine_errors():
-            reported = report_experiment(experiment, cells, run)
-    except UserError as error:
-        print(f"{experiment.name}: no report: {error}", file=sys.stderr)
-        reported = EXIT_USER
-    except Exception:  # one failing report must not cost the others
-        print(f"{experiment.name}: no report\n{redact_secrets(traceback.format_exc())}", file=sys.stderr)
-        reported = EXIT_FAILED
+        reported = report_experiment(experiment, cells, run)
+    except Exception as error:  # one failing report must not cost the others
+        reported, reason = describe_end(error)
+        print(f"{experiment.name}: no report: {redact_secrets(reason)}", file=sys.stderr)
     return code or reported
 
 
@@ -102,7 +91,7 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
 
     study = cells[0].settings.study
     home = paths.RUNS / experiment.find_report_study(study)
-    lost = experiment.analyse and run and not analyse_outcomes(experiment, find_outcomes(cells, study))
+    analysed = analyse_outcomes(experiment, find_outcomes(cells, study)) if experiment.analyse and run else EXIT_OK
     # Without the lock, the older of two reports could be written last, or one replace another that it did not see. All
     # reports in a study's folder have this one, because where a report is written depends on the others.
     with hold_lock(home / "report", wait=True), translate_write_errors(home):
@@ -117,18 +106,19 @@ def report_experiment(experiment: Experiment, cells: list[Cell], run: bool) -> i
     if run:
         mirror_report(experiment, outcomes, folder, findings.values)
     missing = run and any(outcome.result is None for outcome in outcomes)
-    return EXIT_USER if missing or findings.unreadable or lost else EXIT_OK
+    return choose_exit_code([analysed, EXIT_USER if missing or findings.unreadable else EXIT_OK])
 
 
-def analyse_outcomes(experiment: Experiment, outcomes: list[Outcome]) -> bool:
-    """Analyse the runs that are not analysed yet and return whether all of them could be; print why not."""
+def analyse_outcomes(experiment: Experiment, outcomes: list[Outcome]) -> int:
+    """Analyse the runs that are not analysed yet, print why one could not be, and return the exit code."""
     from dual_lora.lab.report.analyses.kinds import analyse_missing
 
-    complete = True
+    codes = []
     for outcome in outcomes:
         try:
             analyse_missing(experiment, outcome, outcomes)
-        except Exception as error:
-            print(f"not analysed: {outcome.record.name}: {redact_secrets(get_first_line(error))}", file=sys.stderr)
-            complete = False
-    return complete
+        except Exception as error:  # one failing analysis must not cost the others
+            code, reason = describe_end(error)
+            print(f"not analysed: {outcome.record.name}: {redact_secrets(reason)}", file=sys.stderr)
+            codes.append(code)
+    return choose_exit_code(codes)

@@ -1,12 +1,11 @@
 """`train.py`: check the command line, then train, plan, or show the settings (--cfg)."""
 
 import sys
-import traceback
 from dataclasses import replace
 from typing import Any
 
 import tasks
-from dual_lora.lab.commands.guard import MULTIRUN
+from dual_lora.lab.commands.guard import describe_end
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compatibility import check_untrained
 from dual_lora.lab.config.compose import check_length, load_settings
@@ -16,16 +15,7 @@ from dual_lora.lab.config.overrides import parse_override, parse_overrides
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.config.secrets import redact_secrets
-from dual_lora.lab.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_USER,
-    UserError,
-    choose_exit_code,
-    describe_machine_error,
-    get_first_line,
-    require,
-)
+from dual_lora.lab.errors import EXIT_OK, choose_exit_code, get_first_line, require
 from dual_lora.lab.record.identity import NOT_IDENTITY
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.study.execute import execute_run, report_failures
@@ -35,11 +25,13 @@ from dual_lora.lab.study.schedule import run_in_process
 from dual_lora.lab.study.time_left import TimeLeft
 from dual_lora.lab.system.distributed import check_process_count, is_first_process
 from dual_lora.lab.system.libraries import import_heavy_libraries
+from dual_lora.lab.system.signals import STOP
 
 # Hydra's options that only show something. Its other options are refused: some can load code.
 HYDRA_FLAGS = {"--hydra-help", "--version", "--cfg", "-c", "--resolve"}
 CFG_FLAGS = {"--cfg", "-c"}
 HELP = {"--help", "-h"}
+MULTIRUN = {"-m", "--multirun"}
 NAMED_GROUPS = ("method.", "train.")
 
 
@@ -147,6 +139,7 @@ def train_command(argv: list[str]) -> int:
     if runs[0].settings.plan:
         require(not launcher, "hydra/launcher: plans are made in this process; drop it")
         return plan_runs(runs)
+    STOP.repeats = len(runs) > 1 and any(run.settings.force for run in runs)
     if uses_launcher(launcher):
         launch_runs(runs, launcher)
     elif len(runs) > 1:
@@ -190,14 +183,8 @@ def draw_plan(run: Run, is_only: bool) -> tuple[dict[str, Any] | None, str | Non
         plan = make_plan(run)
         check_fit(run.settings, plan)
         return plan, None, EXIT_OK
-    except UserError as error:
-        if is_only:
-            raise
-        return plan, get_first_line(error), EXIT_USER
     except Exception as error:
         if is_only:
             raise
-        if message := describe_machine_error(error):
-            return plan, message, EXIT_USER
-        print(redact_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
-        return plan, f"{type(error).__name__}: {get_first_line(error)}", EXIT_FAILED
+        code, reason = describe_end(error)
+        return plan, get_first_line(reason), code

@@ -17,13 +17,14 @@ class StopRequest:
 
     asked: the signal's name, or None. waits: whether work may continue to a safe point first. safe_point: when that is
     reached, in words, if it is not the end of a training step. can_resume: whether the same command resumes from there.
+    repeats: whether that command does its finished runs again before, which a command sets that has several.
     raised: whether `Stopped` was raised at once; an interrupted library may turn it into its own error.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self.raised = False
-        self.waits, self.safe_point, self.can_resume = False, None, True
+        self.waits, self.safe_point, self.can_resume, self.repeats = False, None, True, False
         self.before: dict[int, object] = {}
 
     def handle_signal(self, number: int, frame: object) -> None:
@@ -54,7 +55,8 @@ class StopRequest:
         Raises:
             Stopped: a stop was requested.
         """
-        self.asked, self.raised, self.waits, self.safe_point, self.can_resume = None, False, False, None, True
+        self.asked, self.raised, self.repeats = None, False, False
+        self.waits, self.safe_point, self.can_resume = False, None, True
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         heard += [REQUEUE] if callable(signal.getsignal(REQUEUE)) else []
         self.before = {number: signal.signal(number, self.handle_signal) for number in heard}
