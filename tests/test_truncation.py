@@ -1,7 +1,9 @@
 """Updates cut to a lower rank: the cut, the weights it is written into, the scores of runs; curvature; the reports."""
 
+import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dual_lora.analysis.truncation import Decomposition, list_cut_ranks
 from dual_lora.lab.commands.sweep import sweep_command
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate.evaluate import evaluate_splits
+from dual_lora.lab.evaluate.predict import check_finite
 from dual_lora.lab.report.analyses.truncation import (
     Curve,
     draw_curves_by_rank,
@@ -23,7 +28,7 @@ from dual_lora.lab.report.analyses.truncation import (
 )
 from dual_lora.lab.report.comparison.floors import Floor
 from dual_lora.lab.statistics.correlation import correlate_ranks, rank_with_ties
-from dual_lora.lab.weights.truncate import CutWeight, write_cut_weights
+from dual_lora.lab.weights.truncate import CutWeight, score_or_none, write_cut_weights
 
 PLACE = ("tiny", "glue/sst2")
 
@@ -103,6 +108,17 @@ def test_losses_are_paired_by_seed_and_a_lower_full_rank_loses_nothing_above_it(
 def test_a_score_that_a_cut_does_not_have_is_a_dash():
     (line,) = tabulate_losses([curve("LoRA", {0: np.nan, 1: 60, 2: 70})]).to_dict("records")
     assert line["0"] == "–" and line["1"] == "-10.0"
+
+
+def test_only_an_undefined_score_is_a_missing_one(monkeypatch):
+    task = SimpleNamespace(choices=lambda row: [], form="classification", judge=lambda row, output: {"answer": output})
+    task.name, task.metric, task.score = "planted", "pearson", lambda judged: {"pearson": math.nan}
+    splits = {"test": SimpleNamespace(rows=[{"id": "a"}])}
+    monkeypatch.setattr("dual_lora.lab.evaluate.evaluate.compute_outputs", lambda *_: [0.5])
+    assert score_or_none(lambda: evaluate_splits(None, None, task, splits, None), "pearson") is None
+    assert score_or_none(lambda: ({"pearson": 0.5}, []), "pearson") == 0.5
+    with pytest.raises(UserError, match="outputs are NaN or Inf"):
+        score_or_none(lambda: check_finite(torch.tensor([[math.nan, 0.0]])), "pearson")
 
 
 def test_seeds_whose_updates_have_other_full_ranks_stand_together():

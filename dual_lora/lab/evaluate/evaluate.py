@@ -64,7 +64,8 @@ def evaluate_splits(
             predictions.append({"split": name, "id": row["id"], "output": output, **verdict})
     scores = collect_scores(task, judged)
     for name, score in scores.items():
-        require(math.isfinite(score), f"{title}: {name} is {score}; the outputs cannot be scored")
+        if not math.isfinite(score):
+            raise UserError(f"{title}: {name} is {score}; the outputs cannot be scored", undefined=True)
     return scores, predictions
 
 

@@ -47,7 +47,8 @@ def truncate_run(settings: Settings, record: Record) -> None:
     """Score a finished run at every rank and write the scores into its folder.
 
     Raises:
-        UserError: the run's weights or rows are not there, its weights are not in float32, or nothing was changed.
+        UserError: the run's weights or rows are not there, its weights are not in float32, nothing was changed, or the
+            outputs of a cut model are NaN or Inf.
     """
     silence_libraries()
     where = f"run={record.format_path()}"
@@ -91,10 +92,16 @@ def write_cut_weights(model: nn.Module, weights: list[CutWeight], rank: int) -> 
 
 
 def score_or_none(evaluate, metric: str) -> float | None:
-    """Return a score; None where the outputs have none, such as the correlation of equal numbers."""
+    """Return a score; None where the outputs have none, such as the correlation of equal numbers.
+
+    Raises:
+        UserError: what else keeps the outputs from being scored, such as NaN among them.
+    """
     try:
         return evaluate()[0][metric]
-    except UserError:
+    except UserError as error:
+        if not error.details.get("undefined"):
+            raise
         return None
 
 
