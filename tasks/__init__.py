@@ -61,6 +61,7 @@ def load(name: str, options: dict[str, Any] | None = None, data_dir: str | None 
             f"task.name={name}: not a task but a module that tasks share; take task=NAME, one of those in conf/task/"
         )
     known = {key: parameter.default for key, parameter in list(signature(build).parameters.items())[1:]}
+    known = {key: list(default) if isinstance(default, tuple) else default for key, default in known.items()}
     for key, value in (options or {}).items():
         if key not in known:
             raise TaskError(f"task.options.{key}: {name} has no such option; it has {', '.join(known) or 'none'}")

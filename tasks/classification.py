@@ -13,7 +13,7 @@ second one; of numbers Pearson and Spearman correlation and their mean. `metric`
 import math
 import re
 import unicodedata
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def task(
     text_pair: str = "",
     label: str = "label",
     metric: str = "accuracy",
-    labels: list = [],  # noqa: B006 - never changed
+    labels: Sequence = (),
     scored: str = "test",
     held_out: float = 0.1,
     split_seed: int = 0,

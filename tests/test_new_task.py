@@ -2,14 +2,16 @@
 
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sacrebleu
 from sklearn.metrics import f1_score
 
+import tasks
 from dual_lora.lab.statistics.compare import compare_means, estimate_difference
-from tasks.base import Task
+from tasks.base import Task, TaskError
 
 SOURCE = '''
 import numpy as np
@@ -116,3 +118,17 @@ def test_the_planted_scores_are_those_of_the_libraries(planted):
     )
     assert scores["BLEU"] == pytest.approx(corpus.score / 100)
     assert scores["exact_match"] == np.mean([row["answer"] == row["gold"] for row in rows])
+
+
+def test_a_list_is_given_for_an_option_whose_default_is_a_tuple(monkeypatch):
+    given = []
+
+    def task(subset, words=("a",)):
+        given.append(words)
+        return tasks.load("demo/sentiment")
+
+    monkeypatch.setitem(tasks.plugins, "made", tasks.Plugin(types.SimpleNamespace(task=task), Path("made.py"), "0"))
+    tasks.load("made", {"words": ["b"]})
+    assert given == [["b"]]
+    with pytest.raises(TaskError, match=r"words=b: must be like \['a'\], its default"):
+        tasks.load("made", {"words": "b"})
