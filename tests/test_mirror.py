@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -122,6 +123,21 @@ def test_a_run_tells_what_it_is_for(monkeypatch, tmp_path):
     assert given["job_type"] == "tune" and given["tags"][-2:] == ["nlu", "small"]
     open_run_mirror(load_settings([]), Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
     assert given["job_type"] == "train" and "tune" not in given["tags"]
+
+
+def test_a_mirror_gets_no_path_of_this_machine(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr("dual_lora.lab.train.run.open_mirror", lambda mode, **facts: given.update(facts))
+    (tmp_path / "here").mkdir()
+    here = str(tmp_path / "here")
+    chosen = load_settings([])
+    chosen = replace(chosen, data_dir=here, init_from=here, model=replace(chosen.model, path=here))
+    open_run_mirror(chosen, Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
+    config = given["config"]
+    assert [config["data_dir"], config["init_from"], config["model"]["path"]] == ["here"] * 3
+    assert str(tmp_path) not in json.dumps(config) and config["train"] == asdict(chosen.train)
+    open_run_mirror(replace(chosen, init_from="some/adapter"), Record(tmp_path / "tiny-llama_s0_b55e49d5e5"))
+    assert given["config"]["init_from"] == "some/adapter"
 
 
 def opens_offline(start, reason):

@@ -91,11 +91,11 @@ def test_an_own_task_metric_and_method_are_trained_and_evaluated_from_the_record
     )
     plugins = json.loads((run / "environment.json").read_text())["plugins"]
     code = tmp_path / "stars.py"
-    assert plugins == {"stars": {"path": str(code), "sha256": tasks.plugins["stars"].sha256}}
+    assert plugins == {"stars": {"path": "stars.py", "sha256": tasks.plugins["stars"].sha256}}
     shutil.rmtree(tmp_path / "settings")  # the record holds what they said
     assert evaluate_command([f"run={run}", f"plugins={code}"]) == 0
     assert "reproduced exactly" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"done with code of {code}; to run that code again, add plugins={code}$"):
+    with pytest.raises(UserError, match="done with code of stars.py; to run that code again, add plugins=stars.py$"):
         evaluate_command([f"run={run}"])
     code.write_text(CODE + "\n")
     with pytest.raises(UserError, match=r"stars.py: changed since run=.* was done; restore the file"):

@@ -14,10 +14,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
-from dual_lora.lab.config.outside.plugins import describe_plugin
+from dual_lora.lab.config.outside.plugins import describe_plugins, get_plugin_word
 from dual_lora.lab.config.overrides import parse_override
 from dual_lora.lab.config.schema import GROUPS, Settings
 from dual_lora.lab.errors import UserError
@@ -57,16 +56,11 @@ def build_sweep_command(experiment: str, scale: str) -> str:
 def build_outside_words(choices: dict[str, str]) -> list[str]:
     """Return the words that name the code and the settings files from outside of the repository that a command needs.
     choices: the names it chooses, by their groups."""
-    plugins = [name_plugin(plugin) for _, plugin in sorted(tasks.plugins.items())]
+    plugins = [get_plugin_word(about) for about in describe_plugins().values()]
     places = [f"{group}/{name}.yaml" for group, name in choices.items()]
     own = any((folder / place).is_file() for folder in paths.own_folders for place in places)
     words = [f"plugins={format_override(plugins if plugins[1:] else plugins[0])}"] if plugins else []
     return [*words, *["--config-dir", "DIR"] * own]
-
-
-def name_plugin(plugin: tasks.Plugin) -> str:
-    """Return what `plugins=` names a plugin by: an installed module by its name, a file without its folder."""
-    return describe_plugin(plugin).get("module", plugin.path.name)
 
 
 def build_words(settings: Settings) -> list[str] | None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,9 +159,20 @@ def open_run_mirror(settings: Settings, record: Record) -> Mirror:
         group=settings.study,
         job_type=settings.wandb.job_type,
         tags=["/".join(names), *names, *settings.wandb.tags],
-        config=asdict(settings),
+        config=list_mirrored_settings(settings),
         folder=record.folder,
     )
+
+
+def list_mirrored_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as a mirror gets them: of what lies on this machine only the name, because where it lies says
+    nothing about the run."""
+    values = asdict(settings)
+    for place, key in ((values, "data_dir"), (values, "init_from"), (values["model"], "path")):
+        path = Path(place[key] or "").expanduser().absolute()
+        if place[key] and path.exists():  # `init_from` may name an adapter of the hub
+            place[key] = path.name
+    return values
 
 
 @dataclass(frozen=True)

@@ -104,15 +104,21 @@ def hash_plugin(path: Path) -> str:
 
 
 def describe_plugins() -> dict[str, dict[str, str]]:
-    """Return path and hash of every plugin, by its name, for a record; of an installed module also its name."""
+    """Return file name and hash of every plugin, by its name, for a record; of an installed module also its name."""
     return {name: describe_plugin(found) for name, found in sorted(tasks.plugins.items())}
 
 
 def describe_plugin(plugin: tasks.Plugin) -> dict[str, str]:
-    """Return a plugin's path and hash, and the name of an installed module."""
+    """Return the name of a plugin's file or folder, its hash, and the name of an installed module. Where the code lies
+    says nothing about a run; older records name the whole path."""
     named = plugin.module.__name__
     installed = {} if named.startswith(PREFIX) else {"module": named}
-    return {"path": str(plugin.path), "sha256": plugin.sha256, **installed}
+    return {"path": plugin.path.name, "sha256": plugin.sha256, **installed}
+
+
+def locate_plugins() -> dict[str, dict[str, str]]:
+    """Return what `describe_plugins` does, but with whole paths, for the processes of a launch."""
+    return {name: about | {"path": str(tasks.plugins[name].path)} for name, about in describe_plugins().items()}
 
 
 def get_plugin_word(recorded: dict[str, str]) -> str:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, read_write
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
-from dual_lora.lab.config.outside.plugins import describe_plugins
+from dual_lora.lab.config.outside.plugins import locate_plugins
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first_line, require, suggest_name
@@ -162,8 +162,8 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
             about = {"identity": run.identity, "differences": run.differences}
             (folder / str(number) / "run.json").write_text(json.dumps(about))
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
-        command |= {"plugins": describe_plugins(), "settings": list(map(str, paths.own_folders))}
-        (folder / "command.json").write_text(json.dumps(command))
+        command |= {"plugins": locate_plugins(), "settings": list(map(str, paths.own_folders))}
+        (folder / "command.json").write_text(json.dumps(command), "utf-8")
     return folder
 
 
