@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 import tasks
 from tasks import demo
+from tools.make_bundled_models import format_readme
 
 FOLDER = Path(__file__).resolve().parents[1] / "dual_lora" / "lab" / "model" / "bundled"
 DECODERS = ["tiny-gpt2", "tiny-llama"]
@@ -48,6 +49,10 @@ def loss(name: str, random: bool = False) -> float:
         labels = labels.masked_fill(~hidden, -100)
         batch["input_ids"] = ids.masked_fill(hidden & (labels != -100), tokenizer.mask_token_id)
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.item()
+
+
+def test_the_readme_is_what_the_script_writes():
+    assert (FOLDER / "README.md").read_text("utf-8") == format_readme()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -220,9 +220,14 @@ def format_readme_row(folder: Path) -> str:
     return f"| {folder.name} | {columns} |\n"
 
 
+def format_readme() -> str:
+    """Return the README of the folder, with a row for each model that is there."""
+    made = [HERE / name for name in FAMILIES if (HERE / name / "pretraining.json").exists()]
+    return README.format(uniform=math.log(VOCABULARY)) + "".join(map(format_readme_row, made))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     for chosen in sys.argv[1:] or FAMILIES:
         make_model(chosen)
-    made = [HERE / name for name in FAMILIES if (HERE / name / "pretraining.json").exists()]
-    (HERE / "README.md").write_text(README.format(uniform=math.log(VOCABULARY)) + "".join(map(format_readme_row, made)))
+    (HERE / "README.md").write_text(format_readme(), "utf-8")
