@@ -161,6 +161,28 @@ def test_every_analysis_that_an_experiment_may_name_has_a_kind():
         assert callable(getattr(import_module(f"dual_lora.lab.weights.{module}"), name))
 
 
+def reads_in_the_encoding_of_the_locale(call: ast.Call) -> bool:
+    """Return whether a call opens, reads or writes text without naming its encoding."""
+    is_method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if is_method else getattr(call.func, "id", "")
+    places = {"read_text": 0, "write_text": 1, "open": 2 if is_method else 3}  # of the argument `encoding`
+    if name not in places or ast.unparse(call.func) == "os.open":
+        return False
+    mode = ast.unparse(call.args[not is_method]) if name == "open" and len(call.args) > (not is_method) else ""
+    return "b" not in mode and len(call.args) <= places[name] and "encoding" not in {k.arg for k in call.keywords}
+
+
+def test_no_text_depends_on_the_locale():
+    files = [*(path for folder in ("dual_lora", "tasks", "tools") for path in (ROOT / folder).rglob("*.py"))]
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in [*files, *ROOT.glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and reads_in_the_encoding_of_the_locale(node)
+    ]
+    assert not found, "name encoding='utf-8'"
+
+
 def test_entry_points_are_short_and_imported_by_nothing():
     for script in ROOT.glob("*.py"):
         assert len(script.read_text().splitlines()) < 100

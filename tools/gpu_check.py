@@ -238,7 +238,7 @@ def run_missing_parts(parts: list[str], device: str) -> int:
     record = create_record(torch.device(device))
     path, failed = get_record_path(record, get_folder()), 0
     for part in parts:
-        known = json.loads(path.read_text()).get("checks", {}) if path.exists() else {}
+        known = json.loads(path.read_text("utf-8")).get("checks", {}) if path.exists() else {}
         if "result" not in known.get(part, {}):
             known[part] = run_part(part, device)
             write_record(record | {"checks": known}, get_folder())

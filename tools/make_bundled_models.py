@@ -208,12 +208,12 @@ def make_model(name: str) -> None:
         "untrained_loss": round(untrained, 3),
         "loss": round(measure_loss(model.float(), collate, held_out), 3),
     }
-    (folder / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "pretraining.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
 def format_readme_row(folder: Path) -> str:
     """Return a model's row of the README's table."""
-    facts = json.loads((folder / "pretraining.json").read_text())
+    facts = json.loads((folder / "pretraining.json").read_text("utf-8"))
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     measured = f"{facts['untrained_loss']:.2f} | {facts['loss']:.2f} | {math.exp(facts['loss']):.2f}"
     columns = f"{facts['objective']} | {facts['parameters']:,} | {facts['steps']} | {size:.2f} | {measured}"

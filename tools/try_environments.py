@@ -47,7 +47,7 @@ class Environment:
 
 def read_project() -> dict:
     """Return the table `project` of pyproject.toml."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def list_floors() -> list[str]:
@@ -82,7 +82,7 @@ def run_tests(folder: Path, environment: Environment) -> int:
         venv.create(folder, with_pip=True)
     if environment.extends:
         (packages,) = (folder / "lib").glob("python*/site-packages")
-        (packages / "packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        (packages / "packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", "utf-8")
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *environment.install]
     subprocess.run(install, cwd=ROOT, check=True)
     subprocess.run([python, "-c", SHOW_VERSIONS, *environment.packages], check=True)

@@ -84,7 +84,7 @@ def hash_file(path: Path) -> str:
 
 def append_row(path: Path, row: dict) -> None:
     """Append a row as one line and wait until it is on the disk."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -133,7 +133,7 @@ def hold_file(path: Path) -> Iterator[None]:
         StudyError: another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -255,7 +255,7 @@ def write_dot_report(
     """
     table, figure = "table.md", "figure.png"
     with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as made:
-        (Path(made) / table).write_text(text)
+        (Path(made) / table).write_text(text, "utf-8")
         draw_dots([Panel(title, lines) for title, lines in values.items()], labels, unit, Path(made) / figure, across)
         return [(Path(made) / name).replace(folder / name) for name in (table, figure)]
 

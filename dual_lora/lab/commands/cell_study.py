@@ -88,7 +88,7 @@ class CellStudy:
             raise UserError(f"experiment={self.name}: {error}") from error
         finally:
             torch.set_num_threads(threads)  # the study takes one, runs after it may have more
-        print(f"\n{(folder / 'report' / 'table.md').read_text()}\nreport: {folder / 'report'}")
+        print(f"\n{(folder / 'report' / 'table.md').read_text('utf-8')}\nreport: {folder / 'report'}")
         return EXIT_OK
 
     def run_module(self, module: ModuleType, missing: bool, force: bool) -> None:

@@ -83,9 +83,9 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
 def copy_adapter(source: Path, folder: Path, settings: Settings, record: Record, task: Task) -> None:
     """Copy a run's adapter, with a card of its own, and with the base model's name instead of its place here."""
     shutil.copytree(source, folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     config["base_model_name_or_path"] = settings.model.hub or settings.model.name
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
     (folder / CARD_NAME).write_text(format_adapter_card(settings, record, task), encoding="utf-8")
 
 

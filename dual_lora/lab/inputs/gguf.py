@@ -76,7 +76,7 @@ class Cursor:
         self.skip(struct.calcsize(f"<{kind}"))
         return struct.unpack_from(f"<{kind}", self.data, start)[0]
 
-    def read_text(self) -> str:
+    def read_string(self) -> str:
         """Return the text here, which its length precedes, and move past it."""
         length = self.read_number("Q")
         self.skip(length)
@@ -85,7 +85,7 @@ class Cursor:
     def read_value(self, kind: int) -> Any:
         """Return the value here, of a type of the format, and move past it; None for a list."""
         if kind == TEXT:
-            return self.read_text()
+            return self.read_string()
         return (
             self.read_number(FORMATS[kind])
             if kind != LIST
@@ -102,7 +102,7 @@ class Cursor:
 
     def read_tensor(self) -> tuple[str, int]:
         """Return a tensor's name and its offset in the weights, in bytes."""
-        name = self.read_text()
+        name = self.read_string()
         self.skip(8 * self.read_number("I") + 4)
         return name, self.read_number("Q")
 
@@ -161,7 +161,7 @@ def parse_header(path: Path) -> Header:
         version, tensors, count = (cursor.read_number(kind) for kind in "IQQ")
         if version not in VERSIONS:
             raise ValueError(f"version {version}, only 2 and 3 are supported")
-        values = {cursor.read_text(): cursor.read_value(cursor.read_number("I")) for _ in range(count)}
+        values = {cursor.read_string(): cursor.read_value(cursor.read_number("I")) for _ in range(count)}
         places = dict(cursor.read_tensor() for _ in range(tensors))
         found = Header(values, tuple(places), cursor.offset)
         cursor.skip(max(places.values(), default=0))  # the last tensor must begin within the file

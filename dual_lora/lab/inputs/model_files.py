@@ -330,12 +330,12 @@ def link_files(path: Path, stamps: tuple[tuple[Path | int, ...], ...], weights: 
     """
     folder = TemporaryDirectory(prefix="model-")
     fields = fit_class_fields(read_config_fields(path, weights), str(path / "config.json"))
-    (Path(folder.name) / "config.json").write_text(json.dumps(fields))
+    (Path(folder.name) / "config.json").write_text(json.dumps(fields), "utf-8")
     atexit.register(folder.cleanup)  # Python would do it with a warning
     for file, *_ in stamps[1:]:
         link = Path(folder.name) / file.name
         if file.name == SPECIAL_TOKENS:
-            link.write_text(json.dumps(read_special_tokens(file)))
+            link.write_text(json.dumps(read_special_tokens(file)), "utf-8")
         else:
             link.symlink_to(file.resolve())
     return folder

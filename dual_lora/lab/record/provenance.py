@@ -146,11 +146,8 @@ def list_attempts(environment: dict) -> list[dict]:
 def get_processor_name() -> str:
     """Return the processor's name from Linux's /proc/cpuinfo, or Python's name for it elsewhere."""
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 

@@ -138,7 +138,7 @@ def count_available_cores() -> int:
     """Return how many cores this process may use: what its affinity and its control group allow, at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = CGROUP_QUOTA.read_text().split()
+        quota, period = CGROUP_QUOTA.read_text("utf-8").split()
         allowed = min(allowed, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # no control group, or "max": no limit
         pass

@@ -93,7 +93,7 @@ def open_lock(path: Path) -> TextIO:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             path.unlink(missing_ok=True)
-    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8", errors="replace")
 
 
 def acquire_lock(path: Path) -> TextIO:

@@ -23,7 +23,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
         else:
             with contextlib.suppress(OSError):
-                RESET_FILE.write_text("5")
+                RESET_FILE.write_text("5", "utf-8")
         return self
 
     def __exit__(self, *error) -> None:
@@ -61,7 +61,7 @@ def read_peak() -> int:
 def read_resident_peak() -> int:
     """Return the high-water mark of the resident set in bytes."""
     if STATUS_FILE.is_file():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS_FILE.read_text())[1]) * 1024
+        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS_FILE.read_text("utf-8"))[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -22,12 +22,12 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
     tensors = {f"{i}.{name}": t.contiguous() for i, state in held["state"].items() for name, t in state.items()}
     save_file(tensors, folder / OPTIMIZER_FILE)
     schedule = {"groups": held["param_groups"], "schedule": scheduler.state_dict()}
-    (folder / SCHEDULE_FILE).write_text(json.dumps(schedule))
+    (folder / SCHEDULE_FILE).write_text(json.dumps(schedule), "utf-8")
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
     """Give a fresh optimizer and its schedule the state that `save_optimizer` wrote."""
-    held = json.loads((folder / SCHEDULE_FILE).read_text())
+    held = json.loads((folder / SCHEDULE_FILE).read_text("utf-8"))
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / OPTIMIZER_FILE).items():
         number, _, name = key.partition(".")
@@ -46,12 +46,12 @@ def save_random_state(path: Path, **more: float) -> None:
         "torch": [state.tolist() for state in (torch.get_rng_state(), *device)],
         **more,
     }
-    path.write_text(json.dumps(held))
+    path.write_text(json.dumps(held), "utf-8")
 
 
 def load_random_state(path: Path) -> None:
     """Restore what `save_random_state` wrote, so that resumed training draws the same random numbers."""
-    held = json.loads(path.read_text())
+    held = json.loads(path.read_text("utf-8"))
     version, numbers, spare = held["python"]
     random.setstate((version, tuple(numbers), spare))
     np.random.set_state(tuple(held["numpy"]))

@@ -329,11 +329,11 @@ class RunTrainer(Trainer):
     def _save_scaler(self, output_dir: str) -> None:
         scaler = self.accelerator.scaler
         if scaler and self.args.should_save:
-            (Path(output_dir) / SCALER_FILE).write_text(json.dumps(scaler.state_dict()))
+            (Path(output_dir) / SCALER_FILE).write_text(json.dumps(scaler.state_dict()), "utf-8")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(json.loads((Path(checkpoint) / SCALER_FILE).read_text()))
+            self.accelerator.scaler.load_state_dict(json.loads((Path(checkpoint) / SCALER_FILE).read_text("utf-8")))
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(exist_ok=True)  # the first process may not have made it yet
@@ -351,7 +351,7 @@ class RunTrainer(Trainer):
     def complete_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
         """Add the state that the Trainer does not save to a checkpoint, and seal it."""
         state["best"] = self.best.save_state(folder) if self.best else {}
-        (folder / STATE_FILE).write_text(json.dumps(state))
+        (folder / STATE_FILE).write_text(json.dumps(state), "utf-8")
         shutil.copyfile(self.record.folder / "metrics.jsonl", folder / "metrics.jsonl")
         seal_folder(folder, identity=self.record.name, name=folder.name)
 
@@ -375,8 +375,9 @@ class StopAndResume(TrainerCallback):
             start_ramp(self.trainer.model)
             return
         trainer, folder = self.trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        kept = json.loads((folder / STATE_FILE).read_text())
-        kept = json.loads((folder / trainer.random_file).read_text()) | kept  # earlier versions: one mean loss for all
+        kept = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        # earlier versions: one mean loss for all
+        kept = json.loads((folder / trainer.random_file).read_text("utf-8")) | kept
         state.compute_steps(args, state.max_steps)  # train.save_steps may have changed
         trainer._tr_loss += kept["loss_since_log"]
         trainer._globalstep_last_logged, trainer._total_loss_scalar = kept["logged_at"], kept["loss_sum"]

@@ -158,9 +158,9 @@ def prepare_launch_folder(runs: list[Run]) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=strftime("%Y-%m-%d_%H-%M-%S_"), dir=place))
         for number, run in enumerate(runs):
             (folder / str(number)).mkdir()
-            (folder / str(number) / "config.yaml").write_text(format_settings(run.settings))
+            (folder / str(number) / "config.yaml").write_text(format_settings(run.settings), "utf-8")
             about = {"identity": run.identity, "differences": run.differences}
-            (folder / str(number) / "run.json").write_text(json.dumps(about))
+            (folder / str(number) / "run.json").write_text(json.dumps(about), "utf-8")
         command = {"pid": os.getpid(), "since": psutil.Process().create_time(), "host": platform.node()}
         command |= {"plugins": locate_plugins(), "settings": list(map(str, paths.own_folders))}
         (folder / "command.json").write_text(json.dumps(command), "utf-8")

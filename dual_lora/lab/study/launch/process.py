@@ -57,7 +57,7 @@ def restore_outside(folder: Path) -> None:
     Raises:
         UserError: the code is gone or changed.
     """
-    command = json.loads((folder / "command.json").read_text())
+    command = json.loads((folder / "command.json").read_text("utf-8"))
     paths.own_folders[:] = map(Path, command["settings"])
     named = command["plugins"]
     for name, about in named.items():
@@ -72,7 +72,7 @@ def prepare_launched_run(place: Path) -> Run:
     Raises:
         UserError: it is another run than it was for the command, or see `Run.prepare`.
     """
-    about = json.loads((place / "run.json").read_text())
+    about = json.loads((place / "run.json").read_text("utf-8"))
     run, expected = Run.prepare(load_recorded_settings(place), about["differences"]), about["identity"]
     require(
         run.identity == expected,
@@ -119,7 +119,7 @@ def stop_on_file(file: Path) -> Iterator[None]:
 def is_command_gone(folder: Path) -> bool:
     """Return whether the command of a launch has ended, as far as this process can know: on its machine only."""
     try:
-        command = json.loads((folder / "command.json").read_text())
+        command = json.loads((folder / "command.json").read_text("utf-8"))
         return command["host"] == platform.node() and is_process_gone(command["pid"], command["since"])
     except (OSError, ValueError, KeyError):  # the folder of a launch is removed only when its command is done with it
         return not folder.exists()
