@@ -206,7 +206,7 @@ def write_question(rng: random.Random, fact: Fact) -> tuple[str, str, str]:
 
 
 def split_at_random(items: list, share: float) -> dict[str, list]:
-    """Return `items` parted at random into training's and the `share` kept for validation."""
+    """Return `items` split at random into a training part and the `share` kept for validation."""
     shuffled = random.Random(SEED).sample(items, len(items))
     count = round(len(items) * share)
     return {"train": shuffled[count:], "validation": shuffled[:count]}

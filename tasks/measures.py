@@ -103,7 +103,8 @@ def count_by_class(columns_NC: np.ndarray, weights_RN: np.ndarray) -> tuple[np.n
 
 
 def matthews(columns_NC: np.ndarray, weights_RN: np.ndarray) -> np.ndarray:
-    """Return Matthews correlation of (answer, gold) over any number of classes; 0 where either is constant."""
+    """Return Matthews correlation of (answer, gold) over any number of classes, R_K of Gorodkin (2004), "Comparing two
+    K-category assignments by a K-category correlation coefficient"; 0 where either is constant."""
     right_RK, answers_RK, gold_RK = count_by_class(columns_NC, weights_RN)
     total = weights_RN.sum(axis=1)
     above = right_RK.sum(axis=1) * total - (answers_RK * gold_RK).sum(axis=1)

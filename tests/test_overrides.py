@@ -259,7 +259,7 @@ IDLE = {
     (*WRITER, "task.length_penalty=2"): "task.length_penalty=2.0: only beam search uses it",
     (*ENCODER, "task.name=glue/rte"): "task.name=glue/rte: it names what the task's file sets",
     (*ENCODER, "method=lora", "+method.peft.fan_in_fan_out=true"): "method.peft.fan_in_fan_out=True: PEFT sets it by",
-    (*ENCODER, "method=lora", "+method.peft.use_qalora=true"): "method.peft.use_qalora=True: only layers quantised by",
+    (*ENCODER, "method=lora", "+method.peft.use_qalora=true"): "method.peft.use_qalora=True: only layers quantized by",
     (*ENCODER, "method=lora", "+method.peft.qalora_group_size=4"): "method.peft.qalora_group_size=4: only layers quan",
     (
         *ENCODER,

@@ -140,7 +140,7 @@ def test_weights_that_cannot_be_compared_are_told(record, tmp_path, capsys):  # 
     settings = load_settings(RUN)
     other = replace(settings, model=replace(settings.model, path=str(tmp_path)))
     said = (
-        f"not checked: {record.folder} names no files of model={settings.model.name}, so whether model.path={tmp_path}"
+        f"not checked: {record.folder} records no hashes of model={settings.model.name}, so model.path={tmp_path} may"
     )
     edit(record.folder / "environment.json", model_files={})
     record.verify_model_files(settings)

@@ -143,8 +143,8 @@ def project(
 ) -> Factors:
     """Return dL/dA, dL/dB, dL/dC, dL/dD for G = dL/ddW, out x in, of any floating dtype; each shaped like its factor.
 
-    rebuilt: receives weight + dW, or dW where there is no weight, on the way; may be G itself. dW: as in `rebuild`, but
-    not with ste="hardtanh".
+    rebuilt: if given, it is filled in the same pass with weight + dW (with dW alone if there is no weight). It may be G
+    itself. dW: as in `rebuild`, but not with ste="hardtanh".
     """
     abs_scale, sign = scale.abs(), _get_scale_sign(scale)
     dA, dB, dC, dD = torch.zeros_like(A), torch.empty_like(B), torch.zeros_like(C), torch.empty_like(D)

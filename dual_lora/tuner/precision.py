@@ -18,7 +18,8 @@ from ..functional import suspend_autocast
 if TYPE_CHECKING:
     from .factors import DualLoraFactors
 
-# A warning names the line that called them. contextlib: the first forwards are watched in a context manager.
+# A warning is attributed to the first caller outside these packages. contextlib is among them because the first
+# forwards run inside a context manager.
 LIBRARIES = ("torch", "peft", "transformers", "accelerate", "dual_lora", "contextlib")
 EXACT = ("none", "ieee", "highest")  # torch's names for float32 products in float32
 PROBE_SIZE = 256  # rows and columns of a product that tells what a device does; some do otherwise with small ones

@@ -103,9 +103,9 @@ def _advance_ramps(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 def _count_step(factors: DualLoraFactors, held: set[int], begun: int, ended: int) -> None:
     """Advance the ramp, unless another optimizer has counted this round.
 
-    The optimizer that holds the first trained factor leads: its steps count. One that holds later factors only counts
-    where no other has since its own previous step, and then the leader's next step does not. A step within which
-    another was counted does not count either.
+    The optimizer that holds the first trained factor leads: its steps count. An optimizer that holds only later factors
+    counts a step if no other has counted one since its own previous step. The leader's next step then does not count. A
+    step within which another was counted does not count either.
 
     held: ids of the optimizer's parameters. begun, ended: when its step began, and when its previous one ended.
     """

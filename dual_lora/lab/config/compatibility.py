@@ -39,8 +39,8 @@ HEAD_ONLY_FIELDS = {"peft_type", "target_modules", "task_type", "modules_to_save
 # Fields of PEFT's that no adapter here reads, and why.
 UNREAD_FIELDS = {
     "fan_in_fan_out": "PEFT sets it by the class of each layer",
-    "use_qalora": "only layers quantised by GPTQ read it, which are not trained here",
-    "qalora_group_size": "only layers quantised by GPTQ read it, which are not trained here",
+    "use_qalora": "only layers quantized by GPTQ read it, which are not trained here",
+    "qalora_group_size": "only layers quantized by GPTQ read it, which are not trained here",
     "megatron_config": "only layers of Megatron read it",
     "megatron_core": "only layers of Megatron read it",
     "use_effective_conv2d": "only convolutions read it, and layers here are linear",

@@ -161,7 +161,7 @@ def list_values(override: Override) -> list[str]:
         require(not mixed, f"{where}: a range, choice or sort cannot be one of several values; write the values out")
         values = list_choice(sweep, override.input_line.partition("=")[2])
     if sweep.shuffle:
-        random.shuffle(values)
+        random.shuffle(values)  # as Hydra does, which seeds nothing: each command has an order of its own
     return values
 
 

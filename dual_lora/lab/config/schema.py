@@ -359,7 +359,7 @@ class Evaluate:
     before: bool = setting("true: the base model is scored before training")
     max_examples: int | None = setting("score this many rows of each split only, for a quick test")
     holdout: int | None = setting("score this many held-out training rows instead of the task's own splits")
-    holdout_skip: int | None = setting("leave this many more training rows out, on which other runs are scored")
+    holdout_skip: int | None = setting("also leave out this many training rows, on which other runs are scored")
     development_rows: int | None = setting(
         "set this many training rows apart to compare epochs on, instead of the rows whose scores are reported"
     )

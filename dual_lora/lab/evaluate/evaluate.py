@@ -166,7 +166,7 @@ def judge_targets(task: Task, split: Split, count: int | None) -> list[Row]:
 
 @contextmanager
 def collect_missing_scores() -> Iterator[list[str]]:
-    """Yield a list that holds afterwards which scores were not computed, and why. Warnings are shown as ever."""
+    """Yield a list that holds afterwards which scores were not computed, and why. Warnings are still displayed."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MissingScoreWarning)

@@ -100,7 +100,7 @@ def merge_trained_model(model: torch.nn.Module, settings: Settings, record: Reco
     why = explain_unmergeable(model)
     require(
         why is None,
-        f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share the "
+        f"export={folder}: method={settings.method.name} cannot be merged into the base weights ({why}); share "
         f"only the adapter, {record.format_path()}/adapter, which PEFT loads onto the base model",
     )
     return fuse_layers(merge_and_unload(model))

@@ -97,7 +97,7 @@ def fit_class_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     for name in TEXT_PARTS:
         known = hasattr(CONFIG_MAPPING[kind], name) or name in CONFIG_MAPPING[kind].sub_configs
         require(known or values.get(name) is None, f"{where}: {name}: a {kind} has no such part; drop the field")
-    # The library's masks make any decoder an encoder that says so; encoders mask nothing, whatever they say.
+    # With is_causal=false transformers builds a decoder's mask as an encoder's. Encoders ignore the field.
     causal = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or values.get("is_causal") is not False
     require(causal, f"{where}: is_causal=false makes an encoder of a {kind}; drop the field")
     strange = {name for name in LAYER_FIELDS if not hasattr(CONFIG_MAPPING[kind], name)}

@@ -1,8 +1,8 @@
 """The files a model is read from: which they are, a folder that holds only these, and hashes that identify them.
 
 transformers follows what lies in a model's folder: an adapter, an index that names other weights, a file with decoding
-settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json. Of a
-model of the hub, that is the folder in the cache, where only these files are fetched to.
+settings. So it is never given that folder, but one of links to the files listed here, with a cleaned config.json. For
+a hub model the links point into the cache, to which only these files are downloaded.
 """
 
 import atexit
@@ -283,10 +283,8 @@ def find_changed_files(known: dict[str, str], settings: Settings) -> list[str]:
 def warn_unchecked_weights(folder: Path, settings: Settings) -> None:
     """Print that the record in `folder` does not say which files its base model had: a commit of the hub tells the
     weights, but not whether another folder holds the same."""
-    what = f"whether model.path={settings.model.path} holds the weights that it was trained on"
-    print(
-        f"not checked: {folder} names no files of model={settings.model.name}, so {what} is not known", file=sys.stderr
-    )
+    what = f"model.path={settings.model.path} may hold other weights than it was trained on"
+    print(f"not checked: {folder} records no hashes of model={settings.model.name}, so {what}", file=sys.stderr)
 
 
 def get_file_stamp(path: Path) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ CODE = ("dual_lora/", "tasks/", "conf/", ":(glob)*.py", "pyproject.toml")
 # From version 2 on, every file of a record that is read back is sealed; older records have no version.
 RECORD_VERSION = 2
 # The fields of an environment that the environment of a resumed run does not keep about each earlier attempt
-# (`earlier_tries`): they are the same, or tell of attempts before that one.
+# (`earlier_tries`): they are the same, or describe still earlier attempts.
 RUN_FIELDS = ("identity", "model_files", "earlier_tries", "earlier_commits")
 
 
@@ -138,8 +138,8 @@ def get_machine(environment: dict) -> str | None:
 
 
 def list_attempts(environment: dict) -> list[dict]:
-    """Return the environments of a run's attempts, as far as its recorded one tells their machines: records of earlier
-    versions tell only the last one's."""
+    """Return the environments of a run's attempts, as far as its recorded one names their machines: older records name
+    only the last machine."""
     return [environment, *(attempt for attempt in environment.get("earlier_tries", []) if get_machine(attempt))]
 
 

@@ -197,7 +197,7 @@ class Record:
         return found
 
     def read_digest(self) -> str | None:
-        """Return the digest of the result, by which one training of a run is told from the next; None while there is no
+        """Return the digest of the result, which differs between two trainings of the same run; None while there is no
         result, and of one from before digests existed.
 
         Raises:

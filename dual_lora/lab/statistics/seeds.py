@@ -110,6 +110,9 @@ def compute_detectable_difference(
     comparisons, and what is larger than `least`. One comparison needs 11.5 standard deviations of two seeds, 1.7 of
     five, 1.2 of eight.
 
+    The statistic is (Z + effect) / (root / sqrt(freedom)), noncentral t by definition: Z is standard normal, root the
+    square root of a chi-squared number. The power is therefore the mean over root of P(Z + effect > threshold root).
+
     deviation: the standard deviation of the seeds' differences. least: what another test asks of the mean, in the same
         unit.
     """
@@ -120,7 +123,7 @@ def compute_detectable_difference(
     error, freedom = deviation / np.sqrt(seeds), seeds - 1
     threshold = t.ppf(1 - LEVEL / comparisons / 2, freedom) / np.sqrt(freedom)
 
-    def miss(effect: float) -> float:  # in standard errors; the far tail holds next to nothing at such a power
+    def miss(effect: float) -> float:  # effect in standard errors; the opposite tail is negligible at this power
         # root: the square root of a chi-squared number
         found = chi(freedom).expect(lambda root: norm.sf(np.maximum(threshold * root, least / error) - effect))
         return float(found) - POWER

@@ -55,7 +55,7 @@ def sort_runs(runs: list[Run]) -> tuple[list[int], list[int]]:
 
 
 def is_left(run: Run) -> bool:
-    """Return whether a run is still to be done; one with a damaged result is told of later, by `sort_runs`."""
+    """Return whether a run is still to be done; `sort_runs` reports a damaged result later."""
     try:
         return run.is_pending
     except UserError:

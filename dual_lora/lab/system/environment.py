@@ -115,8 +115,8 @@ def read_whole_number(name: str, least: int = 0) -> int:
 
 
 def describe_variables() -> dict[str, str]:
-    """Return the variables that can change a digit of a result, without secrets. Where caches are is not among them:
-    torch itself names a folder of the user's there. Of preloaded libraries only the names are given."""
+    """Return the variables that can change a digit of a result, without secrets. Cache locations are left
+    out, because torch puts a path of the user's there. Preloaded libraries appear by file name only."""
     names = (name for name in list_variables(RECORDED) if not name.endswith("_DIR"))
     found = {name: redact_secrets(os.environ[name]) for name in names}
     if "LD_PRELOAD" in found:

@@ -28,8 +28,8 @@ from dual_lora.lab.model.source import get_head_options, load_config, set_dropou
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
 from tasks import Task
 
-# What PEFT's configurations call the choice of initial weights; False keeps torch's default initialisation.
-INITIALISERS = ("init_lora_weights", "init_weights", "init_ia3_weights")
+# What PEFT's configurations call the choice of initial weights; False keeps torch's default initialization.
+INITIALIZERS = ("init_lora_weights", "init_weights", "init_ia3_weights")
 PAD_TOKEN = 0  # any id will do: it does not affect shapes
 
 
@@ -78,7 +78,7 @@ def check_layers(settings: Settings, config: PreTrainedConfig) -> None:
 
 
 def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = None) -> torch.nn.Module:
-    """Return the model on the meta device with the method attached. Some initialisers decompose the base weights
+    """Return the model on the meta device with the method attached. Some initializers decompose the base weights
     (PiSSA, OLoRA) or read data, neither of which exists there. Such a method gets torch's default initial weights
     instead; their number is the same.
 
@@ -91,7 +91,7 @@ def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = No
     try:
         return attach_method(build_meta_model(settings, task, layers), settings, task.form)
     except UserError:
-        plain = skip_initialisation(settings)
+        plain = skip_initialization(settings)
         if plain == settings:
             raise
     try:
@@ -103,14 +103,14 @@ def attach_to_meta_model(settings: Settings, task: Task, layers: int | None = No
         raise
 
 
-def skip_initialisation(settings: Settings) -> Settings:
+def skip_initialization(settings: Settings) -> Settings:
     """Return the settings with a method that draws no initial weights."""
     own = settings.method.peft
     if own is None:
         return settings
     config_type = PEFT_TYPE_TO_CONFIG_MAPPING.get(own.get("peft_type"))
     named = [field.name for field in fields(config_type)] if config_type else []
-    drawn = {name: False for name in named if name in INITIALISERS}
+    drawn = {name: False for name in named if name in INITIALIZERS}
     return replace(settings, method=replace(settings.method, peft={**own, **drawn}))
 
 

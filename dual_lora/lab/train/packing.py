@@ -66,7 +66,7 @@ class PackingCollator:
 
 
 def unmask_packed_batch(inputs: dict[str, Any]) -> None:
-    """Make a packed batch one that transformers recognises: without a mask, and without a cache."""
+    """Make a packed batch one that transformers recognizes: without a mask, and without a cache."""
     del inputs["attention_mask"]
     inputs["use_cache"] = False
 

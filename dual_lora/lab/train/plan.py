@@ -4,7 +4,7 @@ The run's own model, with the run's own method on it, is built on torch's meta d
 values. One step of a full batch at the task's longest length is taken there: torch's FlopCounterMode counts its
 operations, and hooks on autograd measure what it keeps for backward, so the plan describes what this code really does.
 Activations are those of full-length batches; hours assume such batches only, at an assumed fraction of peak speed. A
-4-bit base counts the same parameters, operations and activations as an unquantised one: bitsandbytes dequantises one
+4-bit base counts the same parameters, operations and activations as an unquantized one: bitsandbytes dequantizes one
 layer's weight at a time, which the reserve covers.
 """
 
@@ -32,7 +32,7 @@ from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.train.meta_step import attach_to_meta_model, build_meta_model, trace_step
 from tasks import Task
 
-UTILISATION = 0.4  # fraction of the accelerator's peak that training reaches at best; assumed, not measured
+UTILIZATION = 0.4  # fraction of the accelerator's peak that training reaches at best; assumed, not measured
 COPY_BYTES = 2  # bytes of a number in 16 bits
 RESERVE_SHARE = 0.1  # of the sum of all parts, for temporary tensors and fragmentation; assumed
 ADAM_MOMENTS = 2  # AdamW's two moments, as large as the weight
@@ -111,9 +111,9 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         "train_rows": rows,
         "train_rows_from": "the data" if counted else "the task's configuration",
         "steps": steps,
-        "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILISATION) / 3600,
+        "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILIZATION) / 3600,
         "cannot_shard": unshardable_reason,
-        "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilisation": UTILISATION},
+        "hardware": {**asdict(hardware), "memory": device.memory * GB, "assumed_utilization": UTILIZATION},
     }
 
 
@@ -198,9 +198,11 @@ def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dic
 def estimate_memory(
     sizes: dict[str, int], kept: float, devices: int, sharding: str, base: str | None = None
 ) -> dict[str, float]:
-    """Return bytes per device: weights, gradients (doubled in DDP, whose buckets are copies), AdamW's moments,
-    activations kept for backward, 16-bit copies, temporaries of AdamW's step beyond the freed activations (as large as
-    what trains), a reserve, and the peak.
+    """Return bytes per device: weights, gradients, AdamW's moments, activations kept for backward, 16-bit copies,
+    temporaries of AdamW's step beyond the freed activations (as large as what trains), a reserve, and the peak.
+
+    DDP doubles the gradients: its buckets are copies of their total size unless `gradient_as_bucket_view` is set, as
+    torch's documentation of DistributedDataParallel says, and it is not set here.
 
     kept: bytes kept for backward. Under FSDP2 (sharding "full") a device holds its share of the base model plus what it
     gathers at once (copies included), and the complete adapter.
@@ -268,14 +270,14 @@ def list_options(settings: Settings, found: dict[str, Any]) -> tuple[list[Option
         more = [hardware.devices, *more]
     free = hardware.base is None and find_gguf_file(settings) is None  # a GGUF file's weights are read whole
     # A smaller base in 4 bits means that the method has a frozen one.
-    quantises = free and hardware.sharding != "full" and sizes["frozen_nf4"] < sizes["frozen"]
+    quantizes = free and hardware.sharding != "full" and sizes["frozen_nf4"] < sizes["frozen"]
     can_checkpoint = "kept_checkpointed" in sizes and not train.gradient_checkpointing
     sharded = [Option(train.batch_size, devices, "full", None, False) for devices in more if free]
     sharded += [Option(b, devices, "full", None, False) for devices in more for b in batches if free]
     return (
         [Option(b, *here, hardware.base, False) for b in batches],
         [Option(b, *here, hardware.base, True) for b in batches if can_checkpoint],
-        [Option(b, *here, "nf4", False) for b in batches if quantises],
+        [Option(b, *here, "nf4", False) for b in batches if quantizes],
         sharded,
     )
 
@@ -326,7 +328,7 @@ def format_plan(found: dict[str, Any], record: Record) -> str:
         "step": f"{found['batch']}; {found['tokens_per_device_and_step']:,} tokens and "
         f"{format_operations(found['flops']['step'])} a device",
         "time": f"{found['steps']:,} steps, {format_hours(found['hours'])} of training on {hardware['devices']} x "
-        f"{hardware['accelerator']} at {hardware['assumed_utilisation']:.0%} of its peak, every row at full length",
+        f"{hardware['accelerator']} at {hardware['assumed_utilization']:.0%} of its peak, every row at full length",
         "written": f"{record.format_path()}/plan.json",
     }
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)

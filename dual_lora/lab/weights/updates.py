@@ -70,11 +70,11 @@ class Update:
         self.name = module
 
     def get_weight(self) -> Tensor:
-        """Return W0."""
+        """Return W0 (out x in, float32)."""
         return orient_weight(self.base, self.base.weight)[self.block]
 
     def get_change(self) -> Tensor:
-        """Return dW."""
+        """Return dW (out x in, float32)."""
         return self.get_full_change()[self.block]
 
     def get_full_change(self) -> Tensor:
