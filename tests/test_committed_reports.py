@@ -17,6 +17,7 @@ REPORTS = {
     "similarity": ["experiment=similarity", "scale=small"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "ratio": ["experiment=ratio", "scale=small"],
+    "ratio_same_machine": ["experiment=ratio", "scale=small", "study=ratio_same_machine"],
     "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2,glue/stsb"],
     "frozen_groups": ["experiment=frozen_groups", "scale=small"],
     "gradient_dtype": ["experiment=gradient_dtype", "scale=small"],
@@ -35,7 +36,11 @@ def list_committed():
     """Return the tracked files below runs/: others may be of runs in progress. Without git, there are no others."""
     listed = subprocess.run(["git", "ls-files", "runs"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        return [str(path.relative_to(ROOT)) for path in (ROOT / "runs").rglob("*") if path.suffix in KEPT]
+        return [
+            str(path.relative_to(ROOT))
+            for path in (ROOT / "runs").rglob("*")
+            if path.suffix in KEPT or path.is_symlink()
+        ]
     return listed.stdout.splitlines()
 
 
@@ -43,7 +48,7 @@ def copy_committed(folder):
     for name in list_committed():
         target = folder.joinpath(*name.split("/")[1:])
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
+        shutil.copyfile(ROOT / name, target, follow_symlinks=False)  # links to another study's records
 
 
 @pytest.fixture(scope="module")
