@@ -25,6 +25,7 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # softplus(x) = log(1 + exp(beta * x)) / beta. Entries of B A are near 1e-3 at initialization; beta = 1 would map them
 # all to about ln 2, a hundred times the size of a pretrained weight.
@@ -165,6 +166,11 @@ def is_traced_without_gradient() -> bool:
     """Return whether torch.jit.trace records what runs now, without gradients. It cannot serialize Python functions,
     such as custom gradients."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing() and not torch.is_grad_enabled()
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_autocast_on(device_type: str) -> bool:

@@ -58,7 +58,7 @@ def test_a_linear_loss_has_none_and_an_unused_parameter_counts_as_zeros():
 CONFIGS = {
     "lora": LoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"]),
     "dora": LoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"], use_dora=True),
-    "dual_lora": DualLoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"], kernel="eager", init_std=0.5),
+    "dual_lora": DualLoraConfig(r=2, lora_alpha=2, target_modules=["0", "2"], init_std=0.5),
 }
 
 

@@ -15,7 +15,7 @@ Backward can take G, and dL/dx, in a narrower type than the activations' (`Gradi
 rounded, its sums are float32, and forward, M, S and the masks stay as they are. This is not in the paper.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,14 +68,15 @@ def dual_linear(
 
     A: r1 x in, B: out x r1, C: r2 x in, D: out x r2, all float32 or all float64; scale: 0-dim, a constant, as are
     weight, out x in, and bias, out. ops: None for plain torch. dW: what `rebuild` gave for these factors and this
-    scale, if the caller has it; it is read instead of rebuilt, to the same bits. Differentiable once, in reverse mode;
-    inside a transform of torch.func or torch.export, which do not support such functions, plain autograd computes it.
+    scale, if the caller has it; it is read instead of rebuilt, to the same bits. Inside a transform of torch.func, in
+    forward mode, in torch.export, and where gradients are differentiated again or batched, plain autograd computes it,
+    which keeps matrices of out x in and takes both products in x's dtype.
 
     Raises:
         ValueError: unknown ste.
     """
     check_ste(ste)
-    if _needs_autograd(x, A, B, C, D):
+    if _needs_autograd():
         return _compute_by_autograd(x, functional.delta_weight(A, B, C, D, scale, ste=ste), weight, bias)
     types = gradient_types or GradientTypes()
     dW = None if ste == "hardtanh" else dW  # hardtanh's mask needs D C itself, not only its sign
@@ -85,15 +86,15 @@ def dual_linear(
 def delta_weight(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, ste: str = "clip", ops: Ops | None = None
 ) -> Tensor:
-    """Return dW, out x in, like `dual_lora.functional.delta_weight`, but keep only the factors. Differentiable once.
+    """Return dW, out x in, like `dual_lora.functional.delta_weight`, but keep only the factors.
 
-    Shapes, and what holds inside torch.func and torch.export, as in `dual_linear`.
+    Shapes, and where plain autograd computes it, as in `dual_linear`.
 
     Raises:
         ValueError: unknown ste.
     """
     check_ste(ste)
-    if _needs_autograd(A, B, C, D):
+    if _needs_autograd():
         return functional.delta_weight(A, B, C, D, scale, ste=ste)
     return _DeltaWeight.apply(A, B, C, D, scale, ste, ops or TORCH)
 
@@ -202,9 +203,14 @@ class _DualLinear(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, A, B, C, D, scale, weight, dW = ctx.saved_tensors
+        if _is_transformed(grad):
+
+            def compute(x, *factors):
+                return _compute_by_autograd(x, functional.delta_weight(*factors, scale, ste=ctx.ste), weight, None)
+
+            return *_differentiate(compute, (x, A, B, C, D), grad), *[None] * 7
         flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs_dx, trained = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:5])
         weight_type, input_type = ctx.types
@@ -239,30 +245,54 @@ class _DeltaWeight(torch.autograd.Function):
         return ops.rebuild(A, B, C, D, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *ctx.ops.project(grad, *ctx.saved_tensors, ctx.ste), None, None, None
+        *factors, scale = ctx.saved_tensors
+        if _is_transformed(grad):
+            found = _differentiate(lambda *own: functional.delta_weight(*own, scale, ste=ctx.ste), factors, grad)
+        else:
+            found = ctx.ops.project(grad, *factors, scale, ctx.ste)
+        return *found, None, None, None
 
 
-def _needs_autograd(*tensors: Tensor) -> bool:
-    """Return whether only plain operations can serve here: inside a transform of torch.func (vmap, grad, jvp, ...),
-    which wraps the tensors, in torch.export, which unlike Dynamo looks into our functions, or where torch.jit.trace
-    records them without gradients, to be saved."""
+def _is_transformed(grad: Tensor) -> bool:
+    """Return whether what backward computes from this is itself differentiated (`create_graph=True`) or batched
+    (`is_grads_batched=True`), which only plain operations can be. Compiled, it is neither."""
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or batched or functional.is_transformed()
+
+
+def _differentiate(compute: Callable[..., Tensor], inputs: Iterable[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """Return the gradients of compute(*inputs) at those inputs that require one, given its own, by plain autograd."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [t.view_as(t) for t in inputs]  # so that what one input owes to another is not counted here
+        wanted = [t for t in own if t.requires_grad]
+        found = iter(torch.autograd.grad(compute(*own), wanted, grad, create_graph=again))
+    return [next(found) if t.requires_grad else None for t in own]
+
+
+def _needs_autograd() -> bool:
+    """Return whether only plain operations can serve here: inside a transform of torch.func or forward-mode
+    differentiation, in torch.export, which unlike Dynamo looks into our functions, or where torch.jit.trace records
+    them without gradients, to be saved."""
     if functional.is_traced_without_gradient():
         return True
     if torch.compiler.is_compiling():
         return not torch.compiler.is_dynamo_compiling()
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    return functional.is_transformed()
 
 
 def _compute_by_autograd(x: Tensor, dW: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return what `dual_linear` does, given dW, out x in."""
-    if weight is not None and x.dtype == dW.dtype:
-        return F.linear(x, weight + dW, bias)
-    term = F.linear(x, dW.to(x.dtype))
-    if weight is None:
-        return term
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + term
+    with suspend_autocast(x.device.type):
+        if weight is not None and x.dtype == dW.dtype:
+            return F.linear(x, weight + dW, bias)
+        term = F.linear(x, dW.to(x.dtype))
+        if weight is None:
+            return term
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + term
 
 
 def _iterate_blocks(rows: int, width: int) -> Iterator[slice]:

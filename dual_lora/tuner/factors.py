@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from .. import kernels
-from ..functional import RAMPS, delta_weight, init_std, is_autocast_on
+from ..functional import RAMPS, delta_weight, init_std, is_autocast_on, is_transformed
 from .config import GROUPS, DualLoraConfig
 from .precision import find_stacklevel, warn_of_cast
 
@@ -399,8 +399,14 @@ def is_fsdp_sharded(module: nn.Module) -> bool:
 
 def _is_recorded(tensor: Tensor) -> bool:
     """Return whether what this tensor is used in now is recorded, to be run again later (by torch.compile, by
-    torch.jit.trace or as a CUDA graph), or computed without values (by FakeTensorMode)."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(torch.empty(0), FakeTensor):
+    torch.jit.trace or as a CUDA graph), computed without values (by FakeTensorMode), or transformed (`is_transformed`),
+    where tensors have tangents or levels that are gone afterwards."""
+    if (
+        is_transformed()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or isinstance(torch.empty(0), FakeTensor)
+    ):
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

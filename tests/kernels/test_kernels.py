@@ -36,8 +36,8 @@ def drawn(dtype, size=0.7):
     return normal(2, 11, IN), factors, normal(OUT, IN) / IN**0.5, normal(OUT), normal(2, 11, OUT)
 
 
-def gradients(y, g, x, factors):
-    return [y, *torch.autograd.grad(y, [x, *factors], g)]
+def gradients(y, g, x, factors, create_graph=False):
+    return [y, *torch.autograd.grad(y, [x, *factors], g, create_graph=create_graph)]
 
 
 def assert_close(found, expected, tolerance):
@@ -58,8 +58,10 @@ def test_output_and_every_gradient_are_those_of_autograd(kernel, scale, ste, wit
     dW = functional.delta_weight(*factors, scale, ste=ste)
     expected = F.linear(x, weight + dW, bias) if with_weight else F.linear(x, dW)
     plain = {"weight": weight, "bias": bias} if with_weight else {}
-    found = dual_linear(x, *factors, scale, ste, **plain, ops=ops(kernel))
-    assert_close(gradients(found, g, leaves[0], factors), gradients(expected, g, leaves[0], factors), tolerance)
+    expected = gradients(expected, g, leaves[0], factors)
+    for create_graph in (False, True):
+        found = dual_linear(x, *factors, scale, ste, **plain, ops=ops(kernel))
+        assert_close(gradients(found, g, leaves[0], factors, create_graph), expected, tolerance)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -172,3 +174,66 @@ def test_inside_torch_func_autograd_takes_over(dtype, with_weight):
         A = factors[0].clone().requires_grad_()
         (expected,) = torch.autograd.grad(loss(A, row), A)
         assert (gradient - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
+
+
+def differentiate_twice(y, x, factors):
+    """Return the gradients of a loss, and the second derivatives along them."""
+    first = torch.autograd.grad(y.square().sum(), [x, *factors], create_graph=True)
+    along = sum((g * g.detach()).sum() for g in first)
+    return *first, *torch.autograd.grad(along, [x, *factors], retain_graph=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("ste", functional.STRAIGHT_THROUGH)
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_second_derivatives_are_those_of_autograd(kernel, ste, with_weight):
+    """With "clip" where it does not bite: it acts on each use of a sign, and those of second derivatives differ."""
+    dtype, tolerance = (torch.float64, 1e-12) if kernel == "recompute" else (torch.float32, 1e-5)
+    x, factors, weight, bias, _ = drawn(dtype, size=0.3)
+    scale = torch.tensor(1e-3 if ste == "clip" else 0.7, dtype=dtype)
+    for leaf in (x, *factors):
+        leaf.requires_grad_()
+    inputs = 0.1 * torch.tanh(x + factors[0].sum())  # a second way from a factor to the output
+    plain = {"weight": 0.1 * weight, "bias": 0.1 * bias} if with_weight else {}
+    dW = functional.delta_weight(*factors, scale, ste=ste)
+    expected = F.linear(inputs, plain["weight"] + dW, plain["bias"]) if with_weight else F.linear(inputs, dW)
+    rebuilt = delta_weight(*factors, scale, ste, ops=ops(kernel)) + 0 * x.sum()
+    for y, reference in (
+        (dual_linear(inputs, *factors, scale, ste, **plain, ops=ops(kernel)), expected),
+        (rebuilt, dW + 0 * x.sum()),
+    ):
+        pairs = zip(*(differentiate_twice(some, x, factors) for some in (y, reference)), strict=True)
+        assert all((a - b).norm() <= tolerance * b.norm() for a, b in pairs)
+
+
+def test_second_derivatives_are_those_of_finite_differences():
+    """Along A, B and x, which move no sign: there the straight-through gradient is the map's own."""
+    x, factors, weight, bias, _ = drawn(torch.float64)
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for t in factors)]
+    scale = torch.tensor(0.7, dtype=torch.float64)
+    moved = [torch.randn_like(t) if i < 3 else torch.zeros_like(t) for i, t in enumerate(leaves)]
+
+    def differentiate(step, **options):
+        own = [(t + step * move).detach().requires_grad_() for t, move in zip(leaves, moved, strict=True)]
+        y = dual_linear(*own, scale, "identity", weight, bias)
+        return own, torch.autograd.grad(y.sin().sum(), own, **options)
+
+    step = 1e-6
+    pairs = zip(differentiate(step)[1], differentiate(-step)[1], strict=True)
+    expected = [(after - before) / (2 * step) for after, before in pairs]
+    own, first = differentiate(0.0, create_graph=True)
+    along = sum((g * move).sum() for g, move in zip(first, moved, strict=True))
+    for found, reference in zip(torch.autograd.grad(along, own), expected, strict=True):
+        assert (found - reference).norm() <= 1e-6 * reference.norm()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_batch_of_gradients_is_that_of_each(kernel):
+    x, factors, weight, bias, g = drawn(torch.float32)
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for t in factors)]
+    y = dual_linear(x, *factors, torch.tensor(0.7), weight=weight, bias=bias, ops=ops(kernel))
+    several = torch.stack([g, 0.1 * g, -g])
+    found = torch.autograd.grad(y, leaves, several, retain_graph=True, is_grads_batched=True)
+    for i, one in enumerate(several):
+        expected = torch.autograd.grad(y, leaves, one, retain_graph=True)
+        assert all((a[i] - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import DualLoraConfig, delta_weight, init_std, set_update_scale
@@ -370,11 +371,22 @@ def test_a_sigma_whose_products_float32_does_not_hold_is_refused(fields):
 class TestTorchFunc:
     """Under torch.func: what plain autograd gives row by row."""
 
-    @pytest.fixture(params=[*((kind, "eager") for kind in KINDS), ("linear", "auto"), ("embedding", "auto")], ids=str)
+    class Halved(nn.Linear):
+        """A forward of its own."""
+
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    @pytest.fixture(
+        params=[(kind, kernel) for kind in (*KINDS, "fused", "own") for kernel in ("eager", "auto")], ids=str
+    )
     def model(self, request):
-        kind, kernel = request.param
-        model = adapted(KINDS[kind].base(), kernel=kernel, ste="identity")
-        model.inputs = KINDS[kind].inputs()
+        name, kernel = request.param
+        kind = KINDS[name if name in KINDS else "linear"]
+        fields = {"fused_slices": {"layer": [3, [0, 2]]}} if name == "fused" else {}
+        base = self.Halved(IN, OUT) if name == "own" else kind.base()
+        model = adapted(base, kernel=kernel, ste="identity", **fields)
+        model.inputs = kind.inputs()
         return model
 
     def function(self, model):
@@ -388,6 +400,32 @@ class TestTorchFunc:
         for i, row in enumerate(rows):
             expected = torch.func.grad(loss)(factors, row)
             assert all(relative_error(found[n][i], expected[n]) < 1e-4 for n in factors)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("with_gradient", [True, False])
+    def test_a_batch_of_inputs_alone(self, model, training, with_gradient):
+        model.train(training)
+        with torch.set_grad_enabled(with_gradient):
+            found = torch.func.vmap(model)(model.inputs)
+            expected = torch.stack([model(row) for row in model.inputs])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert found.requires_grad == with_gradient
+            torch.testing.assert_close(model(model.inputs), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("with_gradient", [True, False])
+    def test_forward_mode_outside_a_transform(self, model, training, with_gradient):
+        """Also in evaluation, after dW was kept without a tangent."""
+        model.train(training)
+        factors, loss = self.function(model)
+        tangents = {n: torch.randn_like(p) for n, p in factors.items()}
+        expected = torch.func.jvp(lambda p: loss(p, model.inputs), (factors,), (tangents,))[1]
+        with torch.set_grad_enabled(with_gradient), forward_ad.dual_level():
+            value = loss(factors, model.inputs)
+            duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in factors.items()}
+            found = forward_ad.unpack_dual(loss(duals, model.inputs)).tangent
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(loss(factors, model.inputs), value)
 
     def test_forward_mode_agrees_with_reverse_mode(self, model):
         factors, loss = self.function(model)
@@ -404,6 +442,10 @@ class TestTorchFunc:
         found = torch.func.hessian(of_one)(factors[name])
         expected = torch.func.jacrev(torch.func.jacrev(of_one))(factors[name])
         assert expected.any() and relative_error(found, expected) < 1e-4
+        outside = torch.autograd.functional.hessian(of_one, factors[name])
+        assert relative_error(outside, expected) < 1e-4
+        quick = torch.autograd.functional.hessian(of_one, factors[name], vectorize=True)
+        assert relative_error(quick, expected) < 1e-4
 
     def test_batched_factors_in_evaluation(self, model):
         factors, loss = self.function(model)

@@ -40,7 +40,6 @@ def measure_curvature(settings: Settings, record: Record) -> None:
     model, tokenizer = draw_initial_model(settings, task, len(train.rows))
     model.eval()
     for factors in list_factors(model):
-        factors.kernel = "eager"  # the others differentiate once
         factors.set_update_scale(1.0, ramp=False)
     rows = train.rows.shuffle(seed=ROWS_SEED).select(range(min(ROWS, len(train.rows))))
     examples = encode_rows(rows, task, tokenizer, settings)
