@@ -29,6 +29,12 @@ def _load(start, rows, columns, n_rows, n_columns, row_stride, column_stride):
 
 
 @triton.jit
+def _turn(size, S):
+    """Return size * Sign(S), NaN where S is."""
+    return tl.where(S > 0, size, tl.where(S <= 0, -size, S))
+
+
+@triton.jit
 def _rebuild(
     A, B, C, D, scale, weight, W, n_out, n_in, r1, r2,
     weight_row, weight_column, a_row, a_column, b_row, b_column, c_row, c_column, d_row, d_column,
@@ -43,8 +49,8 @@ def _rebuild(
     c = _load(C, k2, columns, r2, n_in, c_row, c_column)
     M = tl.dot(b, a, input_precision="ieee")
     S = tl.dot(d, c, input_precision="ieee")
-    size = tl.load(scale) * tl.maximum(M, 0.0)
-    out = tl.where(S > 0, size, -size)
+    size = tl.load(scale) * tl.where(M <= 0, 0.0, M)  # not tl.maximum, which turns NaN into 0
+    out = _turn(size, S)
     if HAS_WEIGHT:
         out += _load(weight, rows, columns, n_out, n_in, weight_row, weight_column)
     inside = (rows[:, None] < n_out) & (columns[None, :] < n_in)
@@ -72,12 +78,12 @@ def _project(
         g = s * _load(G, rows, columns, n_out, n_in, g_row, g_column)
         M = tl.dot(b, a, input_precision="ieee")
         S = tl.dot(d, c, input_precision="ieee")
-        P = tl.where(M > 0, tl.where(S > 0, g, -g), 0.0)
-        Q = g * tl.maximum(M, 0.0)
+        P = tl.where(M <= 0, 0.0, _turn(g, S))
+        Q = g * tl.where(M <= 0, 0.0, M)
         if STE == 0:
-            Q = tl.minimum(tl.maximum(Q, -1.0), 1.0)
+            Q = tl.where(Q > 1, 1.0, tl.where(Q < -1, -1.0, Q))
         if STE == 2:
-            Q = tl.where(tl.abs(S) <= 1, Q, 0.0)
+            Q = Q * (tl.abs(S) <= 1).to(tl.float32)
         sum_b = tl.dot(P, tl.trans(a), sum_b, input_precision="ieee")
         sum_d = tl.dot(Q, tl.trans(c), sum_d, input_precision="ieee")
     edge = rows[:, None] < n_out

@@ -268,7 +268,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _check_finite(self, names: list[str], merged: Tensor) -> None:
         for name in names:
-            # Sign(NaN) is -1, so a NaN in C or D does not show in dW.
+            # An infinite C or D has signs, so it does not show in dW.
             if not all(t.isfinite().all() for t in (merged, *self.dual_lora_factors[name].parameters())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 

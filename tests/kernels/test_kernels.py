@@ -237,3 +237,29 @@ def test_a_batch_of_gradients_is_that_of_each(kernel):
     for i, one in enumerate(several):
         expected = torch.autograd.grad(y, leaves, one, retain_graph=True)
         assert all((a[i] - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["eager", *KERNELS])
+@pytest.mark.parametrize("ste", functional.STRAIGHT_THROUGH)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["A", "B", "C", "D", "scale", "gradient"])
+def test_what_is_not_finite_shows(kernel, ste, value, place):
+    _, factors, _, _, _ = drawn(torch.float32)
+    tensors = dict(zip("ABCD", factors, strict=True)) | {"scale": torch.tensor(0.7), "gradient": torch.randn(OUT, IN)}
+    tensors[place].view(-1)[0] = value
+    *inputs, scale, g = tensors.values()
+    for factor in inputs:
+        factor.requires_grad_()
+    plain = functional.delta_weight(*inputs, scale, ste=ste)
+    dW = plain if kernel == "eager" else delta_weight(*inputs, scale, ste, ops=ops(kernel))
+    grads = torch.autograd.grad(dW, inputs, g, retain_graph=True)
+    signs_alone = value != value or place not in "CD"  # an infinite product D C has a sign
+    assert not signs_alone or not all(t.isfinite().all() for t in (dW, *grads))
+    if value != value and place in "ABCD":
+        row = dW[0] if place in "BD" else dW[:, 0]
+        assert row.isnan().all() and dW.isnan().sum() == row.numel()
+    if place != "scale":  # the kernels multiply by it in another place
+        expected = torch.autograd.grad(plain, inputs, g, retain_graph=True)
+        pairs = list(zip((dW, *grads), (plain, *expected), strict=True))
+        assert all((a.isfinite() <= b.isfinite()).all() for a, b in pairs)
+        assert value == value or all(torch.equal(a.isnan(), b.isnan()) for a, b in pairs)
