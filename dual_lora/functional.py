@@ -8,7 +8,8 @@ Source: "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 
     C  r2 x in     D  out x r2     direction group
     f  factor that ramps from 0 to 1 over the first optimizer steps
 
-Sign(x) is +1 for x > 0, else -1, so Sign(0) = -1; NaN stays NaN. Its gradient is straight-through, dL/dx = clip(dL/dSign, -1, 1).
+Sign(x) is +1 for x > 0, else -1, so Sign(0) = -1; NaN stays NaN. Its gradient is straight-through,
+dL/dx = clip(dL/dSign, -1, 1).
 
 Where we depart from the paper: every value but the first of the tables MAGNITUDES, DIRECTIONS, DIRECTION_DTYPES,
 STRAIGHT_THROUGH and RAMPS below; the rule for the initial sigma (`init_std`), which the paper does not give; and

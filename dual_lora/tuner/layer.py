@@ -18,7 +18,8 @@ from .precision import find_stacklevel
 MAX_ROUNDING = 0.1
 # As bitsandbytes does on CPUs with AVX512-BF16; `DualLoraModel._prepare_model` prevents it.
 PACKED = "its 4-bit weight was packed for this CPU in an evaluation without an adapter"
-WRITTEN = -1  # in place of a weight's version: it was written to since it was merged
+CHECKED = 2**24  # entries of a weight whose bits are summed at once, in 128 MB
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class DualLoraLayer(nn.Module, BaseTunerLayer):
@@ -53,9 +54,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_factors = nn.ModuleDict()
         self.merged_adapters = []
         self._disable_adapters = False
-        # The weight from before the first merge and the version of the merged one; in a list, since a parameter
+        # The weight from before the first merge and the checksum of the merged one; in a list, since a parameter
         # assigned to an attribute would be registered.
-        self._unmerged: list[tuple[Tensor, int | None]] = []
+        self._unmerged: list[tuple[Tensor, list[Tensor] | None]] = []
         self._merged_factors: dict[str, DualLoraFactors] = {}  # as they were merged; in no module, so not trained
         self.has_plain_forward = quantization_backend is not None or has_plain_forward(self.get_base_layer())
 
@@ -218,7 +219,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         else:
             kept = self.get_base_layer().weight if self.tied else before.to("cpu", copy=True)
         self._set_base_weight(merged, replace=self.tied)
-        self._unmerged.append((kept, self._get_weight_version()))
+        self._unmerged.append((kept, self._sum_weight_bits()))
         self._merged_factors |= {name: some.copy_values() for name, some in factors.items()}
         self.merged_adapters.extend(names)
         if (self._get_base_weight().to(delta.dtype) - target).norm() > MAX_ROUNDING * delta.norm():
@@ -232,8 +233,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the weight from before the first merge.
 
-        If the merged weight has been written to since, for example by an optimizer, that change is kept: dW, as it was
-        merged, is subtracted instead.
+        If the merged weight has been written to since, by an optimizer or through `.data`, that change is kept: dW, as
+        it was merged, is subtracted instead.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=find_stacklevel())
@@ -245,8 +246,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _pop_unmerged_weight(self) -> Tensor:
         """Return the weight from before the first merge, with what has been written to the merged one since."""
-        kept, version = self._unmerged.pop()
-        if version is None or version == self._get_weight_version():
+        intact = self._is_as_merged()
+        kept, _ = self._unmerged.pop()
+        if intact:
             return kept
         weight = self._get_base_weight()
         delta = self._sum_delta_weights(self._merged_factors, weight.device)
@@ -293,22 +295,33 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 base.weight.copy_(weight)
 
-    def _get_weight_version(self) -> int | None:
-        """Return a number that changes when the base weight is written to in place; None where there is none."""
+    def _sum_weight_bits(self) -> list[Tensor] | None:
+        """Return a checksum of the base weight, whoever writes to it and wherever it is: the sums of the bits of each
+        row and each column, which wrap. None where PEFT or the layer's own forward writes it anew, or where it has
+        no bits of its own here."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if self._is_quantized() or weight is None or weight.is_inference() or self._writes_to_its_weight():
+        plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and not weight.is_meta
+        if self._is_quantized() or not plain or self._writes_to_its_weight():
             return None
-        return weight._version
+        bits = weight.detach().flatten(1).view(INTEGERS[weight.itemsize])
+        sums = [(part.sum(0), part.sum(1)) for part in bits.split(max(1, CHECKED // bits.shape[1]))]
+        return [sum(columns for columns, _ in sums).cpu(), torch.cat([rows for _, rows in sums]).cpu()]
 
-    def __getstate__(self) -> dict:
-        """As in torch; instead of versions, whether the merged weight is as merging left it."""
-        unmerged = [(kept, version in (None, self._get_weight_version())) for kept, version in self._unmerged]
-        return {**super().__getstate__(), "_unmerged": unmerged}
+    def _is_as_merged(self) -> bool:
+        """Return whether the base weight has the bits that merging left."""
+        (_, before), now = self._unmerged[0], self._sum_weight_bits()
+        return before is None or now is None or all(map(torch.equal, before, now))
+
+    def _apply(self, fn, recurse=True):
+        """As in torch; a cast of a merged weight is not a write to it."""
+        intact = bool(self._unmerged) and self._is_as_merged()
+        super()._apply(fn, recurse)
+        if intact:
+            self._unmerged = [(kept, self._sum_weight_bits()) for kept, _ in self._unmerged]
+        return self
 
     def __setstate__(self, state: dict) -> None:
-        """As in torch; takes the new versions, because the tensors of a copy restart their version counts."""
         super().__setstate__({"uses": None, "_merged_factors": {}, "_silenced": {}, **state})
-        self._unmerged = [(kept, self._get_weight_version() if intact else WRITTEN) for kept, intact in self._unmerged]
 
     def _writes_to_its_weight(self) -> bool:
         """Return whether the base layer's own forward writes to its weight."""

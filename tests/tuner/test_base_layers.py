@@ -437,6 +437,48 @@ def test_a_base_that_trains_along_goes_on_training_after_and_while_merged():
     torch.testing.assert_close(weight.detach(), after - dW)
 
 
+def swap(weight):
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+
+
+WRITES = {
+    "add": lambda weight: weight.data.add_(0.5),
+    "copy": lambda weight: weight.data.copy_(2 * weight.data),
+    "replace": lambda weight: setattr(weight, "data", weight.data + 0.5),
+    "one": lambda weight: weight.data.view(-1)[3:4].neg_(),
+    "swap": swap,
+    "step": lambda weight: weight.detach().mul_(1.5),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("leave", ["unmerge", "disable", "copy"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(IN, OUT), lambda: nn.Conv2d(4, OUT, 3)], ids=["linear", "conv"])
+def test_any_write_to_a_merged_weight_is_kept(make, write, leave):
+    model = adapted(make())
+    dW = layer_of(model).get_delta_weight("default")
+    model.merge_adapter()
+    write(layer_of(model).base_layer.weight)
+    expected = layer_of(model).base_layer.weight.detach() - dW
+    model = copy.deepcopy(model) if leave == "copy" else model
+    if leave == "disable":
+        with model.disable_adapter(), torch.no_grad():
+            model(torch.randn(2, IN) if dW.ndim == 2 else torch.randn(2, 4, 9, 9))
+    else:
+        model.unmerge_adapter()
+    torch.testing.assert_close(layer_of(model).base_layer.weight.detach(), expected)
+
+
+def test_a_merged_weight_that_is_written_to_and_cast_keeps_what_was_written():
+    model = adapted(nn.Linear(IN, OUT))
+    dW = layer_of(model).get_delta_weight("default")
+    model.merge_adapter()
+    layer_of(model).base_layer.weight.data.add_(0.5)
+    expected = layer_of(model).base_layer.weight.detach().double() - dW
+    model.double().unmerge_adapter()
+    torch.testing.assert_close(layer_of(model).base_layer.weight.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "change", [lambda m: m.bfloat16(), lambda m: m.double(), copy.deepcopy], ids=["16", "64", "copy"]
 )
