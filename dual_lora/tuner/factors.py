@@ -260,10 +260,30 @@ class DualLoraFactors(nn.Module):
 
     def set_update_scale(self, factor: float, ramp: bool) -> None:
         """Set f, of this adapter on this layer; see `dual_lora.set_update_scale`."""
-        heights = RAMPS[self.warmup_shape](torch.arange(self.warmup_steps + 1) / max(self.warmup_steps, 1))
-        self.step.fill_(int((heights - factor).abs().argmin()) if ramp else self.warmup_steps)
+        self.step.fill_(self._find_step(factor) if ramp else self.warmup_steps)
         self.update_scale.fill_(factor)
         self._drawn = None
+
+    def _find_step(self, f: float) -> int:
+        """Return the step of the ramp whose height is nearest to f."""
+        heights = RAMPS[self.warmup_shape](torch.arange(self.warmup_steps + 1) / max(self.warmup_steps, 1))
+        return int((heights - f).abs().argmin())
+
+    def _reconcile_ramp(self) -> None:
+        """Let a ramp that was saved under another length or shape go on from the step nearest to its f. One that had
+        ended has ended, and so has one whose f cannot be of a ramp; at the end of the present ramp, f was set by hand.
+        """
+        step, f = int(self.step), float(self.update_scale)
+        if not 0 <= f < 1 or (f == 0 and step > 0):
+            self.step.fill_(self.warmup_steps)
+        elif step not in (self.warmup_steps, nearest := self._find_step(f)):
+            self.step.fill_(nearest)
+            warnings.warn(
+                f"Dual LoRA: an adapter was saved at f = {f:.3g} after {step} steps, which is not on a ramp of "
+                f"scale_warmup_steps={self.warmup_steps}, {self.warmup_shape}: it goes on at step {nearest} of it. If f "
+                "was set by hand, set it again with dual_lora.set_update_scale.",
+                stacklevel=find_stacklevel(),
+            )
 
     @property
     def applies_dropout(self) -> bool:
@@ -366,7 +386,8 @@ class DualLoraFactors(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """As in torch; four factors without f, as in a file of only the parameters, count as trained: f is 1."""
+        """As in torch; four factors without f, as in a file of only the parameters, count as trained: f is 1. A ramp of
+        another length or shape goes on from its f."""
         self.clear_cache()
         self.loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -375,6 +396,8 @@ class DualLoraFactors(nn.Module):
             self.set_update_scale(1.0, ramp=False)
         if has_scale:
             self._drawn = None
+            if not self.update_scale.is_meta and not _is_recorded(self.A):
+                self._reconcile_ramp()
 
     def extra_repr(self) -> str:
         """Shapes, ranks, scale, kernel and f, for print(model)."""

@@ -263,6 +263,44 @@ def test_a_reloaded_adapter_computes_what_was_trained_and_goes_on(tmp_path):
     assert f_of(again) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("saved", "done", "loaded", "seen", "told"),
+    [
+        ({"scale_warmup_steps": 2}, 4, {"scale_warmup_steps": 20}, [1.0, 1.0], False),
+        ({"scale_warmup_steps": 4}, 2, {"scale_warmup_steps": 10}, [0.5, 0.6], True),
+        ({"scale_warmup_steps": 20}, 10, {"scale_warmup_steps": 4}, [0.5, 0.75, 1.0, 1.0], True),
+        ({"scale_warmup_steps": 20}, 10, {"scale_warmup_steps": 0}, [0.5, 0.5], True),
+        ({"scale_warmup_steps": 4}, 3, {"scale_warmup_steps": 4}, [0.75, 1.0], False),
+        ({}, 2, {"scale_warmup_shape": "quadratic"}, [0.5, 1.0], True),
+        ({"scale_warmup_steps": 20}, 0, {"scale_warmup_steps": 2}, [0.0, 0.5, 1.0], False),
+    ],
+    ids=["ended", "longer", "shorter", "none", "same", "shape", "begin"],
+)
+def test_a_ramp_of_another_length_goes_on_from_its_f(saved, done, loaded, seen, told):
+    model, again = ramping(**saved), ramping(**loaded)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    for _ in range(done):
+        train_step(model, optimizer)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        again.load_state_dict(model.state_dict())
+    assert [warning.filename for warning in found if "goes on at step" in str(warning.message)] == [__file__] * told
+    optimizer, heights = torch.optim.SGD(trained(again), lr=1e-3), [f_of(again)]
+    for _ in seen[1:]:
+        train_step(again, optimizer)
+        heights.append(f_of(again))
+    assert heights == pytest.approx(seen)
+
+
+@pytest.mark.parametrize(("f", "steps"), [(0.3, STEPS), (0.0, 2 * STEPS), (1.5, 2 * STEPS), (-1.0, STEPS // 2)])
+def test_f_set_by_hand_stays_when_loaded(f, steps):
+    model, again = ramping(), ramping(scale_warmup_steps=steps)
+    set_update_scale(model, f)
+    again.load_state_dict(model.state_dict())
+    train_step(again, torch.optim.SGD(trained(again), lr=1e-3))
+    assert f_of(again) == pytest.approx(f)
+
+
 def test_f_set_by_hand_stays():
     model = ramping()
     set_update_scale(model, 0.3)
