@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from numbers import Real
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -131,6 +131,17 @@ class DualLoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse impossible or contradictory values, and derive what is not given. Again when an adapter is made or
+        saved, since fields may have been set in the meantime.
+
+        Raises:
+            ValueError: with the field.
+        """
+        for f in fields(self):  # JSON has no numbers of numpy
+            setattr(self, f.name, _make_plain(getattr(self, f.name)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -154,7 +165,12 @@ class DualLoraConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As in PEFT, which has already written the adapter's weights. Also extends the model card, and warns once if
-        the ramp of f has not ended, and once if the factors are in 16 bits."""
+        the ramp of f has not ended, and once if the factors are in 16 bits.
+
+        Raises:
+            ValueError: fields have been set to impossible or contradictory values.
+        """
+        self.check()
         super().save_pretrained(save_directory, **kwargs)
         extend_card(Path(save_directory))
         ramp = None if hasattr(self, "_warned") else describe_saved_ramp(Path(save_directory), self.scale_warmup_steps)
@@ -245,10 +261,22 @@ class DualLoraConfig(PeftConfig):
         for key, value in self.fused_slices.items():
             try:
                 n, blocks = value
-                good = n >= 2 and 0 < len(set(blocks)) == len(blocks) and all(b in range(n) for b in blocks)
+                integers = all(map(_is_integer, (n, *blocks)))
+                good = integers and n >= 2 and 0 < len(set(blocks)) == len(blocks) and set(blocks) <= set(range(n))
             except (TypeError, ValueError):
                 good = False
             _require(good, f"fused_slices[{key!r}]", value, "[n, [i, ...]]: n >= 2 blocks and distinct indexes below n")
+
+
+def _make_plain(value):
+    """Return a number, or a list or dictionary of numbers, in Python's own types; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _make_plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_make_plain(item) for item in value]
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_integer(value) -> bool:

@@ -270,9 +270,8 @@ class DualLoraFactors(nn.Module):
         return int((heights - f).abs().argmin())
 
     def _reconcile_ramp(self) -> None:
-        """Let a ramp that was saved under another length or shape go on from the step nearest to its f. One that had
-        ended has ended, and so has one whose f cannot be of a ramp; at the end of the present ramp, f was set by hand.
-        """
+        """Let a ramp that was saved under another length or shape go on from the step nearest to its f. It has ended if
+        f is that of a ramp's end or of no ramp, or if the step is the last one, where f may have been set by hand."""
         step, f = int(self.step), float(self.update_scale)
         if not 0 <= f < 1 or (f == 0 and step > 0):
             self.step.fill_(self.warmup_steps)
@@ -386,8 +385,8 @@ class DualLoraFactors(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """As in torch; four factors without f, as in a file of only the parameters, count as trained: f is 1. A ramp of
-        another length or shape goes on from its f."""
+        """As in torch; four factors without f, as in a file of only the parameters, count as trained: f is 1. A
+        ramp of another length or shape goes on from its f."""
         self.clear_cache()
         self.loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -262,10 +262,12 @@ class DualLoraModel(BaseTuner):
         """As in PEFT; warns of a pattern of ranks or alphas that matches nothing.
 
         Raises:
-            ValueError: the adapter has the name of a factor, or fused_slices names a layer that is not adapted.
+            ValueError: the adapter has the name of a factor, a field of its config has been set to an impossible value,
+                or fused_slices names a layer that is not adapted.
         """
         if adapter_name in TENSORS:  # saving another adapter, PEFT would leave out its factors of this name
             raise ValueError(f"adapter_name={adapter_name!r}: every adapter has a tensor of that name; take another")
+        self.peft_config[adapter_name].check()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for field in ("fused_slices", "rank_pattern", "alpha_pattern"):
             for pattern in filter(self._matches_nothing, getattr(self.peft_config[adapter_name], field)):

@@ -1,12 +1,17 @@
 """DualLoraConfig: the meaning of the budget, contradictions, and that every field is saved."""
 
+import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
+from torch import nn
 
 from dual_lora import DualLoraConfig
+
+from .layers import Net
 
 INF, NAN = float("inf"), float("nan")
 
@@ -69,6 +74,9 @@ def test_rank_pattern_is_split_by_the_ratio_of_r1_and_r2():
         ({"fused_slices": {"c_attn": [3, [0, 0]]}}, "fused_slices"),
         ({"fused_slices": {"c_attn": [3, []]}}, "fused_slices"),
         ({"fused_slices": {"c_attn": 3}}, "fused_slices"),
+        ({"fused_slices": {"c_attn": [2, [0.0]]}}, "fused_slices"),
+        ({"fused_slices": {"c_attn": [2, [True]]}}, "fused_slices"),
+        ({"fused_slices": {"c_attn": [2.0, [1]]}}, "fused_slices"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"task_type": "SORTING"}, "task type"),
@@ -149,3 +157,48 @@ def test_a_config_from_before_a_field_means_what_it_meant(tmp_path):
     file.write_text(json.dumps(fields))
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert (loaded.direction_init_std, loaded.init_std, loaded.scale_warmup_steps) == (None, 0.3, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("r1", 2, "magnitude_ratio=0.5 of r=8 contradicts r1=2"),
+        ("r", 1, "r=1"),
+        ("freeze", "directions", "freeze='directions'"),
+        ("kernel", "tritn", "kernel='tritn'"),
+        ("scale_warmup_shape", "lin", "scale_warmup_shape='lin'"),
+        ("weight_gradient_dtype", "float16", "weight_gradient_dtype='float16'"),
+        ("alpha_pattern", {"layer": -1}, "alpha_pattern"),
+    ],
+)
+def test_a_field_that_is_set_later_is_checked_before_it_counts(tmp_path, name, value, message):
+    config = DualLoraConfig(r=8, target_modules=["layer"])
+    model = get_peft_model(Net(nn.Linear(4, 4)), copy.deepcopy(config))
+    for some, act in (
+        (config, lambda: get_peft_model(Net(nn.Linear(4, 4)), config)),
+        (config, lambda: model.add_adapter("second", config)),
+        (model.peft_config["default"], lambda: model.peft_config["default"].save_pretrained(tmp_path)),
+    ):
+        setattr(some, name, value)
+        with pytest.raises(ValueError, match=message):
+            act()
+
+
+def test_a_field_that_is_set_later_counts():
+    config = DualLoraConfig(r=8, target_modules=["layer"])
+    config.r, config.freeze, config.lora_alpha = 4, "direction", np.float32(3)
+    factors = get_peft_model(Net(nn.Linear(4, 4)), config).base_model.model.layer.dual_lora_factors["default"]
+    assert factors.A.shape[0] == factors.C.shape[0] == 2 and factors.scaling == 1.5
+    assert factors.A.requires_grad and not factors.C.requires_grad
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    values = {"r": 12, "lora_alpha": 7.5, "lora_dropout": 0.25, "init_std": 0.5, "magnitude_ratio": 0.25}
+    patterns = {"rank_pattern": {"q": 4}, "alpha_pattern": {"q": 2.0}, "fused_slices": {"c": [3, [0, 2]]}}
+    in_numpy = {name: np.int64(v) if isinstance(v, int) else np.float32(v) for name, v in values.items()} | {
+        "rank_pattern": {"q": np.int32(4)},
+        "alpha_pattern": {"q": np.float16(2)},
+        "fused_slices": {"c": [np.int64(3), list(np.arange(0, 3, 2))]},
+    }
+    DualLoraConfig(**in_numpy).save_pretrained(tmp_path)
+    assert DualLoraConfig.from_pretrained(tmp_path) == DualLoraConfig(**values, **patterns)
