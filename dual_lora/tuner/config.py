@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from peft.config import PeftConfig
+from torch import nn
 
 from ..functional import DIRECTION_DTYPES, DIRECTIONS, MAGNITUDES, RAMPS, STRAIGHT_THROUGH
 from ..papers_map import PAPERS_MAP
-from .card import describe_low_precision, describe_saved_ramp, extend_card
-from .precision import find_stacklevel
+from .card import describe_low_precision, describe_ramp, extend_card
+from .precision import find_caller, find_stacklevel
 from .register import NAME, add_peft_type
 
 KERNELS = ("auto", "eager", "recompute", "triton")
@@ -131,6 +132,7 @@ class DualLoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
+        self._warned: set[str] = set()  # no field, so it is not saved
         self.check()
 
     def check(self) -> None:
@@ -164,23 +166,21 @@ class DualLoraConfig(PeftConfig):
         return r1, r - r1
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As in PEFT, which has already written the adapter's weights. Also extends the model card, and warns once if
-        the ramp of f has not ended, and once if the factors are in 16 bits.
+        """As in PEFT. Also extends the model card, and warns once if the ramp of f has not ended, and once if the
+        factors of the model that is saved are in 16 bits.
 
         Raises:
             ValueError: fields have been set to impossible or contradictory values.
         """
         self.check()
         super().save_pretrained(save_directory, **kwargs)
-        extend_card(Path(save_directory))
-        ramp = None if hasattr(self, "_warned") else describe_saved_ramp(Path(save_directory), self.scale_warmup_steps)
-        if ramp is not None:
-            self._warned = True  # no field, so it is not saved
-            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {ramp}", stacklevel=find_stacklevel())
-        low = None if hasattr(self, "_warned_of_low") else describe_low_precision(Path(save_directory))
-        if low is not None:
-            self._warned_of_low = True
-            warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {low}", stacklevel=find_stacklevel())
+        folder, model = Path(save_directory), find_caller(nn.Module)  # the model that is saved, if any
+        factors = [] if model is None else [m for m in model.modules() if getattr(m, "config", None) is self]
+        extend_card(folder)
+        for name, found in {"ramp": describe_ramp(folder, factors), "dtype": describe_low_precision(factors)}.items():
+            if found is not None and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(f"Dual LoRA adapter in {save_directory} is saved {found}", stacklevel=find_stacklevel())
 
     def _check_types(self) -> None:
         """Refuse values of another type where they would be computed with, or tested for truth."""

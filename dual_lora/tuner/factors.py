@@ -69,6 +69,7 @@ class DualLoraFactors(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.config = config
         if fan_in == 0 or fan_out == 0:
             raise ValueError(f"a weight of {fan_out} x {fan_in} cannot be adapted; leave it out with exclude_modules")
         r1, r2 = config.split(r)
@@ -270,17 +271,19 @@ class DualLoraFactors(nn.Module):
         return int((heights - f).abs().argmin())
 
     def _reconcile_ramp(self) -> None:
-        """Let a ramp that was saved under another length or shape go on from the step nearest to its f. It has ended if
-        f is that of a ramp's end or of no ramp, or if the step is the last one, where f may have been set by hand."""
+        """Let a ramp that was saved under another length or shape go on from the step nearest to its f.
+
+        It has ended if f is of a ramp's end or of no ramp, or if the step is the last one, where f may be set by hand.
+        """
         step, f = int(self.step), float(self.update_scale)
         if not 0 <= f < 1 or (f == 0 and step > 0):
             self.step.fill_(self.warmup_steps)
         elif step not in (self.warmup_steps, nearest := self._find_step(f)):
             self.step.fill_(nearest)
             warnings.warn(
-                f"Dual LoRA: an adapter was saved at f = {f:.3g} after {step} steps, which is not on a ramp of "
-                f"scale_warmup_steps={self.warmup_steps}, {self.warmup_shape}: it goes on at step {nearest} of it. If f "
-                "was set by hand, set it again with dual_lora.set_update_scale.",
+                f"Dual LoRA: an adapter was saved {step} steps into another ramp, at f = {f:.3g}: it goes on at step "
+                f"{nearest} of its present one ({self.warmup_shape}, scale_warmup_steps={self.warmup_steps}). If f was "
+                "set by hand, set it again with dual_lora.set_update_scale.",
                 stacklevel=find_stacklevel(),
             )
 

@@ -45,7 +45,7 @@ def warn_of_loss_scale(factors: Iterable["DualLoraFactors"]) -> None:
     clipping = any(
         f.variants["direction"] == "sign" and f.variants["ste"] == "clip" and f.C.requires_grad for f in factors
     )
-    scaler = _find_caller(torch.amp.GradScaler) if clipping else None
+    scaler = find_caller(torch.amp.GradScaler) if clipping else None
     if scaler is not None and scaler.is_enabled() and scaler.get_scale() != 1:
         warnings.warn(
             f"Dual LoRA: the loss is scaled by {scaler.get_scale():g}, and ste='clip' clips its scaled gradient, so C "
@@ -55,7 +55,7 @@ def warn_of_loss_scale(factors: Iterable["DualLoraFactors"]) -> None:
         )
 
 
-def _find_caller(cls: type):
+def find_caller(cls: type):
     """Return the nearest object of this class whose method is running, or None."""
     frame = sys._getframe(1)
     while frame is not None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from dual_lora import DualLoraConfig
+from dual_lora import DualLoraConfig, set_update_scale
 from dual_lora.functional import delta_weight
 from dual_lora.tuner import precision
 
 from .layers import list_files
+from .tiny_llama import llama
 
 RANK = 64  # CPUs that can round take small products in float32 all the same
 
@@ -99,15 +100,38 @@ def test_factors_in_16_bits_are_saved_with_one_warning(how, tmp_path):
         assert collect(lambda: models.append(adapted(dtype=torch.bfloat16, autocast_adapter_dtype=False))) == []
         (model,) = models
     (message,) = save(model, tmp_path)
-    assert "is saved with factors in BF16. If they were trained in float32" in message
+    assert "is saved with factors in bfloat16. If they were trained in float32" in message
     assert save(model, tmp_path) == []
 
 
-def save(model, folder) -> list[str]:
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}], ids=str)
+def test_warnings_of_a_save_are_of_the_model_whatever_the_folder_holds(options, tmp_path):
+    """transformers writes the config before the weights."""
+
+    def build_config():
+        return DualLoraConfig(r=4, target_modules=["q_proj"])
+
+    model, config = llama(), build_config()
+    model.add_adapter(config)
+    (message,) = save(model, tmp_path)
+    assert "is saved at f = 0, 0 of 10 steps into its ramp" in message
+    (message,) = save(get_peft_model(llama(), build_config()), tmp_path, **options)
+    assert "is saved at f = 0" in message
+    again, config = llama(), build_config()
+    again.add_adapter(config)
+    set_update_scale(again, 1.0)
+    other = get_peft_model(llama(), config)  # at f = 0, of the same config
+    assert save(again, tmp_path) == [] and other is not None
+    collect(again.bfloat16)
+    (message,) = save(again, tmp_path)
+    assert "is saved with factors in bfloat16" in message
+
+
+def save(model, folder, **options) -> list[str]:
     """Return our warnings of a save."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
     assert list_files(caught) <= {__file__}
     return [str(warning.message) for warning in caught if "Dual LoRA" in str(warning.message)]
 

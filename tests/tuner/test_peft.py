@@ -198,6 +198,36 @@ def test_the_model_card_says_how_to_load(tmp_path):
     assert not (tmp_path / "second" / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"---\nfoo: [\n---\nnotes", b"\xff\xfe \xe9", b"---\n- 1\n---\n"], ids=["yaml", "latin", "list"]
+)
+def test_a_card_that_cannot_be_read_costs_no_weights(tmp_path, content):
+    model, card = llama(), tmp_path / "README.md"
+    model.add_adapter(DualLoraConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    card.write_bytes(content)
+    with pytest.warns(UserWarning, match="README.md is left without how to load the adapter"):
+        model.save_pretrained(tmp_path)
+    assert card.read_bytes() == content
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_tags_of_any_form_are_kept(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlibrary_name: peft\ntags: mine\n---\n\nMy own words.\n")
+    DualLoraConfig().save_pretrained(tmp_path)
+    assert {"mine", "dual-lora"} <= set(ModelCard.load(card).data.tags)
+
+
+def test_the_card_of_another_adapter_above_is_left_alone(tmp_path):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_bytes()
+    model = llama()
+    model.add_adapter(DualLoraConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "variant")
+        assert (tmp_path / "README.md").read_bytes() == before
+
+
 def test_no_card_but_peft_s_is_written_to(tmp_path):
     (tmp_path / "README.md").write_text("A project.\n")
     DualLoraConfig().save_pretrained(tmp_path / "adapter")
