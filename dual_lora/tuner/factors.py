@@ -100,6 +100,7 @@ class DualLoraFactors(nn.Module):
         self.caches_update = True
         self._cache: _Cache | None = None
         self.loaded = False  # whether the values come from a file; read by `DualLoraModel._warn_of_ramp`
+        self.rounded = False  # whether values from a file were rounded; read by `DualLoraModel._warn_of_rounding`
         ALL_FACTORS.add(self)
 
     def __getstate__(self):
@@ -393,6 +394,7 @@ class DualLoraFactors(nn.Module):
         self.clear_cache()
         self.loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.note_rounding({name: state_dict[prefix + name] for name in "ABCD" if prefix + name in state_dict})
         has_scale = f"{prefix}update_scale" in state_dict
         if not has_scale and all(prefix + name in state_dict for name in "ABCD"):
             self.set_update_scale(1.0, ramp=False)
@@ -400,6 +402,14 @@ class DualLoraFactors(nn.Module):
             self._drawn = None
             if not self.update_scale.is_meta and not _is_recorded(self.A):
                 self._reconcile_ramp()
+
+    def note_rounding(self, values: dict[str, Tensor]) -> None:
+        """Note in `rounded` whether the factors, by name, hold these values only in fewer bits."""
+        for name, value in values.items():
+            factor = getattr(self, name)
+            narrower = factor.dtype.itemsize < value.dtype.itemsize and not (factor.is_meta or value.is_meta)
+            if narrower and not torch.equal(factor.to(value), value):
+                self.rounded = True
 
     def extra_repr(self) -> str:
         """Shapes, ranks, scale, kernel and f, for print(model)."""

@@ -18,6 +18,10 @@ from .precision import find_stacklevel
 MAX_ROUNDING = 0.1
 # As bitsandbytes does on CPUs with AVX512-BF16; `DualLoraModel._prepare_model` prevents it.
 PACKED = "its 4-bit weight was packed for this CPU in an evaluation without an adapter"
+# torch's hooks of all modules, as `nn.Module.__call__` reads them.
+GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 CHECKED = 2**24  # entries of a weight whose bits are summed at once, in 128 MB
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -100,15 +104,19 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return
         factors = self.dual_lora_factors[adapter_name]
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if device is not None and not factors.A.is_meta:
+        if device is not None and not any(factor.is_meta for factor in factors.parameters()):
             factors.to(device)
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Cast the factors to the dtype of the base weight, if that is a floating one."""
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         if adapter_name in self.dual_lora_factors and dtype is not None and dtype.is_floating_point:
-            for factor in self.dual_lora_factors[adapter_name].parameters():
+            factors = self.dual_lora_factors[adapter_name]
+            before = {name: factor.data for name, factor in factors.named_parameters()}
+            for factor in factors.parameters():
                 factor.data = factor.data.to(dtype)
+            if factors.loaded:
+                factors.note_rounding(before)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -137,8 +145,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return dW
 
     def set_adapter(self, adapter_names: str | list[str], *args, **kwargs) -> None:
-        """As in PEFT; a frozen group stays frozen. Also frees what evaluation cached for the other adapters."""
-        super().set_adapter(adapter_names, *args, **kwargs)
+        """As in PEFT; an adapter that is named twice counts once, and a frozen group stays frozen. Also frees what
+        evaluation cached for the other adapters."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_adapter(list(dict.fromkeys(names)), *args, **kwargs)
         for name, factors in self.dual_lora_factors.items():
             factors.freeze_group()
             if name not in self.active_adapters:
@@ -475,6 +485,7 @@ class Linear(DualLoraLayer):
             or type(base) not in (nn.Linear, Conv1D)
             or "forward" in base.__dict__
             or any((base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks))
+            or _has_hooks_of_all_modules()
         ):
             return None
         constants = [base.weight] if base.bias is None else [base.weight, base.bias]
@@ -596,6 +607,12 @@ def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLo
     if quantization_backend is not None:
         return Linear if quantization_backend.layer_type == "linear" else None
     return next((cls for kind, cls in ADAPTED.items() if isinstance(base_layer, kind)), None)
+
+
+def _has_hooks_of_all_modules() -> bool:
+    """Return whether torch has hooks for all modules, other than those by which its FlopCounterMode only looks on."""
+    hooks = [hook for name in GLOBAL_HOOKS for hook in getattr(torch.nn.modules.module, name).values()]
+    return any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks)
 
 
 def is_packed(base_layer: nn.Module) -> bool:

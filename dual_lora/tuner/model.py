@@ -76,8 +76,23 @@ class DualLoraModel(BaseTuner):
         if not autocast_adapter_dtype:
             for layer in self._list_layers():
                 layer.cast_to_base_dtype(adapter_name)
+            self._warn_of_rounding(adapter_name)
         if self.peft_config[adapter_name].inference_mode:
             self._warn_of_ramp([adapter_name], "loaded", loaded=True)
+
+    def _warn_of_rounding(self, adapter_name: str) -> None:
+        """Warn, once per load, that the values of an adapter were rounded to the dtype of the base."""
+        layers = [layer.dual_lora_factors for layer in self._list_layers() if adapter_name in layer.dual_lora_factors]
+        rounded = [factors[adapter_name] for factors in layers if factors[adapter_name].rounded]
+        for factors in rounded:
+            factors.rounded = False
+        if rounded:
+            warnings.warn(
+                f"Dual LoRA: autocast_adapter_dtype=False rounds the factors of adapter {adapter_name!r} to "
+                f"{rounded[0].A.dtype}, which flips signs of D C: it computes another function than was trained. Leave "
+                "the option out.",
+                stacklevel=find_stacklevel(),
+            )
 
     def _list_layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
@@ -189,6 +204,17 @@ class DualLoraModel(BaseTuner):
                     f"merge_and_unload would untie the embeddings, but {cls.__name__} scales its logits only while "
                     "they are tied; call merge_adapter() instead, or leave out the output layer with exclude_modules"
                 )
+
+    def add_weighted_adapter(self, *args, **kwargs) -> None:
+        """Refuse: the sum of two updates has no four factors of such ranks.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter: Dual LoRA's dW is no linear function of its factors; activate or merge several "
+            "adapters instead: base_model.set_adapter([...]), merge_adapter([...])"
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

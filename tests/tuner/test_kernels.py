@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import functional, set_update_scale
@@ -81,6 +82,20 @@ def test_the_base_layer_is_called_wherever_its_call_matters(change):
     assert layer_of(model)._find_fusable_factors(x) is not None
     change(model)
     assert layer_of(model)._find_fusable_factors(x) is None
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_all_modules_see_the_base_layer(kind):
+    model, called = adapted(nn.Linear(IN, OUT)), []
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda module, *_: called.append(module))
+    try:
+        model(torch.ones(3, IN, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert layer_of(model).base_layer in called
+    with FlopCounterMode(display=False):  # whose hooks only look on: it counts what training computes
+        assert layer_of(model)._find_fusable_factors(torch.ones(3, IN)) is not None
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -180,6 +180,22 @@ def test_two_adapters_merge_together(name):
     assert torch.equal(layer_of(model).weight, before)
 
 
+def test_an_adapter_that_is_named_twice_counts_once():
+    model, x = adapted(nn.Linear(IN, OUT)), torch.randn(3, IN)
+    expected = model(x)
+    model.base_model.set_adapter(["default", "default"])
+    assert torch.equal(model(x), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_weighted_sum_of_adapters_is_refused():
+    model = adapted(nn.Linear(IN, OUT))
+    model.add_adapter("second", config())
+    with pytest.raises(ValueError, match="^add_weighted_adapter: Dual LoRA's dW is no linear function"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+
+
 def test_safe_merge_finds_nan_in_any_factor_and_leaves_the_weight_alone():
     for name in "ABCD":
         model = adapted(KINDS["linear"].base())

@@ -141,6 +141,21 @@ def test_factors_in_float32_are_saved_and_loaded_without_a_warning(tmp_path):
     assert collect(lambda: PeftModel.from_pretrained(build_base(), tmp_path)) == []
 
 
+def test_loading_that_rounds_the_factors_warns_once(tmp_path):
+    def load(**options):
+        return PeftModel.from_pretrained(build_base(torch.bfloat16), tmp_path, **options)
+
+    model = adapted(init_weights=False)
+    assert save(model, tmp_path) == []
+    assert collect(load) == []
+    (message,) = collect(lambda: load(autocast_adapter_dtype=False))
+    assert "autocast_adapter_dtype=False rounds the factors of adapter 'default'" in message
+    for factor in model.parameters():
+        factor.data = factor.data.bfloat16().float()  # as if trained in 16 bits
+    assert save(model, tmp_path) == []
+    assert collect(lambda: load(autocast_adapter_dtype=False)) == []
+
+
 OCCASIONS = {
     "train": lambda model: collect(model.train),
     "eval": lambda model: collect(model.eval),
