@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from test_readme import COMMANDS, PAGES, words
@@ -41,6 +42,7 @@ from dual_lora.lab.study.launch.command import (
     compose_launcher,
     get_launcher_name,
     launch_runs,
+    name_sweep_folder,
     note_failures,
     prepare_launch_folder,
 )
@@ -57,12 +59,12 @@ def start():
     """A function that starts train.py with a launcher, in a process group that does not outlive the test."""
     begun = []
 
-    def do(*words: str) -> subprocess.Popen:
+    def do(*words: str, cwd: Path = ROOT) -> subprocess.Popen:
         given = {word.partition("=")[0] for word in words}
         words = [word for word in TINY if word.partition("=")[0] not in given] + list(words)
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, "train.py", "-m", *words]
-        begun.append(subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams))
+        command = [sys.executable, str(ROOT / "train.py"), "-m", *words]
+        begun.append(subprocess.Popen(command, cwd=cwd, start_new_session=True, **streams))
         return begun[-1]
 
     yield do
@@ -127,6 +129,13 @@ def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
             check_launcher([f"hydra/launcher={name}"])
 
 
+@pytest.mark.parametrize("name", ["it's, here", r"a\b", "${x}", "new\nline"])
+def test_jobs_compose_the_folder_of_the_launch_whatever_its_name(name, tmp_path):
+    config = compose_launcher(["hydra/launcher=slurm_local", name_sweep_folder(tmp_path / name)])
+    composed = GlobalHydra.instance().config_loader().load_sweep_config(config, [])
+    assert composed.hydra.sweep.dir == str(tmp_path / name)
+
+
 def test_no_slurm_here_is_told(runs_folder, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="^hydra/launcher=slurm: Could not detect"):
@@ -138,18 +147,22 @@ def test_the_documentation_names_every_launcher():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "hydra/launcher" in c])
-def test_a_failing_run_stops_no_other(command, runs_folder, start):
+def test_a_failing_run_stops_no_other(command, runs_folder, start, tmp_path):
     """The README's commands, without Slurm (test_slurm.py has it), and with a rank of one module that cannot be
-    shared between two groups, which only the run itself finds out."""
-    here = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "train.lr=1e-3"}
-    given = [here.get(word, word) for word in words(command)[3:]]
-    process = start(*given, "+method.peft.rank_pattern={query:1}")
+    shared between two groups, which only the run itself finds out. The current folder is left as it is: a file takes
+    the name of the folder that Hydra would make there."""
+    local = {"hydra/launcher=slurm": "hydra/launcher=slurm_local", "hydra.launcher.partition=NAME": "train.lr=1e-3"}
+    given = [local.get(word, word) for word in words(command)[3:]]
+    (here := tmp_path / "here").mkdir()
+    (here / "multirun").touch()
+    process = start(*given, "+method.peft.rank_pattern={query:1}", cwd=here)
     out, err = process.communicate(timeout=1500)
     assert f"2 of 2 runs handed to {get_launcher_name(given)}" in out
     assert process.returncode == EXIT_USER and "1 of 2 runs finished" in err, err
     assert "dual_lora_s0" in err and "rank_pattern['query']=1: expected an integer of at least 2" in err
     assert [p.parent.name.count("dual_lora") for p in runs_folder.glob("adhoc/*/result.json")] == [0]
     assert list((runs_folder / ".multirun").iterdir()), "a launch with a failure keeps its logs"
+    assert [path.name for path in here.iterdir()] == ["multirun"]
 
 
 @pytest.fixture

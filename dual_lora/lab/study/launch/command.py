@@ -21,11 +21,12 @@ import psutil
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import MissingConfigException
 from hydra.types import HydraContext
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig
 
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
@@ -183,15 +184,19 @@ def call_in_thread(call: Callable[[], object]) -> Future:
     return done
 
 
+def name_sweep_folder(folder: Path) -> str:
+    """Return the override by which a launcher writes below a folder. Its jobs compose again, from overrides alone."""
+    text = str(folder).replace("${", r"\${")  # a path, whatever OmegaConf would read into it
+    return f"hydra.sweep.dir={QuotedString(text, Quote.single).with_quotes()}"
+
+
 def hand_to_launcher(number: int, words: list[str], folder: Path) -> list[JobReturn | None]:
     """Return what the launcher returns for each job; None for one whose process died.
 
     Raises:
         UserError: the launcher does not take them.
     """
-    config = compose_launcher(words)
-    with read_write(config):
-        config.hydra.sweep.dir = str(folder).replace("${", r"\${")  # a path, whatever OmegaConf would read into it
+    config = compose_launcher([*words, name_sweep_folder(folder)])
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, partial(execute_launched_run, folder), config)
     if isinstance(settings := getattr(launcher, "joblib", None), dict):
