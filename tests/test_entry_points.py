@@ -57,3 +57,22 @@ def test_a_run_that_never_began_takes_a_repaired_model(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{{ messages[0].content }}."}))
     done = start("train.py", *words, DUAL_LORA_RUNS=str(tmp_path / "runs"))
     assert done.returncode == 2 and "started with a different tokenizer_config.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "name"),
+    [
+        ("train.py", SHORT, "DUAL_LORA_RUNS"),
+        ("train.py", SHORT, "TMPDIR"),
+        ("train.py", [*SHORT, "--config-dir", "{bad}"], "--config-dir"),
+        ("eval.py", ["run={bad}"], "run"),
+        ("eval.py", ["run=/", "export={bad}"], "export"),
+    ],
+)
+def test_a_path_that_is_not_utf8_is_refused_before_anything_heavy(script, words, name, tmp_path):
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(bad)
+    done = start(script, *(word.format(bad=bad) for word in words), **({name: bad} if name.isupper() else {}))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}: {name}={tmp_path}/?: has bytes that are not UTF-8"), done.stderr
+    assert done.stderr.count("\n") == 1 and not os.listdir(bad)

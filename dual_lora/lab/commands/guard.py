@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from dual_lora.lab.commands.screen import guard_screen
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.paths import resolve_path
+from dual_lora.lab.config.paths import NOT_UTF8, is_utf8, resolve_path
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import (
     EXIT_FAILED,
@@ -33,6 +33,9 @@ from dual_lora.lab.errors import (
 from dual_lora.lab.system.distributed import is_first_process, wait_for_first_process_error
 from dual_lora.lab.system.environment import isolate_environment
 from dual_lora.lab.system.signals import STOP
+
+# Where libraries keep temporary files, models and data.
+FOLDER_VARIABLES = ("TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 
 
 def describe_end(error: Exception) -> tuple[int, str]:
@@ -59,6 +62,9 @@ def check_surroundings() -> None:
     require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (or -OO): transformers needs its docstrings; unset it")
     isolate_environment()
     resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
+    for name in FOLDER_VARIABLES:
+        if value := os.environ.get(name):
+            require(is_utf8(value), f"{name}={value[:80]}: {NOT_UTF8}; set another folder")
 
 
 def run_guarded(name: str, command: Callable[..., int], *args: object) -> int:

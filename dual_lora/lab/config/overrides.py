@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 
 import tasks
 from dual_lora.lab.config.outside.models import is_model_place
-from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
+from dual_lora.lab.config.paths import NOT_UTF8, find_choices, is_utf8, list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings, find_type
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import UserError, require, suggest_name
@@ -349,6 +349,7 @@ def split_words(argv: list[str], known: Collection[str], program: str, first: st
     given: dict[str, str] = {}
     for word in argv:
         key, equals, _ = word.partition("=")
+        require(is_utf8(word), f"{word[:300]}: {NOT_UTF8}; give another value")
         require(equals, f"{word[:300]}: not of the form KEY=VALUE; write {first}={word[:300]}")
         require(key in known, f"{key}: no such setting of {program}.{suggest_name(key, known)}")
         require(key not in given, f"{key}: given twice; drop one")

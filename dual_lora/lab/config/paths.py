@@ -49,7 +49,20 @@ def resolve_path(key: str, value: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: no such user
         reason = getattr(error, "strerror", None) or get_first_line(error)
         raise UserError(f"{key}={value[:80]}: cannot be read ({reason}); give another path") from error
+    require(is_utf8(os.path.abspath(path)), f"{key}={value[:80]}: {NOT_UTF8}; give another path")
     return path
+
+
+NOT_UTF8 = "has bytes that are not UTF-8, which tokenizers and safetensors cannot open"
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether text of the command line or the environment is UTF-8. Python keeps other bytes as surrogates."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def check_plain_file(path: Path) -> None:
