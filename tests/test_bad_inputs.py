@@ -585,7 +585,7 @@ CASES = [
     Case("config", "an experiment with a number for seeds", "experiment=x", "seeds: '5' has the wrong form", conf("experiment/x.yaml", "full: {seeds: 5}\n"), SWEEP, under=elsewhere),
     # exports, before anything is loaded
     Case("record", "exported into a file", "run={here}/run export={here}/x", "x: a file; give a new folder", lambda h: [finished(h), write("x", "")(h)], EVAL),
-    Case("environment", "a hub without an address", "model=roberta-base", "HF_ENDPOINT=http://host:notaport: not an address", under=no_hub),
+    Case("environment", "a hub without an address", "model=roberta-base", "HF_ENDPOINT: not an address; unset it, or give one like https://huggingface.co", under=no_hub),
     # checkpoints
     Case("checkpoint", "one without a manifest", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/optimizer.pt", "x"), code=0),
     Case("checkpoint", "a manifest that is junk", "train.save_steps=1", "checkpoint-1 is damaged or incomplete", in_own("checkpoints/checkpoint-1/manifest.json", "\0"), code=0),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from dual_lora.lab.config.outside import hub
+from dual_lora.lab.config.outside.addresses import check_proxies
 from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.errors import UserError
 
 SHORT = ["model=tiny-roberta", "task=demo/sentiment", "train.max_steps=2", "eval.max_examples=4", "eval.before=false"]
 SHORT += ["train.max_examples=20", "wandb.mode=disabled"]
@@ -76,3 +80,43 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_heavy(script, words,
     assert done.returncode == 2
     assert done.stderr.startswith(f"{script}: {name}={tmp_path}/?: has bytes that are not UTF-8"), done.stderr
     assert done.stderr.count("\n") == 1 and not os.listdir(bad)
+
+
+BAD_ADDRESSES = [
+    "http://host:notaport",
+    "http://host:-1",
+    "http://host:99999",
+    "http://[::1",
+    "http://me:hunter/2@host",
+]
+
+
+@pytest.mark.parametrize("address", [*BAD_ADDRESSES, "me:hunter@127.0.0.1:9", "http://me:12/hunter@host", "ftp://host"])
+def test_a_hub_without_an_address_is_named_without_it(address, tmp_path):
+    done = start("train.py", *SHORT, HF_ENDPOINT=address, DUAL_LORA_RUNS=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith("train.py: HF_ENDPOINT: not an address; unset it"), done
+    assert done.stderr.count("\n") == 1 and not {"hunter", "notaport"} & set(re.findall(r"\w+", done.stderr))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "http_proxy"])
+@pytest.mark.parametrize("address", [*BAD_ADDRESSES, "me:hunter/2@127.0.0.1:9"])
+def test_a_proxy_without_an_address_is_named_where_the_hub_is_asked(name, address, monkeypatch):
+    monkeypatch.setenv(name, address)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub.is_hub_unreachable.__wrapped__()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        UserError, match=f"^{name}: not an address; unset it, or give one like http://PROXY:3128"
+    ) as found:
+        hub.is_hub_unreachable.__wrapped__()
+    assert "hunter" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["me:pw@proxy:3128", "http://me:p%2Fw@proxy:3128", "socks5h://[::1]:9", "proxy", "http://proxy:8080/", ""],
+)
+def test_a_proxy_is_taken_as_libraries_take_it(address, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", address)
+    check_proxies()

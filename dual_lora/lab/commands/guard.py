@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from dual_lora.lab.commands.screen import guard_screen
 from dual_lora.lab.config import paths
+from dual_lora.lab.config.outside.addresses import check_hub_address
 from dual_lora.lab.config.paths import NOT_UTF8, is_utf8, resolve_path
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import (
@@ -61,6 +62,7 @@ def check_surroundings() -> None:
         raise UserError("the current folder no longer exists; change to another one (cd) and try again") from error
     require(sys.flags.optimize < 2, "PYTHONOPTIMIZE=2 (or -OO): transformers needs its docstrings; unset it")
     isolate_environment()
+    check_hub_address()
     resolve_path("DUAL_LORA_RUNS", str(paths.RUNS))
     for name in FOLDER_VARIABLES:
         if value := os.environ.get(name):

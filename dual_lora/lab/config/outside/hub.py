@@ -6,11 +6,10 @@ import socket
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.config.outside.addresses import check_proxies, split_hub_address
 
 CONNECT_SECONDS = 5.0  # for the hub to accept a connection
 CONVERTER = "SFconvertbot"  # the hub's bot that converts weights to safetensors
@@ -22,17 +21,21 @@ def parse_hub_address() -> tuple[str, int]:
     Raises:
         UserError: HF_ENDPOINT is not an address.
     """
-    place = urlsplit(constants.ENDPOINT)
-    with suppress(ValueError):  # a port may not be a number
-        if place.hostname and place.scheme in ("http", "https"):
-            return place.hostname, place.port or (443 if place.scheme == "https" else 80)
-    raise UserError(f"HF_ENDPOINT={constants.ENDPOINT}: not an address; give one like https://huggingface.co")
+    place = split_hub_address(constants.ENDPOINT)
+    return place.hostname, place.port or (443 if place.scheme == "https" else 80)
 
 
 @functools.cache
 def is_hub_unreachable() -> bool:
-    """Return whether nothing answers at the hub's address. Behind a proxy this is unknown, and False is returned."""
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().keys() - {"no"}:
+    """Return whether nothing answers at the hub's address. Behind a proxy this is unknown, and False is returned.
+
+    Raises:
+        UserError: the hub's address, or a proxy's, is not one.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    check_proxies()
+    if urllib.request.getproxies().keys() - {"no"}:
         return False
     where = parse_hub_address()
     try:
