@@ -20,6 +20,7 @@ from dual_lora.lab.study.launch import process
 from dual_lora.lab.system.environment import describe_variables, isolate_environment
 from dual_lora.lab.system.libraries import hide_foreign_warnings, import_heavy_libraries
 from dual_lora.lab.system.signals import STOP
+from tasks.metrics import JAVA_OPTIONS
 
 PROCESSES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -124,14 +125,62 @@ def test_git_hooks_do_not_name_another_repository(environment, tmp_path):
         ("hf_abcdefghijklmnopqrstuvwx", "***"),
         ("ghp-1234 of AKIAZZ12", "*** of ***"),
         ("a pin 12k4 in x12k4x", "a pin *** in x12k4x"),
-        ("false, git@github.com:a/b, /home/me/.ssh, model=a@b", None),
+        ("http://me:pa/ss@host/x", "http://***@host/x"),
+        ("https://host/f#access_token=abc", "https://host/f#access_token=***"),
+        ("x --password=hunter --token abcdefgh", "x --password=*** --token ***"),
+        ("x-api-key: abcdefgh, {'X-Auth-Token': 'abcdefgh'}", "x-api-key: ***, {'X-Auth-Token': '***'}"),
+        ("Authorization: token abcdefgh", "Authorization: token ***"),
+        ("of eyJhbGciOiJIUzI1.eyJzdWIiOiIx.SflKxwRJ-s", "of ***"),
+        ("AIza" + "Sy" * 16 + " ASIA" + "A1" * 8 + " npm_" + "a1" * 16, "*** *** ***"),
+        ("false, git@github.com:a/b, /home/me, model=a@b, http://host:80/a@b", None),
+        ("tokens_per_second=1500 max_tokens=2048 --max-tokens 204800 --pad-token <endoftext>", None),
+        ("task.max_new_tokens=64; tokens=12 key: value, the authorization: no", None),
     ],
 )
 def test_secrets_of_every_form_are_masked(text, masked, environment):
     environment(HF_ENDPOINT="http://user:hunter2@mirror:9", HTTPS_PROXY="http://me:p%40ss-w0rd@proxy:3")
-    environment(GITHUB_PAT="ghp-1234", AWS_ACCESS_KEY_ID="AKIAZZ12", DOOR_KEY="12k4", SSH_KEY="/home/me/.ssh")
+    environment(GITHUB_PAT="ghp-1234", AWS_ACCESS_KEY_ID="AKIAZZ12", DOOR_KEY="12k4", SSH_KEY=str(Path.home()))
     environment(TOKENIZERS_PARALLELISM="false", SOME_TOKEN="false")
     assert redact_secrets(text) == (text if masked is None else masked)
+
+
+SECRET_NAMES = """DB_PASS DB_PWD MYSQL_PWD MY_JWT SESSION_COOKIE API_KEY_2 API_KEY_PROD HF_TOKEN_READ TOKEN_PROD SECRETS
+    API_KEY2 DOCKER_AUTH_CONFIG SLACK_WEBHOOK SLACK_WEBHOOK_URL SENTRY_DSN mytoken AWS_ACCESS_KEY_ID"""
+OTHER_NAMES = "PWD OLDPWD PATH KEYBOARD TOKENIZERS_PARALLELISM MAX_TOKENS AUTH_TYPE TOKEN_TTL KEY_FILE PATIENCE"
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES.split())
+@pytest.mark.parametrize("value", ["/a1b2c3d4", "a1b2c3d4\n"])
+def test_names_of_secrets(name, value, environment):
+    environment(**{name: value})
+    assert redact_secrets(f"a {value.strip()} b") == "a *** b"
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES.split())
+def test_names_of_no_secrets(name, environment):
+    environment(**{name: "a1b2c3d4"})
+    assert redact_secrets("a a1b2c3d4 b") == "a a1b2c3d4 b"
+
+
+@pytest.mark.parametrize(
+    ("value", "secret"),
+    [
+        ("me:hunter2@proxy:3128", "hunter2"),
+        ("http://me:hunter/2@proxy:3128", "hunter/2"),
+        ("http://me:hunter 2@proxy:3128", "hunter 2"),
+        ("http://me:hunter@2@proxy:3128", "hunter@2"),
+        ("https://a1b2c3d4@host", "a1b2c3d4"),
+        ("https://a1b2c3d4:x-oauth-basic@host", "a1b2c3d4"),
+    ],
+)
+def test_passwords_of_addresses(value, secret, environment):
+    environment(HTTPS_PROXY=value)
+    assert redact_secrets(f"a {secret} of me, x-oauth-basic") == "a *** of me, x-oauth-basic"
+
+
+def test_options_of_java_are_not_recorded(environment):
+    environment(**dict.fromkeys(JAVA_OPTIONS, "-Dhttps.proxyPassword=hunter"))
+    assert not JAVA_OPTIONS & describe_variables().keys()
 
 
 def test_a_screen_shows_what_its_encoding_can_and_no_secret(environment, monkeypatch):

@@ -158,11 +158,11 @@ def test_no_setting_takes_a_secret(override, monkeypatch):
 def test_what_is_written_of_an_error_holds_no_secret(tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SSH_KEY", "/home/somebody/.ssh/id")  # where a key is, is no secret
+    monkeypatch.setenv("SSH_KEY", str(tmp_path))  # where a key is, is no secret
     record = Record(tmp_path)
-    record.write_failure(OSError(f"proxy http://me:{SECRETS['MY_PASSWORD']}@host refused; see /home/somebody/.ssh/id"))
+    record.write_failure(OSError(f"proxy http://me:{SECRETS['MY_PASSWORD']}@host refused; see {tmp_path}"))
     assert not held(tmp_path)
-    assert record.read_failure()["message"] == "proxy http://***@host refused; see /home/somebody/.ssh/id"
+    assert record.read_failure()["message"] == f"proxy http://***@host refused; see {tmp_path}"
 
 
 @pytest.mark.parametrize("option", ["--experimental-rerun", "--exp", "--config-dir", "-cd", "--run", "-sc"])

@@ -34,9 +34,8 @@ OFF_VALUES = ("", "0", "no", "false", "none", "default", "off", "strict")
 RECORDED = (
     "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "BLIS_", "VECLIB_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH", "PYTORCH_",
     "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "HIP_", "MIOPEN_", "TRITON_", "FLASH_ATTENTION_", "DISABLE_ADDMM_", "NCCL_",
-    "GLOO_", "BNB_", "TRANSFORMERS_DISABLE_", "PYTHONHASHSEED", "GLIBC_TUNABLES", "JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS",
-    "JDK_JAVA_OPTIONS", "LC_ALL", "LC_NUMERIC", "LANG", "NPY_", "SCIPY_", "ROCBLAS_", "HIPBLAS", "TENSILE_",
-    "LD_PRELOAD",
+    "GLOO_", "BNB_", "TRANSFORMERS_DISABLE_", "PYTHONHASHSEED", "GLIBC_TUNABLES", "LC_ALL", "LC_NUMERIC",
+    "LANG", "NPY_", "SCIPY_", "ROCBLAS_", "HIPBLAS", "TENSILE_", "LD_PRELOAD",
 )  # fmt: skip
 # What torchrun sets, and how the variables of other launchers begin.
 OWN_PROCESS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
