@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from dual_lora.lab.errors import EXIT_USER, UserError
 from dual_lora.lab.record.record import RERUN_FOLDER, TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.experiment import Experiment
-from dual_lora.lab.study.outcome import find_damaged_records
+from dual_lora.lab.study.outcome import find_damaged_records, find_records
+from dual_lora.lab.system.files import remove_path
 from dual_lora.lab.system.sealed import find_newest_checkpoint, seal_folder
 from dual_lora.lab.train.run import train_run
 
@@ -276,6 +278,73 @@ def test_a_file_in_place_of_the_checkpoints_is_named_before_anything_loads(runs_
     with pytest.raises(UserError, match="checkpoints: not a folder; remove it"):
         train_run(Run.prepare(load_settings(RUN)))
     assert (folder / "checkpoints").read_text() == "mine"
+
+
+def replace_by(path: Path, kind: str) -> None:
+    """Put something of another kind where a file or a folder is."""
+    remove_path(path)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "file":
+        path.write_text("")
+    else:
+        path.symlink_to(path if kind == "link to itself" else "/nowhere")
+
+
+def keep_only(folder: Path, name: str) -> None:
+    """Remove all files of a record but one, which is there then."""
+    for path in [path for path in folder.iterdir() if path.name != name]:
+        remove_path(path)
+    if name == "adapter":
+        (folder / name).mkdir()
+
+
+LOST = r"no config.yaml and no result.json; put it back, or remove what is left and run its command again"
+PLACE = r"not a folder; put it back, or remove what is left and run its command again"
+DAMAGES = {
+    "result.json: a folder": (lambda f: replace_by(f / "result.json", "folder"), "result.json: a folder, not a file"),
+    "result.json: a pipe": (lambda f: replace_by(f / "result.json", "pipe"), "result.json: a link to nothing, a pipe"),
+    "result.json: a link": (lambda f: replace_by(f / "result.json", "link"), "result.json: a link to nothing, a pipe"),
+    "only environment": (lambda f: keep_only(f, "environment.json"), LOST),
+    "only predictions": (lambda f: keep_only(f, "predictions.jsonl"), LOST),
+    "only weights": (lambda f: keep_only(f, "adapter"), LOST),
+    "only metrics": (lambda f: [(f / "metrics.jsonl").write_text("{}"), keep_only(f, "metrics.jsonl")], LOST),
+    "a file": (lambda f: replace_by(f, "file"), PLACE),
+    "a link to nothing": (lambda f: replace_by(f, "link"), PLACE),
+    "a link to itself": (lambda f: replace_by(f, "link to itself"), PLACE),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_left_of_a_run_is_named_by_a_report(damage, runs_folder, capsys):
+    experiment = Experiment.from_content("made", GLUE)
+    cells = experiment.compose_cells([])
+    records = [finish(cell.settings, 80) for cell in cells]
+    change, message = DAMAGES[damage]
+    change(records[0].folder)
+    assert run_experiment(experiment, cells, None) == EXIT_USER
+    assert re.search(rf"not read: {records[0].name}: {records[0].folder}.*{message}", capsys.readouterr().err)
+    assert len(find_damaged_records("made")) == 1
+
+
+def test_links_to_records_and_what_is_no_runs_are_no_damage(runs_folder, tmp_path):
+    experiment = Experiment.from_content("made", GLUE)
+    records = [finish(cell.settings, 80) for cell in experiment.compose_cells([])]
+    records[0].folder.rename(tmp_path / "elsewhere")
+    records[0].folder.symlink_to(tmp_path / "elsewhere")
+    study = records[0].folder.parent
+    (study / "plan.csv").write_text("")
+    (study / "notes").mkdir()
+    (study / "notes/environment.json").write_text("{}")
+    begun, failed = study / "x_0123456789", study / "y_0123456789"  # a run is here, or ended, before it wrote anything
+    begun.mkdir()
+    failed.mkdir()
+    (begun / "metrics.jsonl").write_text("")
+    (begun / ".lock").write_text("{}")
+    (failed / "failure.json").write_text("{}")
+    assert not find_damaged_records("made") and len(find_records("made")) == len(records)
 
 
 def test_a_file_that_cannot_be_read_is_named_and_costs_the_report_nothing_else(runs_folder, capsys, monkeypatch):

@@ -186,8 +186,11 @@ class Record:
         """
         path = self.folder / "result.json"
         with translate_access_errors(path):
-            if not path.is_file():
-                return None
+            is_file = path.is_file()
+        if not is_file and not os.path.lexists(path):
+            return None
+        what = "a folder, not a file" if path.is_dir() else "a link to nothing, a pipe or a device, not a file"
+        require(is_file, f"{path}: {what}; remove it, and run its command again")
         found = self.read_json(path.name, *sorted(RESULT_FIELDS))
         is_intact = is_digest_right(found) if "digest" in found else self.predates_seals(found)
         require(is_intact, f"{path}: changed since the run; {RERUN_REMEDY}")
@@ -290,6 +293,26 @@ class Record:
         result = self.read_result()
         self.verify_files()
         return result
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has begun or finished here, as far as its folder says, or one did of which only parts are left:
+        files without the settings they belong to, or a file where the folder was."""
+        if any(os.path.lexists(self.folder / name) for name in ("config.yaml", "result.json")):
+            return True
+        left = (self.folder / name for name in ("environment.json", "predictions.jsonl", *SEALED_FOLDERS))
+        return self.is_named_by_run and (not self.folder.is_dir() or self.holds_work or any(map(os.path.lexists, left)))
+
+    def check_kept(self) -> None:
+        """Refuse what is left of a run that has lost the files that say which one it was.
+
+        Raises:
+            UserError: what is missing, and the remedy.
+        """
+        remedy = "put it back, or remove what is left and run its command again"
+        require(self.folder.is_dir(), f"{self.folder}: not a folder; {remedy}")
+        found = any(os.path.lexists(self.folder / name) for name in ("config.yaml", "result.json"))
+        require(found, f"{self.folder}: no config.yaml and no result.json; {remedy}")
 
     @property
     def holds_work(self) -> bool:

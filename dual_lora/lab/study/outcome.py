@@ -97,10 +97,11 @@ def find_records(study: str) -> dict[str, list[Record]]:
 
 
 def iterate_records(study: str) -> Iterator[Record]:
-    """Yield every folder of a study that a run has begun or finished, and those that may not be read."""
-    for folder in sorted(path for path in (paths.RUNS / study).glob("*") if path.is_dir()):
-        begun = any(os.path.lexists(folder / name) for name in ("config.yaml", "result.json"))
-        if begun or not os.access(folder, os.R_OK | os.X_OK):
+    """Yield every folder of a study that a run has begun or finished, what is left of one, and those that may not be
+    read."""
+    for folder in sorted((paths.RUNS / study).glob("*")):
+        is_closed = folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK)
+        if is_closed or Record(folder).is_begun:
             yield Record(folder)
 
 
@@ -111,6 +112,7 @@ def load_verified_settings(record: Record) -> Settings:
         UserError: one is damaged or missing.
     """
     record.verify_files("config.yaml", "environment.json")
+    record.check_kept()
     return load_recorded_settings(record.folder)
 
 
