@@ -26,7 +26,7 @@ ALIASES = {"train": ("train", "training"), "validation": ("validation", "valid",
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
-UNREAD_ENDINGS = (".xlsx", ".xls", ".ods", ".zip", ".bz2", ".xz", ".zst", ".arrow", ".feather", ".pkl")
+SIDE_ENDINGS = (".dvc", ".md5", ".sha1", ".sha256", ".sha512")  # of what tools keep about a table beside it
 SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
@@ -83,7 +83,7 @@ def find_files(data_dir: str | None, name: str) -> Files:
         ) from error
     if not paths:
         raise TaskError(f"data_dir={data_dir}: {describe_folder(root)}")
-    check_unread(root)
+    check_unread(root, paths)
     for path in paths:
         check_content(path)
     if len(paths) == 1 and find_split(paths[0]) is None:
@@ -107,15 +107,19 @@ def find_ending(path: Path) -> str | None:
     return kind and kind.removesuffix(".gz")
 
 
-def check_unread(root: Path) -> None:
-    """Refuse a table of a kind that is not read whose name says a split: the run would do without it.
+def check_unread(root: Path, tables: list[Path]) -> None:
+    """Refuse a file or folder that is not read although its name says a split: the run would do without it.
 
     Raises:
-        TaskError: with the file.
+        TaskError: with the file or folder.
     """
-    for path in sorted(root.iterdir()):
-        if path.suffix.lower() in UNREAD_ENDINGS and find_split(path):
-            raise TaskError(f"{path}: not read; save it as one of {', '.join(TEXT_KINDS)} or .parquet, or move it away")
+    beside = {f"{table.name}{ending}" for table in tables for ending in SIDE_ENDINGS}
+    for path in sorted(set(root.iterdir()) - set(tables)):
+        says_split = any(map(find_split_of_word, split_words(path.name.lower())))
+        if says_split and not path.name.startswith(".") and path.name not in beside:
+            remedy = "put its table beside the others" if path.is_dir() else "save it"
+            what = "a folder, which is not read" if path.is_dir() else "not read"
+            raise TaskError(f"{path}: {what}; {remedy} as one of {', '.join(TEXT_KINDS)} or .parquet, or move it away")
 
 
 def check_content(path: Path) -> None:
@@ -150,7 +154,16 @@ def get_stem(path: Path) -> str:
 
 def find_split(path: Path) -> str | None:
     """Return the split a file's name says, None if it says none."""
-    word = re.split(r"[-_. ]", get_stem(path))[0]
+    return find_split_of_word(split_words(get_stem(path))[0])
+
+
+def split_words(name: str) -> list[str]:
+    """Return the words of a file's name."""
+    return re.split(r"[-_. ]", name)
+
+
+def find_split_of_word(word: str) -> str | None:
+    """Return the split that a word names, None if it names none."""
     return next((split for split, words in ALIASES.items() if word in words), None)
 
 

@@ -461,6 +461,16 @@ WRONG = {
     "an input in capitals": (N, {}, {"data.csv": "instruction,Input ,output\na,b,c\n"}, "data.csv: line 2: no column 'input', but 'Input '; name it input, or remove it"),
     "a field of a message": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace('"b"', '"b", "name": null, "weight": 0')}, "train.jsonl: line 1, column 'messages': message 2 has 'weight', of which nothing is trained on; remove it"),
     "a spreadsheet beside tables": (C, {}, {"train.csv": GOOD["train.csv"], "test.xlsx": "x"}, "test.xlsx: not read; save it as one of .csv, .tsv"),
+    **{
+        f"{name} beside tables": (C, {}, {"train.csv": GOOD["train.csv"], name: "x"}, f"{name.partition('/')[0]}: {said}; ")
+        for said, names in {
+            "not read": "test.ndjson test.txt Test.TAB test.jsonlines test.parq test.sqlite test.tar.gz test validation.txt "
+            "dev.dat test.csv.dvc my_test.xlsx train-2.txt",
+            "a folder, which is not read": "test/part.csv validation/x",
+        }.items()
+        for name in names.split()
+    },
+    "a test file beside a single table": (C, {}, {"reviews.csv": GOOD["train.csv"], "reviews_test.xlsx": "x"}, "reviews_test.xlsx: not read; save it"),
     "a packed table beside others": (C, {}, {"train.csv": GOOD["train.csv"], "Validation-1.csv.zip": "x"}, "Validation-1.csv.zip: not read"),
     "a message without content": (N, {}, CHAT | {"train.jsonl": CHAT["train.jsonl"].replace('"a"', "null")}, "column 'messages': message 1 has no content"),
 }
@@ -483,6 +493,14 @@ def test_a_wrong_file_or_column_is_answered_in_one_line(what, tmp_path):
         task.split(task.eval_splits[0], str(folder))
     message = str(caught.value).replace(str(folder), "HERE")
     assert said in message and len(message.splitlines()) == 1 and len(message) < 400, message
+
+
+def test_what_names_no_split_may_lie_beside_tables(tmp_path):
+    others = ["README.md", "testing.txt", ".test.csv.swp", "train.csv.dvc", "test.csv.sha256", "figures/test.txt"]
+    for file, content in (GOOD | dict.fromkeys(others, "x")).items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    assert len(rows_of(tmp_path)) == 2
 
 
 def test_classes_may_be_listed_on_purpose(tmp_path):
