@@ -31,7 +31,7 @@ METRICS = ("rouge_l", "chrf", "exact_match")
 ALPACA = ("instruction", "output")
 BELOW = "Below is an instruction that describes a task"
 # Columns of which others make a part of the prompt; without it the response answers something unseen.
-CONTEXT = ("input", "context", "system", "history", "tools")
+CONTEXT = ("input", "context", "system", "history", "tools", "passage", "passages", "document", "documents")
 EMPTY = ("", "[]", "{}", "null", "None", "nan")
 RESPOND = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 PREAMBLES = {
@@ -122,7 +122,8 @@ class Instruction(OwnFiles):
             target = answer["content"]
             turns = [*(f"{ROLES[m['role']]}\n{m['content']}" for m in messages), f"{ROLES['assistant']}\n"]
             prompt = "\n\n".join(turns)
-        check_other_columns(place, row, used)
+        texts = {text.strip() for text in (prompt, target, *(message["content"] for message in messages))}
+        check_other_columns(place, row, used, (*self.columns, *ALPACA, "messages"), texts)
         return {"prompt": prompt, "target": target, "references": [target], "messages": messages}
 
     def choices(self, row: Row) -> list[str]:
@@ -175,16 +176,27 @@ def get_input(place: Place, row: Row) -> str:
     return get_text(place, row, "input", empty=True).strip()
 
 
-def check_other_columns(place: Place, row: Row, used: tuple[str, ...]) -> None:
-    """Refuse a column that belongs to the prompt, but is not `used` for it.
+def check_other_columns(place: Place, row: Row, used: tuple[str, ...], forms: tuple[str, ...], texts: set[str]) -> None:
+    """Refuse columns that belong to the prompt, or to another form, but are not `used`.
+
+    forms: the columns of all forms. texts: what is made of those used; a column that repeats one is no loss.
 
     Raises:
-        TaskError: with the column.
+        TaskError: with the columns.
     """
-    for name, value in row.items():
-        if name.strip().casefold() in CONTEXT and name not in used and str(value or "").strip() not in EMPTY:
+    values = {name: str(value or "").strip() for name, value in row.items() if name not in used}
+    filled = {name: value for name, value in values.items() if value not in EMPTY}
+    for name in filled:
+        if name.strip().casefold() in CONTEXT:
             what = f"{place}, column {base.quote(name)}: is not part of a prompt made of {used[0]}"
             raise TaskError(f"{what}; merge it into {used[0]!r}, or remove or rename the column")
+    known = {name.casefold() for name in forms}
+    others = [
+        base.quote(name) for name, value in filled.items() if name.strip().casefold() in known and value not in texts
+    ]
+    if others:
+        what = f"{place}: {' and '.join(others)} of another form than {used[0]!r} would be left out"
+        raise TaskError(f"{what}; keep one form, and remove or rename the columns of the other")
 
 
 def build_user_message(text: str) -> Row:

@@ -255,6 +255,8 @@ LEFT_OUT = {
     "an input": ({"prompt": "a", "input": "b", "response": "c"}, "'input'", "prompt", {}),
     "a system turn": ({"prompt": "a", "System": "b", "response": "c"}, "'System'", "prompt", {}),
     "a context": ({"instruction": "a", "context": "b", "output": "c"}, "'context'", "instruction", {}),
+    "a passage": ({"prompt": "a", "response": "b", "Passage": "c"}, "'Passage'", "prompt", {}),
+    "a document": ({"instruction": "a", "output": "b", "document": "c"}, "'document'", "instruction", {}),
     "a history": (
         {"instruction": "a", "input": "", "output": "c", "history": [["d", "e"]]},
         "'history'",
@@ -288,6 +290,50 @@ def test_a_column_that_a_prompt_would_leave_out_is_refused(what, tmp_path):
         f"HERE/data.jsonl: line 1, column {column}: is not part of a prompt made of {into}; merge it into '{into}', or"
     )
     check_line(caught, tmp_path, said)
+
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+TWO_FORMS = {
+    "messages": (
+        {"prompt": "a", "response": "b", "messages": MESSAGES},
+        "'messages' of another form than 'prompt'",
+        {},
+    ),
+    "Alpaca's": (
+        {"prompt": "a", "response": "b", "instruction": "c", "output": "d"},
+        "'instruction' and 'output' of another form than 'prompt'",
+        {},
+    ),
+    "a part": (
+        {"instruction": "a", "output": "b", "Response": "c"},
+        "'Response' of another form than 'instruction'",
+        {},
+    ),
+    "a part of two": ({"messages": MESSAGES, "prompt": "c"}, "'prompt' of another form than 'messages'", {}),
+    "own names": (
+        {"q": "a", "a": "b", "instruction": "c"},
+        "'instruction' of another form than 'q'",
+        {"prompt": "q", "response": "a"},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TWO_FORMS)
+def test_a_second_form_in_a_row_is_refused(what, tmp_path):
+    row, columns, options = TWO_FORMS[what]
+    with pytest.raises(tasks.TaskError) as caught:
+        rows_of(tmp_path, {"data.jsonl": line(**row) * 2}, N, options)
+    said = f"HERE/data.jsonl: line 1: {columns} would be left out; keep one form, and remove or rename the columns"
+    check_line(caught, tmp_path, said)
+
+
+@pytest.mark.parametrize(
+    "more", [{"prompt": "a "}, {"response": "b"}, {"prompt": "", "output": None}, {"prompt_id": "c", "output": []}]
+)
+def test_a_column_that_repeats_a_text_of_the_rows_form_is_taken(more, tmp_path):
+    other = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    files = {"train.jsonl": line(messages=MESSAGES, **more), "test.jsonl": line(messages=other)}
+    assert len(rows_of(tmp_path, files, N)[1]) == 1
 
 
 @pytest.mark.parametrize("empty", [None, "", " ", [], {}])
