@@ -218,6 +218,18 @@ def test_a_damaged_line_and_a_second_process_are_told_in_one_line(tmp_path):
         run_squares(path, 1)
 
 
+@pytest.mark.parametrize(
+    "words", [["--report", "{here}/file"], ["--report", "{here}/file/below"], ["--out", "{here}/file/rows"]]
+)
+def test_a_place_that_cannot_be_written_is_told_before_any_cell_runs(words, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(fit, "run_cell", lambda cell: pytest.fail("ran"))
+    words = ["--out", str(tmp_path / "rows"), "--size", "smoke", *(word.format(here=tmp_path) for word in words)]
+    with pytest.raises(SystemExit, match=f"error: .*{tmp_path / 'file'}") as error:
+        fit.main(words)
+    assert "\n" not in str(error.value)
+
+
 def scored(rate: float, seed: int, score: float) -> dict:
     return {"cell": {"rate": rate, "seed": seed}, "result": {"score": score}}
 

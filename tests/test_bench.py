@@ -108,11 +108,67 @@ def test_record_is_written_added_to_and_shown(tmp_path, capsys):
 def test_mistakes_are_named(capsys):
     for arguments, culprit in (
         (["--batch", "8by8"], "--batch"),
+        (["--batch", "0x8"], "--batch"),
+        (["--width", "0"], "--width"),
+        (["--width"], "--width"),
+        (["--tokens", "-3"], "--tokens"),
+        (["--rank", "1"], "--rank"),
+        (["--repeats", "0"], "--repeats"),
+        (["--device", "foo"], "--device"),
+        (["--device", "meta"], "--device"),
         (["--model", "a", "b", "c", "--batch", "1x8", "2x8"], "--batch"),
     ):
         with pytest.raises(SystemExit) as error:
             command.main(arguments)
-        assert culprit in capsys.readouterr().err + str(error.value)
+        assert culprit in capsys.readouterr().err + str(error.value) and error.value.code
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("", "damaged (Expecting value"),
+        ("{cut", "damaged (Expecting property name"),
+        ("[1]", "no file of a benchmark"),
+        ('{"hardware": "a", "date": "b", "cases": {"c": {}}}', "no file of a benchmark (KeyError: 'rank')"),
+        ('{"hardware": "a", "date": "b", "cases": 5}', "no file of a benchmark (AttributeError: "),
+    ],
+)
+@pytest.mark.parametrize("option", ["--show", "--trend"])
+def test_a_file_that_is_no_benchmarks_is_one_line(option, content, message, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as error:
+        command.main([option, str(path if option == "--show" else tmp_path)])
+    none = f"error: {tmp_path}: no JSON file of a benchmark there"
+    expected = none if (option, content) == ("--trend", None) else f"error: {path}: {message}"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_where_nothing_can_be_written_nothing_is_measured(place, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "measure_case", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=f"error: --out {tmp_path / place}: cannot be written"):
+        command.main(["--width", "8", "--tokens", "8", "--out", str(tmp_path / place)])
+
+
+def test_a_damaged_file_of_the_same_day_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    path = record.get_record_path(record.create_record(CPU), tmp_path)
+    path.write_text("{cut")
+    monkeypatch.setattr(command, "measure_case", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=f"error: {path}: damaged"):
+        command.main(["--width", "8", "--tokens", "8", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_what_was_measured_is_kept_where_nobody_reads(tmp_path, monkeypatch):
+    case = page.read_rows(build_record("2026-01-02", 1.6)["cases"]["layer 8 x 8"])
+    monkeypatch.setattr(command, "measure_case", lambda *_: case)
+    monkeypatch.setattr(command, "format_table", lambda rows: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(SystemExit, match="error: .*full"):
+        command.main(["--width", "8", "--tokens", "8", "--out", str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def build_record(date, ratio, **more):

@@ -277,6 +277,8 @@ def run_study(
     report: its folder; None is report/ next to the rows.
     """
     torch.set_num_threads(1)
+    folder = report or path.parent / "report"
+    make_report_folder(folder)
     missing = len(cells) - len(select_rows(read_rows(path), cells))
     print(f"{path}: {missing} of {len(cells)} cells to run", flush=True)
     start = time.perf_counter()
@@ -285,8 +287,6 @@ def run_study(
         if done % 20 == 0 or done == missing:
             seconds = time.perf_counter() - start
             print(f"{done}/{missing}, {seconds:.0f} s, {seconds / done * (missing - done):.0f} s to go", flush=True)
-    folder = report or path.parent / "report"
-    folder.mkdir(parents=True, exist_ok=True)
     for written in write_report(select_rows(read_rows(path), cells), folder):
         print(written)
 
@@ -300,20 +300,34 @@ def rewrite_report(cells: Sequence, write_report: Callable, path: Path, report: 
     rows = select_rows(read_rows(path), cells)
     if len(rows) < len(cells):
         raise StudyError(f"{path}: {len(cells) - len(rows)} of {len(cells)} cells have not run; run them first")
-    report.mkdir(parents=True, exist_ok=True)
+    make_report_folder(report)
     return write_report(rows, report)
+
+
+def make_report_folder(folder: Path) -> None:
+    """Make the folder of a report if it is not there.
+
+    Raises:
+        StudyError: it cannot be made, or not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StudyError(f"{folder}: no folder to write the report to ({error.strerror}); give another one") from error
 
 
 def run_command(chosen: Namespace, plan: Callable[[], Sequence], run_cell: Callable, write_report: Callable) -> None:
     """Run a study as its command line says. chosen: what a parser of `create_parser` returned.
 
     Raises:
-        SystemExit: with one line and exit status 1, in place of a StudyError.
+        SystemExit: with one line and exit status 1, in place of a StudyError or an error of the disk.
     """
     try:
         _check_report_libraries()
         run_study(plan(), run_cell, write_report, chosen.out, chosen.report)
-    except StudyError as error:
+    except (StudyError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

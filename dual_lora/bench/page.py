@@ -1,9 +1,9 @@
 """Finished benchmarks as text: the tables of one file, the trend over all of them, and the tables of docs/cost.md."""
 
-import json
 from pathlib import Path
 
 from .measure import Row
+from .record import BenchError, load_record
 
 COLUMNS = ("step / LoRA", "operations / LoRA", "over floor", "kept, MiB", "peak, MiB", "adapter, MiB", "merge, ms")
 START, END = "<!-- tables: python -m dual_lora.bench --page -->", "<!-- end of tables -->"
@@ -69,12 +69,32 @@ def index_rows(case: dict) -> dict[str, Row]:
     return {row.method: row for row in read_rows(case)}
 
 
+def read_record(path: Path) -> dict:
+    """Return the record of a file, of which all tables can be made.
+
+    Raises:
+        BenchError: it cannot be read, or is no benchmark's.
+    """
+    record = load_record(path)
+    try:
+        format_record(record)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+        raise BenchError(f"{path}: no file of a benchmark ({type(error).__name__}: {error})") from error
+    return record
+
+
 def read_history(folder: Path) -> dict[str, list[dict]]:
-    """Return the records in a folder by hardware, each list from the oldest to the newest."""
+    """Return the records in a folder by hardware, each list from the oldest to the newest.
+
+    Raises:
+        BenchError: there are none, or as `read_record`.
+    """
     records: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path)
         records.setdefault(record["hardware"], []).append(record)
+    if not records:
+        raise BenchError(f"{folder}: no JSON file of a benchmark there")
     return records
 
 

@@ -3,10 +3,15 @@
 import json
 import os
 import platform
+import tempfile
 from datetime import date
 from pathlib import Path
 
 import torch
+
+
+class BenchError(ValueError):
+    """A mistake that the user can fix; its text is one line."""
 
 
 def create_record(device: torch.device) -> dict:
@@ -29,6 +34,42 @@ def get_record_path(record: dict, folder: Path) -> Path:
     """Return the file of a record's day and hardware."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in record["hardware"].lower()).split())
     return folder / f"{record['date']}-{slug}.json"
+
+
+def check_folder(record: dict, folder: Path) -> None:
+    """Refuse a folder that the record cannot be written to, before anything is measured for it.
+
+    Raises:
+        BenchError: it cannot be made or written, or holds something else under the record's name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BenchError(f"--out {folder}: cannot be written ({error.strerror}); give another folder") from error
+    path = get_record_path(record, folder)
+    if os.path.lexists(path) and "cases" not in load_record(path):
+        raise BenchError(f"{path}: no file of a benchmark; move it away")
+
+
+def load_record(path: Path) -> dict:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        BenchError: there is no such file, or it holds something else.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise BenchError(f"{path}: not a file; give the JSON file of a benchmark")
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, BenchError) else BenchError(f"{path}: damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise BenchError(f"{path}: no file of a benchmark")
+    return content
 
 
 def write_record(record: dict, folder: Path) -> None:
