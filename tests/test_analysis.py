@@ -453,6 +453,7 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, runs_folder, tm
         ([run, "analyse=yes"], "analyse=yes: must be true or false"),
         ([run, f"against={lora}"], "against: only with analyse=true"),
         ([run, "analyse=false", f"against={lora}"], "against: only with analyse=true"),
+        ([run, "analyse=True", "eval.batch_size=2"], "eval.batch_size: analyse=true scores no rows; drop it"),
         ([run, "analyse=true", f"export={tmp_path / 'out'}"], "analyse=true and export=DIR: one at a time"),
         ([run, "analyse=true", "eval.batch_size=2"], "eval.batch_size: analyse=true scores no rows; drop it"),
         ([run, "analyse=true", "save_updates=x.safetensors"], "analyse=true and save_updates=FILE: one at a time"),

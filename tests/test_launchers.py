@@ -119,6 +119,12 @@ def test_mistakes(words, message):
         assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("word", ["hydra/launcher='workstation'", 'hydra/launcher="workstation"'])
+def test_a_launcher_in_quotes_is_that_launcher(word):
+    check_launcher([word, "hydra.launcher.n_jobs=2"])
+    assert get_launcher_name([word]) == "workstation"
+
+
 def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
     def missing(words):
         raise MissingConfigException("no such config", "hydra/launcher/x")

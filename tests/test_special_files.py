@@ -60,7 +60,7 @@ def limit_file_size(size: int):
 
 def test_updates_that_the_disk_does_not_hold_are_refused_in_one_line(trained, tmp_path):  # noqa: F811
     reason = os.strerror(errno.EFBIG)
-    said = f"u.safetensors: cannot be written .{reason}.; free some space"
+    said = f"u.safetensors: cannot be written .{reason}.; free some space there, or give another file as save_updates="
     with pytest.raises(UserError, match=said), limit_file_size(4096):
         evaluate_command([f"run={trained}", f"save_updates={tmp_path / 'u.safetensors'}"])
     assert not list(tmp_path.iterdir())

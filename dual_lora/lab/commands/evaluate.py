@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dual_lora.lab.config.outside.plugins import check_plugins
 from dual_lora.lab.config.outside.words import take_outside_words
-from dual_lora.lab.config.overrides import split_words
+from dual_lora.lab.config.overrides import parse_switch, split_words
 from dual_lora.lab.config.paths import check_writable, resolve_path
 from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
 from dual_lora.lab.config.schema import Settings
@@ -52,12 +52,11 @@ def evaluate_command(argv: list[str]) -> int:
     run, values = parse_run_words(argv, **dict.fromkeys(OWN_WORDS, str))
     folder, dtype, push = (values.pop(key, None) for key in ("export", "model.dtype", "push_to_hub"))
     updates_file = values.pop("save_updates", None)
-    analyse, against = values.pop("analyse", "false"), values.pop("against", None)
+    analyse, against = parse_switch("analyse", values.pop("analyse", "false")), values.pop("against", None)
     require(folder or not dtype, "model.dtype: only with export=DIR; a run is evaluated in its own dtype")
     require(folder or not push, "push_to_hub: only with export=DIR, the folder that is pushed")
-    require(analyse in ("true", "false"), f"analyse={analyse}: must be true or false")
-    require(analyse == "true" or not against, "against: only with analyse=true")
-    asked = {"analyse=true": analyse == "true", "export=DIR": folder, "save_updates=FILE": updates_file}
+    require(analyse or not against, "against: only with analyse=true")
+    asked = {"analyse=true": analyse, "export=DIR": folder, "save_updates=FILE": updates_file}
     asked_names = [name for name, given in asked.items() if given]
     require(len(asked_names) < 2, f"{' and '.join(asked_names)}: one at a time")
     scores_rows = not asked_names or "eval.batch_size" not in values
@@ -71,7 +70,7 @@ def evaluate_command(argv: list[str]) -> int:
     settings.hardware.check_installed()
     if folder:
         return export_command(settings, record, Path(folder), dtype or settings.model.dtype, push)
-    if analyse == "true":
+    if analyse:
         return analyse_command(settings, record, Path(against) if against else None, values)
     if updates_file:
         return save_updates_command(settings, record, Path(updates_file))

@@ -7,7 +7,7 @@ from dual_lora.lab.commands.guard import describe_end
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.outside.models import print_found_models
 from dual_lora.lab.config.outside.words import take_outside_words
-from dual_lora.lab.config.overrides import parse_overrides, split_words
+from dual_lora.lab.config.overrides import parse_overrides, parse_switch, split_words
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.secrets import redact_secrets
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER, choose_exit_code, require
@@ -34,8 +34,7 @@ def sweep_command(argv: list[str]) -> int:
     own = [a for a in argv if a.partition("=")[0] in OWN_WORDS or "=" not in a]
     given = split_words(own, OWN_WORDS, "sweep.py", first="experiment")
     require("experiment" in given, f"experiment=NAME is needed; known: {', '.join(list_choices('experiment'))}")
-    run = given.get("run", "true")
-    require(run in ("true", "false"), f"run={run}: must be true or false")
+    run = parse_switch("run", given.get("run", "true"))
     launcher = select_launcher_words(argv)
     extra = [a for a in argv if a not in launcher and a not in own]
     parse_overrides(launcher)
@@ -55,13 +54,13 @@ def sweep_command(argv: list[str]) -> int:
 
         return plan_experiments(composed)
     forced = force or any(cell.settings.force for _, cells in composed for cell in cells)
-    require(run == "true" or not forced, "run=false force=true: nothing is to run; drop one")
+    require(run or not forced, "run=false force=true: nothing is to run; drop one")
     STOP.repeats = forced
-    for cell in [cell for _, cells in composed for cell in cells if run == "true"]:
+    for cell in [cell for _, cells in composed for cell in cells if run]:
         check_process_count(cell.settings)
         cell.settings.check_installed()
-    codes = [study.run(run == "true", force) for study in cell_studies.values()]
-    codes += [run_experiment(experiment, cells, launcher if run == "true" else None) for experiment, cells in composed]
+    codes = [study.run(run, force) for study in cell_studies.values()]
+    codes += [run_experiment(experiment, cells, launcher if run else None) for experiment, cells in composed]
     return choose_exit_code(codes)
 
 

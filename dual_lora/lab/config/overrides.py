@@ -358,6 +358,16 @@ def split_words(argv: list[str], known: Collection[str], program: str, first: st
     return given
 
 
+def parse_switch(key: str, value: str) -> bool:
+    """Return whether a switch is on, written as Hydra's grammar allows.
+
+    Raises:
+        UserError: it is neither true nor false.
+    """
+    require(value.lower() in ("true", "false"), f"{key}={value}: must be true or false")
+    return value.lower() == "true"
+
+
 def unquote(word: str) -> str:
     """Return the value of KEY=VALUE without the quotes that Hydra's grammar needs around some paths, so that eval.py
     and sweep.py accept what train.py accepts."""

@@ -14,9 +14,12 @@ from dual_lora.lab.errors import UserError, find_remedy, get_first_line, is_out_
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors that say a file is not there
 
 
+OF_RUNS = "keep runs elsewhere with DUAL_LORA_RUNS=DIR; then the same command resumes, and finished runs are unchanged"
+
+
 @contextmanager
-def translate_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write at or below `path` into one line.
+def translate_write_errors(path: Path, otherwise: str = OF_RUNS) -> Iterator[None]:
+    """Turn a failure to write at or below `path` into one line. otherwise: what else than the reason's remedy helps.
 
     Raises:
         UserError: the path, the reason and the remedy. An out-of-memory error passes.
@@ -27,10 +30,7 @@ def translate_write_errors(path: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason, remedy = error.strerror or str(error), find_remedy(error.errno, "check the disk")
-        raise UserError(
-            f"{path}: cannot be written ({reason}); {remedy}, or keep runs elsewhere with DUAL_LORA_RUNS=DIR; then the "
-            "same command resumes, and finished runs are unchanged"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({reason}); {remedy}, or {otherwise}") from error
 
 
 @contextmanager
@@ -151,13 +151,13 @@ MIN_FREE_BYTES = 2**20  # a disk with less is full
 
 
 @contextmanager
-def translate_save_errors(folder: Path) -> Iterator[None]:
-    """Turn a failure to save weights into one line.
+def translate_save_errors(folder: Path, otherwise: str = OF_RUNS) -> Iterator[None]:
+    """Turn a failure to save weights into one line. otherwise: see `translate_write_errors`.
 
     Raises:
         UserError: the folder, the reason and the remedy. Other errors pass.
     """
-    with translate_write_errors(folder), raise_disk_errors(folder):
+    with translate_write_errors(folder, otherwise), raise_disk_errors(folder):
         yield
 
 

@@ -36,7 +36,7 @@ def save_updates(settings: Settings, record: Record, file: Path) -> str:
     trained, base, _ = load_trained_and_base(settings, record)
     changes = collect_changes(trained, base, settings)
     check_changed(changes, settings, record)
-    with translate_save_errors(file):
+    with translate_save_errors(file, "give another file as save_updates=FILE"):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(file) as temporary:
             save_file(changes, temporary, metadata={"run": record.name})

@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import describe_config_error
 from dual_lora.lab.config.outside.plugins import locate_plugins
+from dual_lora.lab.config.overrides import parse_override
 from dual_lora.lab.config.paths import list_choices
 from dual_lora.lab.config.recorded import format_settings
 from dual_lora.lab.errors import RunHeldElsewhere, Stopped, UserError, get_first_line, require, suggest_name
@@ -56,7 +57,7 @@ def select_launcher_words(words: list[str]) -> list[str]:
 
 def get_launcher_name(words: list[str]) -> str:
     """Return the launcher that a command line chooses."""
-    names = [word.partition("=")[2] for word in words if parse_key(word) == "hydra/launcher"]
+    names = [str(parse_override(word).value()) for word in words if parse_key(word) == "hydra/launcher"]
     return names[-1] if names else IN_PROCESS
 
 
