@@ -27,6 +27,7 @@ SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 TEXT_KINDS = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = (*TEXT_KINDS, *(f"{kind}.gz" for kind in TEXT_KINDS), ".parquet")
 SIDE_ENDINGS = (".dvc", ".md5", ".sha1", ".sha256", ".sha512")  # of what tools keep about a table beside it
+NOT_TABLES = (".py", ".ipynb", ".sh", ".md", ".rst", ".log", ".yaml", ".yml", ".toml")  # scripts, notes, settings
 SHARD = re.compile(r"[-_.](\d+)[-_]of[-_](\d+)([-_.][0-9a-f]{8,})?$")  # older names of the hub end in a hash
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
 WHERE = "give data_dir=DIR, a folder with train, validation and test files"
@@ -108,7 +109,8 @@ def find_ending(path: Path) -> str | None:
 
 
 def check_unread(root: Path, tables: list[Path]) -> None:
-    """Refuse a file or folder that is not read although its name says a split: the run would do without it.
+    """Refuse a file or folder that may hold rows and is not read although its name says a split: the run would do
+    without it.
 
     Raises:
         TaskError: with the file or folder.
@@ -116,7 +118,8 @@ def check_unread(root: Path, tables: list[Path]) -> None:
     beside = {f"{table.name}{ending}" for table in tables for ending in SIDE_ENDINGS}
     for path in sorted(set(root.iterdir()) - set(tables)):
         says_split = any(map(find_split_of_word, split_words(path.name.lower())))
-        if says_split and not path.name.startswith(".") and path.name not in beside:
+        other = path.name in beside or (path.suffix.lower() in NOT_TABLES and path.is_file())
+        if says_split and not path.name.startswith(".") and not other:
             remedy = "put its table beside the others" if path.is_dir() else "save it"
             what = "a folder, which is not read" if path.is_dir() else "not read"
             raise TaskError(f"{path}: {what}; {remedy} as one of {', '.join(TEXT_KINDS)} or .parquet, or move it away")

@@ -496,7 +496,16 @@ def test_a_wrong_file_or_column_is_answered_in_one_line(what, tmp_path):
 
 
 def test_what_names_no_split_may_lie_beside_tables(tmp_path):
-    others = ["README.md", "testing.txt", ".test.csv.swp", "train.csv.dvc", "test.csv.sha256", "figures/test.txt"]
+    others = [
+        "README.md",
+        "train.py",
+        "test_notes.md",
+        "testing.txt",
+        ".test.csv.swp",
+        "train.csv.dvc",
+        "test.csv.sha256",
+        "figures/test.txt",
+    ]
     for file, content in (GOOD | dict.fromkeys(others, "x")).items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(content)
