@@ -304,6 +304,17 @@ def rewrite_report(cells: Sequence, write_report: Callable, path: Path, report: 
     return write_report(rows, report)
 
 
+def make_writable_folder(folder: Path) -> None:
+    """Make a folder if it is not there, and try to write to it.
+
+    Raises:
+        OSError: it cannot be made, or not be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def make_report_folder(folder: Path) -> None:
     """Make the folder of a report if it is not there.
 
@@ -311,9 +322,7 @@ def make_report_folder(folder: Path) -> None:
         StudyError: it cannot be made, or not be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable_folder(folder)
     except OSError as error:
         raise StudyError(f"{folder}: no folder to write the report to ({error.strerror}); give another one") from error
 

@@ -147,7 +147,7 @@ def plan_cells(size: str = "full", updates: Path | None = None, targets: Sequenc
     chosen = SIZES[size]
     names, n, digest = list(chosen["targets"]), chosen["n"], None
     if updates is not None:
-        names, n, digest = list(read_updates(updates)), None, hash_file(updates)
+        names, n, digest = list(read_updates(updates)), None, _hash_updates(updates)
     if unknown := [target for target in targets or () if target not in names]:
         raise StudyError(f"target {unknown[0]}: not among {', '.join(names)}")
     names = list(dict.fromkeys(targets or names))  # a target given twice would count as two seeds
@@ -205,7 +205,9 @@ def read_updates(path: Path) -> dict[str, Tensor]:
     return found
 
 
-@functools.cache
+_hash_updates = functools.cache(hash_file)  # every cell asks for the hash of the same file
+
+
 def run_cell(cell: Cell, updates: Path | None = None) -> dict:
     """Fit the target of a cell. The same cell gives the same bits.
 
@@ -236,7 +238,7 @@ def _compute_loss(method: Method, stage: Stage, factors: Sequence[Tensor], targe
 def _build_target(cell: Cell, updates: Path | None) -> Tensor:
     if cell.digest is None:
         return draw_update(cell.target, cell.n, cell.n, Generator().manual_seed(2 * cell.seed))
-    if updates is None or hash_file(updates) != cell.digest:
+    if updates is None or _hash_updates(updates) != cell.digest:
         raise StudyError(f"target {cell.target}: the cell was planned for another file of updates than {updates}")
     return normalize_update(read_updates(updates)[cell.target].float())
 

@@ -3,11 +3,12 @@
 import json
 import os
 import platform
-import tempfile
 from datetime import date
 from pathlib import Path
 
 import torch
+
+from ..analysis.cells import make_writable_folder
 
 
 class BenchError(ValueError):
@@ -43,9 +44,7 @@ def check_folder(record: dict, folder: Path) -> None:
         BenchError: it cannot be made or written, or holds something else under the record's name.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        make_writable_folder(folder)
     except OSError as error:
         raise BenchError(f"--out {folder}: cannot be written ({error.strerror}); give another folder") from error
     path = get_record_path(record, folder)

@@ -295,10 +295,15 @@ class Record:
         return result
 
     @property
+    def says_run(self) -> bool:
+        """Whether one of the files is there that say which run this is."""
+        return any(os.path.lexists(self.folder / name) for name in ("config.yaml", "result.json"))
+
+    @property
     def is_begun(self) -> bool:
         """Whether a run has begun or finished here, as far as its folder says, or one did of which only parts are left:
         files without the settings they belong to, or a file where the folder was."""
-        if any(os.path.lexists(self.folder / name) for name in ("config.yaml", "result.json")):
+        if self.says_run:
             return True
         left = (self.folder / name for name in ("environment.json", "predictions.jsonl", *SEALED_FOLDERS))
         return self.is_named_by_run and (not self.folder.is_dir() or self.holds_work or any(map(os.path.lexists, left)))
@@ -311,8 +316,7 @@ class Record:
         """
         remedy = "put it back, or remove what is left and run its command again"
         require(self.folder.is_dir(), f"{self.folder}: not a folder; {remedy}")
-        found = any(os.path.lexists(self.folder / name) for name in ("config.yaml", "result.json"))
-        require(found, f"{self.folder}: no config.yaml and no result.json; {remedy}")
+        require(self.says_run, f"{self.folder}: no config.yaml and no result.json; {remedy}")
 
     @property
     def holds_work(self) -> bool:
