@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from scipy import stats
 
 from dual_lora.analysis import cells, fit, targets, teacher
-from dual_lora.analysis.cells import StudyError
+from dual_lora.analysis.cells.rows import StudyError
 
 SMALL = fit.plan_cells("smoke")
 STUDENT = teacher.plan_cells("smoke")[0]

@@ -3,7 +3,7 @@
 import pytest
 
 from dual_lora.analysis import fit
-from dual_lora.analysis.cells import append_row, hash_package, hash_row, read_rows
+from dual_lora.analysis.cells.rows import append_row, hash_package, hash_row, read_rows
 from dual_lora.lab.commands.cell_study import RERUN_FILE, CellStudy
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.errors import UserError

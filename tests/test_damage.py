@@ -8,7 +8,7 @@ from test_many_runs import TINY
 from test_report import GLUE, finish
 from test_sweep import SPEC
 
-from dual_lora.analysis.cells import StudyError, append_row, hash_row, read_rows
+from dual_lora.analysis.cells.rows import StudyError, append_row, hash_row, read_rows
 from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Experiment

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dual_lora.analysis import fit
-from dual_lora.analysis.cells import hash_row
+from dual_lora.analysis.cells.rows import hash_row
 
 
 def test_the_report_is_written_again_without_the_file_of_updates(tmp_path, capsys):

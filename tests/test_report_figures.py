@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from test_report import GLUE, RATIOS, finish, study  # noqa: F401 (a fixture)
 
 import tasks
-from dual_lora.analysis.dots import Panel, draw_dots
+from dual_lora.analysis.cells.dots import Panel, draw_dots
 from dual_lora.lab.present.histogram_figure import draw_histograms
 from dual_lora.lab.report.comparison.blocks import explain_verdicts
 from dual_lora.lab.report.comparison.comparisons import Comparison, add_tests, compare_outcomes

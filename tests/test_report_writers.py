@@ -7,7 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import GLUE, finish
 
-from dual_lora.analysis.cells import StudyError, read_rows, run_missing, write_dot_report
+from dual_lora.analysis.cells.report import write_dot_report
+from dual_lora.analysis.cells.rows import StudyError, read_rows, run_missing
 from dual_lora.analysis.fit import plan_cells
 from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER
@@ -88,7 +89,7 @@ def test_a_report_of_cells_that_cannot_be_written_leaves_the_old_one(tmp_path, m
     made = write_dot_report(tmp_path, "text", values, ["Dual"], "unit", 1)
     before = {path: path.read_bytes() for path in made}
     assert made == [tmp_path / "table.md", tmp_path / "figure.png"] and before[made[0]] == b"text"
-    monkeypatch.setattr("dual_lora.analysis.cells.draw_dots", lambda *args: fail(args[3]))
+    monkeypatch.setattr("dual_lora.analysis.cells.report.draw_dots", lambda *args: fail(args[3]))
     with pytest.raises(OSError, match="No space"):
         write_dot_report(tmp_path, "other", values, ["Dual"], "unit", 1)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

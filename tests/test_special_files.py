@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from test_export import export, trained  # noqa: F401 - a fixture
 
-from dual_lora.analysis.cells import StudyError, read_rows
+from dual_lora.analysis.cells.rows import StudyError, read_rows
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.outside.models import read_config_json
 from dual_lora.lab.config.outside.plugins import import_plugin

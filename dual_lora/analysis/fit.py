@@ -34,23 +34,10 @@ import torch
 from torch import Generator, Tensor
 
 from ..functional import delta_weight, init_std
-from .cells import (
-    StudyError,
-    choose_rate,
-    create_parser,
-    describe_rows,
-    estimate_difference,
-    estimate_mean,
-    format_average,
-    format_rate,
-    format_table,
-    group_rows,
-    hash_file,
-    read_rows,
-    run_command,
-    select_rate,
-    write_dot_report,
-)
+from .cells.averages import choose_rate, estimate_difference, estimate_mean, select_rate
+from .cells.command import create_parser, run_command
+from .cells.report import describe_rows, format_average, format_rate, format_table, write_dot_report
+from .cells.rows import StudyError, group_rows, hash_file, read_rows
 from .targets import draw_update, normalize_update
 
 EXPLAINED = 1e-6  # a loss below this is a perfect fit

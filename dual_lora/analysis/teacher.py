@@ -26,20 +26,10 @@ from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Generator, Tensor, nn
 
 from ..tuner import DualLoraConfig
-from .cells import (
-    choose_rate,
-    create_parser,
-    describe_rows,
-    estimate_difference,
-    estimate_mean,
-    format_average,
-    format_rate,
-    format_table,
-    group_rows,
-    run_command,
-    select_rate,
-    write_dot_report,
-)
+from .cells.averages import choose_rate, estimate_difference, estimate_mean, select_rate
+from .cells.command import create_parser, run_command
+from .cells.report import describe_rows, format_average, format_rate, format_table, write_dot_report
+from .cells.rows import group_rows
 from .targets import draw_update
 
 LINEAR = ["q", "k", "v", "o", "up", "down"]

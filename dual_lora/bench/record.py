@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..analysis.cells import make_writable_folder
+from ..analysis.cells.command import make_writable_folder
 
 
 class BenchError(ValueError):

@@ -77,7 +77,7 @@ class CellStudy:
         with import_heavy_libraries():
             import torch
 
-            from dual_lora.analysis.cells import StudyError
+            from dual_lora.analysis.cells.rows import StudyError
 
             module = import_module(f"dual_lora.analysis.{self.name}")
         folder, threads = paths.RUNS / self.study, torch.get_num_threads()
@@ -93,7 +93,8 @@ class CellStudy:
 
     def run_module(self, module: ModuleType, missing: bool, force: bool) -> None:
         """Run the cells and write the report with the functions of the study's module."""
-        from dual_lora.analysis.cells import copy_other_rows, discard_other_code, rewrite_report, run_study
+        from dual_lora.analysis.cells.command import rewrite_report, run_study
+        from dual_lora.analysis.cells.rows import copy_other_rows, discard_other_code
 
         folder, cells = paths.RUNS / self.study, module.plan_cells(self.size)
         rows, report = folder / ROWS_FILE, folder / "report"
