@@ -66,6 +66,7 @@ from dual_lora.lab.system.sealed import hash_file
 
 TABLE_FILE, VALUES_FILE = "table.md", "table.csv"
 DIFFERENCES_FILE, FIGURES_FILE = "differences.csv", ".figures.json"
+FLOAT_FORMAT = "%.10g"  # of the differences: the last digits of a sum depend on the number of threads
 TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: whose it is
 
 
@@ -161,7 +162,8 @@ def write_report(
     commands = [build_command([outcomes[i].settings]) if i >= 0 else "" for i in findings.values["outcome"]]
     values = findings.values.drop(columns="outcome").assign(command=commands)
     write_text(folder / VALUES_FILE, values.to_csv(index=False))
-    write_text(folder / DIFFERENCES_FILE, tabulate_comparisons(findings.comparisons.all).to_csv(index=False))
+    differences = tabulate_comparisons(findings.comparisons.all).to_csv(index=False, float_format=FLOAT_FORMAT)
+    write_text(folder / DIFFERENCES_FILE, differences)
     remove_stale_figures(folder, {block.path.stem for block in blocks if isinstance(block, Image)})
     return f"\n{text}\nreport: {folder}"
 

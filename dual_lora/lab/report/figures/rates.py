@@ -30,7 +30,7 @@ def collect_rates(experiment: Experiment, outcomes: list[Outcome]) -> pd.DataFra
         task = load_task_of(outcome)
         line = {"place": ", ".join(names), "label": outcome.label, "lower": task.is_lower_better()}
         unit = get_unit(task, task.metric)
-        line["decimals"] = 0 if unit == 100 else DECIMALS[unit]  # points of percent: a dot has room for two digits
+        line["decimals"] = DECIMALS[unit]
         lines += [line | {"rate": r, "score": score * unit, "chosen": r == outcome.rate} for r, score in outcome.trials]
         if experiment.columns == RATE_SETTING:
             diverged = read_failure_or_empty(outcome.record).get("diverged")
@@ -63,11 +63,11 @@ def draw_rate_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
     merit = np.where(known["lower"], -known["score"], known["score"])
     norm = Normalize(merit.min() - 1e-9, merit.max() + 1e-9)
     edges = np.where(known["chosen"], "black", "none")
-    axes.scatter(known["rate"], heights, c=merit, cmap="cividis", norm=norm, s=90, edgecolors=edges, linewidths=2)
+    axes.scatter(known["rate"], heights, c=merit, cmap="cividis", norm=norm, s=150, edgecolors=edges, linewidths=2)
     for row, height, light in zip(known.itertuples(), heights, norm(merit), strict=True):
         color = "black" if light > 0.5 else "white"
         text = f"{row.score:.{row.decimals}f}"
-        axes.annotate(text, (row.rate, height), ha="center", va="center", fontsize=5.5, color=color)
+        axes.annotate(text, (row.rate, height), ha="center", va="center", fontsize=5, color=color)
     axes.plot(lost["rate"], lost["label"].map(labels.index), "x", color="#D55E00", markersize=6)
     axes.set(xscale="log", xlabel="learning rate", yticks=range(len(labels)), ylim=(len(labels) - 0.4, -0.6))
     axes.set_yticklabels(labels)
