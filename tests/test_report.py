@@ -932,6 +932,8 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
     assert len(listed) == 9 and listed["difference"]["average"] == pytest.approx(4.375)
     assert listed["difference"]["boolq"] == pytest.approx(30) and set(listed["seeds"]) == {2}
     assert set(listed["verdict"]) == {"undecided"}
+    numbers = re.findall(r"\d+\.\d+", (tmp_path / "differences.csv").read_text())
+    assert max(len(number.replace(".", "").lstrip("0")) for number in numbers) == 10  # as many as threads agree on
 
 
 def list_further(experiment, outcomes):
