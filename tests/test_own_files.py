@@ -727,3 +727,12 @@ def test_the_first_rows_of_a_sorted_table_are_a_warning(tmp_path, capfd):
         load_scored_splits(load_task(chosen), chosen)
         said = "warning: test: the first 6 of 9 rows have one label only; scores mean little"
         assert (said in capfd.readouterr().err) == warns
+
+
+def test_a_warning_is_printed_once_and_recorded(tmp_path, runs_folder, capfd):
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "test.csv").write_text("text,label\n" + "".join(f"t{n},{'x' if n < 6 else 'y'}\n" for n in range(9)))
+    words = ["model=tiny-roberta", f"task={C}", f"data_dir={tmp_path}", "eval.max_examples=6", *SHORT]
+    result = train_run(Run.prepare(load_settings(words)))
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert told == [f"warning: {result['warnings'][0]}"] and "have one label only" in told[0]

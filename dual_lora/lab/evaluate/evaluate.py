@@ -24,7 +24,13 @@ from dual_lora.lab.errors import UserError, describe_with_place, is_out_of_memor
 from dual_lora.lab.evaluate.predict import PROBE_ROWS, classify_rows, cut_at_stop, generate_texts, score_choices
 from dual_lora.lab.model.load import autocast_products, is_sharded, switch_mode
 from dual_lora.lab.record.summary import format_seconds
-from dual_lora.lab.system.distributed import count_processes, gather_items, get_process_index, is_first_process
+from dual_lora.lab.system.distributed import (
+    count_processes,
+    gather_items,
+    get_process_index,
+    is_first_process,
+    print_warning,
+)
 from dual_lora.lab.system.environment import hides_bars
 from dual_lora.lab.system.memory import keep_freed_memory
 from tasks import Split, Task
@@ -147,9 +153,9 @@ def check_scoring(task: Task, splits: dict[str, Split]) -> None:
             if count is None:
                 raise
         except Exception as error:  # of any kind: a task may fail on a few rows, or only on right answers
-            if count is None and is_first_process():
-                what = f"warning: task={task.name}: scoring the targets as outputs fails ({describe_with_place(error)})"
-                print(f"{what}; unless only right answers do that, stop here and fix it", file=sys.stderr)
+            if count is None:
+                what = f"task={task.name}: scoring the targets as outputs fails ({describe_with_place(error)})"
+                print_warning(f"{what}; unless only right answers do that, stop here and fix it")
 
 
 def judge_targets(task: Task, split: Split, count: int | None) -> list[Row]:

@@ -1,6 +1,5 @@
 """What a finished run trained, loaded from its record, and its evaluation again."""
 
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from dual_lora.lab.model.merge import merge_adapter
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.record import RERUN_REMEDY, Record
 from dual_lora.lab.record.summary import format_comparison
-from dual_lora.lab.system.distributed import is_first_process, join_processes, share_from_first
+from dual_lora.lab.system.distributed import join_processes, print_warning, share_from_first
 from dual_lora.lab.system.libraries import silence_libraries
 from dual_lora.lab.system.memory import suggest_fewer_rows
 from tasks import Split, Task
@@ -113,8 +112,7 @@ def reevaluate_run(settings: Settings, record: Record) -> int:
     try:
         check_batches(model, tokenizer, task, list(islice(next(iter(splits.values())).rows, PROBE_ROWS)), settings)
     except UserError as error:
-        if is_first_process():
-            print(f"warning: {error}", file=sys.stderr)
+        print_warning(str(error))
     with translate_memory_errors(suggest_fewer_rows(settings, is_sharded(model))):
         metrics, _ = evaluate_splits(model, tokenizer, task, splits, settings)
     print(format_comparison(task, stored, metrics, record))

@@ -1,14 +1,13 @@
 """Rows of a task: its own splits, and training rows held out for evaluation."""
 
 import itertools
-import sys
 from dataclasses import replace
 
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Evaluate, Settings, is_hub_id
 from dual_lora.lab.config.tasks import translate_task_errors
 from dual_lora.lab.errors import require, translate_read_errors
-from dual_lora.lab.system.distributed import is_first_process
+from dual_lora.lab.system.distributed import print_warning
 from tasks import Split, Task
 
 # Seed of the draw of the training rows that `eval.holdout` holds out.
@@ -36,11 +35,11 @@ def load_split(task: Task, name: str, settings: Settings) -> Split:
 
 def warn_of_one_label(name: str, chosen: Split, split: Split) -> None:
     """Print a warning if rows chosen from a split, which may be sorted, have only one label and the split has more."""
-    if "label" not in split.rows.column_names or not is_first_process():
+    if "label" not in split.rows.column_names:
         return
     if len(set(chosen.rows["label"])) < 2 <= len(set(split.rows["label"])):
         said = f"the first {len(chosen.rows):,} of {len(split.rows):,} rows have one label only; scores mean little"
-        print(f"warning: {name}: {said}; raise eval.max_examples, or mix the rows", file=sys.stderr)
+        print_warning(f"{name}: {said}; raise eval.max_examples, or mix the rows")
 
 
 def select_training_rows(split: Split, settings: Settings) -> Split:
@@ -109,9 +108,9 @@ def label_as_first_split(task: Task, train: Split, apart: Split, settings: Setti
         name = task.eval_splits[0]
     chosen = select_rows(apart, settings.eval.max_examples or len(apart.rows))
     copies = count_copies(chosen, select_training_rows(train, settings))
-    if copies and is_first_process():
+    if copies:
         warning = f"{copies:,} of {len(chosen.rows):,} rows set apart also occur among the training rows"
-        print(f"warning: {chosen.origin}: {warning}", file=sys.stderr)
+        print_warning(f"{chosen.origin}: {warning}")
     return {name: replace(chosen, in_training=copies)}
 
 

@@ -6,7 +6,6 @@ task is refused before training.
 
 import copy
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ from dual_lora.lab.model.load import (
 )
 from dual_lora.lab.model.nf4 import count_entries
 from dual_lora.lab.record.init_from import find_init_weights
-from dual_lora.lab.system.distributed import is_first_process
+from dual_lora.lab.system.distributed import print_warning
 from dual_lora.tuner.warmup import list_factors
 from tasks import Task
 
@@ -406,8 +405,8 @@ def check_init_adapter(model: PeftModel, folder: Path, settings: Settings) -> No
     check_saved_adapter(folder, model.active_peft_config.to_dict(), settings, complete=True)
     saved, where = read_adapter_config(folder), f"init_from={settings.init_from}"
     base, known = Path(saved.get("base_model_name_or_path") or "").name, model.get_base_model().name_or_path
-    if base and base != Path(known).name and is_first_process():
-        print(f"warning: {where}: trained on a model named {base}, this run's is {Path(known).name}", file=sys.stderr)
+    if base and base != Path(known).name:
+        print_warning(f"{where}: trained on a model named {base}, this run's is {Path(known).name}")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """From a task's rows to tensors: tokenized examples and the collators that pad a batch."""
 
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -10,7 +9,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError, require, translate_read_errors
-from dual_lora.lab.system.distributed import is_first_process
+from dual_lora.lab.system.distributed import print_warning
 from tasks import Task
 from tasks.base import Row
 
@@ -57,8 +56,8 @@ def check_targets(
     filled = f"task.max_length={limit}: {lost:,} of {len(rows):,} prompts fill it"
     said = f"{filled}, so nothing of their targets is trained on; raise it"
     require(lost < len(rows), said)
-    if lost and is_first_process():
-        print(f"warning: {said}", file=sys.stderr)
+    if lost:
+        print_warning(said)
 
 
 def check_examples(

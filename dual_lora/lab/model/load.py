@@ -1,7 +1,6 @@
 """Base models, from a folder, a GGUF file or the hub: no pickle, no code from the model's repository."""
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ from dual_lora.lab.model.source import (
     name_model,
 )
 from dual_lora.lab.model.tokenizer import load_tokenizer
-from dual_lora.lab.system.distributed import count_processes, has_several_processes, is_first_process
+from dual_lora.lab.system.distributed import count_processes, has_several_processes, print_warning
 from dual_lora.lab.system.libraries import allows_tf32
 from tasks import Task
 
@@ -172,8 +171,8 @@ def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
     require(chosen is None or found, f"{where}: a {model_type} has no dropout before its head; drop it")
     require(chosen is None or chosen in found, f"{where}: {follows}; drop it, or take model.dropout={chosen} for both")
     shared = found and settings.model.dropout is not None and not find_head_dropout_field(model.config)
-    if shared and is_first_process():
-        print(f"warning: model.dropout={settings.model.dropout}: {follows}", file=sys.stderr)
+    if shared:
+        print_warning(f"model.dropout={settings.model.dropout}: {follows}")
 
 
 def draw_head(model: PreTrainedModel, missing: set[str], draws: RandomState, settings: Settings) -> None:

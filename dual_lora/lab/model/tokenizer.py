@@ -26,7 +26,7 @@ from dual_lora.lab.inputs.gguf import load_gguf_tokenizer
 from dual_lora.lab.inputs.model_files import translate_model_errors
 from dual_lora.lab.model.encode import apply_chat_template
 from dual_lora.lab.model.source import find_gguf_file, find_links, get_config_fields, locate_model
-from dual_lora.lab.system.distributed import is_first_process
+from dual_lora.lab.system.distributed import print_warning
 
 # How a tokenizer is used, whatever was saved with it. GPT-2 counts positions, and encoders classify, from the first
 # column, so padding goes to the right.
@@ -106,8 +106,7 @@ def load_saved_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
             return tokenizer
         differs = f"class, {type(tokenizer).__name__}, encodes texts differently from its tokenizer.json"
     tokenizer = TokenizersBackend.from_pretrained(**place, **USE, model_input_names=ALL_INPUTS)
-    if is_first_process():
-        print(f"warning: model={settings.model.name}: its tokenizer's {differs}; the file is used", file=sys.stderr)
+    print_warning(f"model={settings.model.name}: its tokenizer's {differs}; the file is used")
     return tokenizer
 
 

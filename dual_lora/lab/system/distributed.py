@@ -5,15 +5,18 @@ process nothing here has any effect.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import Stopped, require
 
 FIRST_PROCESS_SECONDS = 20.0  # how long the other processes wait for the first one to report an error
+WARNINGS: ContextVar[list[str] | None] = ContextVar("WARNINGS", default=None)  # of the run in progress
 
 
 def count_processes() -> int:
@@ -29,6 +32,28 @@ def get_process_index() -> int:
 def is_first_process() -> bool:
     """Return whether this is the process that writes and prints."""
     return get_process_index() == 0
+
+
+def print_warning(text: str) -> None:
+    """Print a warning in the first process; within `collect_warnings` only once."""
+    collected = WARNINGS.get()
+    if collected is not None:
+        if text in collected:
+            return
+        collected.append(text)
+    if is_first_process():
+        print(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Yield a list that takes in what `print_warning` prints inside the context, for a run's record."""
+    found: list[str] = []
+    token = WARNINGS.set(found)
+    try:
+        yield found
+    finally:
+        WARNINGS.reset(token)
 
 
 def has_several_processes() -> bool:

@@ -50,7 +50,13 @@ from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_finished, format_summary
 from dual_lora.lab.record.tensorboard import Board, open_board
-from dual_lora.lab.system.distributed import is_first_process, join_processes, run_first_process_first, share_from_first
+from dual_lora.lab.system.distributed import (
+    collect_warnings,
+    is_first_process,
+    join_processes,
+    run_first_process_first,
+    share_from_first,
+)
 from dual_lora.lab.system.files import remove_path, translate_save_errors
 from dual_lora.lab.system.libraries import keep_float32_products, silence_libraries
 from dual_lora.lab.system.lock import hold_lock
@@ -115,8 +121,9 @@ def attempt_run(settings: Settings, record: Record) -> dict[str, Any]:
         board = open_board(settings, attempt) if is_first_process() else Board()
         mirror = Mirrors(open_run_mirror(settings, record), board)
         try:
-            with translate_machine_errors(), translate_memory_errors(suggest_smaller_model(settings)):
-                result = train_and_evaluate(settings, attempt, mirror)
+            remedy = suggest_smaller_model(settings)
+            with translate_machine_errors(), translate_memory_errors(remedy), collect_warnings() as warnings:
+                result = train_and_evaluate(settings, attempt, mirror, warnings)
             mirror.set_summary({name: value for name, value in result.items() if name not in ("data", "sha256")})
             mirror.finish(0)
             return result
@@ -205,8 +212,9 @@ def load_run_rows(task: Task, settings: Settings) -> RunRows:
         )
 
 
-def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> dict[str, Any]:
-    """Do everything between an empty record and its result, which is written last.
+def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors, warnings: list[str]) -> dict[str, Any]:
+    """Do everything between an empty record and its result, which is written last. warnings: of the result; takes in
+    further ones.
 
     Raises:
         UserError: model.dtype=float16 without a GPU, an adapter of other base weights to start from, or data, model,
@@ -228,12 +236,8 @@ def train_and_evaluate(settings: Settings, record: Record, mirror: Mirrors) -> d
     model, tokenizer = draw_initial_model(settings, task, len(rows.train.rows))
     check_named_modules(model, settings, task.form)
     apply_gradient_checkpointing(model, settings)
-    warnings = [
-        *describe_other_architecture(settings),
-        *describe_rounded_ratio(model, settings),
-        *describe_untouched_experts(model, settings),
-        *describe_idle_stops(tokenizer, settings),
-    ]
+    warnings += describe_other_architecture(settings) + describe_rounded_ratio(model, settings)
+    warnings += describe_untouched_experts(model, settings) + describe_idle_stops(tokenizer, settings)
     log = LogCallback(record, mirror, bool(settings.train.log_zeros))
 
     def score_model(title: str, splits: dict[str, Split] = rows.scored) -> tuple[dict, list]:
