@@ -18,8 +18,7 @@ gc.disable()  # what tests import stays, and searches for garbage among it would
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("DUAL_LORA_DATA", ROOT.parent / "shared" / "data"))
+from tests.support.places import DATA
 
 
 def pytest_collection_finish() -> None:
@@ -81,16 +80,3 @@ def runs_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "RUNS", folder)
     monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
     return folder
-
-
-def plan_run(run) -> None:
-    """Plan a run and check that it fits, as train.py does with plan=true."""
-    from dual_lora.lab.train.plan import check_fit, make_plan
-
-    check_fit(run.settings, make_plan(run))
-
-
-def get_row(table, **keys):
-    """Return the one row of a published table with these keys."""
-    (row,) = table.select_rows(**keys)
-    return row
