@@ -18,6 +18,8 @@ gc.disable()  # what tests import stays, and searches for garbage among it would
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support")  # its assertions are as those of tests
+
 from tests.support.places import DATA
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,24 +15,12 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.plan import compute_plan, format_plan
 from tests.support import forked
+from tests.support.official_files import write_official
+from tests.support.pages import COMMANDS, PAGES, README, words
 from tests.support.places import ROOT
-from tests.tasks.test_glue import write_official
 
-README = (ROOT / "README.md").read_text()
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
-PAGES["README.md"] = README
-STARTS = ("    python ", "    make ", "    torchrun ")
-LINES = [line.strip() for page in PAGES.values() for line in page.splitlines() if line.startswith(STARTS)]
 MAX_README_LINES = 150
 SHORT = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "wandb.mode=disabled"]
-
-
-def words(command: str) -> list[str]:
-    """Return a command's words without the explanation that three blanks set off."""
-    return shlex.split(command.split("   ")[0])
-
-
-COMMANDS = list({" ".join(words(line)): line for line in LINES}.values())  # each once, wherever it stands
 
 
 def test_the_readme_is_read_in_ten_minutes():

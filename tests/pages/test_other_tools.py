@@ -1,8 +1,6 @@
 """The method in others' tools, as docs/tools.md says: accelerate, pipelines, TRL, lm-evaluation-harness. Offline, on
 bundled models. TRL and lm-evaluation-harness are an extra; `make test-tools` runs these tests where it is installed."""
 
-# ruff: noqa: F811 - a fixture of another module
-
 import json
 import re
 import shutil
@@ -27,7 +25,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
-from tests.lab.evaluate.test_export import export, trained  # noqa: F401
+from tests.support.finished_runs import export
 from tests.support.places import ROOT
 
 LLAMA = str(ROOT / "dual_lora/lab/model/bundled/tiny-llama")

@@ -11,6 +11,7 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.inputs import splits
 from tasks import TaskError, base, commonsense
 from tasks.commonsense import SPECS, extract_answer, extract_answer_leniently
+from tests.support.official_files import ITEMS, official
 
 # Rows as the hub's columns hold them, and the instruction and answer LLM-Adapters writes for them.
 HUB_ROWS = {
@@ -49,61 +50,6 @@ HUB_ROWS = {
         "answerKey": "A",
     },
 }
-ITEMS = {
-    "boolq": (
-        "Please answer the following question with true or false, question: is a fig a fruit?\n\n"
-        "Answer format: true/false",
-        "true",
-    ),
-    "piqa": (
-        "Please choose the correct solution to the question: dry a {plate}\n\nSolution1: use a towel \n\n"
-        "Solution2: use a spoon\n\nAnswer format: solution1/solution2",
-        "solution1",
-    ),
-    "social_i_qa": (
-        "Please choose the correct answer to the question: Ann met Bea. Who met?\n\n"
-        "Answer1: Ann Answer2: Bob Answer3: Cy\n\nAnswer format: answer1/answer2/answer3",
-        "answer1",
-    ),
-    "hellaswag": (
-        "Please choose the correct ending to complete the given sentence: Sewing: Ann sews. she\n\n"
-        "Ending1: sings. Ending2: sleeps. Ending3: cuts the thread. Ending4: [title] flies.\n\n"
-        "Answer format: ending1/ending2/ending3/ending4",
-        "ending3",
-    ),
-    "winogrande": (
-        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann met Bea, _ waved."
-        "\n\nOption1: Ann Option2: Bea Answer format: option1/option2",
-        "option2",
-    ),
-    "ARC-Easy": (
-        "Please choose the correct answer to the question: What is wet?\n\n"
-        "Answer1: sand Answer2: ice Answer3: glass Answer4: wood Answer5: rain\n\n"
-        "Answer format: answer1/answer2/answer3/answer4/answer5",
-        "answer5",
-    ),
-    "ARC-Challenge": (
-        "Please choose the correct answer to the question: What is dry?\n\n"
-        "Answer1: rain Answer2: sand Answer3: a river\n\nAnswer format: answer1/answer2/answer3",
-        "answer2",
-    ),
-    "openbookqa": (
-        "Please choose the correct answer to the question: There is fog around\n\n"
-        "Answer1: a marsh Answer2: a tundra Answer3: the plains Answer4: a desert\n\n"
-        "Answer format: answer1/answer2/answer3/answer4",
-        "answer1",
-    ),
-}
-
-
-def official(name: str) -> dict[str, str]:
-    instruction, answer = ITEMS[name]
-    return {
-        "instruction": instruction,
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
 
 
 @pytest.fixture

@@ -11,48 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 import tasks
 from tasks import TaskError, glue
-
-HEADERS = {
-    "cola": None,
-    "sst2": "sentence\tlabel",
-    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
-    "mnli": "index\tpromptID\tpairID\tgenre\tparse1\tparse2\tparse3\tparse4\tsentence1\tsentence2\tlabel1\tgold_label",
-    "qnli": "index\tquestion\tsentence\tlabel",
-    "rte": "index\tsentence1\tsentence2\tlabel",
-}
-# One row that breaks careless readers (lone quote, words that mean "missing" to pandas), and one of another label.
-TEXTS = [('a "lone quote', "N/A"), ("null", "none ' of it")]
-
-
-def official_line(subset: str, number: int) -> str:
-    first, second = TEXTS[number]
-    spec = glue.SPECS[subset]
-    label = spec.labels[number] if spec.named else ("2.5", "5.000")[number] if subset == "stsb" else str(number)
-    return {
-        "cola": f"gj04\t{label}\t*\t{first}",
-        "sst2": f"{first}\t{label}",
-        "mrpc": f"{label}\t7\t8\t{first}\t{second}",
-        "stsb": f"{number}\tg\tf\ty\to\ts\ts\t{first}\t{second}\t{label}",
-        "qqp": f"{number}\t1\t2\t{first}\t{second}\t{label}",
-        "mnli": f"{number}\tp\tp\tg\tx\tx\tx\tx\t{first}\t{second}\t{label}\t{label}",
-        "qnli": f"{number}\t{first}\t{second}\t{label}",
-        "rte": f"{number}\t{first}\t{second}\t{label}",
-    }[subset]
-
-
-def write_official(root, subset: str, packed: bool = False) -> None:
-    folder = root / "glue" / glue.SPECS[subset].folder
-    folder.mkdir(parents=True)
-    lines = [HEADERS[subset]] if HEADERS[subset] else []
-    lines += [official_line(subset, i) for i in range(2)]
-    if subset == "qqp":
-        lines.append("9\t9\t9\tonly one question")
-    for split in ("train", "dev", "dev_matched", "dev_mismatched"):
-        data = ("\n".join(lines) + "\n").encode()
-        name = f"{split}.tsv" + (".gz" if packed else "")
-        (folder / name).write_bytes(gzip.compress(data) if packed else data)
+from tests.support.official_files import HEADERS, TEXTS, write_official
 
 
 def hub_rows(subset: str) -> Dataset:

@@ -8,7 +8,7 @@ import pytest
 import tasks
 from dual_lora.lab.statistics.compare import compare_means
 from tasks import measures
-from tests.lab.statistics.test_compare import chosen, judged, labels, numbers, results, written
+from tests.support.answers import chosen, judged, labels, numbers, results, written
 from tests.support.places import GOLDEN
 
 # What no task declares: a scorer that would have to run thousands of times, or a share nobody asked about.

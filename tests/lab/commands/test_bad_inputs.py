@@ -47,11 +47,17 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.experiment import drop_replaced_overrides
 from dual_lora.lab.train.run import train_run
-from tasks.commonsense import SPECS
-from tests.lab.inputs.test_gguf import write as write_gguf
+from tests.support.gguf_files import write as write_gguf
+from tests.support.official_files import (
+    challenge_files,
+    commonsense_files,
+    dart_files,
+    e2e_files,
+    webnlg_files,
+    write,
+    write_official,
+)
 from tests.support.places import GOLDEN, ROOT
-from tests.tasks.test_commonsense import official
-from tests.tasks.test_glue import write_official
 
 TABLE = GOLDEN / "bad_inputs.md"
 SHORT = ["train.max_steps=2", "eval.max_examples=4", "eval.before=false", "wandb.mode=disabled"]
@@ -78,17 +84,6 @@ class Case:
     def words(self, here: Path) -> list[str]:
         given = [word.replace("{here}", str(here)).replace("{_}", " ") for word in self.argv.split()]
         return drop_replaced_overrides([*TINY, *given]) if self.script == "train.py" else given
-
-
-def write(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """Return what makes a file of this content."""
-
-    def make(here: Path) -> None:
-        path = here / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return make
 
 
 def changed(name: str, change: Callable[[bytes], bytes], base: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -124,37 +119,6 @@ def in_json(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
 
 def rte(here: Path) -> None:
     write_official(here, "rte")
-
-
-def e2e_files(here: Path) -> None:
-    for name in ("train", "valid", "test"):
-        write(f"e2e/{name}.txt", "name : Oak | food : soup||Oak serves soup .\n")(here)
-
-
-def challenge_files(here: Path) -> None:
-    for name in ("trainset", "devset", "testset_w_refs"):
-        write(f"e2e-dataset/{name}.csv", 'mr,ref\n"name[Oak], food[soup]",Oak serves soup.\n')(here)
-
-
-def commonsense_files(here: Path) -> None:
-    for name in SPECS:
-        write(f"dataset/{name}/test.json", json.dumps([official(name)]))(here)
-    write("ft-training_set/commonsense_170k.json", json.dumps([official(name) for name in SPECS]))(here)
-
-
-def webnlg_files(here: Path) -> None:
-    fact = {"subject": "Oak", "property": "serves", "object": "soup"}
-    text = {"comment": "good", "lex": "Oak serves soup."}
-    entry = {"category": "Food", "modifiedtripleset": [fact], "lexicalisations": [text]}
-    for name in ("train", "dev", "test"):
-        content = json.dumps({"entries": [{"1": entry}, {"2": entry}]})
-        write(f"webnlg_challenge_2017/{name}.json", content)(here)
-
-
-def dart_files(here: Path) -> None:
-    entry = {"tripleset": [["Oak", "SERVES", "soup"]], "annotations": [{"text": "Oak serves soup."}]}
-    for name in ("train", "dev", "test"):
-        write(f"dart/dart-v1.1.1-full-{name}.json", json.dumps([entry]))(here)
 
 
 def model(here: Path) -> None:
@@ -775,11 +739,9 @@ def test_as_the_user_sees_it(what, tmp_path, runs_folder):
     """One case of each kind in a process of its own says the same."""
     case = next(c for c in CASES if c.what == what)
     case.make(tmp_path)
-    code = (
-        "import sys; sys.path[:0] = ['.', 'tests']\nfrom dual_lora.lab.system.libraries import hide_foreign_warnings\n"
-    )
+    code = "import sys; sys.path.insert(0, '.')\nfrom dual_lora.lab.system.libraries import hide_foreign_warnings\n"
     code += "hide_foreign_warnings()  # as the programs do before they import anything that prints\n"
-    code += f"import test_bad_inputs as t; t.alone({what!r}, t.Path({str(tmp_path)!r}))"
+    code += f"import tests.lab.commands.test_bad_inputs as t; t.alone({what!r}, t.Path({str(tmp_path)!r}))"
     command = (
         [sys.executable, "-c", code]
         if case.under is not Case.under

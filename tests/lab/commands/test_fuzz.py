@@ -26,9 +26,15 @@ from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
 from tasks.base import build_features
-from tests.lab.commands.test_bad_inputs import challenge_files, commonsense_files, dart_files, e2e_files, webnlg_files
+from tests.support.official_files import (
+    challenge_files,
+    commonsense_files,
+    dart_files,
+    e2e_files,
+    webnlg_files,
+    write_official,
+)
 from tests.support.small_runs import plan_run
-from tests.tasks.test_glue import write_official
 
 TIMES = int(os.environ.get("DUAL_LORA_FUZZ", 1))
 SHARED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

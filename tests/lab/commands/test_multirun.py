@@ -22,10 +22,8 @@ from dual_lora.lab.study.experiment import Experiment, drop_replaced_overrides
 from dual_lora.lab.study.listing import format_results
 from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.train import plan as train_plan
-from tests.lab.study.test_sweep import SMALL, SPEC
 from tests.support.places import ROOT
-
-TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
+from tests.support.small_runs import SMALL, SPEC, TINY
 
 
 def label(*words: str) -> list[str]:

@@ -11,9 +11,9 @@ from dual_lora.lab.commands.train import check_command, train_command
 from dual_lora.lab.errors import EXIT_OK
 from dual_lora.lab.evaluate import evaluate
 from dual_lora.lab.system.environment import hides_bars
-from tests.lab.commands.test_multirun import TINY
 from tests.support import forked
 from tests.support.places import ROOT
+from tests.support.small_runs import TINY
 
 
 def test_the_headline_of_a_single_run_names_its_settings(runs_folder):

@@ -19,8 +19,8 @@ from dual_lora.lab.config.recorded import ADDED_SETTINGS, load_old_defaults, loa
 from dual_lora.lab.config.schema import Settings
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study.experiment import drop_replaced_overrides
+from tests.support.official_files import write_official
 from tests.support.places import ROOT
-from tests.tasks.test_glue import write_official
 
 ENCODER = ["model=tiny-roberta", "task=demo/sentiment"]
 WRITER = ["model=tiny-llama", "task=demo/restaurants"]

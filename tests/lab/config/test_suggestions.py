@@ -5,7 +5,7 @@ import pytest
 from dual_lora.lab.config.compose import iterate_keys, load_settings
 from dual_lora.lab.config.overrides import HUGGING_FACE_NAMES, KNOWN_KEYS, parse_overrides
 from dual_lora.lab.errors import UserError
-from tests.tasks.test_glue import write_official
+from tests.support.official_files import write_official
 
 MEANT = {
     "lr=1e-3": "train.lr",

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dual_lora.lab.commands.evaluate import evaluate_command
-from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.errors import UserError
@@ -20,23 +19,7 @@ from dual_lora.lab.evaluate import export as evaluate_export
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.sealed import hash_content, hash_file
 from dual_lora.lab.train.run import train_run
-
-SHORT = ["train.max_steps=2", "train.max_examples=20", "train.batch_size=4", "eval.max_examples=4", "eval.before=false"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The folder of a short run of Dual LoRA on tiny-roberta."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
-        chosen = load_settings(["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", *SHORT])
-        run = Run.prepare(chosen)
-        train_run(run)
-        return run.record.folder
-
-
-def export(run: Path, folder: Path, *more: str) -> int:
-    return evaluate_command([f"run={run}", f"export={folder}", *more])
+from tests.support.finished_runs import SHORT, export
 
 
 def list_names(folder: Path) -> set[str]:

@@ -1,7 +1,5 @@
 """Exports with cards of the merged model and of the adapter, and their way to the hub."""
 
-# ruff: noqa: F811 - a fixture of another module
-
 import json
 import re
 
@@ -19,7 +17,7 @@ from dual_lora.lab.evaluate.export import compute_probe_logits
 from dual_lora.lab.evaluate.model_card import describe_base, format_about, format_adapter_card
 from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.record.record import Record
-from tests.lab.evaluate.test_export import export, trained  # noqa: F401
+from tests.support.finished_runs import export
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
 

@@ -9,7 +9,6 @@ import pytest
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.paths import BUNDLED
 from dual_lora.lab.config.tasks import load_task
-from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate.evaluate import compute_outputs
 from dual_lora.lab.evaluate.predict import score_choices
 from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits
@@ -19,8 +18,8 @@ from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.train.trainer import RunTrainer
+from tests.support.refused_runs import SHORT, refuse
 
-SHORT = ["train.max_steps=1", "eval.before=false", "wandb.mode=disabled", "method=lora"]
 LONG = "a film and a soup " * 100  # more tokens than the bundled models take: 256
 
 
@@ -55,14 +54,6 @@ def write_classes(folder: Path, split: str | None, place: int = -1) -> Path:
             rows[place]["text"] += LONG
         write_rows(folder, name, rows)
     return folder
-
-
-def refuse(words: list[str]) -> str:
-    """Return the line that a run ends with."""
-    with pytest.raises(UserError) as caught:
-        train_run(Run.prepare(load_settings([*SHORT, *words])))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("model", ["tiny-gpt2", "tiny-llama"])

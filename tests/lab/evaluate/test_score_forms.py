@@ -14,7 +14,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.train.trainer import RunTrainer
 from tasks.base import Task
-from tests.lab.evaluate.test_row_lengths import SHORT, refuse
+from tests.support.refused_runs import SHORT, refuse
 
 
 class Planted(Task):

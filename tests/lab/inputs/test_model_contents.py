@@ -7,14 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.inputs.model_config import fit_class_fields
-from tests.lab.inputs.test_model_folders import CONFIG, PAIRS, change, compare, copy, refused
+from tests.support.model_folders import CONFIG, PAIRS, change, compare, copy, refused
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def plain() -> dict:
-    return {}
 
 
 def add_tensors(folder, more):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.model.adapt import count_stacked_weights
-from tests.lab.inputs.test_model_folders import copy, refused
 from tests.lab.model.test_any_model import SHORT, save_model
+from tests.support.model_folders import copy, refused
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 

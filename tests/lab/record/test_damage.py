@@ -10,9 +10,8 @@ from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.errors import EXIT_OK, EXIT_USER
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.schedule import run_cells
-from tests.lab.commands.test_multirun import TINY
-from tests.lab.report.test_report import GLUE, finish
-from tests.lab.study.test_sweep import SPEC
+from tests.support.reports import GLUE, finish
+from tests.support.small_runs import SPEC, TINY
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "predictions.jsonl"])

@@ -17,8 +17,8 @@ from dual_lora.lab.inputs.adapter_files import find_differing_fields
 from dual_lora.lab.model.load import build_target_pattern, unwrap_adapter
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.run import train_run
-from tests.lab.train.test_training import FAMILIES, SHORT, attached, settings
 from tests.support.places import ROOT
+from tests.support.small_runs import FAMILIES, SHORT, attached, settings
 
 MODEL = "tiny-llama"
 

@@ -21,9 +21,9 @@ from dual_lora.lab.study.outcome import find_damaged_records, find_records
 from dual_lora.lab.system.files import remove_path
 from dual_lora.lab.system.sealed import find_newest_checkpoint, seal_folder
 from dual_lora.lab.train.run import train_run
-from tests.lab.record.test_records import RUN, edit, finished, record  # noqa: F401 - fixtures
-from tests.lab.report.test_report import GLUE, finish
-from tests.lab.train.test_resume import Killed, at_step, kept, kill, reference  # noqa: F401 - a fixture
+from tests.support.finished_runs import RUN, edit
+from tests.support.killed_runs import Killed, at_step, kept, kill
+from tests.support.reports import GLUE, finish
 
 FORCED = [*RUN, "force=true"]
 
@@ -33,7 +33,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def rerun_until_result(finished: Record) -> Record:  # noqa: F811
+def rerun_until_result(finished: Record) -> Record:
     """Make a run in `.again` as complete as a kill before its installation leaves it; return its record."""
     again = Record(finished.folder / RERUN_FOLDER)
     shutil.copytree(finished.folder, again.folder, ignore=shutil.ignore_patterns(RERUN_FOLDER))
@@ -44,7 +44,7 @@ def rerun_until_result(finished: Record) -> Record:  # noqa: F811
 
 
 @pytest.mark.parametrize("damage", ["another run's", "", "{cut sho", "null", "edited"])
-def test_checkpoints_beside_a_result_that_is_not_the_runs_stay(damage, record):  # noqa: F811
+def test_checkpoints_beside_a_result_that_is_not_the_runs_stay(damage, record):
     path = record.folder / "result.json"
     if damage == "another run's":
         other = Run.prepare(load_settings([*RUN, "seed=1"])).record
@@ -65,7 +65,7 @@ def test_checkpoints_beside_a_result_that_is_not_the_runs_stay(damage, record): 
 
 
 @pytest.mark.parametrize("moved", [0, 1, 3, 5])
-def test_a_complete_rerun_is_installed_wherever_it_was_interrupted(moved, record):  # noqa: F811
+def test_a_complete_rerun_is_installed_wherever_it_was_interrupted(moved, record):
     again = rerun_until_result(record)
     expected = read_all(again.folder)
     names = [path for path in sorted(again.folder.iterdir()) if path.name != "result.json"]
@@ -80,7 +80,7 @@ def test_a_complete_rerun_is_installed_wherever_it_was_interrupted(moved, record
 
 @pytest.mark.parametrize("name", ["result.json", "predictions.jsonl", "adapter/adapter_model.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"\0damaged", None])
-def test_a_rerun_that_is_damaged_costs_the_finished_run_nothing(name, content, record):  # noqa: F811
+def test_a_rerun_that_is_damaged_costs_the_finished_run_nothing(name, content, record):
     before = read_all(record.folder)
     again = rerun_until_result(record)
     if content is None and name != "result.json":
@@ -95,7 +95,7 @@ def test_a_rerun_that_is_damaged_costs_the_finished_run_nothing(name, content, r
     assert {n: data for n, data in read_all(record.folder).items() if not n.startswith(RERUN_FOLDER)} == before
 
 
-def test_a_forced_run_removes_a_damaged_result_of_the_one_before_it(record, monkeypatch):  # noqa: F811
+def test_a_forced_run_removes_a_damaged_result_of_the_one_before_it(record, monkeypatch):
     """Else a kill would leave files of two runs together under one result."""
     again = rerun_until_result(record)
     (again.folder / "result.json").write_text("")
@@ -109,7 +109,7 @@ def test_a_forced_run_removes_a_damaged_result_of_the_one_before_it(record, monk
     assert record.read_finished() == result and not again.folder.exists()
 
 
-def test_train_and_eval_install_a_complete_rerun_before_they_look_at_it(record, monkeypatch):  # noqa: F811
+def test_train_and_eval_install_a_complete_rerun_before_they_look_at_it(record, monkeypatch):
     again = rerun_until_result(record)
     (again.folder / "environment.json").replace(record.folder / "environment.json")
     monkeypatch.setattr("dual_lora.lab.evaluate.trained.reevaluate_run", lambda settings, record: 0)
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
     assert find_newest_checkpoint(tmp_path, "x").name == "checkpoint-1" and not (tmp_path / "checkpoint-2").exists()
 
 
-def test_weights_that_cannot_be_compared_are_told(record, tmp_path, capsys):  # noqa: F811
+def test_weights_that_cannot_be_compared_are_told(record, tmp_path, capsys):
     """A run on a commit of the hub names no files; a folder given in its place may hold other weights."""
     settings = load_settings(RUN)
     other = replace(settings, model=replace(settings.model, path=str(tmp_path)))
@@ -151,7 +151,7 @@ def test_weights_that_cannot_be_compared_are_told(record, tmp_path, capsys):  # 
     assert capsys.readouterr().err.startswith(said)
 
 
-def test_an_empty_folder_of_a_rerun_goes(record):  # noqa: F811
+def test_an_empty_folder_of_a_rerun_goes(record):
     (record.folder / RERUN_FOLDER).mkdir()
     record.finish_cleanup()
     assert not (record.folder / RERUN_FOLDER).exists()
@@ -160,7 +160,7 @@ def test_an_empty_folder_of_a_rerun_goes(record):  # noqa: F811
     assert (record.folder / RERUN_FOLDER / "checkpoints").is_dir()
 
 
-def test_a_rerun_without_tensorboard_leaves_no_curves_of_the_old_run(record):  # noqa: F811
+def test_a_rerun_without_tensorboard_leaves_no_curves_of_the_old_run(record):
     (record.folder / "tensorboard").mkdir()
     rerun_until_result(record)
     shutil.rmtree(record.folder / RERUN_FOLDER / "tensorboard")
@@ -168,7 +168,7 @@ def test_a_rerun_without_tensorboard_leaves_no_curves_of_the_old_run(record):  #
     assert not (record.folder / "tensorboard").exists()
 
 
-def test_what_was_made_of_an_earlier_training_goes_with_its_result(record):  # noqa: F811
+def test_what_was_made_of_an_earlier_training_goes_with_its_result(record):
     """As where the result is damaged, and the user removes it and runs the same command again, as told to."""
     assert evaluate_command([f"run={record.folder}", "analyse=true"]) == 0 == evaluate_command([f"run={record.folder}"])
     for name in ("truncation.json", "curvature.json", "similarity.json", "fit.json"):
@@ -245,7 +245,7 @@ def test_a_run_whose_environment_is_damaged_does_not_resume(scored_only, damage,
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"{damaged"])
-def test_a_result_without_seals_passes_only_if_its_environment_says_how_old_it_is(damage, record):  # noqa: F811
+def test_a_result_without_seals_passes_only_if_its_environment_says_how_old_it_is(damage, record):
     edit(record.folder / "result.json", metrics={"accuracy": 0.99}, digest=None, sha256=None)
     record.write_file("analysis.json", {"rows": []})
     path = record.folder / "environment.json"
@@ -376,7 +376,7 @@ def test_a_file_that_cannot_be_read_is_named_and_costs_the_report_nothing_else(r
 
 
 @pytest.mark.parametrize("damage", [None, b"", "model_files"])
-def test_without_its_environment_nobody_knows_a_runs_model_files(damage, record, tmp_path):  # noqa: F811
+def test_without_its_environment_nobody_knows_a_runs_model_files(damage, record, tmp_path):
     path = record.folder / "environment.json"
     if damage is None:
         path.unlink()
@@ -391,7 +391,7 @@ def test_without_its_environment_nobody_knows_a_runs_model_files(damage, record,
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_may_have_a_long_name_in_any_script(record, tmp_path):  # noqa: F811
+def test_an_export_may_have_a_long_name_in_any_script(record, tmp_path):
     folder = tmp_path / ("\N{SLICE OF PIZZA}" * 60)
     assert len(folder.name.encode()) == 240  # a system's limit is 255
     assert evaluate_command([f"run={record.folder}", f"export={folder}"]) == 0
@@ -399,7 +399,7 @@ def test_an_export_may_have_a_long_name_in_any_script(record, tmp_path):  # noqa
     assert (folder / "model.safetensors").is_file()
 
 
-def test_a_run_that_cannot_be_written_is_not_analysed(record, monkeypatch):  # noqa: F811
+def test_a_run_that_cannot_be_written_is_not_analysed(record, monkeypatch):
     monkeypatch.setattr("dual_lora.lab.config.paths.os.access", lambda *args: False)
     monkeypatch.setattr("dual_lora.lab.weights.analyse.load_updates", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UserError, match=f"{record.folder} is not a writable folder; copy the record"):
@@ -411,7 +411,7 @@ PACKED += ["task.max_new_tokens=4", "train.max_examples=40", "train.batch_size=8
 PACKED += ["train.max_steps=5", "train.log_steps=2", "train.save_steps=2", "train.packing=true", "tensorboard=true"]
 
 
-def test_a_packed_run_goes_on_to_the_same_bytes_and_its_curves_have_every_step_once(runs_folder, reference):  # noqa: F811
+def test_a_packed_run_goes_on_to_the_same_bytes_and_its_curves_have_every_step_once(runs_folder, reference):
     settings = load_settings(PACKED)
     whole = reference(settings)
     for step in (1, 3, 4):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import stat
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,34 +24,8 @@ from dual_lora.lab.system.files import append_text, remove_path, remove_temporar
 from dual_lora.lab.system.lock import LOCK_NAME, STALE_SECONDS, hold_lock
 from dual_lora.lab.system.sealed import find_newest_checkpoint, read_seal, seal_folder
 from dual_lora.lab.train.run import train_run
-from tests.lab.report.test_report import GLUE, finish
-
-RUN = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=4", "eval.before=false"]
-RUN += ["train.max_steps=1", "train.batch_size=4", "train.max_examples=20"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a study with one finished run, to be copied."""
-    before, paths.RUNS = paths.RUNS, tmp_path_factory.mktemp("finished")
-    try:
-        train_run(Run.prepare(load_settings(RUN)))
-        return paths.RUNS / "adhoc"
-    finally:
-        paths.RUNS = before
-
-
-@pytest.fixture
-def record(finished, runs_folder) -> Record:
-    """A finished run of this test's own."""
-    shutil.copytree(finished, runs_folder / "adhoc")
-    return Run.prepare(load_settings(RUN)).record
-
-
-def edit(path: Path, **changes: object) -> None:
-    """Change a JSON file; None removes a key."""
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+from tests.support.finished_runs import RUN, edit
+from tests.support.reports import GLUE, finish
 
 
 def test_a_finished_run_is_whole(record):

@@ -7,7 +7,7 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_summary
 from dual_lora.lab.train.run import train_run
-from tests.lab.train.test_training import settings
+from tests.support.small_runs import settings
 
 
 @pytest.mark.parametrize(

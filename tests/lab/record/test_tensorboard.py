@@ -12,7 +12,7 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.tensorboard import Board
 from dual_lora.lab.train.run import train_run
-from tests.lab.train.test_resume import SMALL, Killed, at_step, chosen, kill
+from tests.support.killed_runs import SMALL, Killed, at_step, chosen, kill
 
 ON = "tensorboard=true"
 

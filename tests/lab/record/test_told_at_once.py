@@ -7,7 +7,7 @@ from dual_lora.lab.record.run import prepare_runs
 from dual_lora.lab.record.summary import describe_data
 from dual_lora.lab.study import schedule
 from dual_lora.lab.study.time_left import TimeLeft
-from tests.lab.commands.test_multirun import TINY
+from tests.support.small_runs import TINY
 
 HELD_OUT = "tickets.csv, 10 % set apart with seed 0"
 

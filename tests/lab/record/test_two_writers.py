@@ -7,11 +7,10 @@ from dual_lora.lab.errors import EXIT_ELSEWHERE, EXIT_OK
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.system.lock import hold_lock
-from tests.lab.record.test_records import finished, record  # noqa: F401 - fixtures
 
 
 @pytest.mark.parametrize(("force", "code"), [(True, EXIT_ELSEWHERE), (False, EXIT_OK)])
-def test_a_forced_run_that_another_process_holds_is_not_done(force, code, record):  # noqa: F811
+def test_a_forced_run_that_another_process_holds_is_not_done(force, code, record):
     settings = replace_settings(load_recorded_settings(record.folder), {"force": force})
     run = Run.prepare(settings)
     before = run.record.read_result()

@@ -11,7 +11,7 @@ from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.write import DIFFERENCES_FILE, write_report
 from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.study.experiment import Experiment
-from tests.lab.report.test_report import rows_of, study  # noqa: F401 (a fixture)
+from tests.support.reports import rows_of
 
 SPEC = {
     "title": "Ratio",
@@ -35,7 +35,7 @@ def right(label, settings):
     return 70 + ENDS.get(ratio, 0) + luck * (2 if ratio == 0.25 else 1) + 9 * (settings.task.name == "glue/sst2")
 
 
-def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):  # noqa: F811
+def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):
     experiment, outcomes = study(SPEC, right)
     found = compare_outcomes(experiment, outcomes, Predictions(), set())
     assert not found.exploratory and not found.further
@@ -52,7 +52,7 @@ def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):  # 
         assert c.margin == (0.5 if c.unit == 1 else 1.0)
 
 
-def test_a_contrast_is_tested_on_predictions_too(study):  # noqa: F811
+def test_a_contrast_is_tested_on_predictions_too(study):
     """One example tells the columns apart with every seed: the seeds all agree, other examples might not."""
     spec = SPEC | {"full": {"seeds": [0, 1, 2, 3, 4], "run": ["model=roberta-base", "task=glue/sst2"]}}
     experiment, outcomes = study(spec, lambda label, s: 70 + (s.method.magnitude_ratio == 0.5))
@@ -61,7 +61,7 @@ def test_a_contrast_is_tested_on_predictions_too(study):  # noqa: F811
     assert found.verdict == "undecided"
 
 
-def test_runs_of_other_data_make_no_contrast(study):  # noqa: F811
+def test_runs_of_other_data_make_no_contrast(study):
     experiment, outcomes = study(SPEC, lambda label, s: None if s.method.magnitude_ratio == 0.25 else right(label, s))
     other = {"data": {"validation": {"origin": "dev.tsv", "rows": 100, "sha256": "1"}}}
     experiment, outcomes = study(SPEC, right, **other)
@@ -70,7 +70,7 @@ def test_runs_of_other_data_make_no_contrast(study):  # noqa: F811
         assert c.task.startswith("mean") or "different scored rows" in c.difference.test
 
 
-def test_the_report_tells_contrasts_from_other_differences(study, tmp_path):  # noqa: F811
+def test_the_report_tells_contrasts_from_other_differences(study, tmp_path):
     experiment, outcomes = study(SPEC, right)
     text = write_report(experiment, outcomes, tmp_path)
     line = next(line for line in rows_of(text) if line[0] == "mean of 2 tasks")
@@ -82,7 +82,7 @@ def test_the_report_tells_contrasts_from_other_differences(study, tmp_path):  # 
     assert (tmp_path / "forest.png").is_file()
 
 
-def test_a_seed_that_lacks_a_column_is_left_out_and_four_decide_nothing(study):  # noqa: F811
+def test_a_seed_that_lacks_a_column_is_left_out_and_four_decide_nothing(study):
     def lacking(label, settings):
         gone = settings.seed == 4 and settings.method.magnitude_ratio == 0.75
         return None if gone else right(label, settings)
@@ -92,7 +92,7 @@ def test_a_seed_that_lacks_a_column_is_left_out_and_four_decide_nothing(study): 
     assert {c.difference.seeds for c in found.planned} == {4} and {c.verdict for c in found.planned} == {"undecided"}
 
 
-def test_contrasts_stand_in_one_family_with_planned_rows(study):  # noqa: F811
+def test_contrasts_stand_in_one_family_with_planned_rows(study):
     cells = SPEC["cells"] | {"LoRA": ["method=lora"]}
     experiment, outcomes = study(SPEC | {"cells": cells, "baselines": ["LoRA"], "planned": ["held"]}, right)
     found = compare_outcomes(experiment, outcomes, Predictions(), set())
@@ -129,7 +129,7 @@ def test_a_contrast_that_cannot_be_computed_is_refused(changes, said):
         Experiment.from_content("made", SPEC | changes)
 
 
-def test_a_row_without_a_value_of_its_setting_is_in_the_table(study, tmp_path):  # noqa: F811
+def test_a_row_without_a_value_of_its_setting_is_in_the_table(study, tmp_path):
     cells = {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora", "method.magnitude_ratio=0.25,0.5"]}
     spec = {"title": "Rows", "rows": ["method.magnitude_ratio"], "columns": "task.name", "cells": cells}
     experiment, outcomes = study(spec | {"full": SPEC["full"]}, lambda label, settings: 70)

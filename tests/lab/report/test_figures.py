@@ -30,8 +30,8 @@ from dual_lora.lab.report.write import write_report
 from dual_lora.lab.statistics.compare import Difference
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
-from tests.lab.report.test_report import GLUE, RATIOS, finish, study  # noqa: F401 (a fixture)
 from tests.support.places import ROOT
+from tests.support.reports import GLUE, RATIOS, finish
 
 COUNTS = {"histogram": [1, 2, 3], "histogram_null": [3, 2, 1]}
 HISTOGRAMS = {"role": "q"} | {f"{part}_{n}": v for part in ("magnitude", "direction") for n, v in COUNTS.items()}
@@ -86,7 +86,7 @@ def test_a_row_far_from_all_others_does_not_hide_them():
 
 
 @pytest.mark.parametrize("lower", [False, True])
-def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # noqa: F811
+def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):
     tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3, 4e-3], "Dual LoRA": [1e-3, 2e-3, 4e-3]}}
     spec = GLUE | {"tune": tune, "full": GLUE["full"] | {"blocks": [["task=glue/rte"]]}}
     experiment = Experiment.from_content("made", spec)
@@ -116,14 +116,14 @@ def test_the_chosen_rate_is_ringed_and_a_diverged_one_crossed(study, lower):  # 
     assert draw_rates(frame.assign(score=np.nan)) is None
 
 
-def test_a_rate_that_diverged_has_no_score(study):  # noqa: F811
+def test_a_rate_that_diverged_has_no_score(study):
     experiment, outcomes = study(GLUE, lambda label, s: 80)
     object.__setattr__(outcomes[0], "trials", ((1e-3, -inf), (2e-3, 0.7)))
     frame = collect_rates(experiment, outcomes[:1])
     assert frame["score"].isna().tolist() == [True, False] and frame["score"][1] == pytest.approx(70)
 
 
-def test_a_row_s_rate_of_which_one_seed_diverged_has_no_score(study):  # noqa: F811
+def test_a_row_s_rate_of_which_one_seed_diverged_has_no_score(study):
     cells = {"LoRA": ["method=lora", "train.lr=1e-3,8e-3"]}
     spec = GLUE | {"columns": "train.lr", "published": [], "baselines": [], "cells": cells}
     spec |= {"full": GLUE["full"] | {"blocks": [["task=glue/rte"]]}}
@@ -136,7 +136,7 @@ def test_a_row_s_rate_of_which_one_seed_diverged_has_no_score(study):  # noqa: F
     assert frame["rate"].tolist() == [1e-3, 8e-3] and frame["score"].isna().tolist() == [False, True]
 
 
-def test_rows_are_named_at_the_left_of_every_line_of_panels(study):  # noqa: F811
+def test_rows_are_named_at_the_left_of_every_line_of_panels(study):
     spec = GLUE | {"columns": "task.name", "published": []}
     blocks = [[f"task=glue/{name}"] for name in ("sst2", "rte", "qnli", "mrpc")]
     spec |= {"full": GLUE["full"] | {"blocks": blocks}}
@@ -145,7 +145,7 @@ def test_rows_are_named_at_the_left_of_every_line_of_panels(study):  # noqa: F81
     assert [bool(axes.get_yticklabels()[0].get_text()) for axes in figure.axes] == [True, False, True, False]
 
 
-def test_learning_curves_are_drawn_from_the_records(study, tmp_path):  # noqa: F811
+def test_learning_curves_are_drawn_from_the_records(study, tmp_path):
     experiment, outcomes = study(GLUE, lambda label, s: 80)
     assert draw_curves(outcomes) is None  # nothing logged
     for outcome in outcomes:
@@ -162,7 +162,7 @@ def test_learning_curves_are_drawn_from_the_records(study, tmp_path):  # noqa: F
     assert draw_curves(outcomes[:1]) is None  # damaged: the other figures are drawn all the same
 
 
-def test_costs_stand_against_the_mean_score_of_learned_tasks(study):  # noqa: F811
+def test_costs_stand_against_the_mean_score_of_learned_tasks(study):
     experiment, outcomes = study(GLUE, lambda label, s: 80 + 5 * (label == "Dual LoRA"), peak_memory_bytes=2**30)
     frame = collect_costs(experiment, outcomes, set()).set_index("label")
     assert frame["score"].to_dict() == {"LoRA": 80, "Dual LoRA": 85}
@@ -173,7 +173,7 @@ def test_costs_stand_against_the_mean_score_of_learned_tasks(study):  # noqa: F8
     assert draw_costs(frame.reset_index()[:1]) is None  # nothing to compare
 
 
-def test_a_task_that_one_model_failed_to_learn_is_left_out_for_this_model_alone(study):  # noqa: F811
+def test_a_task_that_one_model_failed_to_learn_is_left_out_for_this_model_alone(study):
     run = ["model=roberta-base,roberta-large", "method.rank=8", "eval.before=false"]
     spec = GLUE | {"full": GLUE["full"] | {"seeds": [0], "run": run}}
     experiment, outcomes = study(spec, lambda label, s: 80 if s.model.name == "roberta-base" else 60)
@@ -185,7 +185,7 @@ def test_a_task_that_one_model_failed_to_learn_is_left_out_for_this_model_alone(
     assert sorted(frame["score"]) == [60, 60, 80, 80]
 
 
-def test_memory_that_no_device_counted_is_missing_everywhere(study):  # noqa: F811
+def test_memory_that_no_device_counted_is_missing_everywhere(study):
     columns = {"memory": "peak_memory_mib", "seconds": "seconds_per_step"}
     spec = GLUE | {"rows": ["task.name"], "columns": columns, "mean": None}
     experiment, outcomes = study(spec, lambda label, s: 80, peak_memory_bytes=0)
@@ -195,7 +195,7 @@ def test_memory_that_no_device_counted_is_missing_everywhere(study):  # noqa: F8
     assert collect_costs(experiment, outcomes, set())["peak_memory_mib"].isna().all()
 
 
-def test_rates_of_a_score_that_is_no_fraction_are_told_apart(study, monkeypatch):  # noqa: F811
+def test_rates_of_a_score_that_is_no_fraction_are_told_apart(study, monkeypatch):
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
     experiment, outcomes = study(GLUE, lambda label, s: 80)
     object.__setattr__(outcomes[0], "trials", ((1e-3, 0.61), (2e-3, 0.64)))
@@ -203,14 +203,14 @@ def test_rates_of_a_score_that_is_no_fraction_are_told_apart(study, monkeypatch)
     assert [text.get_text() for text in axes.texts] == ["0.61", "0.64"]
 
 
-def test_the_floor_in_a_title_has_the_decimals_of_its_score(study):  # noqa: F811
+def test_the_floor_in_a_title_has_the_decimals_of_its_score(study):
     experiment, outcomes = study(RATIOS, lambda label, s: 70 + s.seed)
     floor = Floor(("roberta-base", "glue/rte"), "head only", 0.125, "LoRA", 1.0, 0.1, frozenset({("LoRA", ())}), unit=1)
     (axes, *_) = draw_results(experiment, build_frame(experiment, outcomes), outcomes, [floor]).axes
     assert axes.get_title() == "glue/rte (floor: 0.12)"
 
 
-def test_related_panels_have_one_span(study):  # noqa: F811
+def test_related_panels_have_one_span(study):
     figure = draw_forest([compare([0.0, 1.0])])
     one, other = figure.subplots(1, 2)
     one.set_ylim(0, 20), other.set_ylim(70, 71)
@@ -227,13 +227,13 @@ def test_a_report_loads_neither_torch_nor_peft():
     assert done.stdout.strip() == "[]", done.stdout
 
 
-def test_lines_show_seeds_beside_means(study, tmp_path):  # noqa: F811
+def test_lines_show_seeds_beside_means(study, tmp_path):
     experiment, outcomes = study(RATIOS, lambda label, s: 70 + s.seed)
     text = write_report(experiment, outcomes, tmp_path)
     assert "small dots: 3 seeds each; large ones: their mean; bars: 95 % t-interval over seeds" in text
 
 
-def test_the_users_matplotlibrc_changes_no_figure(study, tmp_path, monkeypatch):  # noqa: F811
+def test_the_users_matplotlibrc_changes_no_figure(study, tmp_path, monkeypatch):
     experiment, done = study(GLUE, lambda label, s: 70 + s.seed)
 
     def draw(name: str) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ from dual_lora.lab.statistics.compare import compute_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
 from tasks.classification import Classification
-from tests.lab.report.test_report import GLUE, PLANNED, RATIOS, finish, rows_of, study  # noqa: F401 (a fixture)
+from tests.support.reports import GLUE, PLANNED, RATIOS, finish, rows_of
 
 BY_TASK = PLANNED | {"columns": "task.name", "published": []}
 
@@ -44,7 +44,7 @@ def list_bold(text: str) -> dict[tuple[str, ...], list[bool]]:
     return {tuple(line[:first]): [cell.startswith("**") for cell in line[first:last]] for line in ours}
 
 
-def test_where_lower_is_better_the_lowest_row_wins(study, low_glue, tmp_path):  # noqa: F811
+def test_where_lower_is_better_the_lowest_row_wins(study, low_glue, tmp_path):
     experiment, outcomes = study(PLANNED, lambda label, s: 25 + s.seed - (20 + s.seed % 2) * (label == "Dual LoRA"))
     text = write_report(experiment, outcomes, tmp_path)
     verdicts = rows_of(text)[1:4]
@@ -59,7 +59,7 @@ def test_where_lower_is_better_the_lowest_row_wins(study, low_glue, tmp_path):  
     assert describe_difference_axis(found.planned) == "difference in points; left: better"
 
 
-def test_where_lower_is_better_a_high_row_has_learned_nothing(study, low_glue):  # noqa: F811
+def test_where_lower_is_better_a_high_row_has_learned_nothing(study, low_glue):
     experiment, outcomes = study(PLANNED, lambda label, s: 95)
     floors = find_floors(experiment, outcomes, Predictions())
     assert find_unlearned(floors) == {("roberta-base", "glue/sst2"), ("roberta-base", "glue/rte")}
@@ -73,14 +73,14 @@ def test_the_majority_class_is_the_one_that_scores_best(low_glue):
 
 
 @pytest.mark.parametrize(("lower", "score"), [(False, 60), (True, 50)])
-def test_the_hardest_floor_is_drawn(study, lower, score):  # noqa: F811
+def test_the_hardest_floor_is_drawn(study, lower, score):
     _, outcomes = study(RATIOS, lambda label, s: 70)
     place = ("roberta-base", "glue/rte")
     floors = [Floor(place, str(s), s, "LoRA", 9.0, 1.0, frozenset({("LoRA", ())}), lower) for s in (50, 60)]
     assert find_floor(outcomes, floors).score == score
 
 
-def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, monkeypatch, tmp_path):  # noqa: F811
+def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, monkeypatch, tmp_path):
     monkeypatch.setattr(type(tasks.load("demo/sentiment")), "lower_is_better", ("accuracy",))
     tasks_apart = {"blocks": [["task=glue/rte"], ["task=demo/sentiment"]], "seeds": [0, 1, 2, 3, 4]}
     spec = RATIOS | {"mean": "task.name", "published": [], "full": {"run": ["model=roberta-base"], **tasks_apart}}
@@ -98,7 +98,7 @@ def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, m
     assert compare_outcomes(planned, outcomes, Predictions(), set()).family == 4  # two ratios on two tasks
 
 
-def test_a_main_score_that_is_no_fraction_is_called_and_printed_so(study, monkeypatch, tmp_path):  # noqa: F811
+def test_a_main_score_that_is_no_fraction_is_called_and_printed_so(study, monkeypatch, tmp_path):
     monkeypatch.setattr(type(tasks.load("glue/sst2")), "unscaled", ("accuracy",))
     spec = BY_TASK | {"margin": {"task": 1.0, "mean": 0.5}}
     experiment, outcomes = study(spec, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
@@ -116,7 +116,7 @@ def test_a_main_score_that_is_no_fraction_is_called_and_printed_so(study, monkey
 
 
 @pytest.fixture
-def own(study, own_data, monkeypatch):  # noqa: F811
+def own(study, own_data, monkeypatch):
     """An experiment on tables of one's own by macro-F1, which here counts as no fraction and as low where good: the
     default metric, accuracy, does not."""
     for name in ("unscaled", "lower_is_better"):
@@ -162,7 +162,7 @@ def test_a_run_prints_its_scores_as_its_metric_says(own):
     assert "| macro_f1 | 0.40 |" in card and "| accuracy % | 40.0 |" in card
 
 
-def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # noqa: F811
+def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):
     experiment, outcomes = study(GLUE, lambda label, s: 20 + 5 * (label == "LoRA"))
     frame = build_frame(experiment, outcomes)
     assert set(frame.loc[frame["outcome"] == -1, "value"]) == {20, 25}
@@ -172,7 +172,7 @@ def test_a_mean_of_columns_is_best_by_its_parts(study, low_glue, tmp_path):  # n
 # A task whose code has changed since the runs were done
 
 
-def test_the_score_is_the_task_s_main_one_now_and_not_that_of_the_record(study, tmp_path):  # noqa: F811
+def test_the_score_is_the_task_s_main_one_now_and_not_that_of_the_record(study, tmp_path):
     other = {"metric": "kappa", "metrics": {"accuracy": 0.7, "kappa": 0.4}}
     experiment, outcomes = study(BY_TASK, lambda label, s: 70, **other)
     text = write_report(experiment, outcomes, tmp_path)
@@ -180,14 +180,14 @@ def test_the_score_is_the_task_s_main_one_now_and_not_that_of_the_record(study, 
     assert set(collect_costs(experiment, outcomes, set())["score"].round(6)) == {70}
 
 
-def test_a_main_score_that_the_records_lack_is_not_measured(study, tmp_path):  # noqa: F811
+def test_a_main_score_that_the_records_lack_is_not_measured(study, tmp_path):
     experiment, outcomes = study(BY_TASK, lambda label, s: 70, metric="kappa", metrics={"kappa": 0.4})
     text = write_report(experiment, outcomes, tmp_path)
     assert text.count("| – [a]") == 4 and "– [a]: accuracy not measured" in text and "40.0" not in text
 
 
 @pytest.mark.parametrize(("known", "rate"), [(True, 2e-3), (False, None)])
-def test_rates_are_chosen_by_the_task_s_main_score(study, known, rate, runs_folder):  # noqa: F811
+def test_rates_are_chosen_by_the_task_s_main_score(study, known, rate, runs_folder):
     tune = {"holdout": 9, "grid": {"LoRA": [1e-3, 2e-3]}}
     one = {"cells": {"LoRA": ["method=lora"]}, "baselines": [], "planned": []}
     spec = BY_TASK | one | {"tune": tune, "full": GLUE["full"] | {"seeds": [0], "blocks": [["task=glue/rte"]]}}
@@ -202,7 +202,7 @@ def test_rates_are_chosen_by_the_task_s_main_score(study, known, rate, runs_fold
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_runs_start_from_the_best_by_the_task_s_main_score(study, known):  # noqa: F811
+def test_runs_start_from_the_best_by_the_task_s_main_score(study, known):
     spec = BY_TASK | {"starts": {"glue/rte": "glue/sst2"}, "cells": {"LoRA": ["method=lora"]}, "baselines": []}
     experiment = Experiment.from_content("made", spec | {"planned": [], "full": GLUE["full"]})
     cells = experiment.compose_cells([])
@@ -217,7 +217,7 @@ def test_runs_start_from_the_best_by_the_task_s_main_score(study, known):  # noq
         assert found.reason == "its start is not there: a run of glue/sst2 is missing, or its accuracy"
 
 
-def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, tmp_path, monkeypatch):  # noqa: F811
+def test_runs_of_another_version_of_a_plugin_are_marked_and_stand_behind(study, tmp_path, monkeypatch):
     def record(version: str) -> dict:
         return {"environment": {"plugins": {"stars": {"path": "stars.py", "sha256": version}, "gone": {"sha256": "0"}}}}
 
@@ -243,7 +243,7 @@ def test_what_a_task_raises_over_old_predictions_is_one_line(error, monkeypatch)
 
 
 @pytest.mark.parametrize("method", ["score", "declare_scores"])
-def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, tmp_path, monkeypatch):  # noqa: F811
+def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, tmp_path, monkeypatch):
     experiment, outcomes = study(PLANNED | {"full": GLUE["full"]}, lambda label, s: 70 + s.seed)
     monkeypatch.setattr(type(tasks.load("glue/rte")), method, Mock(side_effect=KeyError("length")))
     findings = Findings.compute(experiment, outcomes)
@@ -255,7 +255,7 @@ def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, t
     assert (f"cannot be compared (glue/rte {said}" in text) == (method == "declare_scores")
 
 
-def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):  # noqa: F811
+def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):
     experiment, outcomes = study(PLANNED, lambda label, s: 70 + s.seed)
     read = Predictions.read_runs
 

@@ -15,7 +15,7 @@ from dual_lora.lab.report.write import write_report
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
 from dual_lora.lab.system.lock import LOCK_NAME, hold_lock
-from tests.lab.report.test_report import GLUE, finish
+from tests.support.reports import GLUE, finish
 
 SPEC = {**GLUE, "baselines": [], "published": [], "columns": "task.name"}
 

@@ -45,9 +45,9 @@ from dual_lora.lab.study.launch.command import (
 )
 from dual_lora.lab.system.signals import REQUEUE, STOP
 from dual_lora.lab.train import run as train_run
-from tests.lab.study.test_sweep import SMALL, SPEC
-from tests.pages.test_commands import COMMANDS, PAGES, words
+from tests.support.pages import COMMANDS, PAGES, words
 from tests.support.places import ROOT
+from tests.support.small_runs import SMALL, SPEC
 
 TINY = ["model=tiny-roberta", "task=demo/sentiment", *SMALL]
 INSTALLED = [name for name in list_choices("hydra/launcher") if name != "ray_cluster"]

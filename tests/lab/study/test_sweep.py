@@ -30,16 +30,7 @@ from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.study.time_left import TimeLeft
 from tests.support.places import ROOT
 from tests.support.published import get_row
-
-SMALL = ["train.max_steps=2", "train.max_examples=64", "eval.max_examples=4", "eval.before=false"]
-SMALL += ["wandb.mode=disabled"]
-SPEC = {
-    "title": "Small",
-    "columns": "task.name",
-    "baselines": ["LoRA"],
-    "cells": {"LoRA": ["method=lora"], "Dual LoRA": ["method=dual_lora"]},
-    "smoke": {"seeds": [0, 1], "run": ["model=tiny-roberta", "task=demo/sentiment"]},
-}
+from tests.support.small_runs import SMALL, SPEC
 
 TUNE = {"holdout": 9, "grid": {"LoRA": [1e-3]}}
 TABLES = [name for name in list_choices("experiment") if "kind" not in load_experiment_file(name)]

@@ -17,7 +17,7 @@ from dual_lora.lab.evaluate import export as evaluate_export
 from dual_lora.lab.system.lock import LOCK_NAME, hold_lock
 from dual_lora.lab.weights import save
 from tasks.base import TaskError, read_text
-from tests.lab.evaluate.test_export import export, trained  # noqa: F401 - a fixture
+from tests.support.finished_runs import export
 
 READERS = {
     "settings.yaml": load_yaml,
@@ -58,7 +58,7 @@ def limit_file_size(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_updates_that_the_disk_does_not_hold_are_refused_in_one_line(trained, tmp_path):  # noqa: F811
+def test_updates_that_the_disk_does_not_hold_are_refused_in_one_line(trained, tmp_path):
     reason = os.strerror(errno.EFBIG)
     said = f"u.safetensors: cannot be written .{reason}.; free some space there, or give another file as save_updates="
     with pytest.raises(UserError, match=said), limit_file_size(4096):
@@ -66,7 +66,7 @@ def test_updates_that_the_disk_does_not_hold_are_refused_in_one_line(trained, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_updates_do_not_replace_a_file_written_meanwhile(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_updates_do_not_replace_a_file_written_meanwhile(trained, tmp_path, monkeypatch):
     file, write = tmp_path / "u.safetensors", save.save_file
 
     def write_after_another(*args, **options):
@@ -79,7 +79,7 @@ def test_updates_do_not_replace_a_file_written_meanwhile(trained, tmp_path, monk
     assert file.read_text() == "another's" and list(tmp_path.iterdir()) == [file]
 
 
-def test_an_export_names_what_a_killed_one_left(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_export_names_what_a_killed_one_left(trained, tmp_path, monkeypatch, capsys):
     mine, other = tmp_path / "out[1]", tmp_path / "out1"
     with pytest.MonkeyPatch.context() as patch:  # killed before it removed anything
         patch.setattr(evaluate_export, "remove_path", lambda path: None)

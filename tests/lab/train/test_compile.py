@@ -15,7 +15,7 @@ from dual_lora.lab.system.libraries import describe_float32_products, keep_float
 from dual_lora.lab.train import run as train_run_module
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.train.trainer import RunTrainer, translate_compile_errors
-from tests.lab.train.test_training import settings
+from tests.support.small_runs import settings
 
 ON = "train.compile=true"
 FEW = ["train.batch_size=4", "train.max_steps=3", "eval.before=false"]

@@ -23,7 +23,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.study.execute import execute_run
 from dual_lora.lab.system import distributed
 from dual_lora.lab.train.run import train_run
-from tests.pages.test_commands import COMMANDS, words
+from tests.support.pages import COMMANDS, words
 from tests.support.places import ROOT
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

@@ -16,7 +16,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.signals import STOP
 from dual_lora.lab.train.callbacks import BestEpoch
 from dual_lora.lab.train.run import train_run
-from tests.lab.train.test_resume import Killed, at_step, chosen, kept, kill, reference, stopped  # noqa: F401 - a fixture
+from tests.support.killed_runs import Killed, at_step, chosen, kept, kill, stopped
 
 BASE = ["model=tiny-roberta", "task=demo/sentiment"]
 EARLY = ["train.early_stopping=2", "eval.development_rows=30", "train.max_steps=null", "train.epochs=9"]
@@ -74,7 +74,7 @@ def test_rows_to_judge_by_are_neither_trained_on_nor_reported():
     assert load_development_split(task, load_settings(BASE)) is None
 
 
-def test_it_resumes_to_the_same_bytes_wherever_it_was_stopped(runs_folder, reference, falling):  # noqa: F811
+def test_it_resumes_to_the_same_bytes_wherever_it_was_stopped(runs_folder, reference, falling):
     settings = count_up("train.save_steps=2")
     whole = reference(settings)
     record = stopped(settings, 6)  # the end of an epoch, before it is scored

@@ -18,7 +18,7 @@ from dual_lora.lab.record.record import Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.train.packing import PackingCollator, assign_rows, check_packing, unmask_packed_batch
 from dual_lora.lab.train.run import train_run
-from tests.lab.train.test_training import attached, settings
+from tests.support.small_runs import attached, settings
 
 MODELS = ["tiny-llama", "tiny-gpt2"]
 LIMIT = 128  # the tasks' maximum length

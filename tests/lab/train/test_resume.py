@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +23,7 @@ from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.commands.guard import run_command, run_guarded
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.commands.train import train_command
-from dual_lora.lab.config import paths
-from dual_lora.lab.config.compose import list_choices, load_settings
+from dual_lora.lab.config.compose import list_choices
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import (
     EXIT_ELSEWHERE,
@@ -52,74 +51,7 @@ from dual_lora.lab.train.callbacks import STATE_FILE, BestEpoch, LogCallback
 from dual_lora.lab.train.optimizer_state import OPTIMIZER_FILE, load_random_state, save_random_state
 from dual_lora.lab.train.run import train_run
 from dual_lora.lab.train.trainer import LengthSampler, RunTrainer, StopAndResume
-
-# 5 batches an epoch, 3 optimizer steps: the last one is of a single batch
-SMALL = ["model=tiny-roberta", "task=demo/sentiment", "wandb.mode=disabled", "eval.max_examples=8"]
-SMALL += ["train.max_examples=40", "train.batch_size=8", "train.accumulation=2", "train.log_steps=2"]
-TIMES = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "sha256", "digest"}
-
-
-def chosen(*overrides: str):
-    return load_settings([*SMALL, "train.max_steps=7", *overrides])
-
-
-class Killed(BaseException):
-    """Ends a run as SIGKILL would: nothing more is done than Python's own unwinding."""
-
-
-def kept(folder: Path) -> dict:
-    """Everything of a run's record that must not depend on how often it was stopped."""
-    result = json.loads((folder / "result.json").read_text())
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix == ".safetensors" or p.name.endswith(".jsonl")]
-    return {
-        "result": {name: value for name, value in result.items() if name not in TIMES},
-        **{str(p.relative_to(folder)): p.read_bytes() for p in files},
-    }
-
-
-@pytest.fixture
-def reference(tmp_path, monkeypatch):
-    """A function that does a run without interruption in a folder of its own and returns what is `kept` of it."""
-
-    def reference(settings) -> dict:
-        with monkeypatch.context() as patch:
-            patch.setattr(paths, "RUNS", tmp_path / "reference")
-            train_run(Run.prepare(settings))
-            return kept(Run.prepare(settings).record.folder)
-
-    return reference
-
-
-@contextmanager
-def at_step(step: int, do):
-    """Call `do` at the end of one optimizer step, after its losses are added up and before anything is saved."""
-    real = StopAndResume.on_step_end
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            do()
-        real(self, args, state, control, **kwargs)
-
-    StopAndResume.on_step_end = on_step_end
-    try:
-        yield
-    finally:
-        StopAndResume.on_step_end = real
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def kill() -> None:
-    raise Killed
-
-
-def stopped(settings, step: int) -> Record:
-    """Start a run, stop it politely in a step and return its record."""
-    with at_step(step, terminate), STOP.listen(), pytest.raises(Stopped):
-        train_run(Run.prepare(settings))
-    return Run.prepare(settings).record
+from tests.support.killed_runs import Killed, at_step, chosen, kept, kill, stopped, terminate
 
 
 @pytest.mark.parametrize(

@@ -41,28 +41,8 @@ from dual_lora.lab.train.run import train_run
 from dual_lora.lab.train.trainer import RunTrainer
 from tests.support import forked
 from tests.support.places import GOLDEN, ROOT
+from tests.support.small_runs import FAMILIES, SHORT, attached, settings
 from tests.support.wandb_stub import WandbStub
-
-FAMILIES = {
-    "tiny-gpt2": "demo/choice",
-    "tiny-llama": "demo/restaurants",
-    "tiny-roberta": "demo/sentiment",
-    "tiny-deberta": "demo/sentiment",
-}
-SHORT = ["train.max_steps=4", "eval.max_examples=8", "train.log_steps=1", "wandb.mode=disabled"]
-
-
-def settings(model: str, *overrides: str):
-    return load_settings([f"model={model}", f"task={FAMILIES[model]}", *SHORT, *overrides])
-
-
-def attached(model: str, method: str, *overrides: str):
-    """Return settings, task, base-with-method and tokenizer, untrained."""
-    chosen = settings(model, f"method={method}", *overrides)
-    task = tasks.load(chosen.task.name)
-    torch.manual_seed(0)
-    base, tokenizer = load_model(chosen, task)
-    return chosen, task, attach_method(base, chosen, task.form), tokenizer
 
 
 def inputs(model: str, tokenizer) -> dict[str, torch.Tensor]:
