@@ -1,8 +1,11 @@
-"""Matrices that measures of updates seldom meet: integers, huge values, zeros, NaN."""
+"""Matrices that measures of updates seldom meet: integers, huge values, zeros, NaN, other shapes."""
+
+import math
 
 import pytest
 import torch
 
+from dual_lora import analysis, delta_weight
 from dual_lora.analysis import DIRECTION_EDGES, compute_ranks, count_by_bin
 from dual_lora.analysis.curvature import compute_curvature
 from dual_lora.analysis.truncation import Decomposition
@@ -46,3 +49,52 @@ def test_a_loss_that_is_nan_has_no_curvature():
     p = torch.randn(5, requires_grad=True)
     with pytest.raises(ValueError, match=r"^loss_of\(\) returned nan"):
         compute_curvature(lambda: (p * torch.nan).square().sum(), [p])
+
+
+# What has no right number is refused by name: other shapes, NaN, unknown variants.
+
+
+NAN, INF = torch.full((3, 3), math.nan), torch.full((3, 3), math.inf)
+
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize("measure", [analysis.compute_ranks, analysis.compute_zero_share, analysis.count_dead_rows])
+@pytest.mark.parametrize("matrix", [NAN, INF, torch.ones(2, 3, 3), torch.ones(0, 3), torch.ones(3)])
+def test_only_a_finite_matrix_is_measured(measure, matrix):
+    with pytest.raises(ValueError, match="matri"):
+        measure(matrix)
+
+
+@pytest.mark.parametrize("compare", [analysis.compare_updates, analysis.compute_cosine, analysis.compute_relative_size])
+@pytest.mark.parametrize("other", [torch.ones(3, 1), torch.ones(1), torch.ones(2, 3, 3), NAN, INF])
+def test_only_matrices_of_one_shape_are_compared(compare, other):
+    for pair in ((EYE, other), (other, EYE)):
+        with pytest.raises(ValueError, match=r"shape|NaN"):
+            compare(*pair)
+
+
+def test_nan_is_in_no_bin():
+    with pytest.raises(ValueError, match="NaN"):
+        analysis.count_by_bin(NAN, analysis.MAGNITUDE_EDGES)
+
+
+@pytest.mark.parametrize("use", [lambda *four: delta_weight(*four, 1.0), analysis.measure_groups])
+@pytest.mark.parametrize("shape", [(2, 1), (2, 7), (1, 2, 5)])
+def test_products_of_other_shapes_are_not_broadcast(use, shape):
+    A, B, D = torch.ones(2, 5), torch.ones(6, 2), torch.ones(6, 2)
+    with pytest.raises(ValueError, match=r"C: .*: expected A: r1 x in"):
+        use(A, B, torch.ones(shape), D)
+
+
+@pytest.mark.parametrize("fields", [{"magnitude": "rellu"}, {"direction": "signs"}])
+def test_groups_of_an_unknown_variant_are_not_measured(fields):
+    with pytest.raises(ValueError, match="expected one of"):
+        analysis.measure_groups(torch.ones(2, 5), torch.ones(6, 2), torch.ones(2, 5), torch.ones(6, 2), **fields)
+
+
+def test_signs_of_other_shapes_are_not_compared():
+    C, D = torch.ones(2, 5), torch.ones(6, 2)
+    with pytest.raises(ValueError, match="one shape"):
+        analysis.compute_flipped_share(C, D, torch.ones(2, 1), D)

@@ -10,6 +10,7 @@ import torch
 
 from dual_lora.bench import __main__ as command
 from dual_lora.bench import cases, measure, page, record, threads
+from dual_lora.bench.__main__ import main as run_bench
 from tests.support.places import ROOT
 
 CPU = torch.device("cpu")
@@ -255,3 +256,8 @@ def test_a_process_that_ends_is_reported():
     )
     with threads.stop_at_end(ended), pytest.raises(RuntimeError, match="ended with 0"):
         threads.request_step(ended)
+
+
+def test_a_model_that_is_nowhere_is_not_measured():
+    with pytest.raises(SystemExit, match="--model /nonexistent: no config.json there"):
+        run_bench(["--model", "/nonexistent"])

@@ -88,6 +88,15 @@ def test_no_folder_holds_more_files_than_a_reader_keeps_in_mind():
         assert len(list(folder.glob("*.py"))) <= MAX_FILES, folder
 
 
+def test_no_test_module_imports_another():
+    """What several of them need is in tests/support, a fixture in the conftest.py of their room."""
+    files = [*(ROOT / "tests").rglob("*.py")]
+    modules = {path.stem for path in files if path.stem.startswith("test_")} | {"conftest"}
+    for path in files:
+        for name in imported(path):
+            assert not modules & set(name.split(".")), f"{path} imports {name}"
+
+
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_import_directions(folder):
     place = ROOT / folder

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import datasets
@@ -274,3 +275,43 @@ def test_an_empty_question_of_qqp_is_read_as_the_official_file_has_some(tmp_path
 @pytest.mark.parametrize("word", ["3.8", "0.4", "4.813", "5.000", "4.57142857142857", "2.11111111111111"])
 def test_a_score_of_the_hub_is_that_of_the_official_file(word):
     assert glue.restore_score(float(np.float32(word))) == float(word)
+
+
+TABLE = "sentence\tlabel\nfine\t1\n"
+
+
+@pytest.fixture
+def sst2(tmp_path):
+    """A folder with SST-2's two files."""
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / name).write_text(TABLE)
+    return folder
+
+
+def read(folder):
+    return glue.task("sst2").split("train", str(folder.parent)).rows.to_list()
+
+
+def test_of_a_file_and_its_gz_with_other_data_none_is_chosen(sst2):
+    with gzip.open(sst2 / "train.tsv.gz", "wt") as stream:
+        stream.write(TABLE)
+    assert len(read(sst2)) == 1
+    with gzip.open(sst2 / "train.tsv.gz", "at") as stream:
+        stream.write("bad\t0\n")
+    with pytest.raises(TaskError, match="hold different data; keep one"):
+        read(sst2)
+
+
+def test_a_long_document_is_one_field(sst2):
+    (sst2 / "train.tsv").write_text(f"sentence\tlabel\n{'word ' * 40_000}\t0\n")
+    (row,) = read(sst2)
+    assert len(row["text"]) == 200_000
+
+
+def test_nobody_waits_for_a_pipe(sst2):
+    (sst2 / "train.tsv").unlink()
+    os.mkfifo(sst2 / "train.tsv")
+    with pytest.raises(TaskError, match="a pipe or a device, not a file"):
+        read(sst2)

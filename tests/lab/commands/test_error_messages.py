@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from dual_lora.bench.__main__ import main as run_bench
 from dual_lora.lab.commands.guard import run_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
@@ -76,8 +75,3 @@ def test_the_progress_bar_ends_before_a_failure_is_told(runs_folder, monkeypatch
     report_failures([run])
     said = capfd.readouterr().err
     assert re.search(r"(?m)^failed: ", said) and not re.search(r"s/it|it/s", said.splitlines()[-1])
-
-
-def test_a_model_that_is_nowhere_is_not_measured():
-    with pytest.raises(SystemExit, match="--model /nonexistent: no config.json there"):
-        run_bench(["--model", "/nonexistent"])

@@ -17,10 +17,12 @@ from dual_lora.lab.errors import EXIT_FAILED, EXIT_OK, EXIT_USER
 from dual_lora.lab.record import run as record_run
 from dual_lora.lab.record.run import Run, prepare_runs
 from dual_lora.lab.record.summary import format_seconds
+from dual_lora.lab.study import schedule
 from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.study.experiment import Experiment, drop_replaced_overrides
 from dual_lora.lab.study.listing import format_results
 from dual_lora.lab.study.schedule import run_cells
+from dual_lora.lab.study.time_left import TimeLeft
 from dual_lora.lab.train import plan as train_plan
 from tests.support.places import ROOT
 from tests.support.small_runs import SMALL, SPEC, TINY
@@ -200,3 +202,16 @@ def test_a_log_file_has_lines_instead_of_a_bar(runs_folder, capfd):
     said = capfd.readouterr().err
     lines = re.findall(r"(?m)^step (\d+)/60, loss \d+\.\d{4}, [\d,]+ tokens/s, \d+ s left$", said)
     assert 15 <= len(lines) <= 20 and lines[-1] == "60" and "it/s" not in said
+
+
+@pytest.mark.parametrize(("error", "times"), [("UserError", 1), ("RuntimeError", 0), ("RunHeldElsewhere", 0)])
+def test_a_failure_is_told_before_the_next_run_starts(error, times, runs_folder, monkeypatch, capfd):
+    """Once: what is no UserError is printed where it is caught, with its traceback."""
+    runs = prepare_runs([load_settings([*TINY, f"seed={seed}"]) for seed in (0, 1)])
+    failures = iter([{"error": error, "message": "no such thing; take another"}, None])
+    monkeypatch.setattr(schedule, "execute_run", lambda run: print("started") or next(failures))
+    schedule.run_in_process(runs, TimeLeft())
+    shown = capfd.readouterr()
+    assert shown.out.count("started") == 2
+    told = f"failed: {runs[0].record.format_path()}: no such thing; take another"
+    assert shown.err.splitlines() == [told] * times

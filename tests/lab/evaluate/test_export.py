@@ -1,9 +1,12 @@
 """Exports: whole or not at all, never into what others made, and refused where they would compute something else."""
 
+import errno
 import json
 import os
 import re
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from dual_lora.lab.evaluate import export as evaluate_export
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.system.sealed import hash_content, hash_file
 from dual_lora.lab.train.run import train_run
+from dual_lora.lab.weights import save
 from tests.support.finished_runs import SHORT, export
 
 
@@ -157,3 +161,53 @@ def test_weights_that_float16_does_not_hold_are_not_exported(trained, tmp_path):
 def test_logits_that_are_nan_are_called_so(tmp_path):
     with pytest.raises(UserError, match="the merged model's logits are NaN, so its weights or its method cannot be"):
         evaluate_export.check_difference(tmp_path, float("nan"))
+
+
+# Full disks, other writers, and what killed ones leave.
+
+
+@contextmanager
+def limit_file_size(size: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_updates_that_the_disk_does_not_hold_are_refused_in_one_line(trained, tmp_path):
+    reason = os.strerror(errno.EFBIG)
+    said = f"u.safetensors: cannot be written .{reason}.; free some space there, or give another file as save_updates="
+    with pytest.raises(UserError, match=said), limit_file_size(4096):
+        evaluate_command([f"run={trained}", f"save_updates={tmp_path / 'u.safetensors'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_updates_do_not_replace_a_file_written_meanwhile(trained, tmp_path, monkeypatch):
+    file, write = tmp_path / "u.safetensors", save.save_file
+
+    def write_after_another(*args, **options):
+        file.write_text("another's")
+        write(*args, **options)
+
+    monkeypatch.setattr(save, "save_file", write_after_another)
+    with pytest.raises(UserError, match="another process wrote it"):
+        evaluate_command([f"run={trained}", f"save_updates={file}"])
+    assert file.read_text() == "another's" and list(tmp_path.iterdir()) == [file]
+
+
+def test_an_export_names_what_a_killed_one_left(trained, tmp_path, monkeypatch, capsys):
+    mine, other = tmp_path / "out[1]", tmp_path / "out1"
+    with pytest.MonkeyPatch.context() as patch:  # killed before it removed anything
+        patch.setattr(evaluate_export, "remove_path", lambda path: None)
+        patch.setattr(evaluate_export, "check_weights", lambda *args: 1 / 0)
+        for folder in (mine, other):
+            with pytest.raises(ZeroDivisionError):
+                export(trained, folder)
+    (left,) = tmp_path.glob(".out[[]*")
+    capsys.readouterr()
+    export(trained, mine)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unfinished export" in line]
+    assert lines == [f"{left}: an unfinished export; remove it, unless it is still being written"]
+    assert left.is_dir()

@@ -99,3 +99,11 @@ def test_merges_are_not_left_out_at_random(model, plain, tmp_path):
     state["model"]["dropout"] = 0.5
     (folder / "tokenizer.json").write_text(json.dumps(state))
     compare(plain, model, PAIRS[model], folder)
+
+
+def test_special_tokens_that_two_files_name_differently_are_refused(tmp_path):
+    folder = copy("tiny-llama", tmp_path)
+    map_file = folder / "special_tokens_map.json"
+    map_file.write_text(json.dumps({"eos_token": {"content": "<pad>"}}))
+    said = refused(folder, "tiny-llama")
+    assert "special_tokens_map.json: eos_token is '<pad>', but '</s>' in tokenizer_config.json; keep one" in said

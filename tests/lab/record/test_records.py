@@ -13,11 +13,13 @@ from dual_lora.lab.commands.sweep import run_experiment
 from dual_lora.lab.commands.train import check_command
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
-from dual_lora.lab.errors import RunHeldElsewhere, UserError
+from dual_lora.lab.config.recorded import load_recorded_settings, replace_settings
+from dual_lora.lab.errors import EXIT_ELSEWHERE, EXIT_OK, RunHeldElsewhere, UserError
 from dual_lora.lab.record.record import TRAINED_FILE, Record
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report.analyses.kinds import is_up_to_date, list_redone_runs
 from dual_lora.lab.report.write import FIGURES_FILE, remove_stale_figures
+from dual_lora.lab.study.execute import execute_run, report_failures
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_damaged_records
 from dual_lora.lab.system.files import append_text, remove_path, remove_temporary_files, write_text
@@ -305,3 +307,14 @@ def test_details_of_a_failure_hold_no_secret(tmp_path, monkeypatch):
     Record(tmp_path).write_failure(UserError("no http://user:hunter2secret@mirror:9", examples=["hunter2secret", 3]))
     found = Record(tmp_path).read_failure()
     assert found["message"] == "no http://***@mirror:9" and found["examples"] == ["***", 3]
+
+
+@pytest.mark.parametrize(("force", "code"), [(True, EXIT_ELSEWHERE), (False, EXIT_OK)])
+def test_a_forced_run_that_another_process_holds_is_not_done(force, code, record):
+    settings = replace_settings(load_recorded_settings(record.folder), {"force": force})
+    run = Run.prepare(settings)
+    before = run.record.read_result()
+    with hold_lock(run.record.folder):
+        execute_run(run)
+        assert report_failures([run]) == code
+    assert run.record.read_result() == before

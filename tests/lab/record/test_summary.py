@@ -1,11 +1,11 @@
-"""The global batch of a run, beside what it consists of."""
+"""What a run says of itself: the rows it saw, and its global batch beside what it consists of."""
 
 import pytest
 
 from dual_lora.lab.commands.train import train_command
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.record.run import Run
-from dual_lora.lab.record.summary import format_summary
+from dual_lora.lab.record.summary import describe_data, format_summary
 from dual_lora.lab.train.run import train_run
 from tests.support.small_runs import settings
 
@@ -33,3 +33,28 @@ def test_a_run_and_a_plan_print_them(runs_folder, capsys):
     assert " for 4 steps, " in format_summary(older, run)
     assert train_command(["train.batch_size=4", "train.accumulation=2", "plan=true"]) == 0
     assert "\nstep     8 examples (4 a batch x 2 accumulated); 1,024 tokens and " in capsys.readouterr().out
+
+
+HELD_OUT = "tickets.csv, 10 % set apart with seed 0"
+
+
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (
+            {"train": {"origin": "t", "rows": 2700}, "validation": {"origin": HELD_OUT, "rows": 300}},
+            f"2,700 rows to train on, 300 scored ({HELD_OUT})",
+        ),
+        (
+            {
+                "train": {"origin": "t", "rows": 9},
+                "a": {"origin": "a.json", "rows": 3},
+                "b": {"origin": "b", "rows": 4},
+            },
+            "9 rows to train on, 7 scored (2 sets)",
+        ),
+        ({"test": {"origin": "test.csv", "rows": 4}}, "4 scored (test.csv)"),  # the base model alone
+    ],
+)
+def test_a_run_says_which_rows_it_saw(splits, said):
+    assert describe_data(splits) == said

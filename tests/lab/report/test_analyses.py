@@ -1,8 +1,16 @@
-"""Entries of both groups, layer by layer: the table, and histograms that sum over roles."""
+"""Analyses in a report: entries layer by layer, those that are missing, and which run each is of."""
+
+from types import SimpleNamespace
+
+import pytest
 
 from dual_lora.analysis import DIRECTION_EDGES, MAGNITUDE_EDGES
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.present import histogram_figure
+from dual_lora.lab.record.record import Record
 from dual_lora.lab.report.analyses.entries import tabulate_layers
+from dual_lora.lab.report.analyses.kinds import check_analysis
+from dual_lora.lab.report.analyses.ranks import read_analyses
 
 
 def row(layer: int, role: str, zeros: float, dead: int, flipped: float | None) -> dict:
@@ -44,3 +52,38 @@ def test_a_line_sums_over_the_roles_of_a_layer(tmp_path, monkeypatch):
     drawn.clear()
     histogram_figure.draw_histograms(content, tmp_path)
     assert set(drawn) == {"q", "q, random", "v", "v, random"} and drawn["q"][0] == 100 * 10 / 12
+
+
+def test_a_finished_run_that_is_not_analysed_yet_is_not_called_unfinished(tmp_path):
+    experiment = SimpleNamespace(analyse="truncation", floors=[])
+    outcome = SimpleNamespace(label="LoRA", result={}, record=Record(tmp_path))
+    with pytest.raises(UserError, match="truncation.json: missing; sweep.py without run=false analyses the run$"):
+        check_analysis(experiment, outcome)
+
+
+# Analyses of several models and tasks.
+
+
+def analyse(model: str, task: str, seed: int = 0, label: str = "LoRA", name: str = "run"):
+    """Return an analysed run whose analysis says which one it is."""
+    settings = SimpleNamespace(model=SimpleNamespace(name=model), task=SimpleNamespace(name=task), seed=seed)
+    record = SimpleNamespace(name=name, read_sealed=lambda *_: {"of": (model, task, seed, name)})
+    return SimpleNamespace(label=label, settings=settings, record=record)
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        ([("a", "t"), ("b", "t")], ["LoRA, a", "LoRA, b"]),
+        ([("a", "t"), ("a", "u")], ["LoRA, t", "LoRA, u"]),
+        ([("a", "t", 0), ("b", "t", 1)], ["LoRA, a, seed 0", "LoRA, b, seed 1"]),
+        ([("a", "t", 0), ("a", "t", 0, "DoRA")], ["LoRA", "DoRA"]),
+        ([("a", "t", 0, "LoRA", "r4"), ("a", "t", 0, "LoRA", "r8")], ["LoRA, r4", "LoRA, r8"]),
+    ],
+    ids=str,
+)
+def test_no_analysis_stands_in_the_place_of_another(runs, names):
+    outcomes = [analyse(*run) for run in runs]
+    found = read_analyses(outcomes)
+    assert list(found) == names
+    assert [content["of"] for content in found.values()] == [outcome.record.read_sealed()["of"] for outcome in outcomes]

@@ -1,12 +1,14 @@
-"""Notes below a table: training data that are not whole, and the run that each row starts from."""
+"""Notes below a table and its checklist: training data that are not whole, the run that each row starts from."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from dual_lora.lab.config.compose import load_settings
-from dual_lora.lab.report.analyses.ranks import read_analyses
+from dual_lora.lab.report.protocol import iterate_checklist
 from dual_lora.lab.report.table import describe_missing_rows, iterate_start_notes
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.outcome import find_outcomes
 
 GLUE = ["model=tiny-roberta", "task=glue/mnli", "method=lora"]
 
@@ -48,29 +50,9 @@ def test_the_run_that_a_row_starts_from_is_named():
     assert note.endswith("without its head")
 
 
-# Analyses of several models and tasks
-
-
-def analyse(model: str, task: str, seed: int = 0, label: str = "LoRA", name: str = "run"):
-    """Return an analysed run whose analysis says which one it is."""
-    settings = SimpleNamespace(model=SimpleNamespace(name=model), task=SimpleNamespace(name=task), seed=seed)
-    record = SimpleNamespace(name=name, read_sealed=lambda *_: {"of": (model, task, seed, name)})
-    return SimpleNamespace(label=label, settings=settings, record=record)
-
-
-@pytest.mark.parametrize(
-    ("runs", "names"),
-    [
-        ([("a", "t"), ("b", "t")], ["LoRA, a", "LoRA, b"]),
-        ([("a", "t"), ("a", "u")], ["LoRA, t", "LoRA, u"]),
-        ([("a", "t", 0), ("b", "t", 1)], ["LoRA, a, seed 0", "LoRA, b, seed 1"]),
-        ([("a", "t", 0), ("a", "t", 0, "DoRA")], ["LoRA", "DoRA"]),
-        ([("a", "t", 0, "LoRA", "r4"), ("a", "t", 0, "LoRA", "r8")], ["LoRA, r4", "LoRA, r8"]),
-    ],
-    ids=str,
-)
-def test_no_analysis_stands_in_the_place_of_another(runs, names):
-    outcomes = [analyse(*run) for run in runs]
-    found = read_analyses(outcomes)
-    assert list(found) == names
-    assert [content["of"] for content in found.values()] == [outcome.record.read_sealed()["of"] for outcome in outcomes]
+def test_no_scores_are_told_before_a_run_has_finished(runs_folder):
+    experiment = Experiment.load("learning_rates", "smoke")
+    cells = experiment.compose_cells([])
+    lines = list(iterate_checklist(experiment, find_outcomes(cells, cells[0].settings.study)))
+    assert f"runs: 0 of {len(cells)} finished; seeds 0" in lines
+    assert not any(line.startswith("scores:") for line in lines)

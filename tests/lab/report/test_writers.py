@@ -129,3 +129,23 @@ def test_an_edited_row_of_a_study_of_cells_is_named(tmp_path):
     file.write_text(whole.splitlines()[0] + "\n" + json.dumps(edited) + "\n")
     with pytest.raises(StudyError, match="rows.jsonl, line 2: its digest is missing; remove the line, its cell runs"):
         read_rows(file)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "predictions.jsonl"])
+@pytest.mark.parametrize("content", ["{damaged", "5\n", None])
+def test_a_report_names_a_damaged_file_that_only_a_figure_or_nothing_needs(name, content, runs_folder, capsys):
+    """Nothing is compared here, so no table reads predictions."""
+    experiment = Experiment.from_content("made", {**GLUE, "baselines": [], "published": [], "columns": "task.name"})
+    cells = experiment.compose_cells([])
+    for cell in cells:
+        found = finish(cell.settings, 80)
+        found.write_lines("metrics.jsonl", [{"step": 1, "loss": 0.5}])
+        result = json.loads((found.folder / "result.json").read_text())
+        found.write_result({key: value for key, value in result.items() if key != "digest"})
+    assert run_experiment(experiment, cells, None) == EXIT_OK
+    file = found.folder / name
+    file.unlink() if content is None else file.write_text(content)
+    assert run_experiment(experiment, cells, None) == EXIT_USER
+    told = "removed" if content is None else "changed"
+    assert f"not read: {file}: {told} since the run" in capsys.readouterr().err
+    assert name in (runs_folder / "made/report/table.md").read_text()

@@ -15,7 +15,7 @@ from dual_lora import kernels, paper
 from dual_lora.lab.commands.sweep import sweep_command
 from dual_lora.lab.config.compose import list_choices, load_settings
 from dual_lora.lab.config.schema import get_setting
-from dual_lora.lab.errors import EXIT_USER, UserError
+from dual_lora.lab.errors import EXIT_OK, EXIT_USER, UserError
 from dual_lora.lab.inputs.splits import load_scored_splits, load_split
 from dual_lora.lab.record.identity import serialize_identity_settings
 from dual_lora.lab.record.run import prepare_runs
@@ -30,7 +30,7 @@ from dual_lora.lab.study.schedule import run_cells
 from dual_lora.lab.study.time_left import TimeLeft
 from tests.support.places import ROOT
 from tests.support.published import get_row
-from tests.support.small_runs import SMALL, SPEC
+from tests.support.small_runs import SMALL, SPEC, TINY
 
 TUNE = {"holdout": 9, "grid": {"LoRA": [1e-3]}}
 TABLES = [name for name in list_choices("experiment") if "kind" not in load_experiment_file(name)]
@@ -434,3 +434,16 @@ def test_mistakes_in_a_file(changes, message):
 def test_mistakes(argument, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.").replace("?", r"\?")):
         sweep_command(argument.split())
+
+
+def test_a_sweep_counts_no_run_as_finished_whose_weights_were_changed(runs_folder, capfd):
+    spec = {**SPEC, "cells": {"LoRA": ["method=lora"]}, "baselines": []}
+    cells = Experiment.from_content("small", spec).compose_cells([*TINY, "seed=0"])
+    assert run_cells(cells, "small", []) == EXIT_OK
+    (adapter,) = runs_folder.glob("*/*/adapter")
+    with (adapter / "adapter_model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    assert run_cells(cells, "small", []) == EXIT_USER
+    assert "adapter_model.safetensors: changed since the run" in capfd.readouterr().err
+    shutil.rmtree(adapter)  # committed records are kept without weights
+    assert run_cells(cells, "small", []) == EXIT_OK
