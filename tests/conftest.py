@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which the first room that is collected may do
 # A shell's background jobs ignore Ctrl-C, those of nohup SIGHUP, and so would the runs that tests start and stop.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
