@@ -26,8 +26,9 @@ test: env  ## the test suite, 12 to 20 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 25 --durations-min 5
 
 # Without the harness: what a change of the method, its kernels, the statistics or the settings can break.
-UNIT := tests/tuner tests/kernels tests/test_stats.py tests/test_seeds.py tests/test_measures.py tests/test_structure.py
-UNIT += tests/test_settings_help.py tests/test_overrides.py tests/test_paper.py tests/test_startup.py
+UNIT := tests/tuner tests/kernels tests/lab/statistics tests/tasks/test_measures.py tests/repository/test_structure.py
+UNIT += tests/lab/commands/test_settings_help.py tests/lab/commands/test_startup.py tests/lab/config/test_overrides.py
+UNIT += tests/paper/test_tables.py
 
 test-unit: env  ## tuner, kernels, statistics and settings, about a minute on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(UNIT)
@@ -36,7 +37,7 @@ test-slow: env  ## the minutes-long tests
 	$(PY) -m pytest -m slow
 
 test-slurm: env  ## runs on a real Slurm of one node (Debian's packages, as root), minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/test_slurm.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/lab/study/test_slurm.py
 
 test-torch: env  ## only the method, with the oldest and the newest torch and PEFT, minutes and several GB (network)
 	OMP_NUM_THREADS=1 $(PY) -m tools.try_environments oldest newest
@@ -48,7 +49,7 @@ smoke: env  ## every experiment with bundled models, report included, minutes
 	$(PY) sweep.py experiment=all scale=smoke force=true wandb.mode=disabled
 
 chaos: env  ## kill, starve and damage a small study in many ways, about 20 minutes
-	$(PY) tests/chaos.py
+	$(PY) -m tests.chaos
 
 calibration: env  ## simulate equal methods: are verdicts and intervals right as often as promised; minutes
 	OMP_NUM_THREADS=1 $(PY) -m tools.calibrate

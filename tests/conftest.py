@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which the first room that is collected may do
 # A shell's background jobs ignore Ctrl-C, those of nohup SIGHUP, and so would the runs that tests start and stop.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
@@ -18,8 +19,9 @@ gc.disable()  # what tests import stays, and searches for garbage among it would
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("DUAL_LORA_DATA", ROOT.parent / "shared" / "data"))
+pytest.register_assert_rewrite("tests.support")  # its assertions are as those of tests
+
+from tests.support.places import DATA
 
 
 def pytest_collection_finish() -> None:
@@ -81,16 +83,3 @@ def runs_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "RUNS", folder)
     monkeypatch.setenv("DUAL_LORA_RUNS", str(folder))
     return folder
-
-
-def plan_run(run) -> None:
-    """Plan a run and check that it fits, as train.py does with plan=true."""
-    from dual_lora.lab.train.plan import check_fit, make_plan
-
-    check_fit(run.settings, make_plan(run))
-
-
-def get_row(table, **keys):
-    """Return the one row of a published table with these keys."""
-    (row,) = table.select_rows(**keys)
-    return row

@@ -66,7 +66,7 @@ def list_environments() -> dict[str, Environment]:
     return {
         "oldest": Environment([*method, *list_floors(), *CONTEMPORARIES], shown, tests),
         "newest": Environment(method, shown, tests),
-        "tools": Environment(extra, tools, ["tests/test_in_other_tools.py"], extends=True),
+        "tools": Environment(extra, tools, ["tests/pages/test_other_tools.py"], extends=True),
     }
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import dual_lora
 from dual_lora import DualLoraConfig
+from tests.support import places
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "kernels.json"
+GOLDEN = places.GOLDEN / "kernels.json"
 MODEL = Path(dual_lora.__file__).parent / "lab" / "model" / "bundled" / "tiny-llama"
 STEPS = 20
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

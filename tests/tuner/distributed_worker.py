@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dual_lora.tuner.factors import DualLoraFactors
 from dual_lora.tuner.warmup import list_factors
-
-from .tiny_llama import adapted, batches, llama, trained
+from tests.tuner.tiny_llama import adapted, batches, llama, trained
 
 STEPS = 5
 # FSDP2 of torch 2.7 wants one dtype for all parameters of a layer, frozen ones included, and on gloo it adds gradients

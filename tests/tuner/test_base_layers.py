@@ -27,8 +27,7 @@ from transformers import (
 from dual_lora import DualLoraConfig, delta_weight, set_update_scale
 from dual_lora.tuner.bypass import find_use
 from dual_lora.tuner.layer import has_plain_forward
-
-from .layers import IN, OUT, Net, adapted, config, factors_of, layer_of, list_files, relative_error
+from tests.tuner.layers import IN, OUT, Net, adapted, config, factors_of, layer_of, list_files, relative_error
 
 SCALE = 0.8 * 7 / 8**0.5  # f * alpha / sqrt(r1 * r2) of layers.adapted
 

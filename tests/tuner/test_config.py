@@ -10,8 +10,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from dual_lora import DualLoraConfig
-
-from .layers import Net
+from tests.tuner.layers import Net
 
 INF, NAN = float("inf"), float("nan")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .distributed_worker import EVALUATED, HAS_FSDP2, train
+from tests.tuner.distributed_worker import EVALUATED, HAS_FSDP2, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 of torch 2.7 does neither gloo nor two dtypes")

@@ -8,8 +8,7 @@ from peft import PeftModel
 
 from dual_lora import DualLoraConfig
 from dual_lora.tuner.warmup import list_factors
-
-from .tiny_llama import adapted, batches, llama, trained
+from tests.tuner.tiny_llama import adapted, batches, llama, trained
 
 GROUPS = {"magnitude": ("A", "B"), "direction": ("C", "D")}
 

@@ -164,3 +164,9 @@ def test_plain_autograd_compiles_to_one_graph(ste):
     compiled = torch.compile(delta_weight, backend="aot_eager", fullgraph=True)
     found = [torch.autograd.grad(f(*factors, 0.7, ste=ste).square().sum(), factors) for f in (compiled, delta_weight)]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("fields", [{"alpha": math.inf}, {"magnitude": "rellu"}, {"direction": "signs"}])
+def test_the_rule_for_sigma_knows_its_values(fields):
+    with pytest.raises(ValueError, match="expected"):
+        init_std(**{"fan_in": 8, "r1": 2, "r2": 2, "alpha": 16.0, **fields})

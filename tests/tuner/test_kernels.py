@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from dual_lora import functional, set_update_scale
 from dual_lora.analysis.memory import measure_kept_bytes
 from dual_lora.tuner import factors as factors_module
-
-from .layers import IN, KINDS, OUT, adapted, config, factors_of, layer_of, relative_error
+from tests.tuner.layers import IN, KINDS, OUT, adapted, config, factors_of, layer_of, relative_error
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora import DualLoraConfig, delta_weight, init_std, set_update_scale
-
-from .layers import (
+from tests.tuner.layers import (
     IN,
     KINDS,
     OUT,

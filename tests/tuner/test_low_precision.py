@@ -10,9 +10,8 @@ from peft import PeftModel, get_peft_model
 from dual_lora import DualLoraConfig, set_update_scale
 from dual_lora.functional import delta_weight
 from dual_lora.tuner import precision
-
-from .layers import list_files
-from .tiny_llama import llama
+from tests.tuner.layers import list_files
+from tests.tuner.tiny_llama import llama
 
 RANK = 64  # CPUs that can round take small products in float32 all the same
 

@@ -10,9 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from dual_lora import DualLoraConfig, set_update_scale
 from dual_lora.tuner.warmup import list_factors
-
-from .layers import IN, KINDS, OUT, Net, adapted, config, layer_of
-from .tiny_llama import llama
+from tests.tuner.layers import IN, KINDS, OUT, Net, adapted, config, layer_of
+from tests.tuner.tiny_llama import llama
 
 IDS = torch.arange(1, 25).reshape(4, 6)
 ROWS = ["default", "__base__", "other", "default"]

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dual_lora import DualLoraConfig, DualLoraModel, set_update_scale
 from dual_lora.tuner.register import add_peft_type, register_method
-
-from .layers import list_files
-from .tiny_llama import llama
+from tests.tuner.layers import list_files
+from tests.tuner.tiny_llama import llama
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 

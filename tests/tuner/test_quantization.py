@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from .layers import adapted, factors_of, layer_of, relative_error
+from tests.tuner.layers import adapted, factors_of, layer_of, relative_error
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 pytestmark = pytest.mark.skipif(

@@ -11,8 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from dual_lora import DualLoraConfig, DualLoraWarmupCallback
 from dual_lora.tuner.warmup import list_factors
-
-from .tiny_llama import adapted, batches, llama, trained
+from tests.tuner.tiny_llama import adapted, batches, llama, trained
 
 transformers.logging.set_verbosity_error()
 

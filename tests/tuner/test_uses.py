@@ -11,8 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dual_lora import set_update_scale
-
-from .layers import IN, OUT, config, list_files
+from tests.tuner.layers import IN, OUT, config, list_files
 
 
 @pytest.fixture(autouse=True)

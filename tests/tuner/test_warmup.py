@@ -13,8 +13,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dual_lora import DualLoraConfig, DualLoraWarmupCallback, set_update_scale
-
-from .layers import IN, OUT, Net, config, factors_of, layer_of, list_files
+from tests.tuner.layers import IN, OUT, Net, config, factors_of, layer_of, list_files
 
 STEPS = 4
 

@@ -12,8 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from dual_lora import DualLoraConfig, set_update_scale
 from dual_lora.tuner.warmup import list_factors
-
-from .tiny_llama import llama
+from tests.tuner.tiny_llama import llama
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 FIELDS = {
