@@ -59,11 +59,7 @@ def small_bert(tmp_path_factory):
 
 
 ALONE = "python train.py"  # in a process of its own, the others in forks of this one
-ELSEWHERE = (
-    " -m dual",
-    "hydra/launcher",
-    "torchrun",
-)  # below, in lab/study/test_launchers.py and in lab/train/test_distributed.py
+ELSEWHERE = (" -m dual", "hydra/launcher", "torchrun")  # below, in test_launchers.py and in test_distributed.py
 
 
 def started(*argv: str) -> subprocess.CompletedProcess:
