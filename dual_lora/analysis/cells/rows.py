@@ -1,7 +1,4 @@
-"""The file of a study's rows: one JSON line per finished cell, with a digest.
-
-A row holds the cell, the result, the hash of the code, torch's version, the number of threads and the seconds it took.
-"""
+"""The file of a study's rows: one JSON line per finished cell, with a digest."""
 
 import contextlib
 import fcntl
