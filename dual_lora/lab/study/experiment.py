@@ -46,6 +46,7 @@ conf/scale/NAME.yaml gives these fields for every experiment at that scale; an e
 of a key replaces those of the lists before; within one list a key appears once.
 """
 
+import functools
 import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from itertools import combinations
@@ -63,6 +64,7 @@ from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
+from dual_lora.lab.record.identity import serialize_identity_settings
 
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "entries", "truncation", "curvature", "similarity", "fit")
@@ -114,6 +116,17 @@ class Cell:
     settings: Settings
     tuning: tuple[Settings, ...] = ()
     sources: tuple["Cell", ...] = ()
+
+    @functools.cached_property
+    def planned_key(self) -> str:
+        """What cells of one planned run share, the same before and after results choose its rate and its start:
+        settings, the rates and seeds of its trials, and what it starts from. Sources differ only in their seeds."""
+        settings = replace(self.settings, init_from=None) if self.sources else self.settings
+        if self.tuning:
+            settings = replace(settings, train=replace(settings.train, lr=self.tuning[0].train.lr))
+        trials, starts = [(one.train.lr, one.seed) for one in self.tuning], [one.settings.seed for one in self.sources]
+        sources = [source.planned_key for source in self.sources[:1]]
+        return "\n".join([serialize_identity_settings(settings), str(trials), str(starts), *sources])
 
 
 @dataclass(frozen=True)
