@@ -214,7 +214,7 @@ class Experiment:
         require(bool(self.baselines) or not self.planned, f"{where}: planned: nothing to compare with; give baselines")
         for contrast in self.contrasts:
             check_contrast(contrast, self.columns, where)
-        sides = [{side: set(contrast[side]) for side in CONTRAST_SIDES} for contrast in self.contrasts]
+        sides = [{side: sorted(map(str, contrast[side])) for side in CONTRAST_SIDES} for contrast in self.contrasts]
         check_distinct(sides, f"{where}: contrasts")
         heads = self.list_heading_settings()
         for chosen, by in (("train.lr", self.tune), ("init_from", self.starts)):
