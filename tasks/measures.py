@@ -7,7 +7,8 @@ measure of each of its scores in `declare_scores`; dual_lora/lab/statistics know
     N  rows       R  resamples       C  numbers that stand for one row       K  classes
 
 A new score is `Score(columns, measure)`: a mean over rows (exact match, ROUGE-L) takes `mean`, one of counts (F1, BLEU)
-sums these over rows and computes the score from the sums.
+sums these over rows and computes the score from the sums. A measure is a finite number of any rows, whatever a resample
+leaves of them; `divide_or_zero` makes 0 of 0/0. One that is not gets no test.
 """
 
 import functools

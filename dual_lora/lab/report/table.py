@@ -268,6 +268,7 @@ def iterate_notes(
     values: pd.DataFrame,
     reasons: dict[str, str],
     unlearned: set[ModelTask],
+    unsettled: set[ModelTask],
     unreadable: list[str],
 ) -> Iterator[str]:
     """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code. unreadable:
@@ -276,10 +277,11 @@ def iterate_notes(
         yield f"{MISSING} [{letter}]: {reason}"
     for mark in sorted(set("".join(values["marks"].dropna()))):
         yield f"{mark}: {MARKS[mark]}"
-    if unlearned:
-        names = ", ".join(f"{task} ({model})" for model, task in sorted(unlearned))
-        yield f"not learned, and left out of means: {names}; see the table of floors"
-    yield from iterate_direction_notes([outcome for outcome in outcomes if get_model_task(outcome) not in unlearned])
+    for some, said in ((unlearned, "not learned, and left out of"), (unsettled, "not learned so far, and missing in")):
+        if some:
+            names = ", ".join(f"{task} ({model})" for model, task in sorted(some))
+            yield f"{said} means: {names}; see the table of floors"
+    yield from iterate_direction_notes(outcomes)
     yield from describe_learning_rates(experiment, outcomes)
     yield from iterate_start_notes(experiment, outcomes)
     yield from iterate_clipped_notes(outcomes)
@@ -297,9 +299,9 @@ def iterate_notes(
     yield from (f"not read: {trouble}" for trouble in unreadable)
 
 
-def iterate_direction_notes(learned: list[Outcome]) -> Iterator[str]:
+def iterate_direction_notes(outcomes: list[Outcome]) -> Iterator[str]:
     """Yield a note if lower is better on only some tasks: their means rank nothing."""
-    lower = {task.name: task.is_lower_better() for task in map(load_task_of, learned)}
+    lower = {task.name: task.is_lower_better() for task in map(load_task_of, outcomes)}
     if len(set(lower.values())) > 1:
         named = ", ".join(name for name, is_lower in lower.items() if is_lower)
         yield f"means over tasks have no best row and no verdict: lower is better on {named}, higher on the others"

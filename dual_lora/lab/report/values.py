@@ -115,29 +115,33 @@ def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
 
 
 def build_frame(
-    experiment: Experiment, outcomes: list[Outcome], unlearned: Collection[tuple[str, str]] = ()
+    experiment: Experiment,
+    outcomes: list[Outcome],
+    unlearned: Collection[tuple[str, str]] = (),
+    unsettled: Collection[tuple[str, str]] = (),
 ) -> pd.DataFrame:
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
     marks, run, its learning rate, and the position of its run in `outcomes` (-1 for a mean).
 
     unlearned: models and tasks that means leave out. A published average needs all its parts: a mean of fewer could not
         stand beside it.
+    unsettled: models and tasks that means lack: whether they are left out is not known yet.
     """
     columns = list_columns(experiment, outcomes)
     values = pd.DataFrame(
         [e | {"outcome": i} for i, outcome in enumerate(outcomes) for e in iterate_values(experiment, outcome, columns)]
     )
-    left_out = {
-        i
-        for i, outcome in enumerate(outcomes)
-        if (outcome.settings.model.name, outcome.settings.task.name) in set(unlearned)
-    }
-    learned = values[~values["outcome"].isin(left_out)]
+    places = [(outcome.settings.model.name, outcome.settings.task.name) for outcome in outcomes]
+    left_out, lacking = (
+        values["outcome"].isin([i for i, place in enumerate(places) if place in set(some)])
+        for some in (unlearned, unsettled)
+    )
+    known = values.assign(value=values["value"].mask(left_out | lacking))
+    learned = known[~left_out]
     if experiment.mean in experiment.rows:
         return pd.concat([values, average_values(experiment, learned, experiment.mean)], ignore_index=True)
     for column in columns:
         if column.parts:
-            known = values.assign(value=values["value"].mask(values["outcome"].isin(left_out)))
             parts = known if column.is_published else learned
             parts = parts[parts["column"].isin(column.parts)]
             extra = average_values(experiment, parts, "column").assign(column=column.heading)

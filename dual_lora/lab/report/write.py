@@ -44,6 +44,7 @@ from dual_lora.lab.report.comparison.floors import (
     describe_unscored_floors,
     find_floors,
     find_unlearned,
+    find_unsettled,
 )
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.draw import draw_figures
@@ -72,12 +73,13 @@ TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report is made of: every value, the floors, the tasks that were not learned, the comparisons, and what of
-    the records cannot be read or scored."""
+    """What a report is made of: every value, the floors, the tasks that were not learned, or not so far, the
+    comparisons, and what of the records cannot be read or scored."""
 
     values: pd.DataFrame
     floors: list[Floor]
     unlearned: set[ModelTask]
+    unsettled: set[ModelTask]
     comparisons: Comparisons
     unreadable: list[str]
 
@@ -87,10 +89,10 @@ class Findings:
         predictions = Predictions()
         found = find_floors(experiment, outcomes, predictions)
         floors = [floor for floor in found if not (floor.trouble and isnan(floor.score))]
-        unlearned = find_unlearned(floors)
-        comparisons = compare_outcomes(experiment, outcomes, predictions, unlearned)
+        unranked = find_unlearned(floors), find_unsettled(floors)
+        comparisons = compare_outcomes(experiment, outcomes, predictions, *unranked)
         unreadable = [*find_unreadable(experiment, outcomes), *describe_unscored_floors(found)]
-        return cls(build_frame(experiment, outcomes, unlearned), floors, unlearned, comparisons, unreadable)
+        return cls(build_frame(experiment, outcomes, *unranked), floors, *unranked, comparisons, unreadable)
 
 
 def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Path:
@@ -206,9 +208,10 @@ def iterate_blocks_of_report(
         yield from iterate_until_error(blocks, "the analyses")
     yield Text("Runs", heading=True)
     yield build_main_table(experiment, outcomes, values, reasons)
-    notes = iterate_notes(experiment, outcomes, values, reasons, findings.unlearned, findings.unreadable)
+    unranked = findings.unlearned, findings.unsettled
+    notes = iterate_notes(experiment, outcomes, values, reasons, *unranked, findings.unreadable)
     yield Text(items=tuple(notes))
-    yield from iterate_floor_blocks(findings.floors, findings.unlearned)
+    yield from iterate_floor_blocks(findings.floors, *unranked)
     if failed := tuple(describe_failed_runs(experiment, outcomes, findings.floors)):
         yield Text(items=failed)
     yield from draw_figures(experiment, outcomes, values, comparisons, findings.floors, folder)

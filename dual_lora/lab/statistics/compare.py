@@ -26,18 +26,20 @@ all pairs of one of ours and one of theirs, and a swap of an example's outputs i
     S  seeds                          G  groups of equal examples   C  numbers that stand for one output
     P  pairs of runs of equal seeds   K  classes
 
-A task declares which of its scores are resampled, and how (tasks/measures.py).
+A task declares which of its scores are resampled, and how (tasks/measures.py). A score that is NaN or infinite on one
+resample has no quantiles and no p: it is not tested.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 
 import numpy as np
 
-from dual_lora.lab.statistics.pairing import RowsBySeed, pair_rows, translate_score_errors
+from dual_lora.lab.statistics.pairing import RowsBySeed, UnscorableRows, pair_rows, translate_score_errors
 from dual_lora.lab.statistics.resampling import (
     Stratum,
+    UndefinedMeasure,
     bootstrap_difference,
     build_strata,
     compute_mcnemar_p,
@@ -87,10 +89,12 @@ def compare_means(
     examples that all have.
 
     A p of at most 0.05 is estimated again, from as many resamples as its correction for `comparisons` p-values needs. A
-    metric that is not resampled is computed by `task.score`, once for every run.
+    metric that is not resampled is computed by `task.score`, once for every run. One that is undefined on a resample
+    has no interval and no p.
 
     Raises:
         ValueError: no seed in common, runs on other examples or with other gold, or the task gives no such score.
+        UnscorableRows: the score of a run is not a finite number, or what it is made of is missing.
     """
     runs, pairs = pair_rows(ours, theirs), len(ours) * len(theirs)
     score = find_score(task, metric, runs[0][0][0])
@@ -98,17 +102,31 @@ def compare_means(
         return subtract_scores(runs, pairs, task, metric)
     strata = build_strata(runs, score, metric, pairs)
     rng = np.random.default_rng(seed)
-    by_seed = np.mean([subtract_measures(score.measure, s, s.sizes[None])[0] for s in strata], axis=0)
-    mean = float(np.mean([subtract_measures(score.measure, s, s.sizes[None]) for s in strata]))
-    low, high = np.percentile(bootstrap_difference(strata, score.measure, resamples, rng), (2.5, 97.5))
-    examples, seeds = int(sum(s.sizes.sum() for s in strata)), len(by_seed)
+    by_seed = subtract_runs(strata, score, metric)
+    mean, examples, seeds = float(by_seed.mean()), int(sum(s.sizes.sum() for s in strata)), len(by_seed)
     known = {"examples": examples, "seeds": seeds, "by_seed": tuple(by_seed.tolist())}
-    if seeds == pairs == 1 and is_share(strata, score.measure):
-        return Difference(mean, float(low), float(high), compute_mcnemar_p(strata[0]), "McNemar", **known)
-    p = compute_permutation_p(strata, score.measure, mean, resamples, rng)
-    if p <= LEVEL and count_resamples(comparisons) > resamples:
-        p = compute_permutation_p(strata, score.measure, mean, count_resamples(comparisons), rng)
+    try:
+        low, high = np.percentile(bootstrap_difference(strata, score.measure, resamples, rng), (2.5, 97.5))
+        if seeds == pairs == 1 and is_share(strata, score.measure):
+            return Difference(mean, float(low), float(high), compute_mcnemar_p(strata[0]), "McNemar", **known)
+        p = compute_permutation_p(strata, score.measure, mean, resamples, rng)
+        if p <= LEVEL and count_resamples(comparisons) > resamples:
+            p = compute_permutation_p(strata, score.measure, mean, count_resamples(comparisons), rng)
+    except UndefinedMeasure as error:
+        return Difference(mean, None, None, None, f"no test: {metric} {error} on some resamples", **known)
     return Difference(mean, float(low), float(high), p, "paired permutation", **known)
+
+
+def subtract_runs(strata: list[Stratum], score: Score, metric: str) -> np.ndarray:
+    """Return each seed's ours - theirs on all examples, of shape (S,).
+
+    Raises:
+        UnscorableRows: the score of a run is not a finite number.
+    """
+    try:
+        return np.mean([subtract_measures(score.measure, s, s.sizes[None])[0] for s in strata], axis=0)
+    except UndefinedMeasure as error:
+        raise UnscorableRows(f"{metric} {error} for the predictions of a run") from error
 
 
 def is_share(strata: list[Stratum], measure: measures.Measure) -> bool:
@@ -123,14 +141,18 @@ def estimate_difference(
 
     Raises:
         ValueError: as `compare_means`.
+        UnscorableRows: likewise, or the score is not a finite number on a resample.
     """
     runs = pair_rows([ours], [theirs])
     score = find_score(task, metric, runs[0][0][0])
     if not score:
         return None
     strata = build_strata(runs, score, metric)
-    mean = np.mean([subtract_measures(score.measure, s, s.sizes[None]) for s in strata])
-    redrawn = bootstrap_difference(strata, score.measure, resamples, np.random.default_rng(seed))
+    mean = subtract_runs(strata, score, metric).mean()
+    try:
+        redrawn = bootstrap_difference(strata, score.measure, resamples, np.random.default_rng(seed))
+    except UndefinedMeasure as error:
+        raise UnscorableRows(f"{metric} {error} on some resamples") from error
     return float(mean), float(redrawn.std(ddof=1))
 
 
@@ -173,7 +195,7 @@ def compute_score(rows: list[Row], task: Task, metric: str) -> float:
 
     Raises:
         ValueError: the task has no such score, or cannot compute it here.
-        UnscorableRows: what the task reads is missing in them.
+        UnscorableRows: what the task reads is missing in them, or the score is not a finite number.
     """
     results: dict[str, list[Row]] = {}
     for row in rows:
@@ -182,4 +204,6 @@ def compute_score(rows: list[Row], task: Task, metric: str) -> float:
         scores = task.score(results)
     if metric not in scores:
         raise ValueError(f"{task.name} gives no {metric} here, only {', '.join(scores)}")
+    if not isfinite(scores[metric]):
+        raise UnscorableRows(f"{metric} is {scores[metric]} for the predictions of a run")
     return scores[metric]

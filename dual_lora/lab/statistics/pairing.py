@@ -10,7 +10,7 @@ RowsBySeed = Mapping[int, Sequence[Row]]  # judged rows: those of one run for ea
 
 
 class UnscorableRows(ValueError):
-    """Judged rows without what a score is made of."""
+    """Judged rows without what a score is made of, or of which it is not a finite number."""
 
 
 @contextmanager

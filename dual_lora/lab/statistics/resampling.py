@@ -13,6 +13,10 @@ from tasks.measures import TINY, Measure, Score, mean
 BLOCK = 250  # resamples drawn at once, which bounds memory
 
 
+class UndefinedMeasure(ValueError):
+    """A measure that is no finite number on some weighted rows, with what it gives."""
+
+
 @dataclass(frozen=True)
 class Stratum:
     """The outputs of all runs on examples that are resampled together, `outputs_MPGC`, and how many each is, `sizes_G`.
@@ -54,17 +58,41 @@ def group_equal_examples(outputs_MPNC: np.ndarray, pairs: int = 1) -> Stratum:
     return Stratum(outputs_MPNC[:, :, first[order]], sizes[order].astype(float), pairs)
 
 
+def compute_measure(measure: Measure, outputs_GC: np.ndarray, weights_RG: np.ndarray) -> np.ndarray:
+    """Return a measure of one run on weighted examples, of shape (R,).
+
+    Raises:
+        UndefinedMeasure: it fails, or gives NaN or Inf: no test holds where some resamples do not count.
+    """
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values_R = measure(outputs_GC, weights_RG)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UndefinedMeasure(f"fails ({error!r})") from error
+    if not np.isfinite(values_R).all():
+        raise UndefinedMeasure("is NaN or infinite")
+    return values_R
+
+
 def subtract_measures(measure: Measure, stratum: Stratum, weights_RG: np.ndarray) -> np.ndarray:
-    """Return each seed's ours - theirs on weighted examples, of shape (R, S)."""
-    both = zip(*stratum.outputs, strict=True)
-    found_RP = np.stack([measure(ours, weights_RG) - measure(theirs, weights_RG) for ours, theirs in both], axis=1)
+    """Return each seed's ours - theirs on weighted examples, of shape (R, S).
+
+    Raises:
+        UndefinedMeasure: as `compute_measure`.
+    """
+    sides = [[compute_measure(measure, run, weights_RG) for run in side] for side in stratum.outputs]
+    found_RP = np.subtract(*(np.stack(side, axis=1) for side in sides))
     return found_RP.reshape(len(found_RP), -1, stratum.pairs).mean(axis=2)
 
 
 def bootstrap_difference(
     strata: list[Stratum], measure: Measure, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return the difference on R draws of examples and of seeds."""
+    """Return the difference on R draws of examples and of seeds.
+
+    Raises:
+        UndefinedMeasure: as `compute_measure`.
+    """
     seeds, found = strata[0].outputs.shape[1] // strata[0].pairs, []
     for count in iterate_blocks(resamples):
         drawn = [rng.multinomial(int(s.sizes.sum()), s.sizes / s.sizes.sum(), size=count) for s in strata]
@@ -77,7 +105,11 @@ def bootstrap_difference(
 def compute_permutation_p(
     strata: list[Stratum], measure: Measure, difference: float, resamples: int, rng: np.random.Generator
 ) -> float:
-    """Return the p of a difference among those that swapping the sides' outputs gives."""
+    """Return the p of a difference among those that swapping the sides' outputs gives.
+
+    Raises:
+        UndefinedMeasure: as `compute_measure`.
+    """
     strata = [average_over_seeds(stratum) for stratum in strata] if measure is mean else strata
     others = draw_swaps(strata, measure, resamples, rng)
     return float((1 + np.count_nonzero(np.abs(others) >= abs(difference) - TINY)) / (1 + resamples))
@@ -106,7 +138,8 @@ def swap_outputs(stratum: Stratum, measure: Measure, moved_RG: np.ndarray) -> np
     stays_RG = stratum.sizes - moved_RG
     one, other = np.hstack([stays_RG, moved_RG]), np.hstack([moved_RG, stays_RG])
     both = [np.concatenate(pair) for pair in zip(*stratum.outputs, strict=True)]
-    return np.mean([measure(outputs, one) - measure(outputs, other) for outputs in both], axis=0)
+    differences = [compute_measure(measure, o, one) - compute_measure(measure, o, other) for o in both]
+    return np.mean(differences, axis=0)
 
 
 def iterate_blocks(resamples: int) -> Iterator[int]:

@@ -33,7 +33,7 @@ def reach_verdict(
     """Return the verdict. p, p_equivalent: of `combine_p` and `find_equivalence_p`, or corrected; None: unknown."""
     if len(difference.by_seed) < MIN_SEEDS:
         return UNDECIDED
-    if p is not None and p < LEVEL and not difference.low <= 0 <= difference.high:
+    if p is not None and p < LEVEL and (difference.low > 0 or difference.high < 0):  # of NaN, neither
         return BETTER if (difference.mean > 0) != lower_is_better else WORSE
     return EQUIVALENT if p_equivalent is not None and p_equivalent < LEVEL else UNDECIDED
 

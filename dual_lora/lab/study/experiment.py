@@ -17,11 +17,13 @@ A file gives these fields for all scales. Below the name of a scale it may give 
     columns   a setting whose values head the columns, or `published`: the columns of the published table, or a mapping
               from headings to fields of a run's result
     mean      one of `rows`, over whose values a mean is added
-    baselines labels of the rows the others are compared to; they themselves are compared to the first of them
+    baselines labels of the rows the others are compared to; they themselves are compared to the first of them. A label
+              is a baseline, planned or a floor, or none of these
     planned   labels of the rows whose comparisons with every baseline are the planned family: each gets a verdict, and
               p is corrected for their number. All other comparisons are exploratory
     contrasts planned differences within a row, {plus: [...], minus: [...]}: the mean over the columns of `plus` minus
-              that over those of `minus`, for every row that has all of them. They belong to the planned family
+              that over those of `minus`, for every row but floors that has all of them. They belong to the planned
+              family
     margin    the largest difference that counts as equivalent, in points: {task: 1.0, mean: 0.5}, for a task and for a
               mean over tasks
     floors    labels of rows that learn next to nothing, such as an untrained adapter, which every other row
@@ -44,8 +46,10 @@ conf/scale/NAME.yaml gives these fields for every experiment at that scale; an e
 of a key replaces those of the lists before; within one list a key appears once.
 """
 
+import functools
 import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from itertools import combinations
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -60,6 +64,7 @@ from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
 from dual_lora.lab.errors import UserError, require, suggest_name
+from dual_lora.lab.record.identity import serialize_identity_settings
 
 SCALES = ("full", "small", "smoke")
 ANALYSES = ("ranks", "entries", "truncation", "curvature", "similarity", "fit")
@@ -111,6 +116,17 @@ class Cell:
     settings: Settings
     tuning: tuple[Settings, ...] = ()
     sources: tuple["Cell", ...] = ()
+
+    @functools.cached_property
+    def planned_key(self) -> str:
+        """What cells of one planned run share, the same before and after results choose its rate and its start:
+        settings, the rates and seeds of its trials, and what it starts from. Sources differ only in their seeds."""
+        settings = replace(self.settings, init_from=None) if self.sources else self.settings
+        if self.tuning:
+            settings = replace(settings, train=replace(settings.train, lr=self.tuning[0].train.lr))
+        trials, starts = [(one.train.lr, one.seed) for one in self.tuning], [one.settings.seed for one in self.sources]
+        sources = [source.planned_key for source in self.sources[:1]]
+        return "\n".join([serialize_identity_settings(settings), str(trials), str(starts), *sources])
 
 
 @dataclass(frozen=True)
@@ -191,12 +207,21 @@ class Experiment:
             check_repeats(block, f"{where}: blocks: ")
         for label in (*self.baselines, *self.planned, *self.floors, *(self.tune.grid if self.tune else ())):
             require(label in self.cells, f"{where}: {label}: no such cell; its cells are {', '.join(self.cells)}")
-        for label in self.planned:
-            require(label not in self.baselines, f"{where}: {label}: planned and a baseline; give it in one of them")
+        for one, other in combinations(("planned", "baselines", "floors"), 2):
+            for label in getattr(self, one):
+                both = label in getattr(self, other)
+                require(not both, f"{where}: {label}: both in {one} and in {other}; give it in one of them")
+        require(bool(self.baselines) or not self.planned, f"{where}: planned: nothing to compare with; give baselines")
         for contrast in self.contrasts:
             check_contrast(contrast, self.columns, where)
+        sides = [{side: sorted(map(str, contrast[side])) for side in CONTRAST_SIDES} for contrast in self.contrasts]
+        check_distinct(sides, f"{where}: contrasts")
+        heads = self.list_heading_settings()
+        for chosen, by in (("train.lr", self.tune), ("init_from", self.starts)):
+            said = f"{where}: {chosen}: results choose it, so it cannot head rows or columns"
+            require(not by or chosen not in heads, f"{said}; drop it there")
         require(self.analyse in ("", *ANALYSES), f"{where}: analyse: {self.analyse}: not one of {', '.join(ANALYSES)}")
-        apart = [key for key in self.list_heading_settings() if key not in ("model.name", "task.name")]
+        apart = [key for key in heads if key not in ("model.name", "task.name")]
         require(
             self.analyse not in AVERAGED or not apart,
             f"{where}: analyse: {self.analyse} would average over values of {', '.join(apart)} as over seeds; give "
@@ -346,12 +371,14 @@ class Experiment:
         return found
 
     def check_contrasts(self, places: list[tuple[str, str | None]]) -> None:
-        """Refuse a contrast that no row could have. places: the label and the column of every run, as they are written.
+        """Refuse a contrast that no row but a floor could have. places: the label and the column of every run, as they
+        are written.
 
         Raises:
             UserError: with the columns.
         """
-        rows = {label: {word for other, word in places if other == label} for label, _ in places}
+        tested = {label for label, _ in places if label not in self.floors}
+        rows = {label: {word for other, word in places if other == label} for label in tested}
         for contrast in self.contrasts:
             columns = [str(value) for side in CONTRAST_SIDES for value in contrast[side]]
             has_row = any(set(columns) <= words for words in rows.values())

@@ -102,6 +102,12 @@ def test_contrasts_stand_in_one_family_with_planned_rows(study):
     assert len({c.pool for c in found.planned}) == 6
 
 
+def test_a_contrast_that_is_given_twice_is_refused():
+    twice = [*SPEC["contrasts"], {"plus": [0.5], "minus": [0.75, 0.25]}]
+    with pytest.raises(UserError, match="^conf/experiment/made.yaml: contrasts: .*: given twice; drop one"):
+        Experiment.from_content("made", SPEC | {"contrasts": twice})
+
+
 def test_a_contrast_of_columns_that_no_row_has_is_refused():
     experiment = Experiment.from_content("made", SPEC | {"contrasts": [{"plus": [0.5], "minus": [0.9]}]})
     with pytest.raises(UserError, match="^conf/experiment/made.yaml: contrasts: no row has all of the columns 0.5, 0"):

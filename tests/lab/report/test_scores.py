@@ -25,6 +25,7 @@ from dual_lora.lab.statistics.compare import compute_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
 from tasks.classification import Classification
+from tasks.measures import Score, get_answer_and_gold
 from tests.support.reports import GLUE, PLANNED, RATIOS, finish, rows_of
 
 BY_TASK = PLANNED | {"columns": "task.name", "published": []}
@@ -253,6 +254,32 @@ def test_predictions_that_the_task_can_no_longer_score_are_told(study, method, t
     text = write_report(experiment, outcomes, tmp_path, findings)
     assert f"not read: {told}" in text and "70.5 ± 0.7 (2)" in text
     assert (f"cannot be compared (glue/rte {said}" in text) == (method == "declare_scores")
+
+
+def test_a_run_whose_score_is_undefined_costs_neither_the_report_nor_the_other_task(study, monkeypatch, tmp_path):
+    """A share of the answers 1, of which one run has none: 0/0."""
+
+    def measure(columns, weights):
+        return weights @ columns.prod(axis=1) / (weights @ columns[:, 0])
+
+    experiment, outcomes = study(PLANNED, lambda label, s: 60 + s.seed + (20 + s.seed % 2) * (label == "Dual LoRA"))
+    lost = next(o for o in outcomes if (o.label, o.settings.task.name) == ("LoRA", "glue/rte"))
+    rte, read = tasks.load("glue/rte"), Predictions.read
+    declare = type(rte).declare_scores
+    monkeypatch.setattr(
+        Predictions, "read", lambda self, o: [r | {"answer": 0} for r in read(self, o)] if o is lost else read(self, o)
+    )
+    score = Score(get_answer_and_gold, measure)
+    monkeypatch.setattr(
+        type(rte),
+        "declare_scores",
+        lambda self, row: {"accuracy": score} if self.name == rte.name else declare(self, row),
+    )
+    text = write_report(experiment, outcomes, tmp_path)
+    said = "cannot be compared (accuracy is NaN or infinite for the predictions of a run)"
+    verdicts = {line[0]: line[-2] for line in rows_of(text)[1:4]}
+    assert (verdicts["glue/sst2"], verdicts["glue/rte"]) == ("better", said)
+    assert "corrected for all 3 by Holm's method; 2 of them are not tested" in text
 
 
 def test_a_row_whose_predictions_lack_a_column_does_not_cost_the_floor_the_others(study, monkeypatch):

@@ -12,9 +12,17 @@ from scipy.stats import binomtest, pearsonr, permutation_test, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import tasks
-from dual_lora.lab.statistics.compare import compare_means, count_resamples
+from dual_lora.lab.statistics.compare import compare_means, count_resamples, estimate_difference
 from dual_lora.lab.statistics.multiple import adjust_holm
-from dual_lora.lab.statistics.resampling import average_over_seeds, draw_swaps, group_equal_examples
+from dual_lora.lab.statistics.pairing import UnscorableRows
+from dual_lora.lab.statistics.resampling import (
+    UndefinedMeasure,
+    average_over_seeds,
+    compute_permutation_p,
+    draw_swaps,
+    group_equal_examples,
+)
+from dual_lora.lab.statistics.verdict import combine_p, reach_verdict
 from tasks import measures, metrics
 from tests.support.answers import chosen, judged, labels, numbers, results, written
 from tests.support.imports import imported
@@ -421,6 +429,77 @@ def test_runs_on_other_data_are_refused():
         compare_means([{0: rows}], [{0: rows + rows}], task, "accuracy")
     with pytest.raises(ValueError, match="0 predictions"):
         compare_means([{0: []}], [{0: []}], task, "accuracy")
+
+
+# Scores that are undefined on some rows
+
+
+def precision(columns_NC, weights_RN):
+    """The share of right ones among the answers 1: 0/0 where there is none."""
+    return weights_RN @ columns_NC.prod(axis=1) / (weights_RN @ columns_NC[:, 0])
+
+
+def fail(columns_NC, weights_RN):
+    raise ZeroDivisionError
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A function that gives RTE's accuracy another measure, and returns the task."""
+
+    def declare(measure):
+        task = tasks.load("glue/rte")
+        score = measures.Score(measures.get_answer_and_gold, measure)
+        monkeypatch.setattr(type(task), "declare_scores", lambda self, example: {"accuracy": score})
+        return task
+
+    return declare
+
+
+def answer_one(*positions):
+    """Return the rows of a run that answers 1 at some of 200 positions; 1 is right at the first hundred."""
+    return judged([int(i in positions) for i in range(200)], [int(i < 100) for i in range(200)])
+
+
+FEW_ANSWERS = (
+    {seed: answer_one(0, 1, 2) for seed in range(5)},
+    {seed: answer_one(100, 101, 102, *[3][seed:]) for seed in range(5)},
+)  # of 200 rows drawn again, 5 % have none of three
+
+
+def test_a_score_that_is_undefined_on_a_resample_is_not_tested(measured):
+    ours, theirs = FEW_ANSWERS
+    found = compare_means([ours], [theirs], measured(precision), "accuracy")
+    assert found.test == "no test: accuracy is NaN or infinite on some resamples"
+    assert found.by_seed == pytest.approx([0.75, 1, 1, 1, 1]) and found.mean == pytest.approx(0.95)
+    assert found.low is found.high is found.p is combine_p(found) is None
+    assert reach_verdict(found, None, None) == "undecided"
+    with pytest.raises(UnscorableRows, match="^accuracy is NaN or infinite on some resamples$"):
+        estimate_difference(ours, theirs, measured(precision), "accuracy")
+    defined = compare_means([ours], [theirs], measured(measures.quotient), "accuracy")
+    assert defined.test == "paired permutation"
+
+
+def test_a_swap_without_a_score_is_no_smaller_difference():
+    outputs = np.array([[[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2, [[0.0, 1.0]] * 2 + [[1.0, 0.0]] * 2])
+    strata = [group_equal_examples(outputs[:, None])]
+    with pytest.raises(UndefinedMeasure, match="^is NaN or infinite$"):
+        compute_permutation_p(strata, precision, 1.0, 100, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("measure", "said"), [(precision, "is NaN or infinite"), (fail, "fails")])
+def test_a_run_without_a_score_cannot_be_compared(measured, measure, said):
+    runs = {0: answer_one(0)}, {0: answer_one()}
+    for compare in (compare_means, lambda ours, theirs, *more: estimate_difference(ours[0], theirs[0], *more)):
+        with pytest.raises(UnscorableRows, match=f"^accuracy {said}.* for the predictions of a run$"):
+            compare([runs[0]], [runs[1]], measured(measure), "accuracy")
+
+
+def test_a_tasks_own_score_must_be_finite(monkeypatch):
+    task = tasks.load("glue/rte")
+    monkeypatch.setattr(type(task), "score", lambda self, results: {"kappa": float("nan")})
+    with pytest.raises(UnscorableRows, match="^kappa is nan for the predictions of a run$"):
+        compare_means([{0: answer_one(0)}], [{0: answer_one(1)}], task, "kappa")
 
 
 @pytest.mark.parametrize("metric, seconds", [("accuracy", 2), ("matthews", 2), ("pearson", 2), ("spearman", 4)])

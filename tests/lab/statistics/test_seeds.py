@@ -116,6 +116,7 @@ def test_better_needs_five_seeds_both_tests_and_the_interval():
     assert judge(compared(clear, low=-0.001)) == "undecided"
     assert judge(compared([0.09, -0.03, 0.08, -0.02, 0.01])) == "undecided"  # other seeds could have
     assert judge(compared(clear, p=None)) == "undecided"  # not resampled
+    assert judge(compared(clear, low=np.nan, high=np.nan)) == "undecided"  # no interval
 
 
 def test_p_is_the_larger_of_both_tests():

@@ -20,7 +20,19 @@ SPEC = {
     [
         ({"planned": ["DoRA"]}, "DoRA: no such cell; its cells are LoRA, Dual LoRA"),
         ({"floors": ["head only"]}, "head only: no such cell"),
-        ({"planned": ["LoRA"]}, "LoRA: planned and a baseline; give it in one of them"),
+        ({"planned": ["LoRA"]}, "LoRA: both in planned and in baselines; give it in one of them"),
+        (
+            {"planned": ["Dual LoRA"], "floors": ["Dual LoRA"]},
+            "Dual LoRA: both in planned and in floors; give it in one",
+        ),
+        ({"floors": ["LoRA"]}, "LoRA: both in baselines and in floors; give it in one of them"),
+        ({"planned": ["Dual LoRA"], "baselines": []}, "planned: nothing to compare with; give baselines"),
+        ({"planned": ["Dual LoRA", "Dual LoRA"]}, "planned: Dual LoRA: given twice; drop one"),
+        (
+            {"columns": "train.lr", "tune": {"grid": {"LoRA": [1e-3]}, "holdout": 9}},
+            "train.lr: results choose it, so it",
+        ),
+        ({"rows": ["init_from"], "starts": {"glue/rte": "glue/mnli"}}, "init_from: results choose it, so it"),
         ({"margin": {"tasks": 1.0}}, "margin.tasks: 1.0: positive points for task or mean are needed"),
         ({"margin": {"task": 0}}, "margin.task: 0: positive points for task or mean are needed"),
         ({"margin": 1.0}, "margin: '1.0' has the wrong form"),

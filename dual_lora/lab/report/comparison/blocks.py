@@ -1,6 +1,6 @@
 """The comparisons of a report as tables: verdicts first, then what is exploratory, then what the design could find."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pandas as pd
@@ -180,17 +180,20 @@ def format_p(p: float | None) -> str:
     return MISSING if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iterator[Block]:
-    """Yield the floors and which tasks were not learned."""
+def iterate_floor_blocks(
+    floors: list[Floor], unlearned: Collection[ModelTask] = (), unsettled: Collection[ModelTask] = ()
+) -> Iterator[Block]:
+    """Yield the floors and which tasks were not learned, or not so far."""
     known = [floor for floor in floors if floor.best is not None]
     if not known:
         return
     several = len({floor.model_task[0] for floor in known}) > 1
+    said = {**dict.fromkeys(unlearned, "not learned"), **dict.fromkeys(unsettled, "not so far")}
     lines = [
         ({"model": f.model_task[0]} if several else {})
         | {"task": f.model_task[1], "floor": f.name, "score": f"{f.score:.{f.decimals}f}", "clearest above": f.best}
         | {"by": f"{f.above:+.{f.decimals}f}", "standard error": f"{f.error:.{f.decimals}f}"}
-        | {"task learned": "not learned" if f.model_task in unlearned else "learned"}
+        | {"task learned": said.get(f.model_task, "learned")}
         for f in known
     ]
     turned = sorted({floor.model_task[1] for floor in known if floor.lower_is_better})
@@ -199,6 +202,7 @@ def iterate_floor_blocks(floors: list[Floor], unlearned: set[ModelTask]) -> Iter
         f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "
         "examples and the seeds of both). Clearest above is the row that lies above by most standard errors. A task "
         "that is not learned ranks no methods and is left out of means over tasks."
+        + (" Not so far: runs are missing, or cannot be compared; till then means lack the task." if unsettled else "")
         + (f" Of {', '.join(turned)} lower is better: above means below." if turned else ""),
     )
 

@@ -1,20 +1,18 @@
 """What came out of comparing rows with baselines: the planned family, and all else, which is exploratory.
 
 The planned family are the main scores of the rows an experiment plans, its contrasts, and their means over tasks. Its
-p-values are corrected together; a comparison that has no runs yet counts as p = 1. Further scores of a published
-table's columns, single sets and other metrics are exploratory.
+p-values are corrected together. What belongs to it follows from the experiment and the command, never from a result: a
+comparison that cannot be tested, or not yet, counts as p = 1. Further scores of a published table's columns, single
+sets and other metrics are exploratory.
 """
 
 import functools
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.record.record import Record
 from dual_lora.lab.report.comparison.contrasts import iterate_contrasts
 from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
 from dual_lora.lab.report.comparison.matches import (
@@ -35,6 +33,7 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
 OVER_SEEDS = "t-test over seeds"
+UNLEARNED, UNSETTLED = "task not learned", "task not learned so far"  # why a comparison is not tested
 MODEL_SETTING = "model.name"
 DIFFERENCE_DECIMALS = {100: 1, 1: 3}  # of a printed difference, by `get_unit`
 
@@ -50,8 +49,8 @@ class Comparison:
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
         family: how many comparisons they are corrected for.
-        untested: why it has no p: its task was not learned, or, of a planned one, how much of its seeds or tasks there
-            is (looking repeatedly and stopping at a pleasing result produces false positives).
+        untested: why it has no p: its task was not learned (so far), or, of a planned one, how much of its seeds or
+            tasks there is (looking repeatedly and stopping at a pleasing result produces false positives).
         contrast: whether it sets several runs of one row against each other.
         model: the name of its model.
         decimals: with how many a difference is printed.
@@ -119,7 +118,7 @@ class Comparison:
 class Comparisons:
     """The planned family as far as it has runs, and the exploratory comparisons by main scores and by further ones.
 
-    family: how many comparisons are planned, with and without runs.
+    family: how many comparisons are planned, tested or not.
     """
 
     planned: list[Comparison]
@@ -134,39 +133,48 @@ class Comparisons:
 
 
 def compare_outcomes(
-    experiment: Experiment, outcomes: list[Outcome], predictions: Predictions, unlearned: set[ModelTask]
+    experiment: Experiment,
+    outcomes: list[Outcome],
+    predictions: Predictions,
+    unlearned: Collection[ModelTask] = (),
+    unsettled: Collection[ModelTask] = (),
 ) -> Comparisons:
-    """Return every comparison. unlearned: models and tasks that rank no methods: left out of means, and not tested."""
-    matches = [*iterate_matches(experiment, outcomes), *iterate_contrasts(experiment, outcomes)]
-    means = list_mean_groups(matches, unlearned)
-    plan = list_planned(experiment, outcomes, unlearned)
-    family = len(plan)
+    """Return every comparison.
+
+    unlearned, unsettled: of `find_unlearned` and `find_unsettled`: models and tasks that rank no methods, and are not
+        tested. Means leave out the former and lack the latter.
+    """
+    matches, plan = list_matches(experiment, outcomes), list_planned(experiment, outcomes)
+    family, why = len(plan), {**dict.fromkeys(unlearned, UNLEARNED), **dict.fromkeys(unsettled, UNSETTLED)}
     tested = {match: list(compare_match(experiment, outcomes, match, predictions, family)) for match in matches}
     for match, some in tested.items():
-        if get_model_task(match.first) in unlearned:
-            tested[match] = [leave_untested(comparison, "task not learned") for comparison in some]
-    found = [mark_unfinished(some[0], plan.get(get_key(match)), 1) for match, some in tested.items()]
-    for key, group in means.items():
-        mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
-        found.append(mark_unfinished(mean, plan.get(key), len(group)))
-    found = estimate_spreads([*found, *(comparison for some in tested.values() for comparison in some[1:])])
-    main, further = found[: len(tested) + len(means)], found[len(tested) + len(means) :]
+        if reason := why.get(get_model_task(match.first)):
+            tested[match] = [leave_untested(comparison, reason) for comparison in some]
+    found = [mark_unfinished(some[0], plan.get(get_key(match), []), 1) for match, some in tested.items()]
+    ranked = [match for match in matches if get_model_task(match.first) not in why]
+    for key, group in list_mean_groups(ranked).items():
+        if key in plan or not is_planned(experiment, group[0]):
+            wanted = [match for match in plan.get(key, []) if get_model_task(match.first) not in unlearned]
+            mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
+            found.append(mark_unfinished(mean, wanted, len(group)))
+    further = [comparison for some in tested.values() for comparison in some[1:]]
+    spread = estimate_spreads([*found, *further])
+    main, further = spread[: len(found)], spread[len(found) :]
     planned = correct_family([c for c in main if c.planned], family)
     return Comparisons(planned, [c for c in main if not c.planned], further, family)
 
 
-def list_planned(
-    experiment: Experiment, outcomes: list[Outcome], unlearned: set[ModelTask]
-) -> dict[Key, tuple[int, int]]:
-    """Return the comparisons that the experiment plans on these outcomes, whether or not their runs are finished: of
-    how many tasks and seeds each is, by `get_key` or, for means, `get_row_key`."""
-    all_finished = [outcome if outcome.result else pretend_finished(outcome) for outcome in outcomes]
-    matches = [*iterate_matches(experiment, all_finished), *iterate_contrasts(experiment, all_finished)]
+def list_matches(experiment: Experiment, outcomes: list[Outcome]) -> list[Match]:
+    """Return what is compared by main scores, without means over tasks, as far as runs are finished."""
+    return [*iterate_matches(experiment, outcomes), *iterate_contrasts(experiment, outcomes)]
+
+
+def list_planned(experiment: Experiment, outcomes: list[Outcome]) -> dict[Key, list[Match]]:
+    """Return the comparisons that the experiment plans on these outcomes, whether or not their runs are finished and
+    whatever they found: the matches each is made of, by `get_key` or, for means, `get_row_key`."""
+    matches = list_matches(experiment, list(map(pretend_finished, outcomes)))
     planned = [match for match in matches if is_planned(experiment, match)]
-    found = {get_key(match): (1, len(match.seeds)) for match in planned}
-    for key, group in list_mean_groups(planned, unlearned).items():
-        found[key] = len(group), len(set.intersection(*(set(match.seeds) for match in group)))
-    return found
+    return {get_key(match): [match] for match in planned} | list_mean_groups(planned)
 
 
 def get_row_key(match: Match) -> Key:
@@ -179,12 +187,13 @@ def get_key(match: Match) -> Key:
     return *get_row_key(match), match.task.name
 
 
-def mark_unfinished(comparison: Comparison, plan: tuple[int, int] | None, tasks: int) -> Comparison:
+def mark_unfinished(comparison: Comparison, plan: list[Match], tasks: int) -> Comparison:
     """Return a planned comparison without its p-values if it is of fewer tasks or seeds than planned; any other one as
-    it is. plan: how many tasks and seeds are planned."""
-    if plan is None or not comparison.difference.by_seed:
+    it is. plan: what it should be made of; empty: it is not planned. tasks: of how many it is."""
+    if not plan or not comparison.difference.by_seed:
         return comparison
-    here = {"tasks": (tasks, plan[0]), "seeds": (len(comparison.difference.by_seed), plan[1])}
+    seeds = set.intersection(*(set(match.seeds) for match in plan))
+    here = {"tasks": (tasks, len(plan)), "seeds": (len(comparison.difference.by_seed), len(seeds))}
     missing = [f"{count} of {wanted} {what}" for what, (count, wanted) in here.items() if count < wanted]
     return leave_untested(comparison, ", ".join(missing)) if missing else comparison
 
@@ -195,9 +204,8 @@ def leave_untested(comparison: Comparison, why: str) -> Comparison:
 
 
 def pretend_finished(outcome: Outcome) -> Outcome:
-    """Return an outcome as if its run had finished, under a name that only the same run has."""
-    name = hashlib.sha256(outcome.run_key.encode()).hexdigest()
-    return replace(outcome, record=Record(Path(name)), result={"metrics": {}})
+    """Return an outcome as if its run had finished, whatever came out of it."""
+    return replace(outcome, result={"metrics": {}})
 
 
 def is_planned(experiment: Experiment, match: Match) -> bool:
@@ -297,13 +305,13 @@ def describe_unknown(reason: object) -> Difference:
     return Difference(float("nan"), None, None, None, str(reason), 0, 0)
 
 
-def list_mean_groups(matches: list[Match], unlearned: set[ModelTask]) -> dict[Key, list[Match]]:
-    """Return the matches whose mean is compared: those of one row, baseline and place on several learned tasks. Where
-    lower is better on only some of these, a higher mean would be neither better nor worse, and none is compared."""
+def list_mean_groups(matches: list[Match]) -> dict[Key, list[Match]]:
+    """Return the matches whose mean is compared, by `get_row_key`: those of one row, baseline and place on several
+    tasks. Where lower is better on only some of these, a higher mean would be neither better nor worse, and none is
+    compared."""
     groups: dict[Key, list[Match]] = {}
     for match in matches:
-        if get_model_task(match.first) not in unlearned:
-            groups.setdefault(get_row_key(match), []).append(match)
+        groups.setdefault(get_row_key(match), []).append(match)
     agreed = {key: some for key, some in groups.items() if len({match.task.is_lower_better() for match in some}) == 1}
     return {key: some for key, some in agreed.items() if len(some) > 1}
 

@@ -9,9 +9,11 @@ from dual_lora.lab.study.outcome import Outcome
 
 
 def iterate_contrasts(experiment: Experiment, outcomes: list[Outcome]) -> Iterator[Match]:
-    """Yield the experiment's contrasts for every row and task that has a finished run in each of their columns."""
+    """Yield the experiment's contrasts for every row and task that has a finished run in each of their columns. Floors
+    rank nothing, and have none."""
     heading = get_heading(str(experiment.columns)).replace("_", " ")
-    for label, places in (group_by_place(experiment, outcomes) if experiment.contrasts else {}).items():
+    tested = [outcome for outcome in outcomes if outcome.label not in experiment.floors]
+    for label, places in (group_by_place(experiment, tested) if experiment.contrasts else {}).items():
         groups: dict[Key, dict[object, list[Outcome]]] = {}
         for (*where, column), finished in places.items():
             groups.setdefault(tuple(where), {})[column] = finished

@@ -1,8 +1,9 @@
 """What a row must beat to have learned anything: the most frequent class, and rows that train next to nothing.
 
 On a task where no row beats every floor by three standard errors, differences between methods say nothing. Such a task
-is marked "not learned" and is left out of means over tasks. A floor with a value of the columns' setting applies to
-rows with that value; a floor without one applies to all rows.
+is marked "not learned" and is left out of means over tasks, once all of its runs are there: until then some row may
+still learn it. A floor with a value of the columns' setting applies to rows with that value; a floor without one
+applies to all rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ class Floor:
         unit: of the task's main score, as `get_unit`.
         where: its task and place as in `group_by_place`; None: it applies to all rows.
         trouble: why its score, or some row's difference to it, cannot be computed; then the score may be NaN.
+        complete: whether every run of its task that the table asks for is finished and can be read.
     """
 
     model_task: ModelTask
@@ -54,6 +56,7 @@ class Floor:
     unit: int = 100
     where: Key | None = None
     trouble: str = ""
+    complete: bool = True
 
     @property
     def decimals(self) -> int:
@@ -73,8 +76,7 @@ def find_floors(experiment: Experiment, outcomes: list[Outcome], predictions: Pr
     """Return the floors of every model and task, as far as runs are finished."""
     groups: dict[ModelTask, list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.result:
-            groups.setdefault(get_model_task(outcome), []).append(outcome)
+        groups.setdefault(get_model_task(outcome), []).append(outcome)
     return [floor for key, some in groups.items() for floor in iterate_floors(experiment, key, some, predictions)]
 
 
@@ -84,17 +86,18 @@ def get_model_task(outcome: Outcome) -> ModelTask:
 
 
 def iterate_floors(
-    experiment: Experiment, model_task: ModelTask, finished: list[Outcome], predictions: Predictions
+    experiment: Experiment, model_task: ModelTask, outcomes: list[Outcome], predictions: Predictions
 ) -> Iterator[Floor]:
-    """Yield the floors of one model and task. finished: its finished runs."""
-    task, groups = load_task_of(finished[0]), group_by_place(experiment, finished)
+    """Yield the floors of one model and task. outcomes: its runs, finished or not."""
+    task, groups = load_task_of(outcomes[0]), group_by_place(experiment, outcomes)
     known = {
         (label, where): runs
         for label, some in groups.items()
         for where, same_place in some.items()
         if (runs := read_or_skip(predictions, same_place))
     }
-    names = name_rows(known, list(get_place(experiment, finished[0])))
+    complete = all(outcome.result for outcome in outcomes) and len(known) == sum(map(len, groups.values()))
+    names = name_rows(known, list(get_place(experiment, outcomes[0])))
     rows = {row: runs for row, runs in known.items() if row[0] not in experiment.floors}
     own = [row for label in experiment.floors for row in known if row[0] == label]
     floors = [(names[row], row[1], partial(known.get, row)) for row in own]
@@ -102,7 +105,7 @@ def iterate_floors(
         every = {seed: run for runs in rows.values() for seed, run in runs.items()}
         floors.append((MAJORITY, None, partial(predict_majority, task, every)))
     for name, where, predict in floors:
-        empty = Floor(model_task, name, nan, None, nan, nan, frozenset(), where=where)
+        empty = Floor(model_task, name, nan, None, nan, nan, frozenset(), where=where, complete=complete)
         try:
             yield measure_floor(empty, predict(), rows, names, task)
         except ValueError as error:
@@ -196,13 +199,30 @@ def find_hardest(floors: list[Floor]) -> Floor:
 
 
 def find_unlearned(floors: list[Floor]) -> set[ModelTask]:
-    """Return the models and tasks of which no row beats every floor that applies to it; a floor without a comparison
-    does not count."""
+    """Return the models and tasks of which no row beats every floor that applies to it, though every run is there and
+    could be compared."""
+    return {key for key, some in group_unbeaten_floors(floors).items() if is_settled(some)}
+
+
+def find_unsettled(floors: list[Floor]) -> set[ModelTask]:
+    """Return the models and tasks of which no row beats every floor that applies to it so far: some run is missing, or
+    could not be compared."""
+    return {key for key, some in group_unbeaten_floors(floors).items() if not is_settled(some)}
+
+
+def group_unbeaten_floors(floors: list[Floor]) -> dict[ModelTask, list[Floor]]:
+    """Return the floors of each model and task of which no row beats every floor that applies to it; a floor without a
+    comparison does not count."""
     groups: dict[ModelTask, list[Floor]] = {}
     for floor in floors:
         if floor.best is not None:
             groups.setdefault(floor.model_task, []).append(floor)
-    return {model_task for model_task, some in groups.items() if not find_best_rows(some)}
+    return {model_task: some for model_task, some in groups.items() if not find_best_rows(some)}
+
+
+def is_settled(floors: list[Floor]) -> bool:
+    """Return whether no run is missing among those that some floors were compared with."""
+    return all(floor.complete and not floor.trouble for floor in floors)
 
 
 def find_best_rows(floors: list[Floor]) -> set[RowKey]:

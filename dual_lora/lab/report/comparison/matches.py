@@ -85,7 +85,8 @@ def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator
     """Yield the pairs of rows that are compared, on each task, as far as runs are finished.
 
     A baseline none of whose runs, finished or not, has a value of the columns' setting is compared with all columns.
-    Rows that are the same runs are compared once, under the planned label if one is.
+    Rows that plan the same runs are compared once, under the planned label if one is. Rows that only happen to get the
+    same rate stay two: what is compared does not depend on results.
     """
     runs, seen = group_by_place(experiment, outcomes), set()
     without = [label for label in experiment.baselines if not has_column_values(experiment, outcomes, label)]
@@ -93,7 +94,7 @@ def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator
         known = runs.get(baseline, {})
         for where, ours in runs[label].items():
             theirs = known.get((*where[:-1], None) if baseline in without else where, [])
-            same = tuple(frozenset(outcome.record.name for outcome in side) for side in (ours, theirs))
+            same = tuple(frozenset(outcome.cell.planned_key for outcome in side) for side in (ours, theirs))
             if not theirs or same[0] == same[1] or same in seen:
                 continue
             match = Match(label, baseline, get_place(experiment, ours[0]), [ours], [theirs])

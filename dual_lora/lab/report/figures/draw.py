@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from dual_lora.lab.present.document import Image
 from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.report.comparison.comparisons import Comparison, Comparisons
-from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_unlearned
+from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_unlearned, find_unsettled
 from dual_lora.lab.report.figures.forest import describe_forest, draw_forest
 from dual_lora.lab.report.figures.layout import STYLE
 from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
@@ -44,8 +44,8 @@ def iterate_figures(
     floors: list[Floor],
 ) -> Iterator[Drawn]:
     """Yield every figure with its caption."""
-    unlearned = find_unlearned(floors)
-    found = select_learned(comparisons, unlearned)
+    unranked = find_unlearned(floors) | find_unsettled(floors)
+    found = select_learned(comparisons, unranked)
     yield "forest", draw_forest(found), describe_forest(found, bool(comparisons.planned))
     if not experiment.analyse:
         caption = f"{experiment.title}; {describe_spread(experiment, values)}" if values["value"].notna().any() else ""
@@ -61,10 +61,10 @@ def iterate_figures(
         "Training loss: mean over each row's runs, between the lowest and the highest",
     )
     yield "zeros", draw_curves(outcomes, ZEROS), "Exact zeros in the update: mean over each row's runs, and their range"
-    which = "learned tasks" if unlearned else "tasks"
+    which = "learned tasks" if unranked else "tasks"
     yield (
         "cost",
-        None if experiment.analyse else draw_costs(collect_costs(experiment, outcomes, unlearned)),
+        None if experiment.analyse else draw_costs(collect_costs(experiment, outcomes, unranked)),
         f"Main score against what a run costs, means over {which} and seeds; a dot for each row and column",
     )
 
