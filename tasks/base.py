@@ -186,7 +186,8 @@ class Task:
         """Return `rows` as a Dataset with exactly the columns and types of this task's form.
 
         Raises:
-            TaskError: there are none, or one holds something else; `source` says where they are from.
+            TaskError: there are none, one holds something else, or two have one id, by which runs are paired; `source`
+                says where they are from.
         """
         from datasets import Dataset
 
@@ -199,6 +200,8 @@ class Task:
                     raise TypeError(f"row {number} has {odd[0]!r}")  # Dataset would take a null
             if not rows:
                 raise TaskError(f"{source}: no rows; {FETCH}")
+            if twice := find_duplicate(row["id"] for row in rows):
+                raise TaskError(f"{source}: two rows have the id {twice!r}; give each an id of its own")
             return Dataset.from_list(rows, features=build_features(self.row_types))
 
 
