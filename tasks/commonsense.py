@@ -294,12 +294,8 @@ class Commonsense(Task):
             return Split(self.build_rows(name, map(spec.convert, rows), spec.hub), f"{spec.hub}@{spec.revision[:8]}")
         path = self.find_file(name, data_dir)
         items = base.read_json(path)
-        rows = self.build_rows(name, items, path)
-        if data_dir is None:
-            return Split(rows, f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json")
-        return Split(
-            rows, f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else ''}"
-        )
+        missing = self.describe_missing(path, items, data_dir) if name == "train" else ""
+        return Split(self.build_rows(name, items, path), self.describe_origin(path, data_dir) + missing)
 
     def split_training_file(self, name: str, data_dir: str | None) -> Split:
         """Return the training rows that equal none held out, or those held out for a set, with evaluation's prompt."""
@@ -311,13 +307,19 @@ class Commonsense(Task):
             rest = [number for number, item in enumerate(items) if get_content(item) not in apart]
         numbers = held_out[name] if name in SPECS else rest
         prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
-        note = self.describe_missing(path, items) if name == "train" else " (held out)"
-        origin = f"{path.parent.name}/{path.name}{note}"
-        return Split(self.build_chosen_rows("train", items, numbers, prompt, path), origin)
+        note = self.describe_missing(path, items, data_dir) if name == "train" else " (held out)"
+        rows = self.build_chosen_rows("train", items, numbers, prompt, path)
+        return Split(rows, self.describe_origin(path, data_dir) + note)
 
-    def describe_missing(self, path: Path, items: list[Item]) -> str:
+    def describe_origin(self, path: Path, data_dir: str | None) -> str:
+        """Return which file rows are of. A downloaded one, which only training has, is named by a hash in the cache."""
+        if data_dir is None:
+            return f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json"
+        return f"{path.parent.name}/{path.name}"
+
+    def describe_missing(self, path: Path, items: list[Item], data_dir: str | None) -> str:
         """Return what is said of a training file that stands in for the official one."""
-        if path.name.removesuffix(".gz") == f"commonsense_{self.train}.json":
+        if data_dir is None or path.name.removesuffix(".gz") == f"commonsense_{self.train}.json":
             return ""
         swag = any(item["answer"].startswith("ending") for item in items)
         return f" ({len(items)} rows, not the official file{'' if swag else '; without HellaSwag'})"
