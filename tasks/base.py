@@ -106,8 +106,8 @@ class Task:
         further_metrics: keys of the scores on further sets that a report shows beside `metric`, outside of means.
         unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
         lower_is_better: keys of scores for which lower is better.
-        held_out_option: the option that scores training rows set by set, of a task whose training rows mix the sets of
-            `eval_splits`. Such a task refuses eval.holdout, which would score the mixture as the first set.
+        held_out_option: the word of a command line that scores training rows set by set, of a task whose training rows
+            mix the sets of `eval_splits`. Such a task refuses eval.holdout, which would score the mixture as the first.
         scoring_options: names of options that choose the rows to be scored and change nothing else. They are refused
             beside eval.holdout, which chooses other rows.
     """

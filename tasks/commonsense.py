@@ -248,7 +248,7 @@ class Commonsense(Task):
     """Training on one file, evaluation on eight sets."""
 
     name, version, form, metric = "commonsense", VERSION, "generation", "average"
-    eval_splits, held_out_option = tuple(SPECS), "task.options.scored=held_out"
+    eval_splits, held_out_option = tuple(SPECS), "+task.options.scored=held_out"  # which its file in conf/ leaves out
     lower_is_better = tuple(f"{prefix}unanswered_{name}" for prefix in ("", "lenient_") for name in SPECS)
 
     def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:
@@ -441,7 +441,7 @@ def draw_held_out(items: list[Item], source: Any) -> dict[str, list[int]]:
         rest = by_format.get(kind, [])
         if len(rest) <= HELD_OUT_ROWS:
             more = f"{len(rest)} rows left that can be held out for {name}, more than {HELD_OUT_ROWS} are needed"
-            raise TaskError(f"task.options.scored=held_out: {source} has {more}; take task.options.scored=test")
+            raise TaskError(f"task.options.scored=held_out: {source} has {more}; drop it")
         found[name], by_format[kind] = sorted(rest[:HELD_OUT_ROWS]), rest[HELD_OUT_ROWS:]
     return found
 
