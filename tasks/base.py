@@ -146,6 +146,11 @@ class Task:
         """Return what identifies the data before any of it is parsed: file hashes, or a hub id with its revision."""
         raise NotImplementedError
 
+    def count_official_rows(self, default: int) -> tuple[int, str]:
+        """Return how many training rows the official data have with this task's options, of which its defaults give
+        `default`, and why a run may have fewer; "" where it has exactly these."""
+        return default, ""
+
     def check_files(self) -> None:
         """Refuse files in `data_dir` whose form is the user's own, before anything is loaded.
 

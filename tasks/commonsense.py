@@ -44,6 +44,7 @@ VERSION = 2
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
 TRAINING = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}  # what may stand in for each file
 RESPONSE = "### Response:"
+ROWS_15K = 15_000  # of commonsense_15k.json
 HELD_OUT_ROWS, HELD_OUT_SEED, SIQA_OPTIONS = 125, 2512, 3
 INDENT = " " * 16
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -253,6 +254,12 @@ class Commonsense(Task):
 
     def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:
         self.train, self.likelihood, self.holds_out = train, likelihood, scored == "held_out"
+
+    def count_official_rows(self, default: int) -> tuple[int, str]:
+        rows = default if self.train == "170k" else min(default, ROWS_15K)
+        if not self.holds_out:
+            return rows, ""
+        return max(0, rows - HELD_OUT_ROWS * len(SPECS)), "copies of the rows held out are left out as well"
 
     def find_file(self, split: str, data_dir: str | None) -> Path:
         """Return the official file of a split, below `data_dir` or downloaded."""
