@@ -106,8 +106,8 @@ class Task:
         further_metrics: keys of the scores on further sets that a report shows beside `metric`, outside of means.
         unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
         lower_is_better: keys of scores for which lower is better.
-        held_out_option: the option that scores training rows set by set, of a task whose training rows mix the sets of
-            `eval_splits`. Such a task refuses eval.holdout, which would score the mixture as the first set.
+        held_out_option: the word of a command line that scores training rows set by set, of a task whose training rows
+            mix the sets of `eval_splits`. Such a task refuses eval.holdout, which would score the mixture as the first.
         scoring_options: names of options that choose the rows to be scored and change nothing else. They are refused
             beside eval.holdout, which chooses other rows.
     """
@@ -145,6 +145,11 @@ class Task:
     def source(self, data_dir: str | None = None) -> dict[str, str]:
         """Return what identifies the data before any of it is parsed: file hashes, or a hub id with its revision."""
         raise NotImplementedError
+
+    def count_official_rows(self, default: int) -> tuple[int, str]:
+        """Return how many training rows the official data have with this task's options, of which its defaults give
+        `default`, and why a run may have fewer; "" where it has exactly these."""
+        return default, ""
 
     def check_files(self) -> None:
         """Refuse files in `data_dir` whose form is the user's own, before anything is loaded.
@@ -186,7 +191,8 @@ class Task:
         """Return `rows` as a Dataset with exactly the columns and types of this task's form.
 
         Raises:
-            TaskError: there are none, or one holds something else; `source` says where they are from.
+            TaskError: there are none, one holds something else, or two have one id, by which runs are paired; `source`
+                says where they are from.
         """
         from datasets import Dataset
 
@@ -199,6 +205,8 @@ class Task:
                     raise TypeError(f"row {number} has {odd[0]!r}")  # Dataset would take a null
             if not rows:
                 raise TaskError(f"{source}: no rows; {FETCH}")
+            if twice := find_duplicate(row["id"] for row in rows):
+                raise TaskError(f"{source}: two rows have the id {twice!r}; give each an id of its own")
             return Dataset.from_list(rows, features=build_features(self.row_types))
 
 

@@ -44,6 +44,7 @@ VERSION = 2
 REPOSITORY, COMMIT = "AGI-Edgerunners/LLM-Adapters", "816657208af4db747803f87ba40a4c71383fed7a"
 TRAINING = {"170k": "commonsense_130k*.json", "15k": "commonsense_15k.*.json"}  # what may stand in for each file
 RESPONSE = "### Response:"
+ROWS_15K = 15_000  # of commonsense_15k.json
 HELD_OUT_ROWS, HELD_OUT_SEED, SIQA_OPTIONS = 125, 2512, 3
 INDENT = " " * 16
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request. "
@@ -248,11 +249,17 @@ class Commonsense(Task):
     """Training on one file, evaluation on eight sets."""
 
     name, version, form, metric = "commonsense", VERSION, "generation", "average"
-    eval_splits, held_out_option = tuple(SPECS), "task.options.scored=held_out"
+    eval_splits, held_out_option = tuple(SPECS), "+task.options.scored=held_out"  # which its file in conf/ leaves out
     lower_is_better = tuple(f"{prefix}unanswered_{name}" for prefix in ("", "lenient_") for name in SPECS)
 
     def __init__(self, train: str, likelihood: bool, scored: str = "test") -> None:
         self.train, self.likelihood, self.holds_out = train, likelihood, scored == "held_out"
+
+    def count_official_rows(self, default: int) -> tuple[int, str]:
+        rows = default if self.train == "170k" else min(default, ROWS_15K)
+        if not self.holds_out:
+            return rows, ""
+        return max(0, rows - HELD_OUT_ROWS * len(SPECS)), "copies of the rows held out are left out as well"
 
     def find_file(self, split: str, data_dir: str | None) -> Path:
         """Return the official file of a split, below `data_dir` or downloaded."""
@@ -294,12 +301,8 @@ class Commonsense(Task):
             return Split(self.build_rows(name, map(spec.convert, rows), spec.hub), f"{spec.hub}@{spec.revision[:8]}")
         path = self.find_file(name, data_dir)
         items = base.read_json(path)
-        rows = self.build_rows(name, items, path)
-        if data_dir is None:
-            return Split(rows, f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json")
-        return Split(
-            rows, f"{path.parent.name}/{path.name}{self.describe_missing(path, items) if name == 'train' else ''}"
-        )
+        missing = self.describe_missing(path, items, data_dir) if name == "train" else ""
+        return Split(self.build_rows(name, items, path), self.describe_origin(path, data_dir) + missing)
 
     def split_training_file(self, name: str, data_dir: str | None) -> Split:
         """Return the training rows that equal none held out, or those held out for a set, with evaluation's prompt."""
@@ -311,13 +314,19 @@ class Commonsense(Task):
             rest = [number for number, item in enumerate(items) if get_content(item) not in apart]
         numbers = held_out[name] if name in SPECS else rest
         prompt = TRAINING_PROMPT if name == "train" else EVALUATION_PROMPT
-        note = self.describe_missing(path, items) if name == "train" else " (held out)"
-        origin = f"{path.parent.name}/{path.name}{note}"
-        return Split(self.build_chosen_rows("train", items, numbers, prompt, path), origin)
+        note = self.describe_missing(path, items, data_dir) if name == "train" else " (held out)"
+        rows = self.build_chosen_rows("train", items, numbers, prompt, path)
+        return Split(rows, self.describe_origin(path, data_dir) + note)
 
-    def describe_missing(self, path: Path, items: list[Item]) -> str:
+    def describe_origin(self, path: Path, data_dir: str | None) -> str:
+        """Return which file rows are of. A downloaded one, which only training has, is named by a hash in the cache."""
+        if data_dir is None:
+            return f"{REPOSITORY}@{COMMIT[:8]}/ft-training_set/commonsense_{self.train}.json"
+        return f"{path.parent.name}/{path.name}"
+
+    def describe_missing(self, path: Path, items: list[Item], data_dir: str | None) -> str:
         """Return what is said of a training file that stands in for the official one."""
-        if path.name.removesuffix(".gz") == f"commonsense_{self.train}.json":
+        if data_dir is None or path.name.removesuffix(".gz") == f"commonsense_{self.train}.json":
             return ""
         swag = any(item["answer"].startswith("ending") for item in items)
         return f" ({len(items)} rows, not the official file{'' if swag else '; without HellaSwag'})"
@@ -439,7 +448,7 @@ def draw_held_out(items: list[Item], source: Any) -> dict[str, list[int]]:
         rest = by_format.get(kind, [])
         if len(rest) <= HELD_OUT_ROWS:
             more = f"{len(rest)} rows left that can be held out for {name}, more than {HELD_OUT_ROWS} are needed"
-            raise TaskError(f"task.options.scored=held_out: {source} has {more}; take task.options.scored=test")
+            raise TaskError(f"task.options.scored=held_out: {source} has {more}; drop it")
         found[name], by_format[kind] = sorted(rest[:HELD_OUT_ROWS]), rest[HELD_OUT_ROWS:]
     return found
 

@@ -106,6 +106,19 @@ def test_the_training_file_comes_from_a_pinned_commit_or_the_folder(files, monke
     assert local.origin == "ft-training_set/commonsense_170k.json" and fetched.origin.endswith(local.origin)
 
 
+@pytest.mark.parametrize("scored", ["test", "held_out"])
+def test_the_downloaded_training_file_is_the_official_one_whatever_its_name(scored, training_file, monkeypatch):
+    """datasets keeps downloads under a hash."""
+    folder, _ = training_file
+    cached = (folder / "ft-training_set/commonsense_170k.json").rename(folder / "5f2c9e8b")
+    monkeypatch.setattr(base, "fetch_file", lambda *given: cached)
+    task = tasks.load("commonsense", {"scored": scored})
+    named = f"AGI-Edgerunners/LLM-Adapters@{commonsense.COMMIT[:8]}/ft-training_set/commonsense_170k.json"
+    assert task.split("train").origin == named
+    if scored == "held_out":
+        assert task.split("boolq").origin == f"{named} (held out)"
+
+
 def test_a_training_file_that_stands_in_is_named_as_what_it_is(files):
     folder = files / "ft-training_set"
     whole = json.loads((folder / "commonsense_170k.json").read_text())

@@ -132,3 +132,10 @@ def test_a_list_is_given_for_an_option_whose_default_is_a_tuple(monkeypatch):
     assert given == [["b"]]
     with pytest.raises(TaskError, match=r"words=b: must be like \['a'\], its default"):
         tasks.load("made", {"words": "b"})
+
+
+def test_two_rows_of_one_id_are_refused():
+    """Runs are paired by ids, after all of them are done."""
+    task, (row, *_) = tasks.load("demo/sentiment"), tasks.load("demo/sentiment").split("validation").rows
+    with pytest.raises(TaskError, match="^made up: two rows have the id 'x'; give each an id of its own$"):
+        task.dataset([row | {"id": name} for name in ("x", "y", "x")], "made up")

@@ -209,7 +209,8 @@ def explain_unread_field(settings: Settings, name: str) -> str | None:
         return f"{UNREAD_FIELDS[field]}; drop it"
     switch, needed, default = CONDITIONAL_FIELDS.get(field, (field, None, None))
     if needed is not None and peft.get(switch, default) != needed:
-        return f"only read with method.peft.{switch}={str(needed).lower()}; drop it, or set that"
+        wanted = f"method.peft.{switch}={str(needed).lower()}"
+        return f"only read with {wanted}; drop it, or take ++{wanted}"  # in the method's file or not
     if field in ("weight_gradient_dtype", "input_gradient_dtype") and settings.model.dtype != "float32":
         return f"with model.dtype={settings.model.dtype} gradients are in 16 bits anyway; drop it"
     return explain_unread_dual_lora(method, field)
@@ -283,7 +284,8 @@ def explain_unused_model(settings: Settings, name: str) -> str | None:
     role = name.removeprefix("roles.") if name.startswith("roles.") else None
     chooses_modules = name == "adapt" or role is not None and role not in model.split
     if chooses_modules and (method.peft or {}).get("peft_type") in TYPES_OF_OTHER_MODULES:
-        return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as method.peft.target_modules"
+        named = "++method.peft.target_modules=[NAME]"
+        return f"{method.peft['peft_type']} adapts other modules; drop it, or name them as {named}"
     if chooses_modules and (method.peft or {}).get("target_modules"):
         return "method.peft.target_modules is used instead; drop one"
     if chooses_modules and role not in (None, *model.adapt):

@@ -39,6 +39,8 @@ from tasks.metrics import MissingScoreWarning
 
 LINE_SECONDS = 60.0  # between two lines of progress in a log file
 MIN_FOR_CONSTANT = 100  # with fewer rows, equal outputs may be an accident
+PLACE = ("split", "id", "output")  # a prediction's own columns; runs are paired by the first two
+NO_ANSWER = (None, "", [])  # 0 and False are answers
 
 
 def evaluate_splits(
@@ -52,7 +54,7 @@ def evaluate_splits(
     """Return the task's scores (fractions) and one row per example: split, id, output, and how it was judged.
 
     Raises:
-        UserError: a score is missing or not finite, or a judged row holds a value that JSON cannot represent.
+        UserError: a score is missing or not finite, or as `judge_rows`.
     """
     judged: dict[str, list[Row]] = {}
     predictions: list[Row] = []
@@ -82,7 +84,7 @@ def judge_rows(
     `score_choices` returns them; None if the task ranks nothing.
 
     Raises:
-        UserError: a column holds a value that JSON cannot represent.
+        UserError: a column has the name of one of a prediction's own, or a value that JSON cannot represent.
     """
     judged = []
     for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
@@ -91,6 +93,8 @@ def judge_rows(
         require(isinstance(verdict, dict), f"{where} is a {kind}; return a dictionary of columns from judge()")
         if likelihoods:
             verdict |= task.judge_choice(row, *map(list, zip(*likelihoods[number], strict=True)))
+        taken = next((name for name in PLACE if name in verdict), None)
+        require(taken is None, f"{where} has a column {taken!r}, which every prediction has; give it another name")
         judged.append(convert_to_json(verdict, where))
     return judged
 
@@ -103,6 +107,8 @@ def convert_to_json(value: Any, where: str) -> Any:
     """
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}, which no record can hold; return None in its place", undefined=True)
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, list | tuple):
@@ -192,7 +198,7 @@ def find_warnings(task: Task, predictions: list[Row]) -> list[str]:
             found += [f"{name}: all {len(rows)} outputs are {rows[0]['output']}"] if same else []
             continue
         empty = sum(not row["output"].strip() for row in rows)
-        unanswered = sum(not row.get("answer", row["output"]) for row in rows)
+        unanswered = sum(row.get("answer", row["output"]) in NO_ANSWER for row in rows)
         if empty > len(rows) / 2:
             found.append(f"{name}: {empty} of {len(rows)} outputs are empty")
         elif unanswered > len(rows) / 2:

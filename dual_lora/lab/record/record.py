@@ -528,7 +528,7 @@ class Record:
         Raises:
             UserError: it cannot be written.
         """
-        self.write_file(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.write_file(name, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
     def write_file(self, name: str, content: Any) -> None:
         """Write a text, or anything else as JSON, completely or not at all.

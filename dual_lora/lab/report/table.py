@@ -320,10 +320,14 @@ def iterate_start_notes(experiment: Experiment, outcomes: list[Outcome]) -> Iter
 
 
 def describe_missing_rows(outcome: Outcome) -> str | None:
-    """Return a note if a run had fewer training rows than its protocol, unless its data say so already."""
+    """Return a note if a run had fewer training rows than its protocol, with its task's options, unless its data say so
+    already."""
     settings, train = outcome.settings, (outcome.result or {}).get("data", {}).get("train")
-    official = settings.task.train_rows
-    if not train or not official or settings.train.max_examples or NOT_OFFICIAL in train["origin"]:
+    default = settings.task.train_rows
+    if not train or not default or settings.train.max_examples or NOT_OFFICIAL in train["origin"]:
+        return None
+    official, fewer = load_task_of(outcome).count_official_rows(default)
+    if fewer:  # how many it should have is not known
         return None
     rows = train["rows"] + settings.eval.reserved_rows + settings.task.validation_size
     return (

@@ -67,8 +67,8 @@ def format_plans(runs: list[Run], plans: list[dict[str, Any] | None], refusals: 
 
 
 def format_amount(amount: float) -> str:
-    """Return a positive number with two decimals, never as 0.00."""
-    return f"{amount:.2f}" if amount >= 0.01 else "< 0.01"
+    """Return a number with two decimals, one that is not 0 never as 0.00."""
+    return f"{amount:.2f}" if amount >= 0.01 or not amount else "< 0.01"
 
 
 def format_rows(rows: list[list[str]], headers: list[str]) -> str:

@@ -112,7 +112,7 @@ def plan_row(
     found = plan_step(settings, known)
     if "refused" in found:
         return place | found
-    steps = settings.count_steps(found["count_rows"](settings))
+    steps = settings.count_steps(found["count_rows"](settings)) if found["hours"] else 0  # where nothing trains
     hours = steps * found["hours"]
     device_hours = hours * settings.hardware.devices
     return place | {"steps": steps, "hours": hours, "device_hours": device_hours, "gb": found["gb"], "refused": ""}

@@ -77,7 +77,8 @@ def make_plan(run: Run) -> dict[str, Any]:
 
 def compute_plan(settings: Settings) -> dict[str, Any]:
     """Return the plan: `modules`, `parameters`, `trainable_parameters`, `trainable_percent` (of all, the adapter's
-    included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`.
+    included), `memory` in bytes a device by part, `flops` of a step by part, `steps` and `hours`, both 0 where nothing
+    trains, and `fewer_rows`: why these two may be less, or "".
 
     Raises:
         UserError: what a run would refuse of model, method and task, as far as no weight and no data is needed for it.
@@ -92,8 +93,8 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
     device = ACCELERATORS[hardware.accelerator]
     step = trace_step(settings, task, count_layers(model), hardware.sharding == "full")
     memory, counts = plan_memory(settings, task, model, step["kept"]), count_parameters(model)
-    rows, counted = count_training_rows(settings, task)
-    steps = settings.count_steps(rows)
+    rows, source, fewer = count_training_rows(settings, task)
+    steps = settings.count_steps(rows) if counts["trainable_parameters"] else 0
     flops = {part: step[part] * train.accumulation for part in ("forward", "backward")}
     speed = device.float32 if settings.model.dtype == "float32" else device.bfloat16
     return {
@@ -109,7 +110,8 @@ def compute_plan(settings: Settings) -> dict[str, Any]:
         "tokens_per_device_and_step": step["tokens"] * train.accumulation,
         "flops": {**flops, "step": sum(flops.values())},
         "train_rows": rows,
-        "train_rows_from": "the data" if counted else "the task's configuration",
+        "train_rows_from": source,
+        "fewer_rows": "" if train.max_steps else fewer,
         "steps": steps,
         "hours": steps * sum(flops.values()) / (speed * 1e12 * UTILIZATION) / 3600,
         "cannot_shard": unshardable_reason,
@@ -158,20 +160,20 @@ def count_adapted_modules(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def count_training_rows(settings: Settings, task: Task) -> tuple[int, bool]:
-    """Return how many examples training sees an epoch, and whether they were counted in the data.
+def count_training_rows(settings: Settings, task: Task) -> tuple[int, str, str]:
+    """Return how many examples training sees an epoch, what says so, and why there may be fewer; "" if there are not.
 
     Raises:
         UserError: more rows are set apart than there are.
     """
-    limit, known = settings.train.max_examples, settings.task.train_rows
-    counted = known is None or settings.data_dir is not None
-    if counted:
-        return len(load_split(task, "train", settings).rows), counted
+    limit, default = settings.train.max_examples, settings.task.train_rows
+    if default is None or settings.data_dir is not None:
+        return len(load_split(task, "train", settings).rows), "the data", ""
+    known, fewer = task.count_official_rows(default)
     apart = settings.eval.reserved_rows + settings.task.validation_size
     require(apart < known, f"plan: {apart:,} rows are to be set apart, {task.name} has {known:,}; set fewer apart")
     rest = known - apart
-    return min(rest, limit or rest), counted
+    return min(rest, limit or rest), "the task's configuration", "" if limit and limit < rest else fewer
 
 
 def measure_sizes(model: torch.nn.Module, settings: Settings, task: Task) -> dict[str, int]:
@@ -313,24 +315,30 @@ def format_option(option: Option, settings: Settings) -> str:
 def format_plan(found: dict[str, Any], record: Record) -> str:
     """Return the plan as a few lines."""
     parts, hardware = found["memory"], found["hardware"]
-    modules = ", ".join(f"{count} {name}" for name, count in found["modules"].items()) or "all weights"
+    modules = ", ".join(f"{count} {name}" for name, count in found["modules"].items())
+    others = "all weights" if found["trainable_parameters"] == found["parameters"] else "no module"
     unit, unit_name = (GB, "GB") if parts["peak"] >= GB else (MB, "MB")
+    at_most = "at most " if found["fewer_rows"] else ""
     held = ", ".join(
         f"{name} {size / unit:.2f}" for name, size in parts.items() if size and name not in ("size", "peak")
     )
     lines = {
         "plan": f"{found['model']} + {found['method']} on {found['task']}",
-        "adapts": modules,
+        "adapts": modules or others,
         "trains": f"{found['trainable_parameters']:,} of {found['parameters']:,} ({found['trainable_percent']:.2f} %), "
         f"{found['adapter_parameters']:,} of them the adapter's",
         "printed": ", ".join(f"{p['params']} ({p['table']})" for p in found["published"]),
         "memory": f"{parts['peak'] / unit:.2f} {unit_name} a device: {held}",
         "step": f"{found['batch']}; {found['tokens_per_device_and_step']:,} tokens and "
         f"{format_operations(found['flops']['step'])} a device",
-        "time": f"{found['steps']:,} steps, {format_hours(found['hours'])} of training on {hardware['devices']} x "
-        f"{hardware['accelerator']} at {hardware['assumed_utilization']:.0%} of its peak, every row at full length",
+        "rows": at_most and f"{at_most}{found['train_rows']:,}: {found['fewer_rows']}; give data_dir=DIR to count them",
+        "time": f"{at_most}{found['steps']:,} steps, {format_hours(found['hours'])} of training on "
+        f"{hardware['devices']} x {hardware['accelerator']} at {hardware['assumed_utilization']:.0%} of its peak, "
+        "every row at full length",
         "written": f"{record.format_path()}/plan.json",
     }
+    if not found["steps"]:
+        lines |= {"step": "", "rows": "", "time": "none, nothing trains"}
     return "\n".join(f"{name:<9}{text}" for name, text in lines.items() if text)
 
 

@@ -350,6 +350,15 @@ def test_a_setting_without_effect_is_refused(words):
     assert str(caught.value).startswith(IDLE[words]) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", [words for words, said in IDLE.items() if "only read with" in said])
+def test_what_an_idle_field_needs_can_be_taken_as_it_is_printed(words):
+    with pytest.raises(UserError) as caught:
+        load_settings(list(words))
+    option = str(caught.value).rpartition("or take ")[2]
+    key = option.lstrip("+").partition("=")[0]
+    load_settings([*(word for word in words if not word.lstrip("+").startswith(f"{key}=")), option])
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -83,6 +83,19 @@ WRONG = {
         {"columns": {"words": {"a"}}},
         "task=demo/choice: the judged row of validation-0, column 'words', is a set, which no record can hold; return",
     ),
+    "not a number in a list": (
+        {"columns": {"shares": [0.5, float("nan")]}},
+        "task=demo/choice: the judged row of validation-0, column 'shares', is nan, which no record can hold; return",
+    ),
+    "an infinite number of numpy": (
+        {"columns": {"share": np.float32("inf")}},
+        "column 'share', is inf, which no record",
+    ),
+    "the output again": (
+        {"columns": {"output": 3}},
+        "task=demo/choice: the judged row of validation-0 has a column 'output', which every prediction has; give it",
+    ),
+    "another id": ({"columns": {"id": "a"}}, "has a column 'id', which every prediction has; give it another name"),
     "an array in a list": ({"columns": {"words": [np.zeros(2)]}}, "column 'words', is a ndarray, which no record"),
 }
 

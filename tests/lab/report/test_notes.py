@@ -25,6 +25,19 @@ def test_a_part_of_the_training_file_is_told():
 
 
 @pytest.mark.parametrize(
+    ("option", "rows", "note"),
+    [
+        ("task.options.train=15k", 15_000, None),
+        ("task.options.train=15k", 9_000, "training data: commonsense has 9,000 of the protocol's 15,000 rows"),
+        ("+task.options.scored=held_out", 168_000, None),  # of which copies of the rows held out are left out, too
+    ],
+)
+def test_a_protocol_has_the_rows_that_its_options_give(option, rows, note):
+    outcome = make_outcome("model=tiny-llama", "task=commonsense", option, rows=rows, origin="commonsense.json")
+    assert describe_missing_rows(outcome) == note
+
+
+@pytest.mark.parametrize(
     ("words", "rows", "origin"),
     [
         ([], 392_702, "MNLI/train.tsv"),

@@ -21,6 +21,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import attach_method, count_parameters
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.record.run import Run
+from dual_lora.lab.study.experiment import Experiment
+from dual_lora.lab.study.plans import REPORTED, plan_row
 from dual_lora.lab.train.meta_step import build_meta_model
 from dual_lora.lab.train.plan import compute_plan, count_training_rows, estimate_memory
 from tests.support.places import GOLDEN
@@ -148,6 +150,67 @@ def test_rows_set_apart_are_not_planned_to_be_trained_on():
         count_training_rows(s, load_task(s))[0] for s in map(load_settings, (chosen, [*chosen, "eval.holdout=500"]))
     ]
     assert rows == [2490, 1990]
+
+
+COMMONSENSE = ["model=llama3-8b", "task=commonsense", "method=lora", "plan=true"]
+HELD_OUT = "+task.options.scored=held_out"
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ([], 170_420),
+        (["task.options.train=15k"], 15_000),
+        (["task.options.train=15k", "task.train_rows=9000"], 9_000),
+        ([HELD_OUT], 169_420),
+        ([HELD_OUT, "train.max_examples=64"], 64),
+        ([HELD_OUT, "task.validation_rows=20"], 169_400),
+    ],
+)
+def test_rows_are_those_that_the_options_give(words, rows):
+    chosen = load_settings([*COMMONSENSE, *words])
+    found, source, fewer = count_training_rows(chosen, load_task(chosen))
+    assert (found, source) == (rows, "the task's configuration")
+    assert bool(fewer) == (HELD_OUT in words and rows > 64)
+
+
+def plan_lines(words: list[str], capsys) -> dict[str, str]:
+    """Return what a plan prints, by the word that heads each line."""
+    assert train_command(words) == 0
+    return {line[:9].strip(): line[9:] for line in capsys.readouterr().out.splitlines()}
+
+
+def test_rows_that_only_the_data_can_count_are_an_upper_bound(runs_folder, capsys):
+    words = ["model=tiny-llama", *COMMONSENSE[1:], HELD_OUT]
+    shown = plan_lines(words, capsys)
+    assert shown["rows"].startswith("at most 169,420: copies of ") and shown["rows"].endswith(
+        "data_dir=DIR to count them"
+    )
+    assert shown["time"].startswith("at most 31,767 steps, ")
+    shown = plan_lines([*words, "train.max_steps=3"], capsys)
+    assert "rows" not in shown and shown["time"].startswith("3 steps, ")
+
+
+@pytest.mark.parametrize(
+    ("method", "adapts"),
+    [("full", "all weights"), ("head_only", "no module"), ("lora", "3 query"), ("none", "no module")],
+)
+def test_a_plan_says_what_trains(method, adapts, runs_folder, capsys):
+    words = ["model=tiny-roberta", "task=demo/sentiment", f"method={method}", "plan=true"]
+    shown = plan_lines(words, capsys)
+    (file,) = runs_folder.glob("adhoc/*/plan.json")
+    found = json.loads(file.read_text())
+    assert shown["adapts"].startswith(adapts)
+    assert (shown["time"] == "none, nothing trains") == (method == "none") == ("step" not in shown)
+    assert (found["steps"] == found["hours"] == 0) == (method == "none")
+    assert train_command(["-m", *words, "seed=0,1"]) == 0
+    assert (capsys.readouterr().out.splitlines()[-1].split()[-3:-1] == ["0", "0.00"]) == (method == "none")
+
+
+def test_no_hours_are_planned_in_a_sweep_where_nothing_trains():
+    settings = load_settings(["model=tiny-roberta", "task=demo/sentiment", "method=none", "plan=true"])
+    row = plan_row(Experiment.load("cost", "smoke"), "Base", REPORTED, settings, {})
+    assert row["steps"] == row["hours"] == row["device_hours"] == 0 and not row["refused"]
 
 
 def test_train_prints_and_writes_a_plan_and_loads_nothing(runs_folder, capsys, monkeypatch):

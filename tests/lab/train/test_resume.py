@@ -545,6 +545,7 @@ def test_texts_without_answers_are_flagged(runs_folder, monkeypatch, capsys):
     rows = [{"split": "test", "output": "x", "answer": a} for a in (None, None, "", "true", None)]
     assert find_warnings(task, rows) == ["test: 4 of 5 outputs have no answer in them"]
     assert find_warnings(task, rows[2:4]) == []
+    assert find_warnings(task, [row | {"answer": 0} for row in rows] + [row | {"answer": False} for row in rows]) == []
 
 
 @pytest.mark.parametrize(
