@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -100,13 +101,47 @@ def test_all_linear_layers_but_the_head_are_adapted_in_an_unknown_type(tmp_path,
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+# The head.
+
+
+def load(folder: Path, *words: str) -> torch.nn.Module:
+    """Return a folder's model with the head of a task, as it is before training."""
+    settings = load_settings([f"model={folder}", "task=demo/sentiment", *words])
+    return load_model(settings, load_task(settings))[0]
+
+
+SAVED_WITH_A_HEAD = {"eurobert": "dense", "deberta-v2": "pooler", "modernbert": "head"}
+
+
+@pytest.mark.parametrize("kind", SAVED_WITH_A_HEAD)
+def test_a_head_that_the_weights_bring_is_named_and_drawn_anew_or_refused(kind, tmp_path):
+    part = SAVED_WITH_A_HEAD[kind]
+    folder = save_model(tmp_path / "own", kind, AutoModelForSequenceClassification, pad_token_id=1)
+    said = f"model=own: the head of a {kind} has {part}, too, which must be drawn anew and train in full; take "
+    said = f"^{re.escape(said + f'model.head=[{part}]')}$"
+    with pytest.raises(UserError, match=said):
+        load(folder, "model.head=[]")
+    with pytest.raises(UserError, match=said):
+        train_command([f"model={folder}", "task=demo/sentiment", "model.head=[]", "plan=true"])
+    held = load_file(folder / "model.safetensors")
+    drawn = {name: p for name, p in load(folder, f"model.head=[{part}]").named_parameters() if name.startswith(part)}
+    assert drawn and not any(torch.equal(p, held[name]) for name, p in drawn.items() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("kind", ["mobilebert", "bert"])
+def test_a_base_without_its_pooler_says_how_the_head_gets_one(kind, tmp_path):
+    folder = save_model(tmp_path / "own", kind, AutoModelForMaskedLM, true_hidden_size=32, embedding_size=32)
+    with pytest.raises(UserError, match=r"they are another model's, or .*: then take model.head=\[pooler\]$"):
+        load(folder, "model.head=[]")
+    assert load(folder, "model.head=[pooler]")
+
+
 # The dropout before the head.
 
 
 def list_dropouts(folder: Path, *words: str) -> tuple[set[float], set[float]]:
     """Return the dropouts of a model within its base and before its head."""
-    settings = load_settings([f"model={folder}", "task=demo/sentiment", *words])
-    model, _ = load_model(settings, load_task(settings))
+    model = load(folder, *words)
     base = set(model.base_model.modules())
     found = [(module in base, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     return tuple({p for inside, p in found if inside is within} for within in (True, False))
