@@ -28,7 +28,7 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.models import load_families, name_folder
 from dual_lora.lab.config.overrides import parse_overrides
-from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.paths import BUNDLED, list_choices
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import count_stacked_weights
@@ -81,6 +81,14 @@ def test_the_roles_of_a_family_are_all_linear_layers_but_the_head(kind):
     known = load_settings(["model=tiny-llama"])
     known = replace(known, model=replace(known.model, roles=family["roles"], adapt=family["adapt"]))
     assert {name for name in layers if re.fullmatch(build_target_pattern(known), name)} == layers
+
+
+@pytest.mark.parametrize("name", list_choices("model"))
+def test_a_settings_file_has_the_head_of_its_family(name):
+    model = load_settings([f"model={name}", "task=demo/sentiment"]).model
+    values = json.loads((BUNDLED / name / "config.json").read_text()) if model.bundled else model.architecture
+    family = load_families()[values["model_type"]]
+    assert (model.head, model.generates) == (family["head"], family["generates"])
 
 
 def test_a_type_of_no_family_has_peft_s_modules_or_all_linear_layers(tmp_path):
