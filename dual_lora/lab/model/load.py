@@ -43,6 +43,8 @@ from dual_lora.lab.model.source import (
     find_head_dropout_field,
     find_links,
     get_head_options,
+    is_dropout,
+    list_dropouts,
     load_config,
     locate_model,
     name_model,
@@ -111,6 +113,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
     if task.form != "generation":
         check_head_modules(model, settings)
     check_loaded_weights(model, found, tokenizer, settings)
+    check_dropout(model, settings)
     if task.form != "generation":
         check_head_dropout(model, settings)
         draw_head(model, found["missing_keys"], draws, settings)
@@ -175,6 +178,33 @@ def check_head_modules(model: PreTrainedModel, settings: Settings) -> None:
         f"model={settings.model.name}: the head of a {model.config.model_type} has {', '.join(unnamed)}, too, which "
         f"must be drawn anew and train in full; take model.head=[{','.join([*settings.model.head, *unnamed])}]",
     )
+
+
+def check_dropout(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse a `model.dropout` that nothing in the base model reads: some kinds have fields without effect.
+
+    Raises:
+        UserError: with the kind of model.
+    """
+    chosen = settings.model.dropout
+    require(
+        chosen is None or chosen in find_held_dropouts(model.base_model),
+        f"model.dropout={chosen}: a {model.config.model_type} does not read its dropouts ("
+        f"{', '.join(filter(is_dropout, list_dropouts(model.config)))}); drop it",
+    )
+
+
+def find_held_dropouts(model: torch.nn.Module) -> set[float]:
+    """Return the values of the dropouts that the modules of a model hold, as modules or as numbers."""
+    modules = list(model.modules())
+    numbers = {v for m in modules for name, v in vars(m).items() if "drop" in name and type(v) in (int, float)}
+    return numbers | {m.p for m in modules if isinstance(m, torch.nn.modules.dropout._DropoutNd)}
+
+
+def list_held_dropouts(model: torch.nn.Module) -> dict[str, float]:
+    """Return the dropouts of a model's configuration without those whose value nothing in the model holds."""
+    held = find_held_dropouts(model)
+    return {name: value for name, value in list_dropouts(model.config).items() if value in held}
 
 
 def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:

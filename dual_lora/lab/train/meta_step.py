@@ -24,6 +24,7 @@ from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.fused_layers import split_layers
 from dual_lora.lab.model.load import (
     cast_heads_to_float32,
+    check_dropout,
     check_head_modules,
     get_head_class,
     get_weight_dtype,
@@ -70,6 +71,8 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
         split_layers(model, settings)
     if task.form != "generation":
         check_head_modules(model, settings)
+    if not layers:  # the first ones alone may have none
+        check_dropout(model, settings)
     cast_heads_to_float32(model, settings, task)
     return model
 

@@ -32,7 +32,9 @@ from dual_lora.lab.config.paths import BUNDLED, list_choices
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import count_stacked_weights
-from dual_lora.lab.model.load import build_target_pattern, load_model
+from dual_lora.lab.model.load import build_target_pattern, list_held_dropouts, load_model
+from dual_lora.lab.model.source import list_dropouts as list_config_dropouts
+from dual_lora.lab.model.source import set_dropout
 from dual_lora.lab.record.identity import compute_identity
 
 SHORT = ["train.max_steps=2", "train.max_examples=8", "eval.max_examples=4", "wandb.mode=disabled"]
@@ -178,6 +180,37 @@ def test_a_head_with_the_dropout_of_its_base_is_told(tmp_path, capfd):
     ):
         list_dropouts(folder, "task.head_dropout=0.3")
     assert list_dropouts(folder, "task.head_dropout=0.3", "model.dropout=0.3") == ({0.3}, {0.3})
+
+
+def test_a_dropout_of_the_text_part_is_set(tmp_path):
+    config = AutoConfig.for_model("gemma3")
+    set_dropout(config, load_settings(["model=tiny-llama", "model.dropout=0.4"]))
+    assert list_config_dropouts(config) == {"text_config.attention_dropout": 0.4}
+    assert config.vision_config.attention_dropout == 0.0
+
+
+UNREAD = {  # types, each with its sizes and the fields that it does not read
+    "mpt": (
+        {"d_model": 32, "n_layers": 2, "n_heads": 4, "emb_pdrop": 0.2, "resid_pdrop": 0.2},
+        "resid_pdrop, emb_pdrop",
+    ),
+    "nemotron_h": (
+        {"layers_block_type": ["mlp"] * 2, "num_key_value_heads": 2, "attention_dropout": 0.2, "hidden_dropout": 0.2},
+        "attention_dropout, hidden_dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_dropouts_that_a_model_does_not_read_are_refused_and_not_recorded(kind, tmp_path):
+    sizes, fields = UNREAD[kind]
+    folder = save_model(tmp_path / "own", kind, AutoModelForCausalLM, "tiny-llama", **sizes)
+    assert list_held_dropouts(load(folder, "task=demo/choice")) == {}
+    said = f"^model.dropout=0.4: a {kind} does not read its dropouts .{fields}.; drop it$"
+    with pytest.raises(UserError, match=said):
+        load(folder, "task=demo/choice", "model.dropout=0.4")
+    with pytest.raises(UserError, match=said):
+        train_command([f"model={folder}", "task=demo/choice", "model.dropout=0.4", "plan=true"])
 
 
 def test_a_field_that_only_another_head_reads_is_no_dropout_before_the_head(tmp_path):
