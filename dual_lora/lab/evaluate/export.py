@@ -22,7 +22,7 @@ from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.inputs.adapter_files import ADAPTER_CONFIG
 from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.fused_layers import fuse_layers
-from dual_lora.lab.model.load import get_head_class
+from dual_lora.lab.model.load import COARSE_ROUNDING, get_head_class
 from dual_lora.lab.model.merge import MERGE_TOLERANCE, explain_unmergeable, merge_and_unload
 from dual_lora.lab.model.nf4 import compute_in_float32
 from dual_lora.lab.model.source import NO_CODE
@@ -51,8 +51,8 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
     trained and evaluated on those values. The folder appears complete or not at all.
 
     Raises:
-        UserError: the method cannot be merged, the merged model computes something else or NaN or Inf, or the folder
-            cannot be written or was made by somebody else meanwhile.
+        UserError: the method cannot be merged, the merged model or the one read back from the folder computes something
+            else or NaN or Inf, or the folder cannot be written or was made by somebody else meanwhile.
     """
     check_export_folder(folder)
     report_unfinished_exports(folder)
@@ -63,7 +63,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
     if settings.hardware.base:
         model = load_trained_model(settings, record, task, plain=True)[0]
     merged = merge_trained_model(model, settings, record, folder)
-    check_difference(folder, compare_logits(compute_probe_logits(merged.float().eval()), unmerged), MERGE_TOLERANCE)
+    check_difference(folder, compare_logits(compute_probe_logits(merged.float().eval()), unmerged))
     with build_folder(folder) as partial:
         merged.to(getattr(torch, dtype)).save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
@@ -73,7 +73,7 @@ def export_model(settings: Settings, record: Record, folder: Path, dtype: str) -
         loaded = get_head_class(task).from_pretrained(partial, **options)
         check_weights(folder, loaded, dtype)
         error = compare_logits(compute_probe_logits(loaded.eval()), unmerged)
-        check_difference(folder, error)
+        check_difference(folder, error, dtype)
         card = format_model_card(settings, record, task, dtype, (partial / "adapter").is_dir())
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     base = ", its 4-bit base dequantized" if settings.hardware.base else ""
@@ -194,17 +194,21 @@ def check_weights(folder: Path, model: PreTrainedModel, dtype: str) -> None:
     )
 
 
-def check_difference(folder: Path, error: float, tolerance: float = float("inf")) -> None:
-    """Refuse a merge that changed the outputs. error: relative error of the logits, norm over norm.
+def check_difference(folder: Path, error: float, dtype: str | None = None) -> None:
+    """Refuse a merge that changed the outputs, or a folder that gives others. error: relative error of the logits, norm
+    over norm. dtype: that of the folder's weights; None before they are written, in float32.
 
     Raises:
-        UserError: it is NaN or Inf, or above the tolerance.
+        UserError: it is NaN or Inf, or more than rounding can make.
     """
+    rounded = dtype not in (None, "float32")
+    model = f"model that is read back in {dtype}" if dtype else "merged model"
+    remedy = "take model.dtype=float32" if rounded else "take another run"
     wrong = "are NaN" if math.isnan(error) else f"differ from the run's by {error:.1e} of their norm"
     require(
-        error < tolerance,
-        f"export={folder}: the merged model's logits {wrong}, so its weights or its method cannot be exported; take "
-        "another run, or only the adapter",
+        error < (COARSE_ROUNDING if rounded else MERGE_TOLERANCE),
+        f"export={folder}: the logits of the {model} {wrong}, so its weights or its method cannot be exported; "
+        f"{remedy}, or only the adapter",
     )
 
 

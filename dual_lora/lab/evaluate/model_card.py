@@ -1,10 +1,11 @@
 """The model card of an exported run: what it was made from, how it scored, and how to load it."""
 
+from pathlib import Path
 from typing import Any
 
 from dual_lora.functional import MAP_NAMES
 from dual_lora.lab.config.paths import format_yaml
-from dual_lora.lab.config.schema import Settings
+from dual_lora.lab.config.schema import Settings, is_hub_id
 from dual_lora.lab.model.encode import TEMPLATE_DATE
 from dual_lora.lab.model.load import get_head_class
 from dual_lora.lab.present.document import escape_markdown_cell
@@ -31,7 +32,7 @@ CARD = """---
 | base model | {base} |
 | method | {method}{rank}; {trained:,} of {parameters:,} parameters trained |
 | data | {data} |{prompts}
-| steps, learning rate, seed | {steps}, {lr:g}, {seed} |
+| steps, learning rate, seed | {steps}, {rates}, {seed} |{start}
 | weights | {dtype}, merged: plain transformers loads them |
 | run | {run} |
 
@@ -75,7 +76,7 @@ ADAPTER_CARD = """---
 | method | {method}{rank}; {trained:,} of {parameters:,} parameters trained |
 | settings | {settings} |
 | data | {data} |{prompts}
-| steps, learning rate, seed | {steps}, {lr:g}, {seed} |
+| steps, learning rate, seed | {steps}, {rates}, {seed} |{start}
 | made with | PEFT {peft} |
 | run | {run} |
 {about}
@@ -172,13 +173,30 @@ def collect_facts(settings: Settings, record: Record, task: Task) -> dict[str, A
         "data": "; ".join(f"{name}: {facts['rows']} rows" for name, facts in result["data"].items()),
         "prompts": chat if settings.model.chat else "",
         "steps": result["steps"],
-        "lr": settings.train.lr,
+        "rates": format_rates(result["learning_rates"]) if "learning_rates" in result else "?",
         "seed": settings.seed,
+        "start": format_start(settings),
         "run": record.name,
         "scores": format_scores(result, task),
         "head": get_head_class(task).__name__,
         "register": REGISTER if result.get("kernels") else "",
     }
+
+
+def format_rates(rates: dict[str, float]) -> str:
+    """Return the learning rates of the groups of trained weights: one number where they are equal."""
+    if len(set(rates.values())) > 1:
+        return " and ".join(f"{rate:g} ({group})" for group, rate in rates.items())
+    return next((f"{rate:g}" for rate in rates.values()), "none")
+
+
+def format_start(settings: Settings) -> str:
+    """Return the row of a card for what the run started from; nothing where that is the base model alone."""
+    start = settings.init_from
+    if start is None:
+        return ""
+    name = start if is_hub_id(start) else Path(start).name  # where it lies says nothing about the run
+    return f"\n| started from the weights of | {escape_markdown_cell(name)} |"
 
 
 def format_scores(result: dict, task: Task) -> str:

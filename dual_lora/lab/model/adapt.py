@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from dual_lora.lab.config.compatibility import trains_nothing
 from dual_lora.lab.config.outside.models import ALL_LINEAR
 from dual_lora.lab.config.paths import find_choices
 from dual_lora.lab.config.schema import FILLED_FIELDS, TYPES_OF_OTHER_MODULES, Settings
@@ -134,8 +135,10 @@ def build_adapter_config(settings: Settings, form: str, rows: int | None = None)
         values.setdefault("target_modules", build_target_pattern(settings))
         if values["target_modules"] == ALL_LINEAR and "exclude_modules" in known:
             values.setdefault("exclude_modules", rf"(?:.*\.)?(?:{'|'.join(sorted(settings.model.heads))})(?:\..*)?")
-    if settings.model.head and form != "generation" and "modules_to_save" in known:
-        values.setdefault("modules_to_save", list(settings.model.head))
+    trains_head = form != "generation" and not trains_nothing(settings.method)
+    if settings.model.head and trains_head and "modules_to_save" in known:
+        # Beside modules that the YAML names: a head is drawn at random.
+        values["modules_to_save"] = list(dict.fromkeys([*values.get("modules_to_save", []), *settings.model.head]))
     try:
         return config_type(**values)
     except Exception as error:  # whatever PEFT raises over fields it is given

@@ -43,6 +43,8 @@ from dual_lora.lab.model.source import (
     find_head_dropout_field,
     find_links,
     get_head_options,
+    is_dropout,
+    list_dropouts,
     load_config,
     locate_model,
     name_model,
@@ -108,7 +110,10 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedModel, PreTrai
             **locate_model(settings, weights=True), **options, output_loading_info=True
         )
     keep_as_loaded(model)
+    if task.form != "generation":
+        check_head_modules(model, settings)
     check_loaded_weights(model, found, tokenizer, settings)
+    check_dropout(model, settings)
     if task.form != "generation":
         check_head_dropout(model, settings)
         draw_head(model, found["missing_keys"], draws, settings)
@@ -157,6 +162,49 @@ def set_own_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 def get_decoding_default(task: Task) -> dict[str, GenerationConfig]:
     """Return the option that stops `from_pretrained` from reading decoding settings next to the weights."""
     return {"generation_config": GenerationConfig()} if task.form == "generation" else {}
+
+
+def check_head_modules(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse a model with a part outside of the base model that `model.head` does not name, whether or not the weights
+    hold it: it would be kept as it is, frozen, or be adapted as a layer of the base model.
+
+    Raises:
+        UserError: with the modules to name.
+    """
+    outer = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+    unnamed = [name for name in outer if name not in {model.base_model_prefix, *settings.model.heads}]
+    require(
+        not unnamed,
+        f"model={settings.model.name}: the head of a {model.config.model_type} has {', '.join(unnamed)}, too, which "
+        f"must be drawn anew and train in full; take model.head=[{','.join([*settings.model.head, *unnamed])}]",
+    )
+
+
+def check_dropout(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse a `model.dropout` that nothing in the base model reads: some kinds have fields without effect.
+
+    Raises:
+        UserError: with the kind of model.
+    """
+    chosen = settings.model.dropout
+    require(
+        chosen is None or chosen in find_held_dropouts(model.base_model),
+        f"model.dropout={chosen}: a {model.config.model_type} does not read its dropouts ("
+        f"{', '.join(filter(is_dropout, list_dropouts(model.config)))}); drop it",
+    )
+
+
+def find_held_dropouts(model: torch.nn.Module) -> set[float]:
+    """Return the values of the dropouts that the modules of a model hold, as modules or as numbers."""
+    modules = list(model.modules())
+    numbers = {v for m in modules for name, v in vars(m).items() if "drop" in name and type(v) in (int, float)}
+    return numbers | {m.p for m in modules if isinstance(m, torch.nn.modules.dropout._DropoutNd)}
+
+
+def list_held_dropouts(model: torch.nn.Module) -> dict[str, float]:
+    """Return the dropouts of a model's configuration without those whose value nothing in the model holds."""
+    held = find_held_dropouts(model)
+    return {name: value for name, value in list_dropouts(model.config).items() if value in held}
 
 
 def check_head_dropout(model: PreTrainedModel, settings: Settings) -> None:
@@ -224,12 +272,13 @@ def check_loaded_weights(
         not other,
         f"{where}: the shapes of its weights differ from its config.json, first {other[:1]}; they are another model's",
     )
-    outer = sorted({name.split(".")[0] for name in missing})
-    own = f", or the task's head: then take model.head=[{','.join(outer)}]"
+    # Many encoders have a pooler in the base model, without which masked language models are saved.
+    pooler = missing and all("pooler" in name.split(".") for name in missing)
+    remedy = f", or were saved without it: then take model.head=[{','.join(['pooler', *settings.model.head])}]"
     require(
         not missing,
         f"{where}: its weights are missing {len(missing)} tensors that its config.json asks for, first {missing[:1]}; "
-        f"they are another model's{'' if model.base_model_prefix in outer else own}",
+        f"they are another model's{remedy if pooler else ''}",
     )
     check_left_out_weights(model, found["unexpected_keys"], settings)
     if file := find_gguf_file(settings):

@@ -1,6 +1,7 @@
 """Where transformers reads a model from, and its configuration: the architecture of the weights and the task's head."""
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -114,17 +115,31 @@ def set_dropout(config: PreTrainedConfig, settings: Settings) -> None:
     """
     chosen, field = settings.model.dropout, find_head_dropout_field(config)
     if chosen is not None:
-        names = [name for name in list_dropouts(config) if is_dropout(name)]
-        require(names, f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
+        names = {prefix: [*filter(is_dropout, list_own_dropouts(part))] for prefix, part in iterate_text_parts(config)}
+        require(any(names.values()), f"model.dropout={chosen}: {settings.model.name} has no dropout; drop it")
         if field and getattr(config, field, None) is None:  # then the head would take the base model's
             config.update({field: getattr(config, "hidden_dropout_prob", None)})
-        config.update(dict.fromkeys(names, chosen))
+        for prefix, part in iterate_text_parts(config):
+            part.update(dict.fromkeys(names[prefix], chosen))
     if settings.task.head_dropout is not None and field:  # `check_head_dropout` refuses what has no effect
         config.update({field: settings.task.head_dropout})
 
 
+def iterate_text_parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield a configuration and the one of its text part, if it has several, each with a prefix for its fields."""
+    yield "", config
+    if config.get_text_config() is not config:
+        yield "text_config.", config.get_text_config()
+
+
 def list_dropouts(config: PreTrainedConfig) -> dict[str, float]:
     """Return every dropout of a configuration: also the head's and that of entire layers."""
+    parts = iterate_text_parts(config)
+    return {prefix + name: value for prefix, part in parts for name, value in list_own_dropouts(part).items()}
+
+
+def list_own_dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """Return the dropouts among a configuration's own fields."""
     values = config.to_dict().items()
     return {n: v for n, v in values if DROPOUT_WORDS & set(n.split("_")) and type(v) in (int, float)}
 

@@ -22,7 +22,14 @@ from dual_lora.lab.inputs.model_files import find_model
 from dual_lora.lab.model.adapt import attach_method, translate_method_errors
 from dual_lora.lab.model.encode import get_position_limit
 from dual_lora.lab.model.fused_layers import split_layers
-from dual_lora.lab.model.load import cast_heads_to_float32, get_head_class, get_weight_dtype, unwrap_adapter
+from dual_lora.lab.model.load import (
+    cast_heads_to_float32,
+    check_dropout,
+    check_head_modules,
+    get_head_class,
+    get_weight_dtype,
+    unwrap_adapter,
+)
 from dual_lora.lab.model.nf4 import list_quantizable_layers
 from dual_lora.lab.model.source import get_head_options, load_config, set_dropout
 from dual_lora.lab.train.activations import apply_gradient_checkpointing
@@ -62,6 +69,10 @@ def build_meta_model(settings: Settings, task: Task, layers: int | None = None) 
     with torch.device("meta"):
         model = get_head_class(task).from_config(config, dtype=get_weight_dtype(settings))
         split_layers(model, settings)
+    if task.form != "generation":
+        check_head_modules(model, settings)
+    if not layers:  # the first ones alone may have none
+        check_dropout(model, settings)
     cast_heads_to_float32(model, settings, task)
     return model
 

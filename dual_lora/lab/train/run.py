@@ -40,9 +40,9 @@ from dual_lora.lab.model.adapt import (
     list_rates,
 )
 from dual_lora.lab.model.encode import build_collator, check_chats, check_examples, count_cut_rows, encode_rows
-from dual_lora.lab.model.load import is_sharded, unwrap_adapter
+from dual_lora.lab.model.load import is_sharded, list_held_dropouts, unwrap_adapter
 from dual_lora.lab.model.merge import merge_adapter
-from dual_lora.lab.model.source import describe_other_architecture, list_dropouts
+from dual_lora.lab.model.source import describe_other_architecture
 from dual_lora.lab.model.tokenizer import load_tokenizer
 from dual_lora.lab.record.init_from import check_base_weights, find_init_weights
 from dual_lora.lab.record.mirror import Mirror, Mirrors, open_mirror
@@ -402,7 +402,7 @@ def collect_result(
         **count_parameters(model),
         "adapter": describe_adapter(model),
         "learning_rates": list_rates(model, settings),
-        "dropouts": list_dropouts(model.config),
+        "dropouts": list_held_dropouts(model),
         "kernels": list_kernels(model),
         "clipped_share": max((row[CLIPPED_COLUMN] for row in record.read_log() if CLIPPED_COLUMN in row), default=None),
         "steps": trained["steps"],

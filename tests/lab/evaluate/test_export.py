@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from dual_lora.lab.commands.evaluate import evaluate_command
 from dual_lora.lab.config.compose import load_settings
@@ -159,8 +159,29 @@ def test_weights_that_float16_does_not_hold_are_not_exported(trained, tmp_path):
 
 
 def test_logits_that_are_nan_are_called_so(tmp_path):
-    with pytest.raises(UserError, match="the merged model's logits are NaN, so its weights or its method cannot be"):
+    with pytest.raises(
+        UserError, match="the logits of the merged model are NaN, so its weights or its method cannot be"
+    ):
         evaluate_export.check_difference(tmp_path, float("nan"))
+
+
+@pytest.mark.parametrize(("dtype", "change"), [("float32", 0.01), ("bfloat16", 0.5)])
+def test_a_folder_that_gives_other_logits_than_the_run_is_not_left(dtype, change, trained, tmp_path, monkeypatch):
+    save = PreTrainedModel.save_pretrained
+
+    def save_others(model, *args, **options):
+        model.classifier.out_proj.weight.data *= 1 + change
+        model.classifier.out_proj.bias.data *= 1 + change
+        save(model, *args, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_others)
+    remedy = "take another run" if dtype == "float32" else "take model.dtype=float32"
+    said = f"export=.*: the logits of the model that is read back in {dtype} differ from the run's by"
+    with pytest.raises(UserError, match=rf"{said}.* of their norm, so .*; {remedy}, or only the adapter$"):
+        export(trained, tmp_path / "out", f"model.dtype={dtype}")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert export(trained, tmp_path / "out", f"model.dtype={dtype}") == 0
 
 
 # Full disks, other writers, and what killed ones leave.

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import push
 from dual_lora.lab.evaluate.export import compute_probe_logits
-from dual_lora.lab.evaluate.model_card import describe_base, format_about, format_adapter_card
+from dual_lora.lab.evaluate.model_card import describe_base, format_about, format_adapter_card, format_model_card
 from dual_lora.lab.evaluate.trained import load_trained_model
 from dual_lora.lab.record.record import Record
 from tests.support.finished_runs import export
@@ -113,6 +114,27 @@ def test_cards_name_the_maps_and_the_base_of_the_run(trained):
     settings.method.peft["exclude_modules"] = ".*(q_proj|o_proj)"
     card = format_adapter_card(settings, Record(trained), load_task(settings))
     assert "(q_proj\\|o_proj)" in card
+
+
+@pytest.mark.parametrize(
+    ("rates", "start", "lines"),
+    [
+        ({"adapter": 0.002, "head": 0.002}, None, ["2, 0.002, 0"]),
+        ({"head": 0.05}, None, ["2, 0.05, 0"]),
+        ({"adapter": 0.002, "B": 0.032, "head": 0.002}, None, ["2, 0.002 (adapter) and 0.032 (B) and 0.002 (head), 0"]),
+        ({}, "/home/me/runs/nlu/first_s0_1234", ["2, none, 0", "started from the weights of | first_s0_1234"]),
+        ({"adapter": 0.1}, "org/adapter", ["2, 0.1, 0", "started from the weights of | org/adapter"]),
+    ],
+)
+def test_cards_state_the_rates_that_trained_and_the_start(rates, start, lines, trained, monkeypatch):
+    result = Record(trained).read_result() | {"learning_rates": rates}
+    monkeypatch.setattr(Record, "read_result", lambda _: result)
+    settings, record = replace(load_recorded_settings(trained), init_from=start), Record(trained)
+    task = load_task(settings)
+    cards = format_model_card(settings, record, task, "float32", True), format_adapter_card(settings, record, task)
+    for card in cards:
+        assert ("started from" in card) == (start is not None)
+        assert all(f"| {line} |\n" in card for line in lines)
 
 
 def test_an_adapters_card_says_what_it_is_and_loads_it(trained, tmp_path):

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,11 +28,13 @@ from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.outside.models import load_families, name_folder
 from dual_lora.lab.config.overrides import parse_overrides
-from dual_lora.lab.config.paths import BUNDLED
+from dual_lora.lab.config.paths import BUNDLED, list_choices
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.adapt import count_stacked_weights
-from dual_lora.lab.model.load import build_target_pattern, load_model
+from dual_lora.lab.model.load import build_target_pattern, list_held_dropouts, load_model
+from dual_lora.lab.model.source import list_dropouts as list_config_dropouts
+from dual_lora.lab.model.source import set_dropout
 from dual_lora.lab.record.identity import compute_identity
 
 SHORT = ["train.max_steps=2", "train.max_examples=8", "eval.max_examples=4", "wandb.mode=disabled"]
@@ -82,6 +85,14 @@ def test_the_roles_of_a_family_are_all_linear_layers_but_the_head(kind):
     assert {name for name in layers if re.fullmatch(build_target_pattern(known), name)} == layers
 
 
+@pytest.mark.parametrize("name", list_choices("model"))
+def test_a_settings_file_has_the_head_of_its_family(name):
+    model = load_settings([f"model={name}", "task=demo/sentiment"]).model
+    values = json.loads((BUNDLED / name / "config.json").read_text()) if model.bundled else model.architecture
+    family = load_families()[values["model_type"]]
+    assert (model.head, model.generates) == (family["head"], family["generates"])
+
+
 def test_a_type_of_no_family_has_peft_s_modules_or_all_linear_layers(tmp_path):
     file = save_model(tmp_path / "own", "bert", AutoModel) / "config.json"
     for kind, roles in (("codegen", {"peft": "qkv_proj"}), ("nomic_bert", {"linear": "all-linear"})):
@@ -100,13 +111,47 @@ def test_all_linear_layers_but_the_head_are_adapted_in_an_unknown_type(tmp_path,
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+# The head.
+
+
+def load(folder: Path, *words: str) -> torch.nn.Module:
+    """Return a folder's model with the head of a task, as it is before training."""
+    settings = load_settings([f"model={folder}", "task=demo/sentiment", *words])
+    return load_model(settings, load_task(settings))[0]
+
+
+SAVED_WITH_A_HEAD = {"eurobert": "dense", "deberta-v2": "pooler", "modernbert": "head"}
+
+
+@pytest.mark.parametrize("kind", SAVED_WITH_A_HEAD)
+def test_a_head_that_the_weights_bring_is_named_and_drawn_anew_or_refused(kind, tmp_path):
+    part = SAVED_WITH_A_HEAD[kind]
+    folder = save_model(tmp_path / "own", kind, AutoModelForSequenceClassification, pad_token_id=1)
+    said = f"model=own: the head of a {kind} has {part}, too, which must be drawn anew and train in full; take "
+    said = f"^{re.escape(said + f'model.head=[{part}]')}$"
+    with pytest.raises(UserError, match=said):
+        load(folder, "model.head=[]")
+    with pytest.raises(UserError, match=said):
+        train_command([f"model={folder}", "task=demo/sentiment", "model.head=[]", "plan=true"])
+    held = load_file(folder / "model.safetensors")
+    drawn = {name: p for name, p in load(folder, f"model.head=[{part}]").named_parameters() if name.startswith(part)}
+    assert drawn and not any(torch.equal(p, held[name]) for name, p in drawn.items() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("kind", ["mobilebert", "bert"])
+def test_a_base_without_its_pooler_says_how_the_head_gets_one(kind, tmp_path):
+    folder = save_model(tmp_path / "own", kind, AutoModelForMaskedLM, true_hidden_size=32, embedding_size=32)
+    with pytest.raises(UserError, match=r"they are another model's, or .*: then take model.head=\[pooler\]$"):
+        load(folder, "model.head=[]")
+    assert load(folder, "model.head=[pooler]")
+
+
 # The dropout before the head.
 
 
 def list_dropouts(folder: Path, *words: str) -> tuple[set[float], set[float]]:
     """Return the dropouts of a model within its base and before its head."""
-    settings = load_settings([f"model={folder}", "task=demo/sentiment", *words])
-    model, _ = load_model(settings, load_task(settings))
+    model = load(folder, *words)
     base = set(model.base_model.modules())
     found = [(module in base, module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     return tuple({p for inside, p in found if inside is within} for within in (True, False))
@@ -135,6 +180,37 @@ def test_a_head_with_the_dropout_of_its_base_is_told(tmp_path, capfd):
     ):
         list_dropouts(folder, "task.head_dropout=0.3")
     assert list_dropouts(folder, "task.head_dropout=0.3", "model.dropout=0.3") == ({0.3}, {0.3})
+
+
+def test_a_dropout_of_the_text_part_is_set(tmp_path):
+    config = AutoConfig.for_model("gemma3")
+    set_dropout(config, load_settings(["model=tiny-llama", "model.dropout=0.4"]))
+    assert list_config_dropouts(config) == {"text_config.attention_dropout": 0.4}
+    assert config.vision_config.attention_dropout == 0.0
+
+
+UNREAD = {  # types, each with its sizes and the fields that it does not read
+    "mpt": (
+        {"d_model": 32, "n_layers": 2, "n_heads": 4, "emb_pdrop": 0.2, "resid_pdrop": 0.2},
+        "resid_pdrop, emb_pdrop",
+    ),
+    "nemotron_h": (
+        {"layers_block_type": ["mlp"] * 2, "num_key_value_heads": 2, "attention_dropout": 0.2, "hidden_dropout": 0.2},
+        "attention_dropout, hidden_dropout",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_dropouts_that_a_model_does_not_read_are_refused_and_not_recorded(kind, tmp_path):
+    sizes, fields = UNREAD[kind]
+    folder = save_model(tmp_path / "own", kind, AutoModelForCausalLM, "tiny-llama", **sizes)
+    assert list_held_dropouts(load(folder, "task=demo/choice")) == {}
+    said = f"^model.dropout=0.4: a {kind} does not read its dropouts .{fields}.; drop it$"
+    with pytest.raises(UserError, match=said):
+        load(folder, "task=demo/choice", "model.dropout=0.4")
+    with pytest.raises(UserError, match=said):
+        train_command([f"model={folder}", "task=demo/choice", "model.dropout=0.4", "plan=true"])
 
 
 def test_a_field_that_only_another_head_reads_is_no_dropout_before_the_head(tmp_path):

@@ -19,7 +19,7 @@ from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.schema import FILLED_FIELDS
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.adapt import attach_method, build_adapter_config
+from dual_lora.lab.model.adapt import attach_method, build_adapter_config, draw_initial_model
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.merge import explain_unmergeable, merge_adapter
 from dual_lora.lab.record.record import Record
@@ -320,6 +320,16 @@ def test_a_trial_does_not_change_what_is_drawn_next():
             attach_method(base, settings, "classification")
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("named", ["[word_embeddings]", "[word_embeddings,pooler]", "[]"])
+def test_a_head_trains_whatever_modules_train_beside_it(named):
+    words = ["model=tiny-deberta", "task=demo/sentiment", "method=lora", f"+method.peft.modules_to_save={named}"]
+    settings = load_settings(words)
+    model, _ = draw_initial_model(settings, load_task(settings))
+    trained = [name.split(".") for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    modules = {parts[parts.index("modules_to_save") - 1] for parts in trained}
+    assert modules == {"pooler", "classifier"} | ({"word_embeddings"} if "word" in named else set())
 
 
 @pytest.mark.parametrize("field", FILLED_FIELDS)
