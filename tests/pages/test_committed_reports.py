@@ -13,6 +13,7 @@ from tests.support.places import ROOT
 REPORTS = {
     "verdict": ["experiment=verdict", "scale=small"],
     "half_rates": ["experiment=half_rates", "scale=small"],
+    "base_size": ["experiment=base_size", "scale=small", "task=glue/stsb"],
     "own_knobs": ["experiment=own_knobs", "scale=small", "train.lr=4e-3"],
     "similarity": ["experiment=similarity", "scale=small"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
