@@ -379,13 +379,16 @@ class DualLoraFactors(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs. Factors are cast as
-        asked (DeepSpeed and FSDP need one dtype); a cast to 16 bits warns."""
+        asked (DeepSpeed and FSDP need one dtype); a cast to 16 bits warns. The ramp does not move to meta: where
+        accelerate offloads a layer, it brings back the factors from their file, but no buffers."""
         self.clear_cache()
-        before, dtype = self.update_scale, self.A.dtype
+        step, f, dtype = self.step, self.update_scale, self.A.dtype
         super()._apply(fn, recurse)
         warn_of_cast(dtype, self.A, fn)
-        if self.update_scale.dtype != before.dtype:
-            self.update_scale = before.to(self.update_scale.device)
+        if self.update_scale.is_meta:
+            self.step, self.update_scale = step, f
+        elif self.update_scale.dtype != f.dtype:
+            self.update_scale = f.to(self.update_scale.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
