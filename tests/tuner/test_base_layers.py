@@ -327,6 +327,40 @@ def test_a_forward_of_its_own_sees_the_sum(name, dtype):
         assert torch.equal(model(x), base(x))
 
 
+class OfShape(nn.Embedding):
+    """As ProphetNet's positions: takes a shape and returns the positions, too."""
+
+    def forward(self, shape):
+        positions = torch.arange(shape[1])
+        return super().forward(positions), positions
+
+
+def test_a_forward_of_its_own_may_take_a_shape_and_return_several_values():
+    model = adapted(OfShape(IN, OUT), dtype=torch.bfloat16)
+    rows, positions = model(torch.Size([2, 5]))
+    weight = layer_of(model).weight.float() + dW_of(model).T
+    assert rows.dtype == torch.bfloat16 and torch.equal(positions, torch.arange(5))
+    assert relative_error(rows, weight[:5]) < 0.01
+
+
+class ReadsStride(nn.Module):
+    """As Whisper's encoder, which computes with the strides of its convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(4, OUT, 3, stride=2)
+
+    def forward(self, x):
+        return self.layer(x)[..., : x.shape[-1] // self.layer.stride[0] - self.layer.kernel_size[0]]
+
+
+def test_a_parent_may_read_the_settings_of_a_layer():
+    base, x = ReadsStride(), torch.randn(2, 4, 11)
+    expected = base(x)
+    assert torch.equal(get_peft_model(base, config())(x), expected)
+    assert adapted(nn.Embedding(IN, OUT, padding_idx=3)).base_model.model.layer.padding_idx == 3
+
+
 def test_the_same_in_other_words_is_a_plain_layer():
     assert has_plain_forward(Rewritten(IN, OUT)) and not has_plain_forward(Halved(IN, OUT))
     assert has_plain_forward(nn.Linear(IN, OUT)) and not has_plain_forward(Causal(4, OUT, 3))
