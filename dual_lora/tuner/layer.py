@@ -1,6 +1,7 @@
 """The adapted layers: Linear (and GPT-2's Conv1D, and quantized linear layers), Embedding, Conv1d/2d/3d."""
 
 import math
+import sys
 import warnings
 
 import peft
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import is_autocast_on, suspend_autocast
+from .bypass import list_uses
 from .config import DualLoraConfig
 from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors, is_fsdp_sharded
 from .precision import find_stacklevel
@@ -53,7 +55,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend
         self.tied = tied
         self.bypassed = bypassed
-        self.uses: set[str] | None = None  # "reads" and "calls", noted during a forward that `watch_uses` watches
+        self.uses: set[str] | None = None  # noted during a forward that `watch_uses` watches: "calls" and `list_uses`
         self._silenced: dict[str, tuple[int, float]] = {}  # step and f that adapters had before `silence`
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self._copy_settings()
@@ -350,7 +352,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base layer's weight, as in PEFT: whoever computes with it computes without the adapters."""
         if self.uses is not None:
-            self.uses.add("reads")
+            self.uses |= list_uses(sys._getframe(1))
         return super().weight
 
     def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:

@@ -275,15 +275,18 @@ class DualLoraModel(BaseTuner):
 
     @contextmanager
     def _watch_first_forward(self):
-        """Watch the first forward in training and the first in evaluation for layers that are bypassed."""
+        """Watch the first forward in training and the first in evaluation for layers whose weight others use."""
         if self.training not in self._unwatched or torch.compiler.is_compiling():
             yield
             return
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, DualLoraLayer)}
         before = {name for name, layer in layers.items() if layer.bypassed}
-        with watch_uses(layers.values()):
+        with watch_uses(layers.values()) as both:
             yield
         self._unwatched.discard(self.training)
+        found = [name for name in layers if layers[name] in both and name not in self._partly_called]
+        self._partly_called += found
+        self._warn_of_reads(found)
         self._silence([name for name, layer in layers.items() if layer.bypassed and name not in before], layers)
 
     def _silence(self, names: list[str], layers: dict[str, DualLoraLayer]) -> None:
@@ -323,10 +326,14 @@ class DualLoraModel(BaseTuner):
         bypassed = [name for name, layer in layers.items() if adapter_name in layer.dual_lora_factors]
         if bypassed:
             self._warn_of_bypass(bypassed)
-        if self._partly_called:
+        self._warn_of_reads(self._partly_called)
+
+    def _warn_of_reads(self, names: list[str]) -> None:
+        """Warn of layers that are called and whose weight is read, too."""
+        if names:
             warnings.warn(
-                f"Dual LoRA: {_list_names(self._partly_called)} called by the parent module in some places; in others "
-                "it computes with the weight itself, where the adapter has no effect until it is merged.",
+                f"Dual LoRA: {_list_names(names)} called in some places; in others its weight itself is "
+                "computed with, where the adapter has no effect until it is merged.",
                 stacklevel=find_stacklevel(),
             )
 
