@@ -6,7 +6,8 @@ hold a weight that another embedding looks up. In such layers the factors get no
 so merging them would add a random dW that no forward has used.
 
 How a parent uses a child is read from its source code when the adapter is attached. What this does not show, such as a
-weight read by a helper function or by the parent's parent, is seen in the first forward (`watch_uses`).
+weight read by a helper function or by the parent's parent, is seen in the first forward (`watch_uses`). Many readers
+of a layer that is called as well only ask for the dtype or the shape; what they do with the weight, their source says.
 """
 
 import ast
@@ -15,6 +16,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 from torch import nn
@@ -42,18 +44,45 @@ class Use(NamedTuple):
 
 
 @contextmanager
-def watch_uses(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let adapted layers note in `uses` whether they are called and whether their weight is read."""
-    layers = list(layers)
+def watch_uses(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Let adapted layers note in `uses` whether they are called and what is done with their weight. The list that this
+    gives holds, in the end, those that are called and whose weight others compute with."""
+    layers, both = list(layers), []
     for layer in layers:
         layer.uses = set()
     try:
-        yield
+        yield both
     finally:
         for layer in layers:
-            if layer.uses == {"reads"}:
+            if "reads" in layer.uses and "calls" not in layer.uses:
                 layer.bypassed = True
+            elif layer.uses >= {"calls", "computes"}:
+                both.append(layer)
             layer.uses = None
+
+
+def list_uses(reader: FrameType) -> set[str]:
+    """Return "reads" and, if the line that reads a weight also computes with it, "computes". Torch's own modules only
+    ask whether they may take a fast path."""
+    computes = not reader.f_globals.get("__name__", "").startswith("torch.")
+    return {"reads", "computes"} if computes and _computes_at(reader.f_code, reader.f_lineno) else {"reads"}
+
+
+@functools.cache
+def _computes_at(code: CodeType, line: int) -> bool:
+    """Return whether this line of a function computes with a `.weight`, as far as its source tells."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError, ValueError):
+        return False
+    parent_of = _find_parents(ast.increment_lineno(tree, code.co_firstlineno - 1))
+    return any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and node.lineno <= line <= node.end_lineno
+        and _is_computed_with(node, parent_of)
+        for node in parent_of
+    )
 
 
 def find_use(parent: nn.Module, child: str) -> Use:
@@ -93,8 +122,12 @@ def _parse_methods(cls: type) -> list[ast.FunctionDef]:
     return [node for node in getattr(definition, "body", ()) if isinstance(node, ast.FunctionDef)]
 
 
+def _find_parents(tree: ast.AST) -> dict[ast.AST, ast.AST]:
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
 def _read_method(method: ast.FunctionDef) -> set[tuple[str, str]]:
-    parent_of = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    parent_of = _find_parents(method)
     uses = set()
     for node in ast.walk(method):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):

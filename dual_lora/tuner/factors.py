@@ -257,8 +257,11 @@ class DualLoraFactors(nn.Module):
         """
         ramping = self.step < self.warmup_steps
         self.step += ramping
-        risen = RAMPS[self.warmup_shape](self.step.float() / max(self.warmup_steps, 1))
-        self.update_scale.copy_(torch.where(ramping, risen, self.update_scale))
+        self.update_scale.copy_(torch.where(ramping, self._compute_height(self.step), self.update_scale))
+
+    def _compute_height(self, step: Tensor) -> Tensor:
+        """Return the ramp's f at a step, in float32; a quotient of integers would have torch's default dtype."""
+        return RAMPS[self.warmup_shape](step.float() / max(self.warmup_steps, 1))
 
     def set_update_scale(self, factor: float, ramp: bool) -> None:
         """Set f, of this adapter on this layer; see `dual_lora.set_update_scale`."""
@@ -268,8 +271,8 @@ class DualLoraFactors(nn.Module):
 
     def _find_step(self, f: float) -> int:
         """Return the step of the ramp whose height is nearest to f."""
-        heights = RAMPS[self.warmup_shape](torch.arange(self.warmup_steps + 1) / max(self.warmup_steps, 1))
-        return int((heights - f).abs().argmin())
+        steps = torch.arange(self.warmup_steps + 1, device=self.step.device)
+        return int((self._compute_height(steps) - f).abs().argmin())
 
     def _reconcile_ramp(self) -> None:
         """Let a ramp that was saved under another length or shape go on from the step nearest to its f.
@@ -379,13 +382,16 @@ class DualLoraFactors(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """As in torch, for casts and moves; f stays float32, which a ramp of many steps needs. Factors are cast as
-        asked (DeepSpeed and FSDP need one dtype); a cast to 16 bits warns."""
+        asked (DeepSpeed and FSDP need one dtype); a cast to 16 bits warns. The ramp does not move to meta: where
+        accelerate offloads a layer, it brings back the factors from their file, but no buffers."""
         self.clear_cache()
-        before, dtype = self.update_scale, self.A.dtype
+        step, f, dtype = self.step, self.update_scale, self.A.dtype
         super()._apply(fn, recurse)
         warn_of_cast(dtype, self.A, fn)
-        if self.update_scale.dtype != before.dtype:
-            self.update_scale = before.to(self.update_scale.device)
+        if self.update_scale.is_meta:
+            self.step, self.update_scale = step, f
+        elif self.update_scale.dtype != f.dtype:
+            self.update_scale = f.to(self.update_scale.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

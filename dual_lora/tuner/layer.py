@@ -1,15 +1,18 @@
 """The adapted layers: Linear (and GPT-2's Conv1D, and quantized linear layers), Embedding, Conv1d/2d/3d."""
 
 import math
+import sys
 import warnings
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..functional import is_autocast_on, suspend_autocast
+from .bypass import list_uses
 from .config import DualLoraConfig
 from .factors import ConvFactors, DualLoraFactors, EmbeddingFactors, is_fsdp_sharded
 from .precision import find_stacklevel
@@ -52,9 +55,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend
         self.tied = tied
         self.bypassed = bypassed
-        self.uses: set[str] | None = None  # "reads" and "calls", noted during a forward that `watch_uses` watches
+        self.uses: set[str] | None = None  # noted during a forward that `watch_uses` watches: "calls" and `list_uses`
         self._silenced: dict[str, tuple[int, float]] = {}  # step and f that adapters had before `silence`
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self._copy_settings()
         self.dual_lora_factors = nn.ModuleDict()
         self.merged_adapters = []
         self._disable_adapters = False
@@ -63,6 +67,13 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._unmerged: list[tuple[Tensor, list[Tensor] | None]] = []
         self._merged_factors: dict[str, DualLoraFactors] = {}  # as they were merged; in no module, so not trained
         self.has_plain_forward = quantization_backend is not None or has_plain_forward(self.get_base_layer())
+
+    def _copy_settings(self) -> None:
+        """Take over what the base layer declares as its settings, such as a stride: parents read them from here."""
+        base = self.get_base_layer()
+        for name in getattr(base, "__constants__", ()):
+            if hasattr(base, name) and not hasattr(self, name):
+                setattr(self, name, getattr(base, name))
 
     def update_layer(
         self, adapter_name: str, config: DualLoraConfig, r: int, alpha: float, fused: list | None = None
@@ -200,8 +211,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
         Written into the same parameter, so that references to it, such as an optimizer's, stay valid. A tied base
         weight is not written to: this layer gets its own weight and the other layer keeps the old one. The unmerged
-        weight is kept until `unmerge`, which is therefore exact. If the layer is `bypassed`, nothing is merged, since
-        no forward has used the factors.
+        weight is kept until `unmerge`, which is therefore exact; a quantized one is quantized again, and where its scales
+        are quantized, too (double quantization), they are rounded anew. If the layer is `bypassed`, nothing is merged,
+        since no forward has used the factors.
 
         Args:
             safe_merge: raise instead of merging an adapter with NaN or infinite values.
@@ -341,7 +353,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base layer's weight, as in PEFT: whoever computes with it computes without the adapters."""
         if self.uses is not None:
-            self.uses.add("reads")
+            self.uses |= list_uses(sys._getframe(1))
         return super().weight
 
     def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
@@ -397,7 +409,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self.uses.add("calls")
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
+        if isinstance(x, Tensor) and len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
@@ -410,17 +422,27 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _forward_mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Return the base layer's output for the full batch, with each adapter's term added to its own rows.
 
-        No dW stays cached, since those of N adapters would take the memory of N models.
+        No dW stays cached, since those of N adapters would take the memory of N models. A forward of its own gets the
+        full batch for each adapter, since only it knows which of its arguments have rows.
+
+        Raises:
+            ValueError: the output has no row for every name.
         """
-        result = self.base_layer(x, *args, **kwargs).clone()
+        result = self.base_layer(x, *args, **kwargs)
+        result = result.clone() if isinstance(result, Tensor) else result
         for name in dict.fromkeys(adapter_names):
             if name not in self.dual_lora_factors:
                 continue  # the base, or an adapter of other layers
             rows = [row for row, of_row in enumerate(adapter_names) if of_row == name]
             if self.has_plain_forward:
                 result[rows] = self._add_terms(result[rows], x[rows], [name])
+            elif _has_row_for_row(result, x):
+                result[rows] = self._forward_merged_weight(x, [name], *args, **kwargs)[rows]
             else:
-                result[rows] = self._forward_merged_weight(x[rows], [name], *args, **kwargs)
+                raise ValueError(
+                    f"adapter_names: {type(self.get_base_layer()).__name__} has no output of its own for each row of "
+                    "a batch, so its adapters cannot be mixed; run the rows of each adapter on their own"
+                )
             self.dual_lora_factors[name].clear_cache()
         return result
 
@@ -429,12 +451,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         dW = sum(self._reshape_like_base_weight(self.dual_lora_factors[name].delta_weight(), name) for name in names)
         tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
-        state = {name: t.to(dW.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        state = _cast_floats(tensors, dW.dtype)
         state["weight"] = self._apply_max_norm(state["weight"]) + dW
-        precise = x.to(dW.dtype) if x.is_floating_point() else x
-        with suspend_autocast(x.device.type):
-            result = torch.func.functional_call(base, state, (precise, *args), kwargs)
-        return result.to(x.dtype if x.is_floating_point() else base.weight.dtype)
+        dtype = x.dtype if _is_floating(x) else base.weight.dtype
+        with suspend_autocast(dW.device.type):
+            result = torch.func.functional_call(base, state, (_cast_floats(x, dW.dtype), *args), kwargs)
+        return _cast_floats(result, dtype)
 
     def _add_terms(self, result: Tensor, x: Tensor, names: list[str]) -> Tensor:
         """Return result plus the terms of these adapters, in result's dtype."""
@@ -607,6 +629,24 @@ def find_layer_class(base_layer: nn.Module, quantization_backend) -> type[DualLo
     if quantization_backend is not None:
         return Linear if quantization_backend.layer_type == "linear" else None
     return next((cls for kind, cls in ADAPTED.items() if isinstance(base_layer, kind)), None)
+
+
+def _is_floating(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cast_floats(values, dtype: torch.dtype):
+    """Return a tensor, or a tuple with tensors, with the floating ones cast: a forward of its own may take a shape and
+    may return its positions, too."""
+    return tree_map(lambda value: value.to(dtype) if _is_floating(value) else value, values)
+
+
+def _has_row_for_row(result, x) -> bool:
+    """Return whether a layer's output has the rows of its input. Positions that all rows share have one row, or no
+    dimension for rows. (A table's output has a dimension more than its input, the ids.)"""
+    if not (isinstance(result, Tensor) and isinstance(x, Tensor)):
+        return False
+    return len(result) == len(x) and result.ndim == x.ndim + (not x.is_floating_point())
 
 
 def _has_hooks_of_all_modules() -> bool:

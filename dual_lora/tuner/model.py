@@ -1,10 +1,11 @@
 """DualLoraModel: puts Dual LoRA layers into a model."""
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from os.path import commonprefix
 from types import SimpleNamespace
 
 import torch
@@ -187,23 +188,34 @@ class DualLoraModel(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check_untying_allowed(self, adapters: list[str]) -> None:
-        """Refuse to untie the embeddings of a model that scales its logits only while they are tied (UMT5, Switch
-        Transformers, UDOP). PEFT sets `config.tie_word_embeddings` to False then, which their forward reads.
+        """Refuse to untie the embeddings of a model that needs them tied: PEFT then sets `config.tie_word_embeddings`
+        to False, by which the model also scales its logits (UMT5, Switch Transformers, UDOP) or ties other parameters.
 
         Raises:
             ValueError: the merge would untie them.
         """
         if not self.get_model_config(self.model).get("tie_word_embeddings"):
             return
-        layers = [getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-        if not any(isinstance(layer, DualLoraLayer) and layer.is_untied_by_merge(adapters) for layer in layers):
-            return
+        ends = [getattr(self.model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, DualLoraLayer)}
+        untied = {name for name, layer in layers.items() if layer.is_untied_by_merge(adapters)}
+        for name in sorted(name for name in untied if layers[name] in ends):
+            if reason := self._explain_need_of_ties(untied):
+                raise ValueError(
+                    f"{name}: merge_and_unload would untie the embeddings, but {reason}; call merge_adapter() instead, "
+                    "or leave this layer out with exclude_modules"
+                )
+
+    def _explain_need_of_ties(self, untied: set[str]) -> str | None:
+        """Return what would be wrong if these layers got weights of their own, None where nothing would be."""
         for cls in {type(module) for module in self.model.modules()}:
             if mentions_in_forward(cls, "config.tie_word_embeddings"):
-                raise ValueError(
-                    f"merge_and_unload would untie the embeddings, but {cls.__name__} scales its logits only while "
-                    "they are tied; call merge_adapter() instead, or leave out the output layer with exclude_modules"
-                )
+                return f"{cls.__name__} scales its logits only while they are tied"
+        config, lost = self.model.config, _list_tied_parameters(self.model, untied)
+        # Configs of the T5 family are tied again when they are loaded.
+        if not lost or type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings:
+            return None
+        return f"the same setting ties {' and '.join(lost)}, of which a saved model would keep only one"
 
     def add_weighted_adapter(self, *args, **kwargs) -> None:
         """Refuse: the sum of two updates has no four factors of such ranks.
@@ -263,15 +275,18 @@ class DualLoraModel(BaseTuner):
 
     @contextmanager
     def _watch_first_forward(self):
-        """Watch the first forward in training and the first in evaluation for layers that are bypassed."""
+        """Watch the first forward in training and the first in evaluation for layers whose weight others use."""
         if self.training not in self._unwatched or torch.compiler.is_compiling():
             yield
             return
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, DualLoraLayer)}
         before = {name for name, layer in layers.items() if layer.bypassed}
-        with watch_uses(layers.values()):
+        with watch_uses(layers.values()) as both:
             yield
         self._unwatched.discard(self.training)
+        found = [name for name in layers if layers[name] in both and name not in self._partly_called]
+        self._partly_called += found
+        self._warn_of_reads(found)
         self._silence([name for name, layer in layers.items() if layer.bypassed and name not in before], layers)
 
     def _silence(self, names: list[str], layers: dict[str, DualLoraLayer]) -> None:
@@ -311,10 +326,14 @@ class DualLoraModel(BaseTuner):
         bypassed = [name for name, layer in layers.items() if adapter_name in layer.dual_lora_factors]
         if bypassed:
             self._warn_of_bypass(bypassed)
-        if self._partly_called:
+        self._warn_of_reads(self._partly_called)
+
+    def _warn_of_reads(self, names: list[str]) -> None:
+        """Warn of layers that are called and whose weight is read, too."""
+        if names:
             warnings.warn(
-                f"Dual LoRA: {_list_names(self._partly_called)} called by the parent module in some places; in others "
-                "it computes with the weight itself, where the adapter has no effect until it is merged.",
+                f"Dual LoRA: {_list_names(names)} called in some places; in others its weight itself is "
+                "computed with, where the adapter has no effect until it is merged.",
                 stacklevel=find_stacklevel(),
             )
 
@@ -407,6 +426,21 @@ def _find_shared_weights(modules: Iterable[nn.Module]) -> set[int]:
     held = [p for module in modules for p in (*module._parameters.values(), *_list_set_aside(module)) if p is not None]
     holders = Counter(_locate(p) for p in held)
     return {id(p) for p in held if holders[_locate(p)] > 1}
+
+
+def _list_tied_parameters(model: nn.Module, untied: set[str]) -> list[str]:
+    """Return the names of parameters that the model's config ties to others, apart from the weights of `untied` layers.
+    A part of the model with another config that ties, such as the language model of Florence-2, goes by that one."""
+    places, parts = defaultdict(list), []
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is not model.config and getattr(config, "tie_word_embeddings", False):
+            parts.append(f"{name}.")
+        for kind, parameter in module._parameters.items():
+            if parameter is not None and not (kind == "weight" and name.removesuffix(".base_layer") in untied):
+                places[_locate(parameter)].append(f"{name}.{kind}".replace(".base_layer", ""))
+    groups = [names for names in places.values() if len(names) > 1]
+    return [name for names in groups if not commonprefix(names).startswith(tuple(parts)) for name in names]
 
 
 def _list_set_aside(module: nn.Module) -> list[nn.Parameter]:

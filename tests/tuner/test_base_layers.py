@@ -12,6 +12,12 @@ import torch.nn.utils.prune
 from peft import get_peft_model
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
     JambaConfig,
     JambaForCausalLM,
     MambaConfig,
@@ -182,7 +188,7 @@ def test_asking_for_the_dtype_is_no_bypass(parent):
 
 
 def test_a_parent_that_also_reads_the_weight_is_told_of():
-    with pytest.warns(UserWarning, match="layer is called by the parent module in some places") as found:
+    with pytest.warns(UserWarning, match="layer is called in some places; in others its weight") as found:
         get_peft_model(Both(), config())
     assert list_files(found) == {__file__}
 
@@ -319,6 +325,40 @@ def test_a_forward_of_its_own_sees_the_sum(name, dtype):
     assert all(p.grad.any() for p in factors_of(model).parameters())
     with model.disable_adapter():
         assert torch.equal(model(x), base(x))
+
+
+class OfShape(nn.Embedding):
+    """As ProphetNet's positions: takes a shape and returns the positions, too."""
+
+    def forward(self, shape):
+        positions = torch.arange(shape[1])
+        return super().forward(positions), positions
+
+
+def test_a_forward_of_its_own_may_take_a_shape_and_return_several_values():
+    model = adapted(OfShape(IN, OUT), dtype=torch.bfloat16)
+    rows, positions = model(torch.Size([2, 5]))
+    weight = layer_of(model).weight.float() + dW_of(model).T
+    assert rows.dtype == torch.bfloat16 and torch.equal(positions, torch.arange(5))
+    assert relative_error(rows, weight[:5]) < 0.01
+
+
+class ReadsStride(nn.Module):
+    """As Whisper's encoder, which computes with the strides of its convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(4, OUT, 3, stride=2)
+
+    def forward(self, x):
+        return self.layer(x)[..., : x.shape[-1] // self.layer.stride[0] - self.layer.kernel_size[0]]
+
+
+def test_a_parent_may_read_the_settings_of_a_layer():
+    base, x = ReadsStride(), torch.randn(2, 4, 11)
+    expected = base(x)
+    assert torch.equal(get_peft_model(base, config())(x), expected)
+    assert adapted(nn.Embedding(IN, OUT, padding_idx=3)).base_model.model.layer.padding_idx == 3
 
 
 def test_the_same_in_other_words_is_a_plain_layer():
@@ -531,8 +571,7 @@ def test_print_shows_the_adapter():
     model = adapted(nn.Linear(IN, OUT), f=0.25)
     assert "r1=2, r2=4, A=2x10, B=12x2, C=4x10, D=12x4, scale=2.475, f=0.25, kernel=auto" in repr(model)
     with torch.device("meta"):
-        empty = Net(nn.Linear(IN, OUT))
-    assert "f=?" in repr(get_peft_model(empty, config()))
+        assert "f=?" in repr(get_peft_model(Net(nn.Linear(IN, OUT)), config()))
 
 
 def test_one_layer_that_cannot_merge_leaves_the_others_alone():
@@ -580,3 +619,68 @@ def test_untying_a_model_that_scales_its_logits_while_tied_is_refused():
     model.set_adapter("q")
     expected = output(model, inputs)
     torch.testing.assert_close(output(model.merge_and_unload(), inputs), expected)
+
+
+def bert():
+    """Ties the bias of its head, too; drawn here, since the initial zeros would be right if it got lost."""
+    fields = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 37}
+    model = BertForMaskedLM(BertConfig(**fields, num_hidden_layers=1, num_attention_heads=4))
+    nn.init.normal_(model.cls.predictions.bias)
+    return model
+
+
+BART = {
+    "vocab_size": 99, "max_position_embeddings": 32, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+}  # fmt: skip
+
+
+def bart():
+    """Ties the tables of encoder and decoder, too."""
+    return BartForConditionalGeneration(BartConfig(**BART))
+
+
+def florence2():
+    """Ties its output layer; the BART within ties its own tables."""
+    vision = {"embed_dim": (8,), "depths": (1,), "num_heads": (1,), "num_groups": (1,), "patch_size": (3,)}
+    patches = {"patch_stride": (4,), "patch_padding": (1,), "patch_prenorm": (False,), "projection_dim": 32}
+    return Florence2ForConditionalGeneration(Florence2Config(text_config=BART, vision_config=vision | patches))
+
+
+@pytest.mark.parametrize(
+    "make, target, lost",
+    [
+        (bert, "cls.predictions.decoder", "cls.predictions.bias and cls.predictions.decoder.bias"),
+        (bert, "word_embeddings", "cls.predictions.bias and cls.predictions.decoder.bias"),
+        (bart, "lm_head", "model.shared.weight and model.encoder.embed_tokens.weight and .*"),
+    ],
+)
+def test_untying_a_model_that_ties_more_than_its_embeddings_is_refused(make, target, lost):
+    inputs = {"input_ids": IDS}
+    model = get_peft_model(make(), config(target_modules=[target], init_weights=False)).eval()
+    expected = output(model, inputs)
+    with pytest.raises(ValueError, match=f"{target}: merge_and_unload would untie .* ties {lost}, of which a saved"):
+        model.merge_and_unload()
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "make, targets",
+    [
+        (bert, ["query"]),
+        (bart, ["q_proj"]),
+        (bart, ["encoder.embed_tokens"]),
+        (bart, ["encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]),
+        (t5, ["lm_head"]),
+        (florence2, ["lm_head"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+def test_a_merged_model_with_other_ties_is_saved_exactly(make, targets, tmp_path):
+    model = get_peft_model(make(), config(target_modules=targets, init_weights=False)).eval()
+    inputs = {"input_ids": IDS} | ({} if make is bert else {"decoder_input_ids": IDS[:, :4]})
+    expected = output(model, inputs)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(output(type(merged).from_pretrained(tmp_path).eval(), inputs), expected)

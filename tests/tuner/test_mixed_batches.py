@@ -116,6 +116,54 @@ def test_a_trained_head_goes_by_row_too():
         torch.testing.assert_close(mixed[row], alone[name][row])
 
 
+class Positions(nn.Embedding):
+    """Takes the place of each word, by row or the same for all rows, besides the words."""
+
+    def forward(self, ids, positions=None, steps=None):
+        return super().forward(positions if steps is None else positions + steps)
+
+
+def test_a_forward_of_its_own_takes_its_other_arguments_row_by_row():
+    model = two(Net(Positions(IN, OUT)), target_modules=["layer"])
+    model.base_model.model.forward = lambda ids, **kwargs: model.base_model.model.layer(ids, **kwargs)
+    places = {"positions": torch.randint(0, 4, (4, 4)), "steps": torch.arange(4)}  # as long as the batch
+    alone = each_alone(model, lambda: model(IDS[:, :4], **places))
+    mixed = model(IDS[:, :4], **places, adapter_names=ROWS)
+    for row, name in enumerate(ROWS):
+        torch.testing.assert_close(mixed[row], alone[name][row])
+
+
+class OneRow(nn.Embedding):
+    """As BART's positions, of which one row is added to all rows of the batch."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1])[None])
+
+
+class NoRows(nn.Embedding):
+    """As Whisper's positions, which have no dimension for rows."""
+
+    def forward(self, ids):
+        return self.weight[: ids.shape[1]]
+
+
+class Shape(nn.Embedding):
+    """As Marian's positions, which take the shape of the words."""
+
+    def forward(self, shape):
+        return super().forward(torch.arange(shape[1]))
+
+
+@pytest.mark.parametrize("kind", [OneRow, NoRows, Shape])
+def test_an_output_that_all_rows_share_is_refused(kind):
+    model = two(Net(kind(IN, OUT)), target_modules=["layer"])
+    ids = IDS[:, :4]  # as long as the batch
+    x = ids.shape if kind is Shape else ids
+    assert torch.equal(model(x, adapter_names=["__base__"] * 4), layer_of(model).base_layer(x))
+    with pytest.raises(ValueError, match=f"adapter_names: {kind.__name__} has no output of its own for each row"):
+        model(x, adapter_names=ROWS)
+
+
 @pytest.mark.parametrize("fields", [{}, {"keep_update": True}], ids=str)
 @pytest.mark.parametrize("grad", [True, False])
 def test_no_adapter_s_matrices_stay_in_memory(grad, fields):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dual_lora import DualLoraConfig, DualLoraModel, set_update_scale
 from dual_lora.tuner.register import add_peft_type, register_method
+from dual_lora.tuner.warmup import list_factors
 from tests.tuner.layers import list_files
 from tests.tuner.tiny_llama import llama
 
@@ -263,6 +264,27 @@ def test_transformers_and_auto_classes_load_the_adapter(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), expected)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Dual LoRA adapter")
+def test_an_adapter_loads_on_a_base_whose_layers_are_on_disk(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), scale_warmup_steps=10)
+    set_update_scale(model, 0.3, ramp=True)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "lm_head": "cpu"}
+    folders = {"device_map": places, "offload_folder": tmp_path / "first"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **folders)
+    places = {f"base_model.model.{name}": place for name, place in places.items()}
+    again = PeftModel.from_pretrained(
+        base, tmp_path / "adapter", device_map=places, offload_folder=str(tmp_path / "then")
+    )
+    assert {p.device.type for p in again.parameters()} == {"cpu", "meta"}
+    torch.testing.assert_close(logits(again), expected)
+    assert {(int(f.step), round(float(f.update_scale), 6)) for f in list_factors(again)} == {(3, 0.3)}
+    torch.testing.assert_close(logits(again.merge_and_unload()), expected)
 
 
 def test_merge_and_unload_of_a_whole_model(tmp_path):

@@ -168,6 +168,49 @@ def test_the_first_forward_watches_no_layer_that_is_called():
     assert not layer.bypassed and layer.uses is None
 
 
+class Caller(Holder):
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Decoder(nn.Module):
+    """Computes with the weight of a layer that its parent calls, as Perceiver's decoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Caller()
+
+    def forward(self, x):
+        return torch.matmul(
+            self.encoder(x),
+            self.encoder.layer.weight,
+        )
+
+
+class Asker(nn.Module):
+    """Asks the weight of a layer that its parent calls for its kind, as vision models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Caller()
+
+    def forward(self, x):
+        if isinstance(self.encoder.layer.weight, nn.Parameter) and self.encoder.layer.weight.ndim == 2:
+            x = x.to(self.encoder.layer.weight.dtype)
+        return self.encoder(x)[..., : self.encoder.layer.weight.shape[0]]
+
+
+def test_a_weight_that_others_read_besides_the_calls_is_told_of_once():
+    model, x = adapt(Decoder()), torch.randn(3, IN)
+    with pytest.warns(UserWarning, match="encoder.layer is called in some places; in others its weight") as found:
+        model(x)
+    assert list_files(found) == {__file__} and not model.base_model.model.encoder.layer.bypassed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(x)
+        adapt(Asker())(x)
+
+
 class Twice(nn.Module):
     """One layer under two names, one of them below another module."""
 

@@ -317,6 +317,26 @@ def test_the_ramp_can_go_on_from_f_set_by_hand():
     assert f_of(model) == 0.75
 
 
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_ramp_keeps_its_step_under_any_default_dtype(bfloat16_by_default, shape):
+    model, again = (ramping(scale_warmup_steps=1000, scale_warmup_shape=shape) for _ in range(2))
+    factors_of(model).step.fill_(332)
+    factors_of(model).advance_ramp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(model.state_dict())
+    assert factors_of(again).step == 333
+    set_update_scale(again, f_of(model), ramp=True)
+    assert factors_of(again).step == 333
+
+
 def test_setting_f_needs_an_adapter_and_a_place_on_the_ramp():
     with pytest.raises(ValueError, match="no Dual LoRA adapter"):
         set_update_scale(nn.Linear(IN, OUT), 0.5)
