@@ -211,9 +211,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
         Written into the same parameter, so that references to it, such as an optimizer's, stay valid. A tied base
         weight is not written to: this layer gets its own weight and the other layer keeps the old one. The unmerged
-        weight is kept until `unmerge`, which is therefore exact; a quantized one is quantized again, and where its scales
-        are quantized, too (double quantization), they are rounded anew. If the layer is `bypassed`, nothing is merged,
-        since no forward has used the factors.
+        weight is kept until `unmerge`, which is therefore exact; a quantized one is quantized again, and where its
+        scales are quantized, too (double quantization), they are rounded anew. If the layer is `bypassed`, nothing is
+        merged, since no forward has used the factors.
 
         Args:
             safe_merge: raise instead of merging an adapter with NaN or infinite values.

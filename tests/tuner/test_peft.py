@@ -267,7 +267,8 @@ def test_transformers_and_auto_classes_load_the_adapter(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Dual LoRA adapter")
-def test_an_adapter_loads_on_a_base_whose_layers_are_on_disk(tmp_path):
+def test_an_adapter_loads_on_a_base_whose_layers_are_on_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # PEFT writes the layers' files again, below the working directory
     llama().save_pretrained(tmp_path / "base")
     model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), scale_warmup_steps=10)
     set_update_scale(model, 0.3, ramp=True)
