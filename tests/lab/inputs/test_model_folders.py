@@ -236,7 +236,7 @@ def test_positions_start_where_the_weights_have_them_whatever_token_pads(plain, 
     base.save_pretrained(tmp_path / "tuned")
     tuned = load_tuned_model(tmp_path / "tuned", settings, task, tokenizer)
     inputs = tokenizer("It is bad.", return_tensors="pt")
-    assert torch.equal(tuned.eval()(**inputs).logits, base.eval()(**inputs).logits)
+    torch.testing.assert_close(tuned.eval()(**inputs).logits, base.eval()(**inputs).logits)
 
 
 @pytest.mark.parametrize("labels", [2, 3])

