@@ -236,6 +236,9 @@ def test_positions_start_where_the_weights_have_them_whatever_token_pads(plain, 
     base.save_pretrained(tmp_path / "tuned")
     tuned = load_tuned_model(tmp_path / "tuned", settings, task, tokenizer)
     inputs = tokenizer("It is bad.", return_tensors="pt")
+    weights = base.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in tuned.state_dict().items())
+    # Weights that lie elsewhere in memory may be added up in another order.
     torch.testing.assert_close(tuned.eval()(**inputs).logits, base.eval()(**inputs).logits)
 
 

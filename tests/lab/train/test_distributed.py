@@ -72,9 +72,10 @@ def same_record(two: Path, one: Path) -> None:
     mine, other = weights(two), weights(one)
     assert mine.keys() == other.keys() and mine
     for name, weight in mine.items():
-        # By norm: Adam may move a single weight with next to no gradient by a step for a rounded digit.
-        apart = (weight.double() - other[name].double()).norm()
-        assert apart <= 1e-5 + 1e-3 * other[name].double().norm(), name
+        # But for one in a thousand: for a rounded digit Adam may move a weight with next to no gradient by a step.
+        close = torch.isclose(weight, other[name], rtol=1e-3, atol=1e-5)
+        assert close.double().mean() >= 0.999, name
+        assert (weight.double() - other[name].double()).norm() <= 1e-5 + 1e-3 * other[name].double().norm(), name
 
 
 def test_the_readme_starts_two_processes_with_fsdp2():
