@@ -16,6 +16,7 @@ from dual_lora.lab.config.schema import (
     METHOD_SETTINGS,
     PLAIN_STARTS,
     TYPES_OF_OTHER_MODULES,
+    Evaluate,
     Method,
     Settings,
     get_setting,
@@ -23,6 +24,7 @@ from dual_lora.lab.config.schema import (
 from dual_lora.lab.config.tasks import check_data_dir, load_task
 from dual_lora.lab.errors import UserError, require
 from dual_lora.papers_map import PAPERS_MAP
+from tasks import Task
 
 # Settings that only a generation task has: decoding, and which tokens the loss covers.
 GENERATION_SETTINGS = {"max_new_tokens", "num_beams", "search", "length_penalty", "no_repeat_ngram", "stop"}
@@ -75,7 +77,9 @@ def check_compatibility(settings: Settings) -> None:
     Raises:
         UserError: what does not go together, and what would.
     """
-    task, form = settings.task, load_task(settings).form
+    task, loaded = settings.task, load_task(settings)
+    check_mixed_rows(settings.eval, loaded)
+    form = loaded.form
     smooths = form == "regression" and task.label_smoothing
     require(not smooths, f"task.label_smoothing={task.label_smoothing}: {task.name} has no classes to smooth over")
     writes = form == "generation"
@@ -92,6 +96,18 @@ def check_compatibility(settings: Settings) -> None:
         f"task={settings.task.name}: {settings.model.name} writes no text; take another task, such as "
         f"task=classification, or a model that does: {', '.join(able)}"
     )
+
+
+def check_mixed_rows(settings: Evaluate, task: Task) -> None:
+    """Refuse to score training rows of a task that mix the sets it scores one by one.
+
+    Raises:
+        UserError: what was asked for, and what to take instead.
+    """
+    for name, instead in {"holdout": task.held_out_option, "development_rows": "task.checkpoint=best_loss"}.items():
+        asked, mixed = getattr(settings, name), f"the training rows of {task.name} are of several sets"
+        told = f"eval.{name}={asked}: {mixed}, which it scores one by one; take {instead} instead"
+        require(not (asked and task.held_out_option), told)
 
 
 def check_unused(settings: Settings, given: Collection[str], composed: DictConfig) -> None:

@@ -65,13 +65,12 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
     """Return the rows a run is evaluated on, by split: the task's own, or training rows that are held out.
 
     Raises:
-        UserError: as `load_split`, or the training rows are of several sets.
+        UserError: as `load_split`.
     """
     if not settings.eval.holdout:
         with translate_task_errors():
             names = task.eval_splits  # with the user's own files, the folder decides
         return {name: load_split(task, name, settings) for name in names}
-    refuse_mixed_rows(task, f"eval.holdout={settings.eval.holdout}", task.held_out_option)
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, train, split_training_rows(train, settings.eval)[1], settings)
 
@@ -85,20 +84,8 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
     """
     if not settings.eval.development_rows:
         return None
-    development = f"eval.development_rows={settings.eval.development_rows}"
-    refuse_mixed_rows(task, development, "task.checkpoint=best_loss")
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, train, split_training_rows(train, settings.eval)[2], settings)
-
-
-def refuse_mixed_rows(task: Task, asked: str, instead: str) -> None:
-    """Refuse to score training rows of a task that mix the sets it scores one by one.
-
-    Raises:
-        UserError: with what to take instead.
-    """
-    mixed = f"the training rows of {task.name} are of several sets, which it scores one by one"
-    require(not task.held_out_option, f"{asked}: {mixed}; take {instead} instead")
 
 
 def label_as_first_split(task: Task, train: Split, apart: Split, settings: Settings) -> dict[str, Split]:

@@ -63,6 +63,7 @@ from dual_lora.lab.config.overrides import check_repeats, parse_overrides
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.recorded import iterate_setting_names
 from dual_lora.lab.config.schema import Settings, get_setting
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, require, suggest_name
 from dual_lora.lab.record.identity import serialize_identity_settings
 
@@ -447,7 +448,7 @@ class Experiment:
         """Return the runs by which a cell's learning rate is chosen.
 
         Raises:
-            UserError: they would train on rows that the cell's runs are scored on.
+            UserError: they would train on rows that the cell's runs are scored on, or be scored on several sets as one.
         """
         if self.tune is None or label not in self.tune.grid:
             return ()
@@ -457,6 +458,13 @@ class Experiment:
             self.tune.holdout or not held,
             f"eval.holdout={held}: rates of experiment={self.name} are chosen on other rows than training rows, so "
             "that its trials would train on those held out; drop it",
+        )
+        mixed = self.tune.holdout and load_task(settings).held_out_option
+        require(
+            not mixed,
+            f"experiment={self.name}: its trials set {self.tune.holdout} training rows apart, and those of "
+            f"{settings.task.name} are of several sets, which it scores one by one; take another task, or in the "
+            "experiment's file tune.options instead of tune.holdout",
         )
         scored = replace(settings.eval, holdout=self.tune.holdout, holdout_skip=held, before=False)
         task = replace(settings.task, options={**settings.task.options, **self.tune.options})

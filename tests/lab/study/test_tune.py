@@ -56,12 +56,22 @@ def test_a_cell_that_names_its_seeds_is_run_with_those(cells):
 
 def test_rates_are_not_chosen_by_runs_that_train_on_rows_held_out():
     spec = json.loads(json.dumps(SPEC))
-    spec["smoke"]["blocks"] = [["task=commonsense", "model=tiny-llama"]]
-    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}, "task_seeds": {}}
+    spec["smoke"]["blocks"] = [["task=e2e", "model=tiny-gpt2"]]
+    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "validation"}, "task_seeds": {}}
     made = Experiment.from_content("made", spec)
     with pytest.raises(UserError, match="^eval.holdout=5: rates of experiment=made are chosen on other rows"):
         made.compose_cells(["eval.holdout=5"])
     assert made.compose_cells([])[0].tuning
+
+
+def test_rates_are_not_chosen_on_rows_of_several_sets_scored_as_one():
+    spec = json.loads(json.dumps(SPEC))
+    spec["smoke"]["blocks"] = [["task=commonsense", "model=tiny-llama"]]
+    spec["smoke"]["tune"]["task_seeds"] = {}
+    with pytest.raises(UserError, match="^experiment=made: its trials set 9 training rows apart, and those of common"):
+        Experiment.from_content("made", spec).compose_cells([])
+    spec["smoke"]["tune"] |= {"holdout": None, "options": {"scored": "held_out"}}
+    assert Experiment.from_content("made", spec).compose_cells([])[0].tuning
 
 
 def test_a_task_without_seeds_of_its_own_has_those_of_all():
