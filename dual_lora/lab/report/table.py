@@ -1,6 +1,6 @@
 """The table of an experiment, and the notes a reader needs with it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count, product
 from math import isnan
@@ -16,7 +16,7 @@ from dual_lora.lab.record.provenance import get_machine, list_attempts
 from dual_lora.lab.record.record import ENVIRONMENT_FIELDS, Record
 from dual_lora.lab.report.analyses.kinds import check_analysis
 from dual_lora.lab.report.command_lines import build_command, build_sweep_command
-from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
+from dual_lora.lab.report.comparison.floors import get_model_task
 from dual_lora.lab.report.comparison.matches import group_by_inputs, read_predictions
 from dual_lora.lab.report.learning_rates import describe_learning_rates
 from dual_lora.lab.report.protocol import BY_REPORTED_ROWS, LAST_STEP, describe_checkpoint
@@ -25,7 +25,10 @@ from dual_lora.lab.report.values import (
     FIELDS,
     MARKS,
     SCORE_FORMATS,
+    UNLEARNED,
+    UNSETTLED,
     Column,
+    ModelTask,
     format_value,
     get_heading,
     get_score,
@@ -267,8 +270,7 @@ def iterate_notes(
     outcomes: list[Outcome],
     values: pd.DataFrame,
     reasons: dict[str, str],
-    unlearned: set[ModelTask],
-    unsettled: set[ModelTask],
+    unranked: Mapping[ModelTask, str],
     unreadable: list[str],
 ) -> Iterator[str]:
     """Yield what a reader must know of the table: reasons, marks, learning rates, data, machines and code. unreadable:
@@ -277,10 +279,9 @@ def iterate_notes(
         yield f"{MISSING} [{letter}]: {reason}"
     for mark in sorted(set("".join(values["marks"].dropna()))):
         yield f"{mark}: {MARKS[mark]}"
-    for some, said in ((unlearned, "not learned, and left out of"), (unsettled, "not learned so far, and missing in")):
-        if some:
-            names = ", ".join(f"{task} ({model})" for model, task in sorted(some))
-            yield f"{said} means: {names}; see the table of floors"
+    for why, done in ((UNLEARNED, "left out of"), (UNSETTLED, "missing in")):
+        if some := [f"{task} ({model})" for (model, task), reason in sorted(unranked.items()) if reason == why]:
+            yield f"{why}, and {done} means: {', '.join(some)}; see the table of floors"
     yield from iterate_direction_notes(outcomes)
     yield from describe_learning_rates(experiment, outcomes)
     yield from iterate_start_notes(experiment, outcomes)

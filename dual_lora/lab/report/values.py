@@ -1,6 +1,6 @@
 """The runs of an experiment as one long frame: a value for each cell of its table, or the reason it has none."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import isnan, nan
@@ -18,6 +18,8 @@ from dual_lora.paper import Table
 from tasks import Task
 
 MEAN = "mean"
+UNLEARNED, UNSETTLED = "not learned", "not known to be learned"  # why a model and task rank no methods
+ModelTask = tuple[str, str]  # names of a model and a task
 # What a run's result holds in addition to its scores: the value, NaN where it was not measured; how it is printed.
 FIELDS: dict[str, tuple[Callable[[dict], float], str]] = {
     "seconds_per_step": (lambda result: result["train_seconds"] / (result["steps"] or 1), "{:.3f}"),
@@ -117,25 +119,21 @@ def list_published_columns(table: Table, asked: set[str]) -> list[Column]:
 def build_frame(
     experiment: Experiment,
     outcomes: list[Outcome],
-    unlearned: Collection[tuple[str, str]] = (),
-    unsettled: Collection[tuple[str, str]] = (),
+    unranked: Mapping[ModelTask, str] | None = None,
 ) -> pd.DataFrame:
     """Return a row for each value: the settings that head rows, label, column, seed, value (NaN while missing), reason,
     marks, run, its learning rate, and the position of its run in `outcomes` (-1 for a mean).
 
-    unlearned: models and tasks that means leave out. A published average needs all its parts: a mean of fewer could not
-        stand beside it.
-    unsettled: models and tasks that means lack: whether they are left out is not known yet.
+    unranked: of `floors.find_unranked`. Means leave out models and tasks that were not learned, and lack those of which
+        that is not known. A published average needs all its parts: a mean of fewer could not stand beside it.
     """
     columns = list_columns(experiment, outcomes)
     values = pd.DataFrame(
         [e | {"outcome": i} for i, outcome in enumerate(outcomes) for e in iterate_values(experiment, outcome, columns)]
     )
     places = [(outcome.settings.model.name, outcome.settings.task.name) for outcome in outcomes]
-    left_out, lacking = (
-        values["outcome"].isin([i for i, place in enumerate(places) if place in set(some)])
-        for some in (unlearned, unsettled)
-    )
+    status = values["outcome"].map(dict(enumerate(map((unranked or {}).get, places))))
+    left_out, lacking = status == UNLEARNED, status == UNSETTLED
     known = values.assign(value=values["value"].mask(left_out | lacking))
     learned = known[~left_out]
     if experiment.mean in experiment.rows:

@@ -39,12 +39,10 @@ from dual_lora.lab.report.comparison.blocks import (
 from dual_lora.lab.report.comparison.comparisons import Comparisons, compare_outcomes
 from dual_lora.lab.report.comparison.floors import (
     Floor,
-    ModelTask,
     describe_failed_runs,
     describe_unscored_floors,
     find_floors,
-    find_unlearned,
-    find_unsettled,
+    find_unranked,
 )
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.draw import draw_figures
@@ -58,7 +56,7 @@ from dual_lora.lab.report.table import (
     letter_reasons,
     tabulate_adapters,
 )
-from dual_lora.lab.report.values import build_frame
+from dual_lora.lab.report.values import ModelTask, build_frame
 from dual_lora.lab.study.experiment import Cell, Experiment
 from dual_lora.lab.study.outcome import Outcome
 from dual_lora.lab.study.output_path import choose_path
@@ -73,13 +71,12 @@ TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report is made of: every value, the floors, the tasks that were not learned, or not so far, the
-    comparisons, and what of the records cannot be read or scored."""
+    """What a report is made of: every value, the floors, the tasks that rank no methods and why, the comparisons, and
+    what of the records cannot be read or scored."""
 
     values: pd.DataFrame
     floors: list[Floor]
-    unlearned: set[ModelTask]
-    unsettled: set[ModelTask]
+    unranked: dict[ModelTask, str]
     comparisons: Comparisons
     unreadable: list[str]
 
@@ -89,10 +86,10 @@ class Findings:
         predictions = Predictions()
         found = find_floors(experiment, outcomes, predictions)
         floors = [floor for floor in found if not (floor.trouble and isnan(floor.score))]
-        unranked = find_unlearned(floors), find_unsettled(floors)
-        comparisons = compare_outcomes(experiment, outcomes, predictions, *unranked)
+        unranked = find_unranked(floors)
+        comparisons = compare_outcomes(experiment, outcomes, predictions, unranked)
         unreadable = [*find_unreadable(experiment, outcomes), *describe_unscored_floors(found)]
-        return cls(build_frame(experiment, outcomes, *unranked), floors, *unranked, comparisons, unreadable)
+        return cls(build_frame(experiment, outcomes, unranked), floors, unranked, comparisons, unreadable)
 
 
 def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Path:
@@ -208,10 +205,9 @@ def iterate_blocks_of_report(
         yield from iterate_until_error(blocks, "the analyses")
     yield Text("Runs", heading=True)
     yield build_main_table(experiment, outcomes, values, reasons)
-    unranked = findings.unlearned, findings.unsettled
-    notes = iterate_notes(experiment, outcomes, values, reasons, *unranked, findings.unreadable)
+    notes = iterate_notes(experiment, outcomes, values, reasons, findings.unranked, findings.unreadable)
     yield Text(items=tuple(notes))
-    yield from iterate_floor_blocks(findings.floors, *unranked)
+    yield from iterate_floor_blocks(findings.floors)
     if failed := tuple(describe_failed_runs(experiment, outcomes, findings.floors)):
         yield Text(items=failed)
     yield from draw_figures(experiment, outcomes, values, comparisons, findings.floors, folder)

@@ -37,7 +37,7 @@ def right(label, settings):
 
 def test_a_contrast_is_the_middle_minus_the_mean_of_the_ends_by_seed(study):
     experiment, outcomes = study(SPEC, right)
-    found = compare_outcomes(experiment, outcomes, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions())
     assert not found.exploratory and not found.further
     assert [(c.label, c.baseline, c.task) for c in found.planned] == [
         ("Dual LoRA, magnitude ratio 0.5", "mean of 0.25 and 0.75", task)
@@ -56,7 +56,7 @@ def test_a_contrast_is_tested_on_predictions_too(study):
     """One example tells the columns apart with every seed: the seeds all agree, other examples might not."""
     spec = SPEC | {"full": {"seeds": [0, 1, 2, 3, 4], "run": ["model=roberta-base", "task=glue/sst2"]}}
     experiment, outcomes = study(spec, lambda label, s: 70 + (s.method.magnitude_ratio == 0.5))
-    (found,) = compare_outcomes(experiment, outcomes, Predictions(), set()).planned
+    (found,) = compare_outcomes(experiment, outcomes, Predictions()).planned
     assert found.seed_test.p == 0 and found.difference.test == "paired permutation" and found.difference.p == 1
     assert found.verdict == "undecided"
 
@@ -65,7 +65,7 @@ def test_runs_of_other_data_make_no_contrast(study):
     experiment, outcomes = study(SPEC, lambda label, s: None if s.method.magnitude_ratio == 0.25 else right(label, s))
     other = {"data": {"validation": {"origin": "dev.tsv", "rows": 100, "sha256": "1"}}}
     experiment, outcomes = study(SPEC, right, **other)
-    for c in compare_outcomes(experiment, outcomes, Predictions(), set()).planned:
+    for c in compare_outcomes(experiment, outcomes, Predictions()).planned:
         assert c.p is None and c.verdict == "undecided"
         assert c.task.startswith("mean") or "different scored rows" in c.difference.test
 
@@ -88,14 +88,14 @@ def test_a_seed_that_lacks_a_column_is_left_out_and_four_decide_nothing(study):
         return None if gone else right(label, settings)
 
     experiment, outcomes = study(SPEC, lacking)
-    found = compare_outcomes(experiment, outcomes, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions())
     assert {c.difference.seeds for c in found.planned} == {4} and {c.verdict for c in found.planned} == {"undecided"}
 
 
 def test_contrasts_stand_in_one_family_with_planned_rows(study):
     cells = SPEC["cells"] | {"LoRA": ["method=lora"]}
     experiment, outcomes = study(SPEC | {"cells": cells, "baselines": ["LoRA"], "planned": ["held"]}, right)
-    found = compare_outcomes(experiment, outcomes, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions())
     # two ratios on two tasks and in the mean, and the contrast's three
     assert len(found.planned) == 9 and sum(c.contrast for c in found.planned) == 3
     assert {c.label for c in found.exploratory} == {"Dual LoRA"}

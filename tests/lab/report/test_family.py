@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 
 import tasks
+from dual_lora.lab.present.document import MISSING
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report.comparison.comparisons import compare_outcomes
-from dual_lora.lab.report.comparison.floors import find_floors, find_unlearned, find_unsettled
+from dual_lora.lab.report.comparison.floors import find_floors, find_unranked
 from dual_lora.lab.report.comparison.matches import Predictions
+from dual_lora.lab.report.values import UNLEARNED, UNSETTLED
 from dual_lora.lab.report.write import DIFFERENCES_FILE, Findings, write_report
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
@@ -45,9 +47,10 @@ def test_one_failed_run_does_not_make_a_half_done_study_a_smaller_one(study, tmp
     text = write_report(experiment, outcomes, tmp_path)
     assert [line[-2] for line in rows_of(text)[1:4]] == ["better", "better", "undecided: 2 of 3 tasks"]
     assert "corrected for all 4 by Holm's method; 2 of them are not tested" in text
-    assert "not learned so far, and missing in means: glue/cola (roberta-base)" in text
-    assert {line[-1] for line in rows_of(text) if line[:2] == ["glue/cola", "majority class"]} == {"not so far"}
-    assert "till then means lack the task" in text
+    assert "not known to be learned, and missing in means: glue/cola (roberta-base)" in text
+    (floor,) = (line for line in rows_of(text) if line[:2] == ["glue/cola", "majority class"])
+    assert floor[-1] == "not known to be learned"
+    assert "or cannot be compared; means lack it." in text
     values = pd.read_csv(tmp_path / "table.csv")
     assert values.loc[values["column"] == "mean", "value"].isna().all()
 
@@ -63,18 +66,41 @@ def test_a_row_is_not_tested_on_a_task_that_another_may_still_learn(study, tmp_p
     experiment, outcomes = study(THREE_TASKS | {"cells": cells}, right)
     findings = Findings.compute(experiment, outcomes)
     verdicts = {c.task: (c.verdict, c.untested) for c in findings.comparisons.planned}
-    assert verdicts["glue/cola"] == ("undecided", "task not learned so far")
+    assert verdicts["glue/cola"] == ("undecided", "task not known to be learned")
     assert verdicts["mean of 2 tasks"] == ("undecided", "2 of 3 tasks") and findings.comparisons.family == 4
     means = findings.values[findings.values["column"] == "mean"]
     assert len(means) and means["value"].isna().all()
 
 
+@pytest.mark.parametrize("missing", [{1}, {0, 1, 2, 3, 4}])
+def test_no_task_is_known_to_be_learned_before_every_run_of_its_floors_is_there(study, tmp_path, missing):
+    cells = PLANNED["cells"] | {"Head only": ["method=lora", "method.rank=1"]}
+
+    def right(label, settings):
+        if label == "Head only":
+            return None if settings.task.name == "glue/rte" and settings.seed in missing else FLOOR
+        return 60 + settings.seed + (20 + settings.seed % 2) * (label == "Dual LoRA")
+
+    experiment, outcomes = study(PLANNED | {"cells": cells, "floors": ["Head only"]}, right)
+    text = write_report(experiment, outcomes, tmp_path)
+    found = {line[0]: line[-2] for line in rows_of(text.partition("## Runs")[0])[1:]}
+    assert found["glue/sst2"] == "better" and found["glue/rte"] == "undecided: task not known to be learned"
+    assert "corrected for all 3 by Holm's method; 2 of them are not tested" in text
+    floors = rows_of(text.partition("Floors.")[2].partition("\n## ")[0])
+    score = next(line[2] for line in floors if line[:2] == ["glue/rte", "Head only"])
+    assert score == (MISSING if len(missing) == 5 else "50.0")
+    assert {(line[0], line[-1]) for line in floors[1:]} == {
+        ("glue/sst2", "learned"),
+        ("glue/rte", "not known to be learned"),
+    }
+
+
 @pytest.mark.parametrize("loss", ["record", "file", "column"])
 def test_a_task_counts_as_not_learned_once_every_run_of_it_was_compared(study, monkeypatch, loss):
     experiment, outcomes = study(PLANNED, lambda label, s: FLOOR)
-    everything = {("roberta-base", "glue/sst2"), ("roberta-base", "glue/rte")}
+    everything = [("roberta-base", "glue/sst2"), ("roberta-base", "glue/rte")]
     floors = find_floors(experiment, outcomes, Predictions())
-    assert (find_unlearned(floors), find_unsettled(floors)) == (everything, set())
+    assert find_unranked(floors) == dict.fromkeys(everything, UNLEARNED)
     lost = next(o for o in outcomes if (o.label, o.settings.task.name) == ("Dual LoRA", "glue/rte"))
     if loss == "record":
         outcomes = [replace(o, result=None) if o is lost else o for o in outcomes]
@@ -91,10 +117,7 @@ def test_a_task_counts_as_not_learned_once_every_run_of_it_was_compared(study, m
             },
         )
     floors = find_floors(experiment, outcomes, Predictions())
-    assert (find_unlearned(floors), find_unsettled(floors)) == (
-        {("roberta-base", "glue/sst2")},
-        {("roberta-base", "glue/rte")},
-    )
+    assert find_unranked(floors) == dict(zip(everything, (UNLEARNED, UNSETTLED), strict=True))
 
 
 def test_tasks_of_which_lower_is_better_on_some_never_get_a_planned_mean(study, monkeypatch):
@@ -103,9 +126,9 @@ def test_tasks_of_which_lower_is_better_on_some_never_get_a_planned_mean(study, 
     blocks = [["task=glue/sst2"], ["task=glue/rte"], ["task=demo/sentiment"]]
     spec = PLANNED | {"columns": "task.name", "published": [], "full": PLANNED["full"] | {"blocks": blocks}}
     experiment, outcomes = study(spec, lambda label, s: None if s.task.name == "demo/sentiment" else 80)
-    lost = {("roberta-base", "demo/sentiment")}
-    for unlearned in (set(), lost):
-        found = compare_outcomes(experiment, outcomes, Predictions(), unlearned)
+    lost = {("roberta-base", "demo/sentiment"): UNLEARNED}
+    for unranked in ({}, lost):
+        found = compare_outcomes(experiment, outcomes, Predictions(), unranked)
         assert found.family == 3 and [c.task for c in found.planned] == ["glue/sst2", "glue/rte"]
 
 

@@ -24,7 +24,7 @@ from dual_lora.lab.record.run import Run
 from dual_lora.lab.report import write as report_write
 from dual_lora.lab.report.comparison.blocks import format_verdict, iterate_floor_blocks
 from dual_lora.lab.report.comparison.comparisons import compare_outcomes, list_planned
-from dual_lora.lab.report.comparison.floors import Floor, describe_failed_runs, find_floors, find_unlearned
+from dual_lora.lab.report.comparison.floors import Floor, describe_failed_runs, find_floors, find_unranked
 from dual_lora.lab.report.comparison.matches import Predictions, iterate_matches
 from dual_lora.lab.report.figures.layout import compute_half_interval
 from dual_lora.lab.report.figures.results import (
@@ -35,7 +35,7 @@ from dual_lora.lab.report.figures.results import (
 )
 from dual_lora.lab.report.protocol import summarize_values
 from dual_lora.lab.report.table import build_main_table, letter_reasons
-from dual_lora.lab.report.values import MARKS, build_frame, format_value, list_columns
+from dual_lora.lab.report.values import MARKS, UNLEARNED, UNSETTLED, build_frame, format_value, list_columns
 from dual_lora.lab.report.write import DIFFERENCES_FILE, mirror_report, write_report
 from dual_lora.lab.statistics.seeds import compute_equivalence_p
 from dual_lora.lab.study.experiment import Cell, Experiment
@@ -208,8 +208,9 @@ def test_a_published_average_needs_all_of_its_tasks(study, tmp_path):
     whole = GLUE | {"full": GLUE["full"] | {"blocks": [[f"task=glue/{name}"] for name in names], "seeds": [0]}}
     metrics = {"accuracy": 0.8, "matthews": 0.8, "pearson": 0.8}
     experiment, outcomes = study(whole, lambda label, s: 80, metrics=metrics)
-    for unlearned, found in ([], {80.0}), ([("roberta-base", "glue/cola")], {"a part is missing or not learned"}):
-        values = build_frame(experiment, outcomes, unlearned)
+    cola, lost = ("roberta-base", "glue/cola"), {"a part is missing or not learned"}
+    for unranked, found in ({}, {80.0}), ({cola: UNLEARNED}, lost), ({cola: UNSETTLED}, lost):
+        values = build_frame(experiment, outcomes, unranked)
         average = values[values["column"] == "avg"]
         assert len(average) and set(average["value"].round(9).dropna()) | set(average["reason"].dropna()) == found
 
@@ -247,14 +248,14 @@ def test_floors_stand_for_the_rows_of_their_column_and_the_clearest_row_is_named
         "majority class": (50, "Dual LoRA, magnitude ratio 0.25"),
     }
     assert floors["Frozen, magnitude ratio 0.5"].above == pytest.approx(5)
-    assert not find_unlearned(list(floors.values()))  # the row at 0.25 beats the floors that stand for it
+    assert not find_unranked(list(floors.values()))  # the row at 0.25 beats the floors that stand for it
     high, low = floors["Frozen, magnitude ratio 0.5"], floors["Head only"]
-    assert find_unlearned([high, replace(low, beaten_by=high.beaten_by)]) == {("roberta-base", "glue/rte")}
+    assert find_unranked([high, replace(low, beaten_by=high.beaten_by)]) == {("roberta-base", "glue/rte"): UNLEARNED}
     (note,) = [
         n for n in describe_failed_runs(experiment, outcomes, [replace(high, score=85), low]) if "Dual LoRA" in n
     ]
     assert note == "Dual LoRA on glue/rte: 2 of 2 runs score no better than Frozen, magnitude ratio 0.5 (seeds 0, 1)"
-    table, *_ = iterate_floor_blocks(list(floors.values()), set())
+    table, *_ = iterate_floor_blocks(list(floors.values()))
     assert "clearest above" in table.cells and "by most standard errors" in table.caption
 
 
@@ -290,7 +291,7 @@ def test_runs_that_rows_share_are_counted_once(study, tmp_path):
 def test_a_planned_row_keeps_its_place_in_the_family_beside_an_equal_one(study, tmp_path):
     cells = {"LoRA": ["method=lora"], "the same": ["method=dual_lora"], "Dual LoRA": ["method=dual_lora"]}
     experiment, outcomes = study(PLANNED | {"cells": cells}, lambda label, s: 80 + s.seed % 2 * (label != "LoRA"))
-    found = compare_outcomes(experiment, outcomes, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions())
     assert found.family == 3 and {one.label for one in found.all} == {"Dual LoRA"}
 
 
@@ -866,7 +867,7 @@ def test_the_sets_of_commonsense_are_compared_alone_and_count_as_tasks(runs_fold
 
 
 def list_further(experiment, outcomes):
-    return compare_outcomes(experiment, outcomes, Predictions(), set()).further
+    return compare_outcomes(experiment, outcomes, Predictions()).further
 
 
 def test_a_score_that_is_not_resampled_has_no_verdict_and_one_not_measured_is_said_so(study, tmp_path):

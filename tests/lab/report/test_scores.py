@@ -11,7 +11,7 @@ from dual_lora.lab.evaluate.model_card import format_scores
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.record.summary import format_summary
 from dual_lora.lab.report.comparison.comparisons import compare_outcomes
-from dual_lora.lab.report.comparison.floors import Floor, find_floors, find_unlearned, predict_majority
+from dual_lora.lab.report.comparison.floors import Floor, find_floors, find_unranked, predict_majority
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.figures.forest import describe_difference_axis
 from dual_lora.lab.report.figures.layout import find_floor
@@ -19,7 +19,7 @@ from dual_lora.lab.report.figures.rates import collect_rates
 from dual_lora.lab.report.figures.results import draw_results
 from dual_lora.lab.report.figures.training import collect_costs
 from dual_lora.lab.report.published import get_published_name
-from dual_lora.lab.report.values import Column, build_frame
+from dual_lora.lab.report.values import UNLEARNED, Column, build_frame
 from dual_lora.lab.report.write import Findings, write_report
 from dual_lora.lab.statistics.compare import compute_score
 from dual_lora.lab.study.experiment import Experiment
@@ -56,14 +56,14 @@ def test_where_lower_is_better_the_lowest_row_wins(study, low_glue, tmp_path):
     floors = [line for line in rows_of(text) if line[1] == "majority class"]
     assert [line[2:5] + line[-1:] for line in floors] == [["50.0", "Dual LoRA", "+43.4", "learned"]] * 2
     assert "Of glue/rte, glue/sst2 lower is better: above means below." in text
-    found = compare_outcomes(experiment, outcomes, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions())
     assert describe_difference_axis(found.planned) == "difference in points; left: better"
 
 
 def test_where_lower_is_better_a_high_row_has_learned_nothing(study, low_glue):
     experiment, outcomes = study(PLANNED, lambda label, s: 95)
     floors = find_floors(experiment, outcomes, Predictions())
-    assert find_unlearned(floors) == {("roberta-base", "glue/sst2"), ("roberta-base", "glue/rte")}
+    assert find_unranked(floors) == {("roberta-base", f"glue/{task}"): UNLEARNED for task in ("sst2", "rte")}
     assert [floor.above for floor in floors] == pytest.approx([-45, -45])
 
 
@@ -96,7 +96,7 @@ def test_a_mean_over_tasks_that_disagree_has_no_best_row_and_no_verdict(study, m
     assert "no best row and no verdict: lower is better on demo/sentiment, higher on the others" in text
     assert "mean of 2 tasks" not in text
     planned = Experiment.from_content("made", spec | {"planned": ["Dual LoRA"]})
-    assert compare_outcomes(planned, outcomes, Predictions(), set()).family == 4  # two ratios on two tasks
+    assert compare_outcomes(planned, outcomes, Predictions()).family == 4  # two ratios on two tasks
 
 
 def test_a_main_score_that_is_no_fraction_is_called_and_printed_so(study, monkeypatch, tmp_path):
@@ -105,7 +105,7 @@ def test_a_main_score_that_is_no_fraction_is_called_and_printed_so(study, monkey
     experiment, outcomes = study(spec, lambda label, s: 60 + s.seed + 20 * (label == "Dual LoRA"))
     text = write_report(experiment, outcomes, tmp_path)
     assert "Main score (accuracy), by task.name:" in text and "0.62 ± 0.02 (5)" in text
-    found = compare_outcomes(experiment, outcomes, Predictions(), set())
+    found = compare_outcomes(experiment, outcomes, Predictions())
     assert [c.margin for c in found.planned] == [None] * 3
     mixed = BY_TASK | {"full": PLANNED["full"] | {"blocks": [["task=glue/rte"], ["task=demo/sentiment"]]}}
     text = write_report(*study(mixed, lambda label, s: 60 + s.seed), tmp_path)

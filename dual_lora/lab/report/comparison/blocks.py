@@ -1,15 +1,15 @@
 """The comparisons of a report as tables: verdicts first, then what is exploratory, then what the design could find."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
 from dual_lora.lab.present.document import MISSING, Block, Table, Text
 from dual_lora.lab.report.comparison.comparisons import OVER_SEEDS, Comparison, Comparisons
-from dual_lora.lab.report.comparison.floors import STANDARD_ERRORS, Floor, ModelTask
+from dual_lora.lab.report.comparison.floors import STANDARD_ERRORS, Floor, find_unranked
 from dual_lora.lab.report.comparison.matches import Key
-from dual_lora.lab.report.values import format_value, get_heading
+from dual_lora.lab.report.values import UNSETTLED, format_value, get_heading
 from dual_lora.lab.statistics.seeds import MIN_SEEDS, compute_detectable_difference
 from dual_lora.lab.statistics.verdict import EQUIVALENT, UNDECIDED
 
@@ -180,29 +180,28 @@ def format_p(p: float | None) -> str:
     return MISSING if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def iterate_floor_blocks(
-    floors: list[Floor], unlearned: Collection[ModelTask] = (), unsettled: Collection[ModelTask] = ()
-) -> Iterator[Block]:
-    """Yield the floors and which tasks were not learned, or not so far."""
-    known = [floor for floor in floors if floor.best is not None]
-    if not known:
+def iterate_floor_blocks(floors: list[Floor]) -> Iterator[Block]:
+    """Yield the floors and which tasks were learned."""
+    shown = [floor for floor in floors if floor.best is not None or not floor.measured]
+    if not shown:
         return
-    several = len({floor.model_task[0] for floor in known}) > 1
-    said = {**dict.fromkeys(unlearned, "not learned"), **dict.fromkeys(unsettled, "not so far")}
+    several, unranked = len({floor.model_task[0] for floor in shown}) > 1, find_unranked(floors)
     lines = [
         ({"model": f.model_task[0]} if several else {})
-        | {"task": f.model_task[1], "floor": f.name, "score": f"{f.score:.{f.decimals}f}", "clearest above": f.best}
-        | {"by": f"{f.above:+.{f.decimals}f}", "standard error": f"{f.error:.{f.decimals}f}"}
-        | {"task learned": said.get(f.model_task, "learned")}
-        for f in known
+        | {"task": f.model_task[1], "floor": f.name, "score": format_number(f.score, f".{f.decimals}f")}
+        | {"clearest above": f.best or MISSING, "by": format_number(f.above, f"+.{f.decimals}f")}
+        | {"standard error": format_number(f.error, f".{f.decimals}f")}
+        | {"task learned": unranked.get(f.model_task, "learned")}
+        for f in shown
     ]
-    turned = sorted({floor.model_task[1] for floor in known if floor.lower_is_better})
+    lacking = any(line["task learned"] == UNSETTLED for line in lines)
+    turned = sorted({floor.model_task[1] for floor in shown if floor.lower_is_better})
     yield Table(
         pd.DataFrame(lines),
         f"Floors. A task is learned where one row beats every floor by {STANDARD_ERRORS} standard errors (over "
         "examples and the seeds of both). Clearest above is the row that lies above by most standard errors. A task "
         "that is not learned ranks no methods and is left out of means over tasks."
-        + (" Not so far: runs are missing, or cannot be compared; till then means lack the task." if unsettled else "")
+        + (f" {UNSETTLED.capitalize()}: runs are missing, or cannot be compared; means lack it." if lacking else "")
         + (f" Of {', '.join(turned)} lower is better: above means below." if turned else ""),
     )
 

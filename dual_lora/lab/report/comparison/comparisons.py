@@ -7,14 +7,14 @@ sets and other metrics are exploratory.
 """
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.contrasts import iterate_contrasts
-from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
+from dual_lora.lab.report.comparison.floors import get_model_task
 from dual_lora.lab.report.comparison.matches import (
     Key,
     Match,
@@ -23,7 +23,7 @@ from dual_lora.lab.report.comparison.matches import (
     compute_mean,
     iterate_matches,
 )
-from dual_lora.lab.report.values import FIELDS, get_unit, list_columns
+from dual_lora.lab.report.values import FIELDS, UNLEARNED, ModelTask, get_unit, list_columns
 from dual_lora.lab.statistics.compare import Difference, compare_means, is_resampled
 from dual_lora.lab.statistics.multiple import adjust_holm
 from dual_lora.lab.statistics.pairing import RowsBySeed
@@ -33,7 +33,6 @@ from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
 OVER_SEEDS = "t-test over seeds"
-UNLEARNED, UNSETTLED = "task not learned", "task not learned so far"  # why a comparison is not tested
 MODEL_SETTING = "model.name"
 DIFFERENCE_DECIMALS = {100: 1, 1: 3}  # of a printed difference, by `get_unit`
 
@@ -136,25 +135,24 @@ def compare_outcomes(
     experiment: Experiment,
     outcomes: list[Outcome],
     predictions: Predictions,
-    unlearned: Collection[ModelTask] = (),
-    unsettled: Collection[ModelTask] = (),
+    unranked: Mapping[ModelTask, str] | None = None,
 ) -> Comparisons:
     """Return every comparison.
 
-    unlearned, unsettled: of `find_unlearned` and `find_unsettled`: models and tasks that rank no methods, and are not
-        tested. Means leave out the former and lack the latter.
+    unranked: of `find_unranked`: models and tasks that are not tested. Means leave out those that were not learned, and
+        lack those of which that is not known.
     """
     matches, plan = list_matches(experiment, outcomes), list_planned(experiment, outcomes)
-    family, why = len(plan), {**dict.fromkeys(unlearned, UNLEARNED), **dict.fromkeys(unsettled, UNSETTLED)}
+    family, unranked = len(plan), unranked or {}
     tested = {match: list(compare_match(experiment, outcomes, match, predictions, family)) for match in matches}
     for match, some in tested.items():
-        if reason := why.get(get_model_task(match.first)):
-            tested[match] = [leave_untested(comparison, reason) for comparison in some]
+        if reason := unranked.get(get_model_task(match.first)):
+            tested[match] = [leave_untested(comparison, f"task {reason}") for comparison in some]
     found = [mark_unfinished(some[0], plan.get(get_key(match), []), 1) for match, some in tested.items()]
-    ranked = [match for match in matches if get_model_task(match.first) not in why]
+    ranked = [match for match in matches if get_model_task(match.first) not in unranked]
     for key, group in list_mean_groups(ranked).items():
         if key in plan or not is_planned(experiment, group[0]):
-            wanted = [match for match in plan.get(key, []) if get_model_task(match.first) not in unlearned]
+            wanted = [m for m in plan.get(key, []) if unranked.get(get_model_task(m.first)) != UNLEARNED]
             mean = average_over_tasks(experiment, {match: tested[match][0] for match in group})
             found.append(mark_unfinished(mean, wanted, len(group)))
     further = [comparison for some in tested.values() for comparison in some[1:]]

@@ -12,7 +12,7 @@ def iterate_contrasts(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
     """Yield the experiment's contrasts for every row and task that has a finished run in each of their columns. Floors
     rank nothing, and have none."""
     heading = get_heading(str(experiment.columns)).replace("_", " ")
-    tested = [outcome for outcome in outcomes if outcome.label not in experiment.floors]
+    tested = [outcome for outcome in outcomes if outcome.result and outcome.label not in experiment.floors]
     for label, places in (group_by_place(experiment, tested) if experiment.contrasts else {}).items():
         groups: dict[Key, dict[object, list[Outcome]]] = {}
         for (*where, column), finished in places.items():

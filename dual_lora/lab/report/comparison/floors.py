@@ -2,20 +2,30 @@
 
 On a task where no row beats every floor by three standard errors, differences between methods say nothing. Such a task
 is marked "not learned" and is left out of means over tasks, once all of its runs are there: until then some row may
-still learn it. A floor with a value of the columns' setting applies to rows with that value; a floor without one
-applies to all rows.
+still learn it. Nor is a task known to be learned before every run of its floors is there. A floor with a value of the
+columns' setting applies to rows with that value; a floor without one applies to all rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import nan
+from math import isnan, nan
 
 import numpy as np
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.comparison.matches import Key, Predictions, group_by_place
-from dual_lora.lab.report.values import DECIMALS, format_value, get_heading, get_place, get_score, get_unit
+from dual_lora.lab.report.values import (
+    DECIMALS,
+    UNLEARNED,
+    UNSETTLED,
+    ModelTask,
+    format_value,
+    get_heading,
+    get_place,
+    get_score,
+    get_unit,
+)
 from dual_lora.lab.statistics.compare import compute_score, estimate_difference
 from dual_lora.lab.statistics.pairing import UnscorableRows, translate_score_errors
 from dual_lora.lab.study.experiment import Experiment
@@ -26,7 +36,6 @@ from tasks.base import Row
 MAJORITY = "majority class"
 STANDARD_ERRORS = 3
 SCORE_TOLERANCE = 1e-9  # points: means of the same scores differ by the rounding of their sums
-ModelTask = tuple[str, str]  # names of a model and a task
 RowKey = tuple[str, Key]  # a row's label, and its task and place as in `group_by_place`
 
 
@@ -35,7 +44,7 @@ class Floor:
     """One floor of one task, in points, and the row that beats it most, in standard errors.
 
     Attributes:
-        best: the name of that row; None where none can be compared.
+        best: the name of that row; None where none can be compared, as where the floor's own runs are missing.
         above, error: by how much it is better than the floor, and the standard error of that over examples and seeds.
         beaten_by: the rows that beat it by three standard errors.
         lower_is_better: of the task's main score; `above` then is how far the row lies below.
@@ -43,6 +52,7 @@ class Floor:
         where: its task and place as in `group_by_place`; None: it applies to all rows.
         trouble: why its score, or some row's difference to it, cannot be computed; then the score may be NaN.
         complete: whether every run of its task that the table asks for is finished and can be read.
+        measured: the same of the floor's own runs.
     """
 
     model_task: ModelTask
@@ -57,6 +67,7 @@ class Floor:
     where: Key | None = None
     trouble: str = ""
     complete: bool = True
+    measured: bool = True
 
     @property
     def decimals(self) -> int:
@@ -90,26 +101,20 @@ def iterate_floors(
 ) -> Iterator[Floor]:
     """Yield the floors of one model and task. outcomes: its runs, finished or not."""
     task, groups = load_task_of(outcomes[0]), group_by_place(experiment, outcomes)
-    known = {
-        (label, where): runs
-        for label, some in groups.items()
-        for where, same_place in some.items()
-        if (runs := read_or_skip(predictions, same_place))
-    }
-    complete = all(outcome.result for outcome in outcomes) and len(known) == sum(map(len, groups.values()))
-    names = name_rows(known, list(get_place(experiment, outcomes[0])))
+    asked = {(label, where): runs for label, some in groups.items() for where, runs in some.items()}
+    known = {row: runs for row, some in asked.items() if (runs := read_or_skip(predictions, some))}
+    measured = {row for row in known if all(outcome.result for outcome in asked[row])}
+    names = name_rows(asked, list(get_place(experiment, outcomes[0])))
     rows = {row: runs for row, runs in known.items() if row[0] not in experiment.floors}
-    own = [row for label in experiment.floors for row in known if row[0] == label]
-    floors = [(names[row], row[1], partial(known.get, row)) for row in own]
-    if task.form == "classification" and rows:
+    if not rows:
+        return
+    empty = Floor(model_task, "", nan, None, nan, nan, frozenset(), complete=measured == asked.keys())
+    for row in (row for label in experiment.floors for row in asked if row[0] == label):
+        floor = replace(empty, name=names[row], where=row[1], measured=row in measured)
+        yield measure_floor(floor, partial(known.get, row, {}), rows, names, task)
+    if task.form == "classification":
         every = {seed: run for runs in rows.values() for seed, run in runs.items()}
-        floors.append((MAJORITY, None, partial(predict_majority, task, every)))
-    for name, where, predict in floors:
-        empty = Floor(model_task, name, nan, None, nan, nan, frozenset(), where=where, complete=complete)
-        try:
-            yield measure_floor(empty, predict(), rows, names, task)
-        except ValueError as error:
-            yield replace(empty, trouble=str(error))
+        yield measure_floor(replace(empty, name=MAJORITY), partial(predict_majority, task, every), rows, names, task)
 
 
 def name_rows(rows: Iterable[RowKey], heads: list[str]) -> dict[RowKey, str]:
@@ -131,9 +136,9 @@ def name_rows(rows: Iterable[RowKey], heads: list[str]) -> dict[RowKey, str]:
 
 
 def read_or_skip(predictions: Predictions, outcomes: list[Outcome]) -> dict[int, list[Row]]:
-    """Return the rows of runs by seed; none where a file is damaged, which the report says elsewhere."""
+    """Return the rows of finished runs by seed; none where a file is damaged, which the report says elsewhere."""
     try:
-        return predictions.read_runs(outcomes)
+        return predictions.read_runs([outcome for outcome in outcomes if outcome.result])
     except UserError:
         return {}
 
@@ -156,19 +161,22 @@ def predict_majority(task: Task, runs: dict[int, list[Row]]) -> dict[int, list[R
 
 def measure_floor(
     empty: Floor,
-    floor: dict[int, list[Row]],
+    predict: Callable[[], dict[int, list[Row]]],
     rows: dict[RowKey, dict[int, list[Row]]],
     names: dict[RowKey, str],
     task: Task,
 ) -> Floor:
-    """Return by how much rows beat a floor. empty: which floor it is. floor, rows: predictions by seed.
-
-    Raises:
-        ValueError: as `compute_score`, of the floor.
-    """
+    """Return by how much rows beat a floor. empty: which floor it is. predict: returns its predictions by seed, and
+    nothing where its runs are missing. rows: the same of the rows."""
     unit, lower = get_unit(task, task.metric), task.is_lower_better()
-    score = float(np.mean([compute_score(run, task, task.metric) * unit for run in floor.values()]))
-    known, found = replace(empty, score=score, lower_is_better=lower, unit=unit), []
+    try:
+        floor = predict()
+        scores = [compute_score(run, task, task.metric) * unit for run in floor.values()]
+    except ValueError as error:
+        return replace(empty, trouble=str(error))
+    if not scores:
+        return empty
+    known, found = replace(empty, score=float(np.mean(scores)), lower_is_better=lower, unit=unit), []
     for row, runs in rows.items():
         if not empty.applies_to(row[1]):
             continue
@@ -193,36 +201,33 @@ def describe_unscored_floors(floors: list[Floor]) -> list[str]:
     return [f"{f.name}, floor of {f.model_task[1]} ({f.model_task[0]}): {f.trouble}" for f in floors if f.trouble]
 
 
-def find_hardest(floors: list[Floor]) -> Floor:
-    """Return the floor of one task that is hardest to beat: the highest, or the lowest where lower is better."""
-    return max(floors, key=lambda floor: -floor.score if floor.lower_is_better else floor.score)
+def find_hardest(floors: list[Floor]) -> Floor | None:
+    """Return the floor of one task that is hardest to beat, the highest, or the lowest where lower is better; None if
+    no floor has a score."""
+    scored = [floor for floor in floors if not isnan(floor.score)]
+    return max(scored, key=lambda floor: -floor.score if floor.lower_is_better else floor.score, default=None)
 
 
-def find_unlearned(floors: list[Floor]) -> set[ModelTask]:
-    """Return the models and tasks of which no row beats every floor that applies to it, though every run is there and
-    could be compared."""
-    return {key for key, some in group_unbeaten_floors(floors).items() if is_settled(some)}
-
-
-def find_unsettled(floors: list[Floor]) -> set[ModelTask]:
-    """Return the models and tasks of which no row beats every floor that applies to it so far: some run is missing, or
-    could not be compared."""
-    return {key for key, some in group_unbeaten_floors(floors).items() if not is_settled(some)}
-
-
-def group_unbeaten_floors(floors: list[Floor]) -> dict[ModelTask, list[Floor]]:
-    """Return the floors of each model and task of which no row beats every floor that applies to it; a floor without a
-    comparison does not count."""
+def find_unranked(floors: list[Floor]) -> dict[ModelTask, str]:
+    """Return the models and tasks that rank no methods, and why: UNLEARNED or UNSETTLED."""
     groups: dict[ModelTask, list[Floor]] = {}
     for floor in floors:
-        if floor.best is not None:
-            groups.setdefault(floor.model_task, []).append(floor)
-    return {model_task: some for model_task, some in groups.items() if not find_best_rows(some)}
+        groups.setdefault(floor.model_task, []).append(floor)
+    found = {model_task: explain_unranked(some) for model_task, some in groups.items()}
+    return {model_task: why for model_task, why in found.items() if why}
 
 
-def is_settled(floors: list[Floor]) -> bool:
-    """Return whether no run is missing among those that some floors were compared with."""
-    return all(floor.complete and not floor.trouble for floor in floors)
+def explain_unranked(floors: list[Floor]) -> str:
+    """Return why a model and task rank no methods; nothing where they do. floors: all of theirs; one that no row was
+    compared with need not be beaten.
+
+    UNLEARNED: no row beats every floor that applies to it, though every run is there and could be compared. UNSETTLED:
+    none does so far, or some floor's own runs are missing.
+    """
+    compared = [floor for floor in floors if floor.best is not None]
+    if compared and not find_best_rows(compared):
+        return UNLEARNED if all(floor.complete and not floor.trouble for floor in compared) else UNSETTLED
+    return "" if all(floor.measured for floor in floors) else UNSETTLED
 
 
 def find_best_rows(floors: list[Floor]) -> set[RowKey]:
@@ -234,16 +239,17 @@ def find_best_rows(floors: list[Floor]) -> set[RowKey]:
 def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors: list[Floor]) -> Iterator[str]:
     """Yield the rows of which some runs learned nothing, on tasks that were learned: these runs score no better than
     the floor. A mean and its interval do not show that."""
-    unlearned, several = find_unlearned(floors), len({floor.model_task[0] for floor in floors}) > 1
+    unranked, several = find_unranked(floors), len({floor.model_task[0] for floor in floors}) > 1
     runs: dict[tuple[ModelTask, str, str], list[tuple[int, bool]]] = {}
     for outcome in outcomes:
         model_task, task = get_model_task(outcome), load_task_of(outcome)
         where = (task.name, *get_place(experiment, outcome).values())
-        faced = [floor for floor in floors if floor.model_task == model_task and floor.applies_to(where)]
+        hardest = find_hardest([f for f in floors if f.model_task == model_task and f.applies_to(where)])
         known = outcome.result and task.metric in outcome.result["metrics"]  # older versions had other scores
-        if not known or not faced or model_task in unlearned or outcome.label in experiment.floors:
+        unlearned = unranked.get(model_task) == UNLEARNED
+        if not known or hardest is None or unlearned or outcome.label in experiment.floors:
             continue
-        sign, hardest = -1 if task.is_lower_better() else 1, find_hardest(faced)
+        sign = -1 if task.is_lower_better() else 1
         above = sign * (get_score(task, outcome.result, task.metric) - hardest.score)
         failed = above <= SCORE_TOLERANCE
         runs.setdefault((model_task, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))

@@ -88,7 +88,7 @@ def iterate_matches(experiment: Experiment, outcomes: list[Outcome]) -> Iterator
     Rows that plan the same runs are compared once, under the planned label if one is. Rows that only happen to get the
     same rate stay two: what is compared does not depend on results.
     """
-    runs, seen = group_by_place(experiment, outcomes), set()
+    runs, seen = group_by_place(experiment, [outcome for outcome in outcomes if outcome.result]), set()
     without = [label for label in experiment.baselines if not has_column_values(experiment, outcomes, label)]
     for label, baseline in list_compared(experiment, runs):
         known = runs.get(baseline, {})
@@ -123,12 +123,11 @@ def has_column_values(experiment: Experiment, outcomes: list[Outcome], label: st
 
 
 def group_by_place(experiment: Experiment, outcomes: list[Outcome]) -> dict[str, dict[Key, list[Outcome]]]:
-    """Return the finished runs by label, and by task and place."""
+    """Return runs by label, and by task and place."""
     runs: dict[str, dict[Key, list[Outcome]]] = {}
     for outcome in outcomes:
-        if outcome.result:
-            where = (outcome.settings.task.name, *get_place(experiment, outcome).values())
-            runs.setdefault(outcome.label, {}).setdefault(where, []).append(outcome)
+        where = (outcome.settings.task.name, *get_place(experiment, outcome).values())
+        runs.setdefault(outcome.label, {}).setdefault(where, []).append(outcome)
     return runs
 
 

@@ -1,6 +1,6 @@
 """All figures of a report, drawn and written."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 from dual_lora.lab.present.document import Image
 from dual_lora.lab.present.drawing import save_figure, use_style
 from dual_lora.lab.report.comparison.comparisons import Comparison, Comparisons
-from dual_lora.lab.report.comparison.floors import Floor, ModelTask, find_unlearned, find_unsettled
+from dual_lora.lab.report.comparison.floors import Floor, find_unranked
 from dual_lora.lab.report.figures.forest import describe_forest, draw_forest
 from dual_lora.lab.report.figures.layout import STYLE
 from dual_lora.lab.report.figures.rates import collect_rates, draw_rates
 from dual_lora.lab.report.figures.results import describe_spread, draw_results
 from dual_lora.lab.report.figures.training import ZEROS, collect_costs, draw_costs, draw_curves
+from dual_lora.lab.report.values import ModelTask
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome
 
@@ -44,7 +45,7 @@ def iterate_figures(
     floors: list[Floor],
 ) -> Iterator[Drawn]:
     """Yield every figure with its caption."""
-    unranked = find_unlearned(floors) | find_unsettled(floors)
+    unranked = find_unranked(floors)
     found = select_learned(comparisons, unranked)
     yield "forest", draw_forest(found), describe_forest(found, bool(comparisons.planned))
     if not experiment.analyse:
@@ -69,8 +70,8 @@ def iterate_figures(
     )
 
 
-def select_learned(comparisons: Comparisons, unlearned: set[ModelTask]) -> list[Comparison]:
+def select_learned(comparisons: Comparisons, unranked: Collection[ModelTask]) -> list[Comparison]:
     """Return the planned comparisons on tasks that their model learned; where none are planned, the exploratory ones by
     main score."""
     found = comparisons.planned or comparisons.exploratory
-    return [comparison for comparison in found if (comparison.model, comparison.task) not in unlearned]
+    return [comparison for comparison in found if (comparison.model, comparison.task) not in unranked]

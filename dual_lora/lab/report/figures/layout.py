@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dual_lora.lab.report.comparison.floors import Floor, find_hardest, find_unlearned, get_model_task
+from dual_lora.lab.report.comparison.floors import Floor, find_hardest, find_unranked, get_model_task
+from dual_lora.lab.report.values import UNLEARNED
 from dual_lora.lab.statistics.seeds import compute_seed_test
 from dual_lora.lab.study.outcome import Outcome
 
@@ -74,9 +75,10 @@ def find_floor(outcomes: list[Outcome], floors: list[Floor]) -> Floor | None:
     """Return the hardest floor of the runs' one model and task; None where there are several or none."""
     model_tasks = {get_model_task(outcome) for outcome in outcomes}
     here = [floor for floor in floors if floor.model_task in model_tasks]
-    return find_hardest(here) if len(model_tasks) == 1 and here else None
+    return find_hardest(here) if len(model_tasks) == 1 else None
 
 
 def is_unlearned(outcomes: list[Outcome], floors: list[Floor]) -> bool:
     """Return whether all these runs are of tasks that were not learned."""
-    return bool(outcomes) and {get_model_task(outcome) for outcome in outcomes} <= find_unlearned(floors)
+    unranked = find_unranked(floors)
+    return bool(outcomes) and all(unranked.get(get_model_task(outcome)) == UNLEARNED for outcome in outcomes)

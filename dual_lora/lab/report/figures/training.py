@@ -1,7 +1,7 @@
 """How training went, and what it cost: learning curves, and scores against step time and memory."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pandas as pd
@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.report.comparison.floors import ModelTask, get_model_task
+from dual_lora.lab.report.comparison.floors import get_model_task
 from dual_lora.lab.report.comparison.matches import Key
 from dual_lora.lab.report.figures.layout import MAX_PANELS, add_legend, create_panels, equalize_spans, get_style
-from dual_lora.lab.report.values import FIELDS, get_place, get_score
+from dual_lora.lab.report.values import FIELDS, ModelTask, get_place, get_score
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import Outcome, load_task_of
 
@@ -69,11 +69,11 @@ def draw_curve_panel(axes: Axes, part: pd.DataFrame, labels: list[str]) -> None:
     axes.grid(alpha=0.3)
 
 
-def collect_costs(experiment: Experiment, outcomes: list[Outcome], unlearned: set[ModelTask]) -> pd.DataFrame:
+def collect_costs(experiment: Experiment, outcomes: list[Outcome], unranked: Collection[ModelTask]) -> pd.DataFrame:
     """Return a row for each label and place with runs on every task that its model learned: its mean score and its
     costs, each a mean over tasks of means over seeds. Where no task was learned, all count."""
     finished = [outcome for outcome in outcomes if outcome.result]
-    learned = [outcome for outcome in finished if get_model_task(outcome) not in unlearned] or finished
+    learned = [outcome for outcome in finished if get_model_task(outcome) not in unranked] or finished
     groups: dict[Key, list[dict[str, object]]] = {}
     for outcome in learned:
         place = (str(value) for value in get_place(experiment, outcome).values())
