@@ -151,7 +151,7 @@ def iterate_checklist(experiment: Experiment, outcomes: list[Outcome]) -> Iterat
     kinds = {get_machine(attempt) for environment in environments for attempt in list_attempts(environment)}
     said = [
         f"determinism: deterministic=true in {asked} of {len(finished)} runs",
-        "The seed sets data order, initial adapter and dropout",
+        "The seed sets data order, dropout and the weights that are drawn anew",
     ]
     if asked:
         said.append(
