@@ -163,6 +163,7 @@ def list_rows(text: str) -> list[list[str]]:
         ("results", "## Dual LoRA against full tuning, LoRA, LoRA+ and DoRA", "verdict", 26),
         ("results", "## The ratio of the two ranks", "ratio", 10),
         ("results", "## Do trained signs", "frozen_groups", 12),
+        ("results", "## Base size", "base_size", 6),
         ("results", "## Gradients in bfloat16", "gradient_dtype", 2),
         ("explorations", "## All methods at half their rates", "half_rates", 9),
         ("explorations", "## Dual LoRA's own settings", "own_knobs", 4),
