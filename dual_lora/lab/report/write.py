@@ -39,6 +39,7 @@ from dual_lora.lab.report.comparison.blocks import (
 from dual_lora.lab.report.comparison.comparisons import Comparisons, compare_outcomes
 from dual_lora.lab.report.comparison.floors import (
     Floor,
+    describe_constant_runs,
     describe_failed_runs,
     describe_unscored_floors,
     find_floors,
@@ -71,14 +72,15 @@ TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report is made of: every value, the floors, the tasks that rank no methods and why, the comparisons, and
-    what of the records cannot be read or scored."""
+    """What a report is made of: every value, the floors, the tasks that rank no methods and why, the comparisons,
+    what of the records cannot be read or scored, and which runs learned nothing."""
 
     values: pd.DataFrame
     floors: list[Floor]
     unranked: dict[ModelTask, str]
     comparisons: Comparisons
     unreadable: list[str]
+    failed: list[str]
 
     @classmethod
     def compute(cls, experiment: Experiment, outcomes: list[Outcome]) -> "Findings":
@@ -89,7 +91,8 @@ class Findings:
         unranked = find_unranked(floors)
         comparisons = compare_outcomes(experiment, outcomes, predictions, unranked)
         unreadable = [*find_unreadable(experiment, outcomes), *describe_unscored_floors(found)]
-        return cls(build_frame(experiment, outcomes, unranked), floors, unranked, comparisons, unreadable)
+        failed = [*describe_failed_runs(experiment, outcomes, floors), *describe_constant_runs(outcomes, predictions)]
+        return cls(build_frame(experiment, outcomes, unranked), floors, unranked, comparisons, unreadable, failed)
 
 
 def choose_folder(experiment: Experiment, cells: list[Cell], study: Path) -> Path:
@@ -208,8 +211,8 @@ def iterate_blocks_of_report(
     notes = iterate_notes(experiment, outcomes, values, reasons, findings.unranked, findings.unreadable)
     yield Text(items=tuple(notes))
     yield from iterate_floor_blocks(findings.floors)
-    if failed := tuple(describe_failed_runs(experiment, outcomes, findings.floors)):
-        yield Text(items=failed)
+    if findings.failed:
+        yield Text(items=tuple(findings.failed))
     yield from draw_figures(experiment, outcomes, values, comparisons, findings.floors, folder)
     yield from iterate_exploratory_blocks(comparisons)
     yield from iterate_power_blocks(comparisons)

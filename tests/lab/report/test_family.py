@@ -10,7 +10,7 @@ import tasks
 from dual_lora.lab.present.document import MISSING
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report.comparison.comparisons import compare_outcomes
-from dual_lora.lab.report.comparison.floors import find_floors, find_unranked
+from dual_lora.lab.report.comparison.floors import describe_constant_runs, find_floors, find_unranked
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.values import UNLEARNED, UNSETTLED
 from dual_lora.lab.report.write import DIFFERENCES_FILE, Findings, write_report
@@ -118,6 +118,24 @@ def test_a_task_counts_as_not_learned_once_every_run_of_it_was_compared(study, m
         )
     floors = find_floors(experiment, outcomes, Predictions())
     assert find_unranked(floors) == dict(zip(everything, (UNLEARNED, UNSETTLED), strict=True))
+
+
+def test_a_regression_that_predicts_one_value_is_told(study, tmp_path, monkeypatch):
+    spec = PLANNED | {"full": PLANNED["full"] | {"blocks": [["task=glue/stsb"]]}}
+    experiment, outcomes = study(spec, lambda label, s: 80)
+    read = Predictions.read
+
+    def squeeze(self, outcome):
+        spread = 1e-4 if (outcome.label, outcome.settings.seed) == ("Dual LoRA", 3) else 1e-2
+        return [row | {"answer": 2.5 + spread * row["answer"]} for row in read(self, outcome)]
+
+    monkeypatch.setattr(Predictions, "read", squeeze)
+    (line,) = describe_constant_runs(outcomes, Predictions())
+    assert line == (
+        "Dual LoRA on glue/stsb (roberta-base): 1 of 5 runs predict one value, within 0.1 % of the targets' standard "
+        "deviation (seeds 3); their scores are arbitrary"
+    )
+    assert line in write_report(experiment, outcomes, tmp_path)
 
 
 def test_tasks_of_which_lower_is_better_on_some_never_get_a_planned_mean(study, monkeypatch):

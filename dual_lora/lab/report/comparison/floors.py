@@ -35,6 +35,7 @@ from tasks.base import Row
 
 MAJORITY = "majority class"
 STANDARD_ERRORS = 3
+CONSTANT = 1e-3  # of the targets' standard deviation: predictions that vary less are one value, as far as they matter
 SCORE_TOLERANCE = 1e-9  # points: means of the same scores differ by the rounding of their sums
 RowKey = tuple[str, Key]  # a row's label, and its task and place as in `group_by_place`
 
@@ -261,3 +262,31 @@ def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors
                 f"{label} on {where}: {len(seeds)} of {len(found)} runs score no better than {floor} "
                 f"(seeds {', '.join(map(str, sorted(set(seeds))))})"
             )
+
+
+def describe_constant_runs(outcomes: list[Outcome], predictions: Predictions) -> Iterator[str]:
+    """Yield the rows of which some runs predict one value on a regression task. A correlation scores the order of these
+    predictions, however close they lie: that of their last digits, which is arbitrary."""
+    runs: dict[tuple[str, ModelTask], list[tuple[int, bool]]] = {}
+    for outcome in outcomes:
+        if load_task_of(outcome).form == "regression":
+            for seed, rows in read_or_skip(predictions, [outcome]).items():
+                found = runs.setdefault((outcome.label, get_model_task(outcome)), [])
+                found.append((seed, is_constant(rows)))
+    for (label, (model, task)), found in runs.items():
+        seeds = [seed for seed, constant in found if constant]
+        if seeds:
+            named = ", ".join(map(str, sorted(set(seeds))))
+            yield (
+                f"{label} on {task} ({model}): {len(seeds)} of {len(found)} runs predict one value, within "
+                f"{CONSTANT * 100:g} % of the targets' standard deviation (seeds {named}); their scores are arbitrary"
+            )
+
+
+def is_constant(rows: list[Row]) -> bool:
+    """Return whether predicted numbers are one value, as far as they matter; not where a row lacks one."""
+    try:
+        answers, targets = (np.array([float(row[key]) for row in rows]) for key in ("answer", "gold"))
+    except (KeyError, TypeError, ValueError):
+        return False
+    return bool(np.std(answers) < CONSTANT * np.std(targets))
