@@ -18,6 +18,7 @@ REPORTS = {
     "similarity": ["experiment=similarity", "scale=small"],
     "truncation": ["experiment=truncation", "scale=small", "task=glue/sst2"],
     "ratio": ["experiment=ratio", "scale=small"],
+    "base_size_half_rates": ["experiment=base_size_half_rates", "scale=small"],
     "base_size_same_machine": ["experiment=base_size", "scale=small", "task=glue/stsb", "study=base_size_same_machine"],
     "ratio_same_machine": ["experiment=ratio", "scale=small", "study=ratio_same_machine"],
     "curvature": ["experiment=curvature", "scale=small", "task=glue/sst2,glue/stsb"],
