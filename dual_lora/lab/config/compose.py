@@ -26,11 +26,12 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError, YAMLError
 
 from dual_lora.lab.config import paths
-from dual_lora.lab.config.compatibility import check_compatibility, check_unused
+from dual_lora.lab.config.compatibility import check_compatibility, check_mixed_rows, check_unused
 from dual_lora.lab.config.outside.models import describe_model, find_hub_id, is_model_place
 from dual_lora.lab.config.overrides import iterate_given_keys, iterate_keys, parse_override
 from dual_lora.lab.config.paths import find_choices, list_choices, load_yaml
 from dual_lora.lab.config.schema import GROUPS, Settings, find_type, get_setting
+from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError, get_first_line, require
 
 __all__ = ["GROUPS", "build_settings", "describe_config_error", "iterate_keys", "list_choices", "load_settings"]
@@ -232,6 +233,7 @@ def load_settings(words: list[str]) -> Settings:
         settings = build_settings(config, given)
     except OmegaConfBaseException as error:
         raise UserError(describe_config_error(error)) from error
+    check_mixed_rows(settings.eval, load_task(settings))
     check_unused(settings, given, composed)
     return settings
 

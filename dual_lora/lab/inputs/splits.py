@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+from dual_lora.lab.config.compatibility import check_mixed_rows
 from dual_lora.lab.config.outside.hub import use_cache_if_unreachable
 from dual_lora.lab.config.schema import Evaluate, Settings, is_hub_id
 from dual_lora.lab.config.tasks import translate_task_errors
@@ -65,12 +66,13 @@ def load_scored_splits(task: Task, settings: Settings) -> dict[str, Split]:
     """Return the rows a run is evaluated on, by split: the task's own, or training rows that are held out.
 
     Raises:
-        UserError: as `load_split`.
+        UserError: as `load_split`, or the training rows are of several sets.
     """
     if not settings.eval.holdout:
         with translate_task_errors():
             names = task.eval_splits  # with the user's own files, the folder decides
         return {name: load_split(task, name, settings) for name in names}
+    check_mixed_rows(settings.eval, task)
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, train, split_training_rows(train, settings.eval)[1], settings)
 
@@ -84,6 +86,7 @@ def load_development_split(task: Task, settings: Settings) -> dict[str, Split] |
     """
     if not settings.eval.development_rows:
         return None
+    check_mixed_rows(settings.eval, task)
     train = read_training_split(task, settings)[0]
     return label_as_first_split(task, train, split_training_rows(train, settings.eval)[2], settings)
 

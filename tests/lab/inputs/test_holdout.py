@@ -1,9 +1,13 @@
 """Rows set apart: rates are chosen on some, scores are reported on others, and neither are trained on."""
 
+from pathlib import Path
+
 import pytest
 
 import tasks
+from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
+from dual_lora.lab.config.recorded import format_settings, parse_recorded_settings, replace_settings
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
@@ -112,6 +116,17 @@ def test_rows_that_are_all_different_give_no_warning(capfd):
 def test_rows_of_several_sets_are_not_scored_as_one(words, said):
     with pytest.raises(UserError, match=said):
         load_settings(["model=tiny-llama", "task=commonsense", *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "load"), [("holdout", load_scored_splits), ("development_rows", load_development_split)]
+)
+def test_a_run_whose_rows_of_several_sets_were_scored_as_one_can_be_read_and_not_be_done_again(name, load):
+    settings = load_settings(["model=tiny-llama", "task=commonsense"])
+    older = replace_settings(settings, {f"eval.{name}": 60, "task.checkpoint": "best"})
+    assert parse_recorded_settings(Path("config.yaml"), format_settings(older), paths.CONF) == older
+    with pytest.raises(UserError, match=f"^eval.{name}=60: the training rows of commonsense are of several sets"):
+        load(load_task(older), older)
 
 
 def test_what_is_to_be_taken_instead_composes():

@@ -255,13 +255,9 @@ def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors
         failed = above <= SCORE_TOLERANCE
         runs.setdefault((model_task, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))
     for ((model, task), label, floor), found in runs.items():
-        seeds = [seed for seed, failed in found if failed]
-        if seeds:
+        if any(failed for _, failed in found):
             where = f"{task} ({model})" if several else task
-            yield (
-                f"{label} on {where}: {len(seeds)} of {len(found)} runs score no better than {floor} "
-                f"(seeds {', '.join(map(str, sorted(set(seeds))))})"
-            )
+            yield f"{label} on {where}: {count_runs(found, f'score no better than {floor}')}"
 
 
 def describe_constant_runs(outcomes: list[Outcome], predictions: Predictions) -> Iterator[str]:
@@ -274,13 +270,15 @@ def describe_constant_runs(outcomes: list[Outcome], predictions: Predictions) ->
                 found = runs.setdefault((outcome.label, get_model_task(outcome)), [])
                 found.append((seed, is_constant(rows)))
     for (label, (model, task)), found in runs.items():
-        seeds = [seed for seed, constant in found if constant]
-        if seeds:
-            named = ", ".join(map(str, sorted(set(seeds))))
-            yield (
-                f"{label} on {task} ({model}): {len(seeds)} of {len(found)} runs predict one value, within "
-                f"{CONSTANT * 100:g} % of the targets' standard deviation (seeds {named}); their scores are arbitrary"
-            )
+        if any(constant for _, constant in found):
+            what = f"predict one value, within {CONSTANT * 100:g} % of the targets' standard deviation"
+            yield f"{label} on {task} ({model}): {count_runs(found, what)}; their scores are arbitrary"
+
+
+def count_runs(found: list[tuple[int, bool]], what: str) -> str:
+    """Return how many of some runs do `what`, and with which seeds. found: each run's seed and whether it does."""
+    seeds = [seed for seed, does in found if does]
+    return f"{len(seeds)} of {len(found)} runs {what} (seeds {', '.join(map(str, sorted(set(seeds))))})"
 
 
 def is_constant(rows: list[Row]) -> bool:
