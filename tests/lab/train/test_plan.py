@@ -267,7 +267,7 @@ def test_what_cannot_be_planned_is_one_line(overrides, message, runs_folder):
         (["task=demo/sentiment", "task.head_dropout=0.3"], "task.head_dropout=0.3: a llama has no dropout before its"),
         (["method=lora", "+method.peft.bias=all"], "method.peft.bias=all: tiny-llama has no such bias; drop it"),
         (["method=lora", "+method.peft.target_parameters=[nothing.weight]"], "method.peft.target_parameters: 'nothing"),
-        (["task=commonsense", "eval.holdout=170420"], "plan: 170,420 rows are to be set apart, commonsense has 170,42"),
+        (["task=glue/rte", "eval.holdout=2490"], "plan: 2,490 rows are to be set apart, glue/rte has 2,490; set fewer"),
     ],
 )
 def test_a_plan_refuses_what_the_run_would(overrides, message):
