@@ -133,7 +133,7 @@ def test_a_regression_that_predicts_one_value_is_told(study, tmp_path, monkeypat
     (line,) = describe_constant_runs(outcomes, Predictions())
     assert line == (
         "Dual LoRA on glue/stsb (roberta-base): 1 of 5 runs predict one value, within 0.1 % of the targets' standard "
-        "deviation (seeds 3); their scores are arbitrary"
+        "deviation (seeds 3); a correlation scores their order alone"
     )
     assert line in write_report(experiment, outcomes, tmp_path)
 

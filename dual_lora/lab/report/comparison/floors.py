@@ -261,8 +261,8 @@ def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors
 
 
 def describe_constant_runs(outcomes: list[Outcome], predictions: Predictions) -> Iterator[str]:
-    """Yield the rows of which some runs predict one value on a regression task. A correlation scores the order of these
-    predictions, however close they lie: that of their last digits, which is arbitrary."""
+    """Yield the rows of which some runs predict one value on a regression task. A correlation does not show that: it
+    scores the order of these predictions, however close they lie."""
     runs: dict[tuple[str, ModelTask], list[tuple[int, bool]]] = {}
     for outcome in outcomes:
         if load_task_of(outcome).form == "regression":
@@ -272,7 +272,7 @@ def describe_constant_runs(outcomes: list[Outcome], predictions: Predictions) ->
     for (label, (model, task)), found in runs.items():
         if any(constant for _, constant in found):
             what = f"predict one value, within {CONSTANT * 100:g} % of the targets' standard deviation"
-            yield f"{label} on {task} ({model}): {count_runs(found, what)}; their scores are arbitrary"
+            yield f"{label} on {task} ({model}): {count_runs(found, what)}; a correlation scores their order alone"
 
 
 def count_runs(found: list[tuple[int, bool]], what: str) -> str:
