@@ -107,7 +107,8 @@ class Task:
         unscaled: keys of scores that are not fractions and are therefore shown as they are, not in percent.
         lower_is_better: keys of scores for which lower is better.
         held_out_option: the word of a command line that scores training rows set by set, of a task whose training rows
-            mix the sets of `eval_splits`. Such a task refuses eval.holdout, which would score the mixture as the first.
+            mix the sets of `eval_splits`. Such a task refuses eval.holdout, eval.development_rows and an experiment's
+            tune.holdout, which would score the mixture as the first.
         scoring_options: names of options that choose the rows to be scored and change nothing else. They are refused
             beside eval.holdout, which chooses other rows.
     """

@@ -98,14 +98,18 @@ def check_compatibility(settings: Settings) -> None:
 
 def check_mixed_rows(settings: Evaluate, task: Task) -> None:
     """Refuse to score training rows of a task that mix the sets it scores one by one. Records of runs that did can be
-    read all the same.
+    read all the same; a report whose command asks for such runs cannot be written again.
 
     Raises:
-        UserError: what was asked for, and what to take instead.
+        UserError: what was asked for, and what there is instead.
     """
-    for name, instead in {"holdout": task.held_out_option, "development_rows": "task.checkpoint=best_loss"}.items():
+    instead = {
+        "holdout": f"{task.held_out_option} scores training rows set by set",
+        "development_rows": "task.checkpoint=best_loss keeps the best weights by their loss",
+    }
+    for name, remedy in instead.items():
         asked, mixed = getattr(settings, name), f"the training rows of {task.name} are of several sets"
-        told = f"eval.{name}={asked}: {mixed}, which it scores one by one; take {instead} instead"
+        told = f"eval.{name}={asked}: {mixed}, which it scores one by one; drop it ({remedy})"
         require(not (asked and task.held_out_option), told)
 
 

@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 
 import pandas as pd
@@ -72,8 +71,8 @@ TITLE_END = re.compile(r"\((\S+), scale=(\w+)\)$")  # of a report's first line: 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report is made of: every value, the floors, the tasks that rank no methods and why, the comparisons,
-    what of the records cannot be read or scored, and which runs learned nothing."""
+    """What a report is made of: every value, the floors, the tasks that rank no methods and why, the comparisons, what
+    of the records cannot be read or scored, and which runs learned nothing or predict one value."""
 
     values: pd.DataFrame
     floors: list[Floor]
@@ -86,12 +85,14 @@ class Findings:
     def compute(cls, experiment: Experiment, outcomes: list[Outcome]) -> "Findings":
         """Compute them from the records."""
         predictions = Predictions()
-        found = find_floors(experiment, outcomes, predictions)
-        floors = [floor for floor in found if not (floor.trouble and isnan(floor.score))]
+        floors = find_floors(experiment, outcomes, predictions)
         unranked = find_unranked(floors)
         comparisons = compare_outcomes(experiment, outcomes, predictions, unranked)
-        unreadable = [*find_unreadable(experiment, outcomes), *describe_unscored_floors(found)]
-        failed = [*describe_failed_runs(experiment, outcomes, floors), *describe_constant_runs(outcomes, predictions)]
+        unreadable = [*find_unreadable(experiment, outcomes), *describe_unscored_floors(floors)]
+        failed = [
+            *describe_failed_runs(experiment, outcomes, floors),
+            *describe_constant_runs(experiment, outcomes, predictions),
+        ]
         return cls(build_frame(experiment, outcomes, unranked), floors, unranked, comparisons, unreadable, failed)
 
 

@@ -89,8 +89,8 @@ class Tune:
     `grid` holds the rates of each label; all labels have equally many. With `relative` they are multiples of the rate a
     run has otherwise. A rate is chosen by its main score on rows that are not reported, a mean over the runs with
     `seeds` (`task_seeds` for single tasks, by their names). These rows are either `holdout` training examples that are
-    set apart, or what the task's `options` say is scored. `max_steps` is the length of these runs; null: that of the
-    reported ones.
+    set apart (refused for a task that scores several sets one by one), or what the task's `options` say is scored.
+    `max_steps` is the length of these runs; null: that of the reported ones.
     """
 
     grid: dict[str, list[float]]

@@ -8,6 +8,7 @@ import tasks
 from dual_lora.lab.config import paths
 from dual_lora.lab.config.compose import load_settings
 from dual_lora.lab.config.recorded import format_settings, parse_recorded_settings, replace_settings
+from dual_lora.lab.config.schema import get_setting
 from dual_lora.lab.config.tasks import load_task
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.inputs.splits import load_development_split, load_scored_splits, load_split
@@ -105,11 +106,11 @@ def test_rows_that_are_all_different_give_no_warning(capfd):
         (["eval.holdout=60"], "eval.holdout=60: the training rows of commonsense are of several sets, which it scores"),
         (
             ["eval.holdout=60", "+task.options.scored=held_out"],
-            r"eval.holdout=60: .* one by one; take \+task.options.scored=held_out instead",
+            r"eval.holdout=60: .* one by one; drop it \(\+task.options.scored=held_out scores training rows set by",
         ),
         (
             ["eval.development_rows=60", "task.checkpoint=best"],
-            "eval.development_rows=60: .* one by one; take task.checkpoint=best_loss instead",
+            r"eval.development_rows=60: .* one by one; drop it \(task.checkpoint=best_loss keeps the best weights by",
         ),
     ],
 )
@@ -129,12 +130,16 @@ def test_a_run_whose_rows_of_several_sets_were_scored_as_one_can_be_read_and_not
         load(load_task(older), older)
 
 
-def test_what_is_to_be_taken_instead_composes():
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [("eval.holdout=60", "options.scored", "held_out"), ("eval.development_rows=60", "checkpoint", "best_loss")],
+)
+def test_what_there_is_instead_composes(word, key, value):
     words = ["model=tiny-llama", "task=commonsense"]
     with pytest.raises(UserError) as told:
-        load_settings([*words, "eval.holdout=60"])
-    option = str(told.value).rpartition("take ")[2].removesuffix(" instead")
-    assert load_settings([*words, option]).task.options["scored"] == "held_out"
+        load_settings([*words, word, *(["task.checkpoint=best"] if "development" in word else [])])
+    option = str(told.value).rpartition("(")[2].partition(" ")[0]
+    assert get_setting(load_settings([*words, option]), f"task.{key}") == value
 
 
 @pytest.mark.parametrize("form", ["tokenised", "official"])

@@ -2,6 +2,7 @@
 members, and a half-done study does not pass for a small one."""
 
 from dataclasses import replace
+from math import inf, nan
 
 import pandas as pd
 import pytest
@@ -10,13 +11,18 @@ import tasks
 from dual_lora.lab.present.document import MISSING
 from dual_lora.lab.record.run import Run
 from dual_lora.lab.report.comparison.comparisons import compare_outcomes
-from dual_lora.lab.report.comparison.floors import describe_constant_runs, find_floors, find_unranked
+from dual_lora.lab.report.comparison.floors import (
+    describe_constant_runs,
+    find_floors,
+    find_unranked,
+    is_constant,
+)
 from dual_lora.lab.report.comparison.matches import Predictions
 from dual_lora.lab.report.values import UNLEARNED, UNSETTLED
 from dual_lora.lab.report.write import DIFFERENCES_FILE, Findings, write_report
 from dual_lora.lab.study.experiment import Experiment
 from dual_lora.lab.study.outcome import find_outcomes
-from tests.support.reports import PLANNED, finish, rows_of
+from tests.support.reports import PLANNED, RATIOS, finish, rows_of
 
 MORE_RIGHT = (2, 2, 2, 6, 6)  # of the seeds: p is 0.021, which three comparisons correct to 0.064 and two to 0.043
 THREE_TASKS = PLANNED | {
@@ -126,16 +132,85 @@ def test_a_regression_that_predicts_one_value_is_told(study, tmp_path, monkeypat
     read = Predictions.read
 
     def squeeze(self, outcome):
-        spread = 1e-4 if (outcome.label, outcome.settings.seed) == ("Dual LoRA", 3) else 1e-2
-        return [row | {"answer": 2.5 + spread * row["answer"]} for row in read(self, outcome)]
+        spread = 0.9e-3 if (outcome.label, outcome.settings.seed) == ("Dual LoRA", 3) else 1.1e-3
+        return [row | {"answer": 2.5 + spread * row["gold"]} for row in read(self, outcome)]
 
     monkeypatch.setattr(Predictions, "read", squeeze)
-    (line,) = describe_constant_runs(outcomes, Predictions())
+    (line,) = describe_constant_runs(experiment, outcomes, Predictions())
     assert line == (
-        "Dual LoRA on glue/stsb (roberta-base): 1 of 5 runs predict one value, within 0.1 % of the targets' standard "
-        "deviation (seeds 3); a correlation scores their order alone"
+        "Dual LoRA on glue/stsb: 1 of 5 runs predict one value, within 0.1 % of the targets' standard deviation "
+        "(seeds 3); a correlation does not show that"
     )
     assert line in write_report(experiment, outcomes, tmp_path)
+
+
+def test_runs_that_predict_one_value_are_counted_by_their_place_in_the_table(study, monkeypatch):
+    full = RATIOS["full"] | {"run": [word for word in RATIOS["full"]["run"] if "task" not in word] + ["task=glue/stsb"]}
+    experiment, outcomes = study(RATIOS | {"full": full}, lambda label, s: 80)
+    read = Predictions.read
+
+    def squeeze(self, outcome):
+        squeezed = outcome.settings.method.magnitude_ratio == 0.5 and outcome.settings.seed == 1
+        return [row | {"answer": 2.5 if squeezed else row["gold"]} for row in read(self, outcome)]
+
+    monkeypatch.setattr(Predictions, "read", squeeze)
+    (line,) = describe_constant_runs(experiment, outcomes, Predictions())
+    assert line.startswith("Dual LoRA, magnitude ratio 0.5 on glue/stsb: 1 of ") and "(seeds 1)" in line
+
+
+@pytest.mark.parametrize(
+    ("answers", "targets", "constant"),
+    [
+        ((2.5, 2.5), (1, 4), True),
+        ((2.5, 2.5), (3, 3), True),
+        ((2.5, 2.6), (1, 4), False),
+        ((2.5, 2.5, None), (1, 4, 2), False),
+        ((2.5, 2.5, nan), (1, 4, 2), False),
+        ((2.5, 2.5, inf), (1, 4, 2), False),
+        ((2.5, 10**400), (1, 4), False),
+        ((2.5,), (1,), False),
+        (("no", "no"), (1, 4), False),
+    ],
+)
+def test_what_counts_as_one_value(answers, targets, constant):
+    rows = [{"answer": answer, "gold": gold} for answer, gold in zip(answers, targets, strict=True)]
+    assert is_constant(rows) == constant
+
+
+@pytest.mark.parametrize("fault", ["unscorable", "other examples"])
+def test_a_floor_that_no_row_can_be_compared_with_leaves_open_whether_the_task_was_learned(
+    study, tmp_path, monkeypatch, fault
+):
+    spec = PLANNED | {
+        "cells": PLANNED["cells"] | {"Head only": ["method=lora", "method.rank=1"]},
+        "floors": ["Head only"],
+        "full": PLANNED["full"] | {"blocks": [["task=glue/stsb"]]},
+    }
+
+    def right(label, settings):
+        return FLOOR if label == "Head only" else 60 + settings.seed + (20 + settings.seed % 2) * (label == "Dual LoRA")
+
+    experiment, outcomes = study(spec, right)
+    findings = Findings.compute(experiment, outcomes)
+    assert not findings.unranked and findings.comparisons.planned[0].verdict == "better"
+    read = Predictions.read
+
+    def spoil(self, outcome):
+        rows = read(self, outcome)
+        if outcome.label != "Head only":
+            return rows
+        if fault == "unscorable":
+            return [{key: value for key, value in row.items() if key != "answer"} for row in rows]
+        return [row | {"id": f"other {row['id']}"} for row in rows]
+
+    monkeypatch.setattr(Predictions, "read", spoil)
+    findings = Findings.compute(experiment, outcomes)
+    assert findings.unranked == {("roberta-base", "glue/stsb"): UNSETTLED}
+    assert {c.untested for c in findings.comparisons.planned} == {"task not known to be learned"}
+    text = write_report(experiment, outcomes, tmp_path, findings)
+    (floor,) = (line for line in rows_of(text.partition("Floors.")[2]) if line[:2] == ["glue/stsb", "Head only"])
+    assert floor[-1] == "not known to be learned"
+    assert ("not read: Head only, floor of glue/stsb" in text) == (fault == "unscorable")
 
 
 def test_tasks_of_which_lower_is_better_on_some_never_get_a_planned_mean(study, monkeypatch):

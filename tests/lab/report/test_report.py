@@ -254,7 +254,8 @@ def test_floors_stand_for_the_rows_of_their_column_and_the_clearest_row_is_named
     (note,) = [
         n for n in describe_failed_runs(experiment, outcomes, [replace(high, score=85), low]) if "Dual LoRA" in n
     ]
-    assert note == "Dual LoRA on glue/rte: 2 of 2 runs score no better than Frozen, magnitude ratio 0.5 (seeds 0, 1)"
+    row, floor = "Dual LoRA, magnitude ratio 0.5 on glue/rte", "Frozen, magnitude ratio 0.5"
+    assert note == f"{row}: 2 of 2 runs score no better than {floor} (seeds 0, 1)"
     table, *_ = iterate_floor_blocks(list(floors.values()))
     assert "clearest above" in table.cells and "by most standard errors" in table.caption
 

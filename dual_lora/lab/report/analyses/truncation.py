@@ -86,8 +86,8 @@ def iterate_truncation_blocks(outcomes: list[Outcome], folder: Path, floors: lis
     )
     yield Table(
         tabulate_shares(curves, floors),
-        "Share of the gain over the highest floor that is left, from means over seeds; a dash where the row does not "
-        "beat the floor by three standard errors.",
+        "Share of the gain over the highest floor that is left, from means over seeds; a dash where the row was not "
+        "found to beat every floor by three standard errors.",
     )
     yield Table(tabulate_kept(curves), "Share of ||dW||² that is left, a mean over weights and seeds.")
     same = sum(abs(curve.uncut - curve.recorded) <= SAME for curve in curves)
@@ -182,7 +182,7 @@ def draw_curves_by_rank(curves: list[Curve], floors: list[Floor]) -> Figure:
             if own == model_task:
                 draw_curve(axes, some, label, labels.index(label), ticks)
         for floor in floors:
-            if floor.model_task == model_task:
+            if floor.model_task == model_task and not np.isnan(floor.score):
                 axes.axhline(floor.score, color=GREY, linestyle=":", linewidth=1)
         metrics = " or ".join(dict.fromkeys(curve.metric for curve in curves if curve.model_task == model_task))
         axes.set(

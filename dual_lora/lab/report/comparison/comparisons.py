@@ -48,8 +48,8 @@ class Comparison:
         margin: what difference counts as none, in points.
         p, p_equivalent: of a difference and of equivalence; corrected in the planned family.
         family: how many comparisons they are corrected for.
-        untested: why it has no p: its task was not learned (so far), or, of a planned one, how much of its seeds or
-            tasks there is (looking repeatedly and stopping at a pleasing result produces false positives).
+        untested: why it has no p: its task was not learned or is not known to be, or, of a planned one, how much of its
+            seeds or tasks there is (looking repeatedly and stopping at a pleasing result produces false positives).
         contrast: whether it sets several runs of one row against each other.
         model: the name of its model.
         decimals: with how many a difference is printed.

@@ -1,9 +1,9 @@
 """What a row must beat to have learned anything: the most frequent class, and rows that train next to nothing.
 
 On a task where no row beats every floor by three standard errors, differences between methods say nothing. Such a task
-is marked "not learned" and is left out of means over tasks, once all of its runs are there: until then some row may
-still learn it. Nor is a task known to be learned before every run of its floors is there. A floor with a value of the
-columns' setting applies to rows with that value; a floor without one applies to all rows.
+is marked "not learned" and is left out of means over tasks, once all of its runs are there and could be compared: until
+then some row may still learn it. Nor is a task known to be learned before every run of its floors is. A floor with a
+value of the columns' setting applies to rows with that value; a floor without one applies to all rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -45,15 +45,15 @@ class Floor:
     """One floor of one task, in points, and the row that beats it most, in standard errors.
 
     Attributes:
-        best: the name of that row; None where none can be compared, as where the floor's own runs are missing.
+        best: the name of that row; None where none can be compared. Then the score may be NaN, too.
         above, error: by how much it is better than the floor, and the standard error of that over examples and seeds.
         beaten_by: the rows that beat it by three standard errors.
         lower_is_better: of the task's main score; `above` then is how far the row lies below.
         unit: of the task's main score, as `get_unit`.
         where: its task and place as in `group_by_place`; None: it applies to all rows.
-        trouble: why its score, or some row's difference to it, cannot be computed; then the score may be NaN.
-        complete: whether every run of its task that the table asks for is finished and can be read.
-        measured: the same of the floor's own runs.
+        trouble: why its score, or some row's difference to it, cannot be computed.
+        complete: whether every run of its task that the table asks for is finished, can be read and could be compared.
+        measured: the same of the floor's own runs: with some row that should beat it, if there is any.
     """
 
     model_task: ModelTask
@@ -86,10 +86,16 @@ class Floor:
 
 def find_floors(experiment: Experiment, outcomes: list[Outcome], predictions: Predictions) -> list[Floor]:
     """Return the floors of every model and task, as far as runs are finished."""
+    groups = group_by_model_task(outcomes).items()
+    return [floor for key, some in groups for floor in iterate_floors(experiment, key, some, predictions)]
+
+
+def group_by_model_task(outcomes: list[Outcome]) -> dict[ModelTask, list[Outcome]]:
+    """Return runs by model and task."""
     groups: dict[ModelTask, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(get_model_task(outcome), []).append(outcome)
-    return [floor for key, some in groups.items() for floor in iterate_floors(experiment, key, some, predictions)]
+    return groups
 
 
 def get_model_task(outcome: Outcome) -> ModelTask:
@@ -101,8 +107,7 @@ def iterate_floors(
     experiment: Experiment, model_task: ModelTask, outcomes: list[Outcome], predictions: Predictions
 ) -> Iterator[Floor]:
     """Yield the floors of one model and task. outcomes: its runs, finished or not."""
-    task, groups = load_task_of(outcomes[0]), group_by_place(experiment, outcomes)
-    asked = {(label, where): runs for label, some in groups.items() for where, runs in some.items()}
+    task, asked = load_task_of(outcomes[0]), group_by_row(experiment, outcomes)
     known = {row: runs for row, some in asked.items() if (runs := read_or_skip(predictions, some))}
     measured = {row for row in known if all(outcome.result for outcome in asked[row])}
     names = name_rows(asked, list(get_place(experiment, outcomes[0])))
@@ -116,6 +121,12 @@ def iterate_floors(
     if task.form == "classification":
         every = {seed: run for runs in rows.values() for seed, run in runs.items()}
         yield measure_floor(replace(empty, name=MAJORITY), partial(predict_majority, task, every), rows, names, task)
+
+
+def group_by_row(experiment: Experiment, outcomes: list[Outcome]) -> dict[RowKey, list[Outcome]]:
+    """Return the runs of one model and task by row."""
+    groups = group_by_place(experiment, outcomes)
+    return {(label, where): runs for label, some in groups.items() for where, runs in some.items()}
 
 
 def name_rows(rows: Iterable[RowKey], heads: list[str]) -> dict[RowKey, str]:
@@ -169,29 +180,31 @@ def measure_floor(
 ) -> Floor:
     """Return by how much rows beat a floor. empty: which floor it is. predict: returns its predictions by seed, and
     nothing where its runs are missing. rows: the same of the rows."""
-    unit, lower = get_unit(task, task.metric), task.is_lower_better()
+    unit, lower, lost = get_unit(task, task.metric), task.is_lower_better(), replace(empty, measured=False)
     try:
         floor = predict()
         scores = [compute_score(run, task, task.metric) * unit for run in floor.values()]
     except ValueError as error:
-        return replace(empty, trouble=str(error))
+        return replace(lost, trouble=str(error))
     if not scores:
-        return empty
-    known, found = replace(empty, score=float(np.mean(scores)), lower_is_better=lower, unit=unit), []
+        return lost
+    known, found, unpaired = replace(empty, score=float(np.mean(scores)), lower_is_better=lower, unit=unit), [], 0
     for row, runs in rows.items():
         if not empty.applies_to(row[1]):
             continue
         try:
             estimate = estimate_difference(runs, floor, task, task.metric)
         except UnscorableRows as error:
-            known = replace(known, trouble=f"{names[row]}: {error}")
+            known, unpaired = replace(known, trouble=f"{names[row]}: {error}"), unpaired + 1
             continue
         except ValueError:  # other examples, or no seed in common
+            unpaired += 1
             continue
         if estimate:
             found.append((row, estimate[0] * (-unit if lower else unit), estimate[1] * unit))
+    known = replace(known, complete=known.complete and not unpaired)
     if not found:
-        return known
+        return replace(known, measured=known.measured and not unpaired)
     beaten = frozenset(row for row, above, error in found if above > STANDARD_ERRORS * error)
     row, above, error = max(found, key=lambda one: one[1] / one[2] if one[2] else 0.0)
     return replace(known, best=names[row], above=above, error=error, beaten_by=beaten)
@@ -219,15 +232,15 @@ def find_unranked(floors: list[Floor]) -> dict[ModelTask, str]:
 
 
 def explain_unranked(floors: list[Floor]) -> str:
-    """Return why a model and task rank no methods; nothing where they do. floors: all of theirs; one that no row was
-    compared with need not be beaten.
+    """Return why a model and task rank no methods; nothing where they do. floors: all of theirs; one that applies to no
+    row need not be beaten.
 
     UNLEARNED: no row beats every floor that applies to it, though every run is there and could be compared. UNSETTLED:
-    none does so far, or some floor's own runs are missing.
+    none does so far, or it is not known what some floor scores or which rows beat it.
     """
     compared = [floor for floor in floors if floor.best is not None]
     if compared and not find_best_rows(compared):
-        return UNLEARNED if all(floor.complete and not floor.trouble for floor in compared) else UNSETTLED
+        return UNLEARNED if all(floor.complete for floor in compared) else UNSETTLED
     return "" if all(floor.measured for floor in floors) else UNSETTLED
 
 
@@ -237,42 +250,48 @@ def find_best_rows(floors: list[Floor]) -> set[RowKey]:
     return {row for row in rows if all(row in floor.beaten_by for floor in floors if floor.applies_to(row[1]))}
 
 
+def iterate_rows(
+    experiment: Experiment, outcomes: list[Outcome]
+) -> Iterator[tuple[str, ModelTask, RowKey, list[Outcome]]]:
+    """Yield the rows of every model and task: how a sentence names them, what they are, and their runs."""
+    groups = group_by_model_task(outcomes)
+    several = len({model for model, _ in groups}) > 1
+    for (model, task), some in groups.items():
+        rows = group_by_row(experiment, some)
+        names = name_rows(rows, list(get_place(experiment, some[0])))
+        for row, runs in rows.items():
+            yield f"{names[row]} on {f'{task} ({model})' if several else task}", (model, task), row, runs
+
+
 def describe_failed_runs(experiment: Experiment, outcomes: list[Outcome], floors: list[Floor]) -> Iterator[str]:
-    """Yield the rows of which some runs learned nothing, on tasks that were learned: these runs score no better than
-    the floor. A mean and its interval do not show that."""
-    unranked, several = find_unranked(floors), len({floor.model_task[0] for floor in floors}) > 1
-    runs: dict[tuple[ModelTask, str, str], list[tuple[int, bool]]] = {}
-    for outcome in outcomes:
-        model_task, task = get_model_task(outcome), load_task_of(outcome)
-        where = (task.name, *get_place(experiment, outcome).values())
+    """Yield the rows of which some runs score no better than the floor, but for tasks that no row learned. A mean and
+    its interval do not show that."""
+    unranked = find_unranked(floors)
+    for name, model_task, (label, where), runs in iterate_rows(experiment, outcomes):
         hardest = find_hardest([f for f in floors if f.model_task == model_task and f.applies_to(where)])
-        known = outcome.result and task.metric in outcome.result["metrics"]  # older versions had other scores
-        unlearned = unranked.get(model_task) == UNLEARNED
-        if not known or hardest is None or unlearned or outcome.label in experiment.floors:
+        if hardest is None or label in experiment.floors or unranked.get(model_task) == UNLEARNED:
             continue
-        sign = -1 if task.is_lower_better() else 1
-        above = sign * (get_score(task, outcome.result, task.metric) - hardest.score)
-        failed = above <= SCORE_TOLERANCE
-        runs.setdefault((model_task, outcome.label, hardest.name), []).append((outcome.settings.seed, failed))
-    for ((model, task), label, floor), found in runs.items():
+        task = load_task_of(runs[0])
+        sign, metric = -1 if task.is_lower_better() else 1, task.metric
+        found = [
+            (run.settings.seed, sign * (get_score(task, run.result, metric) - hardest.score) <= SCORE_TOLERANCE)
+            for run in runs
+            if run.result and metric in run.result["metrics"]  # older versions had other scores
+        ]
         if any(failed for _, failed in found):
-            where = f"{task} ({model})" if several else task
-            yield f"{label} on {where}: {count_runs(found, f'score no better than {floor}')}"
+            yield f"{name}: {count_runs(found, f'score no better than {hardest.name}')}"
 
 
-def describe_constant_runs(outcomes: list[Outcome], predictions: Predictions) -> Iterator[str]:
-    """Yield the rows of which some runs predict one value on a regression task. A correlation does not show that: it
-    scores the order of these predictions, however close they lie."""
-    runs: dict[tuple[str, ModelTask], list[tuple[int, bool]]] = {}
-    for outcome in outcomes:
-        if load_task_of(outcome).form == "regression":
-            for seed, rows in read_or_skip(predictions, [outcome]).items():
-                found = runs.setdefault((outcome.label, get_model_task(outcome)), [])
-                found.append((seed, is_constant(rows)))
-    for (label, (model, task)), found in runs.items():
-        if any(constant for _, constant in found):
-            what = f"predict one value, within {CONSTANT * 100:g} % of the targets' standard deviation"
-            yield f"{label} on {task} ({model}): {count_runs(found, what)}; a correlation scores their order alone"
+def describe_constant_runs(experiment: Experiment, outcomes: list[Outcome], predictions: Predictions) -> Iterator[str]:
+    """Yield the rows of which some runs predict one value on a regression task. A correlation does not show that: it is
+    the same however close together predictions lie."""
+    what = f"predict one value, within {CONSTANT * 100:g} % of the targets' standard deviation"
+    for name, _, _, runs in iterate_rows(experiment, outcomes):
+        if load_task_of(runs[0]).form == "regression":
+            read = [item for run in runs for item in read_or_skip(predictions, [run]).items()]
+            found = [(seed, is_constant(rows)) for seed, rows in read]
+            if any(constant for _, constant in found):
+                yield f"{name}: {count_runs(found, what)}; a correlation does not show that"
 
 
 def count_runs(found: list[tuple[int, bool]], what: str) -> str:
@@ -282,9 +301,10 @@ def count_runs(found: list[tuple[int, bool]], what: str) -> str:
 
 
 def is_constant(rows: list[Row]) -> bool:
-    """Return whether predicted numbers are one value, as far as they matter; not where a row lacks one."""
+    """Return whether predicted numbers are one value, as far as they matter; not where one is missing, NaN or infinite,
+    or where there is only one."""
     try:
         answers, targets = (np.array([float(row[key]) for row in rows]) for key in ("answer", "gold"))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    return bool(np.std(answers) < CONSTANT * np.std(targets))
+    return len(rows) > 1 and bool(np.isfinite(answers).all() and np.std(answers) <= CONSTANT * np.std(targets))
