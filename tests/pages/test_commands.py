@@ -166,7 +166,7 @@ def list_rows(text: str) -> list[list[str]]:
         ("results", "## Base size", "base_size", 6),
         ("results", "## Gradients in bfloat16", "gradient_dtype", 2),
         ("explorations", "## All methods at half their rates", "half_rates", 9),
-        ("explorations", "## Base size at half the rates", "base_size_half_rates", 3),
+        ("explorations", "## Base size at half the rates", "base_size_half_rates", 6),
         ("explorations", "## Dual LoRA's own settings", "own_knobs", 4),
         ("explorations", "## What training can fit", "fit", 9),
         ("explorations", "## How similar updates are", "similarity", 10),
